@@ -1,0 +1,393 @@
+"""Every option of a run, once: frozen dataclasses, their defaults and their validation.
+
+A config file's `get_config(arg)` starts from `default_config()`, a locked `ConfigDict` with all
+options below, and sets what it changes; `--config.key=value` overrides on the command line come
+on top. `from_config_dict` turns the result into the frozen dataclasses that the rest of the
+package reads, and raises `UserError` for anything that cannot work.
+"""
+
+import dataclasses
+import json
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any
+
+from ml_collections import config_dict
+
+from mea_jax.errors import UserError, nearest
+
+Components = int | tuple[int, ...] | None
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Frequency scaling of Llama 3.1 and later for rotary positions."""
+
+    factor: float = 1.0  # 1.0: no scaling
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_context: int = 8192
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A decoder of LLaMA-3.2 shape whose attention is MEA, or plain MHA/GQA/MQA."""
+
+    vocab_size: int = 2048
+    d_model: int = 256  # D
+    n_layers: int = 6  # L
+    n_heads: int = 8  # N, query heads
+    n_kv_heads: int = 8  # K, composite key/value heads; N for MHA, fewer for GQA, 1 for MQA
+    head_dim: int = 32  # H
+    d_ff: int = 704  # F
+    hlc: str = "kv"  # heads mixed by W_lc: "kv", "k", "v", or "none" (plain attention)
+    key_components: Components = None  # C_k: cached key heads, one number or one a layer; None: K
+    value_components: Components = None  # C_v: likewise for values
+    head_norm: bool = True  # RMSNorm on each head's output
+    hlc_form: str = "folded"  # "folded" (fold W_lc into the projection) or "explicit"
+    norm_eps: float = 1e-5
+    rope_theta: float = 500_000.0
+    rope_scaling: RopeScaling = field(default_factory=RopeScaling)
+    tie_embeddings: bool = True
+    dtype: str = "auto"  # of products and, but for the "cpu" backend, activations: "float32",
+    # "bfloat16", or "auto": bfloat16 wherever the hardware multiplies it faster
+    backend: str = "auto"  # kernels: "xla", "cpu" (forms that XLA's CPU compiler runs fast), "auto"
+    remat: str = "none"  # what the backward pass recomputes: see transformer.REMAT_POLICIES
+    scan_unroll: int = 1  # layers per iteration of the scan over layers
+    loss_chunk: int = 1024  # positions of each window whose logits exist at one time; 0: all
+
+    def components(self, which: str) -> tuple[int, ...]:
+        """Component heads of every layer, length L. `which` is "key" or "value"."""
+        value = self.key_components if which == "key" else self.value_components
+        if value is None:
+            value = self.n_kv_heads
+        return (value,) * self.n_layers if isinstance(value, int) else tuple(value)
+
+    def mixes(self, which: str) -> bool:
+        """Whether W_lc exists for "key" or "value" heads."""
+        return which[0] in self.hlc if self.hlc != "none" else False
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """One source of documents."""
+
+    source: str = "python_stdlib"  # "python_stdlib", "text", "jsonl", or "tfds:<name>"
+    path: str = ""  # file, folder or glob of "text" and "jsonl"; data_dir of "tfds:"
+    field: str = "text"  # the field of "jsonl" and "tfds:" that holds the text
+    split: str = "train"  # of "tfds:"
+    weight: float = 1.0  # share of training windows drawn from this source, relative to the others
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where text comes from and how it becomes windows of tokens."""
+
+    sources: tuple[SourceConfig, ...] = (SourceConfig(),)
+    tokenizer: str = "bpe:2048"  # "bytes", "bpe:<size>" (trained on the spot), *.json, *.model
+    context_length: int = 256  # T, positions of a window
+    held_out_fraction: float = 0.03  # of documents, chosen by a hash of their names
+    cache_dir: str = ""  # of prepared windows; "": $MEA_JAX_CACHE, else ~/.cache/mea_jax
+    prefetch: int = 8  # batches read ahead
+    read_threads: int = 1  # per host
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW and its schedule."""
+
+    learning_rate: float = 1e-3  # peak
+    schedule: str = "cosine"  # "cosine", "constant", or "wsd" (warmup, stable, decay)
+    warmup_steps: int = 100
+    final_fraction: float = 0.1  # of the peak, reached at the last step
+    decay_fraction: float = 0.2  # of all steps, at the end: the decay phase of "wsd"
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1  # on matrices only
+    decay_mixing: bool = False  # weight decay on W_lc as well
+    clip_norm: float = 1.0  # of the global gradient; 0: no clipping
+    z_loss: float = 0.0  # weight of mean(logsumexp(logits)^2)
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices per mesh axis; -1 takes what the other axes leave."""
+
+    data: int = -1  # copies of the parameters, batch split
+    fsdp: int = 1  # parameters split, batch split
+    tensor: int = 1  # heads, feed-forward and vocabulary split
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Evaluation on held-out windows."""
+
+    every: int = 500  # steps; 0: only at the end
+    batches: int = 8  # of an evaluation during training; the last one takes every held-out window
+    sample_prompt: str = ""  # continued at the end of the run
+    sample_tokens: int = 128
+    sample_temperature: float = 0.6
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """What is saved, and when."""
+
+    every: int = 1000  # steps; the last step is always saved
+    keep: int = 2  # newest checkpoints kept
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One run."""
+
+    name: str = "run"
+    seed: int = 0
+    steps: int = 1000
+    batch_size: int = 8  # windows per step, over all devices
+    accumulate: int = 1  # parts that a batch is split into, one after another
+    log_every: int = 10  # steps between lines of metrics.jsonl
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    evaluate: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A plain tree of JSON values (tuples as lists)."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    @classmethod
+    def from_dict(cls, tree: dict[str, Any]) -> "TrainConfig":
+        """The inverse of `to_dict`; raises `UserError` as `from_config_dict` does."""
+        config = _build(cls, tree, "config")
+        validate(config)
+        return config
+
+
+def default_config() -> config_dict.ConfigDict:
+    """Every option at its default, locked: a misspelt key raises instead of being ignored."""
+
+    def convert(value):
+        if dataclasses.is_dataclass(value):
+            fields = dataclasses.fields(value)
+            return config_dict.ConfigDict({f.name: convert(getattr(value, f.name)) for f in fields})
+        if isinstance(value, tuple):
+            return tuple(dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v for v in value)
+        return config_dict.placeholder(object) if value is None else value
+
+    return convert(TrainConfig()).lock()
+
+
+def from_config_dict(config: config_dict.ConfigDict) -> TrainConfig:
+    """Validates a `ConfigDict` into frozen dataclasses. Raises `UserError` with the key's path."""
+    return TrainConfig.from_dict(config.to_dict())
+
+
+def _build(cls: type, tree: Any, path: str):
+    if not isinstance(tree, typing.Mapping):
+        raise UserError(f"{path} must hold the keys of {cls.__name__}, not {tree!r}")
+    known = {f.name: f for f in dataclasses.fields(cls)}
+    for key in tree:
+        if key not in known:
+            raise UserError(f"unknown config key {path}.{key}: {nearest(key, known)}")
+    hints = typing.get_type_hints(cls)
+    return cls(**{k: _coerce(hints[k], v, f"{path}.{k}") for k, v in tree.items()})
+
+
+def _coerce(hint: Any, value: Any, path: str) -> Any:
+    """`value` as the type `hint`, or `UserError`. Lists become tuples, whole floats stay floats."""
+    if dataclasses.is_dataclass(hint):
+        return _build(typing.cast(type, hint), value, path)
+    if isinstance(hint, types.UnionType):
+        if value is None or (isinstance(value, int) and not isinstance(value, bool)):
+            return value
+        return _coerce(next(h for h in hint.__args__ if typing.get_origin(h) is tuple), value, path)
+    if typing.get_origin(hint) is tuple:
+        if not isinstance(value, list | tuple):
+            raise UserError(f"{path} must be a list, not {value!r}")
+        item = typing.get_args(hint)[0]
+        return tuple(_coerce(item, v, f"{path}[{i}]") for i, v in enumerate(value))
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise UserError(f"{path} must be of type {hint.__name__}, not {value!r}")
+    return value
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+def _one_of(path: str, value: str, allowed: typing.Iterable[str]) -> None:
+    _require(value in (names := tuple(allowed)), f"{path}={value!r}: {nearest(value, names)}")
+
+
+REMAT_POLICIES = ("none", "dots", "full")
+SCHEDULES = ("cosine", "constant", "wsd")
+
+
+def validate(config: TrainConfig) -> None:
+    """Raises `UserError` for the first thing in `config` that cannot work on any machine."""
+    _validate_model(config.model)
+    data, optim = config.data, config.optimizer
+    for path in (
+        "steps",
+        "batch_size",
+        "accumulate",
+        "log_every",
+        "data.context_length",
+        "data.prefetch",
+        "data.read_threads",
+        "checkpoint.every",
+        "checkpoint.keep",
+        "evaluate.batches",
+        "evaluate.sample_tokens",
+    ):
+        _positive(config, path)
+    _require(len(data.sources) > 0, "config.data.sources is empty: name at least one source")
+    for i, source in enumerate(data.sources):
+        path = f"config.data.sources[{i}].weight"
+        _require(source.weight > 0, f"{path}={source.weight} must be positive")
+    _require(
+        0 < data.held_out_fraction < 1,
+        f"config.data.held_out_fraction={data.held_out_fraction} must lie between 0 and 1",
+    )
+    _require(
+        config.batch_size % config.accumulate == 0,
+        f"config.accumulate={config.accumulate} does not divide batch_size={config.batch_size}",
+    )
+    _one_of("config.optimizer.schedule", optim.schedule, SCHEDULES)
+    _require(
+        0 <= optim.warmup_steps < config.steps or config.steps == 1,
+        f"config.optimizer.warmup_steps={optim.warmup_steps} leaves nothing of "
+        f"steps={config.steps}: shorten the warmup or lengthen the run",
+    )
+    _require(optim.learning_rate > 0, "config.optimizer.learning_rate must be positive")
+    for name in ("final_fraction", "decay_fraction"):
+        value = getattr(optim, name)
+        _require(0 <= value <= 1, f"config.optimizer.{name}={value} must lie in [0, 1]")
+    sizes = dataclasses.asdict(config.mesh)
+    for axis, size in sizes.items():
+        _require(size == -1 or size > 0, f"config.mesh.{axis}={size} must be positive, or -1")
+    _require(
+        list(sizes.values()).count(-1) <= 1,
+        "config.mesh: only one axis can be -1 (take what the others leave)",
+    )
+
+
+def _positive(config: TrainConfig, path: str) -> None:
+    value: Any = config
+    for key in path.split("."):
+        value = getattr(value, key)
+    _require(value > 0, f"config.{path}={value} must be positive")
+
+
+def _validate_model(model: ModelConfig) -> None:
+    at = "config.model"
+    for name in (
+        "vocab_size",
+        "d_model",
+        "n_layers",
+        "n_heads",
+        "n_kv_heads",
+        "head_dim",
+        "d_ff",
+        "scan_unroll",
+    ):
+        value = getattr(model, name)
+        _require(value > 0, f"{at}.{name}={value} must be positive")
+    _require(
+        model.n_heads % model.n_kv_heads == 0,
+        f"{at}.n_heads={model.n_heads} is not a multiple of n_kv_heads={model.n_kv_heads}: "
+        "query heads share key/value heads in equal groups",
+    )
+    _require(
+        model.head_dim % 2 == 0,
+        f"{at}.head_dim={model.head_dim} must be even: rotary positions turn pairs of features",
+    )
+    _one_of(f"{at}.hlc", model.hlc, ("kv", "k", "v", "none"))
+    _one_of(f"{at}.hlc_form", model.hlc_form, ("folded", "explicit"))
+    _one_of(f"{at}.dtype", model.dtype, ("auto", "float32", "bfloat16"))
+    _one_of(f"{at}.backend", model.backend, ("auto", "xla", "cpu"))
+    _one_of(f"{at}.remat", model.remat, REMAT_POLICIES)
+    _require(model.loss_chunk >= 0, f"{at}.loss_chunk={model.loss_chunk} must be 0 or more")
+    _require(model.rope_scaling.factor >= 1, f"{at}.rope_scaling.factor must be 1 or more")
+    for which in ("key", "value"):
+        name, counts = f"{at}.{which}_components", model.components(which)
+        _require(
+            len(counts) == model.n_layers,
+            f"{name} lists {len(counts)} layers, but n_layers={model.n_layers}",
+        )
+        for layer, count in enumerate(counts):
+            where = f"{name}={count} (layer {layer})"
+            _require(count >= 1, f"{where} must be at least 1")
+            _require(
+                count <= model.n_kv_heads,
+                f"{where} exceeds n_kv_heads={model.n_kv_heads}: "
+                "composite heads are built from as many component heads or fewer",
+            )
+            _require(
+                count == model.n_kv_heads or model.mixes(which),
+                f"{where} is below n_kv_heads={model.n_kv_heads}, which needs the mixing that "
+                f"hlc={model.hlc!r} leaves out for {which}s",
+            )
+
+
+def validate_from_scratch(model: ModelConfig) -> None:
+    """Raises `UserError` where a fresh initialisation is not defined.
+
+    Block identity lets each component head serve K/C consecutive composite heads, so C must
+    divide K; a compressed model that is read from a checkpoint may have any C.
+    """
+    for which in ("key", "value"):
+        for layer, count in enumerate(model.components(which)):
+            _require(
+                model.n_kv_heads % count == 0,
+                f"config.model.{which}_components={count} (layer {layer}) does not divide "
+                f"n_kv_heads={model.n_kv_heads}: training from scratch starts from block identity; "
+                "choose a divisor, or start from a compressed checkpoint",
+            )
+
+
+# Keys that say how a run is executed, not what it computes: a resumed run may change them.
+EXECUTION_KEYS = (
+    "log_every",
+    "accumulate",
+    "mesh.",
+    "checkpoint.",
+    "evaluate.",
+    "data.cache_dir",
+    "data.prefetch",
+    "data.read_threads",
+    "model.backend",
+    "model.hlc_form",
+    "model.remat",
+    "model.scan_unroll",
+    "model.loss_chunk",
+)
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested dict as {"a.b.c": leaf}."""
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            leaves |= flatten(value, f"{prefix}{key}.")
+        else:
+            leaves[prefix + key] = value
+    return leaves
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Lines `key: old -> new` for keys of two `to_dict` trees that change what is computed."""
+    a, b = flatten(old), flatten(new)
+    return [
+        f"{key}: {a.get(key)!r} -> {b.get(key)!r}"
+        for key in sorted(a.keys() | b.keys())
+        if a.get(key) != b.get(key) and not key.startswith(EXECUTION_KEYS)
+    ]

@@ -1,0 +1,104 @@
+"""Documents laid end to end into windows of equal length.
+
+All documents form one stream, a separator before each and one at the end:
+
+    sep a1 a2 a3 sep b1 b2 sep ...
+
+A window of T positions is a stretch of T + 1 tokens of it: `inputs` are all but the last,
+`targets` all but the first. So each document is read as inputs [sep, t1..tn] with targets
+[t1..tn, sep], a document cut at a window's edge goes on in the next window from the token that
+was the last target, and every target occurs exactly once. Padding exists only at the end of the
+last window. Attention must not cross documents: `segment_ids` keeps them apart.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+
+_CHUNK = 1 << 18  # tokens gathered before a stretch of windows is cut
+
+
+def rows(
+    documents: Iterable[Sequence[int]], length: int, separator: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Windows in the compact form that is stored: all else follows from it by `fields`.
+
+    Args:
+      documents: token ids of each document, without separators.
+      length: T, positions of a window.
+      separator: the id before each document and at the end.
+
+    Yields:
+      tokens: int32 (T + 1,), inputs and, shifted by one, targets; 0 where there is padding.
+      segment_ids: int32 (T,), 1, 2, .. for the documents in the window, 0 for padding.
+    """
+    pieces: list[np.ndarray] = []  # of the stream, in order
+    begins: list[int] = []  # where in the pieces documents begin, at their separators
+    size = 0
+    for document in documents:
+        begins.append(size)
+        pieces += [np.array([separator], np.int32), np.asarray(document, np.int32)]
+        size += 1 + len(document)
+        if size > max(_CHUNK, length):
+            stream = np.concatenate(pieces)
+            count = (size - 1) // length
+            yield from _cut(stream, begins, count, length)
+            kept = count * length  # the last target, where the next window's inputs begin
+            pieces, begins = [stream[kept:]], [begin - kept for begin in begins if begin >= kept]
+            size -= kept
+    if not pieces:
+        return
+    stream = np.concatenate([*pieces, np.array([separator], np.int32)])
+    count = -(-size // length)
+    padding = count * length - size
+    stream = np.pad(stream, (0, padding))
+    for number, (tokens, segment_ids) in enumerate(_cut(stream, begins, count, length), start=1):
+        if number == count:
+            segment_ids[length - padding :] = 0
+        yield tokens, segment_ids
+
+
+def _cut(
+    stream: np.ndarray, begins: list[int], count: int, length: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The first `count` windows of `stream`, whose documents begin at `begins`."""
+    first = np.zeros((count, length), np.int32)
+    first.flat[[begin for begin in begins if begin < count * length]] = 1
+    first[:, 0] = 1  # a document cut by the window's edge is a new segment there
+    segment_ids = np.cumsum(first, axis=1, dtype=np.int32)
+    for window in range(count):
+        start = window * length
+        yield stream[start : start + length + 1], segment_ids[window]
+
+
+def fields(tokens: np.ndarray, segment_ids: np.ndarray) -> dict[str, np.ndarray]:
+    """What a training step reads, of one window or of a batch of them.
+
+    Args:
+      tokens: int32 (..., T + 1), as `rows` yields them.
+      segment_ids: int32 (..., T).
+
+    Returns:
+      int32 (..., T) each: `inputs`; `targets`; `segment_ids`; `positions`, from 0 in each
+      segment. All are 0 where there is padding.
+    """
+    length = segment_ids.shape[-1]
+    real = segment_ids > 0
+    index = np.arange(length, dtype=np.int32)
+    begins = np.zeros(segment_ids.shape, bool)
+    begins[..., 1:] = segment_ids[..., 1:] != segment_ids[..., :-1]
+    start = np.maximum.accumulate(np.where(begins, index, 0), axis=-1)
+    return {
+        "inputs": tokens[..., :-1] * real,  # the last target lies where padding begins
+        "targets": tokens[..., 1:],
+        "segment_ids": segment_ids,
+        "positions": (index - start).astype(np.int32) * real,
+    }
+
+
+def pack(
+    documents: Iterable[Sequence[int]], length: int, separator: int
+) -> Iterator[dict[str, np.ndarray]]:
+    """Windows of `length` positions with the fields of `fields`, int32 (T,) each."""
+    for tokens, segment_ids in rows(documents, length, separator):
+        yield fields(tokens, segment_ids)

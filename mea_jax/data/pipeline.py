@@ -1,0 +1,153 @@
+"""Batches from prepared windows, read with grain.
+
+Training batch i is a function of (seed, i, batch size) alone: its row r is element
+i * batch_size + r of one infinite sequence, each source shuffled anew every epoch and the sources
+mixed by weight. So a run resumes at any step without skipping over data, and on any number of
+hosts, each of which reads only its own rows.
+"""
+
+import hashlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import grain
+import numpy as np
+
+from mea_jax.data import packing
+from mea_jax.data.prepare import Prepared
+from mea_jax.data.windows import builder
+from mea_jax.errors import UserError
+
+Batch = dict[str, np.ndarray]
+
+
+def train_batches(
+    prepared: Prepared,
+    *,
+    seed: int,
+    batch_size: int,
+    start_step: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+    threads: int = 1,
+    prefetch: int = 8,
+) -> Iterator[Batch]:
+    """This host's share of the training batches from `start_step` on, without end.
+
+    Args:
+      prepared: the windows.
+      seed: of the order of windows.
+      batch_size: B, windows of a batch over all P hosts.
+      start_step: the number of the first batch.
+      process_index: p; this host gets rows p * B/P .. (p + 1) * B/P - 1.
+      process_count: P, the number of hosts.
+      threads: that read ahead; 0 reads in the calling thread.
+      prefetch: batches read ahead; 0 reads in the calling thread.
+
+    Yields:
+      `inputs`, `targets`, `segment_ids`, `positions` as in `packing.fields`, int32 (B/P, T).
+
+    Raises:
+      UserError: the batch does not divide over the hosts, or no source has a positive weight.
+    """
+    rows = _host_rows(batch_size, process_index, process_count)
+    windows = _training_sequence(prepared, seed)
+
+    def read(step: int) -> Batch:
+        return _stack([windows[step * batch_size + row] for row in rows])
+
+    return _iterate(read, start_step, sys.maxsize // batch_size, threads, prefetch)
+
+
+def held_out_batches(
+    prepared: Prepared,
+    *,
+    batch_size: int,
+    max_batches: int | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[Batch]:
+    """This host's share of the held-out batches, always the same ones in the same order.
+
+    Args:
+      prepared: the windows.
+      batch_size: B, windows of a batch over all P hosts.
+      max_batches: at most so many, of windows spread evenly over all; None reads every window.
+      process_index: as in `train_batches`.
+      process_count: as in `train_batches`.
+
+    Yields:
+      As `train_batches`. Windows that are missing in the last batch are all zero, and so are
+      their segment ids: padding.
+
+    Raises:
+      UserError: the batch does not divide over the hosts.
+    """
+    rows = _host_rows(batch_size, process_index, process_count)
+    sets = [
+        builder.open_windows(source.directory, builder.HELD_OUT)
+        for source in prepared.sources
+        if source.held_out_windows
+    ]
+    total = sum(len(windows) for windows in sets)
+    taken = total if max_batches is None else min(total, max_batches * batch_size)
+    length = prepared.context_length
+    padding = {
+        "tokens": np.zeros(length + 1, np.int32),
+        "segment_ids": np.zeros(length, np.int32),
+    }
+    if not taken:
+        return iter(())
+    windows = grain.MapDataset.concatenate([grain.MapDataset.source(s) for s in sets])
+
+    def read(batch: int) -> Batch:
+        numbers = [batch * batch_size + row for row in rows]
+        return _stack([windows[n * total // taken] if n < taken else padding for n in numbers])
+
+    return _iterate(read, 0, -(-taken // batch_size), threads=1, prefetch=2)
+
+
+def _training_sequence(prepared: Prepared, seed: int) -> Any:
+    """The infinite sequence of training windows, a `grain.MapDataset`."""
+    parts = [
+        # Grain's shuffle of epoch e uses seed + e. A hash keeps the epochs of one seed from being
+        # those of the next, and sources of equal length from being shuffled alike.
+        grain.MapDataset.source(builder.open_windows(source.directory, builder.TRAIN))
+        .shuffle(seed=_hash32(f"{seed}/{index}"))
+        .repeat()
+        for index, source in enumerate(prepared.sources)
+        if source.weight > 0
+    ]
+    weights = [source.weight for source in prepared.sources if source.weight > 0]
+    if not parts:
+        raise UserError("config.data.sources: no source has a positive weight; set one")
+    return grain.MapDataset.mix(parts, weights)
+
+
+def _iterate(
+    read: Callable[[int], Batch], start: int, stop: int, threads: int, prefetch: int
+) -> Iterator[Batch]:
+    """`read(start)`, `read(start + 1)`, .. up to `stop`, read ahead by grain's threads."""
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
+    return iter(grain.MapDataset.range(start, stop).map(read).to_iter_dataset(options))
+
+
+def _stack(windows: Sequence[dict[str, np.ndarray]]) -> Batch:
+    """Stored windows to one batch; the derived fields are computed for all rows at once."""
+    tokens = np.stack([window["tokens"] for window in windows])
+    return packing.fields(tokens, np.stack([window["segment_ids"] for window in windows]))
+
+
+def _host_rows(batch_size: int, process_index: int, process_count: int) -> range:
+    if batch_size % process_count:
+        raise UserError(
+            f"config.batch_size: {batch_size} does not divide over {process_count} hosts; "
+            f"take a multiple of {process_count}"
+        )
+    share = batch_size // process_count
+    return range(process_index * share, (process_index + 1) * share)
+
+
+def _hash32(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "big")

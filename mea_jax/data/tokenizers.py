@@ -1,0 +1,277 @@
+"""Tokenizers behind one small interface, saved in files that say what they are.
+
+Text is never searched for special tokens: a document that spells out "<|endoftext|>" is encoded
+as those characters, so the separator's id occurs only where packing puts it.
+"""
+
+import abc
+import functools
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import tokenizers as hf
+
+from mea_jax.errors import UserError
+
+SEPARATOR = "<|endoftext|>"
+# Ends of a document in the tokenizers of published models, in order of preference.
+_END_TOKENS = (SEPARATOR, "<|end_of_text|>", "</s>", "<|im_end|>", "<eos>")
+
+# What byte-pair merges may never join, for code and English alike. In order:
+_PRE_TOKENS = "|".join(
+    (
+        r"'(?i:s|t|d|m|ll|re|ve)(?!\p{L})",  # contractions
+        r"(?: |[^\s\p{L}\p{N}])?[\p{L}\p{M}]+",  # a word, with one space or sign before it
+        r"\p{N}{1,3}",  # digits by threes
+        # Signs with the line's end and the next line's indentation, as in "):\n    ". The last
+        # space of the indentation stays with the word that follows.
+        r" ?[^\s\p{L}\p{N}]+(?:[\r\n]+(?:[ \t]+(?!\S))?)?",
+        r"\s*[\r\n]+(?:[ \t]+(?!\S))?",  # line ends and indentation
+        r"\s+(?!\S)",  # other white space, its last character left to the next word
+        r"\s+",
+    )
+)
+
+
+class Tokenizer(abc.ABC):
+    """Text to token ids and back.
+
+    Attributes:
+      FILE: the name of the file it is saved in, which tells the kind.
+      vocab_size: one more than the largest id.
+      separator: the id between documents.
+      content: the bytes of its file.
+    """
+
+    FILE: ClassVar[str]
+    vocab_size: int
+    separator: int
+    content: bytes
+
+    @abc.abstractmethod
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of each text, without separators."""
+
+    @abc.abstractmethod
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids`. Bytes that are not UTF-8 and ids out of range become U+FFFD."""
+
+    def save(self, directory: Path) -> None:
+        """Writes the file that `from_directory` finds."""
+        (directory / self.FILE).write_bytes(self.content)
+
+    @classmethod
+    @abc.abstractmethod
+    def read(cls, path: Path) -> "Tokenizer":
+        """The tokenizer in a file. Raises `UserError` if the file is malformed."""
+
+
+class BytesTokenizer(Tokenizer):
+    """The 256 bytes of UTF-8, and the separator."""
+
+    FILE = "tokenizer.bytes.json"
+    vocab_size = 257
+    separator = 256
+    content = json.dumps({"kind": "bytes", "vocab_size": 257, "separator": 256}).encode()
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        return [list(text.encode()) for text in texts]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        special = {self.separator: SEPARATOR.encode()}
+        unknown = "\ufffd".encode()
+        pieces = (bytes((i,)) if 0 <= i < 256 else special.get(int(i), unknown) for i in ids)
+        return b"".join(pieces).decode(errors="replace")
+
+    @classmethod
+    def read(cls, path: Path) -> "BytesTokenizer":
+        try:
+            content = json.loads(path.read_bytes())
+        except ValueError as error:
+            raise UserError(f"{path}: truncated, or not a tokenizer file ({error})") from error
+        if content != json.loads(cls.content):
+            raise UserError(f"{path}: not a bytes tokenizer; expected {cls.content.decode()}")
+        return cls()
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    """A tokenizer of the Hugging Face `tokenizers` library, also those trained here."""
+
+    FILE = "tokenizer.json"
+
+    def __init__(self, tokenizer: hf.Tokenizer, where: str):
+        """`where` names the tokenizer in the error raised when it has no end token."""
+        self.content = tokenizer.to_str().encode()  # as it came, before the changes below
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        tokenizer.encode_special_tokens = True  # as text; see the module's docstring
+        self._tokenizer = tokenizer
+        vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+        end = next((token for token in _END_TOKENS if token in vocabulary), None)
+        if end is None:
+            raise UserError(
+                f"{where}: has no end token to separate documents; "
+                f"add one of {', '.join(_END_TOKENS)}"
+            )
+        self.separator = vocabulary[end]
+        self.vocab_size = max(vocabulary.values()) + 1
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return _decode_known(
+            ids,
+            self.vocab_size,
+            functools.partial(self._tokenizer.decode, skip_special_tokens=False),
+        )
+
+    @classmethod
+    def read(cls, path: Path) -> "HuggingFaceTokenizer":
+        try:
+            tokenizer = hf.Tokenizer.from_str(path.read_text(encoding="utf-8"))
+        # The library raises a bare Exception for everything that is wrong with the file.
+        except Exception as error:
+            raise UserError(
+                f"{path}: truncated, or not a Hugging Face tokenizer.json ({error})"
+            ) from error
+        return cls(tokenizer, str(path))
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A SentencePiece model, as of Llama 2, Gemma and Mistral."""
+
+    FILE = "tokenizer.model"
+
+    def __init__(self, model: bytes, where: str):
+        try:
+            import sentencepiece  # an optional extra
+        except ImportError as error:
+            raise UserError(
+                f"{where}: reading it needs the package sentencepiece: "
+                "pip install 'mea_jax[sentencepiece]'"
+            ) from error
+        self.content = model
+        try:
+            self._processor: Any = sentencepiece.SentencePieceProcessor(model_proto=model)
+            self.vocab_size = self._processor.vocab_size()
+        except RuntimeError as error:
+            raise UserError(f"{where}: truncated, or not a SentencePiece model") from error
+        self.separator = self._processor.eos_id()
+        if self.separator < 0:
+            raise UserError(f"{where}: has no end token (eos) to separate documents")
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        return self._processor.encode(texts)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return _decode_known(ids, self.vocab_size, self._processor.decode)
+
+    @classmethod
+    def read(cls, path: Path) -> "SentencePieceTokenizer":
+        return cls(path.read_bytes(), str(path))
+
+
+_KINDS: tuple[type[Tokenizer], ...] = (BytesTokenizer, HuggingFaceTokenizer, SentencePieceTokenizer)
+
+
+def from_directory(directory: Path) -> Tokenizer:
+    """The tokenizer that `save` wrote into `directory`.
+
+    Raises:
+      UserError: there is none, or its file is malformed.
+    """
+    for kind in _KINDS:
+        if (directory / kind.FILE).is_file():
+            return kind.read(directory / kind.FILE)
+    raise UserError(
+        f"{directory}: holds no tokenizer; expected {' or '.join(kind.FILE for kind in _KINDS)}"
+    )
+
+
+def load(spec: str) -> Tokenizer:
+    """The tokenizer of a spec as in `DataConfig.tokenizer`, those trained on the spot excepted.
+
+    Args:
+      spec: "bytes", the path of a *.json or *.model file, or a folder that holds one.
+
+    Raises:
+      UserError: no such file, a malformed file, or a spec of no known kind.
+    """
+    if spec == "bytes":
+        return BytesTokenizer()
+    path = Path(spec).expanduser()
+    if path.is_dir():
+        return from_directory(path)
+    kinds = {kind.FILE: kind for kind in _KINDS}
+    suffixes: dict[str, type[Tokenizer]] = {
+        ".json": HuggingFaceTokenizer,
+        ".model": SentencePieceTokenizer,
+    }
+    kind = kinds.get(path.name) or suffixes.get(path.suffix)
+    if kind is None:
+        raise UserError(
+            f"config.data.tokenizer: {spec!r} is none of 'bytes', 'bpe:<size>', "
+            "a path ending in .json or .model, or a folder with such a file"
+        )
+    if not path.is_file():
+        raise UserError(f"config.data.tokenizer: {spec}: no such file")
+    return kind.read(path)
+
+
+def bpe_size(spec: str) -> int | None:
+    """The vocabulary size of a "bpe:<size>" spec, None for any other spec.
+
+    Raises:
+      UserError: the size is not a number of at least 257 (256 bytes and the separator).
+    """
+    if not spec.startswith("bpe"):
+        return None
+    size = spec.removeprefix("bpe").removeprefix(":")
+    if not size.isdecimal() or int(size) < 257:
+        raise UserError(
+            f"config.data.tokenizer: {spec!r} is not 'bpe:<size>' with a size of at least 257 "
+            "(256 bytes and the separator)"
+        )
+    return int(size)
+
+
+def train_bpe(texts: Iterator[str], vocab_size: int) -> HuggingFaceTokenizer:
+    """Byte-level byte-pair encoding, lossless for any text; the same texts give the same merges.
+
+    Args:
+      texts: the training texts.
+      vocab_size: tokens with the 256 bytes and the separator; fewer come of it when the texts
+        are too small for as many merges.
+    """
+    tokenizer = hf.Tokenizer(hf.models.BPE())
+    tokenizer.pre_tokenizer = hf.pre_tokenizers.Sequence(
+        [
+            hf.pre_tokenizers.Split(hf.Regex(_PRE_TOKENS), "isolated"),
+            hf.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = hf.decoders.ByteLevel()
+    trainer = hf.trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        initial_alphabet=sorted(hf.pre_tokenizers.ByteLevel.alphabet()),
+        special_tokens=[SEPARATOR],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return HuggingFaceTokenizer(tokenizer, "the trained tokenizer")
+
+
+def _decode_known(ids: Sequence[int], vocab_size: int, decode: Any) -> str:
+    """`decode` of the stretches of `ids` below `vocab_size`, U+FFFD for each id between them."""
+    text, known = [], []
+    for i in ids:
+        if 0 <= i < vocab_size:
+            known.append(int(i))
+        else:
+            text += [decode(known), "\ufffd"]
+            known = []
+    return "".join([*text, decode(known)])

@@ -1,0 +1,42 @@
+"""The one exception a user may cause, and the wrapper that prints it as one line.
+
+A `UserError` says what is wrong, where, and how to mend it. Commands print it without a
+traceback and exit with status 2; anything else is a defect of ours and keeps its traceback.
+"""
+
+import difflib
+import sys
+from collections.abc import Callable, Iterable
+from typing import NoReturn
+
+
+class UserError(Exception):
+    """A mistake in a config, an input file, a machine's set-up: one line, no traceback."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The tail `"; did you mean 'x'?"` for a misspelt `name`, or the list of what exists."""
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    if close:
+        return f"did you mean {close[0]!r}?"
+    return "known: " + ", ".join(names)
+
+
+def fail(error: BaseException | str) -> NoReturn:
+    """Prints `error` as one line on stderr and exits with status 2."""
+    line = " ".join(str(error).split())
+    sys.stderr.write(f"error: {line}\n")
+    sys.exit(2)
+
+
+def one_line_errors(main: Callable[..., None]) -> Callable[..., None]:
+    """Decorates a command's `main`: a `UserError` becomes one line and exit status 2."""
+
+    def wrapped(*args, **kwargs) -> None:
+        try:
+            main(*args, **kwargs)
+        except UserError as error:
+            fail(error)
+
+    return wrapped

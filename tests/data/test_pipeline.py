@@ -1,0 +1,214 @@
+"""The pipeline: batch i is a function of (seed, i, batch size), whoever reads it and from where."""
+
+import collections
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+
+from mea_jax.config import DataConfig, SourceConfig
+from mea_jax.data import pipeline, prepare
+from mea_jax.data.windows import builder
+from mea_jax.errors import UserError
+
+LENGTH = 16
+BATCH = 8
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """Two sources, told apart by their letters, with weights 3 and 1."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    for letter in "ab":
+        (folder / letter).mkdir()
+        for i in range(40):
+            text = f"{letter * 3}{i:02d}" * (2 + i % 7)
+            (folder / letter / f"{letter}{i}.txt").write_text(text)
+    config = DataConfig(
+        sources=(
+            SourceConfig(source="text", path=str(folder / "a"), weight=3.0),
+            SourceConfig(source="text", path=str(folder / "b"), weight=1.0),
+        ),
+        tokenizer="bytes",
+        context_length=LENGTH,
+        held_out_fraction=0.25,
+        cache_dir=str(folder / "cache"),
+    )
+    return prepare.prepare(config, log=lambda line: None)
+
+
+def train(prepared, count, **options):
+    options = {"seed": 0, "batch_size": BATCH, **options}
+    return list(itertools.islice(pipeline.train_batches(prepared, **options), count))
+
+
+def same(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name])
+
+
+def join(shares):
+    return {name: np.concatenate([share[name] for share in shares]) for name in shares[0]}
+
+
+def test_shapes_and_dtypes(prepared):
+    (batch,) = train(prepared, 1)
+    assert set(batch) == {"inputs", "targets", "segment_ids", "positions"}
+    for array in batch.values():
+        assert array.shape == (BATCH, LENGTH)
+        assert array.dtype == np.int32
+
+
+def test_batches_hold_stored_windows(prepared):
+    windows = {
+        window["tokens"].tobytes()
+        for source in prepared.sources
+        for window in builder.open_windows(source.directory, "train")
+    }
+    for batch in train(prepared, 5):
+        tokens = np.concatenate([batch["inputs"], batch["targets"][:, -1:]], axis=1)
+        full = (batch["segment_ids"] > 0).all(axis=1)
+        assert all(row.tobytes() in windows for row in tokens[full])
+
+
+@pytest.mark.parametrize("start", [1, 7, 100])
+def test_any_start_step_gives_the_same_batches(prepared, start):
+    for a, b in zip(
+        train(prepared, start + 3)[start:], train(prepared, 3, start_step=start), strict=True
+    ):
+        same(a, b)
+
+
+@pytest.mark.parametrize("options", [{"threads": 0}, {"threads": 3, "prefetch": 5}])
+def test_prefetch_does_not_change_batches(prepared, options):
+    for a, b in zip(train(prepared, 20), train(prepared, 20, **options), strict=True):
+        same(a, b)
+
+
+@pytest.mark.parametrize("hosts", [2, 4, 8])
+def test_hosts_together_read_the_same_batches(prepared, hosts):
+    shares = [
+        train(prepared, 4, start_step=3, process_index=p, process_count=hosts) for p in range(hosts)
+    ]
+    for whole, parts in zip(
+        train(prepared, 4, start_step=3), zip(*shares, strict=True), strict=True
+    ):
+        same(whole, join(parts))
+
+
+def test_each_host_reads_only_its_rows(prepared, monkeypatch):
+    reads = []
+    open_windows = builder.open_windows
+
+    class Counting:
+        def __init__(self, windows):
+            self.windows = windows
+
+        def __len__(self):
+            return len(self.windows)
+
+        def __getitem__(self, index):
+            reads.append(index)
+            return self.windows[index]
+
+    monkeypatch.setattr(builder, "open_windows", lambda *args: Counting(open_windows(*args)))
+    # Far into the run, to see that nothing before is read either.
+    options = {"start_step": 1000, "process_index": 1, "process_count": 4, "threads": 0}
+    train(prepared, 3, **options)
+    assert len(reads) == 3 * BATCH // 4
+    reads.clear()
+    list(pipeline.held_out_batches(prepared, batch_size=4, process_index=0, process_count=4))
+    total = sum(source.held_out_windows for source in prepared.sources)
+    assert len(reads) == -(-total // 4)
+
+
+def test_seeds_and_epochs_differ(prepared):
+    def order(seed, start):
+        return [
+            batch["inputs"].tobytes() for batch in train(prepared, 4, seed=seed, start_step=start)
+        ]
+
+    assert order(0, 0) == order(0, 0)
+    assert len({tuple(order(seed, start)) for seed in (0, 1) for start in (0, 40)}) == 4
+
+
+def letter(row):
+    """The source of a window's inputs, "a" or "b"."""
+    text = bytes(token for token in row if token < 256)
+    return "a" if b"a" in text else "b"
+
+
+def test_mixture_has_the_weights(prepared):
+    letters = collections.Counter(
+        letter(row) for batch in train(prepared, 50) for row in batch["inputs"]
+    )
+    # Sources are interleaved in exact proportion, not drawn by chance.
+    assert letters == {"a": 300, "b": 100}
+
+
+def test_an_epoch_holds_each_window_once(prepared):
+    windows = prepared.sources[1].train_windows
+    batches = train(prepared, -(-4 * windows // BATCH) + 1)
+    rows = [row.tobytes() for batch in batches for row in batch["inputs"] if letter(row) == "b"]
+    first, second = rows[:windows], rows[windows : 2 * windows]
+    stored = [
+        np.where(window["segment_ids"] > 0, window["tokens"][:-1], 0).astype(np.int32).tobytes()
+        for window in builder.open_windows(prepared.sources[1].directory, "train")
+    ]
+    assert collections.Counter(first) == collections.Counter(stored)
+    assert first != second[: len(first)]
+
+
+def test_a_source_of_weight_zero_is_not_read(prepared):
+    a, b = prepared.sources
+    only_a = dataclasses.replace(prepared, sources=(a, dataclasses.replace(b, weight=0.0)))
+    assert {letter(row) for batch in train(only_a, 10) for row in batch["inputs"]} == {"a"}
+    none = dataclasses.replace(prepared, sources=(dataclasses.replace(b, weight=0.0),))
+    with pytest.raises(UserError, match="no source has a positive weight"):
+        train(none, 1)
+
+
+def held_out(prepared, **options):
+    return list(pipeline.held_out_batches(prepared, **{"batch_size": BATCH, **options}))
+
+
+def test_held_out_reads_every_window_once_and_pads_with_zeros(prepared):
+    batches = held_out(prepared)
+    total = sum(source.held_out_windows for source in prepared.sources)
+    assert total % BATCH, "the fixture should leave a partial batch"
+    assert [batch["inputs"].shape for batch in batches] == [(BATCH, LENGTH)] * -(-total // BATCH)
+    joined = join(batches)
+    assert all((array[total:] == 0).all() for array in joined.values())
+    real = (joined["segment_ids"] > 0).sum()
+    assert real == sum(source.held_out_tokens for source in prepared.sources)
+
+
+def test_held_out_sample_is_spread_and_fixed(prepared):
+    everything = join(held_out(prepared))["inputs"]
+    total = sum(source.held_out_windows for source in prepared.sources)
+    sample = held_out(prepared, max_batches=2)
+    assert len(sample) == 2
+    for a, b in zip(sample, held_out(prepared, max_batches=2), strict=True):
+        same(a, b)
+    index = [np.nonzero((everything == row).all(axis=1))[0] for row in join(sample)["inputs"]]
+    # Evenly spread: the n-th of 16 lies at n / 16 of all windows.
+    expected = [n * total // 16 for n in range(16)]
+    assert all(e in found for e, found in zip(expected, index, strict=True))
+    for a, b in zip(held_out(prepared, max_batches=10**6), held_out(prepared), strict=True):
+        same(a, b)
+
+
+@pytest.mark.parametrize("options", [{}, {"max_batches": 1}])
+def test_held_out_hosts_together_read_the_same(prepared, options):
+    shares = [held_out(prepared, process_index=p, process_count=2, **options) for p in range(2)]
+    for whole, parts in zip(held_out(prepared, **options), zip(*shares, strict=True), strict=True):
+        same(whole, join(parts))
+
+
+def test_batch_that_does_not_divide_over_hosts(prepared):
+    with pytest.raises(UserError, match=r"batch_size: 8 does not divide over 3 hosts"):
+        train(prepared, 1, process_count=3)
+    with pytest.raises(UserError, match="does not divide"):
+        held_out(prepared, process_count=3)

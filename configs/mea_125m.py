@@ -1,0 +1,41 @@
+"""MEA at 125M parameters on your own text: one GPU or a small TPU slice, some hours.
+
+    python -m mea_jax.train --config configs/mea_125m.py \
+        --config.data.sources="({'source': 'text', 'path': 'corpus/**/*.txt'},)"
+
+Baselines of the same shape: configs/mea_125m.py:mha, :gqa and :no_norm.
+
+The shape of GPT-2 small with SwiGLU: D 768, 12 layers, 12 heads of width 64, a byte-level BPE of
+32,768 words trained on the spot. Without an override it reads the Python standard library, enough
+to try the machine but far too little to train on. No result has been measured yet.
+"""
+
+from mea_jax.baselines import apply_variant
+from mea_jax.config import default_config
+
+
+def get_config(variant: str = ""):
+    config = default_config()
+    config.name = "mea_125m"
+    config.steps = 10_000
+    config.batch_size = 256  # windows of 1024: 262k tokens
+
+    model = config.model
+    model.vocab_size = 32_768
+    model.d_model, model.n_layers, model.d_ff = 768, 12, 2048
+    model.n_heads, model.n_kv_heads, model.head_dim = 12, 12, 64
+    model.tie_embeddings = True
+    model.remat = "dots"
+    model.loss_chunk = 256
+
+    config.optimizer.learning_rate = 2e-3
+    config.optimizer.warmup_steps = 500
+
+    config.data.tokenizer = "bpe:32768"
+    config.data.context_length = 1024
+    config.data.read_threads = 2
+
+    config.mesh.data = -1
+    config.evaluate.every = 500
+    config.checkpoint.every = 500
+    return apply_variant(config, variant)

@@ -1,0 +1,36 @@
+"""A small MEA on the Python standard library's sources, in minutes on two CPU cores.
+
+python -m mea_jax.train --config configs/quickstart.py
+"""
+
+from mea_jax.baselines import apply_variant
+from mea_jax.config import default_config
+
+PROMPT = '''def read_lines(path):
+    """Return the lines of a text file, without their line ends."""
+    with open(path) as'''
+
+
+def get_config(variant: str = ""):
+    config = default_config()
+    config.name = "quickstart"
+    config.steps = 1_200
+    config.batch_size = 8
+
+    model = config.model
+    model.vocab_size = 2048
+    model.d_model, model.n_layers, model.d_ff = 256, 6, 704
+    model.n_heads, model.n_kv_heads, model.head_dim = 8, 8, 32
+    model.scan_unroll = 6  # on a CPU the stacks of a rolled scan cost a third of the step
+    model.loss_chunk = 0
+
+    config.optimizer.learning_rate = 3e-3
+    config.optimizer.warmup_steps = 100
+
+    config.data.tokenizer = "bpe:2048"
+    config.data.context_length = 256
+
+    config.evaluate.every = 300
+    config.evaluate.sample_prompt = PROMPT
+    config.checkpoint.every = 200
+    return apply_variant(config, variant)

@@ -1,0 +1,116 @@
+"""Checkpoints that describe themselves: orbax behind one small interface.
+
+A checkpoint `<workdir>/checkpoints/<step>` holds the training state, the whole config as JSON and
+the position in the data. It is restored into an abstract tree that carries target shardings, so
+the mesh may differ from the one that wrote it. Saves are asynchronous: the loop goes on while the
+previous state is written.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import orbax.checkpoint as ocp
+from absl import logging as absl_logging
+
+from mea_jax.config import CheckpointConfig, TrainConfig
+from mea_jax.errors import UserError
+from mea_jax.train_step import TrainState
+
+FORMAT = 1
+
+
+class Checkpoints:
+    """The checkpoints of one run directory. Use as a context manager: leaving waits for writes."""
+
+    def __init__(self, workdir: Path, options: CheckpointConfig | None = None):
+        """With no `options` the directory is only read."""
+        self.directory = (workdir / "checkpoints").absolute()
+        # Orbax reports each phase of each save on the level of warnings' neighbour, INFO.
+        absl_logging.set_verbosity(absl_logging.ERROR)
+        keep = None if options is None else ocp.checkpoint_managers.LatestN(options.keep)
+        self.manager = ocp.CheckpointManager(
+            self.directory,
+            options=ocp.CheckpointManagerOptions(
+                create=options is not None,
+                read_only=options is None,
+                preservation_policy=keep,
+            ),
+            item_names=("state", "config", "data"),
+        )
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind, *_: Any) -> None:
+        try:
+            self.wait()
+        except UserError:
+            if kind is None:  # an error that is already on its way out comes first
+                raise
+        finally:
+            self.manager.close()
+
+    def latest(self) -> int | None:
+        """The newest complete checkpoint's step, or None."""
+        return self.manager.latest_step()
+
+    def save(self, step: int, state: TrainState, config: TrainConfig) -> None:
+        """Starts writing `state`; returns when its buffers may be reused.
+
+        Raises `UserError` when this or an earlier write failed (disk full, read-only, ...).
+        """
+        try:
+            self.manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state),
+                    config=ocp.args.JsonSave(config.to_dict()),
+                    data=ocp.args.JsonSave(
+                        {"format": FORMAT, "next_batch": step, "seed": config.seed}
+                    ),
+                ),
+            )
+        except Exception as error:
+            raise self._write_error(error, step) from error
+
+    def wait(self) -> None:
+        """Blocks until what was saved is on disk. Raises `UserError` when it could not be."""
+        try:
+            self.manager.wait_until_finished()
+            self.manager.check_for_errors()
+        except Exception as error:
+            raise self._write_error(error, None) from error
+
+    def _write_error(self, error: Exception, step: int | None) -> UserError:
+        saved = self.latest()
+        safe = f"the run is safe up to step {saved}" if saved is not None else "nothing is saved"
+        which = "a checkpoint" if step is None else f"the checkpoint of step {step}"
+        reason = str(error).strip().splitlines()
+        return UserError(
+            f"{which} could not be written to {self.directory}: "
+            f"{reason[0] if reason else type(error).__name__}; {safe}; free space or make the "
+            "directory writable, then run the same command again"
+        )
+
+    def restore(self, step: int, abstract: TrainState) -> TrainState:
+        """The state of `step`, laid out as `abstract` says: shapes, dtypes and shardings."""
+        try:
+            restored = self.manager.restore(
+                step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+            )
+        except Exception as error:
+            reason = str(error).strip().splitlines()
+            raise UserError(
+                f"checkpoint {self.directory / str(step)} could not be read: "
+                f"{reason[0] if reason else type(error).__name__}"
+            ) from error
+        return restored["state"]
+
+    def config(self, step: int) -> TrainConfig:
+        """The config inside the checkpoint of `step`: JSON, never code."""
+        path = self.directory / str(step) / "config" / "metadata"
+        try:
+            return TrainConfig.from_dict(json.loads(path.read_text()))
+        except (OSError, json.JSONDecodeError) as error:
+            raise UserError(f"{path} holds no config: {error}") from error

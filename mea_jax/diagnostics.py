@@ -1,0 +1,74 @@
+"""What a researcher watches to see MEA work: its heads, its mixing, its attention."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from mea_jax import sharding
+from mea_jax.attention import initial_mixing
+from mea_jax.config import TrainConfig
+from mea_jax.train_step import Batch, state_shardings
+from mea_jax.transformer import Decoder, stretches
+
+
+def mixing_distance(config: TrainConfig, params: Any) -> dict[str, jax.Array]:
+    """How far each W_lc is from its initialisation: |M - M_0| / |M_0| (Frobenius), per layer.
+
+    {"mixing_distance/key": (L,), "mixing_distance/value": (L,)} for what the model mixes. A
+    component count that does not divide K has no initialisation (a compressed model): nan.
+    """
+    model, result = config.model, {}
+    for which in ("key", "value"):
+        if not model.mixes(which):
+            continue
+        rows = []
+        for first, length, c_key, c_value in stretches(model):
+            components = c_key if which == "key" else c_value
+            if model.n_kv_heads % components:
+                rows.append(jnp.full((length,), jnp.nan))
+                continue
+            mix_LCK = params[f"layers_{first}"]["attention"][f"{which}_mixing"]
+            start_CK = initial_mixing(components, model.n_kv_heads)
+            distance_L = jnp.sqrt(jnp.sum(jnp.square(mix_LCK - start_CK[None]), axis=(1, 2)))
+            rows.append(distance_L / jnp.linalg.norm(start_CK))
+        result[f"mixing_distance/{which}"] = jnp.concatenate(rows)
+    return result
+
+
+def compile_diagnostics(config: TrainConfig, mesh: Mesh) -> Callable[..., dict[str, jax.Array]]:
+    """(params, batch) -> arrays by name, float32, computed on one held-out batch.
+
+    `attention_entropy` (L, N) in nats, `attention_logit_max` (L, N), `head_output_rms` (L, N)
+    before the head norm, and `mixing_distance/...` (L,).
+    """
+
+    def run(params: Any, batch: Batch) -> dict[str, jax.Array]:
+        _, variables = Decoder(config.model).apply(
+            {"params": params},
+            batch["inputs"],
+            batch["positions"],
+            batch["segment_ids"],
+            mutable=["statistics"],
+        )
+        stacks = [
+            variables["statistics"][f"layers_{first}"]["attention"]["attention"][0]
+            for first, *_ in stretches(config.model)
+        ]
+        names = {
+            "entropy": "attention_entropy",
+            "logit": "attention_logit_max",
+            "output_rms": "head_output_rms",
+        }
+        statistics = {
+            name: jnp.concatenate([stack[key] for stack in stacks]) for key, name in names.items()
+        }
+        return statistics | mixing_distance(config, params)
+
+    return jax.jit(
+        run,
+        in_shardings=(state_shardings(config, mesh).params, sharding.batch_sharding(mesh)),
+        out_shardings=sharding.replicated(mesh),
+    )

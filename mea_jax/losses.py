@@ -1,0 +1,94 @@
+"""Cross-entropy that never holds the logits of a whole batch.
+
+The loss of a 128,256-word vocabulary is the largest activation of a small model. Here the logits
+of `chunk` positions of each window exist at one time; when the loss is differentiated, the
+gradients of hidden states and kernel are formed in the same pass, while those logits are there,
+so nothing is recomputed and nothing of size T x V is saved.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from mea_jax.sharding import constrain
+
+
+def largest_divisor(length: int, limit: int) -> int:
+    """The largest divisor of `length` that is at most `limit`; `length` itself if limit is 0."""
+    return next(c for c in range(min(limit, length) or length, 0, -1) if length % c == 0)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def cross_entropy(
+    x_BTD: jax.Array,
+    kernel_DV: jax.Array,
+    targets_BT: jax.Array,
+    weights_BT: jax.Array,
+    dtype: jnp.dtype,
+    chunk: int,
+    z_loss: float,
+) -> tuple[jax.Array, jax.Array]:
+    """Sums over tokens, float32: (objective, negative log-likelihood in nats).
+
+    objective = sum of weight * (nll + z_loss * logsumexp(logits)^2). Products take `dtype` inputs
+    and accumulate in float32. Only the objective is differentiated: the second output is a
+    report, its cotangent is ignored. Gradients flow to `x_BTD` and `kernel_DV`.
+    """
+    sums, _ = _scan(x_BTD, kernel_DV, targets_BT, weights_BT, dtype, chunk, z_loss, False)
+    return sums
+
+
+def _scan(x_BTD, kernel_DV, targets_BT, weights_BT, dtype, chunk, z_loss, differentiate):
+    batch, length, _ = x_BTD.shape
+    chunk = largest_divisor(length, chunk)
+    kernel_DV = kernel_DV.astype(dtype)
+
+    def chunks(y_BT):  # (B, T, ...) to (T / chunk, B, chunk, ...): the batch axis stays sharded
+        split = y_BT.reshape(batch, length // chunk, chunk, *y_BT.shape[2:])
+        return jnp.moveaxis(split, 1, 0)
+
+    def body(carry, xs):
+        (objective, nll), d_kernel_DV = carry
+        x_BCD, targets_BC, weights_BC = xs
+        x_BCD = x_BCD.astype(dtype)
+        logits_BCV = jnp.einsum("bcd,dv->bcv", x_BCD, kernel_DV, preferred_element_type=jnp.float32)
+        logits_BCV = constrain(logits_BCV, "batch", "length", "activation_vocab")
+        lse_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
+        # A comparison, not a gather: it stays local where the vocabulary is sharded.
+        words = jax.lax.broadcasted_iota(jnp.int32, logits_BCV.shape, 2)
+        hit_BCV = words == targets_BC[..., None]
+        nll_BC = lse_BC - jnp.sum(jnp.where(hit_BCV, logits_BCV, 0.0), axis=-1)
+        objective += jnp.sum(weights_BC * (nll_BC + z_loss * lse_BC**2))
+        nll += jnp.sum(weights_BC * nll_BC)
+        if not differentiate:
+            return ((objective, nll), d_kernel_DV), None
+        # d nll / d logits = softmax - hit; d lse^2 / d logits = 2 lse softmax.
+        p_BCV = jnp.exp(logits_BCV - lse_BC[..., None])
+        slope_BC = weights_BC * (1.0 + 2.0 * z_loss * lse_BC)
+        d_BCV = slope_BC[..., None] * p_BCV - jnp.where(hit_BCV, weights_BC[..., None], 0.0)
+        d_BCV = d_BCV.astype(dtype)
+        d_x_BCD = jnp.einsum("bcv,dv->bcd", d_BCV, kernel_DV, preferred_element_type=jnp.float32)
+        d_kernel_DV += jnp.einsum("bcd,bcv->dv", x_BCD, d_BCV, preferred_element_type=jnp.float32)
+        return ((objective, nll), d_kernel_DV), d_x_BCD.astype(x_BTD.dtype)
+
+    zero = jnp.zeros((), jnp.float32)
+    start = jnp.zeros(kernel_DV.shape if differentiate else (), jnp.float32)
+    xs = (chunks(x_BTD), chunks(targets_BT), chunks(weights_BT.astype(jnp.float32)))
+    (sums, d_kernel_DV), d_x = jax.lax.scan(body, ((zero, zero), start), xs)
+    if not differentiate:
+        return sums, None
+    return sums, (jnp.moveaxis(d_x, 0, 1).reshape(x_BTD.shape), d_kernel_DV)
+
+
+def _forward(x_BTD, kernel_DV, targets_BT, weights_BT, dtype, chunk, z_loss):
+    return _scan(x_BTD, kernel_DV, targets_BT, weights_BT, dtype, chunk, z_loss, True)
+
+
+def _backward(dtype, chunk, z_loss, gradients, cotangents):
+    d_x_BTD, d_kernel_DV = gradients
+    scale = cotangents[0]
+    return d_x_BTD * scale.astype(d_x_BTD.dtype), d_kernel_DV * scale, None, None
+
+
+cross_entropy.defvjp(_forward, _backward)

@@ -1,0 +1,198 @@
+"""What a run leaves for people and programs: metrics.jsonl, TensorBoard, loss.png, the bar."""
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tqdm
+
+from mea_jax.errors import UserError
+
+
+class MetricsWriter:
+    """Appends rows to metrics.jsonl and scalars to TensorBoard; rows are flushed at once.
+
+    Rows of steps after `start_step` were written by a run that was cut off after its last
+    checkpoint: they are dropped, since those steps run again. So are rows of `start_step` itself
+    whose kind is in `redo`.
+    """
+
+    def __init__(self, workdir: Path, start_step: int, redo: Sequence[str] = ()):
+        from tensorboardX import SummaryWriter  # takes a second to import
+
+        def keep(row):
+            return row["step"] < start_step or (
+                row["step"] == start_step and row["kind"] not in redo
+            )
+
+        self.path = workdir / "metrics.jsonl"
+        kept = [row for row in read_metrics(self.path) if keep(row)]
+        scratch = self.path.with_suffix(".tmp")
+        scratch.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        os.replace(scratch, self.path)
+        self.file = self.path.open("a")
+        self.board = SummaryWriter(
+            str(workdir / "tensorboard"), purge_step=start_step + 1, flush_secs=30
+        )
+
+    def write(self, step: int, kind: str, values: Mapping[str, Any]) -> None:
+        """One row {"step", "kind", ...}; arrays become lists in the file, their means on the board.
+
+        Raises `UserError` when the disk refuses.
+        """
+        row = {name: np.asarray(value).tolist() for name, value in values.items()}
+        try:
+            self.file.write(json.dumps({"step": step, "kind": kind} | row) + "\n")
+            self.file.flush()
+        except OSError as error:
+            raise UserError(
+                f"{self.path} cannot be written: {error.strerror}; free space, then run the same "
+                "command again: it resumes from the last checkpoint"
+            ) from error
+        for name, value in values.items():
+            self.board.add_scalar(f"{kind}/{name}", float(np.mean(value)), step)
+
+    def close(self) -> None:
+        self.file.close()
+        self.board.close()
+
+
+class NoWriter:
+    """The `MetricsWriter` of every process but the first."""
+
+    def write(self, step: int, kind: str, values: Mapping[str, Any]) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl; a last line that a kill cut short is left out."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+class Progress:
+    """A bar with loss, speed and ETA on a terminal; elsewhere a line now and then."""
+
+    LINE_SECONDS = 15.0
+
+    def __init__(self, start: int, total: int, enabled: bool = True):
+        self.total, self.start, self.began = total, start, time.monotonic()
+        self.last_line = self.began
+        self.lines = enabled and not sys.stderr.isatty()
+        self.bar = tqdm.tqdm(
+            total=total,
+            initial=start,
+            unit="step",
+            dynamic_ncols=True,
+            disable=not enabled or self.lines,
+        )
+
+    def update(self, step: int, loss: float, tokens_per_second: float) -> None:
+        """`step` updates are done."""
+        self.bar.set_postfix_str(f"loss {loss:.3f}, {tokens_per_second:,.0f} tokens/s", False)
+        self.bar.update(step - self.bar.n)
+        now = time.monotonic()
+        if self.lines and (now - self.last_line > self.LINE_SECONDS or step == self.total):
+            self.last_line = now
+            left = (now - self.began) / (step - self.start) * (self.total - step)
+            sys.stderr.write(
+                f"step {step}/{self.total}  loss {loss:.3f}  "
+                f"{tokens_per_second:,.0f} tokens/s  ETA {left:.0f} s\n"
+            )
+
+    def say(self, line: str) -> None:
+        """Prints above the bar."""
+        tqdm.tqdm.write(line, file=sys.stderr) if not self.bar.disable else print(
+            line, file=sys.stderr, flush=True
+        )
+
+    def close(self) -> None:
+        self.bar.close()
+
+
+def plot_loss(
+    workdir: Path, title: str, bits_per_nat: float | None, baselines: Mapping[str, float]
+) -> Path:
+    """Draws loss.png from metrics.jsonl: training and held-out loss against the step.
+
+    Args:
+      workdir: the run directory.
+      title: of the figure.
+      bits_per_nat: bits per byte of held-out text for one nat per token; gives a second axis.
+      baselines: bits per byte of other compressors by name, as horizontal lines.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    rows = read_metrics(workdir / "metrics.jsonl")
+    train = np.array([(r["step"], r["loss"]) for r in rows if r["kind"] == "train"]).reshape(-1, 2)
+    held = np.array([(r["step"], r["loss"]) for r in rows if r["kind"] == "held_out"])
+    figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    if len(train):
+        axis.plot(train[:, 0], train[:, 1], color="0.75", linewidth=0.8, label="training, per step")
+        window = max(len(train) // 50, 1)
+        smooth = np.convolve(train[:, 1], np.ones(window) / window, mode="valid")
+        axis.plot(train[window - 1 :, 0], smooth, color="C0", label="training, running mean")
+    if len(held):
+        axis.plot(held[:, 0], held[:, 1], "o-", color="C1", markersize=4, label="held-out")
+    losses = np.concatenate([train[:, 1], held.reshape(-1, 2)[:, 1]])
+    marks = [bits / bits_per_nat for bits in baselines.values()] if bits_per_nat else []
+    if len(losses):
+        low = min([losses.min(), *marks])
+        axis.set_ylim(low - 0.1 * (losses.max() - low), losses.max() * 1.03)
+    axis.set(xlabel="step", ylabel="loss (nats per token)", title=title)
+    axis.grid(alpha=0.3)
+    if bits_per_nat:
+        second = axis.secondary_yaxis(
+            "right", functions=(lambda y: y * bits_per_nat, lambda y: y / bits_per_nat)
+        )
+        second.set_ylabel("bits per byte of held-out text")
+        for (name, bits), style in zip(baselines.items(), ("--", ":"), strict=False):
+            label = f"{name}: {bits:.2f} bits per byte"
+            axis.axhline(bits / bits_per_nat, color="0.3", linestyle=style, label=label)
+    axis.legend(frameon=False)
+    path = workdir / "loss.png"
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+    return path
+
+
+def table(rows: list[tuple[str, str]]) -> str:
+    """Two aligned columns."""
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"  {name:<{width}}  {value}" for name, value in rows)
+
+
+def write_json(path: Path, tree: Any) -> None:
+    """Writes whole or not at all. Raises `UserError` when the disk refuses."""
+    scratch = path.with_name(path.name + ".tmp")
+    try:
+        scratch.write_text(json.dumps(tree, indent=1) + "\n")
+        os.replace(scratch, path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def si(value: float, unit: str = "") -> str:
+    """1234567 -> "1.23 M"."""
+    if not math.isfinite(value) or value < 1000:
+        return f"{value:.3g} {unit}".strip()
+    prefixes = ("k", "M", "G", "T", "P", "E")
+    power = min(int(math.log10(value) // 3), len(prefixes))
+    return f"{value / 1000**power:.3g} {prefixes[power - 1]}{unit}"

@@ -1,0 +1,81 @@
+"""A run's directory: what lies where, and the checks that keep two runs apart."""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from mea_jax.config import TrainConfig, differences
+from mea_jax.errors import UserError
+from mea_jax.report import MetricsWriter, NoWriter, write_json
+
+
+class RunDirectory:
+    """`config.json`, `tokenizer/`, `metrics.jsonl`, `tensorboard/`, `checkpoints/`, `loss.png`
+    and `summary.json` below `path`. Only the first process writes; all of them check.
+
+    Raises `UserError` when the directory belongs to another config or cannot be written.
+    """
+
+    def __init__(self, path: Path, config: TrainConfig):
+        self.path, self.config = path, config
+        self.first = jax.process_index() == 0
+        self._check_config()
+        if self.first:
+            try:
+                path.mkdir(parents=True, exist_ok=True)
+                probe = path / ".writable"
+                probe.write_text("")
+                probe.unlink()
+            except OSError as error:
+                raise UserError(
+                    f"run directory {path} cannot be written: {error.strerror}; choose another "
+                    "with --workdir"
+                ) from error
+
+    def _check_config(self) -> None:
+        path = self.path / "config.json"
+        if not path.exists():
+            return
+        try:
+            old = json.loads(path.read_text())
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path} is damaged ({error}); choose another --workdir") from error
+        if lines := differences(old, self.config.to_dict()):
+            raise UserError(
+                f"{self.path} holds a run of another config ({'; '.join(lines)}): choose another "
+                "--workdir, or set these keys back to resume"
+            )
+
+    def finished(self) -> dict[str, Any] | None:
+        """The summary of a run that is done, or None."""
+        path = self.path / "summary.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def say(self, line: str) -> None:
+        """A line on stderr, from the first process."""
+        if self.first:
+            print(line, file=sys.stderr, flush=True)
+
+    def write_config(self, tokenizer) -> None:
+        """Stores the config, with "auto" resolved, and the tokenizer."""
+        if not self.first:
+            return
+        write_json(self.path / "config.json", self.config.to_dict())
+        directory = self.path / "tokenizer"
+        try:
+            directory.mkdir(exist_ok=True)
+            tokenizer.save(directory)
+        except OSError as error:
+            raise UserError(f"{directory} cannot be written: {error.strerror}") from error
+
+    def open_metrics(self, start_step: int, redo: Sequence[str] = ()) -> MetricsWriter | NoWriter:
+        """The writer of this process; those of other processes write nowhere."""
+        return MetricsWriter(self.path, start_step, redo) if self.first else NoWriter()
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        if self.first:
+            write_json(self.path / "summary.json", summary)

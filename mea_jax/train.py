@@ -1,0 +1,312 @@
+"""`python -m mea_jax.train --config configs/quickstart.py`: the training loop and its command."""
+
+import dataclasses
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+
+from mea_jax import cli, flops, report, sharding
+from mea_jax.backends import resolve
+from mea_jax.checkpoint import Checkpoints
+from mea_jax.config import TrainConfig, validate_from_scratch
+from mea_jax.data.pipeline import held_out_batches, train_batches
+from mea_jax.data.prepare import Prepared, prepare
+from mea_jax.diagnostics import compile_diagnostics
+from mea_jax.errors import UserError
+from mea_jax.run_directory import RunDirectory
+from mea_jax.sample import sample
+from mea_jax.train_step import (
+    abstract_state,
+    compile_eval_step,
+    compile_train_step,
+    create_state,
+)
+
+
+def train(config: TrainConfig, workdir: Path) -> dict[str, Any]:
+    """Trains, or resumes, or finds finished, the run of `config` in `workdir`; its summary.
+
+    What a run starts from, in this order: a finished run is only reported; else the newest
+    checkpoint in `workdir`; else a fresh initialisation from `config.seed`.
+
+    Raises `UserError` for every mistake of the user's, and for a disk that refuses.
+    """
+    devices = jax.devices()
+    mesh = sharding.make_mesh(config.mesh, devices)
+    config = dataclasses.replace(config, model=resolve(config.model, devices))
+    sharding.check_divisible(config, mesh)
+    run = RunDirectory(workdir, config)
+    if (summary := run.finished()) is not None:
+        print(f"{workdir} is finished: {config.steps} steps are done. To train anew, choose")
+        print("another --workdir; to read the result again:\n")
+        print(summary["text"])
+        return summary
+
+    prepared = prepare(config.data, config.model.vocab_size, log=run.say)
+    run.write_config(prepared.tokenizer)
+    with jax.set_mesh(mesh), Checkpoints(workdir, config.checkpoint) as checkpoints:
+        step = checkpoints.latest()
+        if step is None:
+            validate_from_scratch(config.model)
+            step, state = 0, create_state(config, mesh)
+        else:
+            state = checkpoints.restore(step, abstract_state(config, mesh))
+            run.say(f"resuming from step {step} of {config.steps}")
+        loop = Loop(config, mesh, prepared, run, checkpoints)
+        state = loop.run(state, step)
+        return loop.finish(state)
+
+
+class Loop:
+    """The parts that a training loop calls: batches, compiled steps, evaluation, reports."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        mesh: jax.sharding.Mesh,
+        prepared: Prepared,
+        run: RunDirectory,
+        checkpoints: Checkpoints,
+    ):
+        self.config, self.mesh, self.prepared = config, mesh, prepared
+        self.run_directory, self.checkpoints = run, checkpoints
+        self.host = {
+            "process_index": jax.process_index(),
+            "process_count": jax.process_count(),
+        }
+        self.evaluate_step = compile_eval_step(config, mesh)
+        self.diagnose = compile_diagnostics(config, mesh)
+        self.held_out = self.read_held_out(config.evaluate.batches)
+        tokens = config.batch_size * config.data.context_length
+        self.step_flops = flops.step_flops(config.model, config.data.context_length, tokens)
+        peak = flops.peak_flops(mesh.devices.flat[0].device_kind)
+        self.peak = peak * mesh.size if peak else None
+        self.timing = {"compile_seconds": 0.0, "step_seconds": 0.0, "data_wait_seconds": 0.0}
+        self.timed_steps, self.loss = 0, math.nan
+
+    # -- data ------------------------------------------------------------------------------
+
+    def read_held_out(self, batches: int | None) -> list[dict[str, np.ndarray]]:
+        size = self.config.batch_size
+        return list(
+            held_out_batches(self.prepared, batch_size=size, max_batches=batches, **self.host)
+        )
+
+    def put(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+        """This host's rows of a batch, as its part of the global arrays."""
+        where = sharding.batch_sharding(self.mesh)
+        return {name: jax.make_array_from_process_local_data(where, x) for name, x in batch.items()}
+
+    # -- the loop --------------------------------------------------------------------------
+
+    def run(self, state, start: int):
+        """Trains from `start` updates to `config.steps`; returns the last state."""
+        c = self.config
+        batches = train_batches(
+            self.prepared,
+            seed=c.seed,
+            batch_size=c.batch_size,
+            start_step=start,
+            threads=c.data.read_threads,
+            prefetch=c.data.prefetch,
+            **self.host,
+        )
+        if start == c.steps:  # cut off after the last checkpoint, before the summary
+            return state
+        began = time.perf_counter()
+        batch = self.put(next(batches))
+        step_fn = compile_train_step(c, self.mesh).lower(state, batch).compile()
+        self.timing["compile_seconds"] = time.perf_counter() - began
+        writer = self.run_directory.open_metrics(start)
+        progress = report.Progress(start, c.steps, enabled=jax.process_index() == 0)
+        pending: tuple[int, Any] | None = None
+        clock = time.perf_counter()
+        try:
+            with jax.transfer_guard("disallow"):
+                for step in range(start + 1, c.steps + 1):
+                    state, metrics = step_fn(state, batch)
+                    waiting = time.perf_counter()
+                    if step < c.steps:
+                        batch = self.put(next(batches))
+                    waited = time.perf_counter() - waiting
+                    # The previous step's metrics, fetched while this step runs.
+                    if pending is not None:
+                        clock = self.report_step(*pending, clock, waited, writer, progress)
+                    pending = (step, metrics)
+                    evaluating = c.evaluate.every and step % c.evaluate.every == 0
+                    saving = step % c.checkpoint.every == 0
+                    if step == c.steps or evaluating or saving:
+                        self.report_step(*pending, clock, 0.0, writer, progress)
+                        pending = None
+                        if evaluating and step < c.steps:
+                            self.report_held_out(step, state, writer, progress)
+                        # After the report, which stops a run whose loss is not finite.
+                        if step == c.steps or saving:
+                            self.checkpoints.save(step, state, c)
+                        clock = time.perf_counter()
+        finally:
+            progress.close()
+            writer.close()
+        return state
+
+    def report_step(self, step, metrics, clock, waited, writer, progress) -> float:
+        """Waits for a step's metrics, checks and writes them; returns the time now."""
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        now = time.perf_counter()
+        seconds = now - clock
+        self.timing["step_seconds"] += seconds
+        self.timing["data_wait_seconds"] += waited
+        self.timed_steps += 1
+        self.loss = values["loss"]
+        if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
+            saved = self.checkpoints.latest()
+            good = "no checkpoint was saved before" if saved is None else f"step {saved}"
+            raise UserError(
+                f"the loss is {values['loss']} and the gradient norm {values['grad_norm']} at step "
+                f"{step}; last good checkpoint: {good} in {self.checkpoints.directory}; lower "
+                "config.optimizer.learning_rate, lengthen the warmup or tighten clip_norm, and "
+                "start a new --workdir"
+            )
+        values["tokens_per_second"] = values["tokens"] / seconds
+        values["flops_per_second"] = self.step_flops / seconds
+        if self.peak:
+            values["mfu"] = values["flops_per_second"] / self.peak
+        if step % self.config.log_every == 0 or step in (1, self.config.steps):
+            writer.write(step, "train", values)
+        progress.update(step, values["loss"], self.tokens_per_second())
+        return now
+
+    def tokens_per_second(self) -> float:
+        c = self.config
+        tokens = self.timed_steps * c.batch_size * c.data.context_length
+        return tokens / max(self.timing["step_seconds"], 1e-9)
+
+    # -- evaluation ------------------------------------------------------------------------
+
+    def held_out_loss(self, params, batches) -> tuple[float, float]:
+        """(total nats, tokens) over `batches`."""
+        sums = [jax.device_get(self.evaluate_step(params, self.put(b))) for b in batches]
+        return sum(float(s["nll"]) for s in sums), sum(float(s["tokens"]) for s in sums)
+
+    def bits_per_nat(self) -> float | None:
+        """Bits per held-out byte of one nat per held-out token."""
+        tokens = sum(source.held_out_tokens for source in self.prepared.sources)
+        size = sum(source.held_out_bytes for source in self.prepared.sources)
+        return tokens / size / math.log(2) if size else None
+
+    def report_held_out(self, step, state, writer, progress) -> None:
+        if not self.held_out:
+            return
+        nll, tokens = self.held_out_loss(state.params, self.held_out)
+        values = {"loss": nll / tokens}
+        if (ratio := self.bits_per_nat()) is not None:
+            values["bits_per_byte"] = nll / tokens * ratio
+        writer.write(step, "held_out", values)
+        statistics = jax.device_get(self.diagnose(state.params, self.put(self.held_out[0])))
+        writer.write(step, "diagnostics", statistics)
+        moved = [np.mean(v) for k, v in statistics.items() if k.startswith("mixing_distance")]
+        note = f", W_lc moved {np.mean(moved):.1%}" if moved else ""
+        bits = f" ({values['bits_per_byte']:.3f} bits per byte)" if ratio is not None else ""
+        progress.say(f"step {step}: held-out loss {values['loss']:.4f}{bits}{note}")
+
+    def finish(self, state) -> dict[str, Any]:
+        """Evaluates on every held-out window, samples, draws, and writes summary.json."""
+        c = self.config
+        result: dict[str, Any] = {"steps": c.steps, "train_loss": self.loss}
+        rows: list[tuple[str, str]] = []
+        everything = self.read_held_out(None)
+        ratio, baselines = self.bits_per_nat(), {}
+        writer = self.run_directory.open_metrics(c.steps, redo=("held_out", "diagnostics"))
+        if everything:
+            nll, tokens = self.held_out_loss(state.params, everything)
+            size = sum(source.held_out_bytes for source in self.prepared.sources)
+            bits = nll / math.log(2) / size
+            result |= {"held_out_loss": nll / tokens, "held_out_bits_per_byte": bits}
+            writer.write(c.steps, "held_out", {"loss": nll / tokens, "bits_per_byte": bits})
+            statistics = jax.device_get(self.diagnose(state.params, self.put(everything[0])))
+            writer.write(c.steps, "diagnostics", statistics)
+            files = sum(source.held_out_documents for source in self.prepared.sources)
+            rows.append(("held-out text", f"{files} documents, {report.si(size, 'B')}, never seen"))
+            rows.append(("bits per byte", f"{bits:.3f}   (loss {nll / tokens:.4f} nats per token)"))
+            if self.prepared.baselines:
+                for name, key in (("gzip -9", "gzip_bytes"), ("xz -9e", "xz_bytes")):
+                    baselines[name] = self.prepared.baselines[key] * 8 / size
+                    rows.append((f"  {name}", f"{baselines[name]:.3f}   (each document by itself)"))
+                result["baseline_bits_per_byte"] = baselines
+        writer.close()
+        parameters = sum(x.size for x in jax.tree.leaves(state.params))
+        result |= {"parameters": parameters} | self.speed()
+        rows.append(("parameters", report.si(parameters)))
+        if self.timed_steps:
+            rows.append(("speed", self.speed_line()))
+        model = c.model
+        form = model.hlc_form if model.hlc != "none" else "no mixing"
+        rows.append(("compiled", f"{model.backend} backend, {model.dtype} products, HLC {form}"))
+        rows.append(("run directory", str(self.run_directory.path)))
+        text = report.table(rows)
+        if c.evaluate.sample_prompt and jax.process_count() == 1:
+            result["sample"] = self.continuation(state.params)
+            text += f"\n\n--- prompt and sample ---\n{result['sample']}\n---"
+        if jax.process_index() == 0:
+            report.plot_loss(self.run_directory.path, c.name, ratio, baselines)
+        result["text"] = text
+        self.run_directory.write_summary(result)
+        if jax.process_index() == 0:
+            print("\n" + text)
+        return result
+
+    def speed(self) -> dict[str, float]:
+        """What this process measured: nothing when it only finished a cut-off run."""
+        if not self.timed_steps:
+            return {}
+        seconds = self.timing["step_seconds"] / self.timed_steps
+        rate = self.step_flops / seconds
+        return {
+            "timed_steps": self.timed_steps,
+            "tokens_per_second": self.tokens_per_second(),
+            "flops_per_second": rate,
+            "data_wait_share": self.timing["data_wait_seconds"] / self.timing["step_seconds"],
+            "compile_seconds": self.timing["compile_seconds"],
+        } | ({"mfu": rate / self.peak} if self.peak else {})
+
+    def speed_line(self) -> str:
+        speed = self.speed()
+        mfu = f" (MFU {speed['mfu']:.1%})" if "mfu" in speed else ""
+        return (
+            f"{speed['tokens_per_second']:,.0f} tokens/s, "
+            f"{report.si(speed['flops_per_second'], 'FLOP/s')}{mfu}, data waits "
+            f"{speed['data_wait_share']:.2%}, compiled in {speed['compile_seconds']:.1f} s"
+        )
+
+    def continuation(self, params) -> str:
+        e, tokenizer = self.config.evaluate, self.prepared.tokenizer
+        prompt = [tokenizer.separator] + tokenizer.encode_batch([e.sample_prompt])[0]
+        new = sample(
+            self.config.model,
+            params,
+            prompt,
+            count=e.sample_tokens,
+            length=self.config.data.context_length,
+            temperature=e.sample_temperature,
+            seed=self.config.seed,
+            stop=tokenizer.separator,
+        )
+        return e.sample_prompt + tokenizer.decode(new)
+
+
+def main() -> None:
+    config = cli.parse_config(CONFIG)
+    cli.enable_compilation_cache()
+    workdir = Path(WORKDIR.value or Path("runs") / config.name)
+    train(config, workdir)
+
+
+if __name__ == "__main__":
+    CONFIG = cli.define_config_flag()
+    WORKDIR = flags.DEFINE_string("workdir", None, "Run directory; default runs/<config name>")
+    cli.run(main)

@@ -1,0 +1,174 @@
+"""State of a run, and the two compiled functions that touch it: the training and eval steps."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jax.sharding import Mesh
+
+from mea_jax import sharding
+from mea_jax.backends import make_backend
+from mea_jax.config import ModelConfig, TrainConfig
+from mea_jax.optimizer import make_optimizer, make_schedule
+from mea_jax.transformer import Decoder
+
+Batch = Mapping[str, jax.Array]
+Metrics = dict[str, jax.Array]
+
+
+@struct.dataclass
+class TrainState:
+    """Everything a step changes: `step` is the number of updates done."""
+
+    step: jax.Array
+    params: Any
+    opt_state: Any
+
+
+def init_params(model: ModelConfig, key: jax.Array) -> Any:
+    """A parameter tree whose leaves carry logical axes (`nn.LogicallyPartitioned`)."""
+    dummy = jnp.zeros((1, 8), jnp.int32)
+    return Decoder(model).init(key, dummy, dummy, dummy)["params"]
+
+
+def init_state(config: TrainConfig, key: jax.Array) -> TrainState:
+    """A fresh state, parameters and moments still boxed with their logical axes."""
+    params = init_params(config.model, key)
+    opt_state = make_optimizer(config.optimizer, config.steps).init(nn.unbox(params))
+    return TrainState(step=jnp.zeros((), jnp.int32), params=nn.unbox(params), opt_state=opt_state)
+
+
+def state_shardings(config: TrainConfig, mesh: Mesh) -> TrainState:
+    """A `TrainState` of `NamedSharding`s: moments are split exactly like their parameters."""
+    key = jax.random.key(0)
+    boxed = jax.eval_shape(lambda k: init_params(config.model, k), key)
+    params = sharding.param_shardings(boxed, mesh)
+    abstract = jax.eval_shape(lambda k: init_state(config, k), key)
+    whole = sharding.replicated(mesh)
+    opt_state = optax.tree_utils.tree_map_params(
+        make_optimizer(config.optimizer, config.steps),
+        lambda _, param_sharding: param_sharding,
+        abstract.opt_state,
+        params,
+        transform_non_params=lambda _: whole,
+    )
+    return TrainState(step=whole, params=params, opt_state=opt_state)
+
+
+def create_state(config: TrainConfig, mesh: Mesh) -> TrainState:
+    """A fresh state on `mesh`, each shard made where it stays: never whole on one device."""
+    with jax.set_mesh(mesh):
+        init = jax.jit(lambda k: init_state(config, k), out_shardings=state_shardings(config, mesh))
+        return init(jax.random.key(config.seed))
+
+
+def abstract_state(config: TrainConfig, mesh: Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of the state: what a checkpoint is restored into."""
+    shapes = jax.eval_shape(lambda k: init_state(config, k), jax.random.key(0))
+    return jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        shapes,
+        state_shardings(config, mesh),
+    )
+
+
+def batch_loss(
+    config: TrainConfig, params: Any, batch: Batch
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """Sums over the tokens of a batch: objective, (nll in nats, number of tokens)."""
+    model, backend = Decoder(config.model), make_backend(config.model)
+    x_BTD, kernel_DV = model.apply(
+        {"params": params},
+        batch["inputs"],
+        batch["positions"],
+        batch["segment_ids"],
+        method=Decoder.hidden_and_unembedding,
+    )
+    weights_BT = (batch["segment_ids"] > 0).astype(jnp.float32)
+    objective, nll = backend.cross_entropy(
+        x_BTD,
+        kernel_DV,
+        batch["targets"],
+        weights_BT,
+        config.model.loss_chunk,
+        config.optimizer.z_loss,
+    )
+    return objective, (nll, weights_BT.sum())
+
+
+def _gradients(config: TrainConfig, params: Any, batch: Batch):
+    """Summed gradients, nll and tokens of a batch, in `accumulate` parts one after another.
+
+    Sums, not means: dividing once by the tokens of the whole batch weights every token alike,
+    however the padding falls on the parts.
+    """
+    grad = jax.value_and_grad(lambda p, b: batch_loss(config, p, b), has_aux=True)
+    if config.accumulate == 1:
+        (_, (nll, tokens)), gradients = grad(params, batch)
+        return gradients, nll, tokens
+
+    def part(carry, part_batch):
+        part_batch = {
+            name: sharding.constrain(x, "batch", "length") for name, x in part_batch.items()
+        }
+        (_, (nll, tokens)), gradients = grad(params, part_batch)
+        return jax.tree.map(jnp.add, carry, (gradients, nll, tokens)), None
+
+    # Part i takes rows i, i + n, ...: on a mesh, each device keeps the rows that it holds.
+    parts = {
+        name: jnp.swapaxes(x.reshape(-1, config.accumulate, x.shape[1]), 0, 1)
+        for name, x in batch.items()
+    }
+    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+    start = (zeros, jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32))
+    return jax.lax.scan(part, start, parts)[0]
+
+
+def train_step(config: TrainConfig, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    """One AdamW update on a global batch; the metrics are float32 scalars.
+
+    `loss` is the mean nll in nats per token (without z-loss), `grad_norm` that of the gradient
+    before clipping, `param_norm` that before the update.
+    """
+    gradients, nll, tokens = _gradients(config, state.params, batch)
+    gradients = jax.tree.map(lambda g: g / tokens, gradients)
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+    metrics = {
+        "loss": nll / tokens,
+        "grad_norm": optax.global_norm(gradients),
+        "param_norm": optax.global_norm(state.params),
+        "learning_rate": make_schedule(config.optimizer, config.steps)(state.step),
+        "tokens": tokens,
+    }
+    params = optax.apply_updates(state.params, updates)
+    return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
+
+
+def compile_train_step(config: TrainConfig, mesh: Mesh) -> Callable[..., tuple]:
+    """`train_step` under jit with explicit shardings; the old state's memory is reused."""
+    state, batch = state_shardings(config, mesh), sharding.batch_sharding(mesh)
+    return jax.jit(
+        lambda s, b: train_step(config, s, b),
+        in_shardings=(state, batch),
+        out_shardings=(state, sharding.replicated(mesh)),
+        donate_argnums=0,
+    )
+
+
+def compile_eval_step(config: TrainConfig, mesh: Mesh) -> Callable[..., Metrics]:
+    """(params, batch) -> {"nll", "tokens"}: sums over the batch, float32."""
+
+    def step(params, batch):
+        _, (nll, tokens) = batch_loss(config, params, batch)
+        return {"nll": nll, "tokens": tokens}
+
+    return jax.jit(
+        step,
+        in_shardings=(state_shardings(config, mesh).params, sharding.batch_sharding(mesh)),
+        out_shardings=sharding.replicated(mesh),
+    )

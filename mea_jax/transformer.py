@@ -1,0 +1,119 @@
+"""A decoder of LLaMA-3.2 shape in Linen: blocks scanned over stretches of equal layers."""
+
+import itertools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mea_jax import positions
+from mea_jax.backends import make_backend
+from mea_jax.config import REMAT_POLICIES, ModelConfig
+from mea_jax.layers import MLP, Attention, kernel
+from mea_jax.norms import RMSNorm
+from mea_jax.sharding import constrain
+
+RESIDUAL = ("batch", "length", "activation_embed")
+
+
+def remat(block: type[nn.Module], policy: str) -> type[nn.Module]:
+    """`block` under a rematerialisation policy by name.
+
+    "none" saves every intermediate; "dots" saves the results of products without batch axes (the
+    projections) and recomputes the rest; "full" saves only the block's input.
+    """
+    assert policy in REMAT_POLICIES
+    if policy == "none":
+        return block
+    saved = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if policy == "dots" else None
+    # Inside a scan the compiler cannot merge the recomputation with the forward pass anyway.
+    return nn.remat(block, policy=saved, prevent_cse=False)
+
+
+class Block(nn.Module):
+    """Pre-norm attention and SwiGLU, each added to the residual."""
+
+    config: ModelConfig
+    key_components: int
+    value_components: int
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array, table, segment_ids_BT: jax.Array):
+        c = self.config
+        x_BTD = constrain(x_BTD, *RESIDUAL)
+        attention = Attention(c, self.key_components, self.value_components, name="attention")
+        normed_BTD = RMSNorm(c.d_model, c.norm_eps, name="attention_norm")(x_BTD)
+        x_BTD = x_BTD + attention(normed_BTD, table, segment_ids_BT)
+        normed_BTD = RMSNorm(c.d_model, c.norm_eps, name="mlp_norm")(x_BTD)
+        x_BTD = x_BTD + MLP(c, name="mlp")(normed_BTD)
+        return constrain(x_BTD, *RESIDUAL), None
+
+
+def stretches(config: ModelConfig) -> list[tuple[int, int, int, int]]:
+    """Runs of consecutive layers of equal shape: [(first layer, length, C_k, C_v), ...]."""
+    layers = list(zip(config.components("key"), config.components("value"), strict=True))
+    runs, first = [], 0
+    for (key, value), members in itertools.groupby(layers):
+        length = len(list(members))
+        runs.append((first, length, key, value))
+        first += length
+    return runs
+
+
+class Decoder(nn.Module):
+    """Token ids to final hidden states; `unembedding` turns those into logits."""
+
+    config: ModelConfig
+
+    def setup(self) -> None:
+        c = self.config
+        embedding = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("vocab", "embed"))
+        self.embedding = self.param("embedding", embedding, (c.vocab_size, c.d_model))
+        if not c.tie_embeddings:
+            shape, axes = (c.d_model, c.vocab_size), ("embed", "vocab")
+            self.head = kernel(self, "head", shape, axes, c.d_model)
+        block = remat(Block, c.remat)
+        self.stacks = [
+            nn.scan(
+                block,
+                variable_axes={"params": 0, "statistics": 0},
+                split_rngs={"params": True},
+                in_axes=(nn.broadcast, nn.broadcast),
+                length=length,
+                unroll=min(c.scan_unroll, length),
+                metadata_params={nn.PARTITION_NAME: "layers"},
+            )(c, key, value, name=f"layers_{first}")
+            for first, length, key, value in stretches(c)
+        ]
+        self.final_norm = RMSNorm(c.d_model, c.norm_eps)
+
+    def __call__(
+        self, tokens_BT: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array
+    ) -> jax.Array:
+        """Hidden states (B, T, D) after the final norm. Segments do not see one another."""
+        c = self.config
+        frequencies = positions.rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
+        table = positions.rope_table(positions_BT, frequencies)
+        # Rows are gathered before the cast: the table is far larger than the batch.
+        x_BTD = jnp.take(self.embedding, tokens_BT, axis=0).astype(make_backend(c).activation)
+        x_BTD = constrain(x_BTD, *RESIDUAL)
+        for stack in self.stacks:
+            x_BTD, _ = stack(x_BTD, table, segment_ids_BT)
+        return self.final_norm(x_BTD)
+
+    def unembedding(self) -> jax.Array:
+        """The kernel (D, V), float32, from hidden states to logits."""
+        return self.embedding.T if self.config.tie_embeddings else self.head
+
+    def hidden_and_unembedding(self, tokens_BT, positions_BT, segment_ids_BT):
+        """What the loss needs: hidden states (B, T, D) and the kernel (D, V)."""
+        return self(tokens_BT, positions_BT, segment_ids_BT), self.unembedding()
+
+    def logits(self, tokens_BT, positions_BT, segment_ids_BT) -> jax.Array:
+        """Logits (B, T, V), float32. For short inputs: a batch of training has no room for it."""
+        x_BTD = self(tokens_BT, positions_BT, segment_ids_BT)
+        dtype = make_backend(self.config).dtype
+        kernel_DV = self.unembedding().astype(dtype)
+        return jnp.einsum(
+            "btd,dv->btv", x_BTD.astype(dtype), kernel_DV, preferred_element_type=jnp.float32
+        )

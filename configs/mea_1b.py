@@ -40,7 +40,7 @@ def get_config(variant: str = ""):
     optimizer.warmup_steps = 1_000
     optimizer.weight_decay = 0.1
 
-    config.data.sources = (dict(source="tfds:c4/en:3.1.0", weight=1.0),)
+    config.data.sources = ({"source": "tfds:c4/en:3.1.0", "weight": 1.0},)
     config.data.tokenizer = "llama3/tokenizer.json"  # a copy of the tokenizer you train with
     config.data.context_length = 8192
     config.data.held_out_fraction = 1e-4

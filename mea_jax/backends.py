@@ -13,13 +13,17 @@ import jax.numpy as jnp
 
 from mea_jax import attention, cpu_kernels, losses
 from mea_jax.config import ModelConfig
+from mea_jax.errors import UserError
 
 
 class Backend(Protocol):
     """Products of a decoder. `dtype` is that of their inputs, `activation` of the residual."""
 
-    dtype: jnp.dtype
-    activation: jnp.dtype
+    @property
+    def dtype(self) -> jnp.dtype: ...
+
+    @property
+    def activation(self) -> jnp.dtype: ...
 
     def project(self, x: jax.Array, kernel: jax.Array, axes: int = 1) -> jax.Array:
         """Contracts the last `axes` axes of `x` with the first `axes` of a float32 kernel."""
@@ -95,14 +99,21 @@ class CpuBackend:
         return cpu_kernels.swiglu(gate, up, self.dtype)
 
     def attend(self, q_BTNH, k_BSKH, v_BSKH, segment_ids_BT) -> jax.Array:
+        scale = q_BTNH.shape[-1] ** -0.5
         return cpu_kernels.causal_attention(
-            q_BTNH,
-            k_BSKH,
-            v_BSKH,
-            segment_ids_BT,
-            scale=q_BTNH.shape[-1] ** -0.5,
+            q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, scale=scale, dtype=self.dtype
+        )
+
+    def cross_entropy(self, x_BTD, kernel_DV, targets_BT, weights_BT, chunk, z_loss):
+        batch, length, width = x_BTD.shape
+        return cpu_kernels.cross_entropy(
+            x_BTD.reshape(-1, width),
+            kernel_DV,
+            targets_BT.reshape(-1),
+            weights_BT.reshape(-1),
             dtype=self.dtype,
-            block=128,
+            chunk=batch * losses.largest_divisor(length, chunk),
+            z_loss=z_loss,
         )
 
 
@@ -124,14 +135,19 @@ def _cpu_multiplies_bfloat16() -> bool:
 def resolve(model: ModelConfig, devices: list[jax.Device]) -> ModelConfig:
     """`model` with "auto" replaced by what suits `devices`.
 
-    `dtype`: bfloat16 on accelerators and on CPUs with bfloat16 matrix units, else float32.
-    `backend`: "cpu" on a single CPU device, "xla" everywhere else.
+    `dtype`: bfloat16 on accelerators and on a CPU with bfloat16 matrix units, else float32.
+    `backend`: "cpu" on CPU devices, "xla" everywhere else.
     """
     platform = devices[0].platform
     dtype, backend = model.dtype, model.backend
     if dtype == "auto":
-        fast = platform != "cpu" or _cpu_multiplies_bfloat16()
+        fast = platform != "cpu" or (len(devices) == 1 and _cpu_multiplies_bfloat16())
         dtype = "bfloat16" if fast else "float32"
     if backend == "auto":
-        backend = "cpu" if platform == "cpu" and len(devices) == 1 else "xla"
+        backend = "cpu" if platform == "cpu" else "xla"
+    if platform == "cpu" and backend == "xla" and dtype == "bfloat16":
+        raise UserError(
+            "config.model.dtype='bfloat16' with backend='xla' fails in jax's CPU compiler: set "
+            "config.model.backend to 'cpu' or config.model.dtype to 'float32'"
+        )
     return dataclasses.replace(model, dtype=dtype, backend=backend)

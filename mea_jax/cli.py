@@ -33,7 +33,7 @@ def cache_root() -> Path:
 
 def enable_compilation_cache() -> None:
     """Keeps compiled programs between runs, unless jax was told where (or not) to keep them."""
-    if jax.config.jax_compilation_cache_dir is None:
+    if getattr(jax.config, "jax_compilation_cache_dir", None) is None:
         jax.config.update("jax_compilation_cache_dir", str(cache_root() / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 

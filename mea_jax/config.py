@@ -172,11 +172,11 @@ def default_config() -> config_dict.ConfigDict:
     """Every option at its default, locked: a misspelt key raises instead of being ignored."""
 
     def convert(value):
-        if dataclasses.is_dataclass(value):
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
             fields = dataclasses.fields(value)
             return config_dict.ConfigDict({f.name: convert(getattr(value, f.name)) for f in fields})
         if isinstance(value, tuple):
-            return tuple(dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v for v in value)
+            return tuple(XX)
         return config_dict.placeholder(object) if value is None else value
 
     return convert(TrainConfig()).lock()

@@ -46,12 +46,9 @@ def compile_diagnostics(config: TrainConfig, mesh: Mesh) -> Callable[..., dict[s
     """
 
     def run(params: Any, batch: Batch) -> dict[str, jax.Array]:
+        inputs = (batch["inputs"], batch["positions"], batch["segment_ids"])
         _, variables = Decoder(config.model).apply(
-            {"params": params},
-            batch["inputs"],
-            batch["positions"],
-            batch["segment_ids"],
-            mutable=["statistics"],
+            {"params": params}, *inputs, mutable=["statistics"]
         )
         stacks = [
             variables["statistics"][f"layers_{first}"]["attention"]["attention"][0]

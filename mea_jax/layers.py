@@ -10,7 +10,7 @@ from mea_jax import attention, positions
 from mea_jax.backends import make_backend
 from mea_jax.config import ModelConfig
 from mea_jax.norms import RMSNorm
-from mea_jax.sharding import constrain
+from mea_jax.sharding import constrain, parameter
 
 
 def kernel(
@@ -19,8 +19,7 @@ def kernel(
     """A float32 projection, truncated normal of standard deviation gain / sqrt(fan_in)."""
     # Truncation at two deviations shrinks the spread; jax's initialiser does not correct for it.
     stddev = gain * fan_in**-0.5 / 0.87962566103423978
-    init = nn.initializers.truncated_normal(stddev)
-    return module.param(name, nn.with_logical_partitioning(init, tuple(axes)), tuple(shape))
+    return parameter(module, name, nn.initializers.truncated_normal(stddev), axes, tuple(shape))
 
 
 class Attention(nn.Module):
@@ -46,11 +45,8 @@ class Attention(nn.Module):
         def init(_, components, composites):
             return attention.initial_mixing(components, composites)
 
-        mix_CK = self.param(
-            f"{which}_mixing",
-            nn.with_logical_partitioning(init, ("mixing", "heads")),
-            components,
-            c.n_kv_heads,
+        mix_CK = parameter(
+            self, f"{which}_mixing", init, ("mixing", "heads"), components, c.n_kv_heads
         )
         if c.hlc_form == "folded":
             return backend.project(x_BTD, attention.fold(kernel_DCH, mix_CK))

@@ -4,6 +4,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from mea_jax.sharding import parameter
+
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     """x / sqrt(mean(x^2) + eps) * scale over the last axis; returns the dtype of `x`."""
@@ -20,5 +22,5 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        init = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
-        return rms_norm(x, self.param("scale", init, (self.features,)), self.eps)
+        scale = parameter(self, "scale", nn.initializers.ones, ("norm",), (self.features,))
+        return rms_norm(x, scale, self.eps)

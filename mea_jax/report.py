@@ -160,7 +160,11 @@ def plot_loss(
     axis.grid(alpha=0.3)
     if bits_per_nat:
         second = axis.secondary_yaxis(
-            "right", functions=(lambda y: y * bits_per_nat, lambda y: y / bits_per_nat)
+            "right",
+            functions=(
+                lambda y: np.asarray(y) * bits_per_nat,
+                lambda y: np.asarray(y) / bits_per_nat,
+            ),
         )
         second.set_ylabel("bits per byte of held-out text")
         for (name, bits), style in zip(baselines.items(), ("--", ":"), strict=False):

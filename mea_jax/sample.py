@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mea_jax.config import ModelConfig
-from mea_jax.transformer import Decoder
+from mea_jax.transformer import apply_logits
 
 
 def sample(
@@ -34,9 +34,7 @@ def sample(
     segments_1T = jnp.ones((1, length), jnp.int32)
 
     def body(i, tokens_1T):
-        logits_1TV = Decoder(model).apply(
-            {"params": params}, tokens_1T, positions_1T, segments_1T, method=Decoder.logits
-        )
+        logits_1TV = apply_logits(model, params, tokens_1T, positions_1T, segments_1T)
         logits_V = logits_1TV[0, i - 1]
         if temperature > 0:
             key = jax.random.fold_in(jax.random.key(seed), i)

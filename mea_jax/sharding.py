@@ -6,8 +6,8 @@ mentions a mesh axis.
 """
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -85,6 +85,16 @@ def check_divisible(config: TrainConfig, mesh: Mesh) -> None:
             f"batch_size / accumulate = {rows} windows cannot be shared evenly by data x fsdp = "
             f"{copies} devices: change config.batch_size, config.accumulate or config.mesh"
         )
+
+
+def parameter(
+    module: nn.Module, name: str, init: Callable[..., Any], axes: Sequence[str], *args: Any
+) -> jax.Array:
+    """A parameter of a Linen module with its logical axes; `args` go to `init` after the key."""
+    spec(axes)
+    return cast(
+        jax.Array, module.param(name, nn.with_logical_partitioning(init, tuple(axes)), *args)
+    )
 
 
 def spec(names: Sequence[str | None]) -> PartitionSpec:

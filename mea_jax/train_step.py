@@ -14,7 +14,7 @@ from mea_jax import sharding
 from mea_jax.backends import make_backend
 from mea_jax.config import ModelConfig, TrainConfig
 from mea_jax.optimizer import make_optimizer, make_schedule
-from mea_jax.transformer import Decoder
+from mea_jax.transformer import Decoder, apply_hidden
 
 Batch = Mapping[str, jax.Array]
 Metrics = dict[str, jax.Array]
@@ -22,9 +22,12 @@ Metrics = dict[str, jax.Array]
 
 @struct.dataclass
 class TrainState:
-    """Everything a step changes: `step` is the number of updates done."""
+    """Everything a step changes: `step` is the number of updates done.
 
-    step: jax.Array
+    Also the shape of trees of shardings or of abstract arrays, one for each array.
+    """
+
+    step: Any  # () int32
     params: Any
     opt_state: Any
 
@@ -80,16 +83,11 @@ def batch_loss(
     config: TrainConfig, params: Any, batch: Batch
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """Sums over the tokens of a batch: objective, (nll in nats, number of tokens)."""
-    model, backend = Decoder(config.model), make_backend(config.model)
-    x_BTD, kernel_DV = model.apply(
-        {"params": params},
-        batch["inputs"],
-        batch["positions"],
-        batch["segment_ids"],
-        method=Decoder.hidden_and_unembedding,
+    x_BTD, kernel_DV = apply_hidden(
+        config.model, params, batch["inputs"], batch["positions"], batch["segment_ids"]
     )
     weights_BT = (batch["segment_ids"] > 0).astype(jnp.float32)
-    objective, nll = backend.cross_entropy(
+    objective, nll = make_backend(config.model).cross_entropy(
         x_BTD,
         kernel_DV,
         batch["targets"],
@@ -149,7 +147,7 @@ def train_step(config: TrainConfig, state: TrainState, batch: Batch) -> tuple[Tr
     return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
 
-def compile_train_step(config: TrainConfig, mesh: Mesh) -> Callable[..., tuple]:
+def compile_train_step(config: TrainConfig, mesh: Mesh) -> jax.stages.Wrapped:
     """`train_step` under jit with explicit shardings; the old state's memory is reused."""
     state, batch = state_shardings(config, mesh), sharding.batch_sharding(mesh)
     return jax.jit(

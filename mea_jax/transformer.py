@@ -1,6 +1,7 @@
 """A decoder of LLaMA-3.2 shape in Linen: blocks scanned over stretches of equal layers."""
 
 import itertools
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -11,7 +12,7 @@ from mea_jax.backends import make_backend
 from mea_jax.config import REMAT_POLICIES, ModelConfig
 from mea_jax.layers import MLP, Attention, kernel
 from mea_jax.norms import RMSNorm
-from mea_jax.sharding import constrain
+from mea_jax.sharding import constrain, parameter
 
 RESIDUAL = ("batch", "length", "activation_embed")
 
@@ -67,8 +68,13 @@ class Decoder(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        embedding = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("vocab", "embed"))
-        self.embedding = self.param("embedding", embedding, (c.vocab_size, c.d_model))
+        self.embedding = parameter(
+            self,
+            "embedding",
+            nn.initializers.normal(0.02),
+            ("vocab", "embed"),
+            (c.vocab_size, c.d_model),
+        )
         if not c.tie_embeddings:
             shape, axes = (c.d_model, c.vocab_size), ("embed", "vocab")
             self.head = kernel(self, "head", shape, axes, c.d_model)
@@ -117,3 +123,28 @@ class Decoder(nn.Module):
         return jnp.einsum(
             "btd,dv->btv", x_BTD.astype(dtype), kernel_DV, preferred_element_type=jnp.float32
         )
+
+
+def apply_hidden(
+    model: ModelConfig,
+    params: Any,
+    tokens_BT: jax.Array,
+    positions_BT: jax.Array,
+    segment_ids_BT: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Final hidden states (B, T, D) and the unembedding (D, V) of a model with `params`."""
+    method = Decoder.hidden_and_unembedding
+    inputs = (tokens_BT, positions_BT, segment_ids_BT)
+    return cast(Any, Decoder(model).apply({"params": params}, *inputs, method=method))
+
+
+def apply_logits(
+    model: ModelConfig,
+    params: Any,
+    tokens_BT: jax.Array,
+    positions_BT: jax.Array,
+    segment_ids_BT: jax.Array,
+) -> jax.Array:
+    """Logits (B, T, V), float32, of a model with `params`."""
+    inputs = (tokens_BT, positions_BT, segment_ids_BT)
+    return cast(Any, Decoder(model).apply({"params": params}, *inputs, method=Decoder.logits))

@@ -1,0 +1,99 @@
+"""What several test modules build: tiny configs, batches, and trees of differences."""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+from mea_jax.config import ModelConfig
+from mea_jax.train_step import init_params
+
+
+def change(config: Any, **changes: Any) -> Any:
+    """`config` with dotted keys replaced: `change(c, **{"model.d_ff": 48}, steps=3)`."""
+    for path, value in changes.items():
+        first, _, rest = path.partition(".")
+        new = change(getattr(config, first), **{rest: value}) if rest else value
+        config = dataclasses.replace(config, **{first: new})
+    return config
+
+
+def tiny_model(**changes: Any) -> ModelConfig:
+    """Two layers of width 32 with 4 heads of width 8; 264 words take the bytes tokenizer."""
+    model = ModelConfig(
+        vocab_size=264,
+        d_model=32,
+        n_layers=2,
+        n_heads=4,
+        n_kv_heads=4,
+        head_dim=8,
+        d_ff=48,
+        dtype="float32",
+        backend="xla",
+        loss_chunk=0,
+    )
+    return change(model, **changes)
+
+
+def params_of(model: ModelConfig, seed: int = 0, noise: float = 0.0) -> Any:
+    """Fresh parameters; `noise` moves every leaf, so that mixing is no longer the identity."""
+    params = nn.unbox(jax.jit(lambda k: init_params(model, k))(jax.random.key(seed)))
+    rng = np.random.default_rng(seed + 1)
+    return jax.tree.map(
+        lambda p: p + noise * rng.standard_normal(p.shape).astype(np.float32), params
+    )
+
+
+def packed(rows: list[list[int]], length: int) -> tuple[np.ndarray, np.ndarray]:
+    """(positions, segment ids), int32 (B, T), of windows holding documents of these lengths.
+
+    Lengths that do not add up to `length` leave padding, segment 0, at the end.
+    """
+    positions = np.zeros((len(rows), length), np.int32)
+    segments = np.zeros((len(rows), length), np.int32)
+    for row, sizes in enumerate(rows):
+        start = 0
+        for number, size in enumerate(sizes, start=1):
+            positions[row, start : start + size] = np.arange(size)
+            segments[row, start : start + size] = number
+            start += size
+    return positions, segments
+
+
+def random_batch(
+    seed: int, batch: int, length: int, vocab: int, rows: list[list[int]] | None = None
+) -> dict[str, np.ndarray]:
+    """A training batch of random tokens; `rows` as in `packed`, default one document a row."""
+    rng = np.random.default_rng(seed)
+    positions, segments = packed(rows or [[length]] * batch, length)
+    tokens = rng.integers(0, vocab, (batch, length + 1), dtype=np.int32)
+    return {
+        "inputs": tokens[:, :-1] * (segments > 0),
+        "targets": tokens[:, 1:] * (segments > 0),
+        "positions": positions,
+        "segment_ids": segments,
+    }
+
+
+def flat(tree: Any) -> dict[str, Any]:
+    """Leaves by their path, "layers_0/attention/key"."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def assert_close(a: Any, b: Any, rtol: float, atol: float) -> None:
+    """Two trees of the same leaves, close leaf by leaf."""
+    a, b = flat(a), flat(b)
+    assert a.keys() == b.keys()
+    for path in a:
+        np.testing.assert_allclose(a[path], b[path], rtol=rtol, atol=atol, err_msg=path)
+
+
+def assert_equal(a: Any, b: Any) -> None:
+    """Two trees of the same leaves, bit for bit."""
+    a, b = flat(a), flat(b)
+    assert a.keys() == b.keys()
+    for path in a:
+        np.testing.assert_array_equal(np.asarray(a[path]), np.asarray(b[path]), err_msg=path)

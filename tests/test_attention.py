@@ -1,0 +1,283 @@
+"""The forms of MEA are one function; attention is causal, within documents, and head-normed."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import assert_close, change, flat, packed, params_of, tiny_model
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mea_jax import attention, positions
+from mea_jax.config import RopeScaling
+from mea_jax.layers import Attention
+from mea_jax.norms import rms_norm
+
+# Sums of up to 32 float32 products, regrouped.
+TOLERANCE = 1e-5
+
+
+def normal(seed, *shape):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+
+
+def reference_composite(x_BTD, kernel_DCH, mix_CK):
+    """Equation 10: every token's component heads, mixed."""
+    return jnp.einsum("btd,dch,ck->btkh", x_BTD, kernel_DCH, mix_CK)
+
+
+@given(composites=st.integers(1, 4), missing=st.integers(0, 3), seed=st.integers(0, 9))
+def test_folded_and_explicit_mixing_are_the_reference(composites, missing, seed):
+    components = max(composites - missing, 1)  # any C <= K: a compressed model's need not divide
+    x, kernel = normal(seed, 2, 3, 5), normal(seed + 1, 5, components, 4)
+    mix, weight = normal(seed + 2, components, composites), normal(seed + 3, 2, 3, composites, 4)
+
+    def folded(x, kernel, mix):
+        return jnp.tensordot(x, attention.fold(kernel, mix), axes=1)
+
+    def explicit(x, kernel, mix):
+        return attention.mix_heads(jnp.tensordot(x, kernel, axes=1), mix)
+
+    expected = reference_composite(x, kernel, mix)
+    gradients = jax.grad(lambda *a: jnp.vdot(weight, reference_composite(*a)), (0, 1, 2))
+    expected_gradients = gradients(x, kernel, mix)
+    for form in (folded, explicit):
+        np.testing.assert_allclose(form(x, kernel, mix), expected, rtol=1e-4, atol=TOLERANCE)
+        found = jax.grad(lambda *a, f=form: jnp.vdot(weight, f(*a)), (0, 1, 2))(x, kernel, mix)
+        assert_close(found, expected_gradients, rtol=1e-4, atol=TOLERANCE)
+
+
+def test_folding_is_in_float32():
+    kernel, mix = normal(0, 8, 4, 4), normal(1, 4, 4)
+    folded = attention.fold(kernel.astype(jnp.bfloat16), mix)
+    assert folded.dtype == jnp.float32
+    exact = jnp.einsum("dch,ck->dkh", kernel.astype(jnp.bfloat16).astype(jnp.float32), mix)
+    np.testing.assert_allclose(folded, exact, rtol=1e-5, atol=TOLERANCE)
+
+
+@given(seed=st.integers(0, 9))
+def test_rope_commutes_with_mixing(seed):
+    x, mix = normal(seed, 2, 6, 3, 8), normal(seed + 1, 3, 5)
+    table = positions.rope_table(
+        jnp.arange(12).reshape(2, 6), positions.rope_frequencies(8, 100.0, RopeScaling())
+    )
+    before = attention.mix_heads(positions.apply_rope(x, table), mix)
+    after = positions.apply_rope(attention.mix_heads(x, mix), table)
+    np.testing.assert_allclose(before, after, rtol=1e-4, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize(("components", "composites"), [(4, 4), (2, 8), (1, 3), (3, 6)])
+def test_initial_mixing_repeats_each_component(components, composites):
+    mix = np.asarray(attention.initial_mixing(components, composites))
+    repeat = composites // components
+    expected = np.zeros((components, composites))
+    for composite in range(composites):
+        expected[composite // repeat, composite] = 1
+    np.testing.assert_array_equal(mix, expected)
+
+
+# -- the module against a reference written out ---------------------------------------------
+
+
+def reference_attention(model, params, x_BTD, positions_BT, segments_BT):
+    """MEA by equations 10 to 17, with a loop over query heads, in float32."""
+
+    def composite(which):
+        if f"{which}_mixing" not in params:
+            return jnp.einsum("btd,dkh->btkh", x_BTD, params[which])
+        return reference_composite(x_BTD, params[which], params[f"{which}_mixing"])
+
+    frequencies = positions.rope_frequencies(model.head_dim, model.rope_theta, model.rope_scaling)
+    table = positions.rope_table(positions_BT, frequencies)
+    q = positions.apply_rope(jnp.einsum("btd,dnh->btnh", x_BTD, params["query"]), table)
+    k, v = positions.apply_rope(composite("key"), table), composite("value")
+    t = jnp.arange(x_BTD.shape[1])
+    same = segments_BT[:, :, None] == segments_BT[:, None, :]
+    mask = same & (t[None, :, None] >= t[None, None, :])
+    outputs = []
+    for n in range(model.n_heads):
+        head = n * model.n_kv_heads // model.n_heads
+        scores = jnp.einsum("bth,bsh->bts", q[:, :, n], k[:, :, head]) / model.head_dim**0.5
+        p = jax.nn.softmax(jnp.where(mask, scores, -1e30), axis=-1)
+        outputs.append(p @ v[:, :, head])
+    o = jnp.stack(outputs, axis=2)
+    if model.head_norm:
+        o /= jnp.sqrt(jnp.mean(o**2, axis=-1, keepdims=True) + model.norm_eps)
+        o *= params["head_norm"]["scale"][None, None, None]
+    return jnp.einsum("btnh,nhd->btd", o, params["out"])
+
+
+def layer(model, which=0):
+    """The attention module of a layer, and its inputs: two packed windows of 12 positions."""
+    module = Attention(model, model.components("key")[which], model.components("value")[which])
+    positions_BT, segments_BT = packed([[5, 7], [12]], 12)
+    frequencies = positions.rope_frequencies(model.head_dim, model.rope_theta, model.rope_scaling)
+    table = positions.rope_table(jnp.asarray(positions_BT), frequencies)
+    return module, table, jnp.asarray(positions_BT), jnp.asarray(segments_BT)
+
+
+def layer_params(model, module, table, segments, noise=0.3):
+    import flax.linen as nn
+
+    x = jnp.zeros((2, 12, model.d_model))
+    params = nn.unbox(module.init(jax.random.key(0), x, table, segments))["params"]
+    return jax.tree.map(lambda p: p + noise * normal(p.size, *p.shape), params)
+
+
+CASES = {
+    "mea": {},
+    "fewer components": {"key_components": 2, "value_components": 2},
+    "keys and values differ": {"key_components": 4, "value_components": 1},
+    "any count": {"key_components": 3, "value_components": 3},
+    "grouped queries": {"n_heads": 8, "key_components": 2},
+    "keys only": {"hlc": "k", "key_components": 2},
+    "values only": {"hlc": "v", "value_components": 2},
+    "no head norm": {"head_norm": False},
+    "plain": {"hlc": "none", "head_norm": False},
+    "multi-query": {"hlc": "none", "head_norm": False, "n_kv_heads": 1},
+    "scaled positions": {"rope_scaling": RopeScaling(8.0, 1.0, 4.0, 64)},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_layer_is_the_reference_in_values_and_gradients(case):
+    changes = CASES[case]
+    model = tiny_model(**changes)
+    module, table, positions_BT, segments = layer(model)
+    if "any count" in case:  # has no initialisation of its own
+        donor = tiny_model(key_components=4, value_components=4)
+        full = layer_params(donor, layer(donor)[0], table, segments)
+        params = full | {w: full[w][:, :3] for w in ("key", "value")}
+        params |= {f"{w}_mixing": full[f"{w}_mixing"][:3] for w in ("key", "value")}
+    else:
+        params = layer_params(model, module, table, segments)
+    x, weight = normal(5, 2, 12, model.d_model), normal(6, 2, 12, model.d_model)
+
+    def objective(function):
+        def run(params, x):
+            out = function(params, x)
+            return jnp.vdot(weight, out), out
+
+        return jax.jit(jax.grad(run, (0, 1), has_aux=True))
+
+    def reference(params, x):
+        return reference_attention(model, params, x, positions_BT, segments)
+
+    expected_gradients, expected = objective(reference)(params, x)
+    forms = ("folded", "explicit") if model.hlc != "none" else ("folded",)
+    for form in forms:
+        variant = Attention(
+            change(model, hlc_form=form), module.key_components, module.value_components
+        )
+        gradients, out = objective(
+            lambda params, x, v=variant: v.apply({"params": params}, x, table, segments)
+        )(params, x)
+        # Outputs and gradients reach some tens; float32 keeps seven digits, sums lose one or two.
+        np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-4)
+        assert_close(gradients, expected_gradients, rtol=1e-3, atol=2e-3)
+
+
+def test_plain_attention_has_nothing_of_hlc():
+    model = tiny_model(hlc="none", head_norm=False, n_kv_heads=2)
+    tree = flat(params_of(model)["layers_0"]["attention"])
+    assert {name: p.shape for name, p in tree.items()} == {
+        "query": (2, 32, 4, 8),
+        "key": (2, 32, 2, 8),
+        "value": (2, 32, 2, 8),
+        "out": (2, 4, 8, 32),
+    }
+
+
+def test_mea_tree():
+    model = tiny_model(key_components=2, value_components=1)
+    tree = flat(params_of(model)["layers_0"]["attention"])
+    assert {name: p.shape for name, p in tree.items()} == {
+        "query": (2, 32, 4, 8),
+        "key": (2, 32, 2, 8),
+        "key_mixing": (2, 2, 4),
+        "value": (2, 32, 1, 8),
+        "value_mixing": (2, 1, 4),
+        "head_norm/scale": (2, 8),  # one weight over H, shared by all heads
+        "out": (2, 4, 8, 32),
+    }
+    assert set(flat(params_of(change(model, hlc="k", value_components=4)))) == {
+        name for name in flat(params_of(model)) if not name.endswith("value_mixing")
+    }
+
+
+# -- parts ----------------------------------------------------------------------------------
+
+
+@given(
+    heads=st.integers(1, 3),
+    scale=st.floats(0.01, 100.0),
+    seed=st.integers(0, 9),
+)
+def test_head_norm_is_rmsnorm_over_each_head(heads, scale, seed):
+    x, weight = scale * normal(seed, 2, 3, heads, 8), normal(seed + 1, 8)
+    x64 = np.asarray(x, np.float64)
+    expected = x64 / np.sqrt((x64**2).mean(-1, keepdims=True) + 1e-5) * np.asarray(weight)
+    np.testing.assert_allclose(rms_norm(x, weight, 1e-5), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_norms_are_in_float32():
+    x = normal(0, 2, 3, 8).astype(jnp.bfloat16)
+    y = rms_norm(x, jnp.ones(8), 1e-5)
+    assert y.dtype == jnp.bfloat16
+    exact = rms_norm(x.astype(jnp.float32), jnp.ones(8), 1e-5)
+    np.testing.assert_array_equal(y, exact.astype(jnp.bfloat16))  # one rounding, at the end
+
+
+def test_visible_positions():
+    _, segments = packed([[2, 3]], 6)  # one position of padding
+    expected = [
+        [1, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0],
+        [0, 0, 1, 0, 0, 0],
+        [0, 0, 1, 1, 0, 0],
+        [0, 0, 1, 1, 1, 0],
+        [0, 0, 0, 0, 0, 1],
+    ]
+    np.testing.assert_array_equal(attention.visible(jnp.asarray(segments))[0], np.array(expected))
+
+
+def test_bfloat16_softmax_is_in_float32():
+    """Logits that differ by less than bfloat16 resolves still rank the positions."""
+    q = jnp.full((1, 2, 1, 8), 4.0, jnp.bfloat16)
+    k = jnp.stack([jnp.full((1, 1, 8), 8.0), jnp.full((1, 1, 8), 8.0).at[..., 0].set(8.0625)], 1)
+    logits = attention.attention_logits(
+        q, k.astype(jnp.bfloat16), jnp.ones((1, 2, 2), bool), scale=1.0
+    )
+    assert logits.dtype == jnp.float32
+    assert float(logits[0, 0, 0, 1, 1] - logits[0, 0, 0, 1, 0]) == 0.25  # of 256: 9 bits
+
+
+def test_statistics_of_uniform_attention():
+    """Zero queries attend evenly: position t has entropy log(t + 1)."""
+    positions_BT, segments = packed([[4, 3], [6]], 8)
+    statistics = attention.attention_statistics(
+        jnp.zeros((2, 8, 4, 2)), normal(0, 2, 8, 2, 2), jnp.asarray(segments), 1.0
+    )
+    real = segments > 0
+    expected = np.log(positions_BT[real] + 1.0).mean()
+    np.testing.assert_allclose(statistics["entropy"], np.full(4, expected), rtol=1e-5)
+    np.testing.assert_array_equal(statistics["logit"], np.zeros(4))
+
+
+def test_statistics_by_hand():
+    """Against numpy, head by head; padding counts neither in the mean nor in the maximum."""
+    _, segments = packed([[4, 3], [6]], 8)
+    q, k = np.array(normal(0, 2, 8, 4, 6)), np.array(normal(1, 2, 8, 2, 6))
+    q[0, 7], k[0, 7] = 100.0, 100.0  # the padding, as loud as can be
+    found = attention.attention_statistics(jnp.asarray(q), jnp.asarray(k), jnp.asarray(segments), 0.5)
+    for n in range(4):
+        entropies, largest = [], -np.inf
+        for b, t in np.argwhere(segments > 0):
+            seen = [s for s in range(t + 1) if segments[b, s] == segments[b, t]]
+            logits = np.array([0.5 * q[b, t, n] @ k[b, s, n // 2] for s in seen])
+            p = np.exp(logits - logits.max())
+            p /= p.sum()
+            entropies.append(-(p * np.log(np.maximum(p, 1e-30))).sum())
+            largest = max(largest, logits.max())
+        np.testing.assert_allclose(found["entropy"][n], np.mean(entropies), rtol=1e-4)
+        np.testing.assert_allclose(found["logit"][n], largest, rtol=1e-5)

@@ -176,7 +176,7 @@ def default_config() -> config_dict.ConfigDict:
             fields = dataclasses.fields(value)
             return config_dict.ConfigDict({f.name: convert(getattr(value, f.name)) for f in fields})
         if isinstance(value, tuple):
-            return tuple(XX)
+            return tuple(dataclasses.asdict(v) for v in value)  # sources
         return config_dict.placeholder(object) if value is None else value
 
     return convert(TrainConfig()).lock()

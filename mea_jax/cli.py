@@ -1,6 +1,7 @@
 """What every command shares: the config flag, one-line errors, where compiled code is kept."""
 
 import os
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -8,14 +9,17 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from mea_jax.config import TrainConfig, from_config_dict
+from mea_jax.config import TrainConfig, flatten, from_config_dict
 from mea_jax.errors import UserError, fail, nearest
 
 
 def define_config_flag():
     """`--config file.py[:arg]` with `--config.key=value` overrides."""
     return config_flags.DEFINE_config_file(
-        "config", None, "Config file, with an optional argument: configs/quickstart.py:mha"
+        "config",
+        None,
+        "config file with an optional variant, such as configs/quickstart.py:mha; "
+        "--config.key=value overrides one of its keys (all of them: mea_jax/config.py)",
     )
 
 
@@ -23,7 +27,12 @@ def parse_config(flag) -> TrainConfig:
     """The validated config of a `define_config_flag`. Raises `UserError`."""
     if flag.value is None:
         raise UserError("no config given: add --config configs/quickstart.py")
-    return from_config_dict(flag.value)
+    try:
+        return from_config_dict(flag.value)
+    except OSError as error:  # ml_collections hands out an object that raises when it is read
+        path = flags.FLAGS["config"].config_filename.split(":")[0]
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise UserError(f"config file {path} cannot be read: {reason}") from error
 
 
 def cache_root() -> Path:
@@ -38,26 +47,36 @@ def enable_compilation_cache() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
+def _check_overrides(argv: Sequence[str]) -> None:
+    """Raises `UserError` for a `--config.key` that names no option."""
+    known = [f"config.{key}" for key in flatten(TrainConfig().to_dict())]
+    for argument in argv:
+        if match := re.match(r"--?(config\.[\w.\[\]]+)", argument):
+            key = match[1].split("[")[0]
+            if key not in known:
+                raise UserError(f"unknown config key {key}: {nearest(key, known)}")
+
+
+def _config_file_error(error: Exception) -> str:
+    """A config file's own exception as one line; a misspelt key with the nearest real one."""
+    if match := re.search(r'Key "(\w+)" does not exist', str(error)):
+        names = {part for key in flatten(TrainConfig().to_dict()) for part in key.split(".")}
+        return f"the config file sets the unknown key {match[1]!r}: {nearest(match[1], names)}"
+    return f"the config file fails with {type(error).__name__}: {error}"
+
+
 def _parse_flags(argv: Sequence[str]) -> list[str]:
     """absl's parser, its errors as one line: a flag, a config file or a config key is wrong."""
     try:
+        _check_overrides(argv)
         return flags.FLAGS(argv)
     except flags.UnrecognizedFlagError as error:
         name = error.flagname
-        if name.startswith("config."):
-            fail(_unknown_key(name))
         fail(f"unknown flag --{name}: {nearest(name, flags.FLAGS)}")
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+    except (flags.Error, UserError) as error:
         fail(error)
-    except (OSError, ImportError, SyntaxError, UserError) as error:
-        fail(f"the config file cannot be read: {error}")
-
-
-def _unknown_key(name: str) -> str:
-    from mea_jax.config import TrainConfig, flatten
-
-    known = [f"config.{key}" for key in flatten(TrainConfig().to_dict())]
-    return f"unknown config key {name}: {nearest(name, known)}"
+    except Exception as error:  # whatever the user's config file raises
+        fail(_config_file_error(error))
 
 
 def run(main: Callable[[], None]) -> None:

@@ -1,4 +1,4 @@
-"""The one exception a user may cause, and the wrapper that prints it as one line.
+"""The one exception a user may cause, and how a command prints it.
 
 A `UserError` says what is wrong, where, and how to mend it. Commands print it without a
 traceback and exit with status 2; anything else is a defect of ours and keeps its traceback.
@@ -6,7 +6,7 @@ traceback and exit with status 2; anything else is a defect of ours and keeps it
 
 import difflib
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import NoReturn
 
 
@@ -28,15 +28,3 @@ def fail(error: BaseException | str) -> NoReturn:
     line = " ".join(str(error).split())
     sys.stderr.write(f"error: {line}\n")
     sys.exit(2)
-
-
-def one_line_errors(main: Callable[..., None]) -> Callable[..., None]:
-    """Decorates a command's `main`: a `UserError` becomes one line and exit status 2."""
-
-    def wrapped(*args, **kwargs) -> None:
-        try:
-            main(*args, **kwargs)
-        except UserError as error:
-            fail(error)
-
-    return wrapped

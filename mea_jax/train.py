@@ -1,4 +1,8 @@
-"""`python -m mea_jax.train --config configs/quickstart.py`: the training loop and its command."""
+"""Trains a model, or resumes or reports a run: the same command does all three.
+
+python -m mea_jax.train --config configs/quickstart.py
+python -m mea_jax.train --config configs/quickstart.py:mha --config.optimizer.learning_rate=1e-3
+"""
 
 import dataclasses
 import math
@@ -309,4 +313,5 @@ def main() -> None:
 if __name__ == "__main__":
     CONFIG = cli.define_config_flag()
     WORKDIR = flags.DEFINE_string("workdir", None, "Run directory; default runs/<config name>")
+    flags.declare_key_flag("config")
     cli.run(main)

@@ -32,7 +32,7 @@ from mea_jax.config import DataConfig
 from mea_jax.data import sources, tokenizers
 from mea_jax.data.tokenizers import Tokenizer
 from mea_jax.data.windows import builder
-from mea_jax.errors import UserError, one_line_errors
+from mea_jax.errors import UserError
 
 _FORMAT = 1  # of the cache; a new number makes all old ones unused
 _SUMMARY = "prepared.json"
@@ -321,19 +321,16 @@ def _progress(title: str, size: int) -> Iterator[Callable[[int], Any]]:
 
 def main() -> None:
     """The command. Flags are defined here: importing this module must not define `--config`."""
-    from absl import app, flags
-    from ml_collections import config_flags
+    from absl import flags
 
-    from mea_jax.config import from_config_dict
+    from mea_jax import cli
 
-    config = config_flags.DEFINE_config_file("config", lock_config=True)
-    runner = flags.DEFINE_string("beam_runner", None, "Beam runner, such as DirectRunner.")
-    options = flags.DEFINE_multi_string("beam_option", [], "Option of Beam; may be repeated.")
-    flags.mark_flag_as_required("config")
+    config = cli.define_config_flag()
+    runner = flags.DEFINE_string("beam_runner", None, "Beam runner, such as DirectRunner")
+    options = flags.DEFINE_multi_string("beam_option", [], "Option of Beam; may be repeated")
 
-    def run(argv: Sequence[str]) -> None:
-        del argv
-        train = from_config_dict(config.value)
+    def run() -> None:
+        train = cli.parse_config(config)
         prepare(
             train.data,
             train.model.vocab_size,
@@ -341,7 +338,7 @@ def main() -> None:
             beam_options=options.value,
         )
 
-    app.run(one_line_errors(run))
+    cli.run(run)
 
 
 if __name__ == "__main__":

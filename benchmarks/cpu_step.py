@@ -1,6 +1,6 @@
 """Training-step speed on a CPU: the kernels of `mea_jax.cpu_kernels` against plain einsum.
 
-    python benchmarks/cpu_step.py [--json out.json] [--repeats 9]
+    python -m benchmarks.cpu_step [--json out.json] [--repeats 9]
 
 One process, variants interleaved A B C D A B C D, medians. First the plain product of the model's
 main shape, the bound on what a step can reach; then the whole step (forward, backward, clipping,
@@ -232,6 +232,7 @@ def main() -> None:
     parser.add_argument("--json", help="also write the figures to this file")
     parser.add_argument("--repeats", type=int, default=9)
     args = parser.parse_args()
+    cpu_kernels.keep_freed_memory()  # before any step, so that both variants have it
     shape = Shape()
     dtypes = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 

@@ -22,6 +22,23 @@ def kernel(
     return parameter(module, name, nn.initializers.truncated_normal(stddev), axes, tuple(shape))
 
 
+def embedding_stddev(model: ModelConfig) -> float:
+    """Spread of fresh embeddings: 1, or 1/sqrt(D) where they are the unembedding too.
+
+    Tied embeddings of spread 1 would start with logits of spread sqrt(D).
+    """
+    return model.d_model**-0.5 if model.tie_embeddings else 1.0
+
+
+def residual_gain(model: ModelConfig) -> float:
+    """Gain of the projections that write to the residual: all 2L together half the embedding.
+
+    So a fresh model still knows its token at the last layer. Blocks that start louder than the
+    embedding cost the quickstart a third of its steps: see docs/log.md.
+    """
+    return 0.5 * embedding_stddev(model) * (2 * model.n_layers) ** -0.5
+
+
 class Attention(nn.Module):
     """MEA (arXiv 2601.19611): HLC on keys and values, causal attention, per-head RMSNorm.
 
@@ -84,7 +101,7 @@ class Attention(nn.Module):
             (c.n_heads, c.head_dim, c.d_model),
             ("heads", "head_dim", "embed"),
             c.n_heads * c.head_dim,
-            gain=(2 * c.n_layers) ** -0.5,
+            gain=residual_gain(c),
         )
         return backend.project(o_BTNH, o_NHD, axes=2)
 
@@ -116,7 +133,7 @@ class MLP(nn.Module):
             (c.d_ff, c.d_model),
             ("mlp", "embed"),
             c.d_ff,
-            gain=(2 * c.n_layers) ** -0.5,
+            gain=residual_gain(c),
         )
         hidden = ("batch", "length", "activation_mlp")
         gate_BTF = constrain(backend.project(x_BTD, gate_DF), *hidden)

@@ -18,6 +18,7 @@ from mea_jax import cli, flops, report, sharding
 from mea_jax.backends import resolve
 from mea_jax.checkpoint import Checkpoints
 from mea_jax.config import TrainConfig, validate_from_scratch
+from mea_jax.cpu_kernels import keep_freed_memory
 from mea_jax.data.pipeline import held_out_batches, train_batches
 from mea_jax.data.prepare import Prepared, prepare
 from mea_jax.diagnostics import compile_diagnostics
@@ -41,6 +42,8 @@ def train(config: TrainConfig, workdir: Path) -> dict[str, Any]:
     Raises `UserError` for every mistake of the user's, and for a disk that refuses.
     """
     devices = jax.devices()
+    if devices[0].platform == "cpu":
+        keep_freed_memory()
     mesh = sharding.make_mesh(config.mesh, devices)
     config = dataclasses.replace(config, model=resolve(config.model, devices))
     sharding.check_divisible(config, mesh)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from mea_jax import positions
 from mea_jax.backends import make_backend
 from mea_jax.config import REMAT_POLICIES, ModelConfig
-from mea_jax.layers import MLP, Attention, kernel
+from mea_jax.layers import MLP, Attention, embedding_stddev, kernel
 from mea_jax.norms import RMSNorm
 from mea_jax.sharding import constrain, parameter
 
@@ -71,7 +71,7 @@ class Decoder(nn.Module):
         self.embedding = parameter(
             self,
             "embedding",
-            nn.initializers.normal(0.02),
+            nn.initializers.normal(embedding_stddev(c)),
             ("vocab", "embed"),
             (c.vocab_size, c.d_model),
         )

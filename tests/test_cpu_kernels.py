@@ -1,0 +1,229 @@
+"""The CPU kernels against three-line float32 references: values, gradients, odd shapes.
+
+Tolerances are relative to the largest entry of the reference. float32: 2e-5, sums in another order.
+bfloat16: 3e-2, inputs rounded to 8 bits (2^-9 each) and, in gradients, two roundings in a row.
+"""
+
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mea_jax import cpu_kernels
+
+DTYPES = {"float32": 2e-5, "bfloat16": 3e-2}
+few = settings(max_examples=5, deadline=None, derandomize=True)
+sizes = st.sampled_from([1, 2, 3, 7, 16, 33, 64, 100])
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_device():
+    """The code of one device: the suite has eight, for which transpositions are not pinned."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(cpu_kernels, "_several_devices", lambda: False)
+    yield
+    patch.undo()
+
+
+def normal(seed, *shape):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def assert_close(got, want, dtype):
+    """Within the tolerance times the largest entry anywhere: some gradients are zero exactly."""
+    scale = max(np.abs(np.asarray(b)).max(initial=0.0) for b in jax.tree.leaves(want))
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert a.shape == b.shape
+        assert a.dtype == b.dtype
+        assert np.abs(np.asarray(a) - np.asarray(b)).max(initial=0.0) <= DTYPES[dtype] * scale
+
+
+def value_and_grads(f, *args):
+    """f's outputs and the gradients of a fixed linear functional of them, compiled together."""
+
+    @jax.jit
+    def both(*args):
+        out, pull = jax.vjp(f, *args)
+        return out, pull(jnp.cos(jnp.arange(out.size, dtype=jnp.float32)).reshape(out.shape))
+
+    return both(*args)
+
+
+def attention_reference(q, k, v, segments, scale):
+    k, v = (jnp.repeat(x, q.shape[2] // k.shape[2], 2) for x in (k, v))
+    seen = jnp.tril(segments[:, :, None] == segments[:, None, :])[:, None]
+    scores = jnp.where(seen, jnp.einsum("btnh,bsnh->bnts", q, k) * scale, -jnp.inf)
+    return jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(scores), v)
+
+
+def loss_reference(x, w, targets, weights, z_loss):
+    logits = x @ w
+    lse = jax.nn.logsumexp(logits, -1)
+    nll = lse - jnp.take_along_axis(logits, targets[:, None], 1)[:, 0]
+    return jnp.sum(weights * (nll + z_loss * lse**2)), jnp.sum(weights * nll)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@few
+@given(lead=st.sampled_from([(1,), (7,), (2, 5), (3, 1), (8, 32)]), d=sizes, f=sizes)
+def test_dense(dtype, lead, d, f):
+    x, w = normal(0, *lead, d), normal(1, d, f)
+    got = value_and_grads(lambda x, w: cpu_kernels.dense(x, w, jnp.dtype(dtype)), x, w)
+    assert_close(got, value_and_grads(lambda x, w: jnp.dot(x, w), x, w), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_transposed_operands_reach_no_product(dtype):
+    # XLA would fold these transpositions into the products, for which bfloat16 has no code.
+    x, w = normal(0, 16, 24), normal(1, 48, 16)
+
+    def f(x, w):
+        return cpu_kernels.dense(x.T, w.T, jnp.dtype(dtype)).T
+
+    assert_close(value_and_grads(f, x, w), value_and_grads(lambda x, w: w @ x, x, w), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_swiglu(dtype):
+    gate, up = 3 * normal(0, 5, 33), normal(1, 5, 33)
+
+    def f(g, u):
+        return cpu_kernels.swiglu(g, u, jnp.dtype(dtype)).astype(jnp.float32)
+
+    want = value_and_grads(lambda g, u: jax.nn.silu(g) * u, gate, up)
+    assert_close(value_and_grads(f, gate, up), want, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@few
+@given(
+    b=st.sampled_from([1, 2, 4]),
+    t=st.sampled_from([1, 2, 7, 16, 37, 64]),
+    heads=st.sampled_from([(1, 1), (2, 2), (4, 2), (3, 1), (6, 3)]),
+    h=st.sampled_from([1, 2, 24, 32, 64, 128]),
+    block=st.sampled_from([0, 1, 5, 16, 64]),
+    segments=st.integers(1, 4),
+)
+def test_attention(dtype, b, t, heads, h, block, segments):
+    n, k = heads
+    block = block if block != 1 or t <= 7 else 9  # each block is compiled by itself
+    q, key, v = normal(0, b, t, n, h), normal(1, b, t, k, h), normal(2, b, t, k, h)
+    ids = jnp.sort(jnp.asarray(np.random.default_rng(3).integers(0, segments, (b, t))), 1)
+    options = {"scale": h**-0.5, "dtype": jnp.dtype(dtype), "block": block}
+
+    def f(*qkv):
+        return cpu_kernels.causal_attention(*qkv, ids, **options)
+
+    want = value_and_grads(lambda *qkv: attention_reference(*qkv, ids, h**-0.5), q, key, v)
+    assert_close(value_and_grads(f, q, key, v), want, dtype)
+
+
+def test_attention_in_parts_of_the_batch_and_blocks_of_its_own_choice():
+    q, k, v = (normal(i, 4, 300, 4, 8) for i in range(3))
+    ids = jnp.ones((4, 300), jnp.int32)
+
+    def f(*qkv):
+        return cpu_kernels.causal_attention(*qkv, ids, scale=0.3, dtype=jnp.float32)
+
+    want = value_and_grads(lambda *qkv: attention_reference(*qkv, ids, 0.3), q, k, v)
+    assert_close(value_and_grads(jax.checkpoint(f), q, k, v), want, "float32")
+
+
+def test_attention_of_huge_scores_is_finite_and_exact():
+    # The largest score is subtracted among visible keys: a hidden one 1e4 above must not count.
+    q, v = jnp.ones((1, 8, 1, 4)), normal(2, 1, 8, 1, 4)
+    k = jnp.arange(8.0)[None, :, None, None] * jnp.full((1, 8, 1, 4), 2500.0)
+    ids = jnp.ones((1, 8), jnp.int32)
+
+    def f(*qkv):
+        return cpu_kernels.causal_attention(*qkv, ids, scale=1.0, dtype=jnp.float32)
+
+    got, grads = value_and_grads(f, q, k, v)
+    np.testing.assert_allclose(got, v, rtol=1e-6)  # each position sees only itself
+    assert all(np.isfinite(g).all() for g in grads)
+
+
+def test_attention_refuses_unequal_groups():
+    q, k = normal(0, 1, 4, 3, 8), normal(0, 1, 4, 2, 8)
+    with pytest.raises(ValueError, match="3 query heads do not divide into 2"):
+        cpu_kernels.causal_attention(q, k, k, jnp.ones((1, 4)), scale=1.0, dtype=jnp.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@few
+@given(tokens=sizes, d=sizes, vocab=sizes, chunk=st.sampled_from([1, 16, 33, 1000]))
+def test_cross_entropy(dtype, tokens, d, vocab, chunk):
+    x, w = normal(0, tokens, d), normal(1, d, vocab) * d**-0.5
+    rng = np.random.default_rng(2)
+    targets = jnp.asarray(rng.integers(0, vocab, tokens))
+    weights = jnp.asarray(rng.integers(0, 3, tokens), jnp.float32)
+    options = {"dtype": jnp.dtype(dtype), "chunk": chunk, "z_loss": 1e-2}
+
+    def f(x, w):
+        return cpu_kernels.cross_entropy(x, w, targets, weights, **options)
+
+    def g(x, w):
+        return loss_reference(x, w, targets, weights, 1e-2)
+
+    assert_close(jax.jit(f)(x, w), g(x, w), dtype)  # evaluated only
+    got = jax.jit(jax.value_and_grad(f, (0, 1), has_aux=True))(x, w)
+    assert_close(got, jax.value_and_grad(g, (0, 1), has_aux=True)(x, w), dtype)
+
+
+def test_evaluated_loss_does_no_gradient_work():
+    x, w = normal(0, 32, 16), normal(1, 16, 64)
+    targets, weights = jnp.zeros(32, jnp.int32), jnp.ones(32)
+
+    def f(x, w):
+        return cpu_kernels.cross_entropy(x, w, targets, weights, dtype=jnp.float32, chunk=16)[0]
+
+    def products(f):
+        return str(jax.make_jaxpr(f)(x, w)).count("dot_general")
+
+    assert products(f) == 1
+    assert products(jax.grad(f, (0, 1))) == 3
+
+
+SHARDED = """
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from mea_jax import cpu_kernels as ck
+mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+rng = np.random.default_rng(0)
+arrays = [rng.normal(size=s).astype(np.float32) for s in
+          ((8, 12, 16), (16, 32), (16, 32), (16, 32), (32, 16), (16, 64))]
+specs = [P("data"), *[P(None, "tensor")] * 3, P("tensor"), P(None, "tensor")]
+placed = [jax.device_put(a, NamedSharding(mesh, s)) for a, s in zip(arrays, specs)]
+def loss(x, wq, wk, wv, wo, head, dtype):
+    q, k, v = (ck.dense(x, w, dtype).reshape(8, 12, 4, 8) for w in (wq, wk, wv))
+    ids = jnp.ones((8, 12), jnp.int32)
+    o = ck.causal_attention(q, k, v, ids, scale=0.3, dtype=dtype, block=5)
+    y = ck.dense(o.reshape(8, 12, 32), wo, dtype).reshape(96, 16)
+    targets, weights = jnp.arange(96) % 64, jnp.ones(96)
+    return ck.cross_entropy(y, head, targets, weights, dtype=dtype, chunk=40)[0]
+for dtype, limit in ((jnp.float32, 2e-5), (jnp.bfloat16, 1e-1)):
+    step = jax.jit(jax.grad(loss, tuple(range(6))), static_argnums=6)
+    for got, want in zip(step(*placed, dtype), step(*arrays, jnp.float32)):
+        assert np.abs(got - want).max() < limit * np.abs(want).max(), (dtype, got.shape)
+print("equal")
+"""
+
+
+def test_sharded_arrays_give_the_same_gradients():
+    # bfloat16: 1e-1, four products in a row each way.
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    env = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    run = subprocess.run(
+        [sys.executable, "-c", SHARDED], env=env, capture_output=True, text=True, check=False
+    )
+    assert run.stdout == "equal\n", run.stderr[-2000:]
+
+
+def test_keep_freed_memory_says_whether_it_could():
+    assert cpu_kernels.keep_freed_memory() is sys.platform.startswith("linux")

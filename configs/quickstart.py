@@ -14,7 +14,7 @@ PROMPT = '''def read_lines(path):
 def get_config(variant: str = ""):
     config = default_config()
     config.name = "quickstart"
-    config.steps = 700
+    config.steps = 500
     config.batch_size = 8
 
     model = config.model

@@ -39,9 +39,8 @@ def heads(axis, x, y, count, color, label, note=""):
         )
     axis.text(x, y - 0.34, label, ha="center", va="center", fontsize=8.5)
     if note:
-        axis.text(
-            x, y - 0.58, note, ha="center", va="center", fontsize=8.5, style="italic", color="#a04000"
-        )
+        style = {"fontsize": 8.5, "style": "italic", "color": "#a04000"}
+        axis.text(x, y - 0.58, note, ha="center", va="center", **style)
 
 
 def arrow(axis, start, end):

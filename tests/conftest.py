@@ -1,12 +1,19 @@
 """Eight CPU devices and strict broadcasting for every test; one tiny run for those that train."""
 
 import os
+import subprocess
 
-# Before jax is imported: it reads both once.
+# Before jax is imported: it reads both once. Programs here run for milliseconds and compile for
+# seconds, so the code generator's expensive passes are left out; HLO is optimised as ever.
 os.environ["JAX_PLATFORMS"] = "cpu"
-_FLAGS = os.environ.get("XLA_FLAGS", "")
-if "xla_force_host_platform_device_count" not in _FLAGS:
-    os.environ["XLA_FLAGS"] = f"{_FLAGS} --xla_force_host_platform_device_count=8".strip()
+os.environ["XLA_FLAGS"] = " ".join(
+    (
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_force_host_platform_device_count=8",
+        "--xla_backend_optimization_level=0",
+        "--xla_llvm_disable_expensive_passes=true",
+    )
+)
 
 import hypothesis
 import jax
@@ -31,13 +38,31 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("mea_jax")
 
-WORDS = "the quick brown fox jumps over a lazy dog while seven wizards box in pale moonlight".split()
+WORDS = "a quick brown fox jumps over the lazy dog while seven wizards box by moonlight"
 
 
 @pytest.fixture(autouse=True, scope="session")
 def _caches(tmp_path_factory):
-    """Nothing is read from or written to the caches of whoever runs the tests."""
-    os.environ["MEA_JAX_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    """Nothing is read from or written to the caches of whoever runs the tests.
+
+    One folder of compiled programs for the whole session, commands in other processes included.
+    """
+    root = tmp_path_factory.mktemp("cache")
+    os.environ["MEA_JAX_CACHE"] = str(root)
+    jax.config.update("jax_compilation_cache_dir", str(root / "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+@pytest.fixture
+def devices(monkeypatch):
+    """`devices(n)`: from here to the end of the test, jax has the first n devices only."""
+    everything = jax.devices()
+
+    def restrict(count):
+        monkeypatch.setattr(jax, "devices", lambda *_: everything[:count])
+        return everything[:count]
+
+    return restrict
 
 
 @pytest.fixture(scope="session")
@@ -46,7 +71,7 @@ def corpus(tmp_path_factory):
     folder = tmp_path_factory.mktemp("corpus")
     rng = np.random.default_rng(0)
     for i in range(40):
-        (folder / f"{i:02d}.txt").write_text(" ".join(rng.choice(WORDS, 30 + i)))
+        (folder / f"{i:02d}.txt").write_text(" ".join(rng.choice(WORDS.split(), 30 + i)))
     return folder
 
 
@@ -76,3 +101,17 @@ def tiny(corpus, tmp_path_factory):
         return change(config, **changes)
 
     return make
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of half a megabyte: less than one checkpoint."""
+    where = tmp_path / "disk"
+    where.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(where)]
+    try:
+        subprocess.run(mount, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("mounting a file system is not permitted here")
+    yield where
+    subprocess.run(["umount", "-l", str(where)], check=True)

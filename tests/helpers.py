@@ -38,12 +38,24 @@ def tiny_model(**changes: Any) -> ModelConfig:
 
 
 def params_of(model: ModelConfig, seed: int = 0, noise: float = 0.0) -> Any:
-    """Fresh parameters; `noise` moves every leaf, so that mixing is no longer the identity."""
-    params = nn.unbox(jax.jit(lambda k: init_params(model, k))(jax.random.key(seed)))
-    rng = np.random.default_rng(seed + 1)
-    return jax.tree.map(
-        lambda p: p + noise * rng.standard_normal(p.shape).astype(np.float32), params
-    )
+    """Random parameters, made by numpy, which compiles nothing.
+
+    Norm scales are one and mixing is block identity, as at initialisation; `noise` moves both.
+    """
+    tree = nn.unbox(jax.eval_shape(lambda k: init_params(model, k), jax.random.key(0)))
+    rng = np.random.default_rng(seed)
+
+    def leaf(path, shape):
+        name, noise_ = path[-1].key, noise * rng.standard_normal(shape.shape)
+        if name == "scale":
+            return (1 + noise_).astype(np.float32)
+        if name.endswith("_mixing"):
+            _, components, composites = shape.shape
+            blocks = np.arange(composites) * components // composites
+            return (np.eye(components)[:, blocks] + noise_).astype(np.float32)
+        return (0.2 * rng.standard_normal(shape.shape)).astype(np.float32)
+
+    return jax.tree_util.tree_map_with_path(leaf, tree)
 
 
 def packed(rows: list[list[int]], length: int) -> tuple[np.ndarray, np.ndarray]:
@@ -64,7 +76,7 @@ def packed(rows: list[list[int]], length: int) -> tuple[np.ndarray, np.ndarray]:
 
 def random_batch(
     seed: int, batch: int, length: int, vocab: int, rows: list[list[int]] | None = None
-) -> dict[str, np.ndarray]:
+) -> dict[str, Any]:
     """A training batch of random tokens; `rows` as in `packed`, default one document a row."""
     rng = np.random.default_rng(seed)
     positions, segments = packed(rows or [[length]] * batch, length)

@@ -16,8 +16,9 @@ LLAMA3 = RopeScaling(factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, ori
 TOLERANCE = 1e-4
 
 
-def rotate(x_BTNH, positions_BT, theta=10_000.0, scaling=RopeScaling()):
-    table = rope_table(jnp.asarray(positions_BT), rope_frequencies(x_BTNH.shape[-1], theta, scaling))
+def rotate(x_BTNH, positions_BT, theta=10_000.0):
+    frequencies = rope_frequencies(x_BTNH.shape[-1], theta, RopeScaling())
+    table = rope_table(jnp.asarray(positions_BT), frequencies)
     return np.asarray(apply_rope(jnp.asarray(x_BTNH), table))
 
 

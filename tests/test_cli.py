@@ -1,0 +1,306 @@
+"""Bad input through the command line: one line on stderr, exit status 2, nothing lost."""
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+from absl import flags
+from helpers import change
+
+ROOT = Path(__file__).parent.parent
+
+
+def is_one_error(status, err, *parts):
+    """Asserts one line "error: ..." holding `parts`, besides lines of progress."""
+    assert status != 0
+    assert "Traceback" not in err
+    lines = [line for line in err.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1, err
+    assert err.splitlines()[-1] == lines[0], "nothing follows it"
+    for part in parts:
+        assert part in lines[0], (part, lines[0])
+
+
+@pytest.fixture
+def config_file(tiny, tmp_path):
+    """`config_file(**changes)`: a config file on disk that loads this config; its path."""
+
+    def write(body="", **changes):
+        tree = change(tiny(), **changes).to_dict() if changes else tiny().to_dict()
+        tree["data"]["sources"] = tuple(tree["data"]["sources"])
+        (tmp_path / "tree.json").write_text(json.dumps(tree))
+        path = tmp_path / "conf.py"
+        path.write_text(
+            "import json\n"
+            "from mea_jax.baselines import apply_variant\n"
+            "from mea_jax.config import default_config\n\n\n"
+            "def get_config(variant=''):\n"
+            "    config = default_config()\n"
+            f"    with open({str(tmp_path / 'tree.json')!r}) as file:\n"
+            "        tree = json.load(file)\n"
+            "    tree['data']['sources'] = tuple(tree['data']['sources'])\n"
+            "    config.update(tree)\n"
+            f"    {body or 'pass'}\n"
+            "    return apply_variant(config, variant)\n"
+        )
+        return str(path)
+
+    return write
+
+
+@pytest.fixture
+def command(monkeypatch, capfd, tmp_path, devices):
+    """`command(*arguments)`: `python -m mea_jax.train` in this process; (status, out, err).
+
+    It sees one device, or `count`.
+    """
+
+    def run(*arguments, count=1):
+        devices(count)
+        monkeypatch.setattr(sys, "argv", ["train", *map(str, arguments)])
+        monkeypatch.chdir(tmp_path)  # a default run directory would go here
+        status = 0
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the module is imported already
+                runpy.run_module("mea_jax.train", run_name="__main__", alter_sys=True)
+        except SystemExit as end:
+            status = end.code if isinstance(end.code, int) else int(end.code is not None)
+        finally:
+            for name in list(flags.FLAGS):  # those the module defines, and one per override
+                if name == "workdir" or name.split(".")[0] == "config":
+                    delattr(flags.FLAGS, name)
+            sys.modules.pop("config_config", None)  # ml_collections' name for a config file
+        out, err = capfd.readouterr()
+        return status, out, err
+
+    return run
+
+
+def real_command(*arguments, cwd):
+    """The same in a process of its own."""
+    finished = subprocess.run(
+        [sys.executable, "-m", "mea_jax.train", *map(str, arguments)],
+        cwd=cwd,
+        env=os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"},
+        capture_output=True,
+        text=True,
+    )
+    return finished.returncode, finished.stderr
+
+
+# -- as the user starts it ------------------------------------------------------------------
+
+
+def test_process_misspelt_key(config_file, tmp_path):
+    status, err = real_command(
+        "--config", config_file(), "--config.optimizer.learning_rte=1", cwd=tmp_path
+    )
+    is_one_error(status, err, "config.optimizer.learning_rte", "config.optimizer.learning_rate")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_process_bad_json_line(config_file, tmp_path):
+    path = tmp_path / "text.jsonl"
+    path.write_text('{"text": "one"}\n{"txt": "two"}\n')
+    config = config_file(**{"data.sources": ({"source": "jsonl", "path": str(path)},)})
+    status, err = real_command("--config", config, "--workdir", tmp_path / "run", cwd=tmp_path)
+    is_one_error(status, err, "text.jsonl", "line 2", "'text'")
+
+
+def test_process_disk_that_fills_up(config_file, small_disk, tmp_path):
+    """The writers' own threads stay silent as well."""
+    config = config_file(**{"model.d_ff": 2048, "mesh.data": 8})
+    status, err = real_command("--config", config, "--workdir", small_disk / "run", cwd=tmp_path)
+    is_one_error(status, err)
+
+
+# -- the command line -----------------------------------------------------------------------
+
+
+def test_a_run_by_command(command, config_file, tmp_path):
+    config = config_file(steps=2, **{"optimizer.warmup_steps": 1})
+    status, out, _ = command("--config", config, "--workdir", tmp_path / "run")
+    assert status == 0
+    assert "bits per byte" in out
+    assert str(tmp_path / "run") in out
+    status, out, _ = command("--config", config, "--workdir", tmp_path / "run")
+    assert status == 0
+    assert "is finished" in out
+
+
+def test_default_run_directory_is_that_of_the_variant(command, config_file, tmp_path):
+    config = config_file(steps=1, **{"optimizer.warmup_steps": 0})
+    assert command("--config", f"{config}:mha")[0] == 0
+    stored = json.loads((tmp_path / "runs" / "tiny_mha" / "config.json").read_text())
+    assert stored["model"]["hlc"] == "none"
+
+
+def test_overrides_reach_the_run(command, config_file, tmp_path):
+    config = config_file()
+    status, _, _ = command(
+        "--config",
+        config,
+        "--workdir",
+        tmp_path / "run",
+        "--config.steps=1",
+        "--config.optimizer.warmup_steps=0",
+        "--config.model.key_components=2",
+        "--config.model.value_components=(4,1)",
+    )
+    assert status == 0
+    stored = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert stored["steps"] == 1
+    assert stored["model"]["key_components"] == 2
+    assert stored["model"]["value_components"] == [4, 1]
+
+
+def test_help_fits_a_screen(command):
+    status, out, err = command("--help")
+    assert status in (0, 1)
+    assert "--config" in out + err
+    assert "--workdir" in out + err
+    assert len((out + err).splitlines()) <= 30
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--config.modle.d_ff=3"], ["config.modle.d_ff", "config.model.d_ff"]),
+        (["--config.model.n_head=3"], ["config.model.n_head", "config.model.n_heads"]),
+        (["--config.steps=many"], ["steps", "many"]),
+        (["--config.steps=1.5"], ["steps", "1.5"]),
+        (["--workdri=x"], ["--workdri", "'workdir'"]),
+        (["extra"], ["'extra'"]),
+        (["--config.model.n_heads=6"], ["n_heads=6", "n_kv_heads=4"]),
+        (["--config.model.key_components=8"], ["key_components=8", "exceeds n_kv_heads=4"]),
+        (["--config.model.key_components=3"], ["key_components=3", "does not divide"]),
+        (["--config.mesh.fsdp=3"], ["config.mesh needs", "1"]),
+        (["--config.batch_size=0"], ["config.batch_size=0"]),
+        (["--config.optimizer.schedule=cosin"], ["'cosine'"]),
+    ],
+)
+def test_bad_arguments(command, config_file, arguments, parts):
+    status, _, err = command("--config", config_file(), *arguments)
+    is_one_error(status, err, *parts)
+
+
+def test_mesh_that_does_not_fit_the_heads(command, config_file):
+    path = config_file(**{"mesh.data": 1, "mesh.tensor": 8})
+    status, _, err = command("--config", path, count=8)
+    is_one_error(status, err, "config.mesh.tensor=8", "n_heads=4")
+
+
+def test_no_config(command):
+    is_one_error(*command()[::2], "--config configs/quickstart.py")
+
+
+def test_missing_config_file(command, tmp_path):
+    status, _, err = command("--config", tmp_path / "missing.py")
+    is_one_error(status, err, "missing.py")
+
+
+@pytest.mark.parametrize(
+    ("body", "parts"),
+    [
+        ("config.model.n_haeds = 4", ["n_haeds", "'n_heads'"]),
+        ("config.optimizer.learning_rte = 4.0", ["learning_rte", "'learning_rate'"]),
+        ("config.steps = 'many'", ["steps", "many"]),
+        ("raise ValueError('no luck')", ["no luck"]),
+        ("import no_such_module", ["no_such_module"]),
+        ("config.data.sources = ({'pth': 'x'},)", ["config.data.sources[0].pth", "'path'"]),
+        ("config.data.sources = ()", ["config.data.sources is empty"]),
+    ],
+)
+def test_mistakes_inside_a_config_file(command, config_file, body, parts):
+    status, _, err = command("--config", config_file(body))
+    is_one_error(status, err, *parts)
+
+
+def test_config_file_that_is_not_python(command, tmp_path):
+    (tmp_path / "conf.py").write_text("def get_config(:\n")
+    is_one_error(*command("--config", tmp_path / "conf.py")[::2], "config file")
+
+
+def test_config_file_without_a_config(command, tmp_path):
+    (tmp_path / "conf.py").write_text("x = 1\n")
+    is_one_error(*command("--config", tmp_path / "conf.py")[::2], "get_config")
+
+
+def test_unknown_variant(command, config_file):
+    is_one_error(*command("--config", config_file() + ":nonorm")[::2], "nonorm", "no_norm")
+
+
+# -- data -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("source", "content", "parts"),
+    [
+        ("text", None, ["no such file or folder", "path"]),
+        ("text", b"", []),
+        ("text", b"caf\xe9", ["words.txt", "byte 3 is not UTF-8"]),
+        ("jsonl", b'{"text": "a"}\n{"text": \n', ["words.txt", "line 2"]),
+        ("jsonl", b'{"text": "a"}\n\n{"txet": "b"}\n', ["words.txt", "line 3", "no field 'text'"]),
+        ("jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', ["words.txt", "2", "UTF-8"]),
+        ("txt", b"hello", ["'text'"]),
+    ],
+)
+def test_bad_sources(command, config_file, tmp_path, source, content, parts):
+    path = tmp_path / "words.txt"
+    if content is not None:
+        path.write_bytes(content)
+    sources = ({"source": source, "path": str(path)},)
+    config = config_file(**{"data.sources": sources})
+    status, _, err = command("--config", config, "--workdir", tmp_path / "run")
+    is_one_error(status, err, *parts)
+
+
+def test_empty_folder(command, config_file, tmp_path):
+    (tmp_path / "empty").mkdir()
+    sources = ({"source": "text", "path": str(tmp_path / "empty")},)
+    status, _, err = command("--config", config_file(**{"data.sources": sources}))
+    is_one_error(status, err, "empty", "matches no files")
+
+
+def test_tokenizer_larger_than_the_vocabulary(command, config_file):
+    status, _, err = command("--config", config_file(), "--config.model.vocab_size=200")
+    is_one_error(status, err, "257 tokens", "200", "--config.model.vocab_size=257")
+
+
+def test_missing_tokenizer(command, config_file):
+    status, _, err = command("--config", config_file(), "--config.data.tokenizer=none.json")
+    is_one_error(status, err, "none.json")
+
+
+# -- the run directory ----------------------------------------------------------------------
+
+
+def test_directory_of_another_config(command, config_file, tmp_path):
+    config = config_file(steps=1, **{"optimizer.warmup_steps": 0})
+    run = ["--config", config, "--workdir", tmp_path / "run"]
+    assert command(*run)[0] == 0
+    before = (tmp_path / "run" / "config.json").read_bytes()
+    status, _, err = command(*run, "--config.seed=7", "--config.model.d_ff=64")
+    is_one_error(status, err, "seed: 0 -> 7", "model.d_ff: 48 -> 64", "--workdir")
+    assert (tmp_path / "run" / "config.json").read_bytes() == before
+
+
+def test_directory_that_cannot_be_written(command, config_file, tmp_path):
+    (tmp_path / "file").write_text("")
+    status, _, err = command("--config", config_file(), "--workdir", tmp_path / "file" / "run")
+    is_one_error(status, err, "cannot be written", "--workdir")
+
+
+def test_loss_that_is_not_finite(command, config_file, tmp_path):
+    config = config_file(**{"checkpoint.every": 1})
+    status, _, err = command(
+        "--config", config, "--workdir", tmp_path / "run", "--config.optimizer.learning_rate=1e30"
+    )
+    is_one_error(status, err, "loss", "at step", "last good checkpoint")
+    assert not (tmp_path / "run" / "summary.json").exists()

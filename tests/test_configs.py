@@ -1,0 +1,84 @@
+"""Every config in configs/, with every variant, at its full size and no memory."""
+
+import importlib.util
+from pathlib import Path
+
+import jax
+import pytest
+from helpers import change, flat
+
+from mea_jax import sharding
+from mea_jax.backends import resolve
+from mea_jax.config import from_config_dict, validate_from_scratch
+from mea_jax.train_step import abstract_state
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+# Parameters are
+#   V D, once or (untied) twice, + D for the final norm
+#   + L (2 D N H for queries and output + 2 D K H for keys and values (C = K) + 3 D F + 2 D)
+#   + L (2 K K for mixing + H for the head norm) where there are any.
+PARAMETERS = {
+    # V 2048, D 256, L 6, N 8, K 8 (gqa: 2), H 32, F 704, tied:
+    # 524,288 + 256 + 6 (131,072 + 131,072 + 540,672 + 512) + 6 (128 + 32)
+    "quickstart": 5_345_472,
+    "quickstart:mha": 5_344_512,
+    "quickstart:gqa": 4_754_688,
+    "quickstart:no_norm": 5_345_280,
+    # V 32,768, D 768, L 12, N 12, K 12 (gqa: 3), H 64, F 2048, tied:
+    # 25,165,824 + 768 + 12 (1,179,648 + 1,179,648 + 4,718,592 + 1,536) + 12 (288 + 64)
+    "mea_125m": 110_123_904,
+    "mea_125m:mha": 110_119_680,
+    "mea_125m:gqa": 99_502_848,
+    "mea_125m:no_norm": 110_123_136,
+    # V 128,256, D 2048, L 16, N 32, K 8 (mha: 32), H 64, F 8192, untied:
+    # 525,336,576 + 2048 + 16 (8,388,608 + 2,097,152 + 50,331,648 + 4096) + 16 (128 + 64).
+    # gqa is LLaMA-3.2-1B with a head of its own: 1,235,814,400 as published + 128,256 x 2048.
+    "mea_1b": 1_498_485_760,
+    "mea_1b:mha": 1_599_145_984,
+    "mea_1b:gqa": 1_498_482_688,
+    "mea_1b:no_norm": 1_498_484_736,
+}
+
+
+def load(name):
+    file, _, variant = name.partition(":")
+    spec = importlib.util.spec_from_file_location(file, CONFIGS / f"{file}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return from_config_dict(module.get_config(variant))
+
+
+def test_every_config_is_listed_here():
+    files = {path.stem for path in CONFIGS.glob("*.py") if path.stem != "__init__"}
+    variants = {f"{file}{v}" for file in files for v in ("", ":mha", ":gqa", ":no_norm")}
+    assert variants == PARAMETERS.keys()
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_parameter_count(name):
+    config = load(name)
+    config = change(config, model=resolve(config.model, jax.devices()))
+    validate_from_scratch(config.model)
+    mesh = sharding.make_mesh(config.mesh)  # 8 devices
+    sharding.check_divisible(config, mesh)
+    arrays = len(jax.live_arrays())
+    state = abstract_state(config, mesh)
+    assert len(jax.live_arrays()) <= arrays + 1, "nothing but a random key is allocated"
+    leaves = flat(state.params)
+    assert sum(leaf.size for leaf in leaves.values()) == PARAMETERS[name]
+    variant = name.partition(":")[2]
+    has_mixing = any("mixing" in path for path in leaves)
+    has_norm = any("head_norm" in path for path in leaves)
+    assert has_mixing == (variant in ("", "no_norm"))
+    assert has_norm == (variant == "")
+    assert config.name == name.replace(":", "_"), "variants do not share a run directory"
+
+
+@pytest.mark.parametrize("name", [name for name in PARAMETERS if ":" not in name])
+def test_docstring_holds_the_command(name):
+    text = (CONFIGS / f"{name}.py").read_text()
+    docstring = text.split('"""')[1]
+    assert f"python -m mea_jax.train --config configs/{name}.py" in docstring

@@ -1,0 +1,253 @@
+"""One step is one step on any mesh; what is declared split is split; nothing is ignored."""
+
+import functools
+import re
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import assert_close, change, flat, random_batch
+from jax.sharding import PartitionSpec as P
+
+from mea_jax import sharding
+from mea_jax.config import MeshConfig
+from mea_jax.errors import UserError
+from mea_jax.train_step import (
+    abstract_state,
+    batch_loss,
+    compile_train_step,
+    create_state,
+    state_shardings,
+)
+
+STEPS = 5
+MESHES = {
+    "one": (MeshConfig(1, 1, 1), 1),
+    "data": (MeshConfig(8, 1, 1), 8),
+    "fsdp": (MeshConfig(1, 8, 1), 8),
+    "mixed": (MeshConfig(2, 2, 2), 8),
+}
+UNEVEN = [[32], [20, 9], [7], [1], [32], [4], [3], [30]]
+
+
+def mesh_of(name):
+    config, devices = MESHES[name]
+    return sharding.make_mesh(config, jax.devices()[:devices])
+
+
+@pytest.fixture(scope="module")
+def config(tiny):
+    return tiny(**{"model.key_components": 2, "model.value_components": 2, "model.n_heads": 8})
+
+
+@pytest.fixture(scope="module")
+def run(config):
+    """`run(mesh name)`: losses of 5 steps from the same seed, and the last state."""
+
+    @functools.cache
+    def train(name):
+        mesh = mesh_of(name)
+        with jax.set_mesh(mesh):
+            state, step = create_state(config, mesh), compile_train_step(config, mesh)
+            losses = []
+            for i in range(STEPS):
+                state, metrics = step(state, random_batch(i, 8, 32, 264, UNEVEN))
+                losses.append(float(metrics["loss"]))
+        return losses, state
+
+    return train
+
+
+@pytest.mark.parametrize("name", ["data", "fsdp", "mixed"])
+def test_eight_devices_give_the_losses_of_one(run, name):
+    losses, state = run(name)
+    expected, one = run("one")
+    assert len(set(expected)) == STEPS
+    # Float32 sums in another order, magnified by Adam's division over 5 steps.
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+    assert_close(state.params, one.params, rtol=1e-2, atol=2e-4)
+
+
+def normalised(spec, ndim):
+    """Axes as tuples, one entry for each dimension."""
+    axes = [a if isinstance(a, tuple) else (a,) if a else () for a in spec]
+    return axes + [()] * (ndim - len(axes))
+
+
+SPECS = {
+    "embedding": P("tensor", "fsdp"),
+    "final_norm/scale": P(),
+    "layers_0/attention/query": P(None, "fsdp", "tensor", None),
+    "layers_0/attention/key": P(None, "fsdp", "tensor", None),
+    "layers_0/attention/key_mixing": P(None, None, "tensor"),
+    "layers_0/attention/value": P(None, "fsdp", "tensor", None),
+    "layers_0/attention/value_mixing": P(None, None, "tensor"),
+    "layers_0/attention/head_norm/scale": P(),
+    "layers_0/attention/out": P(None, "tensor", None, "fsdp"),
+    "layers_0/attention_norm/scale": P(),
+    "layers_0/mlp_norm/scale": P(),
+    "layers_0/mlp/gate": P(None, "fsdp", "tensor"),
+    "layers_0/mlp/up": P(None, "fsdp", "tensor"),
+    "layers_0/mlp/down": P(None, "tensor", "fsdp"),
+}
+
+
+def check_specs(tree):
+    """Parameters, or moments of the same tree."""
+    leaves = flat(tree)
+    assert leaves.keys() == SPECS.keys()
+    for path, leaf in leaves.items():
+        found = normalised(leaf.sharding.spec, leaf.ndim)
+        assert found == normalised(SPECS[path], leaf.ndim), path
+
+
+def test_parameters_and_moments_are_split_as_declared(run):
+    """After 5 steps, on data 2 x fsdp 2 x tensor 2."""
+    _, state = run("mixed")
+    check_specs(state.params)
+    adam = next(s for s in jax.tree.leaves(state.opt_state, is_leaf=has_moments) if has_moments(s))
+    check_specs(adam.mu)
+    check_specs(adam.nu)
+
+
+def has_moments(node):
+    return hasattr(node, "mu")
+
+
+def test_each_device_holds_only_its_part(run):
+    _, state = run("mixed")
+    gate = state.params["layers_0"]["mlp"]["gate"]
+    assert gate.shape == (2, 32, 48)
+    assert {shard.data.shape for shard in gate.addressable_shards} == {(2, 16, 24)}
+    assert len(gate.addressable_shards) == 8
+    embedding = run("fsdp")[1].params["embedding"]
+    assert {shard.data.shape for shard in embedding.addressable_shards} == {(264, 4)}
+    # Nothing is left out: all but norm scales and mixing is held in eighths.
+    sizes, held = {}, {}
+    for path, leaf in flat(run("fsdp")[1].params).items():
+        sizes[path], held[path] = leaf.size, leaf.addressable_shards[0].data.size
+    small = [path for path in sizes if path.endswith(("scale", "_mixing"))]
+    assert held == {p: size if p in small else size // 8 for p, size in sizes.items()}
+
+
+def test_state_is_made_where_it_stays(config):
+    """`create_state` needs no device that holds a whole parameter: its program is sharded."""
+    mesh = mesh_of("mixed")
+    found = flat(create_state(config, mesh))
+    for path, abstract in flat(abstract_state(config, mesh)).items():
+        assert found[path].sharding.is_equivalent_to(abstract.sharding, found[path].ndim), path
+
+
+def test_residual_is_split_by_the_batch(config):
+    """An activation between blocks, as jax reports it while the compiled loss runs."""
+    mesh, seen = mesh_of("mixed"), []
+    constrain = sharding.constrain
+
+    def spy(x, *names):
+        y = constrain(x, *names)
+        if names == ("batch", "length", "activation_embed"):
+            jax.debug.inspect_array_sharding(y, callback=lambda s: seen.append((y.shape, s)))
+        return y
+
+    with pytest.MonkeyPatch.context() as patch, jax.set_mesh(mesh):
+        patch.setattr("mea_jax.transformer.constrain", spy)
+        where = (state_shardings(config, mesh).params, sharding.batch_sharding(mesh))
+        loss = jax.jit(lambda p, b: batch_loss(config, p, b)[0], in_shardings=where)
+        batch = random_batch(0, 8, 32, 264)
+        loss.lower(abstract_state(config, mesh).params, batch).compile()
+    assert len(seen) >= 3, "embedding, block input, block output"
+    for shape, found in seen:
+        assert shape == (8, 32, 32)
+        assert found.shard_shape(shape) == (2, 32, 32), found
+
+
+def test_heads_are_split_inside_the_compiled_step(config):
+    """With tensor 2 each device computes half of the heads: no product is over all 8."""
+    mesh = sharding.make_mesh(MeshConfig(1, 1, 2), jax.devices()[:2])
+    one = change(config, **{"model.n_layers": 1})
+    with jax.set_mesh(mesh):
+        where = (state_shardings(one, mesh).params, sharding.batch_sharding(mesh))
+        loss = jax.jit(lambda p, b: batch_loss(one, p, b)[0], in_shardings=where)
+        batch = random_batch(0, 8, 32, 264)
+        text = loss.lower(abstract_state(one, mesh).params, batch).compile().as_text()
+    assert text is not None
+    sizes = [
+        int(np.prod([int(d) for d in shape.split(",")]))
+        for shape in re.findall(r"f32\[([\d,]+)\]", text)
+    ]
+    attention_logits = 8 * 8 * 32 * 32  # B N T T of the whole; a device has half of it
+    assert attention_logits // 2 in sizes
+    assert attention_logits not in sizes
+
+
+# -- errors and edges -----------------------------------------------------------------------
+
+
+def test_two_logical_axes_on_one_mesh_axis_raise():
+    with pytest.raises(ValueError, match=r"two axes .*heads.*mlp.* claim mesh axis 'tensor'"):
+        sharding.spec(("heads", "mlp"))
+    with pytest.raises(ValueError, match=r"claim mesh axis 'fsdp'"):
+        sharding.spec(("batch", "embed"))
+
+
+def test_unknown_logical_axis_raises():
+    with pytest.raises(ValueError, match=r"logical axis 'head'.* has no rule"):
+        sharding.spec(("embed", "head"))
+    box = nn.LogicallyPartitioned(jnp.zeros((2, 2)), names=("embed", "hedas"))
+    with pytest.raises(ValueError, match="'hedas'"):
+        sharding.param_shardings({"w": box}, mesh_of("mixed"))
+    with pytest.raises(ValueError, match="'lenght'"):
+        sharding.constrain(jnp.zeros((2, 2)), "batch", "lenght")
+
+
+def test_constrain_outside_a_mesh_is_the_identity():
+    x = jnp.ones((8, 4, 2))
+    assert sharding.constrain(x, "batch", "length", None) is x
+    with pytest.raises(ValueError, match="names 2 axes of an array of shape"):
+        sharding.constrain(x, "batch", "length")
+
+
+def test_constrain_inside_a_mesh_is_not_ignored():
+    x = jnp.ones((8, 4, 2))
+    with jax.set_mesh(mesh_of("mixed")):
+        y = jax.jit(lambda x: sharding.constrain(2 * x, "batch", "length", "activation_heads"))(x)
+    assert {s.data.shape for s in y.addressable_shards} == {(2, 4, 1)}
+
+
+def test_minus_one_takes_what_is_left():
+    shapes = {
+        (-1, 1, 1): (8, 1, 1),
+        (2, -1, 1): (2, 4, 1),
+        (1, 2, -1): (1, 2, 4),
+        (8, 1, -1): (8, 1, 1),
+    }
+    for sizes, expected in shapes.items():
+        assert tuple(sharding.make_mesh(MeshConfig(*sizes)).shape.values()) == expected
+
+
+@pytest.mark.parametrize("sizes", [(3, 1, 1), (-1, 3, 1), (2, 2, 1), (1, 16, 1), (-1, 16, 1)])
+def test_mesh_that_does_not_fit_the_devices(sizes):
+    with pytest.raises(UserError, match=r"config\.mesh needs \d+ devices .* has 8"):
+        sharding.make_mesh(MeshConfig(*sizes))
+
+
+@pytest.mark.parametrize(
+    ("mesh", "changes", "message"),
+    [
+        ((1, 1, 8), {"model.n_heads": 4}, r"tensor=8 does not divide .*n_heads=4"),
+        ((2, 1, 4), {"model.n_kv_heads": 2}, r"tensor=4 does not divide .*n_kv_heads=2"),
+        ((2, 1, 4), {"model.key_components": 2}, r"key_components \(layer 0\)=2"),
+        ((2, 1, 4), {"model.value_components": (4, 1)}, r"value_components \(layer 1\)=1"),
+        ((2, 1, 4), {"model.d_ff": 42}, r"d_ff=42"),
+        ((2, 1, 4), {"model.vocab_size": 270}, r"vocab_size=270"),
+        ((1, 8, 1), {"model.d_model": 36}, r"fsdp=8 does not divide .*d_model=36"),
+        ((8, 1, 1), {"batch_size": 12}, r"12 windows cannot be shared .* 8 devices"),
+        ((2, 4, 1), {"accumulate": 2}, r"batch_size / accumulate = 4 windows .* 8 devices"),
+    ],
+)
+def test_mesh_that_does_not_divide_the_model(tiny, mesh, changes, message):
+    config = tiny(**changes)
+    with pytest.raises(UserError, match=message):
+        sharding.check_divisible(config, sharding.make_mesh(MeshConfig(*mesh)))

@@ -1,4 +1,4 @@
-"""MEA at 125M parameters on your own text: one GPU or a small TPU slice, some hours.
+"""MEA at 124M parameters on your own text: one GPU or a small TPU slice, some hours.
 
     python -m mea_jax.train --config configs/mea_125m.py \
         --config.data.sources="({'source': 'text', 'path': 'corpus/**/*.txt'},)"
@@ -6,7 +6,7 @@
 Baselines of the same shape: configs/mea_125m.py:mha, :gqa and :no_norm.
 
 The shape of GPT-2 small with SwiGLU: D 768, 12 layers, 12 heads of width 64, a byte-level BPE of
-32,768 words trained on the spot. Without an override it reads the Python standard library, enough
+50,304 words trained on the spot. Without an override it reads the Python standard library, enough
 to try the machine but far too little to train on. No result has been measured yet.
 """
 
@@ -21,7 +21,7 @@ def get_config(variant: str = ""):
     config.batch_size = 256  # windows of 1024: 262k tokens
 
     model = config.model
-    model.vocab_size = 32_768
+    model.vocab_size = 50_304
     model.d_model, model.n_layers, model.d_ff = 768, 12, 2048
     model.n_heads, model.n_kv_heads, model.head_dim = 12, 12, 64
     model.tie_embeddings = True
@@ -31,7 +31,7 @@ def get_config(variant: str = ""):
     config.optimizer.learning_rate = 2e-3
     config.optimizer.warmup_steps = 500
 
-    config.data.tokenizer = "bpe:32768"
+    config.data.tokenizer = "bpe:50304"
     config.data.context_length = 1024
     config.data.read_threads = 2
 

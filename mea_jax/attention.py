@@ -17,8 +17,11 @@ def initial_mixing(components: int, composites: int) -> jax.Array:
 
     The identity for C = K, so a fresh MEA is MHA (or GQA with C groups) without a head norm. A
     truncated identity would leave composite heads at zero, which the head norm would divide by.
+    Where C does not divide K (only in compressed models, whose mixing comes from a checkpoint)
+    some components serve one head more than others.
     """
-    return jnp.repeat(jnp.eye(components), composites // components, axis=1)
+    serving_K = jnp.arange(composites) * components // composites
+    return (jnp.arange(components)[:, None] == serving_K[None]).astype(jnp.float32)
 
 
 def fold(kernel_DCH: jax.Array, mix_CK: jax.Array) -> jax.Array:

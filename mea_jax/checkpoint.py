@@ -7,6 +7,7 @@ previous state is written.
 """
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,9 @@ class Checkpoints:
     def __init__(self, workdir: Path, options: CheckpointConfig | None = None):
         """With no `options` the directory is only read."""
         self.directory = (workdir / "checkpoints").absolute()
-        # Orbax reports each phase of each save on the level of warnings' neighbour, INFO.
-        absl_logging.set_verbosity(absl_logging.ERROR)
+        self.pending: int | None = None  # the step whose write may still be under way
+        # Orbax logs each phase of each save, and each failure with tracebacks: ours is one line.
+        absl_logging.set_verbosity(absl_logging.FATAL)
         keep = None if options is None else ocp.checkpoint_managers.LatestN(options.keep)
         self.manager = ocp.CheckpointManager(
             self.directory,
@@ -60,6 +62,8 @@ class Checkpoints:
 
         Raises `UserError` when this or an earlier write failed (disk full, read-only, ...).
         """
+        self.wait()  # for the write before, so that an error is told of the step that it belongs to
+        self.pending = step
         try:
             self.manager.save(
                 step,
@@ -72,7 +76,14 @@ class Checkpoints:
                 ),
             )
         except Exception as error:
-            raise self._write_error(error, step) from error
+            raise self._write_error(error) from error
+
+    def check(self) -> None:
+        """Raises `UserError` when a write under way has failed; does not wait for it."""
+        try:
+            self.manager.check_for_errors()
+        except Exception as error:
+            raise self._write_error(error) from error
 
     def wait(self) -> None:
         """Blocks until what was saved is on disk. Raises `UserError` when it could not be."""
@@ -80,15 +91,16 @@ class Checkpoints:
             self.manager.wait_until_finished()
             self.manager.check_for_errors()
         except Exception as error:
-            raise self._write_error(error, None) from error
+            raise self._write_error(error) from error
 
-    def _write_error(self, error: Exception, step: int | None) -> UserError:
+    def _write_error(self, error: Exception) -> UserError:
+        # What orbax leaves half done complains once more as it is collected.
+        sys.unraisablehook = lambda _: None
         saved = self.latest()
         safe = f"the run is safe up to step {saved}" if saved is not None else "nothing is saved"
-        which = "a checkpoint" if step is None else f"the checkpoint of step {step}"
         reason = str(error).strip().splitlines()
         return UserError(
-            f"{which} could not be written to {self.directory}: "
+            f"the checkpoint of step {self.pending} could not be written to {self.directory}: "
             f"{reason[0] if reason else type(error).__name__}; {safe}; free space or make the "
             "directory writable, then run the same command again"
         )

@@ -30,7 +30,7 @@ def parse_config(flag) -> TrainConfig:
     try:
         return from_config_dict(flag.value)
     except OSError as error:  # ml_collections hands out an object that raises when it is read
-        path = flags.FLAGS["config"].config_filename.split(":")[0]
+        path = getattr(flags.FLAGS["config"], "config_filename", "").split(":")[0]
         reason = str(error).strip().splitlines()[-1].strip()
         raise UserError(f"config file {path} cannot be read: {reason}") from error
 
@@ -57,12 +57,12 @@ def _check_overrides(argv: Sequence[str]) -> None:
                 raise UserError(f"unknown config key {key}: {nearest(key, known)}")
 
 
-def _config_file_error(error: Exception) -> str:
+def _config_file_error(message: str) -> str:
     """A config file's own exception as one line; a misspelt key with the nearest real one."""
-    if match := re.search(r'Key "(\w+)" does not exist', str(error)):
+    if match := re.search(r'Key "(\w+)" does not exist', message):
         names = {part for key in flatten(TrainConfig().to_dict()) for part in key.split(".")}
         return f"the config file sets the unknown key {match[1]!r}: {nearest(match[1], names)}"
-    return f"the config file fails with {type(error).__name__}: {error}"
+    return f"the config file fails: {message}"
 
 
 def _parse_flags(argv: Sequence[str]) -> list[str]:
@@ -73,10 +73,14 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
     except flags.UnrecognizedFlagError as error:
         name = error.flagname
         fail(f"unknown flag --{name}: {nearest(name, flags.FLAGS)}")
-    except (flags.Error, UserError) as error:
+    except UserError as error:
+        fail(error)
+    except flags.Error as error:
+        if "Error whilst parsing config file" in str(error):  # with the file's whole traceback
+            fail(_config_file_error(str(error).strip().splitlines()[-1]))
         fail(error)
     except Exception as error:  # whatever the user's config file raises
-        fail(_config_file_error(error))
+        fail(_config_file_error(f"{type(error).__name__}: {error}"))
 
 
 def run(main: Callable[[], None]) -> None:

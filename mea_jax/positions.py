@@ -27,7 +27,8 @@ def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling) -> np.nd
 
 def rope_table(positions_BT: jax.Array, frequencies: np.ndarray) -> tuple[jax.Array, jax.Array]:
     """Cosines and sines (B, T, 1, H/2), float32, shared by every layer and head."""
-    angles_BTF = positions_BT[..., None].astype(jnp.float32) * jnp.asarray(frequencies, jnp.float32)
+    frequencies_11F = jnp.asarray(frequencies, jnp.float32)[None, None]
+    angles_BTF = positions_BT[..., None].astype(jnp.float32) * frequencies_11F
     return jnp.cos(angles_BTF)[:, :, None], jnp.sin(angles_BTF)[:, :, None]
 
 

@@ -1,11 +1,12 @@
 """What a run leaves for people and programs: metrics.jsonl, TensorBoard, loss.png, the bar."""
 
+import contextlib
 import json
 import math
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,25 @@ import numpy as np
 import tqdm
 
 from mea_jax.errors import UserError
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turns the disk's refusal to write `path` into a `UserError`."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written: {error.strerror or error}; free space or make it writable, "
+            "then run the same command again: it resumes from the last checkpoint"
+        ) from error
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replaces a file's text, or leaves it as it was."""
+    scratch = path.with_name(path.name + ".tmp")
+    scratch.write_text(text)
+    os.replace(scratch, path)
 
 
 class MetricsWriter:
@@ -32,14 +52,13 @@ class MetricsWriter:
             )
 
         self.path = workdir / "metrics.jsonl"
-        kept = [row for row in read_metrics(self.path) if keep(row)]
-        scratch = self.path.with_suffix(".tmp")
-        scratch.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        os.replace(scratch, self.path)
-        self.file = self.path.open("a")
-        self.board = SummaryWriter(
-            str(workdir / "tensorboard"), purge_step=start_step + 1, flush_secs=30
-        )
+        with disk_errors(self.path):
+            kept = [row for row in read_metrics(self.path) if keep(row)]
+            write_whole(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+            self.file = self.path.open("a")
+            self.board = SummaryWriter(
+                str(workdir / "tensorboard"), purge_step=start_step + 1, flush_secs=30
+            )
 
     def write(self, step: int, kind: str, values: Mapping[str, Any]) -> None:
         """One row {"step", "kind", ...}; arrays become lists in the file, their means on the board.
@@ -47,16 +66,11 @@ class MetricsWriter:
         Raises `UserError` when the disk refuses.
         """
         row = {name: np.asarray(value).tolist() for name, value in values.items()}
-        try:
+        with disk_errors(self.path):
             self.file.write(json.dumps({"step": step, "kind": kind} | row) + "\n")
             self.file.flush()
-        except OSError as error:
-            raise UserError(
-                f"{self.path} cannot be written: {error.strerror}; free space, then run the same "
-                "command again: it resumes from the last checkpoint"
-            ) from error
-        for name, value in values.items():
-            self.board.add_scalar(f"{kind}/{name}", float(np.mean(value)), step)
+            for name, value in values.items():
+                self.board.add_scalar(f"{kind}/{name}", float(np.mean(value)), step)
 
     def close(self) -> None:
         self.file.close()
@@ -146,7 +160,7 @@ def plot_loss(
     figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
     if len(train):
         axis.plot(train[:, 0], train[:, 1], color="0.75", linewidth=0.8, label="training, per step")
-        window = max(len(train) // 50, 1)
+        window = max(len(train) // 20, 1)
         smooth = np.convolve(train[:, 1], np.ones(window) / window, mode="valid")
         axis.plot(train[window - 1 :, 0], smooth, color="C0", label="training, running mean")
     if len(held):
@@ -170,9 +184,11 @@ def plot_loss(
         for (name, bits), style in zip(baselines.items(), ("--", ":"), strict=False):
             label = f"{name}: {bits:.2f} bits per byte"
             axis.axhline(bits / bits_per_nat, color="0.3", linestyle=style, label=label)
-    axis.legend(frameon=False)
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(frameon=False)
     path = workdir / "loss.png"
-    figure.savefig(path, dpi=150)
+    with disk_errors(path):
+        figure.savefig(path, dpi=150)
     plt.close(figure)
     return path
 
@@ -185,12 +201,8 @@ def table(rows: list[tuple[str, str]]) -> str:
 
 def write_json(path: Path, tree: Any) -> None:
     """Writes whole or not at all. Raises `UserError` when the disk refuses."""
-    scratch = path.with_name(path.name + ".tmp")
-    try:
-        scratch.write_text(json.dumps(tree, indent=1) + "\n")
-        os.replace(scratch, path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}") from error
+    with disk_errors(path):
+        write_whole(path, json.dumps(tree, indent=1) + "\n")
 
 
 def si(value: float, unit: str = "") -> str:

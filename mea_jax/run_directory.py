@@ -10,7 +10,7 @@ import jax
 
 from mea_jax.config import TrainConfig, differences
 from mea_jax.errors import UserError
-from mea_jax.report import MetricsWriter, NoWriter, write_json
+from mea_jax.report import MetricsWriter, NoWriter, disk_errors, write_json
 
 
 class RunDirectory:
@@ -66,11 +66,9 @@ class RunDirectory:
             return
         write_json(self.path / "config.json", self.config.to_dict())
         directory = self.path / "tokenizer"
-        try:
+        with disk_errors(directory):
             directory.mkdir(exist_ok=True)
             tokenizer.save(directory)
-        except OSError as error:
-            raise UserError(f"{directory} cannot be written: {error.strerror}") from error
 
     def open_metrics(self, start_step: int, redo: Sequence[str] = ()) -> MetricsWriter | NoWriter:
         """The writer of this process; those of other processes write nowhere."""

@@ -17,7 +17,7 @@ from absl import flags
 from mea_jax import cli, flops, report, sharding
 from mea_jax.backends import resolve
 from mea_jax.checkpoint import Checkpoints
-from mea_jax.config import TrainConfig, validate_from_scratch
+from mea_jax.config import TrainConfig
 from mea_jax.cpu_kernels import keep_freed_memory
 from mea_jax.data.pipeline import held_out_batches, train_batches
 from mea_jax.data.prepare import Prepared, prepare
@@ -31,6 +31,7 @@ from mea_jax.train_step import (
     compile_train_step,
     create_state,
 )
+from mea_jax.validation import validate_from_scratch
 
 
 def train(config: TrainConfig, workdir: Path) -> dict[str, Any]:
@@ -145,6 +146,7 @@ class Loop:
                     if pending is not None:
                         clock = self.report_step(*pending, clock, waited, writer, progress)
                     pending = (step, metrics)
+                    self.checkpoints.check()
                     evaluating = c.evaluate.every and step % c.evaluate.every == 0
                     saving = step % c.checkpoint.every == 0
                     if step == c.steps or evaluating or saving:
@@ -152,8 +154,8 @@ class Loop:
                         pending = None
                         if evaluating and step < c.steps:
                             self.report_held_out(step, state, writer, progress)
-                        # After the report, which stops a run whose loss is not finite.
                         if step == c.steps or saving:
+                            self.check_state(step, state, batch)
                             self.checkpoints.save(step, state, c)
                         clock = time.perf_counter()
         finally:
@@ -170,15 +172,7 @@ class Loop:
         self.timing["data_wait_seconds"] += waited
         self.timed_steps += 1
         self.loss = values["loss"]
-        if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
-            saved = self.checkpoints.latest()
-            good = "no checkpoint was saved before" if saved is None else f"step {saved}"
-            raise UserError(
-                f"the loss is {values['loss']} and the gradient norm {values['grad_norm']} at step "
-                f"{step}; last good checkpoint: {good} in {self.checkpoints.directory}; lower "
-                "config.optimizer.learning_rate, lengthen the warmup or tighten clip_norm, and "
-                "start a new --workdir"
-            )
+        self.check_finite(step, values["loss"], values["grad_norm"])
         values["tokens_per_second"] = values["tokens"] / seconds
         values["flops_per_second"] = self.step_flops / seconds
         if self.peak:
@@ -187,6 +181,28 @@ class Loop:
             writer.write(step, "train", values)
         progress.update(step, values["loss"], self.tokens_per_second())
         return now
+
+    def check_finite(self, step: int, loss: float, grad_norm: float) -> None:
+        """Raises `UserError` that names the step and the last good checkpoint."""
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            return
+        self.checkpoints.wait()
+        saved = self.checkpoints.latest()
+        good = "none was saved" if saved is None else f"step {saved}"
+        raise UserError(
+            f"the loss is {loss} and the gradient norm {grad_norm} at step {step}; last good "
+            f"checkpoint: {good} in {self.checkpoints.directory}; lower "
+            "config.optimizer.learning_rate, lengthen the warmup or tighten clip_norm, and start "
+            "a new --workdir"
+        )
+
+    def check_state(self, step: int, state, batch) -> None:
+        """Keeps a state that has diverged from being saved: its loss on one batch is finite.
+
+        The metrics of an update tell of the parameters before it, not of those it leaves.
+        """
+        sums = jax.device_get(self.evaluate_step(state.params, batch))
+        self.check_finite(step, float(sums["nll"]), 0.0)
 
     def tokens_per_second(self) -> float:
         c = self.config

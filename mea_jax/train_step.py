@@ -138,8 +138,8 @@ def train_step(config: TrainConfig, state: TrainState, batch: Batch) -> tuple[Tr
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     metrics = {
         "loss": nll / tokens,
-        "grad_norm": optax.global_norm(gradients),
-        "param_norm": optax.global_norm(state.params),
+        "grad_norm": optax.tree.norm(gradients),
+        "param_norm": optax.tree.norm(state.params),
         "learning_rate": make_schedule(config.optimizer, config.steps)(state.step),
         "tokens": tokens,
     }

@@ -19,10 +19,9 @@ from mea_jax.config import (
     differences,
     flatten,
     from_config_dict,
-    validate,
-    validate_from_scratch,
 )
 from mea_jax.errors import UserError, nearest
+from mea_jax.validation import validate, validate_from_scratch
 
 
 @given(

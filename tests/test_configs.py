@@ -9,8 +9,9 @@ from helpers import change, flat
 
 from mea_jax import sharding
 from mea_jax.backends import resolve
-from mea_jax.config import from_config_dict, validate_from_scratch
+from mea_jax.config import from_config_dict
 from mea_jax.train_step import abstract_state
+from mea_jax.validation import validate_from_scratch
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -19,18 +20,18 @@ CONFIGS = Path(__file__).parent.parent / "configs"
 #   + L (2 D N H for queries and output + 2 D K H for keys and values (C = K) + 3 D F + 2 D)
 #   + L (2 K K for mixing + H for the head norm) where there are any.
 PARAMETERS = {
-    # V 2048, D 256, L 6, N 8, K 8 (gqa: 2), H 32, F 704, tied:
-    # 524,288 + 256 + 6 (131,072 + 131,072 + 540,672 + 512) + 6 (128 + 32)
-    "quickstart": 5_345_472,
-    "quickstart:mha": 5_344_512,
-    "quickstart:gqa": 4_754_688,
-    "quickstart:no_norm": 5_345_280,
-    # V 32,768, D 768, L 12, N 12, K 12 (gqa: 3), H 64, F 2048, tied:
-    # 25,165,824 + 768 + 12 (1,179,648 + 1,179,648 + 4,718,592 + 1,536) + 12 (288 + 64)
-    "mea_125m": 110_123_904,
-    "mea_125m:mha": 110_119_680,
-    "mea_125m:gqa": 99_502_848,
-    "mea_125m:no_norm": 110_123_136,
+    # V 4096, D 256, L 6, N 8, K 8 (gqa: 2), H 32, F 704, untied:
+    # 2,097,152 + 256 + 6 (131,072 + 131,072 + 540,672 + 512) + 6 (128 + 32)
+    "quickstart": 6_918_336,
+    "quickstart:mha": 6_917_376,
+    "quickstart:gqa": 6_327_552,
+    "quickstart:no_norm": 6_918_144,
+    # V 50,304, D 768, L 12, N 12, K 12 (gqa: 3), H 64, F 2048, tied:
+    # 38,633,472 + 768 + 12 (1,179,648 + 1,179,648 + 4,718,592 + 1,536) + 12 (288 + 64)
+    "mea_125m": 123_591_552,
+    "mea_125m:mha": 123_587_328,
+    "mea_125m:gqa": 112_970_496,
+    "mea_125m:no_norm": 123_590_784,
     # V 128,256, D 2048, L 16, N 32, K 8 (mha: 32), H 64, F 8192, untied:
     # 525,336,576 + 2048 + 16 (8,388,608 + 2,097,152 + 50,331,648 + 4096) + 16 (128 + 64).
     # gqa is LLaMA-3.2-1B with a head of its own: 1,235,814,400 as published + 128,256 x 2048.

@@ -117,10 +117,10 @@ def test_attention(dtype, b, t, heads, h, block, segments):
     ids = jnp.sort(jnp.asarray(np.random.default_rng(3).integers(0, segments, (b, t))), 1)
     options = {"scale": h**-0.5, "dtype": jnp.dtype(dtype), "block": block}
 
-    def f(*qkv):
-        return cpu_kernels.causal_attention(*qkv, ids, **options)
+    def f(q, k, v):
+        return cpu_kernels.causal_attention(q, k, v, ids, **options)
 
-    want = value_and_grads(lambda *qkv: attention_reference(*qkv, ids, h**-0.5), q, key, v)
+    want = value_and_grads(lambda q, k, v: attention_reference(q, k, v, ids, h**-0.5), q, key, v)
     assert_close(value_and_grads(f, q, key, v), want, dtype)
 
 
@@ -128,10 +128,10 @@ def test_attention_in_parts_of_the_batch_and_blocks_of_its_own_choice():
     q, k, v = (normal(i, 4, 300, 4, 8) for i in range(3))
     ids = jnp.ones((4, 300), jnp.int32)
 
-    def f(*qkv):
-        return cpu_kernels.causal_attention(*qkv, ids, scale=0.3, dtype=jnp.float32)
+    def f(q, k, v):
+        return cpu_kernels.causal_attention(q, k, v, ids, scale=0.3, dtype=jnp.float32)
 
-    want = value_and_grads(lambda *qkv: attention_reference(*qkv, ids, 0.3), q, k, v)
+    want = value_and_grads(lambda q, k, v: attention_reference(q, k, v, ids, 0.3), q, k, v)
     assert_close(value_and_grads(jax.checkpoint(f), q, k, v), want, "float32")
 
 
@@ -141,8 +141,8 @@ def test_attention_of_huge_scores_is_finite_and_exact():
     k = jnp.arange(8.0)[None, :, None, None] * jnp.full((1, 8, 1, 4), 2500.0)
     ids = jnp.ones((1, 8), jnp.int32)
 
-    def f(*qkv):
-        return cpu_kernels.causal_attention(*qkv, ids, scale=1.0, dtype=jnp.float32)
+    def f(q, k, v):
+        return cpu_kernels.causal_attention(q, k, v, ids, scale=1.0, dtype=jnp.float32)
 
     got, grads = value_and_grads(f, q, k, v)
     np.testing.assert_allclose(got, v, rtol=1e-6)  # each position sees only itself

@@ -36,8 +36,8 @@ def config(tmp_path):
     )
 
 
-def prepare(config, *args, **kwargs):
-    return prepare_lib.prepare(config, *args, log=lambda line: None, **kwargs)
+def prepare(config, vocab_size=None, **kwargs):
+    return prepare_lib.prepare(config, vocab_size, log=lambda line: None, **kwargs)
 
 
 def documents(config, held_out):
@@ -266,7 +266,7 @@ def test_splits_without_documents(config):
 
 
 def test_summary_line(config):
-    lines = []
+    lines: list[str] = []
     prepared = prepare_lib.prepare(config, log=lines.append)
     (line,) = lines
     assert f"{prepared.sources[0].train_windows:,} training" in line
@@ -281,7 +281,7 @@ def test_summary_tells_of_skipped_files(config, tmp_path, monkeypatch):
         (folder / f"m{i}.py").write_text(f"x = {i}\n")
     (folder / "latin.py").write_bytes(b"# caf\xe9\n")
     monkeypatch.setattr(sources.sysconfig, "get_path", lambda name: str(folder))
-    lines = []
+    lines: list[str] = []
     stdlib = dataclasses.replace(config, sources=(SourceConfig(),))
     prepared = prepare_lib.prepare(stdlib, log=lines.append)
     assert prepared.sources[0].skipped == 1

@@ -1,0 +1,152 @@
+"""What cannot work is refused before anything is built: one `UserError` that names the key."""
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+from mea_jax.config import REMAT_POLICIES, SCHEDULES, ModelConfig, TrainConfig
+from mea_jax.errors import UserError, nearest
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+def _one_of(path: str, value: str, allowed: Iterable[str]) -> None:
+    _require(value in (names := tuple(allowed)), f"{path}={value!r}: {nearest(value, names)}")
+
+
+def validate(config: TrainConfig) -> None:
+    """Raises `UserError` for the first thing in `config` that cannot work on any machine."""
+    _validate_model(config.model)
+    data, optim = config.data, config.optimizer
+    for path in (
+        "steps",
+        "batch_size",
+        "accumulate",
+        "log_every",
+        "data.context_length",
+        "data.prefetch",
+        "data.read_threads",
+        "checkpoint.every",
+        "checkpoint.keep",
+        "evaluate.batches",
+        "evaluate.sample_tokens",
+    ):
+        _positive(config, path)
+    _require(len(data.sources) > 0, "config.data.sources is empty: name at least one source")
+    for i, source in enumerate(data.sources):
+        path = f"config.data.sources[{i}].weight"
+        _require(source.weight > 0, f"{path}={source.weight} must be positive")
+    _require(
+        0 < data.held_out_fraction < 1,
+        f"config.data.held_out_fraction={data.held_out_fraction} must lie between 0 and 1",
+    )
+    _require(
+        config.batch_size % config.accumulate == 0,
+        f"config.accumulate={config.accumulate} does not divide batch_size={config.batch_size}",
+    )
+    _one_of("config.optimizer.schedule", optim.schedule, SCHEDULES)
+    _require(
+        0 <= optim.warmup_steps < config.steps or config.steps == 1,
+        f"config.optimizer.warmup_steps={optim.warmup_steps} leaves nothing of "
+        f"steps={config.steps}: shorten the warmup or lengthen the run",
+    )
+    _require(optim.learning_rate > 0, "config.optimizer.learning_rate must be positive")
+    for name in ("weight_decay", "clip_norm", "z_loss"):
+        value = getattr(optim, name)
+        _require(value >= 0, f"config.optimizer.{name}={value} must be 0 or more")
+    for name in ("b1", "b2"):
+        value = getattr(optim, name)
+        _require(0 <= value < 1, f"config.optimizer.{name}={value} must lie in [0, 1)")
+    _require(optim.eps > 0, f"config.optimizer.eps={optim.eps} must be positive")
+    for name in ("every", "sample_temperature"):
+        value = getattr(config.evaluate, name)
+        _require(value >= 0, f"config.evaluate.{name}={value} must be 0 or more")
+    for name in ("final_fraction", "decay_fraction"):
+        value = getattr(optim, name)
+        _require(0 <= value <= 1, f"config.optimizer.{name}={value} must lie in [0, 1]")
+    sizes = dataclasses.asdict(config.mesh)
+    for axis, size in sizes.items():
+        _require(size == -1 or size > 0, f"config.mesh.{axis}={size} must be positive, or -1")
+    _require(
+        list(sizes.values()).count(-1) <= 1,
+        "config.mesh: only one axis can be -1 (take what the others leave)",
+    )
+
+
+def _positive(config: TrainConfig, path: str) -> None:
+    value: Any = config
+    for key in path.split("."):
+        value = getattr(value, key)
+    _require(value > 0, f"config.{path}={value} must be positive")
+
+
+def _validate_model(model: ModelConfig) -> None:
+    at = "config.model"
+    for name in (
+        "vocab_size",
+        "d_model",
+        "n_layers",
+        "n_heads",
+        "n_kv_heads",
+        "head_dim",
+        "d_ff",
+        "scan_unroll",
+        "norm_eps",
+        "rope_theta",
+    ):
+        value = getattr(model, name)
+        _require(value > 0, f"{at}.{name}={value} must be positive")
+    _require(
+        model.n_heads % model.n_kv_heads == 0,
+        f"{at}.n_heads={model.n_heads} is not a multiple of n_kv_heads={model.n_kv_heads}: "
+        "query heads share key/value heads in equal groups",
+    )
+    _require(
+        model.head_dim % 2 == 0,
+        f"{at}.head_dim={model.head_dim} must be even: rotary positions turn pairs of features",
+    )
+    _one_of(f"{at}.hlc", model.hlc, ("kv", "k", "v", "none"))
+    _one_of(f"{at}.hlc_form", model.hlc_form, ("folded", "explicit"))
+    _one_of(f"{at}.dtype", model.dtype, ("auto", "float32", "bfloat16"))
+    _one_of(f"{at}.backend", model.backend, ("auto", "xla", "cpu"))
+    _one_of(f"{at}.remat", model.remat, REMAT_POLICIES)
+    _require(model.loss_chunk >= 0, f"{at}.loss_chunk={model.loss_chunk} must be 0 or more")
+    _require(model.rope_scaling.factor >= 1, f"{at}.rope_scaling.factor must be 1 or more")
+    for which in ("key", "value"):
+        name, counts = f"{at}.{which}_components", model.components(which)
+        _require(
+            len(counts) == model.n_layers,
+            f"{name} lists {len(counts)} layers, but n_layers={model.n_layers}",
+        )
+        for layer, count in enumerate(counts):
+            where = f"{name}={count} (layer {layer})"
+            _require(count >= 1, f"{where} must be at least 1")
+            _require(
+                count <= model.n_kv_heads,
+                f"{where} exceeds n_kv_heads={model.n_kv_heads}: "
+                "composite heads are built from as many component heads or fewer",
+            )
+            _require(
+                count == model.n_kv_heads or model.mixes(which),
+                f"{where} is below n_kv_heads={model.n_kv_heads}, which needs the mixing that "
+                f"hlc={model.hlc!r} leaves out for {which}s",
+            )
+
+
+def validate_from_scratch(model: ModelConfig) -> None:
+    """Raises `UserError` where a fresh initialisation is not defined.
+
+    Block identity lets each component head serve K/C consecutive composite heads, so C must
+    divide K; a compressed model that is read from a checkpoint may have any C.
+    """
+    for which in ("key", "value"):
+        for layer, count in enumerate(model.components(which)):
+            _require(
+                model.n_kv_heads % count == 0,
+                f"config.model.{which}_components={count} (layer {layer}) does not divide "
+                f"n_kv_heads={model.n_kv_heads}: training from scratch starts from block identity; "
+                "choose a divisor, or start from a compressed checkpoint",
+            )

@@ -6,6 +6,7 @@ the mesh may differ from the one that wrote it. Saves are asynchronous: the loop
 previous state is written.
 """
 
+import functools
 import json
 import sys
 from pathlib import Path
@@ -21,6 +22,30 @@ from mea_jax.train_step import TrainState
 FORMAT = 1
 
 
+@functools.cache  # once a process: each call would wrap the hooks once more
+def _quiet_writers() -> None:
+    """Keeps the writers' threads from printing tracebacks of their own after a failed write.
+
+    When a write fails, orbax closes its event loop while other writes are under way; each of them
+    then complains of the closed loop. The failure itself is raised by `check_for_errors`.
+    """
+    hook, unraisable = sys.excepthook, sys.unraisablehook
+
+    def about_closed_loop(value: BaseException | None) -> bool:
+        return isinstance(value, RuntimeError) and "Event loop is closed" in str(value)
+
+    def quiet_hook(kind, value, trace) -> None:
+        if not about_closed_loop(value):
+            hook(kind, value, trace)
+
+    def quiet_unraisable(args) -> None:
+        if not about_closed_loop(args.exc_value):
+            unraisable(args)
+
+    # Not restored at the end: a failed write's threads may outlive the run that started them.
+    sys.excepthook, sys.unraisablehook = quiet_hook, quiet_unraisable
+
+
 class Checkpoints:
     """The checkpoints of one run directory. Use as a context manager: leaving waits for writes."""
 
@@ -30,6 +55,7 @@ class Checkpoints:
         self.pending: int | None = None  # the step whose write may still be under way
         # Orbax logs each phase of each save, and each failure with tracebacks: ours is one line.
         absl_logging.set_verbosity(absl_logging.FATAL)
+        _quiet_writers()
         keep = None if options is None else ocp.checkpoint_managers.LatestN(options.keep)
         self.manager = ocp.CheckpointManager(
             self.directory,
@@ -94,8 +120,6 @@ class Checkpoints:
             raise self._write_error(error) from error
 
     def _write_error(self, error: Exception) -> UserError:
-        # What orbax leaves half done complains once more as it is collected.
-        sys.unraisablehook = lambda _: None
         saved = self.latest()
         safe = f"the run is safe up to step {saved}" if saved is not None else "nothing is saved"
         reason = str(error).strip().splitlines()

@@ -11,16 +11,14 @@ from typing import Protocol
 import jax
 import jax.numpy as jnp
 
-from mea_jax import attention, cpu_kernels, losses
+from mea_jax import attention, cpu_kernels
 from mea_jax.config import ModelConfig
 from mea_jax.errors import UserError
+from mea_jax.losses import Products
 
 
-class Backend(Protocol):
+class Backend(Products, Protocol):
     """Products of a decoder. `dtype` is that of their inputs, `activation` of the residual."""
-
-    @property
-    def dtype(self) -> jnp.dtype: ...
 
     @property
     def activation(self) -> jnp.dtype: ...
@@ -37,18 +35,6 @@ class Backend(Protocol):
         self, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, segment_ids_BT: jax.Array
     ) -> jax.Array:
         """Causal attention within segments, scale 1/sqrt(H), softmax in float32."""
-        ...
-
-    def cross_entropy(
-        self,
-        x_BTD: jax.Array,
-        kernel_DV: jax.Array,
-        targets_BT: jax.Array,
-        weights_BT: jax.Array,
-        chunk: int,
-        z_loss: float,
-    ) -> tuple[jax.Array, jax.Array]:
-        """(objective, nll), summed over tokens: see `losses.cross_entropy`."""
         ...
 
 
@@ -72,10 +58,14 @@ class XlaBackend:
         scale = q_BTNH.shape[-1] ** -0.5
         return attention.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, scale)
 
-    def cross_entropy(self, x_BTD, kernel_DV, targets_BT, weights_BT, chunk, z_loss):
-        return losses.cross_entropy(
-            x_BTD, kernel_DV, targets_BT, weights_BT, self.dtype, chunk, z_loss
-        )
+    def matmul(self, x: jax.Array, w: jax.Array) -> jax.Array:
+        return jnp.einsum("...d,df->...f", x, w, preferred_element_type=jnp.float32)
+
+    def matmul_transposed(self, g: jax.Array, w: jax.Array) -> jax.Array:
+        return jnp.einsum("...f,df->...d", g, w, preferred_element_type=jnp.float32)
+
+    def weight_gradient(self, x: jax.Array, g: jax.Array) -> jax.Array:
+        return jnp.einsum("...d,...f->df", x, g, preferred_element_type=jnp.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,17 +94,14 @@ class CpuBackend:
             q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, scale=scale, dtype=self.dtype
         )
 
-    def cross_entropy(self, x_BTD, kernel_DV, targets_BT, weights_BT, chunk, z_loss):
-        batch, length, width = x_BTD.shape
-        return cpu_kernels.cross_entropy(
-            x_BTD.reshape(-1, width),
-            kernel_DV,
-            targets_BT.reshape(-1),
-            weights_BT.reshape(-1),
-            dtype=self.dtype,
-            chunk=batch * losses.largest_divisor(length, chunk),
-            z_loss=z_loss,
-        )
+    def matmul(self, x: jax.Array, w: jax.Array) -> jax.Array:
+        return cpu_kernels.matmul(x, w)
+
+    def matmul_transposed(self, g: jax.Array, w: jax.Array) -> jax.Array:
+        return cpu_kernels.matmul_transposed(g, w)
+
+    def weight_gradient(self, x: jax.Array, g: jax.Array) -> jax.Array:
+        return cpu_kernels.weight_gradient(x, g)
 
 
 def make_backend(model: ModelConfig) -> Backend:

@@ -7,11 +7,31 @@ so nothing is recomputed and nothing of size T x V is saved.
 """
 
 import functools
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 
 from mea_jax.sharding import constrain
+
+
+class Products(Protocol):
+    """How a backend multiplies: inputs of `dtype`, float32 results. Hashable."""
+
+    @property
+    def dtype(self) -> jnp.dtype: ...
+
+    def matmul(self, x: jax.Array, w: jax.Array) -> jax.Array:
+        """(..., D) x (D, F) -> (..., F)."""
+        ...
+
+    def matmul_transposed(self, g: jax.Array, w: jax.Array) -> jax.Array:
+        """(..., F) x (D, F) -> (..., D)."""
+        ...
+
+    def weight_gradient(self, x: jax.Array, g: jax.Array) -> jax.Array:
+        """(..., D) x (..., F) -> (D, F), summed over the leading axes."""
+        ...
 
 
 def largest_divisor(length: int, limit: int) -> int:
@@ -25,23 +45,24 @@ def cross_entropy(
     kernel_DV: jax.Array,
     targets_BT: jax.Array,
     weights_BT: jax.Array,
-    dtype: jnp.dtype,
+    products: Products,
     chunk: int,
     z_loss: float,
 ) -> tuple[jax.Array, jax.Array]:
     """Sums over tokens, float32: (objective, negative log-likelihood in nats).
 
-    objective = sum of weight * (nll + z_loss * logsumexp(logits)^2). Products take `dtype` inputs
-    and accumulate in float32. Only the objective is differentiated: the second output is a
-    report, its cotangent is ignored. Gradients flow to `x_BTD` and `kernel_DV`.
+    objective = sum of weight * (nll + z_loss * logsumexp(logits)^2). Logits of `chunk` positions
+    of each window exist at one time (0: of all). Only the objective is differentiated: the second
+    output is a report, its cotangent is ignored. Gradients flow to `x_BTD` and `kernel_DV`.
     """
-    sums, _ = _scan(x_BTD, kernel_DV, targets_BT, weights_BT, dtype, chunk, z_loss, False)
+    sums, _ = _scan(x_BTD, kernel_DV, targets_BT, weights_BT, products, chunk, z_loss, False)
     return sums
 
 
-def _scan(x_BTD, kernel_DV, targets_BT, weights_BT, dtype, chunk, z_loss, differentiate):
+def _scan(x_BTD, kernel_DV, targets_BT, weights_BT, products, chunk, z_loss, differentiate):
     batch, length, _ = x_BTD.shape
     chunk = largest_divisor(length, chunk)
+    dtype = products.dtype
     kernel_DV = kernel_DV.astype(dtype)
 
     def chunks(y_BT):  # (B, T, ...) to (T / chunk, B, chunk, ...): the batch axis stays sharded
@@ -52,7 +73,7 @@ def _scan(x_BTD, kernel_DV, targets_BT, weights_BT, dtype, chunk, z_loss, differ
         (objective, nll), d_kernel_DV = carry
         x_BCD, targets_BC, weights_BC = xs
         x_BCD = x_BCD.astype(dtype)
-        logits_BCV = jnp.einsum("bcd,dv->bcv", x_BCD, kernel_DV, preferred_element_type=jnp.float32)
+        logits_BCV = products.matmul(x_BCD, kernel_DV)
         logits_BCV = constrain(logits_BCV, "batch", "length", "activation_vocab")
         lse_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
         # A comparison, not a gather: it stays local where the vocabulary is sharded.
@@ -68,8 +89,8 @@ def _scan(x_BTD, kernel_DV, targets_BT, weights_BT, dtype, chunk, z_loss, differ
         slope_BC = weights_BC * (1.0 + 2.0 * z_loss * lse_BC)
         d_BCV = slope_BC[..., None] * p_BCV - jnp.where(hit_BCV, weights_BC[..., None], 0.0)
         d_BCV = d_BCV.astype(dtype)
-        d_x_BCD = jnp.einsum("bcv,dv->bcd", d_BCV, kernel_DV, preferred_element_type=jnp.float32)
-        d_kernel_DV += jnp.einsum("bcd,bcv->dv", x_BCD, d_BCV, preferred_element_type=jnp.float32)
+        d_x_BCD = products.matmul_transposed(d_BCV, kernel_DV)
+        d_kernel_DV += products.weight_gradient(x_BCD, d_BCV)
         return ((objective, nll), d_kernel_DV), d_x_BCD.astype(x_BTD.dtype)
 
     zero = jnp.zeros((), jnp.float32)
@@ -81,11 +102,11 @@ def _scan(x_BTD, kernel_DV, targets_BT, weights_BT, dtype, chunk, z_loss, differ
     return sums, (jnp.moveaxis(d_x, 0, 1).reshape(x_BTD.shape), d_kernel_DV)
 
 
-def _forward(x_BTD, kernel_DV, targets_BT, weights_BT, dtype, chunk, z_loss):
-    return _scan(x_BTD, kernel_DV, targets_BT, weights_BT, dtype, chunk, z_loss, True)
+def _forward(x_BTD, kernel_DV, targets_BT, weights_BT, products, chunk, z_loss):
+    return _scan(x_BTD, kernel_DV, targets_BT, weights_BT, products, chunk, z_loss, True)
 
 
-def _backward(dtype, chunk, z_loss, gradients, cotangents):
+def _backward(products, chunk, z_loss, gradients, cotangents):
     d_x_BTD, d_kernel_DV = gradients
     scale = cotangents[0]
     return d_x_BTD * scale.astype(d_x_BTD.dtype), d_kernel_DV * scale, None, None

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from mea_jax import sharding
 from mea_jax.backends import make_backend
 from mea_jax.config import ModelConfig, TrainConfig
+from mea_jax.losses import cross_entropy
 from mea_jax.optimizer import make_optimizer, make_schedule
 from mea_jax.transformer import Decoder, apply_hidden
 
@@ -87,11 +88,12 @@ def batch_loss(
         config.model, params, batch["inputs"], batch["positions"], batch["segment_ids"]
     )
     weights_BT = (batch["segment_ids"] > 0).astype(jnp.float32)
-    objective, nll = make_backend(config.model).cross_entropy(
+    objective, nll = cross_entropy(
         x_BTD,
         kernel_DV,
         batch["targets"],
         weights_BT,
+        make_backend(config.model),
         config.model.loss_chunk,
         config.optimizer.z_loss,
     )

@@ -16,6 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mea_jax import cpu_kernels
+from mea_jax.backends import CpuBackend
+from mea_jax.losses import cross_entropy
 
 DTYPES = {"float32": 2e-5, "bfloat16": 3e-2}
 few = settings(max_examples=5, deadline=None, derandomize=True)
@@ -163,10 +165,10 @@ def test_cross_entropy(dtype, tokens, d, vocab, chunk):
     rng = np.random.default_rng(2)
     targets = jnp.asarray(rng.integers(0, vocab, tokens))
     weights = jnp.asarray(rng.integers(0, 3, tokens), jnp.float32)
-    options = {"dtype": jnp.dtype(dtype), "chunk": chunk, "z_loss": 1e-2}
+    products = CpuBackend(jnp.dtype(dtype))
 
     def f(x, w):
-        return cpu_kernels.cross_entropy(x, w, targets, weights, **options)
+        return cross_entropy(x[None], w, targets[None], weights[None], products, chunk, 1e-2)
 
     def g(x, w):
         return loss_reference(x, w, targets, weights, 1e-2)
@@ -181,7 +183,8 @@ def test_evaluated_loss_does_no_gradient_work():
     targets, weights = jnp.zeros(32, jnp.int32), jnp.ones(32)
 
     def f(x, w):
-        return cpu_kernels.cross_entropy(x, w, targets, weights, dtype=jnp.float32, chunk=16)[0]
+        products = CpuBackend(jnp.dtype("float32"))
+        return cross_entropy(x[None], w, targets[None], weights[None], products, 16, 0.0)[0]
 
     def products(f):
         return str(jax.make_jaxpr(f)(x, w)).count("dot_general")
@@ -194,6 +197,8 @@ SHARDED = """
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from mea_jax import cpu_kernels as ck
+from mea_jax.backends import CpuBackend
+from mea_jax.losses import cross_entropy
 mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
 rng = np.random.default_rng(0)
 arrays = [rng.normal(size=s).astype(np.float32) for s in
@@ -204,9 +209,9 @@ def loss(x, wq, wk, wv, wo, head, dtype):
     q, k, v = (ck.dense(x, w, dtype).reshape(8, 12, 4, 8) for w in (wq, wk, wv))
     ids = jnp.ones((8, 12), jnp.int32)
     o = ck.causal_attention(q, k, v, ids, scale=0.3, dtype=dtype, block=5)
-    y = ck.dense(o.reshape(8, 12, 32), wo, dtype).reshape(96, 16)
-    targets, weights = jnp.arange(96) % 64, jnp.ones(96)
-    return ck.cross_entropy(y, head, targets, weights, dtype=dtype, chunk=40)[0]
+    y = ck.dense(o.reshape(8, 12, 32), wo, dtype)
+    targets, weights = (jnp.arange(96) % 64).reshape(8, 12), jnp.ones((8, 12))
+    return cross_entropy(y, head, targets, weights, CpuBackend(jnp.dtype(dtype)), 4, 0.0)[0]
 for dtype, limit in ((jnp.float32, 2e-5), (jnp.bfloat16, 1e-1)):
     step = jax.jit(jax.grad(loss, tuple(range(6))), static_argnums=6)
     for got, want in zip(step(*placed, dtype), step(*arrays, jnp.float32)):

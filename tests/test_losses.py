@@ -12,7 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mea_jax import losses
+from mea_jax.backends import CpuBackend, XlaBackend
 from mea_jax.train_step import batch_loss
+
+BFLOAT16 = jnp.dtype(jnp.bfloat16)
+FLOAT32 = XlaBackend(jnp.dtype(jnp.float32))
 
 BATCH, LENGTH, WIDTH, VOCAB = 2, 12, 5, 17
 
@@ -44,13 +48,13 @@ def test_value_and_gradients_are_those_of_log_softmax(chunk, z_loss, seed):
 
     @jax.jit
     def chunked(x, kernel):
-        return losses.cross_entropy(x, kernel, targets, weights, jnp.float32, chunk, z_loss)
+        return losses.cross_entropy(x, kernel, targets, weights, FLOAT32, chunk, z_loss)
 
     @jax.jit
     def differentiated(x, kernel):
         # Times 3, so that the cotangent is not one.
         def scaled(x, kernel):
-            sums = losses.cross_entropy(x, kernel, targets, weights, jnp.float32, chunk, z_loss)
+            sums = losses.cross_entropy(x, kernel, targets, weights, FLOAT32, chunk, z_loss)
             return 3 * sums[0], sums[1]
 
         return jax.value_and_grad(scaled, (0, 1), has_aux=True)(x, kernel)
@@ -74,7 +78,7 @@ def test_weights_of_zero_take_no_part():
 
     def both(x):
         return jax.value_and_grad(
-            lambda x: losses.cross_entropy(x, kernel, targets, weights, jnp.float32, 4, 0.1)[0]
+            lambda x: losses.cross_entropy(x, kernel, targets, weights, FLOAT32, 4, 0.1)[0]
         )(x)
 
     (value, gradient), (value2, gradient2) = both(x), both(x2)
@@ -83,9 +87,10 @@ def test_weights_of_zero_take_no_part():
     np.testing.assert_allclose(gradient[0], gradient2[0], rtol=1e-6)
 
 
-def test_products_in_bfloat16_accumulate_in_float32():
+@pytest.mark.parametrize("backend", [XlaBackend(BFLOAT16), CpuBackend(BFLOAT16)])
+def test_products_in_bfloat16_accumulate_in_float32(backend):
     x, kernel, targets, weights = inputs(1)
-    low = losses.cross_entropy(x, kernel, targets, weights, jnp.bfloat16, 4, 0.0)[1]
+    low = losses.cross_entropy(x, kernel, targets, weights, backend, 4, 0.0)[1]
     x, kernel = (jnp.asarray(a, jnp.bfloat16).astype(jnp.float32) for a in (x, kernel))
     exact = reference(x, kernel, targets, weights, 0.0)[1]
     assert low.dtype == jnp.float32
@@ -95,7 +100,7 @@ def test_products_in_bfloat16_accumulate_in_float32():
 def test_uniform_logits_cost_log_of_the_vocabulary():
     x, kernel, targets, _ = inputs(0)
     weights = np.ones((BATCH, LENGTH), np.float32)
-    _, nll = losses.cross_entropy(0 * x, kernel, targets, weights, jnp.float32, 4, 0.0)
+    _, nll = losses.cross_entropy(0 * x, kernel, targets, weights, FLOAT32, 4, 0.0)
     assert float(nll) == pytest.approx(BATCH * LENGTH * math.log(VOCAB), rel=1e-6)
 
 

@@ -19,6 +19,7 @@ def get_config(variant: str = ""):
     config.name = "mea_125m"
     config.steps = 10_000
     config.batch_size = 256  # windows of 1024: 262k tokens
+    config.accumulate = 16
 
     model = config.model
     model.vocab_size = 50_304

@@ -1,6 +1,6 @@
 """The paper's pretraining run (arXiv 2601.19611): LLaMA-3.2-1B shape, 500B tokens.
 
-    python -m mea_jax.train --config configs/mea_1b.py --workdir gs://bucket/mea_1b
+    python -m mea_jax.train --config configs/mea_1b.py --workdir /mnt/shared/mea_1b
 
 Baselines of the same shape: configs/mea_1b.py:mha, :gqa (the paper's Transformer) and :no_norm.
 
@@ -19,8 +19,8 @@ def get_config(variant: str = ""):
     config = default_config()
     config.name = "mea_1b"
     config.steps = 25_000
-    config.batch_size = 2_400  # windows of 8192: 19.7M tokens
-    config.accumulate = 5
+    config.batch_size = 2_432  # windows of 8192: 19.9M tokens
+    config.accumulate = 19  # 128 windows at a time
 
     model = config.model
     model.vocab_size = 128_256

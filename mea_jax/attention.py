@@ -30,9 +30,9 @@ def fold(kernel_DCH: jax.Array, mix_CK: jax.Array) -> jax.Array:
     x (W M) = (x W) M, so mixing weights once a step equals mixing heads at every token: D C K H
     multiply-adds a step in place of C K H a token.
     """
-    return jnp.einsum(
-        "dch,ck->dkh", kernel_DCH.astype(jnp.float32), mix_CK, preferred_element_type=jnp.float32
-    )
+    # Without a stated precision an accelerator would round float32 inputs to bfloat16 or TF32.
+    highest = jax.lax.Precision.HIGHEST
+    return jnp.einsum("dch,ck->dkh", kernel_DCH.astype(jnp.float32), mix_CK, precision=highest)
 
 
 def mix_heads(x_BSCH: jax.Array, mix_CK: jax.Array) -> jax.Array:

@@ -7,7 +7,6 @@ previous state is written.
 """
 
 import functools
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -83,8 +82,10 @@ class Checkpoints:
         """The newest complete checkpoint's step, or None."""
         return self.manager.latest_step()
 
-    def save(self, step: int, state: TrainState, config: TrainConfig) -> None:
+    def save(self, step: int, state: TrainState, config: TrainConfig, data_digest: str) -> None:
         """Starts writing `state`; returns when its buffers may be reused.
+
+        `data_digest` is `Prepared.digest` of the data that the run reads.
 
         Raises `UserError` when this or an earlier write failed (disk full, read-only, ...).
         """
@@ -97,7 +98,7 @@ class Checkpoints:
                     state=ocp.args.StandardSave(state),
                     config=ocp.args.JsonSave(config.to_dict()),
                     data=ocp.args.JsonSave(
-                        {"format": FORMAT, "next_batch": step, "seed": config.seed}
+                        {"format": FORMAT, "next_batch": step, "digest": data_digest}
                     ),
                 ),
             )
@@ -143,10 +144,32 @@ class Checkpoints:
             ) from error
         return restored["state"]
 
+    def _json(self, step: int, item: str) -> dict[str, Any]:
+        try:
+            args = ocp.args.Composite(**{item: ocp.args.JsonRestore()})
+            return self.manager.restore(step, args=args)[item]
+        except Exception as error:
+            reason = str(error).strip().splitlines()
+            raise UserError(
+                f"checkpoint {self.directory / str(step)} holds no {item}: "
+                f"{reason[0] if reason else type(error).__name__}"
+            ) from error
+
     def config(self, step: int) -> TrainConfig:
         """The config inside the checkpoint of `step`: JSON, never code."""
-        path = self.directory / str(step) / "config" / "metadata"
-        try:
-            return TrainConfig.from_dict(json.loads(path.read_text()))
-        except (OSError, json.JSONDecodeError) as error:
-            raise UserError(f"{path} holds no config: {error}") from error
+        return TrainConfig.from_dict(self._json(step, "config"))
+
+    def check_data(self, step: int, data_digest: str) -> None:
+        """Raises `UserError` unless the data at hand are those that the checkpoint has read."""
+        data = self._json(step, "data")
+        if (found := data.get("format")) != FORMAT:
+            raise UserError(
+                f"checkpoint {self.directory / str(step)} has format {found}, this version of "
+                f"mea_jax reads {FORMAT}"
+            )
+        if data["digest"] != data_digest:
+            raise UserError(
+                f"the data have changed since step {step} of {self.directory.parent}: other files "
+                "or another tokenizer would mean other tokens; bring the old data back, or choose "
+                "another --workdir"
+            )

@@ -1,15 +1,15 @@
 """What every command shares: the config flag, one-line errors, where compiled code is kept."""
 
-import os
 import re
+import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from mea_jax.config import TrainConfig, flatten, from_config_dict
+from mea_jax.config import DataConfig, TrainConfig, flatten, from_config_dict
+from mea_jax.data.prepare import cache_root
 from mea_jax.errors import UserError, fail, nearest
 
 
@@ -35,15 +35,10 @@ def parse_config(flag) -> TrainConfig:
         raise UserError(f"config file {path} cannot be read: {reason}") from error
 
 
-def cache_root() -> Path:
-    """Where prepared data and compiled programs are kept: $MEA_JAX_CACHE or ~/.cache/mea_jax."""
-    return Path(os.environ.get("MEA_JAX_CACHE") or Path.home() / ".cache" / "mea_jax")
-
-
 def enable_compilation_cache() -> None:
     """Keeps compiled programs between runs, unless jax was told where (or not) to keep them."""
     if getattr(jax.config, "jax_compilation_cache_dir", None) is None:
-        jax.config.update("jax_compilation_cache_dir", str(cache_root() / "xla"))
+        jax.config.update("jax_compilation_cache_dir", str(cache_root(DataConfig()) / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
@@ -94,5 +89,8 @@ def run(main: Callable[[], None]) -> None:
             main()
         except UserError as error:
             fail(error)
+        except KeyboardInterrupt:
+            sys.stderr.write("\nstopped; the same command resumes from the last checkpoint\n")
+            sys.exit(130)
 
     app.run(wrapped, flags_parser=_parse_flags)

@@ -1,4 +1,4 @@
-"""Every option of a run, once: frozen dataclasses, their defaults and their validation.
+"""Every option of a run, once: frozen dataclasses and their defaults.
 
 A config file's `get_config(arg)` starts from `default_config()`, a locked `ConfigDict` with all
 options below, and sets what it changes; `--config.key=value` overrides on the command line come
@@ -55,7 +55,9 @@ class ModelConfig:
     dtype: str = "auto"  # of products and, but for the "cpu" backend, activations: "float32",
     # "bfloat16", or "auto": bfloat16 wherever the hardware multiplies it faster
     backend: str = "auto"  # kernels: "xla", "cpu" (forms that XLA's CPU compiler runs fast), "auto"
-    remat: str = "none"  # what the backward pass recomputes: see transformer.REMAT_POLICIES
+    remat: str = (
+        "none"  # what the backward pass recomputes: none, dots or full: see transformer.remat
+    )
     scan_unroll: int = 1  # layers per iteration of the scan over layers
     loss_chunk: int = 1024  # positions of each window whose logits exist at one time; 0: all
 

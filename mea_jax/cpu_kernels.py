@@ -9,7 +9,7 @@ that is not a product in float32: conversions back and forth cost a CPU more tha
 
 All are plain functions of arrays, equal to the einsum they replace, and fit `jit`, `grad`,
 `jax.checkpoint` and `scan`. `dtype` is the format of a product's inputs; sums are float32.
-Letters as in STYLE: B batch, T query positions, S key positions, D model width, N query heads,
+Letters: B batch, T query positions, S key positions, D model width, N query heads,
 K key/value heads, G = N / K, H head width, F any output width, V vocabulary.
 """
 
@@ -21,7 +21,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.layout import Layout, with_layout_constraint
 
 Array = jax.Array
 DType = Any
@@ -61,6 +60,8 @@ def _laid_out(x: Array) -> Array:
     """
     if _several_devices():
         return x
+    from jax.experimental.layout import Layout, with_layout_constraint  # experimental: only here
+
     return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 
 

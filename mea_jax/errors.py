@@ -15,7 +15,7 @@ class UserError(Exception):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The tail `"; did you mean 'x'?"` for a misspelt `name`, or the list of what exists."""
+    """The tail "did you mean 'x'?" for a misspelt `name`, or the list of what exists."""
     names = sorted(known)
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     if close:

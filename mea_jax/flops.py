@@ -48,7 +48,10 @@ def forward_flops_per_token(model: ModelConfig, length: int) -> float:
 
 
 def step_flops(model: ModelConfig, length: int, tokens: int) -> float:
-    """FLOPs of a training step on `tokens` positions: three forwards, and folding once."""
+    """FLOPs of a training step on `tokens` positions: three forwards, and folding once.
+
+    Folding again for each part of an accumulated batch is recomputation, so it is not counted.
+    """
     folding = 0
     if model.hlc_form == "folded":
         for which in ("key", "value"):

@@ -34,7 +34,7 @@ def residual_gain(model: ModelConfig) -> float:
     """Gain of the projections that write to the residual: all 2L together half the embedding.
 
     So a fresh model still knows its token at the last layer. Blocks that start louder than the
-    embedding cost the quickstart a third of its steps: see docs/log.md.
+    embedding cost the quickstart dearly: see docs/log.md.
     """
     return 0.5 * embedding_stddev(model) * (2 * model.n_layers) ** -0.5
 

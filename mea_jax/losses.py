@@ -34,11 +34,6 @@ class Products(Protocol):
         ...
 
 
-def largest_divisor(length: int, limit: int) -> int:
-    """The largest divisor of `length` that is at most `limit`; `length` itself if limit is 0."""
-    return next(c for c in range(min(limit, length) or length, 0, -1) if length % c == 0)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def cross_entropy(
     x_BTD: jax.Array,
@@ -61,12 +56,13 @@ def cross_entropy(
 
 def _scan(x_BTD, kernel_DV, targets_BT, weights_BT, products, chunk, z_loss, differentiate):
     batch, length, _ = x_BTD.shape
-    chunk = largest_divisor(length, chunk)
+    chunk = min(chunk or length, length)
     dtype = products.dtype
     kernel_DV = kernel_DV.astype(dtype)
 
     def chunks(y_BT):  # (B, T, ...) to (T / chunk, B, chunk, ...): the batch axis stays sharded
-        split = y_BT.reshape(batch, length // chunk, chunk, *y_BT.shape[2:])
+        short = ((0, 0), (0, -length % chunk)) + ((0, 0),) * (y_BT.ndim - 2)
+        split = jnp.pad(y_BT, short).reshape(batch, -1, chunk, *y_BT.shape[2:])
         return jnp.moveaxis(split, 1, 0)
 
     def body(carry, xs):
@@ -99,7 +95,8 @@ def _scan(x_BTD, kernel_DV, targets_BT, weights_BT, products, chunk, z_loss, dif
     (sums, d_kernel_DV), d_x = jax.lax.scan(body, ((zero, zero), start), xs)
     if not differentiate:
         return sums, None
-    return sums, (jnp.moveaxis(d_x, 0, 1).reshape(x_BTD.shape), d_kernel_DV)
+    d_x_BTD = jnp.moveaxis(d_x, 0, 1).reshape(batch, -1, x_BTD.shape[2])[:, :length]
+    return sums, (d_x_BTD, d_kernel_DV)
 
 
 def _forward(x_BTD, kernel_DV, targets_BT, weights_BT, products, chunk, z_loss):

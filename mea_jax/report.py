@@ -130,9 +130,10 @@ class Progress:
 
     def say(self, line: str) -> None:
         """Prints above the bar."""
-        tqdm.tqdm.write(line, file=sys.stderr) if not self.bar.disable else print(
-            line, file=sys.stderr, flush=True
-        )
+        if not self.bar.disable:
+            tqdm.tqdm.write(line, file=sys.stderr)
+        elif self.lines:
+            print(line, file=sys.stderr, flush=True)
 
     def close(self) -> None:
         self.bar.close()

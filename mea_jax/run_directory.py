@@ -13,6 +13,14 @@ from mea_jax.errors import UserError
 from mea_jax.report import MetricsWriter, NoWriter, disk_errors, write_json
 
 
+def stored_dtype(path: Path) -> str | None:
+    """The dtype of the run that `path` holds: a run started with "auto" stays what it was."""
+    try:
+        return json.loads((path / "config.json").read_text())["model"]["dtype"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+
+
 class RunDirectory:
     """`config.json`, `tokenizer/`, `metrics.jsonl`, `tensorboard/`, `checkpoints/`, `loss.png`
     and `summary.json` below `path`. Only the first process writes; all of them check.

@@ -1,5 +1,7 @@
 """A continuation of a prompt by recomputing its window: enough to look at a model in training."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,7 +35,7 @@ def sample(
     positions_1T = jnp.arange(length)[None]
     segments_1T = jnp.ones((1, length), jnp.int32)
 
-    def body(i, tokens_1T):
+    def body(params, i, tokens_1T):
         logits_1TV = apply_logits(model, params, tokens_1T, positions_1T, segments_1T)
         logits_V = logits_1TV[0, i - 1]
         if temperature > 0:
@@ -43,6 +45,9 @@ def sample(
             chosen = jnp.argmax(logits_V)
         return tokens_1T.at[0, i].set(chosen.astype(jnp.int32))
 
-    loop = jax.jit(lambda x: jax.lax.fori_loop(start, start + count, body, x))
-    new = np.asarray(loop(jnp.asarray(tokens_1T)))[0, start : start + count].tolist()
+    @jax.jit
+    def loop(params, tokens_1T):
+        return jax.lax.fori_loop(start, start + count, functools.partial(body, params), tokens_1T)
+
+    new = np.asarray(loop(params, tokens_1T))[0, start : start + count].tolist()
     return new[: new.index(stop)] if stop in new else new

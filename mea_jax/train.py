@@ -23,7 +23,7 @@ from mea_jax.data.pipeline import held_out_batches, train_batches
 from mea_jax.data.prepare import Prepared, prepare
 from mea_jax.diagnostics import compile_diagnostics
 from mea_jax.errors import UserError
-from mea_jax.run_directory import RunDirectory
+from mea_jax.run_directory import RunDirectory, stored_dtype
 from mea_jax.sample import sample
 from mea_jax.train_step import (
     abstract_state,
@@ -46,25 +46,29 @@ def train(config: TrainConfig, workdir: Path) -> dict[str, Any]:
     if devices[0].platform == "cpu":
         keep_freed_memory()
     mesh = sharding.make_mesh(config.mesh, devices)
-    config = dataclasses.replace(config, model=resolve(config.model, devices))
+    dtype = stored_dtype(workdir) if config.model.dtype == "auto" else None
+    model = dataclasses.replace(config.model, dtype=dtype) if dtype else config.model
+    config = dataclasses.replace(config, model=resolve(model, devices))
     sharding.check_divisible(config, mesh)
     run = RunDirectory(workdir, config)
     if (summary := run.finished()) is not None:
-        print(f"{workdir} is finished: {config.steps} steps are done. To train anew, choose")
-        print("another --workdir; to read the result again:\n")
-        print(summary["text"])
+        if run.first:
+            print(f"{workdir} is finished: {config.steps} steps are done. To train anew, choose")
+            print("another --workdir; to read the result again:\n")
+            print(summary["text"])
         return summary
 
     prepared = prepare(config.data, config.model.vocab_size, log=run.say)
-    run.write_config(prepared.tokenizer)
     with jax.set_mesh(mesh), Checkpoints(workdir, config.checkpoint) as checkpoints:
         step = checkpoints.latest()
         if step is None:
             validate_from_scratch(config.model)
             step, state = 0, create_state(config, mesh)
         else:
+            checkpoints.check_data(step, prepared.digest)
             state = checkpoints.restore(step, abstract_state(config, mesh))
             run.say(f"resuming from step {step} of {config.steps}")
+        run.write_config(prepared.tokenizer)
         loop = Loop(config, mesh, prepared, run, checkpoints)
         state = loop.run(state, step)
         return loop.finish(state)
@@ -108,7 +112,12 @@ class Loop:
     def put(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         """This host's rows of a batch, as its part of the global arrays."""
         where = sharding.batch_sharding(self.mesh)
-        return {name: jax.make_array_from_process_local_data(where, x) for name, x in batch.items()}
+        return {
+            name: jax.make_array_from_process_local_data(
+                where, x, (x.shape[0] * jax.process_count(), *x.shape[1:])
+            )
+            for name, x in batch.items()
+        }
 
     # -- the loop --------------------------------------------------------------------------
 
@@ -126,8 +135,8 @@ class Loop:
         )
         if start == c.steps:  # cut off after the last checkpoint, before the summary
             return state
-        began = time.perf_counter()
         batch = self.put(next(batches))
+        began = time.perf_counter()
         step_fn = compile_train_step(c, self.mesh).lower(state, batch).compile()
         self.timing["compile_seconds"] = time.perf_counter() - began
         writer = self.run_directory.open_metrics(start)
@@ -141,35 +150,36 @@ class Loop:
                     waiting = time.perf_counter()
                     if step < c.steps:
                         batch = self.put(next(batches))
-                    waited = time.perf_counter() - waiting
+                    self.timing["data_wait_seconds"] += time.perf_counter() - waiting
                     # The previous step's metrics, fetched while this step runs.
                     if pending is not None:
-                        clock = self.report_step(*pending, clock, waited, writer, progress)
+                        clock = self.report_step(*pending, clock, writer, progress)
                     pending = (step, metrics)
                     self.checkpoints.check()
                     evaluating = c.evaluate.every and step % c.evaluate.every == 0
                     saving = step % c.checkpoint.every == 0
                     if step == c.steps or evaluating or saving:
-                        self.report_step(*pending, clock, 0.0, writer, progress)
+                        self.report_step(*pending, clock, writer, progress)
                         pending = None
                         if evaluating and step < c.steps:
                             self.report_held_out(step, state, writer, progress)
                         if step == c.steps or saving:
                             self.check_state(step, state, batch)
-                            self.checkpoints.save(step, state, c)
+                            # Orbax copies to the host in ways that the guard takes for slips.
+                            with jax.transfer_guard("allow"):
+                                self.checkpoints.save(step, state, c, self.prepared.digest)
                         clock = time.perf_counter()
         finally:
             progress.close()
             writer.close()
         return state
 
-    def report_step(self, step, metrics, clock, waited, writer, progress) -> float:
+    def report_step(self, step, metrics, clock, writer, progress) -> float:
         """Waits for a step's metrics, checks and writes them; returns the time now."""
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         now = time.perf_counter()
         seconds = now - clock
         self.timing["step_seconds"] += seconds
-        self.timing["data_wait_seconds"] += waited
         self.timed_steps += 1
         self.loss = values["loss"]
         self.check_finite(step, values["loss"], values["grad_norm"])
@@ -186,7 +196,8 @@ class Loop:
         """Raises `UserError` that names the step and the last good checkpoint."""
         if math.isfinite(loss) and math.isfinite(grad_norm):
             return
-        self.checkpoints.wait()
+        with jax.transfer_guard("allow"):
+            self.checkpoints.wait()
         saved = self.checkpoints.latest()
         good = "none was saved" if saved is None else f"step {saved}"
         raise UserError(
@@ -240,7 +251,9 @@ class Loop:
     def finish(self, state) -> dict[str, Any]:
         """Evaluates on every held-out window, samples, draws, and writes summary.json."""
         c = self.config
-        result: dict[str, Any] = {"steps": c.steps, "train_loss": self.loss}
+        result: dict[str, Any] = {"steps": c.steps}
+        if self.timed_steps:  # else only what a cut-off run had left to do is done here
+            result["train_loss"] = self.loss
         rows: list[tuple[str, str]] = []
         everything = self.read_held_out(None)
         ratio, baselines = self.bits_per_nat(), {}
@@ -272,7 +285,7 @@ class Loop:
         rows.append(("compiled", f"{model.backend} backend, {model.dtype} products, HLC {form}"))
         rows.append(("run directory", str(self.run_directory.path)))
         text = report.table(rows)
-        if c.evaluate.sample_prompt and jax.process_count() == 1:
+        if c.evaluate.sample_prompt:
             result["sample"] = self.continuation(state.params)
             text += f"\n\n--- prompt and sample ---\n{result['sample']}\n---"
         if jax.process_index() == 0:
@@ -324,13 +337,19 @@ class Loop:
 
 def main() -> None:
     config = cli.parse_config(CONFIG)
+    if "://" in (WORKDIR.value or ""):
+        raise UserError(f"--workdir {WORKDIR.value}: give a folder; mount the bucket as a path")
+    if DISTRIBUTED.value:
+        jax.distributed.initialize()
     cli.enable_compilation_cache()
-    workdir = Path(WORKDIR.value or Path("runs") / config.name)
-    train(config, workdir)
+    train(config, Path(WORKDIR.value or Path("runs") / config.name))
 
 
 if __name__ == "__main__":
     CONFIG = cli.define_config_flag()
     WORKDIR = flags.DEFINE_string("workdir", None, "Run directory; default runs/<config name>")
+    DISTRIBUTED = flags.DEFINE_bool(
+        "distributed", False, "join the other processes of a TPU pod or Slurm job"
+    )
     flags.declare_key_flag("config")
     cli.run(main)

@@ -100,6 +100,19 @@ def batch_loss(
     return objective, (nll, weights_BT.sum())
 
 
+def _parts(config: TrainConfig, batch: Batch) -> Batch:
+    """A batch (B, T) as `accumulate` parts (n, B/n, T) for a scan.
+
+    Part i takes rows i, i + n, ...: on a mesh, each device keeps the rows that it holds.
+    """
+    n = config.accumulate
+    return {name: jnp.swapaxes(x.reshape(-1, n, x.shape[1]), 0, 1) for name, x in batch.items()}
+
+
+def _constrained(batch: Batch) -> Batch:
+    return {name: sharding.constrain(x, "batch", "length") for name, x in batch.items()}
+
+
 def _gradients(config: TrainConfig, params: Any, batch: Batch):
     """Summed gradients, nll and tokens of a batch, in `accumulate` parts one after another.
 
@@ -112,20 +125,12 @@ def _gradients(config: TrainConfig, params: Any, batch: Batch):
         return gradients, nll, tokens
 
     def part(carry, part_batch):
-        part_batch = {
-            name: sharding.constrain(x, "batch", "length") for name, x in part_batch.items()
-        }
-        (_, (nll, tokens)), gradients = grad(params, part_batch)
+        (_, (nll, tokens)), gradients = grad(params, _constrained(part_batch))
         return jax.tree.map(jnp.add, carry, (gradients, nll, tokens)), None
 
-    # Part i takes rows i, i + n, ...: on a mesh, each device keeps the rows that it holds.
-    parts = {
-        name: jnp.swapaxes(x.reshape(-1, config.accumulate, x.shape[1]), 0, 1)
-        for name, x in batch.items()
-    }
     zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
     start = (zeros, jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32))
-    return jax.lax.scan(part, start, parts)[0]
+    return jax.lax.scan(part, start, _parts(config, batch))[0]
 
 
 def train_step(config: TrainConfig, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -161,10 +166,18 @@ def compile_train_step(config: TrainConfig, mesh: Mesh) -> jax.stages.Wrapped:
 
 
 def compile_eval_step(config: TrainConfig, mesh: Mesh) -> Callable[..., Metrics]:
-    """(params, batch) -> {"nll", "tokens"}: sums over the batch, float32."""
+    """(params, batch) -> {"nll", "tokens"}: sums over the batch, float32.
+
+    In `accumulate` parts like the training step, so that it fits wherever that does.
+    """
 
     def step(params, batch):
-        _, (nll, tokens) = batch_loss(config, params, batch)
+        def part(sums, part_batch):
+            _, new = batch_loss(config, params, _constrained(part_batch))
+            return jax.tree.map(jnp.add, sums, new), None
+
+        zero = jnp.zeros((), jnp.float32)
+        nll, tokens = jax.lax.scan(part, (zero, zero), _parts(config, batch))[0]
         return {"nll": nll, "tokens": tokens}
 
     return jax.jit(

@@ -35,6 +35,11 @@ def validate(config: TrainConfig) -> None:
         "evaluate.sample_tokens",
     ):
         _positive(config, path)
+    _require(0 <= config.seed < 2**31, f"config.seed={config.seed} must lie in [0, 2^31)")
+    _require(
+        config.name != "" and "/" not in config.name,
+        f"config.name={config.name!r} must name a folder of its own below runs/",
+    )
     _require(len(data.sources) > 0, "config.data.sources is empty: name at least one source")
     for i, source in enumerate(data.sources):
         path = f"config.data.sources[{i}].weight"
@@ -114,7 +119,13 @@ def _validate_model(model: ModelConfig) -> None:
     _one_of(f"{at}.backend", model.backend, ("auto", "xla", "cpu"))
     _one_of(f"{at}.remat", model.remat, REMAT_POLICIES)
     _require(model.loss_chunk >= 0, f"{at}.loss_chunk={model.loss_chunk} must be 0 or more")
-    _require(model.rope_scaling.factor >= 1, f"{at}.rope_scaling.factor must be 1 or more")
+    rope = model.rope_scaling
+    _require(rope.factor >= 1, f"{at}.rope_scaling.factor={rope.factor} must be 1 or more")
+    _require(
+        0 < rope.low_freq_factor < rope.high_freq_factor and rope.original_context > 0,
+        f"{at}.rope_scaling must have 0 < low_freq_factor < high_freq_factor and a positive "
+        "original_context",
+    )
     for which in ("key", "value"):
         name, counts = f"{at}.{which}_components", model.components(which)
         _require(

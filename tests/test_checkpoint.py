@@ -32,7 +32,7 @@ def written(config, tmp_path_factory):
     state = dataclasses.replace(state, opt_state=jax.tree.map(lambda x: x + 1, state.opt_state))
     workdir = tmp_path_factory.mktemp("run")
     with Checkpoints(workdir, OPTIONS) as checkpoints:
-        checkpoints.save(3, state, config)
+        checkpoints.save(3, state, config, "digest")
     return workdir, state
 
 
@@ -66,7 +66,9 @@ def test_the_newest_are_kept(config, tmp_path):
     state = create_state(config, mesh)
     with Checkpoints(tmp_path, OPTIONS) as checkpoints:
         for step in range(1, 5):
-            checkpoints.save(step, dataclasses.replace(state, step=state.step + step), config)
+            checkpoints.save(
+                step, dataclasses.replace(state, step=state.step + step), config, "digest"
+            )
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"3", "4"}
     with Checkpoints(tmp_path) as checkpoints:
         assert int(checkpoints.restore(3, abstract_state(config, mesh)).step) == 3
@@ -80,7 +82,7 @@ def test_saving_returns_before_writing_but_not_before_copying(config, tmp_path):
     expected = jax.tree.map(np.array, state)
     spoil = jax.jit(lambda s: jax.tree.map(lambda x: x * 0, s), donate_argnums=0)
     with Checkpoints(tmp_path, OPTIONS) as checkpoints:
-        checkpoints.save(1, state, config)
+        checkpoints.save(1, state, config, "digest")
         spoil(state)
     with Checkpoints(tmp_path) as checkpoints:
         assert_equal(checkpoints.restore(1, abstract_state(config, mesh)), expected)
@@ -94,7 +96,7 @@ def test_empty_directory_has_no_checkpoint(tmp_path):
 def test_a_damaged_checkpoint_is_one_clear_error(config, tmp_path):
     mesh = sharding.make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
     with Checkpoints(tmp_path, OPTIONS) as checkpoints:
-        checkpoints.save(1, create_state(config, mesh), config)
+        checkpoints.save(1, create_state(config, mesh), config, "digest")
     for path in (tmp_path / "checkpoints" / "1" / "state").rglob("*"):
         if path.is_file():
             path.write_bytes(b"")
@@ -111,7 +113,7 @@ def test_a_disk_that_refuses(config, tmp_path, monkeypatch):
     mesh = sharding.make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
     state = create_state(config, mesh)
     with Checkpoints(tmp_path, OPTIONS) as checkpoints:
-        checkpoints.save(1, state, config)
+        checkpoints.save(1, state, config, "digest")
         checkpoints.wait()
 
         def full(*args, **kwargs):
@@ -119,4 +121,4 @@ def test_a_disk_that_refuses(config, tmp_path, monkeypatch):
 
         monkeypatch.setattr(checkpoints.manager, "save", full)
         with pytest.raises(UserError, match=r"step 2 .*No space left.*safe up to step 1"):
-            checkpoints.save(2, state, config)
+            checkpoints.save(2, state, config, "digest")

@@ -104,13 +104,6 @@ def test_uniform_logits_cost_log_of_the_vocabulary():
     assert float(nll) == pytest.approx(BATCH * LENGTH * math.log(VOCAB), rel=1e-6)
 
 
-@given(length=st.integers(1, 200), limit=st.integers(0, 300))
-def test_largest_divisor(length, limit):
-    found = losses.largest_divisor(length, limit)
-    limit = limit or length
-    assert found == max(d for d in range(1, length + 1) if length % d == 0 and d <= limit)
-
-
 def largest_array(text: str) -> int:
     """Elements of the largest array that a program's HLO mentions."""
     shapes = re.findall(r"\b(?:f32|bf16|f16|s32|u32|pred|s8)\[([\d,]*)\]", text)

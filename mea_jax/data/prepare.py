@@ -71,11 +71,14 @@ class Prepared:
     # Bytes of the held-out documents compressed one by one, {"gzip_bytes", "xz_bytes"}; None when
     # there is too much text, or none.
     baselines: dict[str, int] | None
+    digest: str  # of the tokenizer and the amounts of text and tokens of each source
 
 
 def cache_root(config: DataConfig) -> Path:
-    """The folder that prepared data is kept in."""
+    """The folder that prepared data, and compiled programs, are kept in."""
     root = config.cache_dir or os.environ.get("MEA_JAX_CACHE") or "~/.cache/mea_jax"
+    if "://" in root:
+        raise UserError(f"cache folder {root}: give a local folder; mount the bucket as a path")
     return Path(root).expanduser().resolve()
 
 
@@ -197,12 +200,17 @@ def _load(config: DataConfig, directory: Path) -> Prepared:
                 skipped=train.skipped,
             )
         )
+    tokenizer = tokenizers.from_directory(directory)
+    # Not of the directory's name, which holds the files' dates.
+    digest = hashlib.blake2b(tokenizer.content, digest_size=16)
+    digest.update(json.dumps(content["sources"], sort_keys=True).encode())
     return Prepared(
         directory=directory,
-        tokenizer=tokenizers.from_directory(directory),
+        tokenizer=tokenizer,
         context_length=config.context_length,
         sources=tuple(parts),
         baselines=content["baselines"],
+        digest=digest.hexdigest(),
     )
 
 

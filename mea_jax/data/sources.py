@@ -247,6 +247,11 @@ class _TfdsCorpus(Corpus):
                 + (f" in {data_dir}" if data_dir else "")
                 + f"; for a dataset of your own, import its builder and {remedy}"
             ) from error
+        except ValueError as error:  # not a name that TFDS can read
+            raise UserError(
+                f"{source.source!r} names no TFDS dataset: write tfds:<name>, tfds:<name>/<config> "
+                "or tfds:<name>/<config>:<version>"
+            ) from error
         if not self._builder.is_prepared():
             raise UserError(f"TFDS dataset {name!r} is not prepared here; {remedy}")
         splits = self._builder.info.splits

@@ -58,7 +58,7 @@ def test_a_checkpoint_holds_its_config(written, config):
 def test_a_checkpoint_holds_its_place_in_the_data(written, config):
     content = json.loads((written[0] / "checkpoints/3/data/metadata").read_text())
     assert content["next_batch"] == 3
-    assert content["seed"] == config.seed
+    assert content["digest"] == "digest"
 
 
 def test_the_newest_are_kept(config, tmp_path):

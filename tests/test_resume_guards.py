@@ -1,0 +1,140 @@
+"""What a resumed run checks before it goes on, and what a failed start leaves behind."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import change, params_of, tiny_model
+
+from mea_jax.checkpoint import Checkpoints
+from mea_jax.config import SourceConfig
+from mea_jax.errors import UserError
+from mea_jax.report import read_metrics
+from mea_jax.run_directory import stored_dtype
+from mea_jax.sample import sample
+from mea_jax.train import Loop, train
+from mea_jax.transformer import apply_logits
+
+
+@pytest.fixture
+def cut(tiny, corpus, devices, tmp_path, monkeypatch):
+    """(config, workdir) of a run whose evaluation at the end fails: checkpoints, no summary."""
+    devices(1)
+    folder, workdir = tmp_path / "corpus", tmp_path / "run"
+    shutil.copytree(corpus, folder)
+    source = SourceConfig(source="text", path=str(folder))
+    config = tiny(**{"data.sources": (source,)})
+
+    def stop(self, state):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Loop, "finish", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(config, workdir)
+    return config, workdir
+
+
+def test_changed_data_are_refused(cut):
+    config, workdir = cut
+    folder = Path(config.data.sources[0].path)
+    (folder / "one_more.txt").write_text("Another document changes every window after it.\n" * 9)
+    with pytest.raises(UserError, match="the data have changed since step"):
+        train(config, workdir)
+
+
+def test_auto_dtype_stays_what_the_run_started_with(cut, monkeypatch):
+    config, workdir = cut
+    assert stored_dtype(workdir) == "float32"
+    monkeypatch.setattr("mea_jax.backends._cpu_multiplies_bfloat16", lambda: True)
+    config = change(config, **{"model.dtype": "auto", "model.backend": "cpu"})
+    assert train(config, workdir)["text"]
+    assert stored_dtype(workdir) == "float32"
+    assert stored_dtype(workdir / "nothing") is None
+
+
+def test_a_start_that_fails_does_not_claim_the_directory(tiny, devices, tmp_path):
+    devices(1)
+    with pytest.raises(UserError, match="does not divide"):
+        train(tiny(**{"model.key_components": 3}), tmp_path / "run")
+    assert train(tiny(**{"model.key_components": 2}), tmp_path / "run")["steps"]
+
+
+def test_saving_is_outside_the_transfer_guard(tiny, devices, tmp_path, monkeypatch):
+    """On accelerators orbax copies implicitly; CPUs do not guard that, so look at the setting."""
+    devices(1)
+    seen = []
+    save = Checkpoints.save
+
+    def watched(self, *args):
+        seen.append(getattr(jax.config, "jax_transfer_guard"))  # noqa: B009 (mypy sees no such name)
+        save(self, *args)
+
+    monkeypatch.setattr(Checkpoints, "save", watched)
+    train(tiny(), tmp_path / "run")
+    assert seen
+    assert "disallow" not in seen
+
+
+def test_sampling_takes_the_most_likely_token_again_and_again():
+    model, prompt = tiny_model(), [5, 6, 7]
+    params = params_of(model)
+    options = {"count": 4, "length": 16, "seed": 0, "stop": -1}
+    new = sample(model, params, prompt, temperature=0.0, **options)
+    text = list(prompt)
+    for _ in range(4):
+        tokens = jnp.array([text], jnp.int32)
+        ones, places = jnp.ones_like(tokens), jnp.arange(len(text))[None]
+        text.append(int(np.argmax(apply_logits(model, params, tokens, places, ones)[0, -1])))
+    assert new == text[3:]
+    assert sample(model, params, prompt, temperature=0.0, **(options | {"stop": new[2]})) == new[:2]
+
+
+TWO = """
+import dataclasses, json, os, sys
+import jax
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+from mea_jax.config import TrainConfig
+from mea_jax.train import train
+from pathlib import Path
+config = TrainConfig.from_dict(json.loads(Path(sys.argv[3]).read_text()))
+train(config, Path(sys.argv[4]))
+"""
+
+
+def test_two_processes_train_like_one(tiny, devices, tmp_path):
+    devices(2)
+    config = tiny()
+    train(config, tmp_path / "one")
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        address = f"localhost:{probe.getsockname()[1]}"
+    flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
+    arguments = [address, "RANK", tmp_path / "config.json", tmp_path / "two"]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", TWO, *(str(i) if a == "RANK" else str(a) for a in arguments)],
+            env=os.environ | {"XLA_FLAGS": flags},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    for process in processes:
+        _, err = process.communicate(timeout=180)
+        assert process.returncode == 0, err[-2000:]
+    one, two = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
+    assert [(row["step"], row["kind"]) for row in one] == [(r["step"], r["kind"]) for r in two]
+    losses = [[row["loss"] for row in rows if "loss" in row] for rows in (one, two)]
+    np.testing.assert_allclose(
+        losses[0], losses[1], rtol=1e-5
+    )  # sums over devices in another order

@@ -4,15 +4,19 @@
 
 One process, variants interleaved A B C A B C, medians. The model has 5.9M parameters (D 256, 6
 layers, 8 heads, feed-forward 704, vocabulary 2048, untied) and takes 8 windows of 256 positions a
-step: forward, backward, clipping and AdamW. FLOPs by the convention of `mea_jax.flops`.
+step: forward, backward, clipping and AdamW; the last row is the quickstart's own model, which has
+twice the vocabulary and the dtype that suits this machine. FLOPs by the convention of
+`mea_jax.flops`.
 """
 
 import argparse
 import dataclasses
 import functools
 import json
+import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -21,8 +25,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from configs import quickstart
 from mea_jax import flops, sharding
-from mea_jax.config import ModelConfig, OptimizerConfig, TrainConfig
+from mea_jax.backends import resolve
+from mea_jax.config import ModelConfig, OptimizerConfig, TrainConfig, from_config_dict
 from mea_jax.cpu_kernels import keep_freed_memory
 from mea_jax.train_step import compile_train_step, create_state
 
@@ -48,6 +54,7 @@ STEPS = {
     "step MEA float32": (MODEL, "cpu", "float32"),
     "step MHA bfloat16": (MHA, "cpu", "bfloat16"),
     "step MEA bfloat16": (MODEL, "cpu", "bfloat16"),
+    "step quickstart": (from_config_dict(quickstart.get_config()).model, "auto", "auto"),
 }
 
 
@@ -140,7 +147,7 @@ def main() -> None:
     rows = [row(name, seconds, flop, None) for name, seconds in times.items()]
 
     models = {
-        name: dataclasses.replace(model, backend=backend, dtype=dtype)
+        name: resolve(dataclasses.replace(model, backend=backend, dtype=dtype), jax.devices())
         for name, (model, backend, dtype) in STEPS.items()
     }
     times = time_interleaved({n: training_step(m) for n, m in models.items()}, args.repeats)
@@ -150,7 +157,12 @@ def main() -> None:
     ]
     print_table(rows)
     if args.json:
-        machine = {"platform": platform.platform(), "jax": jax.__version__}
+        machine = {
+            "platform": platform.platform(),
+            "cores": os.cpu_count(),
+            "jax": jax.__version__,
+            "command": sys.argv,
+        }
         with open(args.json, "w") as file:
             json.dump({"machine": machine, "rows": rows}, file, indent=1)
 

@@ -133,7 +133,9 @@ def param_shardings(abstract_boxed: Any, mesh: Mesh) -> Any:
         names = value.names if isinstance(value, nn.LogicallyPartitioned) else ()
         return NamedSharding(mesh, spec(names))
 
-    is_box = lambda value: isinstance(value, nn.LogicallyPartitioned)  # noqa: E731
+    def is_box(value):
+        return isinstance(value, nn.LogicallyPartitioned)
+
     return jax.tree.map(leaf, abstract_boxed, is_leaf=is_box)
 
 

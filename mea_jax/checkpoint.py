@@ -130,38 +130,27 @@ class Checkpoints:
             "directory writable, then run the same command again"
         )
 
+    def _read(self, step: int, item: str, how: Any) -> Any:
+        try:
+            return self.manager.restore(step, args=ocp.args.Composite(**{item: how}))[item]
+        except Exception as error:
+            reason = str(error).strip().splitlines()
+            raise UserError(
+                f"checkpoint {self.directory / str(step)} could not be read, it holds no {item} "
+                f"that can be restored: {reason[0] if reason else type(error).__name__}"
+            ) from error
+
     def restore(self, step: int, abstract: TrainState) -> TrainState:
         """The state of `step`, laid out as `abstract` says: shapes, dtypes and shardings."""
-        try:
-            restored = self.manager.restore(
-                step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-            )
-        except Exception as error:
-            reason = str(error).strip().splitlines()
-            raise UserError(
-                f"checkpoint {self.directory / str(step)} could not be read: "
-                f"{reason[0] if reason else type(error).__name__}"
-            ) from error
-        return restored["state"]
-
-    def _json(self, step: int, item: str) -> dict[str, Any]:
-        try:
-            args = ocp.args.Composite(**{item: ocp.args.JsonRestore()})
-            return self.manager.restore(step, args=args)[item]
-        except Exception as error:
-            reason = str(error).strip().splitlines()
-            raise UserError(
-                f"checkpoint {self.directory / str(step)} holds no {item}: "
-                f"{reason[0] if reason else type(error).__name__}"
-            ) from error
+        return self._read(step, "state", ocp.args.StandardRestore(abstract))
 
     def config(self, step: int) -> TrainConfig:
         """The config inside the checkpoint of `step`: JSON, never code."""
-        return TrainConfig.from_dict(self._json(step, "config"))
+        return TrainConfig.from_dict(self._read(step, "config", ocp.args.JsonRestore()))
 
     def check_data(self, step: int, data_digest: str) -> None:
         """Raises `UserError` unless the data at hand are those that the checkpoint has read."""
-        data = self._json(step, "data")
+        data = self._read(step, "data", ocp.args.JsonRestore())
         if (found := data.get("format")) != FORMAT:
             raise UserError(
                 f"checkpoint {self.directory / str(step)} has format {found}, this version of "

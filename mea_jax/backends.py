@@ -1,8 +1,9 @@
-"""The products of a step, once for every compiler: which kernel a backend runs for each.
+"""The products of a model, once for every compiler: which kernel a backend runs for each.
 
 `XlaBackend` writes plain einsums in the compute dtype and leaves them to the compiler (TPU, GPU,
 sharded meshes). `CpuBackend` computes the same functions in the forms that XLA's CPU compiler
-turns into fast code (`cpu_kernels`). A module asks its backend, never the platform.
+turns into fast code (`cpu_kernels`). Attention has kernels of its own, `attend`. A module asks its
+backend, never the platform; `resolve` looks at the machine, once.
 """
 
 import dataclasses
@@ -11,10 +12,16 @@ from typing import Protocol
 import jax
 import jax.numpy as jnp
 
-from mea_jax import attention, cpu_kernels
+from mea_jax import attention, cpu_kernels, flash_attention, mixing
+from mea_jax.chunked_attention import chunked_attention
 from mea_jax.config import ModelConfig
 from mea_jax.errors import UserError
 from mea_jax.losses import Products
+
+# Above this many positions T x T logits are not made: 1024^2 float32 are 4 MiB a head.
+_EINSUM_LENGTH = 1024
+# Above this many, the CPU kernel's blocks of queries against all keys outgrow any cache.
+_CPU_KERNEL_LENGTH = 8192
 
 
 class Backend(Products, Protocol):
@@ -31,11 +38,37 @@ class Backend(Products, Protocol):
         """silu(gate) * up."""
         ...
 
-    def attend(
-        self, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, segment_ids_BT: jax.Array
-    ) -> jax.Array:
-        """Causal attention within segments, scale 1/sqrt(H), softmax in float32."""
+    def dot(self, lhs: jax.Array, rhs: jax.Array, contract: tuple, batch: int) -> jax.Array:
+        """`lax.dot_general` over `batch` leading axes that both share: float32 result."""
         ...
+
+    def attend(
+        self,
+        q_BTNH: jax.Array,
+        k_BSKH: jax.Array,
+        v_BSKW: jax.Array,
+        segment_ids_BT: jax.Array,
+        scale: float,
+        slopes_N: jax.Array | None = None,
+    ) -> jax.Array:
+        """Causal attention within segments, softmax in float32: (B, T, N, W).
+
+        `slopes_N`: ALiBi, adds slope times (s - t) to the scaled logits.
+        """
+        ...
+
+
+def _attend(kernel: str, q, k, v, segment_ids_BT, scale: float, slopes_N) -> jax.Array:
+    """Attention by one of the kernels that run on any compiler's arrays, or a flash kernel."""
+    if kernel == "auto":  # a config that never met `resolve`: what runs anywhere
+        kernel = "einsum" if q.shape[1] <= _EINSUM_LENGTH else "chunked"
+    if kernel == "splash":
+        return flash_attention.splash_attention(q, k, v, segment_ids_BT, scale=scale)
+    if kernel == "cudnn":
+        return flash_attention.cudnn_attention(q, k, v, segment_ids_BT, scale=scale)
+    if kernel == "chunked":
+        return chunked_attention(q, k, v, segment_ids_BT, scale=scale, slopes_N=slopes_N)
+    return attention.dot_product_attention(q, k, v, segment_ids_BT, scale, slopes_N)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +76,7 @@ class XlaBackend:
     """Einsums as they stand."""
 
     dtype: jnp.dtype
+    attention_kernel: str = "auto"
 
     @property
     def activation(self) -> jnp.dtype:
@@ -54,9 +88,13 @@ class XlaBackend:
     def swiglu(self, gate: jax.Array, up: jax.Array) -> jax.Array:
         return jax.nn.silu(gate) * up
 
-    def attend(self, q_BTNH, k_BSKH, v_BSKH, segment_ids_BT) -> jax.Array:
-        scale = q_BTNH.shape[-1] ** -0.5
-        return attention.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, scale)
+    def dot(self, lhs: jax.Array, rhs: jax.Array, contract: tuple, batch: int) -> jax.Array:
+        dims = (contract, (tuple(range(batch)),) * 2)
+        return jax.lax.dot_general(lhs, rhs, dims, preferred_element_type=jnp.float32)
+
+    def attend(self, q_BTNH, k_BSKH, v_BSKW, segment_ids_BT, scale, slopes_N=None) -> jax.Array:
+        kernel = self.attention_kernel
+        return _attend(kernel, q_BTNH, k_BSKH, v_BSKW, segment_ids_BT, scale, slopes_N)
 
     def matmul(self, x: jax.Array, w: jax.Array) -> jax.Array:
         return jnp.einsum("...d,df->...f", x, w, preferred_element_type=jnp.float32)
@@ -73,6 +111,7 @@ class CpuBackend:
     """Float32 between products, `dtype` inside them; see `cpu_kernels` for why."""
 
     dtype: jnp.dtype
+    attention_kernel: str = "cpu"
 
     @property
     def activation(self) -> jnp.dtype:
@@ -88,11 +127,16 @@ class CpuBackend:
     def swiglu(self, gate: jax.Array, up: jax.Array) -> jax.Array:
         return cpu_kernels.swiglu(gate, up, self.dtype)
 
-    def attend(self, q_BTNH, k_BSKH, v_BSKH, segment_ids_BT) -> jax.Array:
-        scale = q_BTNH.shape[-1] ** -0.5
-        return cpu_kernels.causal_attention(
-            q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, scale=scale, dtype=self.dtype
-        )
+    def dot(self, lhs: jax.Array, rhs: jax.Array, contract: tuple, batch: int) -> jax.Array:
+        return cpu_kernels.product(lhs, rhs, contract, batch)
+
+    def attend(self, q_BTNH, k_BSKH, v_BSKW, segment_ids_BT, scale, slopes_N=None) -> jax.Array:
+        arrays = (q_BTNH, k_BSKH, v_BSKW, segment_ids_BT)
+        if self.attention_kernel not in ("auto", "cpu") or slopes_N is not None:
+            kernel = self.attention_kernel
+            kernel = "auto" if kernel == "cpu" else kernel
+            return _attend(kernel, *arrays, scale, slopes_N)
+        return cpu_kernels.causal_attention(*arrays, scale=scale, dtype=self.dtype)
 
     def matmul(self, x: jax.Array, w: jax.Array) -> jax.Array:
         return cpu_kernels.matmul(x, w)
@@ -106,8 +150,8 @@ class CpuBackend:
 
 def make_backend(model: ModelConfig) -> Backend:
     """The backend of a config whose `backend` and `dtype` are no longer "auto" (`resolve`)."""
-    dtype = jnp.dtype(model.dtype)
-    return CpuBackend(dtype) if model.backend == "cpu" else XlaBackend(dtype)
+    backend = CpuBackend if model.backend == "cpu" else XlaBackend
+    return backend(jnp.dtype(model.dtype), model.attention_kernel)
 
 
 def _cpu_multiplies_bfloat16() -> bool:
@@ -119,22 +163,93 @@ def _cpu_multiplies_bfloat16() -> bool:
         return False
 
 
-def resolve(model: ModelConfig, devices: list[jax.Device]) -> ModelConfig:
-    """`model` with "auto" replaced by what suits `devices`.
+def _lacks(kernel: str, model: ModelConfig, platform: str, dtype: str) -> str | None:
+    """Why attention cannot run on `kernel` here, or None."""
+    homes = {"cudnn": ("gpu", "an NVIDIA GPU"), "splash": ("tpu", "a TPU"), "cpu": ("cpu", "a CPU")}
+    if kernel not in homes:
+        return None
+    home, name = homes[kernel]
+    if platform != home:
+        return f"it needs {name}, and this machine's devices are {platform.upper()}s"
+    if model.positions == "alibi":
+        return "it takes no biases, and positions='alibi' are biases"
+    if kernel == "cpu":
+        return None if model.backend in ("auto", "cpu") else "it belongs to backend='cpu'"
+    supports = flash_attention.splash_supports
+    if kernel == "cudnn":
+        supports = flash_attention.cudnn_supports
+    return supports(jnp.dtype(dtype), *_head_widths(model))
+
+
+def _head_widths(model: ModelConfig) -> tuple[int, int]:
+    """Of queries and of values, as attention meets them."""
+    if model.variant == "collaborative":
+        return max(model.components("key")) * model.head_dim, model.head_dim
+    return model.head_dim, model.head_dim * (2 if model.variant == "differential_v1" else 1)
+
+
+def _choose_kernel(model: ModelConfig, platform: str, dtype: str, backend: str, length: int) -> str:
+    """The fastest attention kernel that this machine has for windows of `length` positions."""
+    fastest = {"tpu": "splash", "gpu": "cudnn"}.get(platform)
+    if platform == "cpu" and backend == "cpu" and length <= _CPU_KERNEL_LENGTH:
+        fastest = "cpu"
+    if fastest and _lacks(fastest, model, platform, dtype) is None:
+        return fastest
+    return "einsum" if length <= _EINSUM_LENGTH else "chunked"
+
+
+def _choose_form(model: ModelConfig) -> str:
+    """One training form for all layers: what suits most of their projections."""
+    forms = [
+        mixing.training_form(model, which, components)
+        for which in ("key", "value")
+        if model.mixes(which)
+        for components in model.components(which)
+    ]
+    return "explicit" if 2 * forms.count("explicit") > len(forms) else "folded"
+
+
+def resolve(
+    model: ModelConfig, devices: list[jax.Device], length: int, tensor: int = 1
+) -> ModelConfig:
+    """`model` with "auto" replaced by what suits `devices` and windows of `length` positions.
 
     `dtype`: bfloat16 on accelerators and on a CPU with bfloat16 matrix units, else float32.
     `backend`: "cpu" on CPU devices, "xla" everywhere else.
+    `attention_kernel`: splash on TPU, cuDNN on GPU, "cpu" up to 8,192 positions on CPU; where that
+    does not apply, "einsum" up to 1,024 positions and "chunked" above.
+    `hlc_form`: folded wherever `tensor` devices share the heads, else by shapes
+    (`mixing.choose_form`); explicit keys where they are mixed after their norm.
+
+    Raises `UserError` where something forced is not to be had on this machine.
     """
     platform = devices[0].platform
-    dtype, backend = model.dtype, model.backend
+    dtype, backend, kernel = model.dtype, model.backend, model.attention_kernel
     if dtype == "auto":
         fast = platform != "cpu" or (len(devices) == 1 and _cpu_multiplies_bfloat16())
         dtype = "bfloat16" if fast else "float32"
     if backend == "auto":
         backend = "cpu" if platform == "cpu" else "xla"
+    if backend == "cpu" and platform != "cpu":
+        raise UserError(
+            f"config.model.backend='cpu' holds kernels for CPUs, and this machine's devices are "
+            f"{platform.upper()}s: set it to 'auto'"
+        )
     if platform == "cpu" and backend == "xla" and dtype == "bfloat16":
         raise UserError(
             "config.model.dtype='bfloat16' with backend='xla' fails in jax's CPU compiler: set "
             "config.model.backend to 'cpu' or config.model.dtype to 'float32'"
         )
-    return dataclasses.replace(model, dtype=dtype, backend=backend)
+    if kernel == "auto":
+        kernel = _choose_kernel(model, platform, dtype, backend, length)
+    elif (reason := _lacks(kernel, model, platform, dtype)) is not None:
+        raise UserError(
+            f"config.model.attention_kernel={kernel!r} cannot run here: {reason}; set it to 'auto'"
+        )
+    form = model.hlc_form
+    if form == "auto" and model.hlc != "none":
+        form = "folded" if tensor > 1 else _choose_form(model)
+        form = "explicit" if model.hlc_order == "after" else form
+    return dataclasses.replace(
+        model, dtype=dtype, backend=backend, attention_kernel=kernel, hlc_form=form
+    )

@@ -45,6 +45,26 @@ def _quiet_writers() -> None:
     sys.excepthook, sys.unraisablehook = quiet_hook, quiet_unraisable
 
 
+def find_checkpoint(path: Path) -> tuple[Path, int | None]:
+    """The run directory of a path that names it, its `checkpoints` or one step below; the step.
+
+    Raises `UserError` where there is no checkpoint.
+    """
+    run, step = path, None
+    if path.name.isdigit() and path.parent.name == "checkpoints":
+        run, step = path.parent.parent, int(path.name)
+    elif path.name == "checkpoints":
+        run = path.parent
+    if not path.exists():
+        raise UserError(f"--checkpoint {path}: no such folder; give a run directory of train")
+    if not (run / "checkpoints").is_dir():
+        raise UserError(
+            f"--checkpoint {path} holds no checkpoints: give a run directory of train, such as "
+            "runs/quickstart, or one step of it, runs/quickstart/checkpoints/500"
+        )
+    return run, step
+
+
 class Checkpoints:
     """The checkpoints of one run directory. Use as a context manager: leaving waits for writes."""
 
@@ -143,6 +163,12 @@ class Checkpoints:
     def restore(self, step: int, abstract: TrainState) -> TrainState:
         """The state of `step`, laid out as `abstract` says: shapes, dtypes and shardings."""
         return self._read(step, "state", ocp.args.StandardRestore(abstract))
+
+    def params(self, step: int, abstract: Any) -> Any:
+        """The parameters of `step` alone, laid out as `abstract`: no moments are read."""
+        restore_args = ocp.checkpoint_utils.construct_restore_args({"params": abstract})
+        how = ocp.args.PyTreeRestore({"params": abstract}, restore_args, partial_restore=True)
+        return self._read(step, "state", how)["params"]
 
     def config(self, step: int) -> TrainConfig:
         """The config inside the checkpoint of `step`: JSON, never code."""

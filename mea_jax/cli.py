@@ -78,8 +78,14 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
         fail(_config_file_error(f"{type(error).__name__}: {error}"))
 
 
-def run(main: Callable[[], None]) -> None:
-    """Runs a command: flags parsed, a `UserError` printed as one line with exit status 2."""
+def run(
+    main: Callable[[], None],
+    interrupted: str = "stopped; the same command resumes from the last checkpoint",
+) -> None:
+    """Runs a command: flags parsed, a `UserError` printed as one line with exit status 2.
+
+    `interrupted` is what Ctrl-C prints.
+    """
 
     def wrapped(argv: Sequence[str]) -> None:
         if len(argv) > 1:
@@ -90,7 +96,7 @@ def run(main: Callable[[], None]) -> None:
         except UserError as error:
             fail(error)
         except KeyboardInterrupt:
-            sys.stderr.write("\nstopped; the same command resumes from the last checkpoint\n")
+            sys.stderr.write(f"\n{interrupted}\n")
             sys.exit(130)
 
     app.run(wrapped, flags_parser=_parse_flags)

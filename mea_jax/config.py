@@ -19,6 +19,9 @@ from mea_jax.errors import UserError, nearest
 
 REMAT_POLICIES = ("none", "dots", "full")
 SCHEDULES = ("cosine", "constant", "wsd")
+VARIANTS = ("mea", "differential_v1", "differential_v2", "talking_heads", "collaborative")
+POSITIONS = ("rope", "alibi", "learned", "none")
+ATTENTION_KERNELS = ("auto", "einsum", "chunked", "cpu", "cudnn", "splash")
 Components = int | tuple[int, ...] | None
 
 
@@ -34,7 +37,7 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A decoder of LLaMA-3.2 shape whose attention is MEA, or plain MHA/GQA/MQA."""
+    """A decoder of LLaMA-3.2 shape whose attention is MEA, plain MHA/GQA/MQA, or a rival."""
 
     vocab_size: int = 2048
     d_model: int = 256  # D
@@ -43,18 +46,34 @@ class ModelConfig:
     n_kv_heads: int = 8  # K, composite key/value heads; N for MHA, fewer for GQA, 1 for MQA
     head_dim: int = 32  # H
     d_ff: int = 704  # F
+    variant: str = "mea"  # with hlc "none" and no head norm: MHA, GQA, MQA. The rivals of
+    # variants.py: "differential_v1", "differential_v2", "talking_heads", "collaborative"
     hlc: str = "kv"  # heads mixed by W_lc: "kv", "k", "v", or "none" (plain attention)
     key_components: Components = None  # C_k: cached key heads, one number or one a layer; None: K
     value_components: Components = None  # C_v: likewise for values
+    key_mixing: str = "heads"  # "heads": W_lc, (C, K); "frequency": one complex (C, K) for each
+    # rotary frequency
+    value_mixing: str = "heads"  # "heads"; "dense": one map from all C heads' features per head
+    hlc_order: str = "before"  # keys are mixed "before" or "after" their norm and rotation: the
+    # same function unless qk_norm
+    hlc_form: str = "auto"  # of training: "folded" (W_lc into the projection), "explicit" (per
+    # token), "auto": what moves fewer bytes (mixing.choose_form)
     head_norm: bool = True  # RMSNorm on each head's output
-    hlc_form: str = "folded"  # "folded" (fold W_lc into the projection) or "explicit"
+    qk_norm: bool = False  # RMSNorm on each query and key head, before positions
+    gate: str = "none"  # heads' outputs times sigmoid(x W_g): one number a "head", or a "feature"
     norm_eps: float = 1e-5
+    positions: str = "rope"  # "rope", "alibi", "learned" (added to embeddings), "none"
+    max_positions: int = 0  # rows of the table of "learned" positions
     rope_theta: float = 500_000.0
     rope_scaling: RopeScaling = field(default_factory=RopeScaling)
     tie_embeddings: bool = True
     dtype: str = "auto"  # of products and, but for the "cpu" backend, activations: "float32",
     # "bfloat16", or "auto": bfloat16 wherever the hardware multiplies it faster
-    backend: str = "auto"  # kernels: "xla", "cpu" (forms that XLA's CPU compiler runs fast), "auto"
+    backend: str = (
+        "auto"  # products: "xla", "cpu" (forms that XLA's CPU compiler runs fast), "auto"
+    )
+    attention_kernel: str = "auto"  # "einsum" (holds T x T), "chunked" (any platform, long
+    # contexts), "cpu", "cudnn" (GPU), "splash" (TPU), "auto": see backends.resolve
     remat: str = (
         "none"  # what the backward pass recomputes: none, dots or full: see transformer.remat
     )
@@ -71,6 +90,10 @@ class ModelConfig:
     def mixes(self, which: str) -> bool:
         """Whether W_lc exists for "key" or "value" heads."""
         return which[0] in self.hlc if self.hlc != "none" else False
+
+    def mixing_kind(self, which: str) -> str:
+        """How "key" or "value" heads are mixed: a kind of mixing.py."""
+        return self.key_mixing if which == "key" else self.value_mixing
 
 
 @dataclass(frozen=True)
@@ -235,6 +258,7 @@ EXECUTION_KEYS = (
     "data.prefetch",
     "data.read_threads",
     "model.backend",
+    "model.attention_kernel",
     "model.hlc_form",
     "model.remat",
     "model.scan_unroll",

@@ -65,7 +65,7 @@ def _laid_out(x: Array) -> Array:
     return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 
 
-def _product(lhs: Array, rhs: Array, contract: tuple, batch: int = 0) -> Array:
+def product(lhs: Array, rhs: Array, contract: tuple, batch: int = 0) -> Array:
     """lhs x rhs with a float32 result over `batch` leading dimensions that both share.
 
     `contract` holds the contracted dimensions of each side. bfloat16 operands and the result are
@@ -89,12 +89,12 @@ def _transposed(x: Array, axes: tuple[int, ...]) -> Array:
 
 def matmul(x: Array, w: Array) -> Array:
     """x (..., D) times w (D, F), of one format: float32 (..., F)."""
-    return _product(x, w, ((x.ndim - 1,), (0,)))
+    return product(x, w, ((x.ndim - 1,), (0,)))
 
 
 def matmul_transposed(g: Array, w: Array) -> Array:
     """g (..., F) times the transpose of w (D, F), of one format: float32 (..., D)."""
-    return _product(g, w, ((g.ndim - 1,), (1,)))
+    return product(g, w, ((g.ndim - 1,), (1,)))
 
 
 def weight_gradient(x: Array, g: Array) -> Array:
@@ -107,10 +107,10 @@ def weight_gradient(x: Array, g: Array) -> Array:
     n = x.ndim - 1
     tokens, last_first, one_to_n = tuple(range(n)), (n, *range(n)), tuple(range(1, n + 1))
     if x.dtype == jnp.float32:
-        return _product(x, g, (tokens, tokens))
+        return product(x, g, (tokens, tokens))
     if x.shape[-1] <= g.shape[-1]:
-        return _product(_transposed(x, last_first), g, (one_to_n, tokens))
-    return _transposed(_product(_transposed(g, last_first), x, (one_to_n, tokens)), (1, 0))
+        return product(_transposed(x, last_first), g, (one_to_n, tokens))
+    return _transposed(product(_transposed(g, last_first), x, (one_to_n, tokens)), (1, 0))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -216,7 +216,7 @@ def _attention_fwd(
     dtype: DType,
     block: int,
 ) -> tuple[Array, tuple]:
-    t, h = q_BTNH.shape[1], q_BTNH.shape[3]
+    t, w = q_BTNH.shape[1], v_BTKH.shape[3]
     groups = q_BTNH.shape[2] // k_BTKH.shape[2]
     k_BKHS, v_BKHS = _columns(k_BTKH, 1, 0, t, dtype), _columns(v_BTKH, 1, 0, t, dtype)
     k_BKSH = _transposed(k_BKHS, (0, 1, 3, 2))
@@ -224,12 +224,12 @@ def _attention_fwd(
     out, per_block = [], []
     for start, stop in _blocks(t, block):
         q = _columns(q_BTNH * scale, groups, start, stop, dtype)
-        s = _product(k_BKSH[:, :, :stop], q, ((3,), (2,)), 2)
+        s = product(k_BKSH[:, :, :stop], q, ((3,), (2,)), 2)
         s = _hidden(s, segment_ids_BT, start, stop)
         top = jnp.max(s, 2, keepdims=True)
         p = jnp.exp(s - top).astype(dtype)
-        o = _product(v1[..., :stop], p, ((3,), (2,)), 2)
-        o, total = o[:, :, :h] / o[:, :, h:], o[:, :, h:]
+        o = product(v1[..., :stop], p, ((3,), (2,)), 2)
+        o, total = o[:, :, :w] / o[:, :, w:], o[:, :, w:]
         out.append(_from_columns(o, groups))
         per_block.append((q, o, total, top))
     return jnp.concatenate(out, 1), (k_BKHS, k_BKSH, v_BKHS, segment_ids_BT, per_block)
@@ -243,18 +243,18 @@ def _attention_bwd(
     v_BKSH = _transposed(v_BKHS, (0, 1, 3, 2))
     dq, dk, dv = [], jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32)
     for (start, stop), (q, o, total, top) in zip(_blocks(t, block), per_block, strict=True):
-        s = _product(k_BKSH[:, :, :stop], q, ((3,), (2,)), 2)
+        s = product(k_BKSH[:, :, :stop], q, ((3,), (2,)), 2)
         p = jnp.exp(_hidden(s, seg_BT, start, stop) - top).astype(dtype)
         # p lacks its denominator; the small array beside it carries it: p / total * g = p * g'.
         g = _columns(g_BTNH, groups, start, stop, jnp.float32) / total
         delta = jnp.sum(g * o, 2, keepdims=True)
         g = g.astype(dtype)
-        dp = _product(v_BKSH[:, :, :stop], g, ((3,), (2,)), 2)
+        dp = product(v_BKSH[:, :, :stop], g, ((3,), (2,)), 2)
         ds = (p.astype(jnp.float32) * (dp - delta)).astype(dtype)
         grow = ((0, 0), (0, 0), (0, 0), (0, t - stop))
-        dv = dv + jnp.pad(_product(g, p, ((3,), (3,)), 2), grow)
-        dk = dk + jnp.pad(_product(q, ds, ((3,), (3,)), 2), grow)
-        dq_ = _product(k_BKHS[..., :stop], ds, ((3,), (2,)), 2) * scale
+        dv = dv + jnp.pad(product(g, p, ((3,), (3,)), 2), grow)
+        dk = dk + jnp.pad(product(q, ds, ((3,), (3,)), 2), grow)
+        dq_ = product(k_BKHS[..., :stop], ds, ((3,), (2,)), 2) * scale
         dq.append(_from_columns(dq_, groups))
     return jnp.concatenate(dq, 1), _from_columns(dk, 1), _from_columns(dv, 1), None
 

@@ -7,8 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from mea_jax import sharding
-from mea_jax.attention import initial_mixing
+from mea_jax import mixing, sharding
 from mea_jax.config import TrainConfig
 from mea_jax.train_step import Batch, state_shardings
 from mea_jax.transformer import Decoder, stretches
@@ -30,10 +29,11 @@ def mixing_distance(config: TrainConfig, params: Any) -> dict[str, jax.Array]:
             if model.n_kv_heads % components:
                 rows.append(jnp.full((length,), jnp.nan))
                 continue
-            mix_LCK = params[f"layers_{first}"]["attention"][f"{which}_mixing"]
-            start_CK = initial_mixing(components, model.n_kv_heads)
-            distance_L = jnp.sqrt(jnp.sum(jnp.square(mix_LCK - start_CK[None]), axis=(1, 2)))
-            rows.append(distance_L / jnp.linalg.norm(start_CK))
+            mixings = params[f"layers_{first}"]["attention"][f"{which}_mixing"]
+            kind = model.mixing_kind(which)
+            start = mixing.initial(kind, components, model.n_kv_heads, model.head_dim)
+            moved = (mixings - start[None]).reshape(length, -1)
+            rows.append(jnp.linalg.norm(moved, axis=1) / jnp.linalg.norm(start.reshape(-1)))
         result[f"mixing_distance/{which}"] = jnp.concatenate(rows)
     return result
 

@@ -7,6 +7,7 @@ recomputation (remat) and the optimizer. So MFU compares useful work, whatever i
 """
 
 from mea_jax.config import ModelConfig
+from mea_jax.mixing import training_form
 
 # Dense bfloat16 FLOP/s of one device, by a prefix of `jax.Device.device_kind`, from the vendors'
 # data sheets. A device that is not listed has no MFU; its FLOP/s are reported all the same.
@@ -31,20 +32,45 @@ def peak_flops(device_kind: str) -> float | None:
     return PEAK_FLOPS[max(matches, key=len)] if matches else None
 
 
+def _mixing_products(model: ModelConfig, which: str, components: int) -> tuple[int, int]:
+    """Multiply-adds of projecting one position to K heads, and of folding once a step."""
+    d, h, k = model.d_model, model.head_dim, model.n_kv_heads
+    if not model.mixes(which):
+        return d * components * h, 0
+    kind = model.mixing_kind(which)
+    mixing = {"heads": 1, "frequency": 2, "dense": h}[kind] * components * k * h
+    if training_form(model, which, components) == "explicit":
+        return d * components * h + mixing, 0
+    return d * k * h, d * mixing
+
+
+def _attention_products(model: ModelConfig, c_key: int, c_value: int) -> tuple[int, int]:
+    """Multiply-adds of one layer's attention: per position, and per pair of query and key."""
+    d, h, n, k = model.d_model, model.head_dim, model.n_heads, model.n_kv_heads
+    if model.variant == "differential_v1":  # both maps of a pair read values of width 2H
+        return 2 * d * n * h + 2 * d * k * h, n * h + n * 2 * h
+    if model.variant == "differential_v2":
+        return 3 * d * n * h + d * n + 2 * d * k * h, 2 * (2 * n) * h
+    if model.variant == "talking_heads":
+        return 2 * d * n * h + 2 * d * k * h, 2 * n * h + 2 * n * n
+    if model.variant == "collaborative":
+        return d * n * h + 2 * d * c_key * h + d * k * h, n * c_key * h + n * h
+    gate = {"none": 0, "head": d * n, "feature": d * n * h}[model.gate]
+    keys, values = (
+        _mixing_products(model, which, components)[0]
+        for which, components in (("key", c_key), ("value", c_value))
+    )
+    return 2 * d * n * h + gate + keys + values, 2 * n * h
+
+
 def forward_flops_per_token(model: ModelConfig, length: int) -> float:
     """FLOPs of a forward pass over windows of `length` positions, per position."""
-    d, h, n, k = model.d_model, model.head_dim, model.n_heads, model.n_kv_heads
     total = 0.0
     for c_key, c_value in zip(model.components("key"), model.components("value"), strict=True):
-        total += 2 * d * n * h * 2  # query and output projections
-        for which, c in (("key", c_key), ("value", c_value)):
-            if model.mixes(which) and model.hlc_form == "explicit":
-                total += 2 * d * c * h + 2 * c * k * h
-            else:  # folded: the projection goes straight to K heads
-                total += 2 * d * k * h
-        total += 2 * (length / 2) * n * h * 2  # scores and weighted values, causal half
-        total += 3 * 2 * d * model.d_ff
-    return total + 2 * d * model.vocab_size
+        position, pair = _attention_products(model, c_key, c_value)
+        total += 2 * (position + pair * length / 2)  # causal half
+        total += 3 * 2 * model.d_model * model.d_ff
+    return total + 2 * model.d_model * model.vocab_size
 
 
 def step_flops(model: ModelConfig, length: int, tokens: int) -> float:
@@ -52,10 +78,9 @@ def step_flops(model: ModelConfig, length: int, tokens: int) -> float:
 
     Folding again for each part of an accumulated batch is recomputation, so it is not counted.
     """
-    folding = 0
-    if model.hlc_form == "folded":
-        for which in ("key", "value"):
-            if model.mixes(which):
-                for c in model.components(which):
-                    folding += 2 * model.d_model * c * model.n_kv_heads * model.head_dim
+    folding = sum(
+        2 * _mixing_products(model, which, components)[1]
+        for which in ("key", "value")
+        for components in model.components(which)
+    )
     return 3 * (forward_flops_per_token(model, length) * tokens + folding)

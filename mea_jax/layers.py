@@ -1,141 +1,303 @@
-"""The two halves of a block: multi-head explicit attention and SwiGLU, as thin Linen modules."""
+"""Attention layers as thin Linen modules: what they all share, and MEA itself.
 
-from collections.abc import Sequence
+One interface for MEA and its rivals (variants.py): `layer(x_BTD, context, index, cache)` returns
+the layer's output (B, T, D) and its cache. Without a cache that is training; with one and no slots
+in the context it is prefill, T positions from slot 0 on; with slots it is one decode step.
+"""
+
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax import struct
 
-from mea_jax import attention, positions
-from mea_jax.backends import make_backend
+from mea_jax import attention, cache, mixing, norms, positions
+from mea_jax.backends import Backend, make_backend
+from mea_jax.cache import LayerCache
 from mea_jax.config import ModelConfig
-from mea_jax.norms import RMSNorm
+from mea_jax.parameters import kernel, residual_gain
 from mea_jax.sharding import constrain, parameter
 
-
-def kernel(
-    module: nn.Module, name: str, shape: Sequence[int], axes: Sequence[str], fan_in: int, gain=1.0
-) -> jax.Array:
-    """A float32 projection, truncated normal of standard deviation gain / sqrt(fan_in)."""
-    # Truncation at two deviations shrinks the spread; jax's initialiser does not correct for it.
-    stddev = gain * fan_in**-0.5 / 0.87962566103423978
-    return parameter(module, name, nn.initializers.truncated_normal(stddev), axes, tuple(shape))
+Array = jax.Array
+HEADS = ("batch", "length", "activation_heads", None)
 
 
-def embedding_stddev(model: ModelConfig) -> float:
-    """Spread of fresh embeddings: 1, or 1/sqrt(D) where they are the unembedding too.
+@struct.dataclass
+class Context:
+    """Where the tokens of a call stand; shared by all layers.
 
-    Tied embeddings of spread 1 would start with logits of spread sqrt(D).
+    `rope` is a table of positions.py or None. In a decode step, `slots_B` int32 says where each
+    row's token is stored, and `seen_BS` which slots it may read (its own among them).
     """
-    return model.d_model**-0.5 if model.tie_embeddings else 1.0
+
+    segment_ids_BT: Any
+    rope: Any = None
+    slots_B: Any = None
+    seen_BS: Any = None
 
 
-def residual_gain(model: ModelConfig) -> float:
-    """Gain of the projections that write to the residual: all 2L together half the embedding.
+class HeadLayout(NamedTuple):
+    """What one layer caches of keys or values."""
 
-    So a fresh model still knows its token at the last layer. Blocks that start louder than the
-    embedding cost the quickstart dearly: see docs/log.md.
-    """
-    return 0.5 * embedding_stddev(model) * (2 * model.n_layers) ** -0.5
+    form: str
+    heads: int
+    width: int
 
 
-class Attention(nn.Module):
-    """MEA (arXiv 2601.19611): HLC on keys and values, causal attention, per-head RMSNorm.
+class Heads(NamedTuple):
+    """Parameters of key or value heads: a projection (D, C, H) and, if mixed, its mixing."""
 
-    With `config.hlc == "none"` and no head norm this is MHA, GQA or MQA, and its parameter tree
-    holds nothing of HLC. `key_components` and `value_components` are C_k and C_v of this layer.
+    kernel_DCH: Array
+    kind: str
+    mixing: Array | None
+
+    def mix(self, x_BTCH: Array) -> Array:
+        """Components to composites; the heads themselves where nothing is mixed."""
+        return x_BTCH if self.mixing is None else mixing.mix(self.kind, x_BTCH, self.mixing)
+
+
+class AttentionLayer(nn.Module):
+    """What MEA and its rivals share. `key_components`, `value_components`: C_k, C_v of the layer.
+
+    `cached_form` is how a cache holds components: "absorbed" or "explicit" (cache.py).
     """
 
     config: ModelConfig
     key_components: int
     value_components: int
+    cached_form: str = "absorbed"
 
-    def composite(self, which: str, components: int, x_BTD: jax.Array) -> jax.Array:
-        """Composite key or value heads (B, T, K, H), folded or explicit."""
+    @property
+    def backend(self) -> Backend:
+        return make_backend(self.config)
+
+    @nn.nowrap
+    def cache_layout(self) -> tuple[HeadLayout, HeadLayout, int]:
+        """Of keys, of values, and how many scalars a position (of a key norm) the cache holds."""
         c = self.config
-        shape = (c.d_model, components, c.head_dim)
-        kernel_DCH = kernel(self, which, shape, ("embed", "components", "head_dim"), c.d_model)
-        backend = make_backend(c)
-        if not c.mixes(which):
-            return backend.project(x_BTD, kernel_DCH)
+        heads = HeadLayout("direct", c.n_kv_heads, c.head_dim)
+        return heads, heads, 0
 
-        def init(_, components, composites):
-            return attention.initial_mixing(components, composites)
+    @nn.nowrap
+    def slopes(self, n_heads: int) -> Array | None:
+        """ALiBi's slopes of the query heads, or None under other positions."""
+        return positions.alibi_slopes(n_heads) if self.config.positions == "alibi" else None
 
-        mix_CK = parameter(
-            self, f"{which}_mixing", init, ("mixing", "heads"), components, c.n_kv_heads
-        )
-        if c.hlc_form == "folded":
-            return backend.project(x_BTD, attention.fold(kernel_DCH, mix_CK))
-        return attention.mix_heads(backend.project(x_BTD, kernel_DCH), mix_CK)
+    def head_kernel(self, name: str, heads: int, width: int, axis: str = "heads") -> Array:
+        """A projection (D, heads, width) from the residual."""
+        d_model = self.config.d_model
+        return kernel(self, name, (d_model, heads, width), ("embed", axis, "head_dim"), d_model)
 
-    @nn.compact
-    def __call__(
-        self,
-        x_BTD: jax.Array,
-        table: tuple[jax.Array, jax.Array],
-        segment_ids_BT: jax.Array,
-    ) -> jax.Array:
-        c, backend = self.config, make_backend(self.config)
-        q_DNH = kernel(
-            self,
-            "query",
-            (c.d_model, c.n_heads, c.head_dim),
-            ("embed", "heads", "head_dim"),
-            c.d_model,
-        )
-        heads = ("batch", "length", "activation_heads", None)
-        q_BTNH = constrain(backend.project(x_BTD, q_DNH), *heads)
-        k_BTKH = constrain(self.composite("key", self.key_components, x_BTD), *heads)
-        v_BTKH = constrain(self.composite("value", self.value_components, x_BTD), *heads)
-        q_BTNH = positions.apply_rope(q_BTNH, table)
-        k_BTKH = positions.apply_rope(k_BTKH, table)
-        o_BTNH = constrain(backend.attend(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT), *heads)
-        if self.is_mutable_collection("statistics"):
-            self.sow_statistics(q_BTNH, k_BTKH, o_BTNH, segment_ids_BT)
-        if c.head_norm:
-            o_BTNH = RMSNorm(c.head_dim, c.norm_eps, name="head_norm")(o_BTNH)
-        o_NHD = kernel(
-            self,
-            "out",
-            (c.n_heads, c.head_dim, c.d_model),
-            ("heads", "head_dim", "embed"),
-            c.n_heads * c.head_dim,
-            gain=residual_gain(c),
-        )
-        return backend.project(o_BTNH, o_NHD, axes=2)
+    def project_heads(self, name: str, x_BTD: Array, heads: int, width: int) -> Array:
+        """Heads (B, T, heads, width) by a projection of their own."""
+        x_BTNH = self.backend.project(x_BTD, self.head_kernel(name, heads, width))
+        return constrain(x_BTNH, *HEADS)
 
-    def sow_statistics(self, q_BTNH, k_BTKH, o_BTNH, segment_ids_BT) -> None:
-        """Per head (N,): attention entropy, largest logit, output RMS before the head norm."""
-        weight_BT = (segment_ids_BT > 0).astype(jnp.float32)
-        square_BTN = jnp.mean(jnp.square(o_BTNH.astype(jnp.float32)), axis=-1)
+    @staticmethod
+    def turn(x_BTNH: Array, context: Context) -> Array:
+        """Rotated by position, if positions are rotary."""
+        return x_BTNH if context.rope is None else positions.apply_rope(x_BTNH, context.rope)
+
+    def attend(
+        self, q_BTNH, k_BTKH, v_BTKW, context: Context, slopes_N=None, scale: float | None = None
+    ) -> Array:
+        """Attention of T positions to themselves (training, prefill); watched if asked for."""
+        scale = scale or self.config.head_dim**-0.5
+        q, k, v = (constrain(x, *HEADS) for x in (q_BTNH, k_BTKH, v_BTKW))
+        o_BTNW = self.backend.attend(q, k, v, context.segment_ids_BT, scale, slopes_N)
+        self.watch(q, k, o_BTNW, context, slopes_N, scale)
+        return constrain(o_BTNW, *HEADS)
+
+    def watch(self, q_BTNH, k_BTKH, o_BTNW, context: Context, slopes_N, scale: float) -> None:
+        """Per head (N,): attention entropy, largest logit, output RMS before any norm."""
+        if not self.is_mutable_collection("statistics"):
+            return
+        weight_BT = (context.segment_ids_BT > 0).astype(jnp.float32)
+        square_BTN = jnp.mean(jnp.square(o_BTNW.astype(jnp.float32)), axis=-1)
         mean_N = jnp.einsum("btn,bt->n", square_BTN, weight_BT) / jnp.maximum(weight_BT.sum(), 1)
         statistics = attention.attention_statistics(
-            q_BTNH, k_BTKH, segment_ids_BT, self.config.head_dim**-0.5
+            q_BTNH, k_BTKH, context.segment_ids_BT, scale, slopes_N
         )
         self.sow("statistics", "attention", statistics | {"output_rms": jnp.sqrt(mean_N)})
 
+    def store(
+        self, stored: LayerCache, key_BTCH, value_BTCW, context: Context, inverse_rms_BTK=None
+    ) -> LayerCache:
+        """The cache with these positions written."""
+        slots_B = context.slots_B
+        scalars = stored.inverse_rms_BKS
+        if inverse_rms_BTK is not None:
+            scalars = cache.write_scalars(scalars, inverse_rms_BTK, slots_B)
+        return LayerCache(
+            key=cache.write_heads(stored.key, key_BTCH, slots_B),
+            value=cache.write_heads(stored.value, value_BTCW, slots_B),
+            inverse_rms_BKS=scalars,
+        )
 
-class MLP(nn.Module):
-    """SwiGLU (arXiv 2002.05202)."""
+    def cached_logits(
+        self, q_B1NX, stored: LayerCache | None, composites: int, heads: Heads | None = None
+    ) -> Array:
+        """Raw logits (B, K, G, S), float32, of one position against every slot."""
+        assert stored is not None
+        b, _, n, width = q_B1NX.shape
+        q_BKGX = q_B1NX.astype(jnp.float32) * self.config.head_dim**-0.5
+        q_BKGX = q_BKGX.astype(q_B1NX.dtype).reshape(b, composites, n // composites, width)
+        kind, mix = (heads.kind, heads.mixing) if heads else ("heads", None)
+        return cache.read_logits(self.backend, q_BKGX, stored, kind, mix)
 
-    config: ModelConfig
+    def cached_weights(self, logits_BKGS: Array, context: Context, slopes_N=None) -> Array:
+        """Attention weights (B, K, G, S), float32, of one position."""
+        masked = cache.mask_logits(logits_BKGS, context.seen_BS, context.slots_B, slopes_N)
+        return jax.nn.softmax(masked, axis=-1)
+
+    def cached_sum(
+        self, p_BKGS: Array, stored: LayerCache | None, heads: Heads | None = None
+    ) -> Array:
+        """The weighted sum of cached values, (B, 1, N, W)."""
+        assert stored is not None
+        kind, mix = (heads.kind, heads.mixing) if heads else ("heads", None)
+        o_BKGW = cache.read_values(self.backend, p_BKGS, stored.value, kind, mix)
+        o_BKGW = o_BKGW.astype(self.backend.activation)
+        b, k, g, width = o_BKGW.shape
+        return o_BKGW.reshape(b, 1, k * g, width)
+
+    def write_residual(self, o_BTNW: Array) -> Array:
+        """The output projection: (B, T, N, W) to (B, T, D)."""
+        n, width = o_BTNW.shape[2:]
+        shape, axes = (n, width, self.config.d_model), ("heads", "head_dim", "embed")
+        gain = residual_gain(self.config)
+        o_NWD = kernel(self, "out", shape, axes, n * width, gain=gain)
+        return self.backend.project(o_BTNW, o_NWD, axes=2)
+
+
+class Attention(AttentionLayer):
+    """MEA (arXiv 2601.19611): HLC on keys and values, causal attention, per-head RMSNorm.
+
+    With `config.hlc == "none"` and no head norm this is MHA, GQA or MQA, and its parameter tree
+    holds nothing of HLC. Optional: a norm of queries and keys (Qwen3), a gate on each head's output
+    (gated attention, arXiv 2505.06708).
+
+    HLC commutes with rotary positions and comes first, unless `hlc_order` says otherwise. A key
+    norm it does not commute with: then the cache holds components, rotated and times the norm's
+    weight, and for each composite head and position the one number 1/rms that is missing.
+    """
+
+    @nn.nowrap
+    def cache_layout(self) -> tuple[HeadLayout, HeadLayout, int]:
+        c = self.config
+        key, value = (
+            HeadLayout(self.cached_form if c.mixes(which) else "direct", components, c.head_dim)
+            for which, components in (
+                ("key", self.key_components),
+                ("value", self.value_components),
+            )
+        )
+        return key, value, c.n_kv_heads if self.scalar_norm else 0
+
+    @property
+    def scalar_norm(self) -> bool:
+        """Whether keys are normed after mixing, so that a cache of components lacks the norm."""
+        c = self.config
+        return c.qk_norm and c.mixes("key") and c.hlc_order == "before"
+
+    def heads(self, which: str) -> Heads:
+        """The parameters of "key" or "value" heads."""
+        c = self.config
+        components = self.key_components if which == "key" else self.value_components
+        kernel_DCH = self.head_kernel(which, components, c.head_dim, "components")
+        if not c.mixes(which):
+            return Heads(kernel_DCH, "heads", None)
+        kind = c.mixing_kind(which)
+
+        def init(_, *shape):
+            return mixing.initial(kind, *shape)
+
+        shape = (components, c.n_kv_heads, c.head_dim)
+        return Heads(
+            kernel_DCH, kind, parameter(self, f"{which}_mixing", init, mixing.AXES[kind], *shape)
+        )
+
+    def composites(self, which: str, heads: Heads, x_BTD: Array) -> Array:
+        """Composite heads (B, T, K, H), folded or explicit."""
+        if heads.mixing is None:
+            return self.backend.project(x_BTD, heads.kernel_DCH)
+        if mixing.training_form(self.config, which, heads.kernel_DCH.shape[1]) == "folded":
+            folded_DKH = mixing.fold(heads.kind, heads.kernel_DCH, heads.mixing)
+            return self.backend.project(x_BTD, folded_DKH)
+        return heads.mix(self.backend.project(x_BTD, heads.kernel_DCH))
+
+    def key_inverse_rms(self, heads: Heads, k_BTKH: Array, gamma_H: Array) -> Array:
+        """1/rms of composite keys, (B, T, K, 1), float32.
+
+        Complex mixing commutes with a weight per feature only if that is alike within rotary pairs.
+        So there the projection is taken to hold the weight already: the key without it is k/gamma.
+        """
+        if heads.kind == "frequency":
+            k_BTKH = k_BTKH.astype(jnp.float32) / norms.along_last(gamma_H, 4)
+        return norms.inverse_rms(k_BTKH, self.config.norm_eps)
+
+    def training_keys(self, heads: Heads, x_BTD: Array, gamma_H, context: Context) -> Array:
+        """Keys (B, T, K, H) as attention reads them: mixed, normed, rotated."""
+        c = self.config
+        if c.hlc_order == "after":
+            return heads.mix(self.cached_keys(heads, x_BTD, gamma_H, context)[0])
+        k_BTKH = self.composites("key", heads, x_BTD)
+        if gamma_H is not None:
+            inverse_BTK1 = self.key_inverse_rms(heads, k_BTKH, gamma_H)
+            normed = k_BTKH.astype(jnp.float32) * inverse_BTK1
+            if heads.kind != "frequency":
+                normed = normed * norms.along_last(gamma_H, 4)
+            k_BTKH = normed.astype(k_BTKH.dtype)
+        return self.turn(k_BTKH, context)
+
+    def cached_keys(self, heads: Heads, x_BTD: Array, gamma_H, context: Context):
+        """What a cache holds: component keys (B, T, C, H), and 1/rms (B, T, K) or None."""
+        k_BTCH, inverse_BTK = self.backend.project(x_BTD, heads.kernel_DCH), None
+        if gamma_H is not None and not self.scalar_norm:
+            k_BTCH = norms.rms_norm(k_BTCH, gamma_H, self.config.norm_eps)
+        elif gamma_H is not None:
+            inverse_BTK = self.key_inverse_rms(heads, heads.mix(k_BTCH), gamma_H)[..., 0]
+            if heads.kind != "frequency":
+                scaled = k_BTCH.astype(jnp.float32) * norms.along_last(gamma_H, 4)
+                k_BTCH = scaled.astype(k_BTCH.dtype)
+        return self.turn(k_BTCH, context), inverse_BTK
+
+    def with_cache(self, q_BTNH, x_BTD, key: Heads, value: Heads, gamma_H, context, stored):
+        """Prefill or a decode step: the heads' outputs (B, T, N, H) and the cache."""
+        c = self.config
+        k_BTCH, inverse_BTK = self.cached_keys(key, x_BTD, gamma_H, context)
+        v_BTCH = self.backend.project(x_BTD, value.kernel_DCH)
+        stored = self.store(stored, k_BTCH, v_BTCH, context, inverse_BTK)
+        slopes_N = self.slopes(c.n_heads)
+        if context.slots_B is None:
+            k_BTKH = key.mix(k_BTCH)
+            if inverse_BTK is not None:
+                k_BTKH = (k_BTKH.astype(jnp.float32) * inverse_BTK[..., None]).astype(k_BTKH.dtype)
+            return self.attend(q_BTNH, k_BTKH, value.mix(v_BTCH), context, slopes_N), stored
+        logits_BKGS = self.cached_logits(q_BTNH, stored, c.n_kv_heads, key)
+        p_BKGS = self.cached_weights(logits_BKGS, context, slopes_N)
+        return self.cached_sum(p_BKGS, stored, value), stored
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        c, backend = self.config, make_backend(self.config)
-        wide = (c.d_model, c.d_ff)
-        gate_DF = kernel(self, "gate", wide, ("embed", "mlp"), c.d_model)
-        up_DF = kernel(self, "up", wide, ("embed", "mlp"), c.d_model)
-        down_FD = kernel(
-            self,
-            "down",
-            (c.d_ff, c.d_model),
-            ("mlp", "embed"),
-            c.d_ff,
-            gain=residual_gain(c),
-        )
-        hidden = ("batch", "length", "activation_mlp")
-        gate_BTF = constrain(backend.project(x_BTD, gate_DF), *hidden)
-        up_BTF = constrain(backend.project(x_BTD, up_DF), *hidden)
-        return backend.project(backend.swiglu(gate_BTF, up_BTF), down_FD)
+    def __call__(self, x_BTD: Array, context: Context, index, stored: LayerCache | None = None):
+        c = self.config
+        q_BTNH = self.project_heads("query", x_BTD, c.n_heads, c.head_dim)
+        key, value, gamma_H = self.heads("key"), self.heads("value"), None
+        if c.qk_norm:
+            q_BTNH = norms.RMSNorm(c.head_dim, c.norm_eps, name="query_norm")(q_BTNH)
+            gamma_H = norms.Scale(c.head_dim, name="key_norm")()
+        q_BTNH = self.turn(q_BTNH, context)
+        if stored is None:
+            k_BTKH = self.training_keys(key, x_BTD, gamma_H, context)
+            v_BTKH = self.composites("value", value, x_BTD)
+            o_BTNH = self.attend(q_BTNH, k_BTKH, v_BTKH, context, self.slopes(c.n_heads))
+        else:
+            o_BTNH, stored = self.with_cache(q_BTNH, x_BTD, key, value, gamma_H, context, stored)
+        if c.head_norm:
+            o_BTNH = norms.RMSNorm(c.head_dim, c.norm_eps, name="head_norm")(o_BTNH)
+        if c.gate != "none":
+            width = c.head_dim if c.gate == "feature" else 1
+            gate_BTNH = self.project_heads("output_gate", x_BTD, c.n_heads, width)
+            o_BTNH = o_BTNH * jax.nn.sigmoid(gate_BTNH.astype(jnp.float32)).astype(o_BTNH.dtype)
+        return self.write_residual(o_BTNH), stored

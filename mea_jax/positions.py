@@ -1,4 +1,7 @@
-"""Rotary positions (arXiv 2104.09864) with the frequency scaling of Llama 3.1 and later."""
+"""Rotary positions (arXiv 2104.09864) with Llama 3.1's frequency scaling, and ALiBi's slopes.
+
+Learned positions are a table that transformer.py adds to the embeddings.
+"""
 
 import math
 
@@ -38,3 +41,12 @@ def apply_rope(x_BTNH: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Arr
     x1, x2 = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1)
     return turned.astype(x_BTNH.dtype)
+
+
+def alibi_slopes(n_heads: int) -> jax.Array:
+    """ALiBi's slope of each head (N,), float32: 2^(-8 (n + 1) / N) (arXiv 2108.12409).
+
+    For N that is no power of two the authors take slopes of two such series in turn; this one
+    series covers the same range.
+    """
+    return jnp.asarray(2.0 ** (-8.0 * np.arange(1, n_heads + 1) / n_heads), jnp.float32)

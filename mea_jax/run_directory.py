@@ -49,8 +49,9 @@ class RunDirectory:
         if not path.exists():
             return
         try:
-            old = json.loads(path.read_text())
-        except json.JSONDecodeError as error:
+            # Through the dataclasses: a key younger than the run has its default.
+            old = TrainConfig.from_dict(json.loads(path.read_text())).to_dict()
+        except ValueError as error:
             raise UserError(f"{path} is damaged ({error}); choose another --workdir") from error
         if lines := differences(old, self.config.to_dict()):
             raise UserError(

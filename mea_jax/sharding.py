@@ -25,6 +25,8 @@ RULES: dict[str, tuple[str, ...] | None] = {
     "components": ("tensor",),  # C
     "mixing": None,  # the C side of W_lc: its K side is split like the heads it makes
     "head_dim": None,
+    "complex": None,
+    "positions": None,
     "mlp": ("tensor",),
     "vocab": ("tensor",),
     "norm": None,

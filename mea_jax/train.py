@@ -23,8 +23,9 @@ from mea_jax.data.pipeline import held_out_batches, train_batches
 from mea_jax.data.prepare import Prepared, prepare
 from mea_jax.diagnostics import compile_diagnostics
 from mea_jax.errors import UserError
+from mea_jax.generation import Generator
 from mea_jax.run_directory import RunDirectory, stored_dtype
-from mea_jax.sample import sample
+from mea_jax.sampling import Sampling
 from mea_jax.train_step import (
     abstract_state,
     compile_eval_step,
@@ -48,7 +49,8 @@ def train(config: TrainConfig, workdir: Path) -> dict[str, Any]:
     mesh = sharding.make_mesh(config.mesh, devices)
     dtype = stored_dtype(workdir) if config.model.dtype == "auto" else None
     model = dataclasses.replace(config.model, dtype=dtype) if dtype else config.model
-    config = dataclasses.replace(config, model=resolve(model, devices))
+    length, tensor = config.data.context_length, mesh.shape["tensor"]
+    config = dataclasses.replace(config, model=resolve(model, devices, length, tensor))
     sharding.check_divisible(config, mesh)
     run = RunDirectory(workdir, config)
     if (summary := run.finished()) is not None:
@@ -282,8 +284,14 @@ class Loop:
         if self.timed_steps:
             rows.append(("speed", self.speed_line()))
         model = c.model
-        form = model.hlc_form if model.hlc != "none" else "no mixing"
-        rows.append(("compiled", f"{model.backend} backend, {model.dtype} products, HLC {form}"))
+        form = f"HLC {model.hlc_form}" if model.hlc != "none" else "no mixing"
+        kernel = model.attention_kernel if model.variant != "talking_heads" else "talking-heads"
+        rows.append(
+            (
+                "compiled",
+                f"{model.backend} backend, {model.dtype} products, {kernel} attention, {form}",
+            )
+        )
         rows.append(("run directory", str(self.run_directory.path)))
         text = report.table(rows)
         if c.evaluate.sample_prompt:
@@ -323,15 +331,15 @@ class Loop:
     def continuation(self, params) -> str:
         e, tokenizer = self.config.evaluate, self.prepared.tokenizer
         prompt = [tokenizer.separator] + tokenizer.encode_batch([e.sample_prompt])[0]
-        new = sample(
-            self.config.model,
-            params,
-            prompt,
-            count=e.sample_tokens,
-            length=self.config.data.context_length,
-            temperature=e.sample_temperature,
+        length = self.config.data.context_length
+        count = min(e.sample_tokens, length - 1)
+        generator = Generator(self.config.model, params, length=length)
+        (new,) = generator.run(
+            [prompt[-(length - count) :]],  # so that all fits the window of training
+            count=count,
+            sampling=Sampling(e.sample_temperature),
             seed=self.config.seed,
-            stop=tokenizer.separator,
+            stop=(tokenizer.separator,),
         )
         return e.sample_prompt + tokenizer.decode(new)
 

@@ -39,6 +39,11 @@ def init_params(model: ModelConfig, key: jax.Array) -> Any:
     return Decoder(model).init(key, dummy, dummy, dummy)["params"]
 
 
+def abstract_params(model: ModelConfig) -> Any:
+    """Shapes and dtypes of the parameters, without logical axes."""
+    return nn.unbox(jax.eval_shape(lambda k: init_params(model, k), jax.random.key(0)))
+
+
 def init_state(config: TrainConfig, key: jax.Array) -> TrainState:
     """A fresh state, parameters and moments still boxed with their logical axes."""
     params = init_params(config.model, key)

@@ -9,10 +9,14 @@ import jax.numpy as jnp
 
 from mea_jax import positions
 from mea_jax.backends import make_backend
+from mea_jax.cache import LayerCache
 from mea_jax.config import REMAT_POLICIES, ModelConfig
-from mea_jax.layers import MLP, Attention, embedding_stddev, kernel
+from mea_jax.layers import Context
+from mea_jax.mlp import MLP
 from mea_jax.norms import RMSNorm
+from mea_jax.parameters import embedding_stddev, kernel
 from mea_jax.sharding import constrain, parameter
+from mea_jax.variants import make_attention
 
 RESIDUAL = ("batch", "length", "activation_embed")
 
@@ -32,22 +36,43 @@ def remat(block: type[nn.Module], policy: str) -> type[nn.Module]:
 
 
 class Block(nn.Module):
-    """Pre-norm attention and SwiGLU, each added to the residual."""
+    """Pre-norm attention and SwiGLU, each added to the residual.
+
+    `index` is the layer's, from 0. `stored` as in layers.py: None in training.
+    """
 
     config: ModelConfig
     key_components: int
     value_components: int
+    cached_form: str = "absorbed"
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, table, segment_ids_BT: jax.Array):
+    def __call__(self, x_BTD: jax.Array, context: Context, index, stored: LayerCache | None = None):
         c = self.config
         x_BTD = constrain(x_BTD, *RESIDUAL)
-        attention = Attention(c, self.key_components, self.value_components, name="attention")
+        attention = make_attention(
+            c,
+            self.key_components,
+            self.value_components,
+            cached_form=self.cached_form,
+            name="attention",
+        )
         normed_BTD = RMSNorm(c.d_model, c.norm_eps, name="attention_norm")(x_BTD)
-        x_BTD = x_BTD + attention(normed_BTD, table, segment_ids_BT)
+        y_BTD, stored = attention(normed_BTD, context, index, stored)
+        x_BTD = x_BTD + y_BTD
         normed_BTD = RMSNorm(c.d_model, c.norm_eps, name="mlp_norm")(x_BTD)
         x_BTD = x_BTD + MLP(c, name="mlp")(normed_BTD)
-        return constrain(x_BTD, *RESIDUAL), None
+        return constrain(x_BTD, *RESIDUAL), stored
+
+
+def rope_of(config: ModelConfig, positions_BT: jax.Array) -> Any:
+    """The rotary table of these positions, or None under other positions."""
+    if config.positions != "rope":
+        return None
+    frequencies = positions.rope_frequencies(
+        config.head_dim, config.rope_theta, config.rope_scaling
+    )
+    return positions.rope_table(positions_BT, frequencies)
 
 
 def stretches(config: ModelConfig) -> list[tuple[int, int, int, int]]:
@@ -78,13 +103,21 @@ class Decoder(nn.Module):
         if not c.tie_embeddings:
             shape, axes = (c.d_model, c.vocab_size), ("embed", "vocab")
             self.head = kernel(self, "head", shape, axes, c.d_model)
+        if c.positions == "learned":
+            self.position_embedding = parameter(
+                self,
+                "position_embedding",
+                nn.initializers.normal(embedding_stddev(c)),
+                ("positions", "embed"),
+                (c.max_positions, c.d_model),
+            )
         block = remat(Block, c.remat)
         self.stacks = [
             nn.scan(
                 block,
                 variable_axes={"params": 0, "statistics": 0},
                 split_rngs={"params": True},
-                in_axes=(nn.broadcast, nn.broadcast),
+                in_axes=(nn.broadcast, 0),
                 length=length,
                 unroll=min(c.scan_unroll, length),
                 metadata_params={nn.PARTITION_NAME: "layers"},
@@ -93,18 +126,23 @@ class Decoder(nn.Module):
         ]
         self.final_norm = RMSNorm(c.d_model, c.norm_eps)
 
+    def embed(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
+        """The first residual (B, T, D)."""
+        c = self.config
+        # Rows are gathered before the cast: the table is far larger than the batch.
+        x_BTD = jnp.take(self.embedding, tokens_BT, axis=0)
+        if c.positions == "learned":
+            x_BTD = x_BTD + jnp.take(self.position_embedding, positions_BT, axis=0)
+        return constrain(x_BTD.astype(make_backend(c).activation), *RESIDUAL)
+
     def __call__(
         self, tokens_BT: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array
     ) -> jax.Array:
         """Hidden states (B, T, D) after the final norm. Segments do not see one another."""
-        c = self.config
-        frequencies = positions.rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
-        table = positions.rope_table(positions_BT, frequencies)
-        # Rows are gathered before the cast: the table is far larger than the batch.
-        x_BTD = jnp.take(self.embedding, tokens_BT, axis=0).astype(make_backend(c).activation)
-        x_BTD = constrain(x_BTD, *RESIDUAL)
-        for stack in self.stacks:
-            x_BTD, _ = stack(x_BTD, table, segment_ids_BT)
+        context = Context(segment_ids_BT, rope_of(self.config, positions_BT))
+        x_BTD = self.embed(tokens_BT, positions_BT)
+        for stack, (first, length, *_) in zip(self.stacks, stretches(self.config), strict=True):
+            x_BTD, _ = stack(x_BTD, context, jnp.arange(first, first + length))
         return self.final_norm(x_BTD)
 
     def unembedding(self) -> jax.Array:
@@ -115,14 +153,21 @@ class Decoder(nn.Module):
         """What the loss needs: hidden states (B, T, D) and the kernel (D, V)."""
         return self(tokens_BT, positions_BT, segment_ids_BT), self.unembedding()
 
+    def to_logits(self, x_BTD: jax.Array) -> jax.Array:
+        """Logits (B, T, V), float32, of hidden states after the final norm."""
+        backend = make_backend(self.config)
+        x_BTD, dtype = x_BTD.astype(backend.dtype), backend.dtype
+        if self.config.tie_embeddings:
+            return backend.matmul_transposed(x_BTD, self.embedding.astype(dtype))
+        return backend.matmul(x_BTD, self.head.astype(dtype))
+
+    def normed_logits(self, x_BTD: jax.Array) -> jax.Array:
+        """Logits (B, T, V), float32, of the last block's residual."""
+        return self.to_logits(self.final_norm(x_BTD))
+
     def logits(self, tokens_BT, positions_BT, segment_ids_BT) -> jax.Array:
         """Logits (B, T, V), float32. For short inputs: a batch of training has no room for it."""
-        x_BTD = self(tokens_BT, positions_BT, segment_ids_BT)
-        dtype = make_backend(self.config).dtype
-        kernel_DV = self.unembedding().astype(dtype)
-        return jnp.einsum(
-            "btd,dv->btv", x_BTD.astype(dtype), kernel_DV, preferred_element_type=jnp.float32
-        )
+        return self.to_logits(self(tokens_BT, positions_BT, segment_ids_BT))
 
 
 def apply_hidden(

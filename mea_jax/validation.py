@@ -4,7 +4,15 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
-from mea_jax.config import REMAT_POLICIES, SCHEDULES, ModelConfig, TrainConfig
+from mea_jax.config import (
+    ATTENTION_KERNELS,
+    POSITIONS,
+    REMAT_POLICIES,
+    SCHEDULES,
+    VARIANTS,
+    ModelConfig,
+    TrainConfig,
+)
 from mea_jax.errors import UserError, nearest
 
 
@@ -72,6 +80,11 @@ def validate(config: TrainConfig) -> None:
     for name in ("final_fraction", "decay_fraction"):
         value = getattr(optim, name)
         _require(0 <= value <= 1, f"config.optimizer.{name}={value} must lie in [0, 1]")
+    _require(
+        config.model.positions != "learned" or data.context_length <= config.model.max_positions,
+        f"config.model.max_positions={config.model.max_positions} is below "
+        f"data.context_length={data.context_length}: a window may hold one document of its length",
+    )
     sizes = dataclasses.asdict(config.mesh)
     for axis, size in sizes.items():
         _require(size == -1 or size > 0, f"config.mesh.{axis}={size} must be positive, or -1")
@@ -109,12 +122,20 @@ def _validate_model(model: ModelConfig) -> None:
         f"{at}.n_heads={model.n_heads} is not a multiple of n_kv_heads={model.n_kv_heads}: "
         "query heads share key/value heads in equal groups",
     )
+    rotary = model.positions == "rope" or "frequency" in (model.key_mixing, model.value_mixing)
     _require(
-        model.head_dim % 2 == 0,
+        model.head_dim % 2 == 0 or not rotary,
         f"{at}.head_dim={model.head_dim} must be even: rotary positions turn pairs of features",
     )
+    _one_of(f"{at}.variant", model.variant, VARIANTS)
     _one_of(f"{at}.hlc", model.hlc, ("kv", "k", "v", "none"))
-    _one_of(f"{at}.hlc_form", model.hlc_form, ("folded", "explicit"))
+    _one_of(f"{at}.key_mixing", model.key_mixing, ("heads", "frequency"))
+    _one_of(f"{at}.value_mixing", model.value_mixing, ("heads", "dense"))
+    _one_of(f"{at}.hlc_order", model.hlc_order, ("before", "after"))
+    _one_of(f"{at}.hlc_form", model.hlc_form, ("auto", "folded", "explicit"))
+    _one_of(f"{at}.gate", model.gate, ("none", "head", "feature"))
+    _one_of(f"{at}.positions", model.positions, POSITIONS)
+    _one_of(f"{at}.attention_kernel", model.attention_kernel, ATTENTION_KERNELS)
     _one_of(f"{at}.dtype", model.dtype, ("auto", "float32", "bfloat16"))
     _one_of(f"{at}.backend", model.backend, ("auto", "xla", "cpu"))
     _one_of(f"{at}.remat", model.remat, REMAT_POLICIES)
@@ -141,10 +162,47 @@ def _validate_model(model: ModelConfig) -> None:
                 "composite heads are built from as many component heads or fewer",
             )
             _require(
-                count == model.n_kv_heads or model.mixes(which),
+                count == model.n_kv_heads
+                or model.mixes(which)
+                or (model.variant == "collaborative" and which == "key"),
                 f"{where} is below n_kv_heads={model.n_kv_heads}, which needs the mixing that "
                 f"hlc={model.hlc!r} leaves out for {which}s",
             )
+
+    _validate_variant(model)
+
+
+def _validate_variant(model: ModelConfig) -> None:
+    at, rival = "config.model", model.variant != "mea"
+    for name, off in (("hlc", "none"), ("head_norm", False), ("qk_norm", False), ("gate", "none")):
+        value = getattr(model, name)
+        _require(
+            not rival or value == off,
+            f"{at}.{name}={value!r} belongs to variant 'mea', but variant={model.variant!r}: "
+            f"set {name} to {off!r}",
+        )
+    if model.variant == "differential_v1":
+        for name in ("n_heads", "n_kv_heads"):
+            value = getattr(model, name)
+            _require(
+                value % 2 == 0,
+                f"{at}.{name}={value} must be even: differential_v1 takes heads in pairs",
+            )
+    for which, kind in (("key", model.key_mixing), ("value", model.value_mixing)):
+        _require(
+            kind == "heads" or model.mixes(which),
+            f"{at}.{which}_mixing={kind!r} needs mixing of {which}s, which hlc={model.hlc!r} "
+            "leaves out",
+        )
+    _require(
+        model.hlc_order == "before" or model.mixes("key"),
+        f"{at}.hlc_order='after' needs mixing of keys, which hlc={model.hlc!r} leaves out",
+    )
+    _require(
+        (model.max_positions > 0) == (model.positions == "learned"),
+        f"{at}.max_positions={model.max_positions} with positions={model.positions!r}: learned "
+        "positions need a table as long as the longest document, the others take 0",
+    )
 
 
 def validate_from_scratch(model: ModelConfig) -> None:

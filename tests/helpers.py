@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 
+from mea_jax import mixing
 from mea_jax.config import ModelConfig
 from mea_jax.train_step import init_params
 
@@ -49,10 +50,12 @@ def params_of(model: ModelConfig, seed: int = 0, noise: float = 0.0) -> Any:
         name, noise_ = path[-1].key, noise * rng.standard_normal(shape.shape)
         if name == "scale":
             return (1 + noise_).astype(np.float32)
-        if name.endswith("_mixing"):
-            _, components, composites = shape.shape
-            blocks = np.arange(composites) * components // composites
-            return (np.eye(components)[:, blocks] + noise_).astype(np.float32)
+        if name in ("key_mixing", "value_mixing"):
+            kind = model.mixing_kind(name.removesuffix("_mixing"))
+            composites = {"heads": 2, "frequency": 2, "dense": 3}[kind]
+            sizes = shape.shape[1], shape.shape[composites], model.head_dim
+            start = mixing.initial(kind, *sizes)
+            return (np.asarray(start)[None] + noise_).astype(np.float32)
         return (0.2 * rng.standard_normal(shape.shape)).astype(np.float32)
 
     return jax.tree_util.tree_map_with_path(leaf, tree)

@@ -6,105 +6,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import references
 from helpers import assert_close, change, flat, packed, params_of, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mea_jax import attention, positions
+from mea_jax import attention
 from mea_jax.config import RopeScaling
-from mea_jax.layers import Attention
+from mea_jax.layers import Attention, Context
 from mea_jax.norms import rms_norm
-
-# Sums of up to 32 float32 products, regrouped.
-TOLERANCE = 1e-5
+from mea_jax.transformer import rope_of
 
 
 def normal(seed, *shape):
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
 
 
-def reference_composite(x_BTD, kernel_DCH, mix_CK):
-    """Equation 10: every token's component heads, mixed."""
-    return jnp.einsum("btd,dch,ck->btkh", x_BTD, kernel_DCH, mix_CK)
-
-
-@given(composites=st.integers(1, 4), missing=st.integers(0, 3), seed=st.integers(0, 9))
-def test_folded_and_explicit_mixing_are_the_reference(composites, missing, seed):
-    components = max(composites - missing, 1)  # any C <= K: a compressed model's need not divide
-    x, kernel = normal(seed, 2, 3, 5), normal(seed + 1, 5, components, 4)
-    mix, weight = normal(seed + 2, components, composites), normal(seed + 3, 2, 3, composites, 4)
-
-    def folded(x, kernel, mix):
-        return jnp.tensordot(x, attention.fold(kernel, mix), axes=1)
-
-    def explicit(x, kernel, mix):
-        return attention.mix_heads(jnp.tensordot(x, kernel, axes=1), mix)
-
-    expected = reference_composite(x, kernel, mix)
-    gradients = jax.grad(lambda *a: jnp.vdot(weight, reference_composite(*a)), (0, 1, 2))
-    expected_gradients = gradients(x, kernel, mix)
-    for form in (folded, explicit):
-        np.testing.assert_allclose(form(x, kernel, mix), expected, rtol=1e-4, atol=TOLERANCE)
-        found = jax.grad(lambda *a, f=form: jnp.vdot(weight, f(*a)), (0, 1, 2))(x, kernel, mix)
-        assert_close(found, expected_gradients, rtol=1e-4, atol=TOLERANCE)
-
-
-def test_folding_is_in_float32():
-    kernel, mix = normal(0, 8, 4, 4), normal(1, 4, 4)
-    folded = attention.fold(kernel.astype(jnp.bfloat16), mix)
-    assert folded.dtype == jnp.float32
-    exact = jnp.einsum("dch,ck->dkh", kernel.astype(jnp.bfloat16).astype(jnp.float32), mix)
-    np.testing.assert_allclose(folded, exact, rtol=1e-5, atol=TOLERANCE)
-
-
-@given(seed=st.integers(0, 9))
-def test_rope_commutes_with_mixing(seed):
-    x, mix = normal(seed, 2, 6, 3, 8), normal(seed + 1, 3, 5)
-    table = positions.rope_table(
-        jnp.arange(12).reshape(2, 6), positions.rope_frequencies(8, 100.0, RopeScaling())
-    )
-    before = attention.mix_heads(positions.apply_rope(x, table), mix)
-    after = positions.apply_rope(attention.mix_heads(x, mix), table)
-    np.testing.assert_allclose(before, after, rtol=1e-4, atol=TOLERANCE)
-
-
-@pytest.mark.parametrize(("components", "composites"), [(4, 4), (2, 8), (1, 3), (3, 6)])
-def test_initial_mixing_repeats_each_component(components, composites):
-    mix = np.asarray(attention.initial_mixing(components, composites))
-    repeat = composites // components
-    expected = np.zeros((components, composites))
-    for composite in range(composites):
-        expected[composite // repeat, composite] = 1
-    np.testing.assert_array_equal(mix, expected)
-
-
 # -- the module against a reference written out ---------------------------------------------
-
-
-def reference_attention(model, params, x_BTD, positions_BT, segments_BT):
-    """MEA by equations 10 to 17, in float32, every query head with its own copy of k and v."""
-
-    def composite(which):
-        if f"{which}_mixing" not in params:
-            return jnp.einsum("btd,dkh->btkh", x_BTD, params[which])
-        return reference_composite(x_BTD, params[which], params[f"{which}_mixing"])
-
-    frequencies = positions.rope_frequencies(model.head_dim, model.rope_theta, model.rope_scaling)
-    table = positions.rope_table(positions_BT, frequencies)
-    q = positions.apply_rope(jnp.einsum("btd,dnh->btnh", x_BTD, params["query"]), table)
-    k, v = positions.apply_rope(composite("key"), table), composite("value")
-    t = jnp.arange(x_BTD.shape[1])
-    same = segments_BT[:, :, None] == segments_BT[:, None, :]
-    mask = same & (t[None, :, None] >= t[None, None, :])
-    groups = model.n_heads // model.n_kv_heads
-    k, v = jnp.repeat(k, groups, axis=2), jnp.repeat(v, groups, axis=2)
-    scores = jnp.einsum("btnh,bsnh->bnts", q, k) / model.head_dim**0.5
-    p = jax.nn.softmax(jnp.where(mask[:, None], scores, -1e30), axis=-1)
-    o = jnp.einsum("bnts,bsnh->btnh", p, v)
-    if model.head_norm:
-        o /= jnp.sqrt(jnp.mean(o**2, axis=-1, keepdims=True) + model.norm_eps)
-        o *= params["head_norm"]["scale"][None, None, None]
-    return jnp.einsum("btnh,nhd->btd", o, params["out"])
 
 
 CASES: dict[str, dict[str, Any]] = {
@@ -131,8 +49,7 @@ CASES: dict[str, dict[str, Any]] = {
 def test_layer_is_the_reference_in_values_and_gradients(case):
     model = tiny_model(n_layers=1, **CASES[case])
     positions_BT, segments_BT = (jnp.asarray(x) for x in packed([[5, 7], [12]], 12))
-    frequencies = positions.rope_frequencies(model.head_dim, model.rope_theta, model.rope_scaling)
-    table = positions.rope_table(positions_BT, frequencies)
+    context = Context(segments_BT, rope_of(model, positions_BT))
     stacked = params_of(model, noise=0.3)["layers_0"]["attention"]
     params = jax.tree.map(lambda p: jnp.asarray(p[0]), stacked)
     x, weight = normal(5, 2, 12, model.d_model), normal(6, 2, 12, model.d_model)
@@ -145,7 +62,7 @@ def test_layer_is_the_reference_in_values_and_gradients(case):
         return jax.jit(jax.grad(run, (0, 1), has_aux=True))(params, x)
 
     def reference(params, x):
-        return reference_attention(model, params, x, positions_BT, segments_BT)
+        return references.mea(model, params, x, positions_BT, segments_BT)
 
     expected_gradients, expected = differentiated(reference)
     for form in ("folded", "explicit") if model.hlc != "none" else ("folded",):
@@ -154,7 +71,7 @@ def test_layer_is_the_reference_in_values_and_gradients(case):
         )
 
         def function(params, x, module=module):
-            return module.apply({"params": params}, x, table, segments_BT)
+            return module.apply({"params": params}, x, context, 0)[0]
 
         gradients, out = differentiated(function)
         # Values reach some tens; float32 keeps seven digits, and sums of 32 to 400 lose one or two.

@@ -61,7 +61,8 @@ def test_every_config_is_listed_here():
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_parameter_count(name):
     config = load(name)
-    config = change(config, model=resolve(config.model, jax.devices()))
+    model = resolve(config.model, jax.devices(), config.data.context_length)
+    config = change(config, model=model)
     validate_from_scratch(config.model)
     mesh = sharding.make_mesh(config.mesh)  # 8 devices
     sharding.check_divisible(config, mesh)

@@ -38,10 +38,10 @@ def attention_flops(model):
 @pytest.mark.parametrize(
     "changes",
     [
-        {},
+        {"hlc_form": "folded"},
         {"hlc_form": "explicit", "key_components": 4, "value_components": 2},
         {"hlc": "none", "head_norm": False, "n_kv_heads": 2},
-        {"tie_embeddings": False, "key_components": (4, 2)},
+        {"hlc_form": "folded", "tie_embeddings": False, "key_components": (4, 2)},
     ],
 )
 def test_the_convention_is_the_compilers_count(tiny, changes):
@@ -72,7 +72,7 @@ def test_mixing_is_counted():
     """Explicit: C K H multiply-adds a token. Folded: D C K H a step, none a token."""
     shape = {"n_layers": 1, "key_components": 2, "hlc": "k"}
     plain = tiny_model(n_layers=1, hlc="none")
-    folded, explicit = tiny_model(**shape), tiny_model(**shape, hlc_form="explicit")
+    folded, explicit = (tiny_model(**shape, hlc_form=form) for form in ("folded", "explicit"))
     d, c, k, h = 32, 2, 4, 8
     tokens = 1000
     base = flops.step_flops(plain, 32, tokens)

@@ -1,0 +1,50 @@
+"""Devices of a TPU slice that need not exist: what to compile for on a machine without a TPU.
+
+A program lowered for `ShapeDtypeStruct`s with shardings on these devices compiles with the TPU's
+own compiler (libtpu), which then tells memory, collectives and whether a kernel fits. Nothing
+runs. Start such a process with JAX_PLATFORMS=cpu.
+"""
+
+import importlib.util
+import os
+
+import jax
+from jax.experimental import topologies
+
+from mea_jax.errors import UserError
+
+# libtpu reads these once, when it is loaded. jax says by TPU_SKIP_MDS_QUERY=1, when imported, that
+# this machine has no TPU; only then is there no device to share out, nor a host to describe.
+_WITHOUT_A_TPU = {
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # else one process at a time may load it, CPU runs included
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",  # these two: only to keep its warnings off stderr
+    "TPU_WORKER_HOSTNAMES": "localhost",
+}
+
+
+def describe(name: str) -> list[jax.Device]:
+    """Compile-only devices of a topology, "<generation>:<chips along each axis>".
+
+    "v5e:2x2" and "v6e:4x4" have 4 and 16 devices, "v5p:4x4x4" has 64. Raises `UserError` when
+    libtpu is missing or in use, or when it knows no such topology.
+    """
+    if importlib.util.find_spec("libtpu") is None and "TPU_LIBRARY_PATH" not in os.environ:
+        raise UserError(
+            "compiling for a TPU needs its compiler, libtpu, which is not installed: "
+            "pip install 'jax[tpu]'"
+        )
+    if os.environ.get("TPU_SKIP_MDS_QUERY") == "1":
+        for key, value in _WITHOUT_A_TPU.items():
+            os.environ.setdefault(key, value)
+    try:
+        return list(topologies.get_topology_desc(name, platform="tpu").devices)
+    except RuntimeError as error:  # jax.errors.JaxRuntimeError is one
+        if "lockfile" in str(error) or "already in use" in str(error):
+            raise UserError(
+                f"libtpu is loaded by another process, so {name!r} cannot be described: wait for "
+                "it to end, or set ALLOW_MULTIPLE_LIBTPU_LOAD=1"
+            ) from error
+        raise UserError(
+            f"libtpu has no TPU topology {name!r} ({str(error).splitlines()[0]}): write the "
+            "generation and the chips along each axis, as in 'v5e:4x4', 'v5p:4x4x4' or 'v6e:8x8'"
+        ) from error

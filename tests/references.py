@@ -1,0 +1,117 @@
+"""What attention computes, written out once more in plain einsums: the oracle of several tests.
+
+Float32, no grouping, no cache, no form: every query head has its own copy of its key and value
+head. Letters as in mea_jax/attention.py.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from mea_jax import positions
+
+
+def complex_of(x):
+    """Rotary pairs, feature f with f + H/2, as complex numbers (..., H/2)."""
+    half = x.shape[-1] // 2
+    return x[..., :half] + 1j * x[..., half:]
+
+
+def real_of(z):
+    return jnp.concatenate([z.real, z.imag], axis=-1)
+
+
+def composites(kind, x_BSCH, mixing):
+    """Equation 10 and its extensions: composite heads (B, S, K, H)."""
+    if kind == "heads":
+        return jnp.einsum("bsch,ck->bskh", x_BSCH, mixing)
+    if kind == "dense":
+        return jnp.einsum("bsch,chkj->bskj", x_BSCH, mixing)
+    complex_CKF = mixing[..., 0] + 1j * mixing[..., 1]
+    return real_of(jnp.einsum("bscf,ckf->bskf", complex_of(x_BSCH), complex_CKF))
+
+
+def rotated(model, x_BTNH, positions_BT):
+    """Rotary positions as a product of complex numbers; unchanged under other positions."""
+    if model.positions != "rope":
+        return x_BTNH
+    frequencies = positions.rope_frequencies(model.head_dim, model.rope_theta, model.rope_scaling)
+    angles_BTF = positions_BT[..., None] * jnp.asarray(frequencies, jnp.float32)[None, None]
+    return real_of(complex_of(x_BTNH) * jnp.exp(1j * angles_BTF)[:, :, None])
+
+
+def rms(x, eps):
+    return jnp.sqrt(jnp.mean(x**2, axis=-1, keepdims=True) + eps)
+
+
+def along_last(scale, like):
+    return scale.reshape((1,) * (like.ndim - 1) + (-1,))
+
+
+def visible(segments_BT):
+    """(B, T, S): earlier positions of the same document, and the position itself."""
+    t = jnp.arange(segments_BT.shape[1])
+    same = segments_BT[:, :, None] == segments_BT[:, None, :]
+    return same & (t[None, :, None] >= t[None, None, :])
+
+
+def logits_of(model, q_BTNH, k_BTKH, slopes=None):
+    """(B, N, T, S), with ALiBi's biases if positions are such; not masked."""
+    n, t = q_BTNH.shape[2], jnp.arange(q_BTNH.shape[1])
+    k_BTNH = jnp.repeat(k_BTKH, n // k_BTKH.shape[2], axis=2)
+    logits = jnp.einsum("btnh,bsnh->bnts", q_BTNH, k_BTNH) / model.head_dim**0.5
+    if model.positions == "alibi":
+        slopes = [2 ** (-8 * (i + 1) / n) for i in range(n)] if slopes is None else slopes
+        distance_TS = (t[None] - t[:, None]).astype(jnp.float32)
+        logits += (jnp.asarray(slopes)[:, None, None] * distance_TS[None])[None]
+    return logits
+
+
+def maps_of(logits_BNTS, segments_BT):
+    """Attention maps (B, N, T, S)."""
+    hidden = jnp.where(visible(segments_BT)[:, None], logits_BNTS, -1e30)
+    return jax.nn.softmax(hidden, axis=-1)
+
+
+def weighted(maps_BNTS, v_BTKW):
+    """Each head's average of its values, (B, T, N, W)."""
+    v_BTNW = jnp.repeat(v_BTKW, maps_BNTS.shape[1] // v_BTKW.shape[2], axis=2)
+    return jnp.einsum("bnts,bsnw->btnw", maps_BNTS, v_BTNW)
+
+
+def mea(model, params, x_BTD, positions_BT, segments_BT):
+    """MEA by equations 10 to 17, with every option of the "mea" variant: (B, T, D)."""
+    eps = model.norm_eps
+
+    def mixed(which, heads_BTCH):
+        if f"{which}_mixing" not in params:
+            return heads_BTCH
+        return composites(model.mixing_kind(which), heads_BTCH, params[f"{which}_mixing"])
+
+    def projected(which):
+        return jnp.einsum("btd,dch->btch", x_BTD, params[which])
+
+    def normed(x, name):
+        return x / rms(x, eps) * along_last(params[name]["scale"], x)
+
+    q, k, v = projected("query"), projected("key"), mixed("value", projected("value"))
+    if model.qk_norm:
+        q = normed(q, "query_norm")
+    if model.hlc_order == "after":
+        k = normed(k, "key_norm") if model.qk_norm else k
+        k = mixed("key", rotated(model, k, positions_BT))
+    else:
+        k = mixed("key", k)
+        if model.qk_norm and "key_mixing" in params and model.key_mixing == "frequency":
+            # A weight per feature does not commute with turning pairs: keys carry it from the
+            # start, and it is taken away only where their size is measured.
+            k = k / rms(k / along_last(params["key_norm"]["scale"], k), eps)
+        elif model.qk_norm:
+            k = normed(k, "key_norm")
+        k = rotated(model, k, positions_BT)
+    maps = maps_of(logits_of(model, rotated(model, q, positions_BT), k), segments_BT)
+    o = weighted(maps, v)
+    if model.head_norm:
+        o = normed(o, "head_norm")
+    if model.gate != "none":
+        o = o * jax.nn.sigmoid(projected("output_gate"))
+    return jnp.einsum("btnh,nhd->btd", o, params["out"])

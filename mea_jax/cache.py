@@ -15,6 +15,7 @@ out of the product, and the stored integers are all that is read. Letters as in 
 cache's length, X = C H.
 """
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -74,12 +75,27 @@ def count_bytes(layers: Iterable[LayerCache]) -> int:
 
 
 def _write_array(stored: Array, new: Array, slots_B: Array | None, axis: int) -> Array:
-    """`new`, of stored's rank, at the start (`slots_B` None), or one position at a slot a row."""
+    """`new`, of stored's rank, at the start (`slots_B` None), or one position at a slot a row.
+
+    Positions are on `axis`; batch, and heads if they come before it, are rows of one scatter. With
+    rows apart the TPU's compiler would copy the whole cache into another layout and back.
+    """
+    new = new.astype(stored.dtype)
     if slots_B is None:
-        return jax.lax.dynamic_update_slice(stored, new.astype(stored.dtype), (0,) * stored.ndim)
-    rows, new = jnp.arange(stored.shape[0]), jnp.squeeze(new, axis).astype(stored.dtype)
-    index = (rows, slots_B) if axis == 1 else (rows, slice(None), slots_B)
-    return stored.at[index].set(new, unique_indices=True, indices_are_sorted=True, mode="drop")
+        return jax.lax.dynamic_update_slice(stored, new, (0,) * stored.ndim)
+    rows, rest = math.prod(stored.shape[:axis]), stored.shape[axis:]
+    slots_R = jnp.repeat(slots_B, rows // slots_B.shape[0])
+    written = (
+        stored.reshape(rows, *rest)
+        .at[jnp.arange(rows), slots_R]
+        .set(
+            new.reshape(rows, *rest[1:]),
+            unique_indices=True,
+            indices_are_sorted=True,
+            mode="drop",
+        )
+    )
+    return written.reshape(stored.shape)
 
 
 def write_heads(cache: HeadCache, new_BTCH: Array, slots_B: Array | None) -> HeadCache:

@@ -21,10 +21,6 @@ from mea_jax.attention import MASKED
 
 Array = jax.Array
 
-# Where a row's running maximum starts: so far above MASKED that exp(MASKED - maximum) is zero also
-# while the row has seen only hidden keys, and so far below any score that it never counts.
-_LOWEST = MASKED / 2
-
 
 def _product(spec: str, lhs: Array, rhs: Array) -> Array:
     """An einsum with a float32 result; inputs enter in their own format, except on a CPU.
@@ -137,9 +133,10 @@ def _attention_fwd(
     def step(carry: tuple, pair: tuple[Array, Array]) -> tuple[tuple, None]:
         o_nBKGtW, lse_nBKGt, top, total, acc = carry
         i, j = pair
-        top = jnp.where(j == 0, _LOWEST, top)
-        total, acc = jnp.where(j == 0, 0.0, total), jnp.where(j == 0, 0.0, acc)
-
+        # What is left of block i - 1, and what hidden keys add to a row that has seen no other,
+        # needs no clearing: it is finite, and the first key to be seen, at the latest the row's own
+        # at j == i, multiplies it by exp(MASKED - score), which is zero.
+        top = jnp.where(j == 0, MASKED, top)
         scores = _scores(_get(q, i), _get(k, j), ids, slopes_KG, pair, scale)
         new_top = jnp.maximum(top, jnp.max(scores, -1))
         p = jnp.exp(scores - new_top[..., None])
@@ -149,17 +146,16 @@ def _attention_fwd(
         acc = acc * shrink[..., None] + pv
 
         # Written at every j, the last time at j == i: a small write each step is cheaper than a
-        # branch, which accelerators wait for. A row that has seen no key yet has total 0.
-        safe = jnp.where(total > 0, total, 1.0)
-        o_nBKGtW = _put(o_nBKGtW, acc / safe[..., None], i)
-        lse_nBKGt = _put(lse_nBKGt, new_top + jnp.log(safe), i)
+        # branch, which accelerators wait for.
+        o_nBKGtW = _put(o_nBKGtW, acc / total[..., None], i)
+        lse_nBKGt = _put(lse_nBKGt, new_top + jnp.log(total), i)
         return (o_nBKGtW, lse_nBKGt, new_top, total, acc), None
 
     n = q.shape[0]
     start = (
         jnp.zeros((n, *rows, width), v.dtype),
         jnp.zeros((n, *rows), jnp.float32),
-        jnp.full(rows, _LOWEST, jnp.float32),
+        jnp.full(rows, MASKED, jnp.float32),
         jnp.zeros(rows, jnp.float32),
         jnp.zeros((*rows, width), jnp.float32),
     )

@@ -70,6 +70,8 @@ def splash_attention(
 
     The kernel takes no scale, so q is multiplied in float32 and rounded to its dtype once more:
     exact where the scale is a power of two (H 16, 64, 256), else as much error as q itself has.
+    For a gradient the forward pass writes its log-sum-exps 128 lanes wide, 512 B N T bytes that
+    live until the next operation has read one lane of them.
     """
     length = q_BTNH.shape[1]
     full = _round_up(length, LANES)
@@ -112,12 +114,12 @@ def cudnn_attention(
     would take the softmax once per piece.
 
     **Memory.** jax's public function has no argument for segments: they go in as a boolean mask
-    (B, 1, T, T), which jax turns into a bias of q's dtype, 2 B T^2 bytes on the devices of the
-    batch (67 MB for B 8, T 2048; 1.1 GB for T 8192), shared by all heads. A gradient adds as many
-    bytes again while it runs: up to jax 0.10.2 at least, the kernel is asked for the gradient of
-    that bias, though no one reads it. Causality costs nothing, and the kernel skips what it hides;
+    (B, 1, T, T), which jax turns into a bias of q's dtype, shared by all heads: 2 B T^2 bytes, B
+    being a device's rows (67 MB for B 8, T 2048; 1.1 GB for T 8192). With jax 0.10 a gradient adds
+    as many again while it runs: the kernel is asked for the gradient of that bias, though no one
+    reads it (0.12 no longer asks). Causality costs nothing, and the kernel skips what it hides;
     what segments hide it computes. Rows of a single segment need no mask: `one_segment=True`
-    ignores the ids and is right where a row's padding, if any, comes last.
+    ignores the ids, and is right where a row's padding, if any, comes last.
 
     `implementation="xla"` is the same arguments without the kernel, for tests on a CPU.
     """
@@ -182,8 +184,8 @@ def _on_each_device(
 ) -> jax.Array:
     """`attend` on each device's rows and heads; rows and K must divide (jax raises otherwise).
 
-    The compiler cannot split a Pallas kernel: without this every device would gather all rows and
-    heads and compute them all. cuDNN's call has a rule for it, but no reason to depend on it.
+    jax refuses to partition a Pallas kernel by itself. cuDNN's call has a partitioning rule, which
+    raises where q, k, v and the mask are not split alike: stated here, they always are.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:

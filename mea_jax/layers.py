@@ -154,13 +154,32 @@ class AttentionLayer(nn.Module):
     def cached_sum(
         self, p_BKGS: Array, stored: LayerCache | None, heads: Heads | None = None
     ) -> Array:
-        """The weighted sum of cached values, (B, 1, N, W)."""
+        """The sum of cached values weighted by `p_BKGS`, (B, 1, N, W), float32."""
         assert stored is not None
         kind, mix = (heads.kind, heads.mixing) if heads else ("heads", None)
         o_BKGW = cache.read_values(self.backend, p_BKGS, stored.value, kind, mix)
-        o_BKGW = o_BKGW.astype(self.backend.activation)
         b, k, g, width = o_BKGW.shape
         return o_BKGW.reshape(b, 1, k * g, width)
+
+    def cached_attention(
+        self,
+        q_B1NX,
+        stored: LayerCache | None,
+        context: Context,
+        slopes_N=None,
+        key: Heads | None = None,
+        value: Heads | None = None,
+    ) -> Array:
+        """Attention of one position to every slot it may see: (B, 1, N, W)."""
+        logits_BKGS = self.cached_logits(q_B1NX, stored, self.config.n_kv_heads, key)
+        masked = cache.mask_logits(logits_BKGS, context.seen_BS, context.slots_B, slopes_N)
+        # The softmax's division comes last, on N W numbers in place of N S: one pass less over
+        # the weights, which at small K H are no small part of what is read.
+        weights_BKGS = jnp.exp(masked - jnp.max(masked, axis=-1, keepdims=True))
+        total_BKG = jnp.sum(weights_BKGS, axis=-1)
+        o_B1NW = self.cached_sum(weights_BKGS, stored, value)
+        o_B1NW = o_B1NW / total_BKG.reshape(*o_B1NW.shape[:3], 1)
+        return o_B1NW.astype(self.backend.activation)
 
     def write_residual(self, o_BTNW: Array) -> Array:
         """The output projection: (B, T, N, W) to (B, T, D)."""
@@ -275,9 +294,7 @@ class Attention(AttentionLayer):
             if inverse_BTK is not None:
                 k_BTKH = (k_BTKH.astype(jnp.float32) * inverse_BTK[..., None]).astype(k_BTKH.dtype)
             return self.attend(q_BTNH, k_BTKH, value.mix(v_BTCH), context, slopes_N), stored
-        logits_BKGS = self.cached_logits(q_BTNH, stored, c.n_kv_heads, key)
-        p_BKGS = self.cached_weights(logits_BKGS, context, slopes_N)
-        return self.cached_sum(p_BKGS, stored, value), stored
+        return self.cached_attention(q_BTNH, stored, context, slopes_N, key, value), stored
 
     @nn.compact
     def __call__(self, x_BTD: Array, context: Context, index, stored: LayerCache | None = None):

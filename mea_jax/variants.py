@@ -74,6 +74,7 @@ class DifferentialV1(AttentionLayer):
             p_BKGS = self.cached_weights(logits_BKGS, context, slopes_N)
             p_BP2GS = p_BKGS.reshape(b, pairs, 2, n // k, -1)
             o_BTNW = self.cached_sum(p_BP2GS[:, :, 0] - weight * p_BP2GS[:, :, 1], stored)
+            o_BTNW = o_BTNW.astype(x_BTD.dtype)
         o_BTNW = norms.RMSNorm(2 * h, 1e-5, name="head_norm")(o_BTNW)
         remaining = (1.0 - lambda_init(index)).astype(o_BTNW.dtype)
         return self.write_residual(o_BTNW * remaining), stored
@@ -101,8 +102,7 @@ class DifferentialV2(AttentionLayer):
         if context.slots_B is None:
             o_BTNH = self.attend(q_BTNH, k_BTKH, v_BTKH, context, slopes_N)
         else:
-            logits_BKGS = self.cached_logits(q_BTNH, stored, c.n_kv_heads)
-            o_BTNH = self.cached_sum(self.cached_weights(logits_BKGS, context, slopes_N), stored)
+            o_BTNH = self.cached_attention(q_BTNH, stored, context, slopes_N)
         o_BTN2H = o_BTNH.reshape(*o_BTNH.shape[:2], n, 2, h)
         weight = jax.nn.sigmoid(gate_BTN1.astype(jnp.float32)).astype(o_BTNH.dtype)
         return self.write_residual(o_BTN2H[:, :, :, 0] - weight * o_BTN2H[:, :, :, 1]), stored
@@ -149,7 +149,7 @@ class TalkingHeads(AttentionLayer):
                 cache.add_slopes(logits_BKGS, context.slots_B, slopes_N), before_NN
             )
             p_BKGS = attention.mix_logits(self.cached_weights(mixed, context), after_NN)
-            o_BTNH = self.cached_sum(p_BKGS, stored)
+            o_BTNH = self.cached_sum(p_BKGS, stored).astype(x_BTD.dtype)
         return self.write_residual(o_BTNH), stored
 
 
@@ -193,8 +193,7 @@ class Collaborative(AttentionLayer):
             k_BTKX = jnp.broadcast_to(k_BTCH.reshape(b, t, 1, -1), (b, t, k, shared * h))
             o_BTNH = self.attend(q_BTNX, k_BTKX, v_BTKH, context, slopes_N, scale=h**-0.5)
         else:
-            logits_BKGS = self.cached_logits(q_BTNX, stored, k)
-            o_BTNH = self.cached_sum(self.cached_weights(logits_BKGS, context, slopes_N), stored)
+            o_BTNH = self.cached_attention(q_BTNX, stored, context, slopes_N)
         return self.write_residual(o_BTNH), stored
 
 

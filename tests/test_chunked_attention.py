@@ -1,9 +1,9 @@
 """Attention by blocks against a few float32 lines: values, gradients, memory, sharding.
 
 Tolerances are relative to the largest entry of each reference array, or to 1 if that is less (with
-one key the gradient of q is zero, up to a rounding). float32: 2e-5, sums in another order. bfloat16:
-2e-2, the inputs are the same, but probabilities, their gradients and the result are rounded to 8
-bits (2^-9 each), the gradients one after another.
+one key the gradient of q is zero, up to a rounding). float32: 2e-5, sums in another order.
+bfloat16: 2e-2, the inputs are the same, but probabilities, their gradients and the result are
+rounded to 8 bits (2^-9 each), the gradients one after another.
 """
 
 import re

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from helpers import assert_close, change, flat, packed, params_of, random_batch, tiny_model
 
-from mea_jax import positions
+from mea_jax.layers import Context
 from mea_jax.norms import rms_norm
 from mea_jax.train_step import batch_loss, init_params
-from mea_jax.transformer import Block, Decoder, stretches
+from mea_jax.transformer import Block, Decoder, rope_of, stretches
 
 # Logits of some units, through two layers of float32 sums in another order.
 TOLERANCE = 2e-4
@@ -53,14 +53,17 @@ def fresh(**changes):
     return nn.unbox(init_params(tiny_model(**changes), jax.random.key(0)))
 
 
-@pytest.mark.parametrize("components", [4, 2])
+HEADS: dict[str, str] = {}
+EXTENDED = {"key_mixing": "frequency", "value_mixing": "dense"}
+
+
+@pytest.mark.parametrize(("components", "kinds"), [(4, HEADS), (2, HEADS), (2, EXTENDED)])
 @pytest.mark.parametrize("form", ["folded", "explicit"])
-def test_fresh_mea_without_head_norm_is_its_baseline(components, form):
+def test_fresh_mea_without_head_norm_is_its_baseline(components, kinds, form):
     """C = K: multi-head attention. C < K: grouped queries with C groups. The same weights."""
-    model = tiny_model(
-        head_norm=False, key_components=components, value_components=components, hlc_form=form
-    )
-    params = fresh(head_norm=False, key_components=components, value_components=components)
+    counts = {"key_components": components, "value_components": components}
+    model = tiny_model(head_norm=False, hlc_form=form, **counts, **kinds)
+    params = fresh(head_norm=False, **counts, **kinds)
     baseline = tiny_model(head_norm=False, hlc="none", n_kv_heads=components)
     plain = without_mixing(params)
     shapes = jax.eval_shape(lambda: nn.unbox(init_params(baseline, jax.random.key(0))))
@@ -97,27 +100,39 @@ def test_stretches():
     assert stretches(tiny_model(n_layers=5)) == [(0, 5, 4, 4)]
 
 
-@pytest.mark.parametrize("unroll", [1, 4])
-def test_scanned_stretches_are_a_loop_over_layers(unroll):
-    model = tiny_model(scan_unroll=unroll, **LISTS)
+# Differential attention's lambda at the start depends on the layer.
+SCANNED = {
+    "stretches": LISTS,
+    "unrolled": LISTS | {"scan_unroll": 4},
+    "layers that know their index": {
+        "n_layers": 3,
+        "variant": "differential_v1",
+        "hlc": "none",
+        "head_norm": False,
+    },
+}
+
+
+@pytest.mark.parametrize("case", SCANNED)
+def test_scanned_stretches_are_a_loop_over_layers(case):
+    model = tiny_model(**SCANNED[case])
     params = params_of(model, noise=0.2)
     tokens, (positions_BT, segments_BT) = tokens_of(0), packed([[10, 6], [16]], LENGTH)
-    frequencies = positions.rope_frequencies(model.head_dim, model.rope_theta, model.rope_scaling)
-    table = positions.rope_table(jnp.asarray(positions_BT), frequencies)
+    context = Context(segments_BT, rope_of(model, jnp.asarray(positions_BT)))
     x = jnp.asarray(params["embedding"])[tokens]
     layer = 0
     for first, length, key, value in stretches(model):
         block = Block(model, key, value)
         run = jax.jit(
-            lambda p, x, block=block: block.apply({"params": p}, x, table, segments_BT)[0]
+            lambda p, x, i, block=block: block.apply({"params": p}, x, context, i)[0]
         )
         for i in range(length):
             assert key == model.components("key")[layer]
             assert value == model.components("value")[layer]
             own = params[f"layers_{first}"]
-            x = run(jax.tree.map(lambda p, i=i: p[i], own), x)
+            x = run(jax.tree.map(lambda p, i=i: p[i], own), x, layer)
             layer += 1
-    assert layer == 4
+    assert layer == model.n_layers
     x = rms_norm(x, jnp.asarray(params["final_norm"]["scale"]), model.norm_eps)
     expected = x @ params["embedding"].T
     found = logits(model, params, tokens, [[10, 6], [16]])

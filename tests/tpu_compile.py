@@ -10,6 +10,7 @@ T 2048, N 8, K 4, bfloat16, on a mesh of data 1, tensor 2 and the rest fsdp.
 import json
 import re
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,7 +21,7 @@ from mea_jax import attention, flash_attention, sharding, topology
 from mea_jax.config import MeshConfig
 
 B, T, N, K = 4, 2048, 8, 4
-ATTENTION = {
+ATTENTION: dict[str, Callable[..., jax.Array]] = {
     "splash": flash_attention.splash_attention,
     "plain": attention.dot_product_attention,
 }

@@ -12,19 +12,15 @@ twice the vocabulary and the dtype that suits this machine. FLOPs by the convent
 import argparse
 import dataclasses
 import functools
-import json
-import os
-import platform
 import statistics
-import sys
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.harness import time_interleaved, write_json
 from configs import quickstart
 from mea_jax import flops, sharding
 from mea_jax.backends import resolve
@@ -93,26 +89,6 @@ def product(dtype: Any) -> Callable[[], Any]:
     return lambda: dot(x, w)
 
 
-def time_interleaved(
-    runs: Mapping[str, Callable[[], Any]], repeats: int, warmup: int = 2, inner: int = 1
-) -> dict[str, list[float]]:
-    """Seconds a call, `repeats` figures for each run: one of each in turn, then again.
-
-    A figure is the mean of `inner` calls, for runs too short for the clock.
-    """
-    for run in runs.values():
-        for _ in range(warmup):
-            jax.block_until_ready(run())
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(repeats):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            for _ in range(inner):
-                jax.block_until_ready(run())
-            times[name].append((time.perf_counter() - start) / inner)
-    return times
-
-
 def row(name: str, seconds: list[float], flop: float, tokens: int | None) -> dict[str, Any]:
     median = statistics.median(seconds)
     return {
@@ -147,7 +123,9 @@ def main() -> None:
     rows = [row(name, seconds, flop, None) for name, seconds in times.items()]
 
     models = {
-        name: resolve(dataclasses.replace(model, backend=backend, dtype=dtype), jax.devices())
+        name: resolve(
+            dataclasses.replace(model, backend=backend, dtype=dtype), jax.devices(), LENGTH
+        )
         for name, (model, backend, dtype) in STEPS.items()
     }
     times = time_interleaved({n: training_step(m) for n, m in models.items()}, args.repeats)
@@ -157,14 +135,7 @@ def main() -> None:
     ]
     print_table(rows)
     if args.json:
-        machine = {
-            "platform": platform.platform(),
-            "cores": os.cpu_count(),
-            "jax": jax.__version__,
-            "command": sys.argv,
-        }
-        with open(args.json, "w") as file:
-            json.dump({"machine": machine, "rows": rows}, file, indent=1)
+        write_json(args.json, rows)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ backend, never the platform; `resolve` looks at the machine, once.
 """
 
 import dataclasses
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +17,22 @@ from mea_jax.chunked_attention import chunked_attention
 from mea_jax.config import ModelConfig
 from mea_jax.errors import UserError
 from mea_jax.losses import Products
+from mea_jax.norms import rms_norm
 
 # Above this many positions T x T logits are not made: 1024^2 float32 are 4 MiB a head.
 _EINSUM_LENGTH = 1024
 # Above this many, the CPU kernel's blocks of queries against all keys outgrow any cache.
 _CPU_KERNEL_LENGTH = 8192
+
+
+class HeadNorm(NamedTuple):
+    """RMSNorm over the width of a head: its learned weight (W,), float32, and epsilon."""
+
+    scale_W: jax.Array
+    eps: float
+
+    def apply(self, o_BTNW: jax.Array) -> jax.Array:
+        return rms_norm(o_BTNW, self.scale_W, self.eps)
 
 
 class Backend(Products, Protocol):
@@ -50,10 +61,12 @@ class Backend(Products, Protocol):
         segment_ids_BT: jax.Array,
         scale: float,
         slopes_N: jax.Array | None = None,
+        norm: HeadNorm | None = None,
     ) -> jax.Array:
         """Causal attention within segments, softmax in float32: (B, T, N, W).
 
-        `slopes_N`: ALiBi, adds slope times (s - t) to the scaled logits.
+        `slopes_N`: ALiBi, adds slope times (s - t) to the scaled logits. `norm`: an RMSNorm of each
+        head's output.
         """
         ...
 
@@ -67,7 +80,10 @@ def _attend(kernel: str, q, k, v, segment_ids_BT, scale: float, slopes_N) -> jax
     if kernel == "cudnn":
         return flash_attention.cudnn_attention(q, k, v, segment_ids_BT, scale=scale)
     if kernel == "chunked":
-        return chunked_attention(q, k, v, segment_ids_BT, scale=scale, slopes_N=slopes_N)
+        block = 256 if jax.default_backend() == "cpu" else 512  # see docs/log.md
+        return chunked_attention(
+            q, k, v, segment_ids_BT, scale=scale, slopes_N=slopes_N, block=block
+        )
     return attention.dot_product_attention(q, k, v, segment_ids_BT, scale, slopes_N)
 
 
@@ -92,9 +108,12 @@ class XlaBackend:
         dims = (contract, (tuple(range(batch)),) * 2)
         return jax.lax.dot_general(lhs, rhs, dims, preferred_element_type=jnp.float32)
 
-    def attend(self, q_BTNH, k_BSKH, v_BSKW, segment_ids_BT, scale, slopes_N=None) -> jax.Array:
+    def attend(
+        self, q_BTNH, k_BSKH, v_BSKW, segment_ids_BT, scale, slopes_N=None, norm=None
+    ) -> jax.Array:
         kernel = self.attention_kernel
-        return _attend(kernel, q_BTNH, k_BSKH, v_BSKW, segment_ids_BT, scale, slopes_N)
+        o_BTNW = _attend(kernel, q_BTNH, k_BSKH, v_BSKW, segment_ids_BT, scale, slopes_N)
+        return o_BTNW if norm is None else norm.apply(o_BTNW)
 
     def matmul(self, x: jax.Array, w: jax.Array) -> jax.Array:
         return jnp.einsum("...d,df->...f", x, w, preferred_element_type=jnp.float32)
@@ -128,15 +147,20 @@ class CpuBackend:
         return cpu_kernels.swiglu(gate, up, self.dtype)
 
     def dot(self, lhs: jax.Array, rhs: jax.Array, contract: tuple, batch: int) -> jax.Array:
-        return cpu_kernels.product(lhs, rhs, contract, batch)
+        return cpu_kernels.thin_product(lhs, rhs, contract, batch)
 
-    def attend(self, q_BTNH, k_BSKH, v_BSKW, segment_ids_BT, scale, slopes_N=None) -> jax.Array:
+    def attend(
+        self, q_BTNH, k_BSKH, v_BSKW, segment_ids_BT, scale, slopes_N=None, norm=None
+    ) -> jax.Array:
         arrays = (q_BTNH, k_BSKH, v_BSKW, segment_ids_BT)
-        if self.attention_kernel not in ("auto", "cpu") or slopes_N is not None:
-            kernel = self.attention_kernel
-            kernel = "auto" if kernel == "cpu" else kernel
-            return _attend(kernel, *arrays, scale, slopes_N)
-        return cpu_kernels.causal_attention(*arrays, scale=scale, dtype=self.dtype)
+        if self.attention_kernel in ("auto", "cpu") and slopes_N is None:
+            norm_W, eps = norm or (None, 0.0)
+            return cpu_kernels.causal_attention(
+                *arrays, scale=scale, dtype=self.dtype, norm_W=norm_W, eps=eps
+            )
+        kernel = "auto" if self.attention_kernel == "cpu" else self.attention_kernel
+        o_BTNW = _attend(kernel, *arrays, scale, slopes_N)
+        return o_BTNW if norm is None else norm.apply(o_BTNW)
 
     def matmul(self, x: jax.Array, w: jax.Array) -> jax.Array:
         return cpu_kernels.matmul(x, w)

@@ -1,4 +1,9 @@
-"""The KV cache: preallocated, updated in place, read once in the form in which it is stored.
+"""The KV cache: preallocated, read once a step in the form in which it is stored.
+
+New positions go to a small buffer, `Cache.recent`, at one slot that is the same for all rows, and
+from there, once in `RECENT` steps, to the cache itself, each row's behind its own last
+(`flush`). So a step writes a few slots and only reads the rest: written at every step, the large
+arrays would be copied by the CPU's compiler, and need a scatter on a TPU.
 
 A layer stores keys and values each in one of three forms:
 
@@ -17,7 +22,7 @@ cache's length, X = C H.
 
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +44,11 @@ class HeadCache:
     form: str = struct.field(pytree_node=False)
     width: int = struct.field(pytree_node=False)  # features of a head
 
+    @property
+    def axis(self) -> int:
+        """The axis of positions."""
+        return 2 if self.form == "direct" else 1
+
 
 @struct.dataclass
 class LayerCache:
@@ -49,14 +59,26 @@ class LayerCache:
     inverse_rms_BKS: Any
 
 
+class Stored(NamedTuple):
+    """What one layer reads in a step: the cache and what came since it was last written."""
+
+    main: LayerCache
+    recent: LayerCache
+
+
 @struct.dataclass
 class Cache:
     """All layers, and whose the slots are: `segment_ids_BS` int32 holds 0 in an empty slot."""
 
     layers: tuple[LayerCache, ...]
+    recent: tuple[LayerCache, ...]  # RECENT positions, all of each row's last segment
     segment_ids_BS: Any
-    lengths_B: Any  # int32, slots in use: each row's tokens lie in its first slots
+    lengths_B: Any  # int32, slots of `layers` in use: each row's tokens lie in its first slots
+    recent_count: Any  # () int32, slots of `recent` in use, by all rows alike
     positions_B: Any  # int32, of the next token within its segment
+
+
+RECENT = 128  # positions between two flushes: one tile of a TPU's registers
 
 
 def empty_heads(
@@ -74,48 +96,68 @@ def count_bytes(layers: Iterable[LayerCache]) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tuple(layers)))
 
 
-def _write_array(stored: Array, new: Array, slots_B: Array | None, axis: int) -> Array:
-    """`new`, of stored's rank, at the start (`slots_B` None), or one position at a slot a row.
-
-    Positions are on `axis`; batch, and heads if they come before it, are rows of one scatter. With
-    rows apart the TPU's compiler would copy the whole cache into another layout and back.
-    """
-    new = new.astype(stored.dtype)
-    if slots_B is None:
-        return jax.lax.dynamic_update_slice(stored, new, (0,) * stored.ndim)
-    rows, rest = math.prod(stored.shape[:axis]), stored.shape[axis:]
-    slots_R = jnp.repeat(slots_B, rows // slots_B.shape[0])
-    written = (
-        stored.reshape(rows, *rest)
-        .at[jnp.arange(rows), slots_R]
-        .set(
-            new.reshape(rows, *rest[1:]),
-            unique_indices=True,
-            indices_are_sorted=True,
-            mode="drop",
-        )
-    )
-    return written.reshape(stored.shape)
-
-
-def write_heads(cache: HeadCache, new_BTCH: Array, slots_B: Array | None) -> HeadCache:
-    """Stores heads of T positions: from slot 0 on, or (T = 1) at one slot of each row."""
-    direct = cache.form == "direct"
+def write_heads(cache: HeadCache, new_BTCH: Array, slot: Array | int) -> HeadCache:
+    """Stores heads of T positions from `slot` on, the same for all rows."""
     b, t = new_BTCH.shape[:2]
-    new = jnp.swapaxes(new_BTCH, 1, 2) if direct else new_BTCH.reshape(b, t, -1)
-    axis, step = (2 if direct else 1), cache.step
+    axis, step = cache.axis, cache.step
+    new = jnp.swapaxes(new_BTCH, 1, 2) if axis == 2 else new_BTCH.reshape(b, t, -1)
     if step is not None:
         new = new.astype(jnp.float32)
         unit = jnp.max(jnp.abs(new), axis=-1) / 127
         new = jnp.round(new / jnp.maximum(unit, 1e-30)[..., None])
-        step = _write_array(step, unit, slots_B, axis)
-    data = _write_array(cache.data, new, slots_B, axis)
-    return HeadCache(data, step, cache.form, cache.width)
+        step = _write(step, unit, slot, axis)
+    return HeadCache(_write(cache.data, new, slot, axis), step, cache.form, cache.width)
 
 
-def write_scalars(stored_BKS: Array, new_BTK: Array, slots_B: Array | None) -> Array:
+def write_scalars(stored_BKS: Array, new_BTK: Array, slot: Array | int) -> Array:
     """`write_heads` for one number a head and position."""
-    return _write_array(stored_BKS, jnp.swapaxes(new_BTK, 1, 2), slots_B, 2)
+    return _write(stored_BKS, jnp.swapaxes(new_BTK, 1, 2), slot, 2)
+
+
+def _write(stored: Array, new: Array, slot: Array | int, axis: int) -> Array:
+    return jax.lax.dynamic_update_slice_in_dim(stored, new.astype(stored.dtype), slot, axis)
+
+
+def flush(cache: Cache) -> Cache:
+    """The cache with its recent positions moved behind each row's last, and room for new ones.
+
+    What a full row has no slot for is dropped: callers keep count.
+    """
+    slots_BR = cache.lengths_B[:, None] + jnp.arange(RECENT)[None]
+    length = cache.segment_ids_BS.shape[1]
+    slots_BR = jnp.where(jnp.arange(RECENT)[None] < cache.recent_count, slots_BR, length)
+    rows_B = jnp.arange(cache.lengths_B.shape[0])
+    last_B = jnp.maximum(cache.lengths_B - 1, 0)
+    segments_B = cache.segment_ids_BS[rows_B, last_B]
+    ids_BS = cache.segment_ids_BS.at[rows_B[:, None], slots_BR].set(
+        jnp.broadcast_to(segments_B[:, None], slots_BR.shape), mode="drop"
+    )
+
+    def move(stored: Array, recent: Array, axis: int) -> Array:
+        # Heads before the positions are rows of the scatter like the batch: apart, a TPU's
+        # compiler would copy the whole array into another layout and back.
+        rows, rest = math.prod(stored.shape[:axis]), stored.shape[axis + 1 :]
+        slots = jnp.repeat(slots_BR, rows // slots_BR.shape[0], axis=0)
+        new = recent.reshape(rows, RECENT, *rest)
+        flat = stored.reshape(rows, length, *rest)
+        return flat.at[jnp.arange(rows)[:, None], slots].set(new, mode="drop").reshape(stored.shape)
+
+    def move_heads(stored: HeadCache, recent: HeadCache) -> HeadCache:
+        axis = stored.axis
+        data = move(stored.data, recent.data, axis)
+        step = None if stored.step is None else move(stored.step, recent.step, axis)
+        return HeadCache(data, step, stored.form, stored.width)
+
+    layers = []
+    for stored, recent in zip(cache.layers, cache.recent, strict=True):
+        key, value = move_heads(stored.key, recent.key), move_heads(stored.value, recent.value)
+        scalars = stored.inverse_rms_BKS
+        if scalars is not None:
+            scalars = move(scalars, recent.inverse_rms_BKS, 2)
+        layers.append(LayerCache(key, value, scalars))
+    lengths_B = jnp.minimum(cache.lengths_B + cache.recent_count, length)
+    count = jnp.zeros_like(cache.recent_count)
+    return Cache(tuple(layers), cache.recent, ids_BS, lengths_B, count, cache.positions_B)
 
 
 def read_logits(
@@ -181,18 +223,15 @@ def _rebuilt(backend: Backend, cache: HeadCache, kind: str, mix: Array | None) -
     return jnp.swapaxes(composites_BSKH, 1, 2)
 
 
-def add_slopes(logits_BKGS: Array, slots_B: Array, slopes_N: Array | None) -> Array:
-    """ALiBi: each head's slope times the distance from the row's own slot."""
+def add_slopes(logits_BKGS: Array, distance_BS: Array, slopes_N: Array | None) -> Array:
+    """ALiBi: each head's slope times how far a slot lies from the row's own (0 or less)."""
     if slopes_N is None:
         return logits_BKGS
-    _, k, g, s = logits_BKGS.shape
-    distance_BS = (jnp.arange(s)[None] - slots_B[:, None]).astype(jnp.float32)
-    return logits_BKGS + slopes_N.reshape(1, k, g, 1) * distance_BS[:, None, None]
+    _, k, g, _ = logits_BKGS.shape
+    distance_B11S = distance_BS[:, None, None].astype(jnp.float32)
+    return logits_BKGS + slopes_N.reshape(1, k, g, 1) * distance_B11S
 
 
-def mask_logits(
-    logits_BKGS: Array, seen_BS: Array, slots_B: Array, slopes_N: Array | None
-) -> Array:
-    """Hides the slots of other segments and empty ones; adds ALiBi."""
-    biased_BKGS = add_slopes(logits_BKGS, slots_B, slopes_N)
-    return jnp.where(seen_BS[:, None, None], biased_BKGS, MASKED)
+def hide(logits_BKGS: Array, seen_BS: Array) -> Array:
+    """Logits with the slots hidden that a row may not see."""
+    return jnp.where(seen_BS[:, None, None], logits_BKGS, MASKED)

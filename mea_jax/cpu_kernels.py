@@ -83,6 +83,19 @@ def product(lhs: Array, rhs: Array, contract: tuple, batch: int = 0) -> Array:
     return _laid_out(jax.lax.dot_general(lhs, rhs, dims, preferred_element_type=jnp.float32))
 
 
+def thin_product(lhs: Array, rhs: Array, contract: tuple, batch: int) -> Array:
+    """`product` for a `lhs` of few rows (queries of one position) and a large `rhs` (a cache).
+
+    A single row would be a product of a vector, which is widened to float32 and runs on one core;
+    so it is filled up with a second one of zeros.
+    """
+    if lhs.shape[batch] > 1:
+        return product(lhs, rhs, contract, batch)
+    pads = [(0, 1 if axis == batch else 0) for axis in range(lhs.ndim)]
+    wide = product(jnp.pad(lhs, pads), rhs, contract, batch)
+    return jax.lax.slice_in_dim(wide, 0, 1, axis=batch)
+
+
 def _transposed(x: Array, axes: tuple[int, ...]) -> Array:
     return _laid_out(jnp.transpose(x, axes))
 
@@ -194,33 +207,38 @@ def _hidden(s: Array, seg_BT: Array, start: int, stop: int) -> Array:
     return jnp.where(seen.reshape(s.shape), s, _MASKED)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7, 8))
 def _attention(
     q_BTNH: Array,
     k_BTKH: Array,
-    v_BTKH: Array,
+    v_BTKW: Array,
     segment_ids_BT: Array,
+    norm_W: Array | None,
+    eps: float,
     scale: float,
     dtype: DType,
     block: int,
 ) -> Array:
-    return _attention_fwd(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, scale, dtype, block)[0]
+    arrays = (q_BTNH, k_BTKH, v_BTKW, segment_ids_BT, norm_W)
+    return _attention_fwd(*arrays, eps, scale, dtype, block)[0]
 
 
 def _attention_fwd(
     q_BTNH: Array,
     k_BTKH: Array,
-    v_BTKH: Array,
+    v_BTKW: Array,
     segment_ids_BT: Array,
+    norm_W: Array | None,
+    eps: float,
     scale: float,
     dtype: DType,
     block: int,
 ) -> tuple[Array, tuple]:
-    t, w = q_BTNH.shape[1], v_BTKH.shape[3]
+    t, w = q_BTNH.shape[1], v_BTKW.shape[3]
     groups = q_BTNH.shape[2] // k_BTKH.shape[2]
-    k_BKHS, v_BKHS = _columns(k_BTKH, 1, 0, t, dtype), _columns(v_BTKH, 1, 0, t, dtype)
+    k_BKHS, v_BKWS = _columns(k_BTKH, 1, 0, t, dtype), _columns(v_BTKW, 1, 0, t, dtype)
     k_BKSH = _transposed(k_BKHS, (0, 1, 3, 2))
-    v1 = jnp.concatenate([v_BKHS, jnp.ones((*v_BKHS.shape[:2], 1, t), dtype)], 2)
+    v1 = jnp.concatenate([v_BKWS, jnp.ones((*v_BKWS.shape[:2], 1, t), dtype)], 2)
     out, per_block = [], []
     for start, stop in _blocks(t, block):
         q = _columns(q_BTNH * scale, groups, start, stop, dtype)
@@ -230,33 +248,48 @@ def _attention_fwd(
         p = jnp.exp(s - top).astype(dtype)
         o = product(v1[..., :stop], p, ((3,), (2,)), 2)
         o, total = o[:, :, :w] / o[:, :, w:], o[:, :, w:]
-        out.append(_from_columns(o, groups))
         per_block.append((q, o, total, top))
-    return jnp.concatenate(out, 1), (k_BKHS, k_BKSH, v_BKHS, segment_ids_BT, per_block)
+        if norm_W is not None:
+            o = o * _inverse_rms(o, eps) * norm_W[None, None, :, None]
+        out.append(_from_columns(o, groups))
+    saved = (k_BKHS, k_BKSH, v_BKWS, segment_ids_BT, norm_W, per_block)
+    return jnp.concatenate(out, 1), saved
+
+
+def _inverse_rms(o_BKWt: Array, eps: float) -> Array:
+    return jax.lax.rsqrt(jnp.mean(o_BKWt * o_BKWt, 2, keepdims=True) + eps)
 
 
 def _attention_bwd(
-    scale: float, dtype: DType, block: int, saved: tuple, g_BTNH: Array
-) -> tuple[Array, Array, Array, None]:
-    k_BKHS, k_BKSH, v_BKHS, seg_BT, per_block = saved
-    t, groups = g_BTNH.shape[1], g_BTNH.shape[2] // k_BKHS.shape[1]
-    v_BKSH = _transposed(v_BKHS, (0, 1, 3, 2))
+    eps: float, scale: float, dtype: DType, block: int, saved: tuple, g_BTNW: Array
+) -> tuple[Array, Array, Array, None, Array | None]:
+    k_BKHS, k_BKSH, v_BKWS, seg_BT, norm_W, per_block = saved
+    t, groups = g_BTNW.shape[1], g_BTNW.shape[2] // k_BKHS.shape[1]
+    v_BKSW = _transposed(v_BKWS, (0, 1, 3, 2))
     dq, dk, dv = [], jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32)
+    d_norm = jnp.zeros((), jnp.float32)
     for (start, stop), (q, o, total, top) in zip(_blocks(t, block), per_block, strict=True):
         s = product(k_BKSH[:, :, :stop], q, ((3,), (2,)), 2)
         p = jnp.exp(_hidden(s, seg_BT, start, stop) - top).astype(dtype)
+        g = _columns(g_BTNW, groups, start, stop, jnp.float32)
+        if norm_W is not None:
+            inverse = _inverse_rms(o, eps)
+            d_norm = d_norm + jnp.sum(g * o * inverse, (0, 1, 3))
+            g = g * norm_W[None, None, :, None] * inverse
+            g = g - o * inverse * inverse * jnp.mean(g * o, 2, keepdims=True)
         # p lacks its denominator; the small array beside it carries it: p / total * g = p * g'.
-        g = _columns(g_BTNH, groups, start, stop, jnp.float32) / total
+        g = g / total
         delta = jnp.sum(g * o, 2, keepdims=True)
         g = g.astype(dtype)
-        dp = product(v_BKSH[:, :, :stop], g, ((3,), (2,)), 2)
+        dp = product(v_BKSW[:, :, :stop], g, ((3,), (2,)), 2)
         ds = (p.astype(jnp.float32) * (dp - delta)).astype(dtype)
         grow = ((0, 0), (0, 0), (0, 0), (0, t - stop))
         dv = dv + jnp.pad(product(g, p, ((3,), (3,)), 2), grow)
         dk = dk + jnp.pad(product(q, ds, ((3,), (3,)), 2), grow)
         dq_ = product(k_BKHS[..., :stop], ds, ((3,), (2,)), 2) * scale
         dq.append(_from_columns(dq_, groups))
-    return jnp.concatenate(dq, 1), _from_columns(dk, 1), _from_columns(dv, 1), None
+    d_qkv = jnp.concatenate(dq, 1), _from_columns(dk, 1), _from_columns(dv, 1)
+    return *d_qkv, None, None if norm_W is None else d_norm
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)
@@ -265,17 +298,21 @@ _attention.defvjp(_attention_fwd, _attention_bwd)
 def causal_attention(
     q_BTNH: Array,
     k_BTKH: Array,
-    v_BTKH: Array,
+    v_BTKW: Array,
     segment_ids_BT: Array,
     *,
     scale: float,
     dtype: DType,
+    norm_W: Array | None = None,
+    eps: float = 0.0,
     block: int = 0,
 ) -> Array:
-    """Causal grouped-query attention within segments; float32 o_BTNH.
+    """Causal grouped-query attention within segments; float32 o_BTNW.
 
     Query head n reads key/value head n // (N // K). Position t sees the positions s <= t of its own
     segment. Scores, softmax and sums are float32; `dtype` is the format of the products' inputs.
+    With `norm_W` each head's output is normed: o / sqrt(mean(o^2) + eps) * norm_W. Done here,
+    features first, the mean is over whole vectors; outside, 3 times as slow.
 
     Queries are taken `block` positions at a time (0: a choice by T), each against the keys up to
     the block's end, so of the scores above the diagonal only those within a block are computed, and
@@ -286,7 +323,7 @@ def causal_attention(
     b, t, n, _ = q_BTNH.shape
     if n % k_BTKH.shape[2]:
         raise ValueError(f"{n} query heads do not divide into {k_BTKH.shape[2]} key/value heads")
-    q, k, v = (x.astype(jnp.float32) for x in (q_BTNH, k_BTKH, v_BTKH))
+    q, k, v = (x.astype(jnp.float32) for x in (q_BTNH, k_BTKH, v_BTKW))
     block = min(block or max(128, -(-t // _MOST_BLOCKS)), t)
     parts = 1
     if dtype == jnp.float32 and not _several_devices():
@@ -294,6 +331,7 @@ def causal_attention(
             if b // (2 * parts) * n * block * t * 4 < _SCORE_BYTES:
                 break
             parts *= 2
-    static = (float(scale), jnp.dtype(dtype), block)
+    static = (float(eps), float(scale), jnp.dtype(dtype), block)
     split = [jnp.split(x, parts) for x in (q, k, v, segment_ids_BT)]
-    return jnp.concatenate([_attention(*part, *static) for part in zip(*split, strict=True)])
+    rows = [_attention(*part, norm_W, *static) for part in zip(*split, strict=True)]
+    return jnp.concatenate(rows)

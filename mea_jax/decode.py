@@ -1,7 +1,7 @@
 """Inference: parameters made ready once, then prefill and single-token steps over a KV cache.
 
 Layers are unrolled, each with parameters and cache arrays of its own: a scan would copy every
-layer's cache in and out at every step, while a donated array of its own is updated in place.
+layer's cache in and out at every step, while an array of its own is read where it lies.
 All functions are pure and meant for `jax.jit` with the cache donated.
 """
 
@@ -13,9 +13,9 @@ import jax.numpy as jnp
 
 from mea_jax import mixing, norms
 from mea_jax.backends import make_backend
-from mea_jax.cache import Cache, LayerCache, empty_heads
+from mea_jax.cache import RECENT, Cache, LayerCache, Stored, empty_heads
 from mea_jax.config import ModelConfig
-from mea_jax.layers import Context, HeadLayout
+from mea_jax.layers import Context, HeadLayout, Slots
 from mea_jax.transformer import Block, Decoder, rope_of, stretches
 from mea_jax.variants import make_attention
 
@@ -144,11 +144,7 @@ def serve(model: ModelConfig, params: Any, form: str = "auto") -> tuple[Served, 
     return served, jax.jit(_served_params, static_argnums=0)(served, params)
 
 
-def empty_cache(served: Served, batch: int, length: int, dtype: Any) -> Cache:
-    """A cache for `batch` rows of at most `length` positions; `dtype` is that of keys and values.
-
-    Use under `jax.eval_shape` to count its bytes before there is room for it.
-    """
+def _empty_layers(served: Served, batch: int, length: int, dtype: Any) -> tuple[LayerCache, ...]:
     layers = []
     for spec in served.layers:
         key, value, scalars = spec.cache_layout()
@@ -161,17 +157,35 @@ def empty_cache(served: Served, batch: int, length: int, dtype: Any) -> Cache:
                 ),
             )
         )
-    zeros_B = jnp.zeros((batch,), jnp.int32)
-    return Cache(tuple(layers), jnp.zeros((batch, length), jnp.int32), zeros_B, zeros_B)
+    return tuple(layers)
+
+
+def empty_cache(served: Served, batch: int, length: int, dtype: Any) -> Cache:
+    """A cache for `batch` rows of at most `length` positions; `dtype` is that of keys and values.
+
+    Use under `jax.eval_shape` to count its bytes before there is room for it.
+    """
+    return Cache(
+        layers=_empty_layers(served, batch, length, dtype),
+        recent=_empty_layers(served, batch, RECENT, dtype),
+        segment_ids_BS=jnp.zeros((batch, length), jnp.int32),
+        lengths_B=jnp.zeros((batch,), jnp.int32),
+        recent_count=jnp.zeros((), jnp.int32),
+        positions_B=jnp.zeros((batch,), jnp.int32),
+    )
 
 
 def _run_layers(served: Served, params: Any, x_BTD: Array, context: Context, cache: Cache):
-    stored = []
+    layers = []
     for i, spec in enumerate(served.layers):
-        variables = {"params": params["layers"][i]}
-        x_BTD, layer = spec.block().apply(variables, x_BTD, context, i, cache.layers[i])
-        stored.append(layer)
-    return x_BTD, tuple(stored)
+        variables, stored = (
+            {"params": params["layers"][i]},
+            Stored(cache.layers[i], cache.recent[i]),
+        )
+        x_BTD, stored = spec.block().apply(variables, x_BTD, context, i, stored)
+        layers.append(stored)
+    main, recent = zip(*layers, strict=True)
+    return x_BTD, main, recent
 
 
 def _decoder(served: Served, params: Any, method, *arguments) -> Array:
@@ -192,31 +206,37 @@ def prefill(
     last_B = jnp.maximum(lengths_B - 1, 0)
     context = Context(segment_ids_BP, rope_of(served.model, positions_BP))
     x_BPD = _decoder(served, params, Decoder.embed, tokens_BP, positions_BP)
-    x_BPD, layers = _run_layers(served, params, x_BPD, context, cache)
+    x_BPD, layers, recent = _run_layers(served, params, x_BPD, context, cache)
     logits_B1V = _decoder(served, params, Decoder.normed_logits, x_BPD[rows, last_B][:, None])
     filled_BS = jax.lax.dynamic_update_slice(
         jnp.zeros_like(cache.segment_ids_BS), segment_ids_BP.astype(jnp.int32), (0, 0)
     )
     next_B = positions_BP[rows, last_B].astype(jnp.int32) + 1
-    return logits_B1V[:, 0], Cache(layers, filled_BS, lengths_B, next_B)
+    count = jnp.zeros((), jnp.int32)
+    return logits_B1V[:, 0], Cache(layers, recent, filled_BS, lengths_B, count, next_B)
 
 
 def step(served: Served, params: Any, cache: Cache, tokens_B: Array) -> tuple[Array, Cache]:
     """One more token a row: logits (B, V), float32, of what follows it, and the longer cache.
 
-    A row whose cache is full drops its token: callers keep count.
+    After `RECENT` steps the cache must be `cache.flush`ed: callers keep count.
     """
-    rows, slots_B = jnp.arange(tokens_B.shape[0]), cache.lengths_B
-    segment_B = cache.segment_ids_BS[rows, jnp.maximum(slots_B - 1, 0)]
-    ids_BS = cache.segment_ids_BS.at[rows, slots_B].set(segment_B, mode="drop")
+    rows, slot = jnp.arange(tokens_B.shape[0]), cache.recent_count
+    segment_B = cache.segment_ids_BS[rows, jnp.maximum(cache.lengths_B - 1, 0)]
+    length, recent_R = cache.segment_ids_BS.shape[1], jnp.arange(RECENT)
+    distance_BS = jnp.arange(length)[None] - (cache.lengths_B + slot)[:, None]
+    distance_BR = jnp.broadcast_to((recent_R - slot)[None], (len(rows), RECENT))
     positions_B1 = cache.positions_B[:, None]
     context = Context(
         segment_ids_BT=segment_B[:, None],
         rope=rope_of(served.model, positions_B1),
-        slots_B=slots_B,
-        seen_BS=ids_BS == segment_B[:, None],
+        slot=slot,
+        main=Slots(cache.segment_ids_BS == segment_B[:, None], distance_BS),
+        recent=Slots(distance_BR <= 0, distance_BR),
     )
     x_B1D = _decoder(served, params, Decoder.embed, tokens_B[:, None], positions_B1)
-    x_B1D, layers = _run_layers(served, params, x_B1D, context, cache)
+    x_B1D, layers, recent = _run_layers(served, params, x_B1D, context, cache)
     logits_B1V = _decoder(served, params, Decoder.normed_logits, x_B1D)
-    return logits_B1V[:, 0], Cache(layers, ids_BS, slots_B + 1, cache.positions_B + 1)
+    ids_BS, lengths_B = cache.segment_ids_BS, cache.lengths_B
+    new = Cache(layers, recent, ids_BS, lengths_B, slot + 1, cache.positions_B + 1)
+    return logits_B1V[:, 0], new

@@ -241,9 +241,8 @@ def _write_records(records: Iterator[dict[str, Any]], out: TextIO, total: int) -
 def main() -> None:
     _check_flags()
     sampling = Sampling(TEMPERATURE.value, TOP_K.value, TOP_P.value)
-    prompts = (
-        read_prompts(Path(PROMPTS.value)) if PROMPTS.value is not None else [PROMPT.value or ""]
-    )
+    path = Path(PROMPTS.value or "")
+    prompts = [PROMPT.value or ""] if PROMPTS.value is None else read_prompts(path)
     cli.enable_compilation_cache()
     if jax.devices()[0].platform == "cpu":
         keep_freed_memory()

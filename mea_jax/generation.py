@@ -12,7 +12,7 @@ import numpy as np
 from flax import struct
 
 from mea_jax import decode
-from mea_jax.cache import Cache, count_bytes
+from mea_jax.cache import RECENT, Cache, count_bytes, flush
 from mea_jax.config import ModelConfig
 from mea_jax.errors import UserError
 from mea_jax.sampling import Sampling, choose
@@ -55,7 +55,7 @@ def _prefill(served, length, dtype, params, tokens_BP, lengths_B, limits_B, rows
 
 
 def _advance(served, sampling, stop, count, params, state: State) -> tuple[State, jax.Array]:
-    """At most `count` more tokens a row, (B, count): fewer if every row is done before."""
+    """At most `count` <= RECENT more tokens a row, (B, count); fewer if all are done before."""
     rows = state.logits_BV.shape[0]
     stop_S = jnp.asarray(stop, jnp.int32)
 
@@ -66,17 +66,18 @@ def _advance(served, sampling, stop, count, params, state: State) -> tuple[State
     def one(carry):
         i, state, out_BC = carry
         cache = state.cache
-        keys_B = jax.vmap(jax.random.fold_in)(state.keys_B, cache.lengths_B)
+        lengths_B = cache.lengths_B + cache.recent_count
+        keys_B = jax.vmap(jax.random.fold_in)(state.keys_B, lengths_B)
         chosen_B = choose(state.logits_BV, keys_B, sampling)
         out_BC = out_BC.at[:, i].set(jnp.where(state.done_B, _EMPTY, chosen_B))
         logits_BV, cache = decode.step(served, params, cache, chosen_B)
         stopped_B = jnp.any(chosen_B[:, None] == stop_S[None], axis=1)
-        done_B = state.done_B | stopped_B | (cache.lengths_B >= state.limits_B)
+        done_B = state.done_B | stopped_B | (lengths_B + 1 >= state.limits_B)
         return i + 1, state.replace(cache=cache, logits_BV=logits_BV, done_B=done_B), out_BC
 
     start = (jnp.zeros((), jnp.int32), state, jnp.full((rows, count), _EMPTY, jnp.int32))
     _, state, out_BC = jax.lax.while_loop(unfinished, one, start)
-    return state, out_BC
+    return dataclasses.replace(state, cache=flush(state.cache)), out_BC
 
 
 class Generator:
@@ -150,14 +151,15 @@ class Generator:
         """At most `count` new tokens for each prompt, ended before a token of `stop`.
 
         A row ends early where its cache is full. `rows` number the prompts for the random keys, so
-        that a prompt's text is the same in whatever batch it comes. With `chunk`, the loop returns
-        to the host every that many tokens and calls `on_tokens` with all tokens so far, which
-        says for each row whether it is done. Timings are added to `report`.
+        that a prompt's text is the same in whatever batch it comes. The loop returns to the host
+        every `chunk` tokens (at most, and by default, `cache.RECENT`) and calls `on_tokens` with
+        all tokens so far, which says for each row whether it is done. Timings are added to
+        `report`.
         """
         for i, prompt in enumerate(prompts):
             self.check(prompt, f"prompt {i + 1}" if len(prompts) > 1 else "the prompt")
         report = Report() if report is None else report
-        batch, chunk = len(prompts), min(chunk or count, count)
+        batch, chunk = len(prompts), min(chunk or RECENT, count, RECENT)
         longest, padded = max(map(len, prompts)), _SHORTEST_PREFILL
         while padded < longest:
             padded *= 2

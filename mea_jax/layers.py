@@ -1,10 +1,11 @@
 """Attention layers as thin Linen modules: what they all share, and MEA itself.
 
 One interface for MEA and its rivals (variants.py): `layer(x_BTD, context, index, cache)` returns
-the layer's output (B, T, D) and its cache. Without a cache that is training; with one and no slots
-in the context it is prefill, T positions from slot 0 on; with slots it is one decode step.
+the layer's output (B, T, D) and its cache. Without a cache that is training; with one and no slot
+in the context it is prefill, T positions from slot 0 on; with a slot it is one decode step.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -13,8 +14,8 @@ import jax.numpy as jnp
 from flax import struct
 
 from mea_jax import attention, cache, mixing, norms, positions
-from mea_jax.backends import Backend, make_backend
-from mea_jax.cache import LayerCache
+from mea_jax.backends import Backend, HeadNorm, make_backend
+from mea_jax.cache import LayerCache, Stored
 from mea_jax.config import ModelConfig
 from mea_jax.parameters import kernel, residual_gain
 from mea_jax.sharding import constrain, parameter
@@ -23,18 +24,26 @@ Array = jax.Array
 HEADS = ("batch", "length", "activation_heads", None)
 
 
+class Slots(NamedTuple):
+    """A decode step's view of one part of the cache."""
+
+    seen_BS: Array  # which slots each row's token may read (its own among them)
+    distance_BS: Array  # int32, how far each slot lies from the row's own: 0 or less where seen
+
+
 @struct.dataclass
 class Context:
     """Where the tokens of a call stand; shared by all layers.
 
-    `rope` is a table of positions.py or None. In a decode step, `slots_B` int32 says where each
-    row's token is stored, and `seen_BS` which slots it may read (its own among them).
+    `rope` is a table of positions.py or None. In a decode step, `slot` () int32 says where the
+    token is stored in `Cache.recent`, `main` and `recent` what it may read.
     """
 
     segment_ids_BT: Any
     rope: Any = None
-    slots_B: Any = None
-    seen_BS: Any = None
+    slot: Any = None
+    main: Any = None
+    recent: Any = None
 
 
 class HeadLayout(NamedTuple):
@@ -100,19 +109,29 @@ class AttentionLayer(nn.Module):
         return x_BTNH if context.rope is None else positions.apply_rope(x_BTNH, context.rope)
 
     def attend(
-        self, q_BTNH, k_BTKH, v_BTKW, context: Context, slopes_N=None, scale: float | None = None
+        self,
+        q_BTNH,
+        k_BTKH,
+        v_BTKW,
+        context: Context,
+        slopes_N=None,
+        scale: float | None = None,
+        norm: HeadNorm | None = None,
     ) -> Array:
         """Attention of T positions to themselves (training, prefill); watched if asked for."""
         scale = scale or self.config.head_dim**-0.5
         q, k, v = (constrain(x, *HEADS) for x in (q_BTNH, k_BTKH, v_BTKW))
-        o_BTNW = self.backend.attend(q, k, v, context.segment_ids_BT, scale, slopes_N)
-        self.watch(q, k, o_BTNW, context, slopes_N, scale)
+        arrays = (q, k, v, context.segment_ids_BT, scale, slopes_N)
+        if self.is_mutable_collection("statistics"):
+            o_BTNW = self.backend.attend(*arrays)
+            self.watch(q, k, o_BTNW, context, slopes_N, scale)
+            o_BTNW = o_BTNW if norm is None else norm.apply(o_BTNW)
+        else:
+            o_BTNW = self.backend.attend(*arrays, norm)
         return constrain(o_BTNW, *HEADS)
 
     def watch(self, q_BTNH, k_BTKH, o_BTNW, context: Context, slopes_N, scale: float) -> None:
         """Per head (N,): attention entropy, largest logit, output RMS before any norm."""
-        if not self.is_mutable_collection("statistics"):
-            return
         weight_BT = (context.segment_ids_BT > 0).astype(jnp.float32)
         square_BTN = jnp.mean(jnp.square(o_BTNW.astype(jnp.float32)), axis=-1)
         mean_N = jnp.einsum("btn,bt->n", square_BTN, weight_BT) / jnp.maximum(weight_BT.sum(), 1)
@@ -122,62 +141,84 @@ class AttentionLayer(nn.Module):
         self.sow("statistics", "attention", statistics | {"output_rms": jnp.sqrt(mean_N)})
 
     def store(
-        self, stored: LayerCache, key_BTCH, value_BTCW, context: Context, inverse_rms_BTK=None
-    ) -> LayerCache:
-        """The cache with these positions written."""
-        slots_B = context.slots_B
-        scalars = stored.inverse_rms_BKS
+        self, stored: Stored, key_BTCH, value_BTCW, context: Context, inverse_rms_BTK=None
+    ) -> Stored:
+        """The cache with these positions written: a prompt to the cache, a step to the recent."""
+        prefill = context.slot is None
+        part, slot = (stored.main, 0) if prefill else (stored.recent, context.slot)
+        scalars = part.inverse_rms_BKS
         if inverse_rms_BTK is not None:
-            scalars = cache.write_scalars(scalars, inverse_rms_BTK, slots_B)
-        return LayerCache(
-            key=cache.write_heads(stored.key, key_BTCH, slots_B),
-            value=cache.write_heads(stored.value, value_BTCW, slots_B),
+            scalars = cache.write_scalars(scalars, inverse_rms_BTK, slot)
+        part = LayerCache(
+            key=cache.write_heads(part.key, key_BTCH, slot),
+            value=cache.write_heads(part.value, value_BTCW, slot),
             inverse_rms_BKS=scalars,
         )
+        return stored._replace(main=part) if prefill else stored._replace(recent=part)
 
     def cached_logits(
-        self, q_B1NX, stored: LayerCache | None, composites: int, heads: Heads | None = None
-    ) -> Array:
-        """Raw logits (B, K, G, S), float32, of one position against every slot."""
+        self,
+        q_B1NX,
+        stored: Stored | None,
+        context: Context,
+        slopes_N=None,
+        heads: Heads | None = None,
+    ) -> list[Array]:
+        """Biased logits (B, K, G, S), float32, of one position; of the cache and of the recent."""
         assert stored is not None
         b, _, n, width = q_B1NX.shape
+        k = self.config.n_kv_heads
         q_BKGX = q_B1NX.astype(jnp.float32) * self.config.head_dim**-0.5
-        q_BKGX = q_BKGX.astype(q_B1NX.dtype).reshape(b, composites, n // composites, width)
+        q_BKGX = q_BKGX.astype(q_B1NX.dtype).reshape(b, k, n // k, width)
         kind, mix = (heads.kind, heads.mixing) if heads else ("heads", None)
-        return cache.read_logits(self.backend, q_BKGX, stored, kind, mix)
+        return [
+            cache.add_slopes(
+                cache.read_logits(self.backend, q_BKGX, part, kind, mix),
+                slots.distance_BS,
+                slopes_N,
+            )
+            for part, slots in zip(stored, (context.main, context.recent), strict=True)
+        ]
 
-    def cached_weights(self, logits_BKGS: Array, context: Context, slopes_N=None) -> Array:
-        """Attention weights (B, K, G, S), float32, of one position."""
-        masked = cache.mask_logits(logits_BKGS, context.seen_BS, context.slots_B, slopes_N)
-        return jax.nn.softmax(masked, axis=-1)
+    def cached_softmax(self, logits: list[Array], context: Context) -> tuple[list[Array], Array]:
+        """exp(logit - largest), 0 where a row may not see, of both parts; their sum (B, K, G)."""
+        seen = context.main.seen_BS, context.recent.seen_BS
+        hidden = [cache.hide(part, seen_BS) for part, seen_BS in zip(logits, seen, strict=True)]
+        top_BKG1 = functools.reduce(
+            jnp.maximum, [jnp.max(part, axis=-1, keepdims=True) for part in hidden]
+        )
+        weights = [jnp.exp(part - top_BKG1) for part in hidden]
+        main_BKG, recent_BKG = (jnp.sum(part, axis=-1) for part in weights)
+        return weights, main_BKG + recent_BKG
 
     def cached_sum(
-        self, p_BKGS: Array, stored: LayerCache | None, heads: Heads | None = None
+        self, weights: list[Array], stored: Stored | None, heads: Heads | None = None
     ) -> Array:
-        """The sum of cached values weighted by `p_BKGS`, (B, 1, N, W), float32."""
+        """The sum of cached values by weights (B, K, G, S) of both parts: (B, 1, N, W), float32."""
         assert stored is not None
         kind, mix = (heads.kind, heads.mixing) if heads else ("heads", None)
-        o_BKGW = cache.read_values(self.backend, p_BKGS, stored.value, kind, mix)
-        b, k, g, width = o_BKGW.shape
-        return o_BKGW.reshape(b, 1, k * g, width)
+        main, recent = (
+            cache.read_values(self.backend, p_BKGS, part.value, kind, mix)
+            for p_BKGS, part in zip(weights, stored, strict=True)
+        )
+        b, k, g, width = main.shape
+        return (main + recent).reshape(b, 1, k * g, width)
 
     def cached_attention(
         self,
         q_B1NX,
-        stored: LayerCache | None,
+        stored: Stored | None,
         context: Context,
         slopes_N=None,
         key: Heads | None = None,
         value: Heads | None = None,
     ) -> Array:
         """Attention of one position to every slot it may see: (B, 1, N, W)."""
-        logits_BKGS = self.cached_logits(q_B1NX, stored, self.config.n_kv_heads, key)
-        masked = cache.mask_logits(logits_BKGS, context.seen_BS, context.slots_B, slopes_N)
+        logits = self.cached_logits(q_B1NX, stored, context, slopes_N, key)
         # The softmax's division comes last, on N W numbers in place of N S: one pass less over
         # the weights, which at small K H are no small part of what is read.
-        weights_BKGS = jnp.exp(masked - jnp.max(masked, axis=-1, keepdims=True))
-        total_BKG = jnp.sum(weights_BKGS, axis=-1)
-        o_B1NW = self.cached_sum(weights_BKGS, stored, value)
+        weights, total_BKG = self.cached_softmax(logits, context)
+        o_B1NW = self.cached_sum(weights, stored, value)
         o_B1NW = o_B1NW / total_BKG.reshape(*o_B1NW.shape[:3], 1)
         return o_B1NW.astype(self.backend.activation)
 
@@ -282,37 +323,42 @@ class Attention(AttentionLayer):
                 k_BTCH = scaled.astype(k_BTCH.dtype)
         return self.turn(k_BTCH, context), inverse_BTK
 
-    def with_cache(self, q_BTNH, x_BTD, key: Heads, value: Heads, gamma_H, context, stored):
-        """Prefill or a decode step: the heads' outputs (B, T, N, H) and the cache."""
+    def with_cache(self, q_BTNH, x_BTD, key: Heads, value: Heads, gamma_H, norm, context, stored):
+        """Prefill or a decode step: the heads' outputs (B, T, N, H), normed, and the cache."""
         c = self.config
         k_BTCH, inverse_BTK = self.cached_keys(key, x_BTD, gamma_H, context)
         v_BTCH = self.backend.project(x_BTD, value.kernel_DCH)
         stored = self.store(stored, k_BTCH, v_BTCH, context, inverse_BTK)
         slopes_N = self.slopes(c.n_heads)
-        if context.slots_B is None:
+        if context.slot is None:
             k_BTKH = key.mix(k_BTCH)
             if inverse_BTK is not None:
                 k_BTKH = (k_BTKH.astype(jnp.float32) * inverse_BTK[..., None]).astype(k_BTKH.dtype)
-            return self.attend(q_BTNH, k_BTKH, value.mix(v_BTCH), context, slopes_N), stored
-        return self.cached_attention(q_BTNH, stored, context, slopes_N, key, value), stored
+            v_BTKH = value.mix(v_BTCH)
+            return self.attend(q_BTNH, k_BTKH, v_BTKH, context, slopes_N, norm=norm), stored
+        o_BTNH = self.cached_attention(q_BTNH, stored, context, slopes_N, key, value)
+        return o_BTNH if norm is None else norm.apply(o_BTNH), stored
 
     @nn.compact
-    def __call__(self, x_BTD: Array, context: Context, index, stored: LayerCache | None = None):
+    def __call__(self, x_BTD: Array, context: Context, index, stored: Stored | None = None):
         c = self.config
         q_BTNH = self.project_heads("query", x_BTD, c.n_heads, c.head_dim)
         key, value, gamma_H = self.heads("key"), self.heads("value"), None
         if c.qk_norm:
             q_BTNH = norms.RMSNorm(c.head_dim, c.norm_eps, name="query_norm")(q_BTNH)
             gamma_H = norms.Scale(c.head_dim, name="key_norm")()
-        q_BTNH = self.turn(q_BTNH, context)
+        q_BTNH, head_norm = self.turn(q_BTNH, context), None
+        if c.head_norm:
+            head_norm = HeadNorm(norms.Scale(c.head_dim, name="head_norm")(), c.norm_eps)
         if stored is None:
             k_BTKH = self.training_keys(key, x_BTD, gamma_H, context)
             v_BTKH = self.composites("value", value, x_BTD)
-            o_BTNH = self.attend(q_BTNH, k_BTKH, v_BTKH, context, self.slopes(c.n_heads))
+            slopes_N = self.slopes(c.n_heads)
+            o_BTNH = self.attend(q_BTNH, k_BTKH, v_BTKH, context, slopes_N, norm=head_norm)
         else:
-            o_BTNH, stored = self.with_cache(q_BTNH, x_BTD, key, value, gamma_H, context, stored)
-        if c.head_norm:
-            o_BTNH = norms.RMSNorm(c.head_dim, c.norm_eps, name="head_norm")(o_BTNH)
+            o_BTNH, stored = self.with_cache(
+                q_BTNH, x_BTD, key, value, gamma_H, head_norm, context, stored
+            )
         if c.gate != "none":
             width = c.head_dim if c.gate == "feature" else 1
             gate_BTNH = self.project_heads("output_gate", x_BTD, c.n_heads, width)

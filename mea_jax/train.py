@@ -333,7 +333,9 @@ class Loop:
         prompt = [tokenizer.separator] + tokenizer.encode_batch([e.sample_prompt])[0]
         length = self.config.data.context_length
         count = min(e.sample_tokens, length - 1)
-        generator = Generator(self.config.model, params, length=length)
+        # One row: no flash kernel of a mesh takes it.
+        model = dataclasses.replace(self.config.model, attention_kernel="auto")
+        generator = Generator(model, params, length=length)
         (new,) = generator.run(
             [prompt[-(length - count) :]],  # so that all fits the window of training
             count=count,

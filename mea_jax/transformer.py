@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from mea_jax import positions
 from mea_jax.backends import make_backend
-from mea_jax.cache import LayerCache
+from mea_jax.cache import Stored
 from mea_jax.config import REMAT_POLICIES, ModelConfig
 from mea_jax.layers import Context
 from mea_jax.mlp import MLP
@@ -47,7 +47,7 @@ class Block(nn.Module):
     cached_form: str = "absorbed"
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, context: Context, index, stored: LayerCache | None = None):
+    def __call__(self, x_BTD: jax.Array, context: Context, index, stored: Stored | None = None):
         c = self.config
         x_BTD = constrain(x_BTD, *RESIDUAL)
         attention = make_attention(

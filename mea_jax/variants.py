@@ -8,8 +8,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mea_jax import attention, cache, norms
-from mea_jax.cache import LayerCache
+from mea_jax import attention, norms
+from mea_jax.cache import Stored
 from mea_jax.config import ModelConfig
 from mea_jax.layers import Attention, AttentionLayer, Context, HeadLayout
 from mea_jax.sharding import parameter
@@ -47,7 +47,7 @@ class DifferentialV1(AttentionLayer):
         return first - jnp.exp(jnp.vdot(vector("q2"), vector("k2"))) + lambda_init(index)
 
     @nn.compact
-    def __call__(self, x_BTD: Array, context: Context, index, stored: LayerCache | None = None):
+    def __call__(self, x_BTD: Array, context: Context, index, stored: Stored | None = None):
         c = self.config
         n, k, h, pairs = c.n_heads, c.n_kv_heads, c.head_dim, c.n_kv_heads // 2
         q_BTNH = self.turn(self.project_heads("query", x_BTD, n, h), context)
@@ -63,18 +63,21 @@ class DifferentialV1(AttentionLayer):
             slopes_N = jnp.repeat(slopes_N.reshape(pairs, 1, n // k), 2, axis=1).reshape(n)
         if stored is not None:
             stored = self.store(stored, k_BTKH, v_BTPW, context)
-        if context.slots_B is None:
+        if context.slot is None:
             v_BTKW = jnp.repeat(v_BTPW, 2, axis=2)
             o_BTNW = self.attend(q_BTNH, k_BTKH, v_BTKW, context, slopes_N)
             o_BTP2GW = o_BTNW.reshape(b, t, pairs, 2, n // k, 2 * h)
             o_BTPGW = o_BTP2GW[:, :, :, 0] - weight.astype(o_BTNW.dtype) * o_BTP2GW[:, :, :, 1]
             o_BTNW = o_BTPGW.reshape(b, t, n // 2, 2 * h)
         else:
-            logits_BKGS = self.cached_logits(q_BTNH, stored, k)
-            p_BKGS = self.cached_weights(logits_BKGS, context, slopes_N)
-            p_BP2GS = p_BKGS.reshape(b, pairs, 2, n // k, -1)
-            o_BTNW = self.cached_sum(p_BP2GS[:, :, 0] - weight * p_BP2GS[:, :, 1], stored)
-            o_BTNW = o_BTNW.astype(x_BTD.dtype)
+            logits = self.cached_logits(q_BTNH, stored, context, slopes_N)
+            weights, total_BKG = self.cached_softmax(logits, context)
+
+            def subtract(p_BKGS):  # the two maps of a pair: values are read once
+                p_BP2GS = (p_BKGS / total_BKG[..., None]).reshape(b, pairs, 2, n // k, -1)
+                return p_BP2GS[:, :, 0] - weight * p_BP2GS[:, :, 1]
+
+            o_BTNW = self.cached_sum([subtract(p) for p in weights], stored).astype(x_BTD.dtype)
         o_BTNW = norms.RMSNorm(2 * h, 1e-5, name="head_norm")(o_BTNW)
         remaining = (1.0 - lambda_init(index)).astype(o_BTNW.dtype)
         return self.write_residual(o_BTNW * remaining), stored
@@ -88,7 +91,7 @@ class DifferentialV2(AttentionLayer):
     """
 
     @nn.compact
-    def __call__(self, x_BTD: Array, context: Context, index, stored: LayerCache | None = None):
+    def __call__(self, x_BTD: Array, context: Context, index, stored: Stored | None = None):
         c = self.config
         n, h = c.n_heads, c.head_dim
         q_BTNH = self.turn(self.project_heads("query", x_BTD, 2 * n, h), context)
@@ -99,7 +102,7 @@ class DifferentialV2(AttentionLayer):
         slopes_N = None if slopes_N is None else jnp.repeat(slopes_N, 2)
         if stored is not None:
             stored = self.store(stored, k_BTKH, v_BTKH, context)
-        if context.slots_B is None:
+        if context.slot is None:
             o_BTNH = self.attend(q_BTNH, k_BTKH, v_BTKH, context, slopes_N)
         else:
             o_BTNH = self.cached_attention(q_BTNH, stored, context, slopes_N)
@@ -121,7 +124,7 @@ class TalkingHeads(AttentionLayer):
         return parameter(self, name, init, ("mixing", "heads"), self.config.n_heads)
 
     @nn.compact
-    def __call__(self, x_BTD: Array, context: Context, index, stored: LayerCache | None = None):
+    def __call__(self, x_BTD: Array, context: Context, index, stored: Stored | None = None):
         c = self.config
         k, h = c.n_kv_heads, c.head_dim
         q_BTNH = self.turn(self.project_heads("query", x_BTD, c.n_heads, h), context)
@@ -131,7 +134,7 @@ class TalkingHeads(AttentionLayer):
         slopes_N, scale = self.slopes(c.n_heads), h**-0.5
         if stored is not None:
             stored = self.store(stored, k_BTKH, v_BTKH, context)
-        if context.slots_B is None:
+        if context.slot is None:
             o_BTNH = attention.talking_heads_attention(
                 q_BTNH,
                 k_BTKH,
@@ -142,14 +145,14 @@ class TalkingHeads(AttentionLayer):
                 after_NN,
                 slopes_N,
             )
-            self.watch(q_BTNH, k_BTKH, o_BTNH, context, slopes_N, scale)
+            if self.is_mutable_collection("statistics"):
+                self.watch(q_BTNH, k_BTKH, o_BTNH, context, slopes_N, scale)
         else:
-            logits_BKGS = self.cached_logits(q_BTNH, stored, k)
-            mixed = attention.mix_logits(
-                cache.add_slopes(logits_BKGS, context.slots_B, slopes_N), before_NN
-            )
-            p_BKGS = attention.mix_logits(self.cached_weights(mixed, context), after_NN)
-            o_BTNH = self.cached_sum(p_BKGS, stored).astype(x_BTD.dtype)
+            logits = self.cached_logits(q_BTNH, stored, context, slopes_N)
+            mixed = [attention.mix_logits(part, before_NN) for part in logits]
+            weights, total_BKG = self.cached_softmax(mixed, context)
+            p = [attention.mix_logits(w / total_BKG[..., None], after_NN) for w in weights]
+            o_BTNH = self.cached_sum(p, stored).astype(x_BTD.dtype)
         return self.write_residual(o_BTNH), stored
 
 
@@ -167,7 +170,7 @@ class Collaborative(AttentionLayer):
         return key, HeadLayout("direct", c.n_kv_heads, c.head_dim), 0
 
     @nn.compact
-    def __call__(self, x_BTD: Array, context: Context, index, stored: LayerCache | None = None):
+    def __call__(self, x_BTD: Array, context: Context, index, stored: Stored | None = None):
         c = self.config
         n, k, h, shared = c.n_heads, c.n_kv_heads, c.head_dim, self.key_components
 
@@ -189,7 +192,7 @@ class Collaborative(AttentionLayer):
         slopes_N = self.slopes(n)
         if stored is not None:
             stored = self.store(stored, k_BTCH, v_BTKH, context)
-        if context.slots_B is None:
+        if context.slot is None:
             k_BTKX = jnp.broadcast_to(k_BTCH.reshape(b, t, 1, -1), (b, t, k, shared * h))
             o_BTNH = self.attend(q_BTNX, k_BTKX, v_BTKH, context, slopes_N, scale=h**-0.5)
         else:

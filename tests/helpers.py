@@ -11,6 +11,29 @@ from mea_jax import mixing
 from mea_jax.config import ModelConfig
 from mea_jax.train_step import init_params
 
+PLAIN: dict[str, Any] = {"hlc": "none", "head_norm": False}
+GROUPED: dict[str, Any] = {"n_heads": 8, "n_kv_heads": 4}
+# Changes to `tiny_model` for every attention that is compared with MEA.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "MHA": PLAIN,
+    "GQA": PLAIN | {"n_kv_heads": 2},
+    "MQA": PLAIN | {"n_kv_heads": 1},
+    "head norm only": PLAIN | {"head_norm": True, "n_kv_heads": 2},
+    "MEA": GROUPED | {"key_components": 2, "value_components": 4},
+    "MEA without norm": {"head_norm": False, "key_components": 2},
+    "gate per head": PLAIN | GROUPED | {"gate": "head"},
+    "gate per feature": {"gate": "feature", "value_components": 2},
+    "complex keys, dense values": {
+        "key_mixing": "frequency",
+        "value_mixing": "dense",
+        "key_components": 2,
+    },
+    "differential V1": PLAIN | GROUPED | {"variant": "differential_v1"},
+    "differential V2": PLAIN | GROUPED | {"variant": "differential_v2"},
+    "talking heads": PLAIN | GROUPED | {"variant": "talking_heads"},
+    "collaborative": PLAIN | GROUPED | {"variant": "collaborative", "key_components": 4},
+}
+
 
 def change(config: Any, **changes: Any) -> Any:
     """`config` with dotted keys replaced: `change(c, **{"model.d_ff": 48}, steps=3)`."""

@@ -27,7 +27,9 @@ def normal(seed, *shape):
 def mixing_of(kind, seed, components, composites):
     """A random mixing of `kind`."""
     c, k, h = components, composites, HEAD_DIM
-    return normal(seed, *{"heads": (c, k), "frequency": (c, k, h // 2, 2), "dense": (c, h, k, h)}[kind])
+    return normal(
+        seed, *{"heads": (c, k), "frequency": (c, k, h // 2, 2), "dense": (c, h, k, h)}[kind]
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -137,7 +139,9 @@ def test_initial_mixing_repeats_each_component(kind, components, composites):
     assert mix.dtype == jnp.float32
     serving = [composite * components // composites for composite in range(composites)]
     if composites % components == 0:
-        assert serving == [composite // (composites // components) for composite in range(composites)]
+        assert serving == [
+            composite // (composites // components) for composite in range(composites)
+        ]
     assert set(serving) == set(range(components)), "no component lies idle"
     np.testing.assert_array_equal(mixing.mix(kind, x, mix), x[:, :, jnp.asarray(serving)])
 
@@ -187,7 +191,9 @@ shapes = st.sampled_from([64, 256, 1024, 4096, 16384])
 heads = st.integers(1, 64)
 
 
-@given(kind=st.sampled_from(KINDS), d_model=shapes, heads=heads, head_dim=st.sampled_from([32, 128]))
+@given(
+    kind=st.sampled_from(KINDS), d_model=shapes, heads=heads, head_dim=st.sampled_from([32, 128])
+)
 def test_without_compression_folding_always_wins(kind, d_model, heads, head_dim):
     assert mixing.choose_form(kind, d_model, heads, heads, head_dim) == "folded"
 
@@ -201,7 +207,8 @@ def test_explicit_stays_the_choice_as_models_widen(kind, heads, missing):
 
 
 @pytest.mark.parametrize(
-    ("d_model", "components", "form"), [(256, 8, "folded"), (2048, 8, "explicit"), (2048, 16, "folded")]
+    ("d_model", "components", "form"),
+    [(256, 8, "folded"), (2048, 8, "explicit"), (2048, 16, "folded")],
 )
 def test_halved_heads_are_mixed_explicitly_in_wide_models_only(d_model, components, form):
     """16 composite heads of width 128."""

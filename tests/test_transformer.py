@@ -123,9 +123,7 @@ def test_scanned_stretches_are_a_loop_over_layers(case):
     layer = 0
     for first, length, key, value in stretches(model):
         block = Block(model, key, value)
-        run = jax.jit(
-            lambda p, x, i, block=block: block.apply({"params": p}, x, context, i)[0]
-        )
+        run = jax.jit(lambda p, x, i, block=block: block.apply({"params": p}, x, context, i)[0])
         for i in range(length):
             assert key == model.components("key")[layer]
             assert value == model.components("value")[layer]

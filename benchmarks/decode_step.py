@@ -201,7 +201,7 @@ def compiled_bytes(topology_name: str, batch: int, context: int) -> list[dict[st
             )
             step = jax.jit(functools.partial(decode.step, served), donate_argnums=1)
             tokens = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=where)
-            compiled = step.lower(placed(params), placed(cache), tokens).compile()
+            compiled: Any = step.lower(placed(params), placed(cache), tokens).compile()
             gbytes[name] = compiled.cost_analysis()["bytes accessed"] / 1e9
             rows.append(
                 {

@@ -36,7 +36,7 @@ from mea_jax.train_step import (
 from mea_jax.transformer import rope_of
 
 # The two shapes of the prototype: (D, L, N, F), heads of width 32 and 64, 8 x 256 positions.
-SHAPES = {
+SHAPES: dict[str, dict[str, Any]] = {
     "D 256, 6 layers": {"d_model": 256, "n_layers": 6, "n_heads": 8, "head_dim": 32, "d_ff": 704},
     "D 512, 4 layers": {"d_model": 512, "n_layers": 4, "n_heads": 8, "head_dim": 64, "d_ff": 1408},
 }
@@ -44,7 +44,7 @@ BATCH, LENGTH, VOCAB = 8, 256, 2048
 MHA = "MHA"
 
 
-def forms(shape: dict[str, int], **options: Any) -> dict[str, ModelConfig]:
+def forms(shape: dict[str, Any], **options: Any) -> dict[str, ModelConfig]:
     """MHA and MEA, C = K = N, in both training forms, and what the head norm is of it."""
     base = ModelConfig(
         vocab_size=VOCAB,
@@ -138,7 +138,13 @@ def print_rows(rows: list[dict[str, Any]]) -> None:
 
 
 # What DESIGN calls the layer: B 8, T 2048, D 2048, N = K, H 128, one layer's attention.
-TPU_SHAPE = {"d_model": 2048, "n_layers": 1, "n_heads": 16, "head_dim": 128, "d_ff": 8192}
+TPU_SHAPE: dict[str, Any] = {
+    "d_model": 2048,
+    "n_layers": 1,
+    "n_heads": 16,
+    "head_dim": 128,
+    "d_ff": 8192,
+}
 TPU_BATCH, TPU_LENGTH = 8, 2048
 
 

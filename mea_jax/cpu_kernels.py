@@ -15,7 +15,9 @@ K key/value heads, G = N / K, H head width, F any output width, V vocabulary.
 
 import ctypes
 import functools
+import math
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -84,16 +86,8 @@ def product(lhs: Array, rhs: Array, contract: tuple, batch: int = 0) -> Array:
 
 
 def thin_product(lhs: Array, rhs: Array, contract: tuple, batch: int) -> Array:
-    """`product` for a `lhs` of few rows (queries of one position) and a large `rhs` (a cache).
-
-    A single row would be a product of a vector, which is widened to float32 and runs on one core;
-    so it is filled up with a second one of zeros.
-    """
-    if lhs.shape[batch] > 1:
-        return product(lhs, rhs, contract, batch)
-    pads = [(0, 1 if axis == batch else 0) for axis in range(lhs.ndim)]
-    wide = product(jnp.pad(lhs, pads), rhs, contract, batch)
-    return jax.lax.slice_in_dim(wide, 0, 1, axis=batch)
+    """`product` for a `lhs` of few rows, (batch ..., rows, D), and a large `rhs`."""
+    return _thickened(lambda lhs: product(lhs, rhs, contract, batch), lhs, batch)
 
 
 def _transposed(x: Array, axes: tuple[int, ...]) -> Array:
@@ -102,12 +96,24 @@ def _transposed(x: Array, axes: tuple[int, ...]) -> Array:
 
 def matmul(x: Array, w: Array) -> Array:
     """x (..., D) times w (D, F), of one format: float32 (..., F)."""
-    return product(x, w, ((x.ndim - 1,), (0,)))
+    return _thickened(lambda x: product(x, w, ((x.ndim - 1,), (0,))), x, 0)
 
 
 def matmul_transposed(g: Array, w: Array) -> Array:
     """g (..., F) times the transpose of w (D, F), of one format: float32 (..., D)."""
-    return product(g, w, ((g.ndim - 1,), (1,)))
+    return _thickened(lambda g: product(g, w, ((g.ndim - 1,), (1,))), g, 0)
+
+
+def _thickened(multiply: Callable[[Array], Array], x: Array, axis: int) -> Array:
+    """`multiply(x)`, a lone row of `x` filled up with a second one of zeros along `axis`.
+
+    One row would make it a product of a vector, for which the large operand is widened to float32,
+    all of it, on one core.
+    """
+    if math.prod(x.shape[axis:-1]) != 1:
+        return multiply(x)
+    pads = [(0, 1 if i == axis else 0) for i in range(x.ndim)]
+    return jax.lax.slice_in_dim(multiply(jnp.pad(x, pads)), 0, 1, axis=axis)
 
 
 def weight_gradient(x: Array, g: Array) -> Array:

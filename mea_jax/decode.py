@@ -178,12 +178,11 @@ def empty_cache(served: Served, batch: int, length: int, dtype: Any) -> Cache:
 def _run_layers(served: Served, params: Any, x_BTD: Array, context: Context, cache: Cache):
     layers = []
     for i, spec in enumerate(served.layers):
-        variables, stored = (
-            {"params": params["layers"][i]},
-            Stored(cache.layers[i], cache.recent[i]),
-        )
-        x_BTD, stored = spec.block().apply(variables, x_BTD, context, i, stored)
-        layers.append(stored)
+        variables = {"params": params["layers"][i]}
+        stored = Stored(cache.layers[i], cache.recent[i])
+        out: Any = spec.block().apply(variables, x_BTD, context, i, stored)
+        x_BTD = out[0]
+        layers.append(out[1])
     main, recent = zip(*layers, strict=True)
     return x_BTD, main, recent
 

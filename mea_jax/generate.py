@@ -246,7 +246,9 @@ def main() -> None:
     cli.enable_compilation_cache()
     if jax.devices()[0].platform == "cpu":
         keep_freed_memory()
-    model, params, tokenizer, length = load(Path(CHECKPOINT.value), CACHE_LENGTH.value, DTYPE.value)
+    model, params, tokenizer, length = load(
+        Path(CHECKPOINT.value or ""), CACHE_LENGTH.value, DTYPE.value
+    )
     generator = Generator(
         model,
         params,

@@ -1,0 +1,219 @@
+"""Generation: the same tokens as recomputing every prefix, whatever the batch; the command."""
+
+import json
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import params_of, tiny_model
+
+from mea_jax import cache
+from mea_jax.errors import UserError
+from mea_jax.generate import Stream, cut_at, read_prompts
+from mea_jax.generation import Generator, Report
+from mea_jax.sampling import Sampling
+from mea_jax.train import train
+from mea_jax.transformer import apply_logits
+
+PROMPTS = [[5, 6, 7, 8, 9], [200, 3], [17] * 11]
+
+
+@pytest.fixture(scope="module")
+def generator():
+    model = tiny_model(key_components=2, value_components=1)
+    return Generator(model, params_of(model, noise=0.3), length=200)
+
+
+def recomputed(generator, params, prompt, count):
+    """Greedy tokens, each from a forward pass over the whole prefix, padded to one length."""
+    model, tokens = tiny_model(key_components=2, value_components=1), list(prompt)
+    length = len(prompt) + count
+    logits = jax.jit(lambda t: apply_logits(model, params, t, *where))
+    where = jnp.arange(length)[None], jnp.ones((1, length), jnp.int32)
+    for _ in range(count):
+        padded = np.zeros((1, length), np.int32)
+        padded[0, : len(tokens)] = tokens
+        tokens.append(int(jnp.argmax(logits(padded)[0, len(tokens) - 1])))
+    return tokens[len(prompt) :]
+
+
+def test_greedy_tokens_are_those_of_recomputing_every_prefix(generator):
+    """Over more steps than `RECENT`, so that the cache is flushed; C_k 2 and C_v 1 of K 4."""
+    params = params_of(tiny_model(key_components=2, value_components=1), noise=0.3)
+    count = cache.RECENT + 20
+    new = generator.run(PROMPTS, count=count)
+    for prompt, tokens in zip(PROMPTS, new, strict=True):
+        assert tokens == recomputed(generator, params, prompt, count)
+
+
+def test_a_row_does_not_depend_on_its_batch_nor_on_the_chunk(generator):
+    options = {"count": 30, "sampling": Sampling(1.0, top_k=50, top_p=0.9), "seed": 3}
+    together = generator.run(PROMPTS, chunk=7, **options)
+    alone = [generator.run([p], rows=[i], **options)[0] for i, p in enumerate(PROMPTS)]
+    assert together == alone
+    other = generator.run(PROMPTS, **options | {"seed": 4})
+    assert together != other
+    assert together[0] != generator.run([PROMPTS[0]], rows=[1], **options)[0]
+
+
+def test_rows_stop_by_themselves(generator):
+    free = generator.run(PROMPTS, count=40)
+    stop = free[0][9]
+    first = free[0].index(stop)
+    stopped = generator.run(PROMPTS, count=40, stop=(stop,))
+    assert stopped[0] == free[0][:first]
+    for tokens, before in zip(stopped[1:], free[1:], strict=True):
+        assert tokens == (before[: before.index(stop)] if stop in before else before)
+
+
+def test_a_full_cache_ends_a_row(generator):
+    long = [(7 * i) % 250 for i in range(195)]
+    report = Report()
+    new = generator.run([long, PROMPTS[1]], count=12, report=report)
+    assert [len(tokens) for tokens in new] == [5, 12]
+    assert report.tokens == 17
+    assert new[1] == generator.run([PROMPTS[1]], rows=[1], count=12)[0]
+
+
+def test_a_looker_on_can_stop_a_row(generator):
+    seen = []
+
+    def on_tokens(new):
+        seen.append([len(tokens) for tokens in new])
+        return [len(new[0]) >= 8, False, False]
+
+    new = generator.run(PROMPTS, count=20, chunk=4, on_tokens=on_tokens)
+    assert [len(tokens) for tokens in new] == [8, 20, 20]
+    assert seen[:2] == [[4, 4, 4], [8, 8, 8]]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ([], "the prompt is empty"),
+        ([1] * 200, "200 tokens, which leave no room .* 200 positions"),
+        ([1, 264], "token 264, and the model's vocabulary has 264"),
+    ],
+)
+def test_prompts_that_cannot_be_continued(generator, prompt, message):
+    with pytest.raises(UserError, match=message):
+        generator.run([prompt], count=3)
+
+
+def test_learned_positions_bound_the_cache():
+    model = tiny_model(positions="learned", max_positions=16)
+    with pytest.raises(UserError, match="17 positions is longer than the 16"):
+        Generator(model, params_of(model), length=17)
+
+
+# -- text ---------------------------------------------------------------------------------------
+
+
+class Letters:
+    """A tokenizer whose ids are the code units of UTF-8."""
+
+    def decode(self, ids):
+        return bytes(ids).decode(errors="replace")
+
+
+def test_a_stream_prints_every_character_once_and_none_half(capsys):
+    text, shown = "naïve → END of it", []
+    stream = Stream(Letters(), ["END"], sys.stdout)
+    data = text.encode()
+    stopped = []
+    for i in range(1, len(data) + 1):
+        stopped.append(stream.show(list(data[:i])))
+        shown.append(capsys.readouterr().out)
+    assert "".join(shown) == "naïve → "  # and nothing of the stop text, which came letter by letter
+    assert stopped.index(True) == len("naïve → END".encode()) - 1
+    assert "\ufffd" not in "".join(shown)
+
+
+def test_cut_at_the_first_stop():
+    assert cut_at("a b c", ["c", "b"]) == ("a ", True)
+    assert cut_at("a b c", ["x"]) == ("a b c", False)
+
+
+def test_prompt_files(tmp_path):
+    lines, records = tmp_path / "p.txt", tmp_path / "p.jsonl"
+    lines.write_text("one\n\n  two\n")
+    assert read_prompts(lines) == ["one", "  two"]
+    records.write_text('{"prompt": "a\\nb"}\n{"prompt": "c"}\n')
+    assert read_prompts(records) == ["a\nb", "c"]
+    records.write_text('{"prompt": "a"}\n{"text": "c"}\n')
+    with pytest.raises(UserError, match="line 2: expected an object"):
+        read_prompts(records)
+    lines.write_text("\n")
+    with pytest.raises(UserError, match="holds no prompt"):
+        read_prompts(lines)
+
+
+# -- the command --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run_directory(tiny, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("generate") / "run"
+    model = tiny_model(key_components=2, value_components=2)
+    train(tiny(model=model, **{"mesh.data": 1, "mesh.fsdp": -1}), workdir)
+    return workdir
+
+
+def generate(*arguments):
+    options = ("--dtype", "float32")  # "auto" would depend on the machine
+    command = [sys.executable, "-m", "mea_jax.generate", *map(str, arguments), *options]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_the_command_continues_a_prompt_and_a_file(run_directory, tmp_path):
+    checkpoint = ("--checkpoint", run_directory)
+    one = generate(*checkpoint, "--prompt", "a quick", "--max_tokens", 12, "--temperature", 0)
+    assert one.returncode == 0, one.stderr
+    assert one.stdout.startswith("a quick")
+    assert "tokens/s" in one.stderr
+    # Two layers, C 2 of width 8, keys and values, float32.
+    assert f"cache {2 * 2 * 2 * 8 * 4} bytes per token (float32, absorbed)" in one.stderr
+
+    prompts, out = tmp_path / "prompts.txt", tmp_path / "out.jsonl"
+    prompts.write_text("a quick\nover the\nseven\n")
+    many = generate(
+        *("--checkpoint", run_directory / "checkpoints" / "8", "--prompts", prompts),
+        *("--output", out, "--batch_size", 2, "--max_tokens", 12, "--temperature", 0),
+    )
+    assert many.returncode == 0, many.stderr
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [r["prompt"] for r in records] == ["a quick", "over the", "seven"]
+    assert one.stdout.rstrip("\n") == "a quick" + records[0]["text"].rstrip("\n")
+    assert all(r["ended_by"] in ("max_tokens", "end_of_document") for r in records)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--prompt", "x" * 40), "the prompt has 41 tokens"),
+        (("--prompt", ""), "--prompt is empty"),
+        (("--prompt", "x", "--prompts", "y"), "give either --prompt TEXT or --prompts FILE"),
+        (("--prompt", "x", "--top_p", "0"), "top_p=0"),
+        (("--prompt", "x", "--cache_dtype", "int9"), "did you mean 'int8'?"),
+        (("--prompts", "/nowhere.txt"), "--prompts /nowhere.txt cannot be read"),
+    ],
+)
+def test_bad_input_is_one_line(run_directory, arguments, message):
+    result = generate("--checkpoint", run_directory, *arguments)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_a_checkpoint_without_a_tokenizer_or_none_at_all(run_directory, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints").symlink_to(run_directory / "checkpoints")
+    result = generate("--checkpoint", tmp_path / "run", "--prompt", "x")
+    assert result.returncode == 2
+    assert "holds no tokenizer" in result.stderr
+    result = generate("--checkpoint", tmp_path, "--prompt", "x")
+    assert result.returncode == 2
+    assert "holds no checkpoints" in result.stderr

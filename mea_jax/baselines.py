@@ -25,6 +25,8 @@ def apply_variant(config: config_dict.ConfigDict, variant: str) -> config_dict.C
         model.hlc = "none"
         model.head_norm = variant == "head_norm"
         model.key_components = model.value_components = None
+        model.key_mixing = model.value_mixing = "heads"
+        model.hlc_order = "before"
     if variant == "no_norm":
         model.head_norm = False
     if variant == "mha":

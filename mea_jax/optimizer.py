@@ -33,15 +33,17 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def decayed(params, decay_mixing: bool):
-    """A tree of bools: weight decay applies to matrices, not to norm scales nor (unless
-    `decay_mixing`) to W_lc, which decay would pull away from the identity towards zero.
+    """A tree of bools: weight decay applies to matrices, not to norm scales and other vectors, nor
+    (unless `decay_mixing`) to W_lc, which decay would pull away from the identity towards zero.
 
     By name and not by rank, since scanned layers give every parameter one more axis.
     """
 
     def leaf(path, _):
         name = path[-1].key
-        return name != "scale" and (decay_mixing or not name.endswith("_mixing"))
+        if name == "scale" or name.startswith("lambda_"):
+            return False
+        return decay_mixing or not name.endswith("_mixing")
 
     return jax.tree_util.tree_map_with_path(leaf, params)
 

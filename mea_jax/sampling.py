@@ -20,7 +20,7 @@ class Sampling:
     top_p: float = 1.0  # only the fewest tokens whose probabilities reach p; 1: all
 
     def __post_init__(self):
-        if self.temperature < 0:
+        if not self.temperature >= 0:  # nan too
             raise UserError(f"temperature={self.temperature} must be 0 (greedy) or more")
         if self.top_k < 0:
             raise UserError(f"top_k={self.top_k} must be 0 (all tokens) or more")

@@ -14,7 +14,7 @@ from mea_jax.train_step import init_params
 PLAIN: dict[str, Any] = {"hlc": "none", "head_norm": False}
 GROUPED: dict[str, Any] = {"n_heads": 8, "n_kv_heads": 4}
 # Changes to `tiny_model` for every attention that is compared with MEA.
-VARIANTS: dict[str, dict[str, Any]] = {
+ATTENTIONS: dict[str, dict[str, Any]] = {
     "MHA": PLAIN,
     "GQA": PLAIN | {"n_kv_heads": 2},
     "MQA": PLAIN | {"n_kv_heads": 1},

@@ -9,19 +9,16 @@ import sys
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import change, params_of, tiny_model
+from helpers import change
 
 from mea_jax.checkpoint import Checkpoints
 from mea_jax.config import SourceConfig
 from mea_jax.errors import UserError
 from mea_jax.report import read_metrics
 from mea_jax.run_directory import stored_dtype
-from mea_jax.sample import sample
 from mea_jax.train import Loop, train
-from mea_jax.transformer import apply_logits
 
 
 @pytest.fixture
@@ -84,20 +81,6 @@ def test_saving_is_outside_the_transfer_guard(tiny, devices, tmp_path, monkeypat
     assert "disallow" not in seen
 
 
-def test_sampling_takes_the_most_likely_token_again_and_again():
-    model, prompt = tiny_model(), [5, 6, 7]
-    params = params_of(model)
-    options = {"count": 4, "length": 16, "seed": 0, "stop": -1}
-    new = sample(model, params, prompt, temperature=0.0, **options)
-    text = list(prompt)
-    for _ in range(4):
-        tokens = jnp.array([text], jnp.int32)
-        ones, places = jnp.ones_like(tokens), jnp.arange(len(text))[None]
-        text.append(int(np.argmax(apply_logits(model, params, tokens, places, ones)[0, -1])))
-    assert new == text[3:]
-    assert sample(model, params, prompt, temperature=0.0, **(options | {"stop": new[2]})) == new[:2]
-
-
 TWO = """
 import dataclasses, json, os, sys
 import jax
@@ -112,7 +95,7 @@ train(config, Path(sys.argv[4]))
 
 def test_two_processes_train_like_one(tiny, devices, tmp_path):
     devices(2)
-    config = tiny()
+    config = tiny(**{"evaluate.sample_prompt": "a quick", "evaluate.sample_tokens": 6})
     train(config, tmp_path / "one")
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
     with socket.socket() as probe:

@@ -106,7 +106,7 @@ def test_greedy(sampling):
         (Sampling(1.0), VOCAB),
         (Sampling(0.5), VOCAB),
         (Sampling(2.0, top_k=5), 5),
-        (Sampling(0.7, top_p=0.8), None),
+        (Sampling(3.0, top_p=0.7), None),  # 8 tokens; at temperature 1 it would be 7
     ],
 )
 def test_frequencies_are_the_probabilities(sampling, allowed):
@@ -141,7 +141,7 @@ def test_a_rows_token_depends_on_its_own_key_and_logits():
     ("options", "message"),
     [
         ({"temperature": -0.1}, r"^temperature=-0\.1 must be 0 \(greedy\) or more$"),
-        # Accepted as of b42c1af: `nan < 0` is False; `not self.temperature >= 0` would refuse it.
+        # FAILS: `nan < 0` is False. In sampling.py, `if not self.temperature >= 0` would refuse it.
         ({"temperature": float("nan")}, r"^temperature=nan must be 0"),
         ({"top_k": -1}, r"^top_k=-1 must be 0 \(all tokens\) or more$"),
         ({"top_p": 0.0}, r"^top_p=0\.0 must lie above 0"),

@@ -75,7 +75,8 @@ def test_run_directory(finished):
         "loss.png",
         "summary.json",
     }
-    assert TrainConfig.from_dict(json.loads((workdir / "config.json").read_text())) == config
+    resolved = change(config, **{"model.attention_kernel": "einsum", "model.hlc_form": "folded"})
+    assert TrainConfig.from_dict(json.loads((workdir / "config.json").read_text())) == resolved
     assert (workdir / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert list((workdir / "tensorboard").glob("events.out.tfevents.*"))
     assert {path.name for path in (workdir / "checkpoints").iterdir()} == {"4", "8"}

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import references
-from helpers import PLAIN, VARIANTS, change, flat, packed, params_of, tiny_model
+from helpers import ATTENTIONS, PLAIN, change, flat, packed, params_of, tiny_model
 from references import logits_of, maps_of, rotated, weighted
 
 from mea_jax import attention
@@ -127,13 +127,13 @@ DEFINITIONS = {
 }
 ALIBI: dict[str, dict[str, Any]] = {
     f"{name}, ALiBi": changes | {"positions": "alibi"}
-    for name, changes in VARIANTS.items()
+    for name, changes in ATTENTIONS.items()
     if name.startswith(("differential", "talking"))
 }
 
 
 # `test_attention` has MHA, GQA, MQA and MEA against the same reference.
-OTHERS = {n: c for n, c in VARIANTS.items() if n not in ("MHA", "GQA", "MQA") and "MEA" not in n}
+OTHERS = {n: c for n, c in ATTENTIONS.items() if n not in ("MHA", "GQA", "MQA") and "MEA" not in n}
 
 
 @pytest.mark.parametrize("name", OTHERS | ALIBI)
@@ -142,7 +142,7 @@ def test_variant_is_its_definition(name):
 
     float32 sums of up to 32 terms in another order, relative to the largest entry.
     """
-    model = tiny_model(n_layers=1, **(VARIANTS | ALIBI)[name])
+    model = tiny_model(n_layers=1, **(ATTENTIONS | ALIBI)[name])
     reference = DEFINITIONS[model.variant]
     validate(TrainConfig(model=model))
     params, (x, positions, segments) = layer_params(model), inputs(model)

@@ -27,10 +27,13 @@ from jax.sharding import SingleDeviceSharding
 from benchmarks.harness import lines, print_table, ratios, spread, time_interleaved, write_json
 from mea_jax import decode, topology
 from mea_jax.backends import resolve
-from mea_jax.cache import count_bytes
+from mea_jax.cache import RECENT, Stored, count_bytes
 from mea_jax.config import ModelConfig
 from mea_jax.cpu_kernels import keep_freed_memory
+from mea_jax.layers import Context, Slots
 from mea_jax.train_step import abstract_params
+from mea_jax.transformer import rope_of
+from mea_jax.variants import make_attention
 
 WHOLE = "MEA C = K/2, whole cache"
 # Name -> (changes of the model, form of the cache).
@@ -181,48 +184,77 @@ def timed(
 TPU_SHAPES = ((32, 8, 64), (32, 8, 128), (16, 16, 128))
 
 
+def attention_step(served: decode.Served, length: int) -> Callable[..., Any]:
+    """One layer's attention of a step, without the rest of the model: what the cache costs."""
+    spec = served.layers[0]
+    layer = make_attention(
+        spec.model, spec.key_components, spec.value_components, cached_form=spec.form
+    )
+
+    def run(params, cache, x_B1D):
+        batch = x_B1D.shape[0]
+        distance_BS = jnp.arange(length)[None] - cache.lengths_B[:, None]
+        recent_BR = jnp.broadcast_to(jnp.arange(RECENT)[None], (batch, RECENT))
+        context = Context(
+            segment_ids_BT=jnp.ones((batch, 1), jnp.int32),
+            rope=rope_of(spec.model, cache.positions_B[:, None]),
+            slot=cache.recent_count,
+            main=Slots(cache.segment_ids_BS == 1, distance_BS),
+            recent=Slots(recent_BR <= cache.recent_count, recent_BR - cache.recent_count),
+        )
+        stored = Stored(cache.layers[0], cache.recent[0])
+        variables = {"params": params["layers"][0]["attention"]}
+        return layer.apply(variables, x_B1D, context, 0, stored)
+
+    return run
+
+
 def compiled_bytes(topology_name: str, batch: int, context: int) -> list[dict[str, Any]]:
-    """Bytes of one step of a two-layer model, counted by the TPU's compiler."""
+    """Bytes of one step counted by the TPU's compiler: of the attention of a layer, and whole."""
     where = SingleDeviceSharding(topology.describe(topology_name)[0])
     rows: list[dict[str, Any]] = []
 
     def placed(tree):
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree)
 
-    for n, k, h in TPU_SHAPES:
-        base = base_model(n, k, h, 2048, 2, "bfloat16")
-        base = dataclasses.replace(base, backend="xla", attention_kernel="einsum")
-        gbytes = {}
-        for name in [n for n in VARIANTS if n.startswith("MEA")]:
-            model, form = variant_of(base, name)
-            served, params = served_shapes(model, form)
-            cache = jax.eval_shape(
-                functools.partial(decode.empty_cache, served, batch, context, jnp.bfloat16)
-            )
-            step = jax.jit(functools.partial(decode.step, served), donate_argnums=1)
-            tokens = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=where)
-            compiled: Any = step.lower(placed(params), placed(cache), tokens).compile()
-            gbytes[name] = compiled.cost_analysis()["bytes accessed"] / 1e9
-            rows.append(
-                {
-                    "shape": f"N {n}, K {k}, C {k // 2}, H {h}",
-                    "name": name,
-                    "cache_gb": count_bytes(cache.layers) / 1e9,
-                    "weights_gb": nbytes(params) / 1e9,
-                    "gbytes": gbytes[name],
-                    "over_whole": gbytes[name] / gbytes[WHOLE],
-                    "temporary_mb": compiled.memory_analysis().temp_size_in_bytes / 1e6,
-                }
-            )
-    print(
-        f"\nOne step of two layers, batch {batch}, {context} positions, compiled for "
-        f"{topology_name}:"
-    )
+    for what, layers in (("attention of a layer", 1), ("whole step, 2 layers", 2)):
+        for n, k, h in TPU_SHAPES:
+            base = base_model(n, k, h, 2048, layers, "bfloat16")
+            base = dataclasses.replace(base, backend="xla", attention_kernel="einsum")
+            gbytes = {}
+            for name in [n for n in VARIANTS if n.startswith("MEA")]:
+                model, form = variant_of(base, name)
+                served, params = served_shapes(model, form)
+                cache = jax.eval_shape(
+                    functools.partial(decode.empty_cache, served, batch, context, jnp.bfloat16)
+                )
+                if layers == 1:
+                    function: Any = attention_step(served, context)
+                    last = jax.ShapeDtypeStruct((batch, 1, model.d_model), jnp.bfloat16)
+                else:
+                    function = functools.partial(decode.step, served)
+                    last = jax.ShapeDtypeStruct((batch,), jnp.int32)
+                step = jax.jit(function, donate_argnums=1)
+                arguments = placed((params, cache, last))
+                compiled: Any = step.lower(*arguments).compile()
+                gbytes[name] = compiled.cost_analysis()["bytes accessed"] / 1e9
+                rows.append(
+                    {
+                        "what": what,
+                        "shape": f"N {n}, K {k}, C {k // 2}, H {h}",
+                        "name": name,
+                        "cache_gb": count_bytes(cache.layers) / 1e9,
+                        "gbytes": gbytes[name],
+                        "over_whole": gbytes[name] / gbytes[WHOLE],
+                        "temporary_mb": compiled.memory_analysis().temp_size_in_bytes / 1e6,
+                    }
+                )
+    print(f"\nOne step, batch {batch}, {context} positions, compiled for {topology_name}:")
     columns = {
+        "what": ("", "s"),
         "shape": ("", "s"),
         "name": ("", "s"),
         "cache_gb": ("cache GB", ".3f"),
-        "weights_gb": ("weights GB", ".3f"),
         "gbytes": ("GB accessed", ".3f"),
         "over_whole": ("of the whole cache's", ".3f"),
         "temporary_mb": ("temporary MB", ".1f"),
@@ -244,7 +276,7 @@ def main() -> None:
     parser.add_argument("--topology", help="count bytes for this TPU, such as v5e:2x2, instead")
     args = parser.parse_args()
     if args.topology:
-        rows = compiled_bytes(args.topology, 32, 32768)
+        rows = compiled_bytes(args.topology, 16, 32768)
         write_json(f"{args.out}_{args.topology.replace(':', '_')}.json", rows)
         return
     if jax.devices()[0].platform == "cpu":

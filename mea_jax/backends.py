@@ -21,6 +21,8 @@ from mea_jax.norms import rms_norm
 
 # Above this many positions T x T logits are not made: 1024^2 float32 are 4 MiB a head.
 _EINSUM_LENGTH = 1024
+# Above this many cuDNN's mask for segments, 2 B T^2 bytes, outgrows what it is worth: 134 MB a row.
+_CUDNN_LENGTH = 8192
 # Above this many, the CPU kernel's blocks of queries against all keys outgrow any cache.
 _CPU_KERNEL_LENGTH = 8192
 
@@ -43,6 +45,10 @@ class Backend(Products, Protocol):
 
     def project(self, x: jax.Array, kernel: jax.Array, axes: int = 1) -> jax.Array:
         """Contracts the last `axes` axes of `x` with the first `axes` of a float32 kernel."""
+        ...
+
+    def fold(self, kind: str, kernel_DCH: jax.Array, mix: jax.Array) -> jax.Array:
+        """`mixing.fold`: the projection (D, K, H) straight to composite heads, float32."""
         ...
 
     def swiglu(self, gate: jax.Array, up: jax.Array) -> jax.Array:
@@ -101,6 +107,9 @@ class XlaBackend:
     def project(self, x: jax.Array, kernel: jax.Array, axes: int = 1) -> jax.Array:
         return jnp.tensordot(x.astype(self.dtype), kernel.astype(self.dtype), axes=axes)
 
+    def fold(self, kind: str, kernel_DCH: jax.Array, mix: jax.Array) -> jax.Array:
+        return mixing.fold(kind, kernel_DCH, mix)
+
     def swiglu(self, gate: jax.Array, up: jax.Array) -> jax.Array:
         return jax.nn.silu(gate) * up
 
@@ -142,6 +151,11 @@ class CpuBackend:
         flat_x = x.reshape(*rows, -1)
         flat_kernel = kernel.reshape(flat_x.shape[-1], -1)
         return cpu_kernels.dense(flat_x, flat_kernel, self.dtype).reshape(*rows, *outputs)
+
+    def fold(self, kind: str, kernel_DCH: jax.Array, mix: jax.Array) -> jax.Array:
+        if kind == "heads":
+            return cpu_kernels.fold_heads(kernel_DCH, mix)
+        return mixing.fold(kind, kernel_DCH, mix)
 
     def swiglu(self, gate: jax.Array, up: jax.Array) -> jax.Array:
         return cpu_kernels.swiglu(gate, up, self.dtype)
@@ -214,7 +228,7 @@ def _head_widths(model: ModelConfig) -> tuple[int, int]:
 
 def _choose_kernel(model: ModelConfig, platform: str, dtype: str, backend: str, length: int) -> str:
     """The fastest attention kernel that this machine has for windows of `length` positions."""
-    fastest = {"tpu": "splash", "gpu": "cudnn"}.get(platform)
+    fastest = {"tpu": "splash", "gpu": "cudnn" if length <= _CUDNN_LENGTH else None}.get(platform)
     if platform == "cpu" and backend == "cpu" and length <= _CPU_KERNEL_LENGTH:
         fastest = "cpu"
     if fastest and _lacks(fastest, model, platform, dtype) is None:
@@ -240,8 +254,8 @@ def resolve(
 
     `dtype`: bfloat16 on accelerators and on a CPU with bfloat16 matrix units, else float32.
     `backend`: "cpu" on CPU devices, "xla" everywhere else.
-    `attention_kernel`: splash on TPU, cuDNN on GPU, "cpu" up to 8,192 positions on CPU; where that
-    does not apply, "einsum" up to 1,024 positions and "chunked" above.
+    `attention_kernel`: splash on TPU; up to 8,192 positions cuDNN on GPU and "cpu" on CPU; where
+    that does not apply, "einsum" up to 1,024 positions and "chunked" above.
     `hlc_form`: folded wherever `tensor` devices share the heads, else by shapes
     (`mixing.choose_form`); explicit keys where they are mixed after their norm.
 

@@ -92,6 +92,17 @@ def thin_product(lhs: Array, rhs: Array, contract: tuple, batch: int) -> Array:
     return _thickened(lambda lhs: product(lhs, rhs, contract, batch), lhs, batch)
 
 
+def fold_heads(kernel_DCH: Array, mix_CK: Array) -> Array:
+    """W_lc folded into a projection (mixing.fold), float32 (D, K, H), as one product of matrices.
+
+    C first: 1.5 times as fast here as D small products (on a TPU it moves more bytes).
+    """
+    d, c, h = kernel_DCH.shape
+    kernel_CX = jnp.swapaxes(kernel_DCH.astype(jnp.float32), 0, 1).reshape(c, d * h)
+    folded_KX = jnp.einsum("ck,cx->kx", mix_CK, kernel_CX)
+    return jnp.swapaxes(folded_KX.reshape(-1, d, h), 0, 1)
+
+
 def _transposed(x: Array, axes: tuple[int, ...]) -> Array:
     return _laid_out(jnp.transpose(x, axes))
 

@@ -283,7 +283,7 @@ class Attention(AttentionLayer):
         if heads.mixing is None:
             return self.backend.project(x_BTD, heads.kernel_DCH)
         if mixing.training_form(self.config, which, heads.kernel_DCH.shape[1]) == "folded":
-            folded_DKH = mixing.fold(heads.kind, heads.kernel_DCH, heads.mixing)
+            folded_DKH = self.backend.fold(heads.kind, heads.kernel_DCH, heads.mixing)
             return self.backend.project(x_BTD, folded_DKH)
         return heads.mix(self.backend.project(x_BTD, heads.kernel_DCH))
 

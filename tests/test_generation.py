@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -31,8 +32,8 @@ def recomputed(generator, params, prompt, count):
     """Greedy tokens, each from a forward pass over the whole prefix, padded to one length."""
     model, tokens = tiny_model(key_components=2, value_components=1), list(prompt)
     length = len(prompt) + count
-    logits = jax.jit(lambda t: apply_logits(model, params, t, *where))
     where = jnp.arange(length)[None], jnp.ones((1, length), jnp.int32)
+    logits = jax.jit(lambda t: apply_logits(model, params, t, *where))
     for _ in range(count):
         padded = np.zeros((1, length), np.int32)
         padded[0, : len(tokens)] = tokens
@@ -121,7 +122,7 @@ class Letters:
 
 def test_a_stream_prints_every_character_once_and_none_half(capsys):
     text, shown = "naïve → END of it", []
-    stream = Stream(Letters(), ["END"], sys.stdout)
+    stream = Stream(cast(Any, Letters()), ["END"], sys.stdout)
     data = text.encode()
     stopped = []
     for i in range(1, len(data) + 1):

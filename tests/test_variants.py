@@ -1,7 +1,8 @@
 """The rivals of MEA: each is its definition, and starts where its paper says."""
 
 import math
-from typing import Any
+import types
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -335,3 +336,17 @@ def test_kernels_by_length_and_positions():
     assert kernel(64, positions="alibi") == kernel(1024, backend="xla") == "einsum"
     assert kernel(1025, positions="alibi") == kernel(1025, backend="xla") == "chunked"
     assert kernel(64, attention_kernel="chunked") == "chunked"
+
+
+def test_kernels_of_accelerators():
+    """Flash kernels where they apply; cuDNN's mask of segments is T x T, so not at any length."""
+
+    def kernel(platform, length, **changes):
+        model = tiny_model(**{"backend": "auto", "dtype": "auto"} | changes)
+        devices = cast(Any, [types.SimpleNamespace(platform=platform)])
+        return resolve(model, devices, length).attention_kernel
+
+    assert kernel("tpu", 64) == kernel("tpu", 32768) == "splash"
+    assert kernel("gpu", 64) == kernel("gpu", 8192) == "cudnn"
+    assert kernel("gpu", 32768) == kernel("tpu", 32768, positions="alibi") == "chunked"
+    assert kernel("gpu", 64, dtype="float32") == kernel("gpu", 64, positions="alibi") == "einsum"

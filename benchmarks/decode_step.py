@@ -204,7 +204,8 @@ def attention_step(served: decode.Served, length: int) -> Callable[..., Any]:
         )
         stored = Stored(cache.layers[0], cache.recent[0])
         variables = {"params": params["layers"][0]["attention"]}
-        return layer.apply(variables, x_B1D, context, 0, stored)
+        out: Any = layer.apply(variables, x_B1D, context, 0, stored)
+        return out[0], dataclasses.replace(cache, layers=(out[1].main,), recent=(out[1].recent,))
 
     return run
 

@@ -44,7 +44,7 @@ def init_params(model: ModelConfig, key: jax.Array) -> Any:
 
 def abstract_params(model: ModelConfig) -> Any:
     """Shapes and dtypes of the parameters, without logical axes."""
-    return nn.unbox(jax.eval_shape(lambda k: init_params(model, k), jax.random.key(0)))
+    return nn.unbox(jax.eval_shape(lambda: init_params(model, jax.random.key(0))))
 
 
 def init_state(config: TrainConfig, key: jax.Array) -> TrainState:
@@ -56,13 +56,14 @@ def init_state(config: TrainConfig, key: jax.Array) -> TrainState:
 
 def state_shardings(config: TrainConfig, mesh: Mesh) -> TrainState:
     """A `TrainState` of `NamedSharding`s: moments are split exactly like their parameters."""
-    key = jax.random.key(0)
-    boxed = jax.eval_shape(lambda k: init_params(config.model, k), key)
+    # Keys are made inside, so that nothing runs: the mesh may be one to compile for only.
+    boxed = jax.eval_shape(lambda: init_params(config.model, jax.random.key(0)))
     params = sharding.param_shardings(boxed, mesh)
-    abstract = jax.eval_shape(lambda k: init_state(config, k), key)
+    abstract = jax.eval_shape(lambda: init_state(config, jax.random.key(0)))
     whole = sharding.replicated(mesh)
+    optimizer = make_optimizer(config.optimizer, config.steps)
     opt_state = optax.tree_utils.tree_map_params(
-        make_optimizer(config.optimizer, config.steps),
+        lambda placeholder: jax.eval_shape(lambda: optimizer.init(placeholder)),
         lambda _, param_sharding: param_sharding,
         abstract.opt_state,
         params,
@@ -80,7 +81,7 @@ def create_state(config: TrainConfig, mesh: Mesh) -> TrainState:
 
 def abstract_state(config: TrainConfig, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and shardings of the state: what a checkpoint is restored into."""
-    shapes = jax.eval_shape(lambda k: init_state(config, k), jax.random.key(0))
+    shapes = jax.eval_shape(lambda: init_state(config, jax.random.key(0)))
     return jax.tree.map(
         lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
         shapes,

@@ -46,7 +46,7 @@ def measure(args: argparse.Namespace, dtype: str, context: int) -> list[dict[str
     for name in NAMES:
         model, form = variant_of(base, name)
         model = resolve(model, jax.devices(), context)
-        run, sizes = step_of(model, form, args.batch, context, jnp.dtype(dtype))
+        run, _, sizes = step_of(model, form, args.batch, context, jnp.dtype(dtype))
         runs[name] = run
         moved[name] = sizes["cache_bytes"] + sizes["weight_bytes"]
     size = 256 << 20

@@ -7,7 +7,8 @@ Whole decode steps (`mea_jax.decode.step`), interleaved in one process. The mode
 below; its variants differ only in key/value heads: MHA with K = N, GQA with K = N/2 (a cache as
 large as the compressed one), and MEA with K = N and C = K/2 in three forms: absorbed (components
 cached, read as they are), folded (the whole cache of K heads) and explicit (components cached, K
-heads rebuilt at each step). Bytes of caches are counted from their arrays. The second command
+heads rebuilt at each step). A step's time has its share of the flush of recent positions, timed by
+itself. Bytes of caches are counted from their arrays. The second command
 compiles the same steps, and those of two more shapes, for a TPU that need not be there.
 """
 
@@ -27,7 +28,7 @@ from jax.sharding import SingleDeviceSharding
 from benchmarks.harness import lines, print_table, ratios, spread, time_interleaved, write_json
 from mea_jax import decode, topology
 from mea_jax.backends import resolve
-from mea_jax.cache import RECENT, Stored, count_bytes
+from mea_jax.cache import RECENT, Stored, count_bytes, flush
 from mea_jax.config import ModelConfig
 from mea_jax.cpu_kernels import keep_freed_memory
 from mea_jax.layers import Context, Slots
@@ -93,8 +94,8 @@ def nbytes(tree: Any) -> int:
 
 def step_of(
     model: ModelConfig, form: str, batch: int, context: int, cache_dtype: Any
-) -> tuple[Callable[[], Any], dict[str, int]]:
-    """A call that runs one step with `context` positions in the cache; bytes that it reads.
+) -> tuple[Callable[[], Any], Callable[[], Any], dict[str, int]]:
+    """Calls of one step with `context` positions in the cache and of one flush; bytes of a step.
 
     Each call stores its token in the same slot: the context does not grow while it is timed.
     """
@@ -121,13 +122,30 @@ def step_of(
 
     compiled = jax.jit(step, donate_argnums=1).lower(params, cache, tokens_B).compile()
     held = {"cache": cache}
-    sizes = {"cache_bytes": count_bytes(cache.layers), "weight_bytes": nbytes(params)}
+    # Of the embeddings a step reads one row; the head has a kernel of its own.
+    weights = nbytes(params) - nbytes(params["top"]["embedding"])
+    sizes = {"cache_bytes": count_bytes(cache.layers), "weight_bytes": weights}
 
     def run() -> jax.Array:
         chosen_B, held["cache"] = compiled(params, held["cache"], tokens_B)
         return chosen_B
 
-    return run, sizes
+    def emptied(cache):
+        # The rows are full, and what does not fit is dropped: leave room, or nothing is written.
+        room = dataclasses.replace(
+            cache, lengths_B=cache.lengths_B - RECENT, recent_count=jnp.asarray(RECENT, jnp.int32)
+        )
+        return dataclasses.replace(
+            flush(room), lengths_B=cache.lengths_B, recent_count=cache.recent_count
+        )
+
+    flushed = jax.jit(emptied, donate_argnums=0).lower(cache).compile()
+
+    def run_flush() -> jax.Array:
+        held["cache"] = flushed(held["cache"])
+        return held["cache"].lengths_B
+
+    return run, run_flush, sizes
 
 
 def timed(
@@ -135,13 +153,19 @@ def timed(
 ) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for context in contexts:
-        runs, sizes = {}, {}
+        runs, flushes, sizes = {}, {}, {}
         for name in names:
             model, form = variant_of(base, name)
             model = resolve(model, jax.devices(), context)
-            runs[name], sizes[name] = step_of(model, form, batch, context, jnp.dtype(base.dtype))
-        inner = max(1, 16384 // context)
-        times = time_interleaved(runs, repeats, inner=inner)
+            runs[name], flushes[name], sizes[name] = step_of(
+                model, form, batch, context, jnp.dtype(base.dtype)
+            )
+        steps = time_interleaved(runs, repeats, inner=max(1, 16384 // context))
+        shares = {
+            name: statistics.median(seconds) / RECENT
+            for name, seconds in time_interleaved(flushes, 3).items()
+        }
+        times = {name: [t + shares[name] for t in seconds] for name, seconds in steps.items()}
         faster = ratios(times, WHOLE)
         here = [
             {
@@ -149,6 +173,7 @@ def timed(
                 "context": context,
                 "name": name,
                 **spread(times[name]),
+                "flush_ms": 1e3 * shares[name],
                 **sizes[name],
                 "cache_bytes_per_token": sizes[name]["cache_bytes"] / batch / context,
                 "tokens_per_s": batch / statistics.median(times[name]),
@@ -168,6 +193,7 @@ def timed(
                 "median_ms": ("ms", ".2f"),
                 "min_ms": ("min", ".2f"),
                 "max_ms": ("max", ".2f"),
+                "flush_ms": ("of it flush", ".2f"),
                 "tokens_per_s": ("tokens/s", ",.1f"),
                 "speedup": ("x whole cache", ".2f"),
                 "speedup_min": ("min", ".2f"),

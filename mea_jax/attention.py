@@ -12,6 +12,16 @@ import jax.numpy as jnp
 MASKED = -1e30
 
 
+# Queries whose logits `attention_statistics` holds at one time.
+_WATCHED = 512
+
+
+def full_precision(dtype: jnp.dtype) -> jax.lax.Precision | None:
+    """What float32 products need to be float32: by default a TPU rounds their inputs to bfloat16,
+    a GPU may to TF32. None for other dtypes."""
+    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+
+
 def visible(segment_ids_BT: jax.Array) -> jax.Array:
     """Mask (B, T, T): query t sees key s <= t of the same document."""
     length = segment_ids_BT.shape[1]
@@ -31,7 +41,11 @@ def raw_logits(
     composites, keys = k_BSKH.shape[2], k_BSKH.shape[1]
     q_BTKGH = q_BTNH.reshape(batch, length, composites, heads // composites, width)
     logits_BKGTS = scale * jnp.einsum(
-        "btkgh,bskh->bkgts", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32
+        "btkgh,bskh->bkgts",
+        q_BTKGH,
+        k_BSKH,
+        precision=full_precision(q_BTNH.dtype),
+        preferred_element_type=jnp.float32,
     )
     if slopes_N is None:
         return logits_BKGTS
@@ -64,14 +78,17 @@ def dot_product_attention(
     mask_BTT = visible(segment_ids_BT)
     logits_BKGTS = attention_logits(q_BTNH, k_BSKH, mask_BTT, scale, slopes_N)
     p_BKGTS = jax.nn.softmax(logits_BKGTS, axis=-1).astype(v_BSKW.dtype)
-    o_BTKGW = jnp.einsum("bkgts,bskw->btkgw", p_BKGTS, v_BSKW)
+    precision = full_precision(v_BSKW.dtype)
+    o_BTKGW = jnp.einsum("bkgts,bskw->btkgw", p_BKGTS, v_BSKW, precision=precision)
     return o_BTKGW.reshape(q_BTNH.shape[:3] + v_BSKW.shape[-1:])
 
 
 def mix_logits(x: jax.Array, talk_NN: jax.Array) -> jax.Array:
     """Talking heads (arXiv 2003.02436): logits or probabilities (B, K, G, ...) mixed over heads."""
     b, k, g, *rest = x.shape
-    return jnp.einsum("bn...,nm->bm...", x.reshape(b, k * g, *rest), talk_NN).reshape(x.shape)
+    highest = jax.lax.Precision.HIGHEST  # a softmax's inputs and outputs stay float32
+    mixed = jnp.einsum("bn...,nm->bm...", x.reshape(b, k * g, *rest), talk_NN, precision=highest)
+    return mixed.reshape(x.shape)
 
 
 def talking_heads_attention(
@@ -93,7 +110,8 @@ def talking_heads_attention(
     mask_BTS = visible(segment_ids_BT)
     p_BKGTS = jax.nn.softmax(jnp.where(mask_BTS[:, None, None], logits_BKGTS, MASKED), axis=-1)
     p_BKGTS = mix_logits(p_BKGTS, after_NN).astype(v_BSKH.dtype)
-    o_BTKGH = jnp.einsum("bkgts,bskh->btkgh", p_BKGTS, v_BSKH)
+    precision = full_precision(v_BSKH.dtype)
+    o_BTKGH = jnp.einsum("bkgts,bskh->btkgh", p_BKGTS, v_BSKH, precision=precision)
     return o_BTKGH.reshape(q_BTNH.shape[:3] + v_BSKH.shape[-1:])
 
 
@@ -106,24 +124,40 @@ def attention_statistics(
 ) -> dict[str, jax.Array]:
     """Per query head (N,), float32: mean `entropy` of attention in nats, largest `logit`.
 
-    Means and maxima run over positions of real segments (id > 0). One head's (B, T, S) logits
-    exist at a time.
+    Means and maxima run over positions of real segments (id > 0). The logits of one head and of
+    512 queries exist at a time.
     """
-    groups = q_BTNH.shape[2] // k_BSKH.shape[2]
-    mask_BTS = visible(segment_ids_BT)
-    weight_BT = (segment_ids_BT > 0).astype(jnp.float32)
+    length, groups = q_BTNH.shape[1], q_BTNH.shape[2] // k_BSKH.shape[2]
+    size = min(_WATCHED, length)
+    fill = ((0, 0), (0, -length % size))
+    q_BTNH = jnp.pad(q_BTNH, (*fill, (0, 0), (0, 0)))
+    ids_BT = jnp.pad(segment_ids_BT, fill)
+    places_S = jnp.arange(length)
+
+    def block(n, start):
+        """Sum of entropies and largest logit of `size` queries of head n."""
+        q_BtH = jax.lax.dynamic_slice_in_dim(q_BTNH[:, :, n], start, size, axis=1)
+        own_Bt = jax.lax.dynamic_slice_in_dim(ids_BT, start, size, axis=1)
+        k_BSH = k_BSKH[:, :, n // groups]
+        logits_BtS = scale * jnp.einsum(
+            "bth,bsh->bts", q_BtH, k_BSH, preferred_element_type=jnp.float32
+        )
+        ahead_tS = places_S[None] - (start + jnp.arange(size))[:, None]
+        if slopes_N is not None:
+            logits_BtS = logits_BtS + (slopes_N[n] * ahead_tS.astype(jnp.float32))[None]
+        seen_BtS = (own_Bt[:, :, None] == segment_ids_BT[:, None]) & (ahead_tS <= 0)[None]
+        seen_BtS = seen_BtS & (own_Bt > 0)[:, :, None]
+        log_p_BtS = jax.nn.log_softmax(jnp.where(seen_BtS, logits_BtS, MASKED), axis=-1)
+        entropy_Bt = -jnp.sum(jnp.exp(log_p_BtS) * log_p_BtS, axis=-1)
+        return {
+            "entropy": jnp.sum(jnp.where(own_Bt > 0, entropy_Bt, 0.0)),
+            "logit": jnp.max(jnp.where(seen_BtS, logits_BtS, -jnp.inf)),
+        }
 
     def head(n):
-        q_BT1H = jax.lax.dynamic_slice_in_dim(q_BTNH, n, 1, axis=2)
-        k_BS1H = jax.lax.dynamic_slice_in_dim(k_BSKH, n // groups, 1, axis=2)
-        slope = None if slopes_N is None else jax.lax.dynamic_slice_in_dim(slopes_N, n, 1)
-        logits_BTS = attention_logits(q_BT1H, k_BS1H, mask_BTS, scale, slope)[:, 0, 0]
-        log_p_BTS = jax.nn.log_softmax(logits_BTS, axis=-1)
-        entropy_BT = -jnp.sum(jnp.exp(log_p_BTS) * log_p_BTS, axis=-1)
-        real_BTS = mask_BTS & (segment_ids_BT > 0)[:, :, None]
-        return {
-            "entropy": jnp.sum(entropy_BT * weight_BT) / jnp.maximum(weight_BT.sum(), 1),
-            "logit": jnp.max(jnp.where(real_BTS, logits_BTS, -jnp.inf)),
-        }
+        starts = jnp.arange(0, length, size)
+        blocks = jax.lax.map(lambda start: block(n, start), starts)
+        real = jnp.maximum(jnp.sum(segment_ids_BT > 0), 1)
+        return {"entropy": blocks["entropy"].sum() / real, "logit": blocks["logit"].max()}
 
     return jax.lax.map(head, jnp.arange(q_BTNH.shape[2]))

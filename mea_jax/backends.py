@@ -77,7 +77,7 @@ class Backend(Products, Protocol):
         ...
 
 
-def _attend(kernel: str, q, k, v, segment_ids_BT, scale: float, slopes_N) -> jax.Array:
+def _attend(kernel: str, q, k, v, segment_ids_BT, scale: float, slopes_N, block: int) -> jax.Array:
     """Attention by one of the kernels that run on any compiler's arrays, or a flash kernel."""
     if kernel == "auto":  # a config that never met `resolve`: what runs anywhere
         kernel = "einsum" if q.shape[1] <= _EINSUM_LENGTH else "chunked"
@@ -86,7 +86,6 @@ def _attend(kernel: str, q, k, v, segment_ids_BT, scale: float, slopes_N) -> jax
     if kernel == "cudnn":
         return flash_attention.cudnn_attention(q, k, v, segment_ids_BT, scale=scale)
     if kernel == "chunked":
-        block = 256 if jax.default_backend() == "cpu" else 512  # see docs/log.md
         return chunked_attention(
             q, k, v, segment_ids_BT, scale=scale, slopes_N=slopes_N, block=block
         )
@@ -104,8 +103,17 @@ class XlaBackend:
     def activation(self) -> jnp.dtype:
         return self.dtype
 
+    @property
+    def precision(self) -> jax.lax.Precision | None:
+        return attention.full_precision(self.dtype)
+
+    def _einsum(self, letters: str, a: jax.Array, b: jax.Array) -> jax.Array:
+        precision = attention.full_precision(a.dtype)
+        return jnp.einsum(letters, a, b, precision=precision, preferred_element_type=jnp.float32)
+
     def project(self, x: jax.Array, kernel: jax.Array, axes: int = 1) -> jax.Array:
-        return jnp.tensordot(x.astype(self.dtype), kernel.astype(self.dtype), axes=axes)
+        x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
+        return jnp.tensordot(x, kernel, axes=axes, precision=self.precision)
 
     def fold(self, kind: str, kernel_DCH: jax.Array, mix: jax.Array) -> jax.Array:
         return mixing.fold(kind, kernel_DCH, mix)
@@ -115,23 +123,25 @@ class XlaBackend:
 
     def dot(self, lhs: jax.Array, rhs: jax.Array, contract: tuple, batch: int) -> jax.Array:
         dims = (contract, (tuple(range(batch)),) * 2)
-        return jax.lax.dot_general(lhs, rhs, dims, preferred_element_type=jnp.float32)
+        return jax.lax.dot_general(
+            lhs, rhs, dims, precision=self.precision, preferred_element_type=jnp.float32
+        )
 
     def attend(
         self, q_BTNH, k_BSKH, v_BSKW, segment_ids_BT, scale, slopes_N=None, norm=None
     ) -> jax.Array:
         kernel = self.attention_kernel
-        o_BTNW = _attend(kernel, q_BTNH, k_BSKH, v_BSKW, segment_ids_BT, scale, slopes_N)
+        o_BTNW = _attend(kernel, q_BTNH, k_BSKH, v_BSKW, segment_ids_BT, scale, slopes_N, 512)
         return o_BTNW if norm is None else norm.apply(o_BTNW)
 
     def matmul(self, x: jax.Array, w: jax.Array) -> jax.Array:
-        return jnp.einsum("...d,df->...f", x, w, preferred_element_type=jnp.float32)
+        return self._einsum("...d,df->...f", x, w)
 
     def matmul_transposed(self, g: jax.Array, w: jax.Array) -> jax.Array:
-        return jnp.einsum("...f,df->...d", g, w, preferred_element_type=jnp.float32)
+        return self._einsum("...f,df->...d", g, w)
 
     def weight_gradient(self, x: jax.Array, g: jax.Array) -> jax.Array:
-        return jnp.einsum("...d,...f->df", x, g, preferred_element_type=jnp.float32)
+        return self._einsum("...d,...f->df", x, g)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,7 +183,7 @@ class CpuBackend:
                 *arrays, scale=scale, dtype=self.dtype, norm_W=norm_W, eps=eps
             )
         kernel = "auto" if self.attention_kernel == "cpu" else self.attention_kernel
-        o_BTNW = _attend(kernel, *arrays, scale, slopes_N)
+        o_BTNW = _attend(kernel, *arrays, scale, slopes_N, 256)
         return o_BTNW if norm is None else norm.apply(o_BTNW)
 
     def matmul(self, x: jax.Array, w: jax.Array) -> jax.Array:
@@ -257,7 +267,7 @@ def resolve(
     `attention_kernel`: splash on TPU; up to 8,192 positions cuDNN on GPU and "cpu" on CPU; where
     that does not apply, "einsum" up to 1,024 positions and "chunked" above.
     `hlc_form`: folded wherever `tensor` devices share the heads, else by shapes
-    (`mixing.choose_form`); explicit keys where they are mixed after their norm.
+    (`mixing.choose_form`). Keys mixed after their norm are explicit in either form.
 
     Raises `UserError` where something forced is not to be had on this machine.
     """
@@ -278,7 +288,9 @@ def resolve(
             "config.model.dtype='bfloat16' with backend='xla' fails in jax's CPU compiler: set "
             "config.model.backend to 'cpu' or config.model.dtype to 'float32'"
         )
-    if kernel == "auto":
+    if model.variant == "talking_heads":
+        kernel = "einsum"  # the only one it has
+    elif kernel == "auto":
         kernel = _choose_kernel(model, platform, dtype, backend, length)
     elif (reason := _lacks(kernel, model, platform, dtype)) is not None:
         raise UserError(
@@ -287,7 +299,6 @@ def resolve(
     form = model.hlc_form
     if form == "auto" and model.hlc != "none":
         form = "folded" if tensor > 1 else _choose_form(model)
-        form = "explicit" if model.hlc_order == "after" else form
     return dataclasses.replace(
         model, dtype=dtype, backend=backend, attention_kernel=kernel, hlc_form=form
     )

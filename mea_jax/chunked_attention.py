@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mea_jax.attention import MASKED
+from mea_jax.attention import MASKED, full_precision
 
 Array = jax.Array
 
@@ -30,7 +30,8 @@ def _product(spec: str, lhs: Array, rhs: Array) -> Array:
     """
     if jax.default_backend() == "cpu":
         lhs, rhs = lhs.astype(jnp.float32), rhs.astype(jnp.float32)
-    return jnp.einsum(spec, lhs, rhs, preferred_element_type=jnp.float32)
+    precision = full_precision(lhs.dtype)
+    return jnp.einsum(spec, lhs, rhs, precision=precision, preferred_element_type=jnp.float32)
 
 
 def _to_blocks(x_BTNH: Array, composites: int, block: int) -> Array:
@@ -94,15 +95,19 @@ def _scores(
 
 def _prepare(
     q_BTNH: Array, k_BSKH: Array, v_BSKW: Array, ids_BT: Array, slopes_N: Array | None, block: int
-) -> tuple[Array, Array, Array, Array, Array | None]:
-    """Everything in blocks: q_nBKGtH, k_nBKsH, v_nBKsW, ids_nBt, slopes_KG."""
+) -> tuple:
+    """Everything in blocks: q_nBKGtH, k_nBKsH, v_nBKsW, ids_nBt, slopes_KG, pairs of blocks."""
     composites = k_BSKH.shape[2]
     q = _to_blocks(q_BTNH, composites, block)
     k, v = (_to_blocks(x, composites, block)[:, :, :, 0] for x in (k_BSKH, v_BSKW))
     slopes_KG = None
     if slopes_N is not None:
         slopes_KG = slopes_N.astype(jnp.float32).reshape(composites, -1)
-    return q, k, v, _segment_blocks(ids_BT, block), slopes_KG
+    ids, pairs = _segment_blocks(ids_BT, block), _pairs(q.shape[0])
+    # Tied to q: ids and pairs alone are known before anything else is, and the derivative of a scan
+    # over layers would save the masks of all pairs, T x T / 2 bytes a head.
+    q, ids, pairs = jax.lax.optimization_barrier((q, ids, pairs))
+    return q, k, v, ids, slopes_KG, pairs
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
@@ -127,7 +132,7 @@ def _attention_fwd(
     scale: float,
     block: int,
 ) -> tuple[Array, tuple]:
-    q, k, v, ids, slopes_KG = _prepare(q_BTNH, k_BSKH, v_BSKW, ids_BT, slopes_N, block)
+    q, k, v, ids, slopes_KG, pairs = _prepare(q_BTNH, k_BSKH, v_BSKW, ids_BT, slopes_N, block)
     rows, width = q.shape[1:5], v.shape[-1]  # rows: (B, K, G, t)
 
     def step(carry: tuple, pair: tuple[Array, Array]) -> tuple[tuple, None]:
@@ -159,7 +164,7 @@ def _attention_fwd(
         jnp.zeros(rows, jnp.float32),
         jnp.zeros((*rows, width), jnp.float32),
     )
-    (o_nBKGtW, lse_nBKGt, *_), _ = jax.lax.scan(step, start, _pairs(n))
+    (o_nBKGtW, lse_nBKGt, *_), _ = jax.lax.scan(step, start, pairs)
     o_BTNW = _from_blocks(o_nBKGtW, q_BTNH.shape[1])
     return o_BTNW, (q_BTNH, k_BSKH, v_BSKW, ids_BT, slopes_N, o_BTNW, lse_nBKGt)
 
@@ -168,7 +173,7 @@ def _attention_bwd(
     scale: float, block: int, saved: tuple, do_BTNW: Array
 ) -> tuple[Array, Array, Array, None, None]:
     q_BTNH, k_BSKH, v_BSKW, ids_BT, slopes_N, o_BTNW, lse_nBKGt = saved
-    q, k, v, ids, slopes_KG = _prepare(q_BTNH, k_BSKH, v_BSKW, ids_BT, slopes_N, block)
+    q, k, v, ids, slopes_KG, pairs = _prepare(q_BTNH, k_BSKH, v_BSKW, ids_BT, slopes_N, block)
     composites, length = k.shape[2], do_BTNW.shape[1]
     do = _to_blocks(do_BTNW, composites, block)
     delta_BTN1 = jnp.sum(
@@ -193,7 +198,7 @@ def _attention_bwd(
         return (dq, dk, dv), None
 
     start = tuple(jnp.zeros(x.shape, jnp.float32) for x in (q, k, v))
-    (dq, dk, dv), _ = jax.lax.scan(step, start, _pairs(q.shape[0]))
+    (dq, dk, dv), _ = jax.lax.scan(step, start, pairs)
     grads = (scale * dq, scale * dk[:, :, :, None], dv[:, :, :, None])
     dq_, dk_, dv_ = (
         _from_blocks(g.astype(x.dtype), length) for g, x in zip(grads, (q, k, v), strict=True)

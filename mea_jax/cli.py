@@ -1,5 +1,6 @@
 """What every command shares: the config flag, one-line errors, where compiled code is kept."""
 
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -95,6 +96,9 @@ def run(
             main()
         except UserError as error:
             fail(error)
+        except BrokenPipeError:  # whoever read the output has seen enough, as `head` does
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(141)
         except KeyboardInterrupt:
             sys.stderr.write(f"\n{interrupted}\n")
             sys.exit(130)

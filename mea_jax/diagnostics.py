@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from mea_jax import mixing, sharding
 from mea_jax.config import TrainConfig
-from mea_jax.train_step import Batch, state_shardings
+from mea_jax.train_step import Batch, split_batch, state_shardings
 from mea_jax.transformer import Decoder, stretches
 
 
@@ -39,14 +39,18 @@ def mixing_distance(config: TrainConfig, params: Any) -> dict[str, jax.Array]:
 
 
 def compile_diagnostics(config: TrainConfig, mesh: Mesh) -> Callable[..., dict[str, jax.Array]]:
-    """(params, batch) -> arrays by name, float32, computed on one held-out batch.
+    """(params, batch) -> arrays by name, float32, of the first part of one held-out batch.
+
+    A part is what a training step takes at a time (`config.accumulate`): it fits where that does.
 
     `attention_entropy` (L, N) in nats, `attention_logit_max` (L, N), `head_output_rms` (L, N)
     before the head norm, and `mixing_distance/...` (L,).
     """
 
     def run(params: Any, batch: Batch) -> dict[str, jax.Array]:
-        inputs = (batch["inputs"], batch["positions"], batch["segment_ids"])
+        part = {name: x[0] for name, x in split_batch(config, batch).items()}
+        part = {name: sharding.constrain(x, "batch", "length") for name, x in part.items()}
+        inputs = (part["inputs"], part["positions"], part["segment_ids"])
         _, variables = Decoder(config.model).apply(
             {"params": params}, *inputs, mutable=["statistics"]
         )

@@ -7,7 +7,7 @@ python -m mea_jax.generate --checkpoint runs/quickstart --prompts prompts.txt --
 import dataclasses
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -17,12 +17,13 @@ from jax.sharding import SingleDeviceSharding
 
 from mea_jax import cli, decode
 from mea_jax.backends import resolve
+from mea_jax.cache import RECENT
 from mea_jax.checkpoint import Checkpoints, find_checkpoint
 from mea_jax.config import ModelConfig
 from mea_jax.cpu_kernels import keep_freed_memory
 from mea_jax.data.tokenizers import Tokenizer, from_directory
 from mea_jax.errors import UserError, nearest
-from mea_jax.generation import Generator, Report
+from mea_jax.generation import Generator, Report, continuation
 from mea_jax.report import si
 from mea_jax.sampling import Sampling
 from mea_jax.train_step import abstract_params
@@ -66,7 +67,7 @@ def read_prompts(path: Path) -> list[str]:
     Raises `UserError` that names the line.
     """
     try:
-        lines = path.read_text().splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # a line may hold other separators
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--prompts {path} cannot be read: {error}") from error
     if path.suffix != ".jsonl":
@@ -74,6 +75,8 @@ def read_prompts(path: Path) -> list[str]:
     else:
         prompts = []
         for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
             try:
                 prompts.append(json.loads(line)["prompt"])
             except (ValueError, TypeError, LookupError) as error:
@@ -96,12 +99,15 @@ def cut_at(text: str, stops: list[str]) -> tuple[str, bool]:
 class Stream:
     """Prints a growing text piece by piece; what may still change is held back."""
 
-    def __init__(self, tokenizer: Tokenizer, stops: list[str], out: TextIO):
+    def __init__(
+        self, tokenizer: Tokenizer, stops: list[str], out: TextIO, prompt: Sequence[int] = ()
+    ):
         self.tokenizer, self.stops, self.out, self.printed = tokenizer, stops, out, 0
+        self.prompt = list(prompt)
 
     def show(self, tokens: list[int], last: bool = False) -> bool:
         """Prints what is new; returns whether a stop text has come."""
-        text, stopped = cut_at(self.tokenizer.decode(tokens), self.stops)
+        text, stopped = cut_at(continuation(self.tokenizer, self.prompt, tokens), self.stops)
         if not (last or stopped):
             # The end may be half a character, or the beginning of a stop text.
             text = text.rstrip("\ufffd")
@@ -116,13 +122,25 @@ class Stream:
         return stopped
 
 
-def encode(tokenizer: Tokenizer, prompts: list[str]) -> list[list[int]]:
-    """Token ids with the separator before them, as a document starts in training."""
-    for i, prompt in enumerate(prompts):
+def encode(
+    generator: Generator, tokenizer: Tokenizer, prompts: list[str], where: str
+) -> list[list[int]]:
+    """Token ids with the separator before them, as a document starts in training; checked.
+
+    `where` names a prompt for a `UserError`; "{}" in it becomes its number.
+    """
+    for i, prompt in enumerate(prompts, start=1):
+        named = where.replace("{}", str(i))
         if not prompt:
-            where = f"prompt {i + 1}" if len(prompts) > 1 else "--prompt"
-            raise UserError(f"{where} is empty: there is nothing to continue")
-    return [[tokenizer.separator] + ids for ids in tokenizer.encode_batch(prompts)]
+            raise UserError(f"{named} is empty: there is nothing to continue")
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"{named} is not valid Unicode: {error.reason}") from error
+    ids = [[tokenizer.separator] + ids for ids in tokenizer.encode_batch(prompts)]
+    for i, prompt_ids in enumerate(ids, start=1):
+        generator.check(prompt_ids, where.replace("{}", str(i)))
+    return ids
 
 
 def stream_one(
@@ -131,19 +149,19 @@ def stream_one(
     prompt: str,
     stops: list[str],
     options: dict[str, Any],
-) -> None:
-    """Prints a prompt and its continuation as it comes."""
-    stream = Stream(tokenizer, stops, sys.stdout)
-    ids = encode(tokenizer, [prompt])
-    generator.check(ids[0])
+) -> str:
+    """Prints a prompt and its continuation as it comes; returns why it ended."""
+    ids = encode(generator, tokenizer, [prompt], "the prompt")
+    stream = Stream(tokenizer, stops, sys.stdout, ids[0])
     sys.stdout.write(prompt)
 
     def on_tokens(new):
         return [stream.show(new[0])]
 
     new = generator.run(ids, chunk=_STREAM, on_tokens=on_tokens, **options)
-    stream.show(new[0], last=True)
+    stopped = stream.show(new[0], last=True)
     sys.stdout.write("\n")
+    return "stop" if stopped else ended_by(generator, ids[0], new[0], options["count"])
 
 
 def ended_by(generator: Generator, prompt: list[int], tokens: list[int], count: int) -> str:
@@ -157,30 +175,32 @@ def continue_file(
     generator: Generator,
     tokenizer: Tokenizer,
     prompts: list[str],
+    ids: list[list[int]],
     batch: int,
     stops: list[str],
     options: dict[str, Any],
 ) -> Iterator[dict[str, Any]]:
     """One record a prompt, in order."""
-    ids = encode(tokenizer, prompts)
-    for i, prompt in enumerate(ids):
-        generator.check(prompt, f"prompt {i + 1}")
-
-    def on_tokens(new):
-        return [cut_at(tokenizer.decode(tokens), stops)[1] for tokens in new]
-
     for start in range(0, len(prompts), batch):
         rows = list(range(start, min(start + batch, len(prompts))))
         padded = rows + rows[-1:] * (batch - len(rows))  # one shape, compiled once
+
+        def on_tokens(new, padded=padded):
+            texts = (continuation(tokenizer, ids[i], t) for i, t in zip(padded, new, strict=True))
+            return [cut_at(text, stops)[1] for text in texts]
+
         new = generator.run(
             [ids[i] for i in padded],
             rows=padded,
             chunk=_BATCH if stops else 0,
             on_tokens=on_tokens if stops else None,
+            counted=len(rows),
             **options,
         )
         for i, tokens in zip(rows, new, strict=False):
-            text, stopped = cut_at(tokenizer.decode(tokens), stops)
+            text, stopped = cut_at(continuation(tokenizer, ids[i], tokens), stops)
+            while stopped and cut_at(continuation(tokenizer, ids[i], tokens[:-1]), stops)[1]:
+                tokens = tokens[:-1]  # drawn after the stop text, before anyone looked
             yield {
                 "prompt": prompts[i],
                 "text": text,
@@ -202,7 +222,8 @@ def summary(generator: Generator, report: Report, batch: int) -> str:
         f"{report.tokens} tokens{rows}: {rate:,.1f} tokens/s, "
         f"prompt {report.prefill_seconds:.2f} s; "
         f"cache {size:,.0f} bytes per token ({dtype}, {served.describe()}), "
-        f"{si(size * generator.length, 'B')} for {generator.length} positions; "
+        f"{si(size * (generator.length + RECENT), 'B')} for {generator.length} positions and "
+        f"{RECENT} recent; "
         f"{served.model.backend} backend, {served.model.attention_kernel} attention"
     )
 
@@ -221,11 +242,15 @@ def _check_flags() -> None:
     ):
         if choice not in known:
             raise UserError(f"--{name}={choice}: {nearest(choice, known)}")
+    if not 0 <= SEED.value < 2**32:
+        raise UserError(f"--seed={SEED.value} must lie in [0, 2^32)")
     for name, value in (("max_tokens", MAX_TOKENS.value), ("batch_size", BATCH_SIZE.value)):
         if value < 1:
             raise UserError(f"--{name}={value} must be 1 or more")
-    if CACHE_LENGTH.value < 0:
-        raise UserError(f"--cache_length={CACHE_LENGTH.value} must be positive, or 0 to choose")
+    if not 0 <= CACHE_LENGTH.value < 2**31:
+        raise UserError(
+            f"--cache_length={CACHE_LENGTH.value} must lie in [1, 2^31), or be 0: chosen"
+        )
     if OUTPUT.value and PROMPTS.value is None:
         raise UserError("--output takes the JSON lines of --prompts; --prompt is printed")
 
@@ -236,6 +261,34 @@ def _write_records(records: Iterator[dict[str, Any]], out: TextIO, total: int) -
         out.flush()
         if out is not sys.stdout and sys.stderr.isatty():
             print(f"\r{done} of {total} prompts", end="", file=sys.stderr)
+
+
+def _generate(
+    generator: Generator,
+    tokenizer: Tokenizer,
+    prompts: list[str],
+    stops: list[str],
+    options: dict[str, Any],
+    report: Report,
+) -> None:
+    batch = min(BATCH_SIZE.value, len(prompts))
+    if PROMPTS.value is None:
+        reason = stream_one(generator, tokenizer, prompts[0], stops, options)
+        print(f"\n{summary(generator, report, 1)}; ended by {reason}", file=sys.stderr)
+        return
+    # Refused before a file of results is opened, so that an old one is not lost.
+    ids = encode(generator, tokenizer, prompts, f"prompt {{}} of {PROMPTS.value}")
+    records = continue_file(generator, tokenizer, prompts, ids, batch, stops, options)
+    if OUTPUT.value is None:
+        _write_records(records, sys.stdout, len(prompts))
+    else:
+        try:
+            with open(OUTPUT.value, "w", encoding="utf-8") as out:
+                _write_records(records, out, len(prompts))
+        except OSError as error:
+            raise UserError(f"--output {OUTPUT.value}: {error.strerror}") from error
+        print(f"{len(prompts)} lines in {OUTPUT.value}", file=sys.stderr)
+    print(summary(generator, report, batch), file=sys.stderr)
 
 
 def main() -> None:
@@ -264,21 +317,18 @@ def main() -> None:
         "stop": (tokenizer.separator,),
         "report": report,
     }
-    batch = min(BATCH_SIZE.value, len(prompts))
-    records = continue_file(generator, tokenizer, prompts, batch, stops, options)
-    if PROMPTS.value is None:
-        stream_one(generator, tokenizer, prompts[0], stops, options)
-        sys.stderr.write("\n")
-    elif OUTPUT.value is None:
-        _write_records(records, sys.stdout, len(prompts))
-    else:
-        try:
-            with open(OUTPUT.value, "w") as out:
-                _write_records(records, out, len(prompts))
-        except OSError as error:
-            raise UserError(f"--output {OUTPUT.value}: {error.strerror}") from error
-        print(f"{len(prompts)} lines in {OUTPUT.value}", file=sys.stderr)
-    print(summary(generator, report, batch), file=sys.stderr)
+    try:
+        _generate(generator, tokenizer, prompts, stops, options, report)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        size = generator.cache_bytes_per_token() * (generator.length + RECENT)
+        rows = min(BATCH_SIZE.value, len(prompts))
+        raise UserError(
+            f"out of memory with a cache of {si(size * rows, 'B')} for {rows} rows of "
+            f"{generator.length} positions: lower --cache_length or --batch_size, or take "
+            "--cache_dtype int8"
+        ) from error
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from flax import struct
 from mea_jax import decode
 from mea_jax.cache import RECENT, Cache, count_bytes, flush
 from mea_jax.config import ModelConfig
+from mea_jax.data.tokenizers import Tokenizer
 from mea_jax.errors import UserError
 from mea_jax.sampling import Sampling, choose
 
@@ -40,7 +41,6 @@ class Report:
 
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
-    steps: int = 0
     tokens: int = 0
 
 
@@ -77,7 +77,21 @@ def _advance(served, sampling, stop, count, params, state: State) -> tuple[State
 
     start = (jnp.zeros((), jnp.int32), state, jnp.full((rows, count), _EMPTY, jnp.int32))
     _, state, out_BC = jax.lax.while_loop(unfinished, one, start)
-    return dataclasses.replace(state, cache=flush(state.cache)), out_BC
+    return state, out_BC
+
+
+def _flush(state: State) -> State:
+    return dataclasses.replace(state, cache=flush(state.cache))
+
+
+def continuation(tokenizer: Tokenizer, prompt: list[int], tokens: list[int]) -> str:
+    """The text of `tokens` after `prompt`.
+
+    Decoded behind the prompt's end: some tokenizers drop the space before a text's first word.
+    """
+    before = prompt[1:][-8:]
+    start, whole = tokenizer.decode(before), tokenizer.decode(before + tokens)
+    return whole[len(start) :] if whole.startswith(start) else tokenizer.decode(tokens)
 
 
 class Generator:
@@ -113,12 +127,18 @@ class Generator:
         shapes = jax.eval_shape(functools.partial(empty, self.cache_dtype))
         return count_bytes(shapes.layers) / self.length
 
-    def _program(self, name: str, function: Callable, donate: tuple[int, ...], *arguments):
-        """`function` compiled for the shapes of `arguments`, those at `donate` reused."""
+    def _program(
+        self, name: str, function: Callable, donate: tuple[int, ...], *arguments, out: Any = None
+    ):
+        """`function` compiled for the shapes of `arguments`, those at `donate` reused.
+
+        `out` are shardings of the result: on a mesh, what goes round a loop must come out as it
+        went in.
+        """
         leaves = jax.tree.leaves(arguments)
         key = (name, tuple((x.shape, str(x.dtype)) for x in leaves))
         if key not in self._compiled:
-            jitted = jax.jit(function, donate_argnums=donate)
+            jitted = jax.jit(function, donate_argnums=donate, out_shardings=out)
             self._compiled[key] = jitted.lower(*arguments).compile()
         return self._compiled[key]
 
@@ -147,18 +167,23 @@ class Generator:
         chunk: int = 0,
         on_tokens: Callable[[list[list[int]]], Sequence[bool]] | None = None,
         report: Report | None = None,
+        counted: int | None = None,
     ) -> list[list[int]]:
         """At most `count` new tokens for each prompt, ended before a token of `stop`.
 
         A row ends early where its cache is full. `rows` number the prompts for the random keys, so
         that a prompt's text is the same in whatever batch it comes. The loop returns to the host
         every `chunk` tokens (at most, and by default, `cache.RECENT`) and calls `on_tokens` with
-        all tokens so far, which says for each row whether it is done. Timings are added to
-        `report`.
+        all tokens so far, which says for each row whether it is done. Timings, and the tokens of
+        the first `counted` rows (None: of all), are added to `report`.
         """
         for i, prompt in enumerate(prompts):
             self.check(prompt, f"prompt {i + 1}" if len(prompts) > 1 else "the prompt")
-        report = Report() if report is None else report
+
+        def trimmed(tokens: list[int]) -> list[int]:
+            return tokens[:-1] if tokens and tokens[-1] in stop else tokens
+
+        report, count = Report() if report is None else report, min(count, self.length)
         batch, chunk = len(prompts), min(chunk or RECENT, count, RECENT)
         longest, padded = max(map(len, prompts)), _SHORTEST_PREFILL
         while padded < longest:
@@ -179,21 +204,27 @@ class Generator:
 
         static = (self.served, sampling, tuple(stop) or (_EMPTY,), chunk)
         loop = functools.partial(_advance, *static)
-        advance = self._program(f"advance {static[1:]}", loop, (1,), self.params, state)
+        same = jax.tree.map(lambda x: x.sharding, state)
+        name = f"advance {static[1:]}"
+        advance = self._program(name, loop, (1,), self.params, state, out=(same, None))
+        empty_recent = self._program("flush", _flush, (0,), state, out=same)
+        used = 0  # recent slots
         new: list[list[int]] = [[] for _ in prompts]
         for _ in range(0, count, chunk):
             began = time.perf_counter()
+            if used + chunk > RECENT:
+                state, used = empty_recent(state), 0
+            used += chunk
             state, out_BC = advance(self.params, state)
             out = np.asarray(out_BC)
             report.decode_seconds += time.perf_counter() - began
-            report.steps += int((out != _EMPTY).any(axis=0).sum())
             for tokens, row in zip(new, out, strict=True):
                 tokens += row[row != _EMPTY].tolist()
-            report.tokens += int((out != _EMPTY).sum())
+            report.tokens += int((out[:counted] != _EMPTY).sum())
             done = np.asarray(state.done_B)
             if on_tokens is not None:
-                done = done | np.asarray(on_tokens(new), bool)
+                done = done | np.asarray(on_tokens([trimmed(t) for t in new]), bool)
                 state = state.replace(done_B=jax.device_put(done, state.done_B.sharding))
             if done.all():
                 break
-        return [t[:-1] if t and t[-1] in stop else t for t in new]
+        return [trimmed(t) for t in new]

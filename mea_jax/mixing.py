@@ -98,7 +98,8 @@ def mix_groups(kind: str, o_BTKGCH: Array, mixing: Array) -> Array:
     """
     mixing = mixing.astype(o_BTKGCH.dtype)
     letters = "btkgch,ck->btkgh" if kind == "heads" else "btkgch,chkj->btkgj"
-    return jnp.einsum(letters, o_BTKGCH, mixing)
+    precision = jax.lax.Precision.HIGHEST if o_BTKGCH.dtype == jnp.float32 else None
+    return jnp.einsum(letters, o_BTKGCH, mixing, precision=precision)
 
 
 def _complex_mix(letters: str, x: Array, mixing: Array, sign: float, precision) -> Array:

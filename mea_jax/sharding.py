@@ -71,6 +71,8 @@ def check_divisible(config: TrainConfig, mesh: Mesh) -> None:
         **{f"key_components (layer {i})": c for i, c in enumerate(model.components("key"))},
         **{f"value_components (layer {i})": c for i, c in enumerate(model.components("value"))},
     }
+    if model.variant == "collaborative":  # the shared keys are not split
+        split = {name: size for name, size in split.items() if "key_components" not in name}
     if model.variant == "differential_v1":
         split["n_kv_heads / 2 (pairs)"] = model.n_kv_heads // 2
     for name, size in split.items():

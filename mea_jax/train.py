@@ -23,7 +23,7 @@ from mea_jax.data.pipeline import held_out_batches, train_batches
 from mea_jax.data.prepare import Prepared, prepare
 from mea_jax.diagnostics import compile_diagnostics
 from mea_jax.errors import UserError
-from mea_jax.generation import Generator
+from mea_jax.generation import Generator, continuation
 from mea_jax.run_directory import RunDirectory, stored_dtype
 from mea_jax.sampling import Sampling
 from mea_jax.train_step import (
@@ -60,6 +60,8 @@ def train(config: TrainConfig, workdir: Path) -> dict[str, Any]:
             print(summary["text"])
         return summary
 
+    if not (workdir / "checkpoints").exists():  # refused before data are prepared for it
+        validate_from_scratch(config.model)
     prepared = prepare(config.data, config.model.vocab_size, log=run.say)
     with jax.set_mesh(mesh), Checkpoints(workdir, config.checkpoint) as checkpoints:
         step = checkpoints.latest()
@@ -285,6 +287,7 @@ class Loop:
             rows.append(("speed", self.speed_line()))
         model = c.model
         form = f"HLC {model.hlc_form}" if model.hlc != "none" else "no mixing"
+        form += ", keys explicit" if model.hlc_order == "after" else ""
         kernel = model.attention_kernel if model.variant != "talking_heads" else "talking-heads"
         rows.append(
             (
@@ -336,14 +339,15 @@ class Loop:
         # One row: no flash kernel of a mesh takes it.
         model = dataclasses.replace(self.config.model, attention_kernel="auto")
         generator = Generator(model, params, length=length)
+        prompt = prompt[-(length - count) :]  # so that all fits the window of training
         (new,) = generator.run(
-            [prompt[-(length - count) :]],  # so that all fits the window of training
+            [prompt],
             count=count,
             sampling=Sampling(e.sample_temperature),
             seed=self.config.seed,
             stop=(tokenizer.separator,),
         )
-        return e.sample_prompt + tokenizer.decode(new)
+        return e.sample_prompt + continuation(tokenizer, prompt, new)
 
 
 def main() -> None:

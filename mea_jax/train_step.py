@@ -109,7 +109,7 @@ def batch_loss(
     return objective, (nll, weights_BT.sum())
 
 
-def _parts(config: TrainConfig, batch: Batch) -> Batch:
+def split_batch(config: TrainConfig, batch: Batch) -> Batch:
     """A batch (B, T) as `accumulate` parts (n, B/n, T) for a scan.
 
     Part i takes rows i, i + n, ...: on a mesh, each device keeps the rows that it holds.
@@ -139,7 +139,7 @@ def _gradients(config: TrainConfig, params: Any, batch: Batch):
 
     zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
     start = (zeros, jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32))
-    return jax.lax.scan(part, start, _parts(config, batch))[0]
+    return jax.lax.scan(part, start, split_batch(config, batch))[0]
 
 
 def train_step(config: TrainConfig, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -186,7 +186,7 @@ def compile_eval_step(config: TrainConfig, mesh: Mesh) -> Callable[..., Metrics]
             return jax.tree.map(jnp.add, sums, new), None
 
         zero = jnp.zeros((), jnp.float32)
-        nll, tokens = jax.lax.scan(part, (zero, zero), _parts(config, batch))[0]
+        nll, tokens = jax.lax.scan(part, (zero, zero), split_batch(config, batch))[0]
         return {"nll": nll, "tokens": tokens}
 
     return jax.jit(

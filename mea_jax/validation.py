@@ -181,6 +181,11 @@ def _validate_variant(model: ModelConfig) -> None:
             f"{at}.{name}={value!r} belongs to variant 'mea', but variant={model.variant!r}: "
             f"set {name} to {off!r}",
         )
+    _require(
+        model.variant != "talking_heads" or model.attention_kernel in ("auto", "einsum"),
+        f"{at}.attention_kernel={model.attention_kernel!r} cannot run talking_heads, which mix the "
+        "logits of all heads: set it to 'auto'",
+    )
     if model.variant == "differential_v1":
         for name in ("n_heads", "n_kv_heads"):
             value = getattr(model, name)
@@ -199,7 +204,7 @@ def _validate_variant(model: ModelConfig) -> None:
         f"{at}.hlc_order='after' needs mixing of keys, which hlc={model.hlc!r} leaves out",
     )
     _require(
-        (model.max_positions > 0) == (model.positions == "learned"),
+        model.max_positions >= 0 and (model.max_positions > 0) == (model.positions == "learned"),
         f"{at}.max_positions={model.max_positions} with positions={model.positions!r}: learned "
         "positions need a table as long as the longest document, the others take 0",
     )
@@ -211,6 +216,8 @@ def validate_from_scratch(model: ModelConfig) -> None:
     Block identity lets each component head serve K/C consecutive composite heads, so C must
     divide K; a compressed model that is read from a checkpoint may have any C.
     """
+    if model.variant == "collaborative":  # its rows are defined for any number of shared keys
+        return
     for which in ("key", "value"):
         for layer, count in enumerate(model.components(which)):
             _require(

@@ -160,7 +160,7 @@ class Collaborative(AttentionLayer):
     """Collaborative attention (arXiv 2006.16362): scores (Q diag(m_n)) K^T, Q and K shared.
 
     The shared keys are C_k heads of width H, one row of C_k H numbers a position; query head n is
-    the shared query times its row m_n. Rows start as block identity: for C_k = N that is MHA.
+    the shared query times its row m_n. Rows start as block identity: for C_k = K = N that is MHA.
     """
 
     @nn.nowrap

@@ -227,7 +227,7 @@ WIDE = {"d_model": 2048, "n_heads": 16, "n_kv_heads": 16, "head_dim": 128, "hlc_
         ({"key_components": 8, "value_components": 8, "hlc_form": "explicit"}, 2, "explicit"),
         ({"key_components": 8}, 1, "folded"),  # half of the projections want each: a tie
         ({"key_components": 8, "hlc": "k"}, 1, "explicit"),
-        ({"hlc_order": "after"}, 1, "explicit"),
+        ({"hlc_order": "after"}, 1, "folded"),  # of values; its keys are explicit in either form
         ({"hlc": "none", "head_norm": False}, 1, "auto"),
     ],
 )

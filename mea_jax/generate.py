@@ -67,7 +67,8 @@ def read_prompts(path: Path) -> list[str]:
     Raises `UserError` that names the line.
     """
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # a line may hold other separators
+        # A byte-order mark is no text; other separators may stand within a line.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--prompts {path} cannot be read: {error}") from error
     if path.suffix != ".jsonl":
@@ -79,7 +80,7 @@ def read_prompts(path: Path) -> list[str]:
                 continue
             try:
                 prompts.append(json.loads(line)["prompt"])
-            except (ValueError, TypeError, LookupError) as error:
+            except (ValueError, TypeError, LookupError, RecursionError) as error:
                 raise UserError(
                     f'{path}, line {number}: expected an object such as {{"prompt": "..."}}'
                 ) from error

@@ -174,14 +174,16 @@ class Generator:
         A row ends early where its cache is full. `rows` number the prompts for the random keys, so
         that a prompt's text is the same in whatever batch it comes. The loop returns to the host
         every `chunk` tokens (at most, and by default, `cache.RECENT`) and calls `on_tokens` with
-        all tokens so far, which says for each row whether it is done. Timings, and the tokens of
-        the first `counted` rows (None: of all), are added to `report`.
+        all tokens so far, which says for each row whether it is done. Timings, and the tokens drawn
+        for the first `counted` rows (None: for all), stop tokens among them, are added to `report`.
         """
+        if count < 1:
+            raise ValueError(f"count={count} new tokens: ask for at least one")
         for i, prompt in enumerate(prompts):
             self.check(prompt, f"prompt {i + 1}" if len(prompts) > 1 else "the prompt")
 
         def trimmed(tokens: list[int]) -> list[int]:
-            return tokens[:-1] if tokens and tokens[-1] in stop else tokens
+            return tokens[:-1] if tokens and tokens[-1] in stop else tokens[:]
 
         report, count = Report() if report is None else report, min(count, self.length)
         batch, chunk = len(prompts), min(chunk or RECENT, count, RECENT)

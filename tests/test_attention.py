@@ -185,3 +185,22 @@ def test_statistics_by_hand():
             largest = max(largest, logits.max())
         np.testing.assert_allclose(found["entropy"][n], np.mean(entropies), rtol=1e-4)
         np.testing.assert_allclose(found["logit"][n], largest, rtol=1e-5)
+
+
+def test_statistics_by_blocks_of_queries(monkeypatch):
+    """Four blocks, the last one not full, against the logits of all queries at one time."""
+    monkeypatch.setattr(attention, "_WATCHED", 3)
+    segments_BT = jnp.asarray(packed([[4, 6], [7]], 11)[1])
+    q, k = normal(0, 2, 11, 4, 6), normal(1, 2, 11, 2, 6)
+    slopes_N = jnp.asarray([0.5, 0.25, 0.125, 0.0625])
+    found = attention.attention_statistics(q, k, segments_BT, 0.5, slopes_N)
+
+    mask_BTT = attention.visible(segments_BT)
+    logits_BKGTS = attention.attention_logits(q, k, mask_BTT, 0.5, slopes_N)
+    p_BKGTS = jax.nn.softmax(logits_BKGTS)
+    entropy_BKGT = jax.scipy.special.entr(p_BKGTS).sum(-1)
+    real_BT = np.asarray(segments_BT > 0)
+    for n in range(4):
+        entropy_BT, logits_BTS = entropy_BKGT[:, n // 2, n % 2], logits_BKGTS[:, n // 2, n % 2]
+        np.testing.assert_allclose(found["entropy"][n], entropy_BT[real_BT].mean(), rtol=1e-5)
+        np.testing.assert_allclose(found["logit"][n], logits_BTS[real_BT].max(), rtol=1e-5)

@@ -205,6 +205,25 @@ def test_memory_is_linear_in_the_length():
     assert compiled.memory_analysis().temp_size_in_bytes < 6 * scores + 12 * array
 
 
+def test_a_scan_over_layers_saves_no_masks():
+    """Masks follow from ids alone: made before the scan, they would be saved for its derivative."""
+    length, shape = 8192, (1, 8192, 2, 16)
+
+    def loss(scales, x, ids):
+        def layer(x, scale):
+            return x + chunked_attention(scale * x, x, x, ids, scale=0.25, block=256), None
+
+        return jnp.sum(jax.lax.scan(layer, x, scales)[0] ** 2)
+
+    scales, x = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((2, 1, 1, 1, 1), shape))
+    ids = jax.ShapeDtypeStruct((1, length), jnp.int32)
+    compiled = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(scales, x, ids).compile()
+    # 16 arrays of the size of x; with the masks, half of T x T bytes a head, it was 81 MB.
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    assert memory.temp_size_in_bytes < length**2 / 2
+
+
 def test_batch_and_heads_are_sharded_without_communication():
     mesh = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
     sharding = NamedSharding(mesh, PartitionSpec("data", None, "tensor", None))

@@ -15,9 +15,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mea_jax import cpu_kernels
+from mea_jax import attention, cpu_kernels
 from mea_jax.backends import CpuBackend
 from mea_jax.losses import cross_entropy
+from mea_jax.norms import rms_norm
 
 DTYPES = {"float32": 2e-5, "bfloat16": 3e-2}
 few = settings(max_examples=5, deadline=None, derandomize=True)
@@ -135,6 +136,31 @@ def test_attention_in_parts_of_the_batch_and_blocks_of_its_own_choice():
 
     want = value_and_grads(lambda q, k, v: attention_reference(q, k, v, ids, 0.3), q, k, v)
     assert_close(value_and_grads(jax.checkpoint(f), q, k, v), want, "float32")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@few
+@given(
+    b=st.sampled_from([1, 2, 4]),
+    t=st.sampled_from([1, 7, 37]),
+    heads=st.sampled_from([(2, 2), (4, 2), (3, 1)]),
+    block=st.sampled_from([0, 5, 16]),
+    eps=st.sampled_from([1e-5, 0.3]),
+)
+def test_head_norm_is_the_norm_of_plain_attention(dtype, b, t, heads, block, eps):
+    n, k = heads
+    q, key, v = normal(0, b, t, n, 8), normal(1, b, t, k, 8), normal(2, b, t, k, 6)
+    ids = jnp.sort(jnp.asarray(np.random.default_rng(3).integers(0, 3, (b, t))), 1)
+    options = {"scale": 0.3, "dtype": jnp.dtype(dtype), "block": block, "eps": eps}
+
+    def f(q, k, v, norm_W):
+        return cpu_kernels.causal_attention(q, k, v, ids, norm_W=norm_W, **options)
+
+    def g(q, k, v, norm_W):
+        return rms_norm(attention.dot_product_attention(q, k, v, ids, 0.3), norm_W, eps)
+
+    args = (q, key, v, 1 + 0.3 * normal(4, 6))
+    assert_close(value_and_grads(f, *args), value_and_grads(g, *args), dtype)
 
 
 def test_attention_of_huge_scores_is_finite_and_exact():

@@ -1,6 +1,7 @@
 """Generation: the same tokens as recomputing every prefix, whatever the batch; the command."""
 
 import json
+import re
 import subprocess
 import sys
 from typing import Any, cast
@@ -11,12 +12,15 @@ import numpy as np
 import pytest
 from helpers import params_of, tiny_model
 
-from mea_jax import cache
+from mea_jax import cache, sharding
+from mea_jax.config import MeshConfig
+from mea_jax.data.tokenizers import BytesTokenizer
 from mea_jax.errors import UserError
-from mea_jax.generate import Stream, cut_at, read_prompts
+from mea_jax.generate import Stream, continue_file, cut_at, encode, read_prompts, stream_one
 from mea_jax.generation import Generator, Report
 from mea_jax.sampling import Sampling
 from mea_jax.train import train
+from mea_jax.train_step import init_params
 from mea_jax.transformer import apply_logits
 
 PROMPTS = [[5, 6, 7, 8, 9], [200, 3], [17] * 11]
@@ -91,6 +95,42 @@ def test_a_looker_on_can_stop_a_row(generator):
     assert seen[:2] == [[4, 4, 4], [8, 8, 8]]
 
 
+def test_a_looker_on_never_sees_a_stop_token(generator):
+    stop = generator.run(PROMPTS, count=40)[0][9]
+    seen: list[list[int]] = []
+
+    def on_tokens(new):
+        seen.extend(map(list, new))  # as they are now
+        return [False] * len(new)
+
+    new = generator.run(PROMPTS, count=40, stop=(stop,), chunk=4, on_tokens=on_tokens)
+    assert seen[-len(new) :] == new
+    assert all(stop not in tokens for tokens in seen)
+
+
+def test_the_report_counts_the_first_rows_only(generator):
+    report = Report()
+    new = generator.run([*PROMPTS, PROMPTS[2]], count=9, report=report, counted=3)
+    assert report.tokens == sum(map(len, new[:3])) == 27
+    assert len(new) == 4
+
+
+@pytest.mark.parametrize("sizes", [(2, 1, 2), (1, 1, 4)], ids=["data 2, tensor 2", "tensor 4"])
+def test_a_mesh_gives_the_tokens_of_one_device(sizes):
+    """Over more steps than `RECENT`: what goes round the loop keeps its shardings in the flush."""
+    model, length, count = tiny_model(), 256, cache.RECENT + 72
+    params = params_of(model, noise=0.3)
+    expected = Generator(model, params, length=length).run(PROMPTS[:1], count=count)
+
+    mesh = sharding.make_mesh(MeshConfig(*sizes), jax.devices()[:4])
+    boxed = jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0))
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(params, sharding.param_shardings(boxed, mesh))
+        found = Generator(model, placed, length=length).run(PROMPTS[:1], count=count)
+    assert found == expected
+    assert len(found[0]) == count
+
+
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [
@@ -133,6 +173,38 @@ def test_a_stream_prints_every_character_once_and_none_half(capsys):
     assert "\ufffd" not in "".join(shown)
 
 
+@pytest.fixture(scope="module")
+def writer():
+    """A generator that writes ASCII and, as often as anything, the separator."""
+    model = tiny_model(tie_embeddings=False)
+    params = params_of(model, noise=0.3)
+    params["head"][:, 256] *= 5
+    params["head"][:, 128:256] = params["head"][:, 257:] = 0
+    return Generator(model, params, length=64)
+
+
+def test_streamed_text_holds_neither_separator_nor_stop_text(writer, capsys):
+    tokenizer, options = BytesTokenizer(), {"count": 40, "stop": (256,)}
+    (free,) = writer.run(encode(writer, tokenizer, ["over"], "{}"), count=40)
+    end = free.index(256)
+    assert 10 < end < 39  # the second time that the text is looked at, or later
+    text = tokenizer.decode(free[:end])
+    assert stream_one(writer, tokenizer, "over", [], options) == "end_of_document"
+    assert capsys.readouterr().out == f"over{text}\n"
+    # A stop text whose first two letters come before the first look at it, the others after.
+    assert stream_one(writer, tokenizer, "over", ["never", text[6:10]], options) == "stop"
+    assert capsys.readouterr().out == f"over{text[: text.index(text[6:10])]}\n"
+
+
+def test_a_file_is_reported_without_what_fills_its_last_batch(writer):
+    tokenizer, prompts, report = BytesTokenizer(), ["a quick", "over", "seven"], Report()
+    ids = encode(writer, tokenizer, prompts, "{}")
+    options = {"count": 10, "report": report}
+    records = list(continue_file(writer, tokenizer, prompts, ids, 2, [], options))
+    assert [record["prompt"] for record in records] == prompts
+    assert report.tokens == sum(record["tokens"] for record in records) == 30
+
+
 def test_cut_at_the_first_stop():
     assert cut_at("a b c", ["c", "b"]) == ("a ", True)
     assert cut_at("a b c", ["x"]) == ("a b c", False)
@@ -150,6 +222,16 @@ def test_prompt_files(tmp_path):
     lines.write_text("\n")
     with pytest.raises(UserError, match="holds no prompt"):
         read_prompts(lines)
+
+
+def test_a_line_of_text_may_hold_other_separators(tmp_path):
+    """U+2028 and the like, which end a line for `str.splitlines` and are none in a text file."""
+    text = "one\u2028and\u2029the\x85same\x0cline"
+    lines, records = tmp_path / "p.txt", tmp_path / "p.jsonl"
+    lines.write_text(f"{text}\nanother\n", encoding="utf-8")
+    assert read_prompts(lines) == [text, "another"]
+    records.write_text('{"prompt": "one\u2028line"}\n', encoding="utf-8")
+    assert read_prompts(records) == ["one\u2028line"]
 
 
 # -- the command --------------------------------------------------------------------------------
@@ -200,6 +282,7 @@ def test_the_command_continues_a_prompt_and_a_file(run_directory, tmp_path):
         (("--prompt", "x", "--top_p", "0"), "top_p=0"),
         (("--prompt", "x", "--cache_dtype", "int9"), "did you mean 'int8'?"),
         (("--prompts", "/nowhere.txt"), "--prompts /nowhere.txt cannot be read"),
+        (("--prompt", "x", "--seed", "-1"), "--seed=-1 must lie in [0, 2^32)"),
     ],
 )
 def test_bad_input_is_one_line(run_directory, arguments, message):
@@ -207,6 +290,34 @@ def test_bad_input_is_one_line(run_directory, arguments, message):
     assert result.returncode == 2
     assert message in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("p.jsonl", b'{"prompt": "a"}\n{"prompt": "b\\ud800"}\n', "p.jsonl is not valid Unicode"),
+        ("p.jsonl", b'{"prompt": "a"}\n{"prompt": ""}\n', "p.jsonl is empty"),
+        ("p.txt", b"a\nb\xff\n", "cannot be read: 'utf-8' codec can't decode byte 0xff"),
+    ],
+)
+def test_bad_files_of_prompts_are_one_line(run_directory, tmp_path, name, content, message):
+    out = tmp_path / "out.jsonl"
+    out.write_text("results of an hour\n")
+    (tmp_path / name).write_bytes(content)
+    files = ("--prompts", tmp_path / name, "--output", out)
+    result = generate("--checkpoint", run_directory, *files)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert ("prompt 2 of" in result.stderr) == (name == "p.jsonl")
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert out.read_text() == "results of an hour\n"
+
+
+def test_more_tokens_than_the_cache_holds(run_directory):
+    result = generate("--checkpoint", run_directory, "--prompt", "a quick", "--max_tokens", 10**12)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("a quick")
+    assert re.search("ended by (cache|end_of_document)", result.stderr)
 
 
 def test_a_checkpoint_without_a_tokenizer_or_none_at_all(run_directory, tmp_path):

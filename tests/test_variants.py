@@ -18,7 +18,7 @@ from mea_jax.config import TrainConfig
 from mea_jax.errors import UserError
 from mea_jax.layers import Context
 from mea_jax.transformer import rope_of
-from mea_jax.validation import validate
+from mea_jax.validation import validate, validate_from_scratch
 from mea_jax.variants import lambda_init, make_attention
 
 V1, V2 = PLAIN | {"variant": "differential_v1"}, PLAIN | {"variant": "differential_v2"}
@@ -260,6 +260,24 @@ def test_layers_index_reaches_differential_v1():
     assert np.abs(first - later).max() > 0.1 * np.abs(first).max()
 
 
+def test_collaborative_starts_from_any_number_of_shared_keys():
+    """Three for four heads: each head reads all of one of them, and every one is read."""
+    model = tiny_model(n_layers=1, key_components=3, **COLLABORATIVE)
+    validate(TrainConfig(model=model))
+    validate_from_scratch(model)
+    params, (x, positions, segments) = fresh(model), inputs(model)
+    rows_NC = params["query_mixing"].mean(axis=2)
+    np.testing.assert_array_equal(rows_NC, np.eye(3)[[0, 0, 1, 2]])
+    np.testing.assert_allclose(
+        layer(model)(params, x),
+        collaborative(model, params, x, positions, segments),
+        rtol=0,
+        atol=1e-5,
+    )
+    with pytest.raises(UserError, match=r"key_components=3 .* does not divide n_kv_heads=4"):
+        validate_from_scratch(tiny_model(key_components=3))
+
+
 # -- what cannot be ---------------------------------------------------------------------------
 
 
@@ -284,6 +302,8 @@ def test_layers_index_reaches_differential_v1():
         ({"key_mixing": "dense"}, r"key_mixing='dense': "),
         ({"hlc": "v", "hlc_order": "after"}, r"hlc_order='after' needs mixing of keys"),
         ({"attention_kernel": "flash"}, r"attention_kernel='flash': "),
+        (TALKING | {"attention_kernel": "splash"}, r"'splash' cannot run talking_heads"),
+        (TALKING | {"attention_kernel": "chunked"}, r"'chunked' cannot run talking_heads"),
     ],
 )
 def test_variants_that_cannot_be(changes, message):

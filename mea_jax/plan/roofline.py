@@ -1,0 +1,112 @@
+"""From counts to times: what each resource would take alone, and which one binds.
+
+    time = max(compute, memory, links)
+
+supposes that all three overlap fully: a lower bound, and the MFU from it an upper one. Compute is
+FLOPs of products at the peak rate, recomputation included; vector work has no peak of its own in a
+data sheet, so beside it stands the TPU compiler's own estimate of cycles.
+"""
+
+import dataclasses
+
+from mea_jax import flops
+from mea_jax.config import TrainConfig
+from mea_jax.plan.collectives import axes_of, groups_of, seconds, wire_bytes
+from mea_jax.plan.programs import Compiled
+from mea_jax.plan.target import Target
+
+
+@dataclasses.dataclass
+class Traffic:
+    """Collectives of one kind over the same mesh axes, in one step, of one device."""
+
+    kind: str
+    axes: str
+    calls: int
+    nbytes: float  # of the arrays
+    wire_bytes: float  # sent by the device
+    seconds: float | None  # None where the links' rates are not known
+    between_slices: bool
+
+
+@dataclasses.dataclass
+class Roofline:
+    """Seconds of one step; None where the chip's data sheet is not known."""
+
+    traffic: list[Traffic]
+    compute: float | None
+    estimated: float | None  # the compiler's cycles, and Pallas kernels at the peak rate
+    memory: float | None
+    links: float | None
+    network: float | None
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """The times that are known, by name."""
+        named = {
+            "compute": self.compute,
+            "HBM": self.memory,
+            "ICI": self.links,
+            "DCN": self.network,
+        }
+        return {name: time for name, time in named.items() if time is not None}
+
+    @property
+    def binding(self) -> str | None:
+        return max(self.parts, key=lambda name: self.parts[name]) if self.parts else None
+
+    @property
+    def step(self) -> float | None:
+        """Seconds of a step if everything overlaps."""
+        return max(self.parts.values()) if self.parts else None
+
+
+def traffic_of(compiled: Compiled, target: Target) -> list[Traffic]:
+    """The step's collectives, added up by kind and mesh axes, the largest first."""
+    devices = list(compiled.mesh.devices.flat)
+    total: dict[tuple[str, str], Traffic] = {}
+    for collective in compiled.costs.collectives:
+        groups = groups_of(collective.groups, len(devices))
+        if all(len(group) < 2 for group in groups):
+            continue
+        group = groups[0]
+        if collective.kind == "collective-permute":  # pairs: one hop between neighbours
+            axes = axes_of(groups, dict(compiled.mesh.shape))
+        else:
+            axes = axes_of([group], dict(compiled.mesh.shape))
+        key = (collective.kind, " x ".join(axes) or "none")
+        slices = {getattr(devices[i], "slice_index", None) or 0 for i in group}
+        row = total.setdefault(
+            key, Traffic(*key, 0, 0.0, 0.0, 0.0 if target.chip else None, len(slices) > 1)
+        )
+        row.calls += collective.times
+        row.nbytes += collective.nbytes * collective.times
+        row.wire_bytes += wire_bytes(collective, len(group))
+        if row.seconds is not None and target.chip is not None:
+            row.seconds += seconds(collective, group, devices, target.chip)
+    return sorted(total.values(), key=lambda row: -row.wire_bytes)
+
+
+def roofline(compiled: Compiled, target: Target) -> Roofline:
+    """The times of one step of a compiled program."""
+    traffic, chip, costs = traffic_of(compiled, target), target.chip, compiled.costs
+    if chip is None:
+        return Roofline(traffic, None, None, None, None, None)
+    estimated = None
+    if chip.clock and costs.cycles:
+        estimated = costs.cycles / chip.clock + costs.kernel_flops / chip.flops
+    between = [row.seconds or 0.0 for row in traffic if row.between_slices]
+    return Roofline(
+        traffic=traffic,
+        compute=costs.flops / chip.flops,
+        estimated=estimated,
+        memory=costs.hbm_bytes / chip.hbm,
+        links=sum(row.seconds or 0.0 for row in traffic if not row.between_slices),
+        network=sum(between) if between else None,
+    )
+
+
+def model_flops(config: TrainConfig) -> float:
+    """Useful FLOPs of a training step, all devices together: the project's convention."""
+    length = config.data.context_length
+    return flops.step_flops(config.model, length, config.batch_size * length)

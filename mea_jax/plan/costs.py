@@ -8,6 +8,7 @@ its operands once, however often its blocks are read again, and its FLOPs by a r
 
 import dataclasses
 import re
+from collections.abc import Sequence
 
 from mea_jax.plan.hlo import Array, Computation, Instruction, Program, arrays_of
 
@@ -102,7 +103,8 @@ def _count_one(program, computation, instruction, times, costs: Costs, seen: set
         if _is_kernel(instruction):
             name = re.sub(r"[.\d]+$", "", instruction.name)
             costs.kernels[name] = costs.kernels.get(name, 0) + times
-            costs.kernel_flops += times * kernel_flops(name, _operands(computation, instruction))
+            operands = _operands(computation, instruction)
+            costs.kernel_flops += times * kernel_flops(name, operands, instruction.arrays)
 
 
 def _add(costs: Costs, other: Costs) -> None:
@@ -129,7 +131,8 @@ def _matrix_flops(program: Program, computation: Computation, instruction: Instr
     if opcode == "convolution":
         return _convolution_flops(computation, instruction)
     if _is_kernel(instruction):
-        return kernel_flops(instruction.name, _operands(computation, instruction))
+        operands = _operands(computation, instruction)
+        return kernel_flops(instruction.name, operands, instruction.arrays)
     return 0.0
 
 
@@ -191,11 +194,12 @@ def _is_kernel(instruction: Instruction) -> bool:
     return instruction.opcode == "custom-call" and "tpu_custom_call" in instruction.attributes
 
 
-def kernel_flops(name: str, operands: list[Array]) -> float:
+def kernel_flops(name: str, operands: Sequence[Array], results: Sequence[Array]) -> float:
     """FLOPs of one call of splash attention, by its name; 0 for a kernel that is not known.
 
-    Causal: half of all pairs of positions. Forward 2 products per pair; backward 5, or, as two
-    kernels, 3 for dq and 4 for dk and dv, since both form the probabilities again.
+    Causal: half of all pairs of positions. Forward 2 products per pair; backward 5 in one kernel,
+    which leaves a partial dq for each block of keys (one axis more than q), or, as two, 3 for dq
+    and 4 for dk and dv, since both form the probabilities again.
     """
     wide = [a for a in operands if len(a.dims) >= 3 and a.dtype in ("bf16", "f32")]
     if "splash" not in name or len(wide) < 3:
@@ -206,7 +210,7 @@ def kernel_flops(name: str, operands: list[Array]) -> float:
     if "_dq" in name:
         return 2 * pairs * (2 * h + w)
     if "_dkv" in name:
-        fused = "dkv_segmented" not in name and "dq" in name
+        fused = any(len(a.dims) > len(q.dims) for a in results)
         return 2 * pairs * ((3 if fused else 2) * h + 2 * w)
     return 2 * pairs * (h + w)
 

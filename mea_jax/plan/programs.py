@@ -16,7 +16,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from mea_jax import decode, sharding
 from mea_jax.backends import resolve
 from mea_jax.cache import count_bytes
-from mea_jax.config import TrainConfig
+from mea_jax.config import ModelConfig, TrainConfig
 from mea_jax.errors import UserError
 from mea_jax.plan.costs import Costs, count
 from mea_jax.plan.hlo import parse
@@ -62,14 +62,21 @@ def per_device_bytes(abstract: Any) -> float:
     return sum(one(x) for x in jax.tree.leaves(abstract))
 
 
+def _portable(model: ModelConfig, target: Target) -> ModelConfig:
+    """The model as CPU devices compile it in the place of others: their compiler has no plain
+    products in bfloat16, and kernels of our own for CPUs would hide what others run."""
+    if target.exact:
+        return model
+    return dataclasses.replace(model, backend="xla", dtype="float32")
+
+
 def train_program(config: TrainConfig, target: Target) -> Compiled:
     """The training step, compiled for the target. Raises `UserError` for what cannot be."""
     mesh = sharding.make_mesh(config.mesh, target.devices)
     length = config.data.context_length
     shape = dict(mesh.shape)
-    model = resolve(config.model, target.devices, length, shape["tensor"], shape.get("sequence", 1))
-    if not target.exact:  # CPU devices that stand for others: plain products in bfloat16 fail there
-        model = dataclasses.replace(model, backend="xla", dtype="float32")
+    model = _portable(config.model, target)
+    model = resolve(model, target.devices, length, shape["tensor"], shape["sequence"])
     config = dataclasses.replace(config, model=model)
     sharding.check_divisible(config, mesh)
     state = abstract_state(config, mesh)
@@ -96,9 +103,7 @@ def train_program(config: TrainConfig, target: Target) -> Compiled:
 def decode_program(config: TrainConfig, target: Target, batch: int, context: int) -> Compiled:
     """One decode step of `batch` rows with `context` positions cached, on one device."""
     device = target.devices[0]
-    model = resolve(config.model, [device], context)
-    if not target.exact:
-        model = dataclasses.replace(model, backend="xla", dtype="float32")
+    model = resolve(_portable(config.model, target), [device], context)
     config = dataclasses.replace(config, model=model)
     where = SingleDeviceSharding(device)
     kept: dict[str, Any] = {}

@@ -78,6 +78,13 @@ def _time(seconds: float) -> str:
     return f"{seconds:.3f} s" if seconds >= 1 else f"{1e3 * seconds:.2f} ms"
 
 
+def _long(seconds: float) -> str:
+    """A duration of a run."""
+    if seconds >= 86400:
+        return f"{seconds / 86400:.2f} days"
+    return f"{seconds / 3600:.2f} hours" if seconds >= 3600 else f"{seconds:.1f} s"
+
+
 def text(plan: dict[str, Any]) -> str:
     """The table that a person reads."""
     mesh = " x ".join(f"{axis} {size}" for axis, size in plan["mesh"].items() if size > 1)
@@ -118,9 +125,8 @@ def text(plan: dict[str, Any]) -> str:
             rows.append(("  compiler's guess", f"{_time(cycles)} of compute, vector work included"))
         rows.append(("at most", f"{plan['tokens_per_second']:,.0f} tokens/s" + _mfu(plan)))
     if "days" in plan:
-        rows.append(
-            ("the whole run", f"{plan['days']:.2f} days, {plan['chip_hours']:,.0f} chip-hours")
-        )
+        long = _long(86400 * plan["days"])
+        rows.append(("the whole run", f"at least {long}, {plan['chip_hours']:,.1f} chip-hours"))
     note = "" if plan["exact"] else _INEXACT
     if plan["loops_counted_once"]:
         note += f"\nloops of unknown length, counted once: {plan['loops_counted_once']}"
@@ -129,7 +135,7 @@ def text(plan: dict[str, Any]) -> str:
 
 _INEXACT = (
     "\ncompiled for CPU devices in the place of GPUs: products and collectives are the real ones, "
-    "in float32;\nmemory and HBM traffic only near them. Attention is chunked, not cuDNN's."
+    "in float32;\nmemory and HBM traffic only near them, and attention is not cuDNN's."
 )
 
 

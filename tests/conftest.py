@@ -20,6 +20,7 @@ import jax
 import numpy as np
 import pytest
 from helpers import change, tiny_model
+from launch_machine import Machine
 
 from mea_jax.config import (
     CheckpointConfig,
@@ -115,3 +116,9 @@ def small_disk(tmp_path):
         pytest.skip("mounting a file system is not permitted here")
     yield where
     subprocess.run(["umount", "-l", str(where)], check=True)
+
+
+@pytest.fixture
+def machine(tmp_path):
+    """A checkout, a home folder and fakes of every program that a launcher runs."""
+    return Machine(tmp_path)

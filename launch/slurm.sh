@@ -1,0 +1,127 @@
+#!/usr/bin/env bash
+# GPU nodes under Slurm. From a checkout on a file system that the login node and all nodes share:
+#
+#   export NODES=2 GPUS_PER_NODE=8 WORKDIR=/shared/runs/mea_1b
+#   launch/slurm.sh install
+#   launch/slurm.sh submit -- --config configs/mea_1b.py
+#   JOB=1234 launch/slurm.sh logs
+#   JOB=1234 launch/slurm.sh cancel
+#
+# Subcommands:
+#   install  makes the environment .venv in the checkout
+#   submit   submits a batch script; what follows -- are VAR=value words for the environment of
+#            training, then arguments of mea_jax.train, after --distributed --workdir
+#   logs     follows the log of a job
+#   cancel   ends a job
+#
+# Options: --dry-run prints every command, the batch script included, and runs none; --yes cancels
+# without a question; --help.
+#
+# Variables (required unless a default is given):
+#   GPUS_PER_NODE   submit: GPUs taken on each node
+#   WORKDIR         submit: run directory, on the shared file system
+#   JOB             logs, cancel: number of the job, which submit prints
+#   NODES           default 1
+#   CPUS_PER_TASK   cores for each GPU's process and its reading of data; default 4
+#   JOB_NAME        default mea_jax
+#   PARTITION, ACCOUNT, TIME   as of sbatch; default: the cluster's. sbatch reads others by itself,
+#                   such as SBATCH_QOS, SBATCH_CONSTRAINT and SBATCH_RESERVATION
+#   SETUP           a line for every job to begin with, such as "module load cuda"; default none
+#   PYTHON          interpreter; default .venv/bin/python in the checkout
+#   EXTRA           install: extra of pyproject.toml; default cuda
+#
+# Prepared data are kept in ~/.cache/mea_jax. Where nodes do not share the home folder, each makes
+# its own, unless the arguments begin with MEA_JAX_CACHE=/shared/cache.
+#
+# A job that is preempted or loses a node goes back to the queue and resumes from its checkpoint.
+#
+# https://slurm.schedmd.com/sbatch.html  https://slurm.schedmd.com/srun.html
+# https://docs.jax.dev/en/latest/_autosummary/jax.distributed.initialize.html
+
+# shellcheck source=common.sh source-path=SCRIPTDIR
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+parse "install submit logs cancel" "$@"
+export EXTRA=${EXTRA-cuda}
+NODES=${NODES:-1}
+CPUS_PER_TASK=${CPUS_PER_TASK:-4}
+
+# batch_script: one process for each GPU, because that is what jax.distributed.initialize() expects
+# under Slurm (jax/_src/clusters/slurm_cluster.py, cluster.py): process i of a node takes the i-th
+# of the GPUs that it sees, and no other. So each process must see all the GPUs of its node, which
+# --gpus-per-task would prevent.
+batch_script() {
+  cat <<END
+#!/bin/bash
+#SBATCH --job-name=${JOB_NAME:-mea_jax}
+#SBATCH --nodes=$NODES
+#SBATCH --ntasks-per-node=$GPUS_PER_NODE
+#SBATCH --gpus-per-node=$GPUS_PER_NODE
+#SBATCH --cpus-per-task=$CPUS_PER_TASK
+#SBATCH --output=$root/runs/slurm-%j.log
+#SBATCH --open-mode=append
+#SBATCH --requeue
+END
+  if [[ -n ${PARTITION:-} ]]; then printf '#SBATCH --partition=%s\n' "$PARTITION"; fi
+  if [[ -n ${ACCOUNT:-} ]]; then printf '#SBATCH --account=%s\n' "$ACCOUNT"; fi
+  if [[ -n ${TIME:-} ]]; then printf '#SBATCH --time=%s\n' "$TIME"; fi
+  printf 'set -eo pipefail\n' # no -u: module files read variables that are not set
+  printf 'cd %s\n' "$(quote "$root")"
+  if [[ -n ${SETUP:-} ]]; then printf '%s\n' "$SETUP"; fi
+  # srun does not take --cpus-per-task from sbatch since Slurm 22.05.
+  quote srun --kill-on-bad-exit=1 --label --cpus-per-task="$CPUS_PER_TASK" \
+    env "${environment[@]}" "${PYTHON:-.venv/bin/python}" -u -m mea_jax.train --distributed \
+    --workdir "$WORKDIR" "${args[@]}"
+  printf '\n'
+}
+
+check_submit() {
+  need GPUS_PER_NODE "GPUs taken on each node" 8
+  need WORKDIR "run directory on a file system that all nodes share" /shared/runs/mea_1b
+  check_folder WORKDIR
+  local name
+  for name in NODES GPUS_PER_NODE CPUS_PER_TASK; do
+    [[ ${!name} =~ ^[1-9][0-9]*$ ]] || die "$name=${!name} must be a number, 1 or more"
+  done
+  # sbatch reads its own lines up to blanks, and offers no quoting for all of them.
+  [[ $root${JOB_NAME:-} != *[[:space:]]* ]] ||
+    die "sbatch takes no blanks: JOB_NAME=${JOB_NAME:-}, checkout $root"
+  training
+}
+
+submit() {
+  run mkdir -p "$root/runs"
+  if ((dry_run)); then
+    printf "sbatch --parsable <<'END_OF_JOB'\n%s\nEND_OF_JOB\n" "$(batch_script)"
+  else
+    printf '+ sbatch --parsable\n%s\n' "$(batch_script)" >&2
+    batch_script | sbatch --parsable
+  fi
+}
+
+case $command in
+  install) no_args ;;
+  submit)
+    check_submit
+    tool sbatch "run this on a login node of the cluster"
+    ;;
+  logs)
+    no_args
+    need JOB "number of the job" 1234
+    ;;
+  cancel)
+    no_args
+    need JOB "number of the job" 1234
+    tool scancel "run this on a login node of the cluster"
+    ;;
+esac
+
+case $command in
+  install) local_worker install ;;
+  submit) submit ;;
+  logs) run tail -n 100 -F "$root/runs/slurm-$JOB.log" ;;
+  cancel)
+    confirm "Cancel job $JOB?"
+    run scancel "$JOB"
+    ;;
+esac

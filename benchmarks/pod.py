@@ -95,6 +95,9 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+RATIOS = ("tflop", "accessed_gb", "hbm_gb", "wire_gb", "cycles")
+
+
 def mea() -> list[dict[str, Any]]:
     """On fsdp 4 x tensor 4, one window of 8,192 positions a copy."""
     rows = []
@@ -107,6 +110,7 @@ def mea() -> list[dict[str, Any]]:
             {
                 "name": name,
                 "tflop": plan["flops_per_device"] / 1e12,
+                "accessed_gb": plan["bytes_accessed_per_device"] / 1e9,
                 "hbm_gb": plan["hbm_bytes_per_device"] / 1e9,
                 "wire_gb": plan["collective_bytes_per_device"] / 1e9,
                 "cycles": plan["seconds"]["compute_by_cycles"],
@@ -114,7 +118,7 @@ def mea() -> list[dict[str, Any]]:
         )
     base = rows[0]
     for row in rows:
-        row |= {f"{k}_ratio": row[k] / base[k] for k in ("tflop", "hbm_gb", "wire_gb", "cycles")}
+        row |= {f"{k}_ratio": row[k] / base[k] for k in RATIOS}
     print("\nMEA against plain attention: mea_1b's shape, v5e:4x4, fsdp 4 x tensor 4, 4 windows")
     show(
         rows,
@@ -122,6 +126,8 @@ def mea() -> list[dict[str, Any]]:
             "name": ("", "s"),
             "tflop": ("TFLOP a device", ".3f"),
             "tflop_ratio": ("ratio", ".4f"),
+            "accessed_gb": ("GB accessed", ".2f"),
+            "accessed_gb_ratio": ("ratio", ".4f"),
             "hbm_gb": ("HBM GB", ".2f"),
             "hbm_gb_ratio": ("ratio", ".4f"),
             "wire_gb": ("collectives GB", ".3f"),

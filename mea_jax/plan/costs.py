@@ -8,7 +8,7 @@ its operands once, however often its blocks are read again, and its FLOPs by a r
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from mea_jax.plan.hlo import Array, Computation, Instruction, Program, arrays_of
 
@@ -32,6 +32,9 @@ _MARKS = ("AllocateBuffer", "AssumeGatherIndicesInBound", "AsyncCollective", "Sh
 _LARGEST_CYCLES = 10**12  # above it the compiler means "unknown"
 
 
+Weigh = Callable[[Sequence[Array]], float]
+
+
 @dataclasses.dataclass
 class Collective:
     """One collective of the program: `nbytes` of its operands or results, whichever is larger."""
@@ -49,6 +52,7 @@ class Costs:
 
     flops: float = 0.0  # of products of matrices, recomputation included
     hbm_bytes: float = 0.0  # read from and written to main memory
+    accessed_bytes: float = 0.0  # read and written wherever it lies, moves between memories apart
     cycles: float = 0.0  # the TPU compiler's own estimate, where it makes one
     collectives: list[Collective] = dataclasses.field(default_factory=list)
     kernels: dict[str, int] = dataclasses.field(default_factory=dict)  # Pallas calls by name
@@ -96,7 +100,9 @@ def _count_one(program, computation, instruction, times, costs: Costs, seen: set
             _walk(program, program[called], times, costs, seen)
     else:
         costs.flops += times * _matrix_flops(program, computation, instruction)
-        costs.hbm_bytes += times * _bytes(program, computation, instruction)
+        costs.hbm_bytes += times * _bytes(program, computation, instruction, _main)
+        if not opcode.startswith("copy-start"):
+            costs.accessed_bytes += times * _bytes(program, computation, instruction, _all)
         if (cycles := instruction.attribute(r'"estimated_cycles":"(\d+)"')) is not None:
             costs.cycles += times * (int(cycles) if int(cycles) < _LARGEST_CYCLES else 0)
         _collectives(program, computation, instruction, times, costs, seen)
@@ -222,12 +228,19 @@ def _operands(computation: Computation, instruction: Instruction) -> list[Array]
     return [a for name in instruction.operands for a in computation.instructions[name].arrays]
 
 
-def _main(arrays) -> float:
+def _main(arrays: Sequence[Array]) -> float:
     """Bytes of those that lie in main memory."""
     return sum(a.nbytes for a in arrays if not a.fast)
 
 
-def _bytes(program: Program, computation: Computation, instruction: Instruction) -> float:
+def _all(arrays: Sequence[Array]) -> float:
+    return sum(a.nbytes for a in arrays)
+
+
+def _bytes(
+    program: Program, computation: Computation, instruction: Instruction, weigh: Weigh
+) -> float:
+    """Bytes that one run of an instruction reads and writes, of the arrays that `weigh` counts."""
     opcode = instruction.opcode
     if opcode in _FREE:
         return 0.0
@@ -235,32 +248,30 @@ def _bytes(program: Program, computation: Computation, instruction: Instruction)
         return 0.0
     first = [computation.instructions[name] for name in instruction.operands]
     if opcode in ("dynamic-slice", "slice", "gather", "slice-start"):
-        source = first[0].arrays
         moved = instruction.arrays[-2:-1] if opcode == "slice-start" else instruction.arrays[:1]
-        size = sum(a.nbytes for a in moved)
-        return size * ((not source[0].fast) + (not moved[0].fast))
+        read = _all(moved) if weigh(first[0].arrays[:1]) else 0.0
+        return read + weigh(moved)
     if opcode == "dynamic-update-slice":
-        return 2 * _main(first[1].arrays) if not first[0].arrays[0].fast else 0.0
+        return 2 * weigh(first[1].arrays) if weigh(first[0].arrays) else 0.0
     if opcode == "copy-start":  # its shape is (destination, source, a semaphore)
-        return _main(instruction.arrays[:2])
+        return weigh(instruction.arrays[:2])
     if opcode.endswith("-start"):  # (operands, results, ...)
-        return _main(instruction.arrays)
+        return weigh(instruction.arrays)
     if opcode.endswith("-done"):
         return 0.0
     if opcode != "fusion":
-        return _main(_operands(computation, instruction)) + _main(instruction.arrays)
+        return weigh(_operands(computation, instruction)) + weigh(instruction.arrays)
     inner = program[instruction.called("calls") or ""]
     read = sum(
-        _read(program, inner, inner.parameters[i].name, source.arrays)
+        _read(program, inner, inner.parameters[i].name, weigh(source.arrays))
         for i, source in enumerate(first)
         if i in inner.parameters
     )
-    return read + _written(program, inner, inner.root, instruction.arrays)
+    return read + _written(program, inner, inner.root, instruction.arrays, weigh)
 
 
-def _read(program: Program, inner: Computation, name: str, arrays: tuple[Array, ...]) -> float:
-    """Bytes of main memory that a fusion reads of one operand: all, or the slices it takes."""
-    total = _main(arrays)
+def _read(program: Program, inner: Computation, name: str, total: float) -> float:
+    """Bytes that a fusion reads of an operand of `total` bytes: all, or the slices it takes."""
     if total == 0:
         return 0.0
     read = 0.0
@@ -271,25 +282,29 @@ def _read(program: Program, inner: Computation, name: str, arrays: tuple[Array, 
         elif user.opcode == "dynamic-update-slice" and position == 0:
             continue  # updated in place: what is written is counted as such
         elif user.opcode == "bitcast":
-            read += _read(program, inner, user.name, user.arrays)
+            read += _read(program, inner, user.name, total)
         elif user.opcode == "fusion":
             nested = program[user.called("calls") or ""]
             if position in nested.parameters:
-                read += _read(program, nested, nested.parameters[position].name, arrays)
+                read += _read(program, nested, nested.parameters[position].name, total)
         else:
             return total
     return min(read, total)
 
 
 def _written(
-    program: Program, inner: Computation, root: Instruction, arrays: tuple[Array, ...]
+    program: Program,
+    inner: Computation,
+    root: Instruction,
+    arrays: tuple[Array, ...],
+    weigh: Weigh,
 ) -> float:
-    """Bytes of main memory that a fusion writes: its result, or the update of a larger array."""
+    """Bytes that a fusion writes: its result, or the update of a larger array."""
     if root.opcode == "tuple":
         parts = [inner.instructions[name] for name in root.operands]
         if len(parts) == len(arrays):
             return sum(
-                _written(program, inner, part, (array,))
+                _written(program, inner, part, (array,), weigh)
                 for part, array in zip(parts, arrays, strict=True)
             )
     if root.opcode in ("bitcast", "copy") and root.operands:
@@ -298,10 +313,10 @@ def _written(
             root = source
     if root.opcode == "fusion":
         nested = program[root.called("calls") or ""]
-        return _written(program, nested, nested.root, arrays)
-    if root.opcode == "dynamic-update-slice" and not arrays[0].fast:
+        return _written(program, nested, nested.root, arrays, weigh)
+    if root.opcode == "dynamic-update-slice" and weigh(arrays):
         return inner.instructions[root.operands[1]].arrays[0].nbytes
-    return _main(arrays)
+    return weigh(arrays)
 
 
 # -- collectives ---------------------------------------------------------------------------

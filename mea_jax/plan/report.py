@@ -45,6 +45,7 @@ def summary(
         "tokens_per_step": tokens,
         "flops_per_device": costs.flops,
         "hbm_bytes_per_device": costs.hbm_bytes,
+        "bytes_accessed_per_device": costs.accessed_bytes,
         "collectives": [vars(row) for row in roof.traffic],
         "collective_bytes_per_device": sum(row.wire_bytes for row in roof.traffic),
         "pallas_calls": costs.kernels,
@@ -98,7 +99,8 @@ def text(plan: dict[str, Any]) -> str:
         ("memory a device", f"{_bytes(peak)}" + _of_memory(plan, peak)),
         *((f"  {name}", _bytes(size)) for name, size in held.items()),
         ("work a device", f"{si(plan['flops_per_device'], 'FLOP')} of products"),
-        ("  HBM traffic", _bytes(plan["hbm_bytes_per_device"])),
+        ("  bytes accessed", _bytes(plan["bytes_accessed_per_device"])),
+        ("  of them in HBM", _bytes(plan["hbm_bytes_per_device"])),
     ]
     if plan["step"] == "train":
         rows[2] = (

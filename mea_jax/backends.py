@@ -7,17 +7,19 @@ backend, never the platform; `resolve` looks at the machine, once.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 
-from mea_jax import attention, cpu_kernels, flash_attention, mixing
+from mea_jax import attention, cpu_kernels, flash_attention, mixing, sequence_parallel
 from mea_jax.chunked_attention import chunked_attention
 from mea_jax.config import ModelConfig
 from mea_jax.errors import UserError
 from mea_jax.losses import Products
 from mea_jax.norms import rms_norm
+from mea_jax.sharding import constrain, ways
 
 # Above this many positions T x T logits are not made: 1024^2 float32 are 4 MiB a head.
 _EINSUM_LENGTH = 1024
@@ -68,17 +70,49 @@ class Backend(Products, Protocol):
         scale: float,
         slopes_N: jax.Array | None = None,
         norm: HeadNorm | None = None,
+        shards: int = 1,
     ) -> jax.Array:
         """Causal attention within segments, softmax in float32: (B, T, N, W).
 
         `slopes_N`: ALiBi, adds slope times (s - t) to the scaled logits. `norm`: an RMSNorm of each
-        head's output.
+        head's output. `shards`: in how many parts of the sequence positions, but not segment ids,
+        are laid out, in zigzag order (sequence_parallel.py); 1: in natural order, on whatever mesh.
         """
         ...
 
 
-def _attend(kernel: str, q, k, v, segment_ids_BT, scale: float, slopes_N, block: int) -> jax.Array:
+def _whole(
+    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKW: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Heads whole along T on each device, where the mesh splits it.
+
+    Attention of a window in natural order is work that the devices of a sequence axis repeat: said
+    here, the partitioner gathers once and does not try to split blocks of it.
+    """
+    if ways("length") == 1:
+        return q_BTNH, k_BSKH, v_BSKW
+
+    def whole(x: jax.Array) -> jax.Array:
+        return constrain(x, "batch", None, "activation_heads", None)
+
+    return whole(q_BTNH), whole(k_BSKH), whole(v_BSKW)
+
+
+def _attend(
+    kernel: str, q, k, v, segment_ids_BT, scale: float, slopes_N, block: int, shards: int
+) -> jax.Array:
     """Attention by one of the kernels that run on any compiler's arrays, or a flash kernel."""
+    if shards > 1:
+        if shards != ways("length"):
+            raise ValueError(f"{shards} shards of the sequence on a mesh of {ways('length')}")
+        return sequence_parallel.attention(
+            "chunked" if kernel == "auto" else kernel,
+            *(q, k, v, segment_ids_BT),
+            scale=scale,
+            slopes_N=slopes_N,
+            block=block,
+        )
+    q, k, v = _whole(q, k, v)
     if kernel == "auto":  # a config that never met `resolve`: what runs anywhere
         kernel = "einsum" if q.shape[1] <= _EINSUM_LENGTH else "chunked"
     if kernel == "splash":
@@ -128,10 +162,10 @@ class XlaBackend:
         )
 
     def attend(
-        self, q_BTNH, k_BSKH, v_BSKW, segment_ids_BT, scale, slopes_N=None, norm=None
+        self, q_BTNH, k_BSKH, v_BSKW, segment_ids_BT, scale, slopes_N=None, norm=None, shards=1
     ) -> jax.Array:
-        kernel = self.attention_kernel
-        o_BTNW = _attend(kernel, q_BTNH, k_BSKH, v_BSKW, segment_ids_BT, scale, slopes_N, 512)
+        arrays = (q_BTNH, k_BSKH, v_BSKW, segment_ids_BT)
+        o_BTNW = _attend(self.attention_kernel, *arrays, scale, slopes_N, 512, shards)
         return o_BTNW if norm is None else norm.apply(o_BTNW)
 
     def matmul(self, x: jax.Array, w: jax.Array) -> jax.Array:
@@ -174,16 +208,19 @@ class CpuBackend:
         return cpu_kernels.thin_product(lhs, rhs, contract, batch)
 
     def attend(
-        self, q_BTNH, k_BSKH, v_BSKW, segment_ids_BT, scale, slopes_N=None, norm=None
+        self, q_BTNH, k_BSKH, v_BSKW, segment_ids_BT, scale, slopes_N=None, norm=None, shards=1
     ) -> jax.Array:
-        arrays = (q_BTNH, k_BSKH, v_BSKW, segment_ids_BT)
-        if self.attention_kernel in ("auto", "cpu") and slopes_N is None:
+        kernel = self.attention_kernel
+        if kernel in ("auto", "cpu") and slopes_N is None and shards == 1:
             norm_W, eps = norm or (None, 0.0)
+            arrays = (*_whole(q_BTNH, k_BSKH, v_BSKW), segment_ids_BT)
             return cpu_kernels.causal_attention(
                 *arrays, scale=scale, dtype=self.dtype, norm_W=norm_W, eps=eps
             )
-        kernel = "auto" if self.attention_kernel == "cpu" else self.attention_kernel
-        o_BTNW = _attend(kernel, *arrays, scale, slopes_N, 256)
+        if kernel == "cpu" and shards == 1:  # which takes no slopes
+            kernel = "auto"
+        arrays = (q_BTNH, k_BSKH, v_BSKW, segment_ids_BT)
+        o_BTNW = _attend(kernel, *arrays, scale, slopes_N, 256, shards)
         return o_BTNW if norm is None else norm.apply(o_BTNW)
 
     def matmul(self, x: jax.Array, w: jax.Array) -> jax.Array:
@@ -236,8 +273,13 @@ def _head_widths(model: ModelConfig) -> tuple[int, int]:
     return model.head_dim, model.head_dim * (2 if model.variant == "differential_v1" else 1)
 
 
-def _choose_kernel(model: ModelConfig, platform: str, dtype: str, backend: str, length: int) -> str:
+def _choose_kernel(
+    model: ModelConfig, platform: str, dtype: str, backend: str, length: int, sequence: int
+) -> str:
     """The fastest attention kernel that this machine has for windows of `length` positions."""
+    if sequence > 1:
+        splash = platform == "tpu" and _lacks("splash", model, platform, dtype) is None
+        return "splash" if splash else "chunked"
     fastest = {"tpu": "splash", "gpu": "cudnn" if length <= _CUDNN_LENGTH else None}.get(platform)
     if platform == "cpu" and backend == "cpu" and length <= _CPU_KERNEL_LENGTH:
         fastest = "cpu"
@@ -258,14 +300,21 @@ def _choose_form(model: ModelConfig) -> str:
 
 
 def resolve(
-    model: ModelConfig, devices: list[jax.Device], length: int, tensor: int = 1
+    model: ModelConfig,
+    devices: Sequence[jax.Device],
+    length: int,
+    tensor: int = 1,
+    sequence: int = 1,
 ) -> ModelConfig:
     """`model` with "auto" replaced by what suits `devices` and windows of `length` positions.
+
+    `tensor` and `sequence` devices share the heads and the positions of a window.
 
     `dtype`: bfloat16 on accelerators and on a CPU with bfloat16 matrix units, else float32.
     `backend`: "cpu" on CPU devices, "xla" everywhere else.
     `attention_kernel`: splash on TPU; up to 8,192 positions cuDNN on GPU and "cpu" on CPU; where
-    that does not apply, "einsum" up to 1,024 positions and "chunked" above.
+    that does not apply, "einsum" up to 1,024 positions and "chunked" above. With `sequence` above
+    1, splash on TPU, else "chunked".
     `hlc_form`: folded wherever `tensor` devices share the heads, else by shapes
     (`mixing.choose_form`). Keys mixed after their norm are explicit in either form.
 
@@ -288,10 +337,20 @@ def resolve(
             "config.model.dtype='bfloat16' with backend='xla' fails in jax's CPU compiler: set "
             "config.model.backend to 'cpu' or config.model.dtype to 'float32'"
         )
+    if sequence > 1 and model.variant == "talking_heads":
+        raise UserError(
+            f"config.mesh.sequence={sequence} splits the positions of a window, and talking_heads, "
+            "which mix the logits of all heads, have no kernel for that: set it to 1"
+        )
+    if sequence > 1 and kernel not in ("auto", *sequence_parallel.KERNELS):
+        raise UserError(
+            f"config.model.attention_kernel={kernel!r} cannot take windows whose positions "
+            f"config.mesh.sequence={sequence} devices share: set it to 'auto'"
+        )
     if model.variant == "talking_heads":
         kernel = "einsum"  # the only one it has
     elif kernel == "auto":
-        kernel = _choose_kernel(model, platform, dtype, backend, length)
+        kernel = _choose_kernel(model, platform, dtype, backend, length, sequence)
     elif (reason := _lacks(kernel, model, platform, dtype)) is not None:
         raise UserError(
             f"config.model.attention_kernel={kernel!r} cannot run here: {reason}; set it to 'auto'"

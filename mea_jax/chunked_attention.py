@@ -2,7 +2,9 @@
 
 The online softmax of arXiv 2205.14135 (algorithm 1) under a gradient that recomputes probabilities
 from the saved log-sum-exp, as in arXiv 2307.08691 (section 3.1). One `scan` runs over the pairs
-(i, j) of a query block and a key block with j <= i: the lower triangle and nothing above it.
+(i, j) of a query block and a key block with j <= i: the lower triangle and nothing above it. The
+queries may be those of one shard of the sequence (sequence_parallel.py): two chunks of the window
+against all of its keys, a list of pairs that is as long on every shard.
 
 Letters: those of attention.py, and n blocks of t query or s key positions each, W the width of a
 value. Blocks are held head-major, (n, B, K, G, t, H): each product then finds its batch dimensions
@@ -12,14 +14,20 @@ shard them.
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from mea_jax.attention import MASKED, full_precision
 
 Array = jax.Array
+
+# What is worth saving for the gradient, the result and its log-sum-exp, by the name that policies
+# of `jax.checkpoint` know it by.
+SAVED = "attention"
 
 
 def _product(spec: str, lhs: Array, rhs: Array) -> Array:
@@ -34,35 +42,78 @@ def _product(spec: str, lhs: Array, rhs: Array) -> Array:
     return jnp.einsum(spec, lhs, rhs, precision=precision, preferred_element_type=jnp.float32)
 
 
-def _to_blocks(x_BTNH: Array, composites: int, block: int) -> Array:
-    """(B, T, N, H) to (n, B, K, G, t, H), with zeros after the end of the last block."""
-    batch, length, heads, width = x_BTNH.shape
-    n = -(-length // block)
-    x = jnp.pad(x_BTNH, ((0, 0), (0, n * block - length), (0, 0), (0, 0)))
-    x_BntKGH = x.reshape(batch, n, block, composites, heads // composites, width)
+def _split(x: Array, chunks: int, block: int, fill: int) -> Array:
+    """(B, T, ...) to (B, n, t, ...): each chunk of T in blocks, its last one filled up."""
+    length = x.shape[1] // chunks
+    pads = [(0, 0)] * (x.ndim + 1)
+    pads[2] = (0, -length % block)
+    x = jnp.pad(x.reshape(x.shape[0], chunks, length, *x.shape[2:]), pads, constant_values=fill)
+    return x.reshape(x.shape[0], -1, block, *x.shape[3:])
+
+
+def _to_blocks(x_BTNH: Array, composites: int, chunks: int, block: int) -> Array:
+    """(B, T, N, H) to (n, B, K, G, t, H), with zeros after the end of a chunk's last block."""
+    batch, _, heads, width = x_BTNH.shape
+    x = _split(x_BTNH, chunks, block, 0)
+    x_BntKGH = x.reshape(batch, -1, block, composites, heads // composites, width)
     return jnp.transpose(x_BntKGH, (1, 0, 3, 4, 2, 5))
 
 
-def _from_blocks(x_nBKGtH: Array, length: int) -> Array:
+def _from_blocks(x_nBKGtH: Array, chunks: int, length: int) -> Array:
     """The inverse of `_to_blocks`: (B, T, N, H)."""
-    n, batch, composites, groups, block, width = x_nBKGtH.shape
+    _, batch, composites, groups, _, width = x_nBKGtH.shape
     x_BntKGH = jnp.transpose(x_nBKGtH, (1, 0, 4, 2, 3, 5))
-    return x_BntKGH.reshape(batch, n * block, composites * groups, width)[:, :length]
+    x = x_BntKGH.reshape(batch, chunks, -1, composites * groups, width)[:, :, : length // chunks]
+    return x.reshape(batch, length, composites * groups, width)
 
 
-def _segment_blocks(segment_ids_BT: Array, block: int) -> Array:
-    """Segment ids (n, B, t). What is added at the end belongs to -1 and sees, if anything, itself:
-    real positions come before it and so are causally shielded from it."""
-    batch, length = segment_ids_BT.shape
-    n = -(-length // block)
-    ids = jnp.pad(segment_ids_BT, ((0, 0), (0, n * block - length)), constant_values=-1)
-    return jnp.transpose(ids.reshape(batch, n, block), (1, 0, 2))
+def _segment_blocks(segment_ids_BT: Array, chunks: int, block: int) -> Array:
+    """Segment ids (n, B, t). What is added at the end of a chunk belongs to -1, no real segment:
+    it sees, if anything, its like, and is seen by nothing real."""
+    return jnp.swapaxes(_split(segment_ids_BT, chunks, block, -1), 0, 1)
 
 
-def _pairs(n: int) -> tuple[Array, Array]:
-    """Every (i, j) with j <= i < n: j runs from 0 to i for each i."""
-    rows, columns = np.tril_indices(n)
-    return jnp.asarray(rows, jnp.int32), jnp.asarray(columns, jnp.int32)
+class Blocks(NamedTuple):
+    """How T positions are cut: `chunks` pieces of the queries and of the keys, in equal blocks.
+
+    One piece each, the window itself, or the 2 of a shard's queries and all 2n of the keys.
+    """
+
+    size: int
+    queries: int = 1
+    keys: int = 1
+
+
+def blocks(length: int, limit: int, shards: int = 1) -> Blocks:
+    """Blocks of up to `limit` positions for windows of `length`, of one size whatever the rest."""
+    chunks = 1 if shards == 1 else 2 * shards
+    piece = length // chunks
+    return Blocks(-(-piece // -(-piece // limit)), min(chunks, 2), chunks)
+
+
+def pairs(length: int, block: int, shards: int = 1) -> np.ndarray:
+    """What each shard computes: int32 (shards, P, 3), a row for a query block and a key block.
+
+    (i, j, ahead): the query block's number on its shard, the key block's in the window, and how far
+    the keys' first position lies ahead of the queries'. j runs from 0 to the query block's own
+    place for each i. Of the window's 2 `shards` chunks, shard s holds s and 2 shards - 1 - s, so
+    that P is alike for all. `length` is that of the window.
+    """
+    chunks = 1 if shards == 1 else 2 * shards
+    piece = length // chunks
+    each = -(-piece // block)  # blocks a chunk
+
+    def first(number: int) -> int:
+        return number // each * piece + number % each * block
+
+    tables = []
+    for shard in range(shards):
+        held = [0] if shards == 1 else [shard, chunks - 1 - shard]
+        numbers = [chunk * each + b for chunk in held for b in range(each)]
+        tables.append(
+            [(i, j, first(j) - first(g)) for i, g in enumerate(numbers) for j in range(g + 1)]
+        )
+    return np.asarray(tables, np.int32)
 
 
 def _get(x: Array, i: Array) -> Array:
@@ -76,73 +127,77 @@ def _put(buffer: Array, x: Array, i: Array) -> Array:
 def _scores(
     q_BKGtH: Array,
     k_BKsH: Array,
-    ids_nBt: Array,
+    ids_Bt: Array,
+    ids_Bs: Array,
     slopes_KG: Array | None,
-    pair: tuple[Array, Array],
+    ahead: Array,
     scale: float,
 ) -> Array:
-    """Scores (B, K, G, t, s) in float32 of query block i and key block j, MASKED where hidden."""
-    i, j = pair
+    """Scores (B, K, G, t, s) in float32 of a query block and a key block, MASKED where hidden."""
     scores = scale * _product("bkgth,bksh->bkgts", q_BKGtH, k_BKsH)
     offsets = jnp.arange(q_BKGtH.shape[3], dtype=jnp.int32)
-    ahead_ts = (j - i) * offsets.size + offsets[None, :] - offsets[:, None]  # position s minus t
+    ahead_ts = ahead + offsets[None, :] - offsets[:, None]  # position s minus t
     if slopes_KG is not None:
-        ahead = ahead_ts.astype(jnp.float32)[None, None, None]
-        scores = scores + slopes_KG[None, :, :, None, None] * ahead
-    same_Bts = _get(ids_nBt, i)[:, :, None] == _get(ids_nBt, j)[:, None, :]
+        distance = ahead_ts.astype(jnp.float32)[None, None, None]
+        scores = scores + slopes_KG[None, :, :, None, None] * distance
+    same_Bts = ids_Bt[:, :, None] == ids_Bs[:, None, :]
     return jnp.where((same_Bts & (ahead_ts <= 0)[None])[:, None, None], scores, MASKED)
 
 
-def _prepare(
-    q_BTNH: Array, k_BSKH: Array, v_BSKW: Array, ids_BT: Array, slopes_N: Array | None, block: int
-) -> tuple:
-    """Everything in blocks: q_nBKGtH, k_nBKsH, v_nBKsW, ids_nBt, slopes_KG, pairs of blocks."""
+def _prepare(arrays: tuple, cut: Blocks) -> tuple:
+    """Everything in blocks: q_nBKGtH, k_nBKsH, v_nBKsW, ids_nBt, ids_nBs, slopes_KG, pairs."""
+    q_BTNH, k_BSKH, v_BSKW, ids, slopes_N, pairs_P3 = arrays
     composites = k_BSKH.shape[2]
-    q = _to_blocks(q_BTNH, composites, block)
-    k, v = (_to_blocks(x, composites, block)[:, :, :, 0] for x in (k_BSKH, v_BSKW))
+    q = _to_blocks(q_BTNH, composites, cut.queries, cut.size)
+    k, v = (_to_blocks(x, composites, cut.keys, cut.size)[:, :, :, 0] for x in (k_BSKH, v_BSKW))
     slopes_KG = None
     if slopes_N is not None:
         slopes_KG = slopes_N.astype(jnp.float32).reshape(composites, -1)
-    ids, pairs = _segment_blocks(ids_BT, block), _pairs(q.shape[0])
+    q_ids = _segment_blocks(ids[0], cut.queries, cut.size)
+    k_ids = _segment_blocks(ids[1], cut.keys, cut.size)
     # Tied to q: ids and pairs alone are known before anything else is, and the derivative of a scan
     # over layers would save the masks of all pairs, T x T / 2 bytes a head.
-    q, ids, pairs = jax.lax.optimization_barrier((q, ids, pairs))
-    return q, k, v, ids, slopes_KG, pairs
+    q, q_ids, k_ids, pairs_P3 = jax.lax.optimization_barrier((q, q_ids, k_ids, pairs_P3))
+    return q, k, v, q_ids, k_ids, slopes_KG, pairs_P3
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
 def _attention(
     q_BTNH: Array,
     k_BSKH: Array,
     v_BSKW: Array,
-    ids_BT: Array,
+    ids: tuple[Array, Array],
     slopes_N: Array | None,
+    pairs_P3: Array,
     scale: float,
-    block: int,
+    cut: Blocks,
 ) -> Array:
-    return _attention_fwd(q_BTNH, k_BSKH, v_BSKW, ids_BT, slopes_N, scale, block)[0]
+    return _attention_fwd(q_BTNH, k_BSKH, v_BSKW, ids, slopes_N, pairs_P3, scale, cut)[0]
 
 
 def _attention_fwd(
     q_BTNH: Array,
     k_BSKH: Array,
     v_BSKW: Array,
-    ids_BT: Array,
+    ids: tuple[Array, Array],
     slopes_N: Array | None,
+    pairs_P3: Array,
     scale: float,
-    block: int,
+    cut: Blocks,
 ) -> tuple[Array, tuple]:
-    q, k, v, ids, slopes_KG, pairs = _prepare(q_BTNH, k_BSKH, v_BSKW, ids_BT, slopes_N, block)
+    arrays = (q_BTNH, k_BSKH, v_BSKW, ids, slopes_N, pairs_P3)
+    q, k, v, q_ids, k_ids, slopes_KG, ordered = _prepare(arrays, cut)
     rows, width = q.shape[1:5], v.shape[-1]  # rows: (B, K, G, t)
 
-    def step(carry: tuple, pair: tuple[Array, Array]) -> tuple[tuple, None]:
+    def step(carry: tuple, pair: Array) -> tuple[tuple, None]:
         o_nBKGtW, lse_nBKGt, top, total, acc = carry
-        i, j = pair
+        i, j, ahead = pair
         # What is left of block i - 1, and what hidden keys add to a row that has seen no other,
         # needs no clearing: it is finite, and the first key to be seen, at the latest the row's own
-        # at j == i, multiplies it by exp(MASKED - score), which is zero.
+        # at ahead == 0, multiplies it by exp(MASKED - score), which is zero.
         top = jnp.where(j == 0, MASKED, top)
-        scores = _scores(_get(q, i), _get(k, j), ids, slopes_KG, pair, scale)
+        hidden = (_get(q_ids, i), _get(k_ids, j), slopes_KG, ahead, scale)
+        scores = _scores(_get(q, i), _get(k, j), *hidden)
         new_top = jnp.maximum(top, jnp.max(scores, -1))
         p = jnp.exp(scores - new_top[..., None])
         shrink = jnp.exp(top - new_top)
@@ -150,8 +205,8 @@ def _attention_fwd(
         pv = _product("bkgts,bksw->bkgtw", p.astype(v.dtype), _get(v, j))
         acc = acc * shrink[..., None] + pv
 
-        # Written at every j, the last time at j == i: a small write each step is cheaper than a
-        # branch, which accelerators wait for.
+        # Written at every j, the last time at ahead == 0: a small write each step is cheaper than
+        # a branch, which accelerators wait for.
         o_nBKGtW = _put(o_nBKGtW, acc / total[..., None], i)
         lse_nBKGt = _put(lse_nBKGt, new_top + jnp.log(total), i)
         return (o_nBKGtW, lse_nBKGt, new_top, total, acc), None
@@ -164,30 +219,32 @@ def _attention_fwd(
         jnp.zeros(rows, jnp.float32),
         jnp.zeros((*rows, width), jnp.float32),
     )
-    (o_nBKGtW, lse_nBKGt, *_), _ = jax.lax.scan(step, start, pairs)
-    o_BTNW = _from_blocks(o_nBKGtW, q_BTNH.shape[1])
-    return o_BTNW, (q_BTNH, k_BSKH, v_BSKW, ids_BT, slopes_N, o_BTNW, lse_nBKGt)
+    (o_nBKGtW, lse_nBKGt, *_), _ = jax.lax.scan(step, start, ordered)
+    o_BTNW = checkpoint_name(_from_blocks(o_nBKGtW, cut.queries, q_BTNH.shape[1]), SAVED)
+    lse_nBKGt = checkpoint_name(lse_nBKGt, SAVED)
+    return o_BTNW, (arrays, o_BTNW, lse_nBKGt)
 
 
 def _attention_bwd(
-    scale: float, block: int, saved: tuple, do_BTNW: Array
-) -> tuple[Array, Array, Array, None, None]:
-    q_BTNH, k_BSKH, v_BSKW, ids_BT, slopes_N, o_BTNW, lse_nBKGt = saved
-    q, k, v, ids, slopes_KG, pairs = _prepare(q_BTNH, k_BSKH, v_BSKW, ids_BT, slopes_N, block)
-    composites, length = k.shape[2], do_BTNW.shape[1]
-    do = _to_blocks(do_BTNW, composites, block)
+    scale: float, cut: Blocks, saved: tuple, do_BTNW: Array
+) -> tuple[Array, Array, Array, None, None, None]:
+    arrays, o_BTNW, lse_nBKGt = saved
+    q, k, v, q_ids, k_ids, slopes_KG, ordered = _prepare(arrays, cut)
+    composites = k.shape[2]
+    do = _to_blocks(do_BTNW, composites, cut.queries, cut.size)
     delta_BTN1 = jnp.sum(
         o_BTNW.astype(jnp.float32) * do_BTNW.astype(jnp.float32), -1, keepdims=True
     )
-    delta_nBKGt1 = _to_blocks(delta_BTN1, composites, block)
+    delta_nBKGt1 = _to_blocks(delta_BTN1, composites, cut.queries, cut.size)
 
-    def step(carry: tuple, pair: tuple[Array, Array]) -> tuple[tuple, None]:
+    def step(carry: tuple, pair: Array) -> tuple[tuple, None]:
         dq, dk, dv = carry
-        i, j = pair
+        i, j, ahead = pair
         q_i, do_i, k_j, v_j = _get(q, i), _get(do, i), _get(k, j), _get(v, j)
         # A hidden score is MASKED and every row sees itself, so that its lse is a real score's
         # size: the p of what is hidden is exactly zero, and so is its ds.
-        scores = _scores(q_i, k_j, ids, slopes_KG, pair, scale)
+        hidden = (_get(q_ids, i), _get(k_ids, j), slopes_KG, ahead, scale)
+        scores = _scores(q_i, k_j, *hidden)
         p = jnp.exp(scores - _get(lse_nBKGt, i)[..., None])
         dp = _product("bkgtw,bksw->bkgts", do_i, v_j)
         ds = p * (dp - _get(delta_nBKGt1, i))
@@ -198,12 +255,16 @@ def _attention_bwd(
         return (dq, dk, dv), None
 
     start = tuple(jnp.zeros(x.shape, jnp.float32) for x in (q, k, v))
-    (dq, dk, dv), _ = jax.lax.scan(step, start, pairs)
-    grads = (scale * dq, scale * dk[:, :, :, None], dv[:, :, :, None])
-    dq_, dk_, dv_ = (
-        _from_blocks(g.astype(x.dtype), length) for g, x in zip(grads, (q, k, v), strict=True)
+    (dq, dk, dv), _ = jax.lax.scan(step, start, ordered)
+    lengths = (arrays[0].shape[1], arrays[1].shape[1])
+    return (
+        _from_blocks((scale * dq).astype(q.dtype), cut.queries, lengths[0]),
+        _from_blocks((scale * dk[:, :, :, None]).astype(k.dtype), cut.keys, lengths[1]),
+        _from_blocks(dv[:, :, :, None].astype(v.dtype), cut.keys, lengths[1]),
+        None,
+        None,
+        None,
     )
-    return dq_, dk_, dv_, None, None
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)
@@ -227,8 +288,8 @@ def chunked_attention(
     the result has the format of the values. `slopes_N`, float32 (N,), adds slopes_N[n] * (s - t) to
     the scores (ALiBi, arXiv 2108.12409): a constant, whose gradient is zero.
 
-    FLOPs: with n = ceil(T / block) blocks and P = n (n + 1) / 2 pairs, 2 B N (H + W) P block^2
-    forward and 2 B N (3 H + 2 W) P block^2 backward (scores are computed again): for many blocks
+    FLOPs: with n = ceil(T / block) blocks of t positions and P = n (n + 1) / 2 pairs, 2 B N (H + W)
+    P t^2 forward and 2 B N (3 H + 2 W) P t^2 backward (scores are computed again): for many blocks
     half of what all T^2 pairs take. Blocks that segments hide as a whole are computed all the same.
 
     Memory: a few arrays of 4 B N block^2 bytes at a time (scores, and in the backward pass their
@@ -237,11 +298,33 @@ def chunked_attention(
     pass: the inputs, the result, and 4 B N T bytes of log-sum-exp, of which scores of 1e4 lose what
     float32 loses there, 5e-4 of each probability.
 
-    Any T will do: the last block is filled up, and a T below `block` is one block. Raises
-    ValueError if K does not divide N.
+    Any T will do: it is cut into blocks of one size, up to `block`, the last of which is filled up.
+    Raises ValueError if K does not divide N.
     """
-    length, heads, composites = q_BTNH.shape[1], q_BTNH.shape[2], k_BSKH.shape[2]
+    length = q_BTNH.shape[1]
+    cut = blocks(length, block)
+    ids = (segment_ids_BT, segment_ids_BT)
+    order = jnp.asarray(pairs(length, cut.size)[0])
+    return attend_in_blocks(q_BTNH, k_BSKH, v_BSKW, ids, slopes_N, order, scale, cut)
+
+
+def attend_in_blocks(
+    q_BTNH: Array,
+    k_BSKH: Array,
+    v_BSKW: Array,
+    ids: tuple[Array, Array],
+    slopes_N: Array | None,
+    pairs_P3: Array,
+    scale: float,
+    cut: Blocks,
+) -> Array:
+    """`chunked_attention` of some of a window's queries to all of its keys: (B, T, N, W).
+
+    `ids`: segment ids of the queries (B, T) and of the keys (B, S). `pairs_P3`: a shard's part of
+    `pairs`, for queries in the order in which that shard holds them and keys in natural order.
+    Raises ValueError if K does not divide N.
+    """
+    heads, composites = q_BTNH.shape[2], k_BSKH.shape[2]
     if heads % composites:
         raise ValueError(f"{heads} query heads do not divide into {composites} key/value heads")
-    static = (float(scale), min(block, length))
-    return _attention(q_BTNH, k_BSKH, v_BSKW, segment_ids_BT, slopes_N, *static)
+    return _attention(q_BTNH, k_BSKH, v_BSKW, ids, slopes_N, pairs_P3, float(scale), cut)

@@ -1,14 +1,16 @@
-"""What every command shares: the config flag, one-line errors, where compiled code is kept."""
+"""What every command shares: flags, one-line errors, where compiled code is kept."""
 
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 
 import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from mea_jax import distributed
 from mea_jax.config import DataConfig, TrainConfig, flatten, from_config_dict
 from mea_jax.data.prepare import cache_root
 from mea_jax.errors import UserError, fail, nearest
@@ -34,6 +36,50 @@ def parse_config(flag) -> TrainConfig:
         path = getattr(flags.FLAGS["config"], "config_filename", "").split(":")[0]
         reason = str(error).strip().splitlines()[-1].strip()
         raise UserError(f"config file {path} cannot be read: {reason}") from error
+
+
+def define_process_flags() -> None:
+    """The flags of a run of several processes: `join_processes` reads them."""
+    flags.DEFINE_bool(
+        "distributed", False, "join the other processes of a TPU pod, Slurm job or other cluster"
+    )
+    flags.DEFINE_string(
+        "coordinator", None, "HOST:PORT of process 0, on machines without a cluster"
+    )
+    flags.DEFINE_integer("num_processes", None, "with --coordinator: processes of the run")
+    flags.DEFINE_integer("process_id", None, "with --coordinator: this one's number, from 0")
+    flags.DEFINE_float("startup_timeout", 300.0, "seconds until all processes must be there")
+
+
+def join_processes(config: TrainConfig) -> None:
+    """Joins the run's other processes, if it has any, and sees that all have the same `config`.
+
+    Raises `UserError` for flags that do not belong together, and as `distributed.start`.
+    """
+    values = flags.FLAGS
+    given = {n: getattr(values, n) for n in ("coordinator", "num_processes", "process_id")}
+    timeout = values.startup_timeout
+    if timeout <= 0:
+        raise UserError(f"--startup_timeout {timeout:g} must be positive")
+    if all(value is None for value in given.values()):
+        if values.distributed:
+            distributed.start(timeout=timeout)
+            distributed.check_same(config.to_dict(), timeout)
+        return
+    if missing := [f"--{name}" for name, value in given.items() if value is None]:
+        raise UserError(
+            "--coordinator, --num_processes and --process_id belong together: add "
+            + " and ".join(missing)
+        )
+    count, index = values.num_processes, values.process_id
+    if count < 1:
+        raise UserError(f"--num_processes {count} must be 1 or more")
+    if not 0 <= index < count:
+        raise UserError(
+            f"--process_id {index}: with --num_processes {count} the numbers are 0 to {count - 1}"
+        )
+    distributed.start(coordinator=values.coordinator, count=count, index=index, timeout=timeout)
+    distributed.check_same(config.to_dict(), timeout)
 
 
 def enable_compilation_cache() -> None:
@@ -85,7 +131,7 @@ def run(
 ) -> None:
     """Runs a command: flags parsed, a `UserError` printed as one line with exit status 2.
 
-    `interrupted` is what Ctrl-C prints.
+    `interrupted` is what Ctrl-C prints. With several processes, how one ends the others end too.
     """
 
     def wrapped(argv: Sequence[str]) -> None:
@@ -94,13 +140,26 @@ def run(
         logging.set_verbosity(logging.WARNING)  # libraries report each of their steps at INFO
         try:
             main()
+            distributed.finish()
         except UserError as error:
-            fail(error)
+            distributed.end(2, f"error: {' '.join(str(error).split())}")
         except BrokenPipeError:  # whoever read the output has seen enough, as `head` does
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            if distributed.several():
+                distributed.end(141, "error: whoever read the output has gone")
             sys.exit(141)
         except KeyboardInterrupt:
-            sys.stderr.write(f"\n{interrupted}\n")
-            sys.exit(130)
+            distributed.end(130, f"\n{interrupted}")
+        except Exception as error:
+            if not distributed.several():
+                raise
+            reason = str(error).strip().partition("\n")[0]
+            if distributed.lost_another(error):
+                distributed.end(
+                    1,
+                    f"error: the connection to another process was lost ({reason}): its own log "
+                    "says why; the same command on every host resumes from the last checkpoint",
+                )
+            distributed.end(1, f"{traceback.format_exc()}error: {type(error).__name__}: {reason}")
 
     app.run(wrapped, flags_parser=_parse_flags)

@@ -78,7 +78,7 @@ class ModelConfig:
         "none"  # what the backward pass recomputes: none, dots or full: see transformer.remat
     )
     scan_unroll: int = 1  # layers per iteration of the scan over layers
-    loss_chunk: int = 1024  # positions of each window whose logits exist at one time; 0: all
+    loss_chunk: int = 256  # MiB of float32 logits that a device holds at one time; 0: all of them
 
     def components(self, which: str) -> tuple[int, ...]:
         """Component heads of every layer, length L. `which` is "key" or "value"."""
@@ -100,9 +100,9 @@ class ModelConfig:
 class SourceConfig:
     """One source of documents."""
 
-    source: str = "python_stdlib"  # "python_stdlib", "text", "jsonl", or "tfds:<name>"
-    path: str = ""  # file, folder or glob of "text" and "jsonl"; data_dir of "tfds:"
-    field: str = "text"  # the field of "jsonl" and "tfds:" that holds the text
+    source: str = "python_stdlib"  # or "text", "jsonl" (also .gz, .zst), "parquet", "tfds:<name>"
+    path: str = ""  # file, folder or glob of files; data_dir of "tfds:"
+    field: str = "text"  # the field of "jsonl" and "tfds:", or column of "parquet", with the text
     split: str = "train"  # of "tfds:"
     weight: float = 1.0  # share of training windows drawn from this source, relative to the others
 
@@ -145,6 +145,10 @@ class MeshConfig:
     data: int = -1  # copies of the parameters, batch split
     fsdp: int = 1  # parameters split, batch split
     tensor: int = 1  # heads, feed-forward and vocabulary split
+    sequence: int = 1  # each window's positions split, attention gathers its keys and values;
+    # parameters split too
+    slices: int = 1  # TPU slices that only a data-centre network joins: `data` runs over them, and
+    # must be a multiple of their number
 
 
 @dataclass(frozen=True)

@@ -45,11 +45,15 @@ def compile_diagnostics(config: TrainConfig, mesh: Mesh) -> Callable[..., dict[s
 
     `attention_entropy` (L, N) in nats, `attention_logit_max` (L, N), `head_output_rms` (L, N)
     before the head norm, and `mixing_distance/...` (L,).
+
+    To be called under `jax.set_mesh(mesh)` if that has several devices: `RuntimeError` otherwise.
+    Where the mesh splits the sequence, its devices do the same work on whole windows.
     """
 
     def run(params: Any, batch: Batch) -> dict[str, jax.Array]:
+        sharding.require(mesh)
         part = {name: x[0] for name, x in split_batch(config, batch).items()}
-        part = {name: sharding.constrain(x, "batch", "length") for name, x in part.items()}
+        part = {name: sharding.constrain(x, "batch", None) for name, x in part.items()}
         inputs = (part["inputs"], part["positions"], part["segment_ids"])
         _, variables = Decoder(config.model).apply(
             {"params": params}, *inputs, mutable=["statistics"]

@@ -6,15 +6,18 @@ key/value head n // (N / K), softmax in float32. Letters as there; W is the widt
 may differ from H. On a mesh each device runs its kernel on its own rows and heads.
 """
 
+import functools
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
+from jax.sharding import NamedSharding
 
-from mea_jax.sharding import spec
+from mea_jax.sharding import on_a_mesh, spec, ways
 
 # A TPU's vector registers are 128 wide: the kernel's blocks of positions are multiples of it.
 LANES = 128
@@ -75,26 +78,107 @@ def splash_attention(
     """
     length = q_BTNH.shape[1]
     full = _round_up(length, LANES)
-    q_BTNH = (q_BTNH.astype(jnp.float32) * scale).astype(q_BTNH.dtype)
+    q_BTNH = scaled(q_BTNH, scale)
     q_BTNH, k_BSKH, v_BSKW = (_fill(x, 1, full) for x in (q_BTNH, k_BSKH, v_BSKW))
     segment_ids_BT = _fill(segment_ids_BT, 1, full)
 
     def attend(q_BTNH, k_BSKH, v_BSKW, segment_ids_BT):
-        widest = max(q_BTNH.shape[-1], v_BSKW.shape[-1]) * q_BTNH.dtype.itemsize
-        kernel = splash.make_splash_mha(
-            splash_mask.MultiHeadMask([splash_mask.CausalMask((full, full))] * q_BTNH.shape[2]),
-            block_sizes=_splash_blocks(full, widest),
-            head_shards=1,
-            q_seq_shards=1,
-            interpret=interpret,
-        )
-        q_BNTH, k_BKSH, v_BKSW = (jnp.swapaxes(x, 1, 2) for x in (q_BTNH, k_BSKH, v_BSKW))
-        o_BNTW = jax.vmap(kernel)(
-            q_BNTH, k_BKSH, v_BKSW, splash.SegmentIds(segment_ids_BT, segment_ids_BT)
-        )
-        return jnp.swapaxes(o_BNTW, 1, 2)
+        heads, blocks = q_BTNH.shape[2], _splash_blocks(full, _widest(q_BTNH, v_BSKW))
+        kernel = _splash_kernel(np.arange(full), heads, blocks, interpret=interpret)
+        return run_splash(kernel, q_BTNH, k_BSKH, v_BSKW, segment_ids_BT, segment_ids_BT)
 
     return _on_each_device(attend, q_BTNH, k_BSKH, v_BSKW, segment_ids_BT)[:, :length]
+
+
+def scaled(q_BTNH: jax.Array, scale: float) -> jax.Array:
+    """Queries as splash takes them, in their own dtype."""
+    return (q_BTNH.astype(jnp.float32) * scale).astype(q_BTNH.dtype)
+
+
+def run_splash(
+    kernel: splash.SplashAttentionKernel,
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKW: jax.Array,
+    q_ids_BT: jax.Array,
+    k_ids_BS: jax.Array,
+) -> jax.Array:
+    """A splash kernel on the rows and heads of one device: (B, T, N, W)."""
+    q_BNTH, k_BKSH, v_BKSW = (jnp.swapaxes(x, 1, 2) for x in (q_BTNH, k_BSKH, v_BSKW))
+    ids = splash.SegmentIds(q_ids_BT, k_ids_BS)
+    o_BNTW = cast(jax.Array, jax.vmap(kernel)(q_BNTH, k_BKSH, v_BKSW, ids))
+    return jnp.swapaxes(o_BNTW, 1, 2)
+
+
+def sharded_splash(
+    q_BTNH: jax.Array,
+    v_BTKW: jax.Array,
+    order_T: np.ndarray,
+    shards: int,
+    saved: str,
+    interpret: bool,
+) -> tuple[splash.SplashAttentionKernel, splash.SplashAttentionKernel]:
+    """A kernel for queries in the order `order_T`, split over `shards`, and its specs.
+
+    The arrays in a kernel say for each block of queries which blocks of keys it sees; the specs
+    give each device of the mesh its own, so that it skips what its queries cannot see. Pass the
+    kernel through `jax.shard_map` with them, then to `run_splash` with all keys in natural order.
+    `saved` names what it leaves for its gradient, for a policy of `jax.checkpoint`. Raises
+    `ValueError` unless T divides into whole blocks, 256 positions a shard.
+    """
+    length = order_T.size
+    if length % (2 * shards * LANES):
+        raise ValueError(f"{length} positions do not divide into 2 x {shards} x {LANES}")
+    # A block lies within one of a shard's two chunks, or it would see far more than it must.
+    blocks = _splash_blocks(length // (2 * shards), _widest(q_BTNH, v_BTKW), length)
+    heads = q_BTNH.shape[2] // ways("activation_heads")
+    kernel = _splash_kernel(order_T, heads, blocks, shards, saved, interpret)
+    where = NamedSharding(jax.sharding.get_abstract_mesh(), spec((None, "length")))
+    return kernel, kernel.manual_sharding_spec(where)
+
+
+class _CausalAt(splash_mask.CausalMask):
+    """What queries at positions `order_T` see of keys in natural order.
+
+    splash looks at every block of it when a kernel is made. Of those that are all seen or all
+    hidden, nearly all, none is computed: at 131,072 positions that would take most of a minute.
+    """
+
+    def __init__(self, order_T: np.ndarray):
+        super().__init__((order_T.size, order_T.size))
+        self.q_sequence = order_T.astype(np.int32)
+
+    def __getitem__(self, idx: tuple[slice, slice]) -> np.ndarray:
+        queries, keys = self.q_sequence[idx[0]], range(self.shape[1])[idx[1]]
+        if keys[-1] <= queries.min():
+            return _uniform((queries.size, len(keys)), True)
+        if keys[0] > queries.max():
+            return _uniform((queries.size, len(keys)), False)
+        return super().__getitem__(idx)
+
+
+@functools.cache
+def _uniform(shape: tuple[int, int], value: bool) -> np.ndarray:
+    return np.full(shape, value)
+
+
+def _splash_kernel(
+    order_T: np.ndarray,
+    heads: int,
+    blocks: splash.BlockSizes,
+    shards: int = 1,
+    saved: str | None = None,
+    interpret: bool = False,
+) -> splash.SplashAttentionKernel:
+    """A causal kernel for queries that stand at `order_T`, among all keys in natural order."""
+    return splash.make_splash_mha(
+        splash_mask.MultiHeadMask([_CausalAt(order_T)] * heads),
+        block_sizes=blocks,
+        head_shards=1,
+        q_seq_shards=shards,
+        residual_checkpoint_name=saved,
+        interpret=interpret,
+    )
 
 
 def cudnn_attention(
@@ -146,8 +230,15 @@ def cudnn_attention(
     return o_BTNW[:, :length, :, :value_dim]
 
 
-def _splash_blocks(length: int, widest: int) -> splash.BlockSizes:
-    """Blocks for `length` positions (a multiple of 128) and heads of up to `widest` bytes.
+def _widest(q_BTNH: jax.Array, v_BSKW: jax.Array) -> int:
+    """Bytes of the wider of a query and a value head."""
+    return max(q_BTNH.shape[-1], v_BSKW.shape[-1]) * q_BTNH.dtype.itemsize
+
+
+def _splash_blocks(piece: int, widest: int, keys: int = 0) -> splash.BlockSizes:
+    """Blocks that divide `piece` positions (a multiple of 128), for heads of up to `widest` bytes.
+
+    `keys` is the number of key positions, if `piece` is but one chunk of the window.
 
     A block of q stays in vector memory while the blocks of k and v that it sees stream past, so
     bytes read go down as the block grows: 1024 is the largest power of two that the compiler fits
@@ -159,9 +250,9 @@ def _splash_blocks(length: int, widest: int) -> splash.BlockSizes:
     do 7, but writes one partial dq, in q's dtype, per block of keys: worth it while they are few.
     Which is faster has not been measured on a TPU.
     """
-    block = _largest_divisor(length, 1024 if widest <= 512 else 512)
+    block = _largest_divisor(piece, 1024 if widest <= 512 else 512)
     compute = _largest_divisor(block, 512)
-    fused = length // block <= 4
+    fused = max(keys, piece) // block <= 4
     return splash.BlockSizes(
         block_q=block,
         block_kv=block,
@@ -185,15 +276,16 @@ def _on_each_device(
     """`attend` on each device's rows and heads; rows and K must divide (jax raises otherwise).
 
     jax refuses to partition a Pallas kernel by itself. cuDNN's call has a partitioning rule, which
-    raises where q, k, v and the mask are not split alike: stated here, they always are.
+    raises where q, k, v and the mask are not split alike: stated here, they always are. Windows in
+    natural order are whole on each device: where the mesh splits them, devices do the same work
+    (sequence_parallel.py shares it).
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    if not on_a_mesh():
         return attend(q_BTNH, k_BSKH, v_BSKW, segment_ids_BT)
-    heads = spec(("batch", "length", "activation_heads", None))
+    heads = spec(("batch", None, "activation_heads", None))
     split = jax.shard_map(
         attend,
-        in_specs=(heads, heads, heads, spec(("batch", "length"))),
+        in_specs=(heads, heads, heads, spec(("batch", None))),
         out_specs=heads,
         check_vma=False,  # a Pallas call does not say over which axes its results vary
     )

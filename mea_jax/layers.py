@@ -35,8 +35,10 @@ class Slots(NamedTuple):
 class Context:
     """Where the tokens of a call stand; shared by all layers.
 
-    `rope` is a table of positions.py or None. In a decode step, `slot` () int32 says where the
-    token is stored in `Cache.recent`, `main` and `recent` what it may read.
+    `rope` is a table of positions.py or None. `shards` says in how many parts of the sequence the
+    tokens are laid out, in sequence_parallel.py's order; 1: in their natural order. Segment ids are
+    in natural order always. In a decode step, `slot` () int32 says where the token is stored in
+    `Cache.recent`, `main` and `recent` what it may read.
     """
 
     segment_ids_BT: Any
@@ -44,6 +46,7 @@ class Context:
     slot: Any = None
     main: Any = None
     recent: Any = None
+    shards: int = struct.field(pytree_node=False, default=1)
 
 
 class HeadLayout(NamedTuple):
@@ -123,15 +126,19 @@ class AttentionLayer(nn.Module):
         q, k, v = (constrain(x, *HEADS) for x in (q_BTNH, k_BTKH, v_BTKW))
         arrays = (q, k, v, context.segment_ids_BT, scale, slopes_N)
         if self.is_mutable_collection("statistics"):
-            o_BTNW = self.backend.attend(*arrays)
+            o_BTNW = self.backend.attend(*arrays, shards=context.shards)
             self.watch(q, k, o_BTNW, context, slopes_N, scale)
             o_BTNW = o_BTNW if norm is None else norm.apply(o_BTNW)
         else:
-            o_BTNW = self.backend.attend(*arrays, norm)
+            o_BTNW = self.backend.attend(*arrays, norm, shards=context.shards)
         return constrain(o_BTNW, *HEADS)
 
     def watch(self, q_BTNH, k_BTKH, o_BTNW, context: Context, slopes_N, scale: float) -> None:
-        """Per head (N,): attention entropy, largest logit, output RMS before any norm."""
+        """Per head (N,): attention entropy, largest logit, output RMS before any norm.
+
+        Of tokens in their natural order.
+        """
+        assert context.shards == 1
         weight_BT = (context.segment_ids_BT > 0).astype(jnp.float32)
         square_BTN = jnp.mean(jnp.square(o_BTNW.astype(jnp.float32)), axis=-1)
         mean_N = jnp.einsum("btn,bt->n", square_BTN, weight_BT) / jnp.maximum(weight_BT.sum(), 1)

@@ -1,9 +1,14 @@
 """Cross-entropy that never holds the logits of a whole batch.
 
-The loss of a 128,256-word vocabulary is the largest activation of a small model. Here the logits
-of `chunk` positions of each window exist at one time; when the loss is differentiated, the
-gradients of hidden states and kernel are formed in the same pass, while those logits are there,
-so nothing is recomputed and nothing of size T x V is saved.
+The logits of a 128,256-word vocabulary are the largest activation of a small model. Here those of
+one chunk of positions exist at a time; when the loss is differentiated, the gradients of hidden
+states and kernel are formed in the same pass, while those logits are there, so nothing is
+recomputed and nothing of size T x V is saved.
+
+On a mesh each device runs this loop over its own positions and words, with the kernel gathered
+before it and the gradients reduced after it, once: left to the partitioner, the kernel's gradient
+would be reduced in every chunk. Within the loop only two numbers a position cross the vocabulary's
+axis.
 """
 
 import functools
@@ -11,8 +16,9 @@ from typing import Protocol
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
-from mea_jax.sharding import constrain
+from mea_jax.sharding import mesh_axes, on_a_mesh, spec
 
 
 class Products(Protocol):
@@ -46,61 +52,127 @@ def cross_entropy(
 ) -> tuple[jax.Array, jax.Array]:
     """Sums over tokens, float32: (objective, negative log-likelihood in nats).
 
-    objective = sum of weight * (nll + z_loss * logsumexp(logits)^2). Logits of `chunk` positions
-    of each window exist at one time (0: of all). Only the objective is differentiated: the second
-    output is a report, its cotangent is ignored. Gradients flow to `x_BTD` and `kernel_DV`.
+    objective = sum of weight * (nll + z_loss * logsumexp(logits)^2). Logits of up to `chunk`
+    positions of a device exist at one time (0: of all of them; see `positions_within`). Only the
+    objective is differentiated: the second output is a report, its cotangent is ignored. Gradients
+    flow to `x_BTD` and `kernel_DV`.
+
+    Under a mesh of `jax.set_mesh` rows and positions must divide as they are split, D and V too
+    (jax raises otherwise), and each device holds a float32 gradient (D, V / tensor) until the end.
     """
-    sums, _ = _scan(x_BTD, kernel_DV, targets_BT, weights_BT, products, chunk, z_loss, False)
+    sums, _ = _sums(x_BTD, kernel_DV, targets_BT, weights_BT, products, chunk, z_loss, False)
     return sums
 
 
-def _scan(x_BTD, kernel_DV, targets_BT, weights_BT, products, chunk, z_loss, differentiate):
-    batch, length, _ = x_BTD.shape
-    chunk = min(chunk or length, length)
-    dtype = products.dtype
-    kernel_DV = kernel_DV.astype(dtype)
+def positions_within(mebibytes: int, vocabulary: int) -> int:
+    """How many positions' float32 logits of `vocabulary` words fit into that; 0 (all) into 0.
 
-    def chunks(y_BT):  # (B, T, ...) to (T / chunk, B, chunk, ...): the batch axis stays sharded
-        short = ((0, 0), (0, -length % chunk)) + ((0, 0),) * (y_BT.ndim - 2)
-        split = jnp.pad(y_BT, short).reshape(batch, -1, chunk, *y_BT.shape[2:])
-        return jnp.moveaxis(split, 1, 0)
+    In whole multiples of 128, a matrix unit's side, if there are as many.
+    """
+    positions = mebibytes * 2**20 // (4 * vocabulary)
+    if mebibytes and positions < 128:
+        return max(positions, 1)
+    return positions // 128 * 128
+
+
+def _sums(x_BTD, kernel_DV, targets_BT, weights_BT, products, chunk, z_loss, differentiate):
+    """((objective, nll), gradients of x and kernel, or None), on whatever mesh is set."""
+    arrays = (x_BTD, kernel_DV, targets_BT, weights_BT.astype(jnp.float32))
+    run = functools.partial(_local, products, chunk, z_loss, differentiate)
+    if not on_a_mesh():
+        return run((), *arrays)
+    rows, embed, vocab = mesh_axes("batch", "length"), mesh_axes("embed"), mesh_axes("vocab")
+    # Each device's part of the sum over rows is scattered over `embed`, then added over the rest.
+    rest = tuple(axis for axis in rows if axis not in embed)
+    assert set(embed) <= set(rows)
+
+    def shard(x_BTD, kernel_DV, targets_BT, weights_BT):
+        # In the products' dtype, and once: half the bytes, and none while the loop runs.
+        kernel_DV = kernel_DV.astype(products.dtype)
+        if embed:
+            kernel_DV = jax.lax.all_gather(kernel_DV, embed, tiled=True)
+        sums, gradients = run(vocab, x_BTD, kernel_DV, targets_BT, weights_BT)
+        sums = jax.lax.psum(sums, rows)
+        if not differentiate:
+            return sums, None
+        d_x_BTD, d_kernel_DV = gradients
+        if embed:
+            d_kernel_DV = jax.lax.psum_scatter(d_kernel_DV, embed, tiled=True)
+        return sums, (jax.lax.psum(d_x_BTD, vocab), jax.lax.psum(d_kernel_DV, rest))
+
+    of_rows, of_x = spec(("batch", "length")), spec(("batch", "length", None))
+    of_kernel = spec(("embed", "vocab"))
+    split = jax.shard_map(
+        shard,
+        in_specs=(of_x, of_kernel, of_rows, of_rows),
+        out_specs=(PartitionSpec(), (of_x, of_kernel) if differentiate else None),
+        check_vma=False,  # it cannot tell that sums over all axes are alike everywhere
+    )
+    return split(*arrays)
+
+
+def _local(products, chunk, z_loss, differentiate, vocab, x_BTD, kernel_DV, targets_BT, weights_BT):
+    """`_sums` of one device's positions and words; what `vocab` splits is summed over it.
+
+    `vocab`: mesh axes over which the words are split, inside `shard_map`; () where they are whole.
+    Of the gradients that of x lacks the other devices' words, that of the kernel their positions.
+    """
+    dtype, width = products.dtype, x_BTD.shape[2]
+    positions, words = targets_BT.size, kernel_DV.shape[1]
+    kernel_DV = kernel_DV.astype(dtype)
+    chunk = min(chunk or positions, positions)
+    count = -(-positions // chunk)
+    even = -(-positions // count)  # the least filling up, in as many chunks
+    chunk = min(chunk, -(-even // 128) * 128)
+    first = jax.lax.axis_index(vocab) * words if vocab else 0
+
+    def chunks(y):  # (B, T, ...) to (chunks, positions of one, ...), filled up with zeros
+        y = y.reshape(positions, *y.shape[2:])
+        y = jnp.pad(y, ((0, count * chunk - positions),) + ((0, 0),) * (y.ndim - 1))
+        return y.reshape(count, chunk, *y.shape[1:])
+
+    def over_vocabulary(reduce, x):
+        return reduce(x, vocab) if vocab else x
 
     def body(carry, xs):
         (objective, nll), d_kernel_DV = carry
-        x_BCD, targets_BC, weights_BC = xs
-        x_BCD = x_BCD.astype(dtype)
-        logits_BCV = products.matmul(x_BCD, kernel_DV)
-        logits_BCV = constrain(logits_BCV, "batch", "length", "activation_vocab")
-        lse_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
-        # A comparison, not a gather: it stays local where the vocabulary is sharded.
-        words = jax.lax.broadcasted_iota(jnp.int32, logits_BCV.shape, 2)
-        hit_BCV = words == targets_BC[..., None]
-        nll_BC = lse_BC - jnp.sum(jnp.where(hit_BCV, logits_BCV, 0.0), axis=-1)
-        objective += jnp.sum(weights_BC * (nll_BC + z_loss * lse_BC**2))
-        nll += jnp.sum(weights_BC * nll_BC)
+        x_CD, targets_C, weights_C = xs
+        x_CD = x_CD.astype(dtype)
+        logits_CV = products.matmul(x_CD, kernel_DV)
+        top_C = over_vocabulary(jax.lax.pmax, jnp.max(logits_CV, axis=-1))
+        total_C = jnp.sum(jnp.exp(logits_CV - top_C[:, None]), axis=-1)
+        # A comparison, not a gather: elsewhere than on its own device a word is not found.
+        hit_CV = jax.lax.broadcasted_iota(jnp.int32, logits_CV.shape, 1) == (
+            targets_C[:, None] - first
+        )
+        right_C = jnp.sum(jnp.where(hit_CV, logits_CV, 0.0), axis=-1)
+        total_C, right_C = over_vocabulary(jax.lax.psum, (total_C, right_C))
+        lse_C = top_C + jnp.log(total_C)
+        nll_C = lse_C - right_C
+        objective += jnp.sum(weights_C * (nll_C + z_loss * lse_C**2))
+        nll += jnp.sum(weights_C * nll_C)
         if not differentiate:
             return ((objective, nll), d_kernel_DV), None
         # d nll / d logits = softmax - hit; d lse^2 / d logits = 2 lse softmax.
-        p_BCV = jnp.exp(logits_BCV - lse_BC[..., None])
-        slope_BC = weights_BC * (1.0 + 2.0 * z_loss * lse_BC)
-        d_BCV = slope_BC[..., None] * p_BCV - jnp.where(hit_BCV, weights_BC[..., None], 0.0)
-        d_BCV = d_BCV.astype(dtype)
-        d_x_BCD = products.matmul_transposed(d_BCV, kernel_DV)
-        d_kernel_DV += products.weight_gradient(x_BCD, d_BCV)
-        return ((objective, nll), d_kernel_DV), d_x_BCD.astype(x_BTD.dtype)
+        p_CV = jnp.exp(logits_CV - lse_C[:, None])
+        slope_C = weights_C * (1.0 + 2.0 * z_loss * lse_C)
+        d_CV = slope_C[:, None] * p_CV - jnp.where(hit_CV, weights_C[:, None], 0.0)
+        d_CV = d_CV.astype(dtype)
+        d_x_CD = products.matmul_transposed(d_CV, kernel_DV)
+        d_kernel_DV += products.weight_gradient(x_CD, d_CV)
+        return ((objective, nll), d_kernel_DV), d_x_CD.astype(x_BTD.dtype)
 
     zero = jnp.zeros((), jnp.float32)
     start = jnp.zeros(kernel_DV.shape if differentiate else (), jnp.float32)
-    xs = (chunks(x_BTD), chunks(targets_BT), chunks(weights_BT.astype(jnp.float32)))
+    xs = (chunks(x_BTD), chunks(targets_BT), chunks(weights_BT))
     (sums, d_kernel_DV), d_x = jax.lax.scan(body, ((zero, zero), start), xs)
     if not differentiate:
         return sums, None
-    d_x_BTD = jnp.moveaxis(d_x, 0, 1).reshape(batch, -1, x_BTD.shape[2])[:, :length]
-    return sums, (d_x_BTD, d_kernel_DV)
+    return sums, (d_x.reshape(-1, width)[:positions].reshape(x_BTD.shape), d_kernel_DV)
 
 
 def _forward(x_BTD, kernel_DV, targets_BT, weights_BT, products, chunk, z_loss):
-    return _scan(x_BTD, kernel_DV, targets_BT, weights_BT, products, chunk, z_loss, True)
+    return _sums(x_BTD, kernel_DV, targets_BT, weights_BT, products, chunk, z_loss, True)
 
 
 def _backward(products, chunk, z_loss, gradients, cotangents):

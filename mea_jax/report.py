@@ -35,6 +35,21 @@ def write_whole(path: Path, text: str) -> None:
     os.replace(scratch, path)
 
 
+def to_json(tree: Any, indent: int | None = None) -> str:
+    """Strict JSON, which any reader takes: it has no numbers that are not finite; they are null."""
+
+    def finite(value: Any) -> Any:
+        if isinstance(value, float):
+            return value if math.isfinite(value) else None
+        if isinstance(value, Mapping):
+            return {key: finite(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [finite(item) for item in value]
+        return value
+
+    return json.dumps(finite(tree), indent=indent, allow_nan=False)
+
+
 class MetricsWriter:
     """Appends rows to metrics.jsonl and scalars to TensorBoard; rows are flushed at once.
 
@@ -54,7 +69,7 @@ class MetricsWriter:
         self.path = workdir / "metrics.jsonl"
         with disk_errors(self.path):
             kept = [row for row in read_metrics(self.path) if keep(row)]
-            write_whole(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+            write_whole(self.path, "".join(to_json(row) + "\n" for row in kept))
             self.file = self.path.open("a")
             self.board = SummaryWriter(
                 str(workdir / "tensorboard"), purge_step=start_step + 1, flush_secs=30
@@ -63,11 +78,13 @@ class MetricsWriter:
     def write(self, step: int, kind: str, values: Mapping[str, Any]) -> None:
         """One row {"step", "kind", ...}; arrays become lists in the file, their means on the board.
 
+        What is not finite is null in the file.
+
         Raises `UserError` when the disk refuses.
         """
         row = {name: np.asarray(value).tolist() for name, value in values.items()}
         with disk_errors(self.path):
-            self.file.write(json.dumps({"step": step, "kind": kind} | row) + "\n")
+            self.file.write(to_json({"step": step, "kind": kind} | row) + "\n")
             self.file.flush()
             for name, value in values.items():
                 self.board.add_scalar(f"{kind}/{name}", float(np.mean(value)), step)
@@ -156,8 +173,12 @@ def plot_loss(
     from matplotlib import pyplot as plt
 
     rows = read_metrics(workdir / "metrics.jsonl")
-    train = np.array([(r["step"], r["loss"]) for r in rows if r["kind"] == "train"]).reshape(-1, 2)
-    held = np.array([(r["step"], r["loss"]) for r in rows if r["kind"] == "held_out"])
+
+    def losses_of(kind: str) -> np.ndarray:  # as floats: null is nan
+        points = [(row["step"], row["loss"]) for row in rows if row["kind"] == kind]
+        return np.array(points, np.float64).reshape(-1, 2)
+
+    train, held = losses_of("train"), losses_of("held_out")
     figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
     if len(train):
         axis.plot(train[:, 0], train[:, 1], color="0.75", linewidth=0.8, label="training, per step")
@@ -166,7 +187,8 @@ def plot_loss(
         axis.plot(train[window - 1 :, 0], smooth, color="C0", label="training, running mean")
     if len(held):
         axis.plot(held[:, 0], held[:, 1], "o-", color="C1", markersize=4, label="held-out")
-    losses = np.concatenate([train[:, 1], held.reshape(-1, 2)[:, 1]])
+    losses = np.concatenate([train[:, 1], held[:, 1]])
+    losses = losses[np.isfinite(losses)]
     marks = [bits / bits_per_nat for bits in baselines.values()] if bits_per_nat else []
     if len(losses):
         low = min([losses.min(), *marks])
@@ -203,7 +225,7 @@ def table(rows: list[tuple[str, str]]) -> str:
 def write_json(path: Path, tree: Any) -> None:
     """Writes whole or not at all. Raises `UserError` when the disk refuses."""
     with disk_errors(path):
-        write_whole(path, json.dumps(tree, indent=1) + "\n")
+        write_whole(path, to_json(tree, indent=1) + "\n")
 
 
 def si(value: float, unit: str = "") -> str:

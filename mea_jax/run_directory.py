@@ -2,15 +2,18 @@
 
 import json
 import sys
+import time
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-
+from mea_jax import distributed
 from mea_jax.config import TrainConfig, differences
 from mea_jax.errors import UserError
 from mea_jax.report import MetricsWriter, NoWriter, disk_errors, write_json
+
+_SHARED_SECONDS = 15.0  # that a shared file system may take to show a new file to other hosts
 
 
 def stored_dtype(path: Path) -> str | None:
@@ -25,12 +28,13 @@ class RunDirectory:
     """`config.json`, `tokenizer/`, `metrics.jsonl`, `tensorboard/`, `checkpoints/`, `loss.png`
     and `summary.json` below `path`. Only the first process writes; all of them check.
 
-    Raises `UserError` when the directory belongs to another config or cannot be written.
+    Raises `UserError` when the directory belongs to another config or cannot be written, or when
+    not every process sees it.
     """
 
     def __init__(self, path: Path, config: TrainConfig):
         self.path, self.config = path, config
-        self.first = jax.process_index() == 0
+        self.first = distributed.first()
         self._check_config()
         if self.first:
             try:
@@ -43,6 +47,31 @@ class RunDirectory:
                     f"run directory {path} cannot be written: {error.strerror}; choose another "
                     "with --workdir"
                 ) from error
+        if distributed.several():
+            self._check_shared()
+
+    def _check_shared(self) -> None:
+        """Checkpoints are written by all processes, so all must see the first one's folder."""
+        there = self.path.absolute() / f".shared-{uuid.uuid4().hex}"
+        there = Path(distributed.from_first(str(there)))
+        probe, problem = self.path / there.name, None
+        if self.first:
+            probe.write_text("")
+        distributed.agree(None)
+        until = time.monotonic() + _SHARED_SECONDS
+        while not probe.exists() and problem is None:
+            if time.monotonic() > until:
+                problem = (
+                    f"{distributed.name()} has the run directory {self.path.absolute()}, which is "
+                    f"not {there.parent} of process 0: give every process the same --workdir, on a "
+                    "file system that all hosts share"
+                )
+            time.sleep(0.1)
+        try:
+            distributed.agree(problem)
+        finally:
+            if self.first:
+                probe.unlink(missing_ok=True)
 
     def _check_config(self) -> None:
         path = self.path / "config.json"

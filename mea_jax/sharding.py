@@ -2,7 +2,7 @@
 
 Parameters carry logical axis names in their Linen metadata, activations get them through
 `constrain`; `RULES` says which mesh axes each name is split over. Nothing else in the package
-mentions a mesh axis.
+mentions a mesh axis: what needs a collective of its own asks `mesh_axes` and `ways`.
 """
 
 import math
@@ -11,16 +11,20 @@ from typing import Any, cast
 
 import flax.linen as nn
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mea_jax.config import MeshConfig, TrainConfig
 from mea_jax.errors import UserError
 
+# From the outermost, whose devices may be far apart, to the innermost, which talk most.
+AXES = ("data", "fsdp", "sequence", "tensor")
+
 # Logical axis -> mesh axes. None: never split.
 RULES: dict[str, tuple[str, ...] | None] = {
     # parameters
     "layers": None,
-    "embed": ("fsdp",),
+    "embed": ("fsdp", "sequence"),
     "heads": ("tensor",),  # N, or K after folding
     "components": ("tensor",),  # C
     "mixing": None,  # the C side of W_lc: its K side is split like the heads it makes
@@ -32,7 +36,7 @@ RULES: dict[str, tuple[str, ...] | None] = {
     "norm": None,
     # activations
     "batch": ("data", "fsdp"),
-    "length": None,
+    "length": ("sequence",),
     "activation_embed": None,
     "activation_heads": ("tensor",),
     "activation_mlp": ("tensor",),
@@ -41,23 +45,52 @@ RULES: dict[str, tuple[str, ...] | None] = {
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh of a run over `devices` (default: all). Raises `UserError` if it does not fit."""
+    """The mesh of a run over `devices` (default: all). Raises `UserError` if it does not fit.
+
+    `data` runs over slices outermost, so that only sums of gradients cross the network between
+    them. On anything but TPUs a slice is as many consecutive devices.
+    """
     devices = jax.devices() if devices is None else devices
-    sizes = {"data": config.data, "fsdp": config.fsdp, "tensor": config.tensor}
+    sizes = {axis: getattr(config, axis) for axis in AXES}
     fixed = math.prod(size for size in sizes.values() if size != -1)
     for axis, size in sizes.items():
         if size == -1:
             sizes[axis] = max(len(devices) // fixed, 1)
     if math.prod(sizes.values()) != len(devices):
-        shape = " x ".join(f"{axis} {size}" for axis, size in sizes.items())
+        product = " x ".join(f"{axis} {size}" for axis, size in sizes.items())
         raise UserError(
-            f"config.mesh needs {math.prod(sizes.values())} devices ({shape}), but this machine "
+            f"config.mesh needs {math.prod(sizes.values())} devices ({product}), but this machine "
             f"has {len(devices)}: change config.mesh, or set one axis to -1"
         )
+    if sizes["data"] % config.slices:
+        raise UserError(
+            f"config.mesh leaves data={sizes['data']} on these {len(devices)} devices, no multiple "
+            f"of slices={config.slices}: only data runs over slices, so make the other axes smaller"
+        )
+    found = _slices(devices)
+    if found is not None and found != config.slices:
+        raise UserError(
+            f"these {len(devices)} devices form {found} slice{'s' if found > 1 else ''}, but "
+            f"config.mesh.slices={config.slices}: set it to {found}"
+        )
     # Auto axes: with jax.make_mesh's default, Explicit, Linen's partitioning metadata fails.
-    return jax.make_mesh(
-        tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * 3, devices=devices
+    kinds = (AxisType.Auto,) * len(AXES)
+    shape = tuple(sizes.values())
+    if found is None or found == 1:
+        return jax.make_mesh(shape, AXES, axis_types=kinds, devices=devices)
+    inside = (sizes["data"] // found, *shape[1:])
+    across = (found,) + (1,) * (len(AXES) - 1)
+    grid = mesh_utils.create_hybrid_device_mesh(
+        inside, across, devices, allow_split_physical_axes=True
     )
+    return Mesh(grid, AXES, axis_types=kinds)
+
+
+def _slices(devices: Sequence[jax.Device]) -> int | None:
+    """How many slices TPU devices form; None for others, which jax numbers by host if at all."""
+    if devices[0].platform != "tpu":
+        return None
+    return len({getattr(device, "slice_index", 0) for device in devices})
 
 
 def check_divisible(config: TrainConfig, mesh: Mesh) -> None:
@@ -80,16 +113,31 @@ def check_divisible(config: TrainConfig, mesh: Mesh) -> None:
             raise UserError(
                 f"config.mesh.tensor={tensor} does not divide config.model.{name}={size}"
             )
-    if model.d_model % mesh.shape["fsdp"]:
-        raise UserError(
-            f"config.mesh.fsdp={mesh.shape['fsdp']} does not divide "
-            f"config.model.d_model={model.d_model}"
-        )
+    fsdp, sequence = mesh.shape["fsdp"], mesh.shape["sequence"]
+    if model.d_model % (fsdp * sequence):
+        given = f"fsdp={fsdp}" if sequence == 1 else f"fsdp x sequence = {fsdp} x {sequence}"
+        raise UserError(f"config.mesh.{given} does not divide config.model.d_model={model.d_model}")
+    _check_length(config, sequence)
     rows, copies = config.batch_size // config.accumulate, mesh.shape["data"] * mesh.shape["fsdp"]
     if rows % copies:
         raise UserError(
             f"batch_size / accumulate = {rows} windows cannot be shared evenly by data x fsdp = "
             f"{copies} devices: change config.batch_size, config.accumulate or config.mesh"
+        )
+
+
+def _check_length(config: TrainConfig, shards: int) -> None:
+    """Raises `UserError` where windows cannot be cut into two chunks a shard of the sequence."""
+    if shards == 1:
+        return
+    length, kernel = config.data.context_length, config.model.attention_kernel
+    unit, why = 2 * shards, f"2 x {shards}: a shard takes an early and a late chunk of each window"
+    if kernel == "splash":
+        unit, why = unit * 128, f"2 x {shards} x 128: chunks of whole blocks for the TPU's kernel"
+    if length % unit:
+        raise UserError(
+            f"config.mesh.sequence={shards} needs config.data.context_length={length} to be a "
+            f"multiple of {unit} ({why})"
         )
 
 
@@ -123,12 +171,20 @@ def spec(names: Sequence[str | None]) -> PartitionSpec:
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
-    """Annotates an activation inside jit; outside any `jax.set_mesh` it is the identity."""
+    """Annotates an activation inside jit; outside any `jax.set_mesh` it is the identity.
+
+    An axis that the mesh does not divide, as the one row of a prompt, is left whole: padded, it
+    would be moved about for nothing. Those of a training step divide (`check_divisible`).
+    """
     if len(names) != x.ndim:
         raise ValueError(f"{names} names {len(names)} axes of an array of shape {x.shape}")
     partition = spec(names)
     if jax.sharding.get_abstract_mesh().empty:
         return x
+    even = (
+        size % ways(name) == 0 if name else True for name, size in zip(names, x.shape, strict=True)
+    )
+    partition = PartitionSpec(*(p if e else None for p, e in zip(partition, even, strict=True)))
     return jax.lax.with_sharding_constraint(x, partition)
 
 
@@ -145,9 +201,50 @@ def param_shardings(abstract_boxed: Any, mesh: Mesh) -> Any:
     return jax.tree.map(leaf, abstract_boxed, is_leaf=is_box)
 
 
+def mesh_axes(*names: str) -> tuple[str, ...]:
+    """Over which axes of the mesh of `jax.set_mesh` logical axes are split, for a collective.
+
+    Without those of one device, on which a compiler may leave a collective standing.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = (axis for name in names for axis in RULES[name] or ())
+    return tuple(axis for axis in axes if not mesh.empty and mesh.shape[axis] > 1)
+
+
+def ways(name: str) -> int:
+    """How many parts a logical axis is in on the mesh of `jax.set_mesh`; 1 without one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return math.prod(mesh.shape[axis] for axis in mesh_axes(name))
+
+
+def on_a_mesh() -> bool:
+    """Whether `jax.set_mesh` has set a mesh of several devices."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and mesh.size > 1
+
+
+def require(mesh: Mesh) -> None:
+    """Raises `RuntimeError` unless `mesh` is the one of `jax.set_mesh`, or has one device.
+
+    Called where a program is traced: under no mesh, `constrain` and all that asks for one would
+    be ignored in silence.
+    """
+    current = jax.sharding.get_abstract_mesh()
+    if mesh.size > 1 and current != mesh.abstract_mesh:
+        held = "no mesh is set" if current.empty else f"the mesh that is set is {current.shape}"
+        raise RuntimeError(
+            f"a program for the mesh {dict(mesh.shape)} is traced where {held}: call it under "
+            "`with jax.set_mesh(mesh):`"
+        )
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Of an array (batch, length, ...): rows over data and fsdp."""
-    return NamedSharding(mesh, spec(("batch", "length")))
+    """Of an array (batch, length, ...) of token numbers: rows over data and fsdp.
+
+    Whole along the length, whatever the mesh: integers are small, and a step that splits its
+    windows (`train_step.batch_loss`) then takes its chunks from them where they are.
+    """
+    return NamedSharding(mesh, spec(("batch", None)))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -7,6 +7,7 @@ runs. Start such a process with JAX_PLATFORMS=cpu.
 
 import importlib.util
 import os
+import re
 
 import jax
 from jax.experimental import topologies
@@ -25,9 +26,13 @@ _WITHOUT_A_TPU = {
 def describe(name: str) -> list[jax.Device]:
     """Compile-only devices of a topology, "<generation>:<chips along each axis>".
 
-    "v5e:2x2" and "v6e:4x4" have 4 and 16 devices, "v5p:4x4x4" has 64. Raises `UserError` when
-    libtpu is missing or in use, or when it knows no such topology.
+    "v5e:2x2" and "v6e:4x4" have 4 and 16 devices, "v5p:4x4x4" has 64; "2*v5e:4x4" are two slices
+    of 16, joined by the data-centre network. Raises `UserError` when libtpu is missing or in use,
+    or when it knows no such topology.
     """
+    slices, slice_name = 1, name
+    if match := re.fullmatch(r"([1-9]\d*)\*(.+)", name):
+        slices, slice_name = int(match[1]), match[2]
     if importlib.util.find_spec("libtpu") is None and "TPU_LIBRARY_PATH" not in os.environ:
         raise UserError(
             "compiling for a TPU needs its compiler, libtpu, which is not installed: "
@@ -37,7 +42,9 @@ def describe(name: str) -> list[jax.Device]:
         for key, value in _WITHOUT_A_TPU.items():
             os.environ.setdefault(key, value)
     try:
-        return list(topologies.get_topology_desc(name, platform="tpu").devices)
+        several = {"num_slices": slices} if slices > 1 else {}
+        found = topologies.get_topology_desc(slice_name, platform="tpu", **several)
+        return list(found.devices)
     except RuntimeError as error:  # jax.errors.JaxRuntimeError is one
         if "lockfile" in str(error) or "already in use" in str(error):
             raise UserError(
@@ -46,5 +53,6 @@ def describe(name: str) -> list[jax.Device]:
             ) from error
         raise UserError(
             f"libtpu has no TPU topology {name!r} ({str(error).splitlines()[0]}): write the "
-            "generation and the chips along each axis, as in 'v5e:4x4', 'v5p:4x4x4' or 'v6e:8x8'"
+            "generation and the chips along each axis, as in 'v5e:4x4', 'v5p:4x4x4' or 'v6e:8x8', "
+            "with '2*' before it for two slices"
         ) from error

@@ -2,6 +2,9 @@
 
 python -m mea_jax.train --config configs/quickstart.py
 python -m mea_jax.train --config configs/quickstart.py:mha --config.optimizer.learning_rate=1e-3
+
+On several machines the same command on each, with --distributed where a TPU pod or Slurm says who
+belongs together, else with --coordinator HOST:PORT --num_processes N --process_id I.
 """
 
 import dataclasses
@@ -14,13 +17,14 @@ import jax
 import numpy as np
 from absl import flags
 
-from mea_jax import cli, flops, report, sharding
+from mea_jax import cli, distributed, flops, profiling, report, sharding
 from mea_jax.backends import resolve
 from mea_jax.checkpoint import Checkpoints
 from mea_jax.config import TrainConfig
 from mea_jax.cpu_kernels import keep_freed_memory
 from mea_jax.data.pipeline import held_out_batches, train_batches
-from mea_jax.data.prepare import Prepared, prepare
+from mea_jax.data.prepare import Prepared
+from mea_jax.data.shared import prepare_together
 from mea_jax.diagnostics import compile_diagnostics
 from mea_jax.errors import UserError
 from mea_jax.generation import Generator, continuation
@@ -35,11 +39,15 @@ from mea_jax.train_step import (
 from mea_jax.validation import validate_from_scratch
 
 
-def train(config: TrainConfig, workdir: Path) -> dict[str, Any]:
+def train(
+    config: TrainConfig, workdir: Path, profile_steps: tuple[int, int] | None = None
+) -> dict[str, Any]:
     """Trains, or resumes, or finds finished, the run of `config` in `workdir`; its summary.
 
     What a run starts from, in this order: a finished run is only reported; else the newest
-    checkpoint in `workdir`; else a fresh initialisation from `config.seed`.
+    checkpoint in `workdir`; else a fresh initialisation from `config.seed`. With several processes
+    each of them calls this. The first and last of `profile_steps` are traced into
+    `workdir`/profile, with those between.
 
     Raises `UserError` for every mistake of the user's, and for a disk that refuses.
     """
@@ -58,24 +66,32 @@ def train(config: TrainConfig, workdir: Path) -> dict[str, Any]:
             print(f"{workdir} is finished: {config.steps} steps are done. To train anew, choose")
             print("another --workdir; to read the result again:\n")
             print(summary["text"])
+        _check_profile(profile_steps, config.steps, run)
         return summary
 
     if not (workdir / "checkpoints").exists():  # refused before data are prepared for it
         validate_from_scratch(config.model)
-    prepared = prepare(config.data, config.model.vocab_size, log=run.say)
+    prepared = prepare_together(config.data, config.model.vocab_size, log=run.say)
     with jax.set_mesh(mesh), Checkpoints(workdir, config.checkpoint) as checkpoints:
-        step = checkpoints.latest()
-        if step is None:
+        # Where process 0 sees the run: a shared file system may show it to others a little later.
+        step = int(distributed.from_first(str(checkpoints.latest() or 0)))
+        if step == 0:
             validate_from_scratch(config.model)
-            step, state = 0, create_state(config, mesh)
+            state = create_state(config, mesh)
         else:
             checkpoints.check_data(step, prepared.digest)
             state = checkpoints.restore(step, abstract_state(config, mesh))
             run.say(f"resuming from step {step} of {config.steps}")
+        _check_profile(profile_steps, step, run)
         run.write_config(prepared.tokenizer)
         loop = Loop(config, mesh, prepared, run, checkpoints)
-        state = loop.run(state, step)
+        state = loop.run(state, step, profile_steps)
         return loop.finish(state)
+
+
+def _check_profile(steps: tuple[int, int] | None, done: int, run: RunDirectory) -> None:
+    if steps and done >= steps[1]:
+        run.say(f"no profile: steps {steps[0]} to {steps[1]} lie before step {done}, already done")
 
 
 class Loop:
@@ -91,10 +107,8 @@ class Loop:
     ):
         self.config, self.mesh, self.prepared = config, mesh, prepared
         self.run_directory, self.checkpoints = run, checkpoints
-        self.host = {
-            "process_index": jax.process_index(),
-            "process_count": jax.process_count(),
-        }
+        shape = (config.batch_size, config.data.context_length)
+        self.rows = distributed.local_rows(sharding.batch_sharding(mesh), shape)
         self.evaluate_step = compile_eval_step(config, mesh)
         self.diagnose = compile_diagnostics(config, mesh)
         self.held_out = self.read_held_out(config.evaluate.batches)
@@ -110,23 +124,21 @@ class Loop:
     def read_held_out(self, batches: int | None) -> list[dict[str, np.ndarray]]:
         size = self.config.batch_size
         return list(
-            held_out_batches(self.prepared, batch_size=size, max_batches=batches, **self.host)
+            held_out_batches(self.prepared, batch_size=size, max_batches=batches, rows=self.rows)
         )
 
     def put(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-        """This host's rows of a batch, as its part of the global arrays."""
+        """This process's rows of a batch, as its part of the global arrays."""
         where = sharding.batch_sharding(self.mesh)
         with jax.transfer_guard("allow"):  # which takes this for a slip with several processes
             return {
-                name: jax.make_array_from_process_local_data(
-                    where, x, (x.shape[0] * jax.process_count(), *x.shape[1:])
-                )
+                name: distributed.place_rows(where, x, self.rows, self.config.batch_size)
                 for name, x in batch.items()
             }
 
     # -- the loop --------------------------------------------------------------------------
 
-    def run(self, state, start: int):
+    def run(self, state, start: int, profile_steps: tuple[int, int] | None = None):
         """Trains from `start` updates to `config.steps`; returns the last state."""
         c = self.config
         batches = train_batches(
@@ -136,7 +148,7 @@ class Loop:
             start_step=start,
             threads=c.data.read_threads,
             prefetch=c.data.prefetch,
-            **self.host,
+            rows=self.rows,
         )
         if start == c.steps:  # cut off after the last checkpoint, before the summary
             return state
@@ -145,13 +157,19 @@ class Loop:
         step_fn = compile_train_step(c, self.mesh).lower(state, batch).compile()
         self.timing["compile_seconds"] = time.perf_counter() - began
         writer = self.run_directory.open_metrics(start)
-        progress = report.Progress(start, c.steps, enabled=jax.process_index() == 0)
+        progress = report.Progress(start, c.steps, enabled=distributed.first())
+        # One process tells enough: all run the same program.
+        traced = profile_steps if distributed.first() else None
+        directory = self.run_directory.path / "profile"
+        profile = profiling.Profile(traced, directory, start, progress.say)
         pending: tuple[int, Any] | None = None
         clock = time.perf_counter()
         try:
-            with jax.transfer_guard("disallow"):
+            with jax.transfer_guard("disallow"), profile:
                 for step in range(start + 1, c.steps + 1):
-                    state, metrics = step_fn(state, batch)
+                    with profile.step(step, (state, batch)):
+                        state, metrics = step_fn(state, batch)
+                    clock += profile.after(step, (state, metrics))
                     waiting = time.perf_counter()
                     if step < c.steps:
                         batch = self.put(next(batches))
@@ -300,11 +318,11 @@ class Loop:
         if c.evaluate.sample_prompt:
             result["sample"] = self.continuation(state.params)
             text += f"\n\n--- prompt and sample ---\n{result['sample']}\n---"
-        if jax.process_index() == 0:
+        if self.run_directory.first:
             report.plot_loss(self.run_directory.path, c.name, ratio, baselines)
         result["text"] = text
         self.run_directory.write_summary(result)
-        if jax.process_index() == 0:
+        if self.run_directory.first:
             print("\n" + text)
         return result
 
@@ -354,17 +372,19 @@ def main() -> None:
     config = cli.parse_config(CONFIG)
     if "://" in (WORKDIR.value or ""):
         raise UserError(f"--workdir {WORKDIR.value}: give a folder; mount the bucket as a path")
-    if DISTRIBUTED.value:
-        jax.distributed.initialize()
+    text = PROFILE.value
+    profile_steps = None if text is None else profiling.parse_steps(text, config.steps)
+    cli.join_processes(config)
     cli.enable_compilation_cache()
-    train(config, Path(WORKDIR.value or Path("runs") / config.name))
+    train(config, Path(WORKDIR.value or Path("runs") / config.name), profile_steps)
 
 
 if __name__ == "__main__":
     CONFIG = cli.define_config_flag()
     WORKDIR = flags.DEFINE_string("workdir", None, "Run directory; default runs/<config name>")
-    DISTRIBUTED = flags.DEFINE_bool(
-        "distributed", False, "join the other processes of a TPU pod or Slurm job"
+    PROFILE = flags.DEFINE_string(
+        "profile_steps", None, "FIRST:LAST, steps to trace into <workdir>/profile for xprof"
     )
+    cli.define_process_flags()
     flags.declare_key_flag("config")
     cli.run(main)

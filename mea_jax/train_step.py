@@ -14,8 +14,9 @@ from jax.sharding import Mesh
 from mea_jax import sharding
 from mea_jax.backends import make_backend
 from mea_jax.config import ModelConfig, TrainConfig
-from mea_jax.losses import cross_entropy
+from mea_jax.losses import cross_entropy, positions_within
 from mea_jax.optimizer import make_optimizer, make_schedule
+from mea_jax.sequence_parallel import lay_out
 from mea_jax.transformer import Decoder, apply_hidden
 
 Batch = Mapping[str, jax.Array]
@@ -92,9 +93,16 @@ def abstract_state(config: TrainConfig, mesh: Mesh) -> TrainState:
 def batch_loss(
     config: TrainConfig, params: Any, batch: Batch
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """Sums over the tokens of a batch: objective, (nll in nats, number of tokens)."""
+    """Sums over the tokens of a batch: objective, (nll in nats, number of tokens).
+
+    Where the mesh of `jax.set_mesh` splits the sequence, the batch is laid out for its shards here.
+    """
+    shards = sharding.ways("length")
+    if shards > 1 and config.model.variant == "talking_heads":
+        raise ValueError("talking heads cannot take windows whose positions are split")
+    segment_ids_BT, batch = batch["segment_ids"], lay_out(batch, shards)
     x_BTD, kernel_DV = apply_hidden(
-        config.model, params, batch["inputs"], batch["positions"], batch["segment_ids"]
+        config.model, params, batch["inputs"], batch["positions"], segment_ids_BT, shards
     )
     weights_BT = (batch["segment_ids"] > 0).astype(jnp.float32)
     objective, nll = cross_entropy(
@@ -103,7 +111,7 @@ def batch_loss(
         batch["targets"],
         weights_BT,
         make_backend(config.model),
-        config.model.loss_chunk,
+        positions_within(config.model.loss_chunk, kernel_DV.shape[1] // sharding.ways("vocab")),
         config.optimizer.z_loss,
     )
     return objective, (nll, weights_BT.sum())
@@ -119,7 +127,7 @@ def split_batch(config: TrainConfig, batch: Batch) -> Batch:
 
 
 def _constrained(batch: Batch) -> Batch:
-    return {name: sharding.constrain(x, "batch", "length") for name, x in batch.items()}
+    return {name: sharding.constrain(x, "batch", None) for name, x in batch.items()}
 
 
 def _gradients(config: TrainConfig, params: Any, batch: Batch):
@@ -164,12 +172,20 @@ def train_step(config: TrainConfig, state: TrainState, batch: Batch) -> tuple[Tr
 
 
 def compile_train_step(config: TrainConfig, mesh: Mesh) -> jax.stages.Wrapped:
-    """`train_step` under jit with explicit shardings; the old state's memory is reused."""
-    state, batch = state_shardings(config, mesh), sharding.batch_sharding(mesh)
+    """`train_step` under jit with explicit shardings; the old state's memory is reused.
+
+    To be called under `jax.set_mesh(mesh)` if that has several devices: `RuntimeError` otherwise.
+    """
+    shardings, where = state_shardings(config, mesh), sharding.batch_sharding(mesh)
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        sharding.require(mesh)
+        return train_step(config, state, batch)
+
     return jax.jit(
-        lambda s, b: train_step(config, s, b),
-        in_shardings=(state, batch),
-        out_shardings=(state, sharding.replicated(mesh)),
+        step,
+        in_shardings=(shardings, where),
+        out_shardings=(shardings, sharding.replicated(mesh)),
         donate_argnums=0,
     )
 
@@ -177,10 +193,13 @@ def compile_train_step(config: TrainConfig, mesh: Mesh) -> jax.stages.Wrapped:
 def compile_eval_step(config: TrainConfig, mesh: Mesh) -> Callable[..., Metrics]:
     """(params, batch) -> {"nll", "tokens"}: sums over the batch, float32.
 
-    In `accumulate` parts like the training step, so that it fits wherever that does.
+    In `accumulate` parts like the training step, so that it fits wherever that does. To be called
+    under `jax.set_mesh(mesh)` if that has several devices: `RuntimeError` otherwise.
     """
 
     def step(params, batch):
+        sharding.require(mesh)
+
         def part(sums, part_batch):
             _, new = batch_loss(config, params, _constrained(part_batch))
             return jax.tree.map(jnp.add, sums, new), None

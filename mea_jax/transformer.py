@@ -11,6 +11,7 @@ from mea_jax import positions
 from mea_jax.backends import make_backend
 from mea_jax.cache import Stored
 from mea_jax.config import REMAT_POLICIES, ModelConfig
+from mea_jax.embedding import lookup
 from mea_jax.layers import Context
 from mea_jax.mlp import MLP
 from mea_jax.norms import RMSNorm
@@ -128,18 +129,29 @@ class Decoder(nn.Module):
 
     def embed(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
         """The first residual (B, T, D)."""
-        c = self.config
-        # Rows are gathered before the cast: the table is far larger than the batch.
-        x_BTD = jnp.take(self.embedding, tokens_BT, axis=0)
-        if c.positions == "learned":
-            x_BTD = x_BTD + jnp.take(self.position_embedding, positions_BT, axis=0)
-        return constrain(x_BTD.astype(make_backend(c).activation), *RESIDUAL)
+        c, activation = self.config, make_backend(self.config).activation
+        learned = c.positions == "learned"
+        dtype = jnp.float32 if learned else activation
+        x_BTD = lookup(self.embedding, tokens_BT, dtype, ("vocab", "embed"))
+        if learned:
+            x_BTD = x_BTD + lookup(
+                self.position_embedding, positions_BT, dtype, ("positions", "embed")
+            )
+        return constrain(x_BTD.astype(activation), *RESIDUAL)
 
     def __call__(
-        self, tokens_BT: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array
+        self,
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array,
+        segment_ids_BT: jax.Array,
+        shards: int = 1,
     ) -> jax.Array:
-        """Hidden states (B, T, D) after the final norm. Segments do not see one another."""
-        context = Context(segment_ids_BT, rope_of(self.config, positions_BT))
+        """Hidden states (B, T, D) after the final norm. Segments do not see one another.
+
+        `shards`: in how many parts of the sequence tokens and positions are laid out
+        (`layers.Context`); segment ids are in natural order.
+        """
+        context = Context(segment_ids_BT, rope_of(self.config, positions_BT), shards=shards)
         x_BTD = self.embed(tokens_BT, positions_BT)
         for stack, (first, length, *_) in zip(self.stacks, stretches(self.config), strict=True):
             x_BTD, _ = stack(x_BTD, context, jnp.arange(first, first + length))
@@ -149,9 +161,9 @@ class Decoder(nn.Module):
         """The kernel (D, V), float32, from hidden states to logits."""
         return self.embedding.T if self.config.tie_embeddings else self.head
 
-    def hidden_and_unembedding(self, tokens_BT, positions_BT, segment_ids_BT):
+    def hidden_and_unembedding(self, tokens_BT, positions_BT, segment_ids_BT, shards):
         """What the loss needs: hidden states (B, T, D) and the kernel (D, V)."""
-        return self(tokens_BT, positions_BT, segment_ids_BT), self.unembedding()
+        return self(tokens_BT, positions_BT, segment_ids_BT, shards), self.unembedding()
 
     def to_logits(self, x_BTD: jax.Array) -> jax.Array:
         """Logits (B, T, V), float32, of hidden states after the final norm."""
@@ -176,10 +188,15 @@ def apply_hidden(
     tokens_BT: jax.Array,
     positions_BT: jax.Array,
     segment_ids_BT: jax.Array,
+    shards: int = 1,
 ) -> tuple[jax.Array, jax.Array]:
-    """Final hidden states (B, T, D) and the unembedding (D, V) of a model with `params`."""
+    """Final hidden states (B, T, D) and the unembedding (D, V) of a model with `params`.
+
+    `shards`: in how many parts of the sequence tokens and positions are laid out, and the result
+    is (sequence_parallel.py); segment ids are in natural order.
+    """
     method = Decoder.hidden_and_unembedding
-    inputs = (tokens_BT, positions_BT, segment_ids_BT)
+    inputs = (tokens_BT, positions_BT, segment_ids_BT, shards)
     return cast(Any, Decoder(model).apply({"params": params}, *inputs, method=method))
 
 

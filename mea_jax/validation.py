@@ -1,6 +1,7 @@
 """What cannot work is refused before anything is built: one `UserError` that names the key."""
 
 import dataclasses
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -12,6 +13,7 @@ from mea_jax.config import (
     VARIANTS,
     ModelConfig,
     TrainConfig,
+    flatten,
 )
 from mea_jax.errors import UserError, nearest
 
@@ -51,7 +53,7 @@ def validate(config: TrainConfig) -> None:
     _require(len(data.sources) > 0, "config.data.sources is empty: name at least one source")
     for i, source in enumerate(data.sources):
         path = f"config.data.sources[{i}].weight"
-        _require(source.weight > 0, f"{path}={source.weight} must be positive")
+        _require(0 < source.weight < math.inf, f"{path}={source.weight} must be positive")
     _require(
         0 < data.held_out_fraction < 1,
         f"config.data.held_out_fraction={data.held_out_fraction} must lie between 0 and 1",
@@ -86,12 +88,23 @@ def validate(config: TrainConfig) -> None:
         f"data.context_length={data.context_length}: a window may hold one document of its length",
     )
     sizes = dataclasses.asdict(config.mesh)
+    slices = sizes.pop("slices")
     for axis, size in sizes.items():
         _require(size == -1 or size > 0, f"config.mesh.{axis}={size} must be positive, or -1")
+    _require(slices > 0, f"config.mesh.slices={slices} must be positive")
+    _require(
+        sizes["data"] == -1 or sizes["data"] % slices == 0,
+        f"config.mesh.data={sizes['data']} is not a multiple of slices={slices}: only data runs "
+        "over slices",
+    )
     _require(
         list(sizes.values()).count(-1) <= 1,
         "config.mesh: only one axis can be -1 (take what the others leave)",
     )
+    for key, value in flatten(dataclasses.asdict(config)).items():
+        # JSON, which keeps the config, has no such numbers.
+        finite = not isinstance(value, float) or math.isfinite(value)
+        _require(finite, f"config.{key}={value} must be a finite number")
 
 
 def _positive(config: TrainConfig, path: str) -> None:

@@ -13,6 +13,9 @@ from absl import flags
 from helpers import change
 
 ROOT = Path(__file__).parent.parent
+DEFINED = ("workdir", "profile_steps", "distributed", "coordinator", "num_processes", "process_id")
+DEFINED += ("startup_timeout",)
+PROCESS = ("--coordinator=localhost:8476", "--num_processes=2", "--process_id=1")
 
 
 def is_one_error(status, err, *parts):
@@ -72,8 +75,8 @@ def command(monkeypatch, capfd, tmp_path, devices):
         except SystemExit as end:
             status = end.code if isinstance(end.code, int) else int(end.code is not None)
         finally:
-            for name in list(flags.FLAGS):  # those the module defines, and one per override
-                if name == "workdir" or name.split(".")[0] == "config":
+            for name in list(flags.FLAGS):  # those the command defines, and one per override
+                if name in DEFINED or name.split(".")[0] == "config":
                     delattr(flags.FLAGS, name)
             sys.modules.pop("config_config", None)  # ml_collections' name for a config file
         out, err = capfd.readouterr()
@@ -183,6 +186,17 @@ def test_help_fits_a_screen(command):
         (["--config.mesh.fsdp=3"], ["config.mesh needs", "1"]),
         (["--config.batch_size=0"], ["config.batch_size=0"]),
         (["--config.optimizer.schedule=cosin"], ["'cosine'"]),
+        (["--config.optimizer.clip_norm=inf"], ["config.optimizer.clip_norm=inf", "finite"]),
+        (["--profile_steps=9:3"], ["--profile_steps 9:3", "before the first"]),
+        (["--profile_steps=8:9"], ["--profile_steps 8:9", "config.steps=8"]),
+        (["--coordinator=localhost:80"], ["add --num_processes and --process_id"]),
+        (["--num_processes=2", "--process_id=0"], ["add --coordinator"]),
+        ([*PROCESS, "--coordinator=localhost"], ["--coordinator localhost: write HOST:PORT"]),
+        ([*PROCESS, "--process_id=2"], ["--process_id 2", "0 to 1"]),
+        ([*PROCESS, "--process_id=-1"], ["--process_id -1", "0 to 1"]),
+        ([*PROCESS, "--num_processes=0"], ["--num_processes 0"]),
+        ([*PROCESS, "--num_processes=two"], ["num_processes", "two"]),
+        ([*PROCESS, "--startup_timeout=0"], ["--startup_timeout 0"]),
     ],
 )
 def test_bad_arguments(command, config_file, arguments, parts):

@@ -1,4 +1,4 @@
-"""Chunked cross-entropy is the plain one, and never holds the logits of a whole batch."""
+"""Chunked cross-entropy is the plain one, on any mesh, and never holds a whole batch's logits."""
 
 import math
 import re
@@ -10,9 +10,11 @@ import pytest
 from helpers import assert_close, params_of, random_batch
 from hypothesis import given
 from hypothesis import strategies as st
+from jax.sharding import NamedSharding
 
-from mea_jax import losses
+from mea_jax import losses, sharding
 from mea_jax.backends import CpuBackend, XlaBackend
+from mea_jax.config import MeshConfig
 from mea_jax.train_step import batch_loss
 
 BFLOAT16 = jnp.dtype(jnp.bfloat16)
@@ -110,15 +112,131 @@ def largest_array(text: str) -> int:
     return max(math.prod(int(d) for d in shape.split(",") if d) for shape in shapes)
 
 
-@pytest.mark.parametrize(("chunk", "whole"), [(8, False), (0, True)])
-def test_logits_of_the_whole_batch_never_exist(tiny, chunk, whole):
+@pytest.mark.parametrize(("mebibytes", "whole"), [(1, False), (0, True)])
+def test_logits_of_the_whole_batch_never_exist(tiny, mebibytes, whole):
     """In the compiled gradient of the model's loss; without chunks they do, so the test can see."""
-    config = tiny(**{"model.loss_chunk": chunk, "model.n_layers": 1, "optimizer.z_loss": 0.1})
-    batch = random_batch(0, batch=8, length=32, vocab=264)
+    options = {"model.n_layers": 1, "model.vocab_size": 4096, "optimizer.z_loss": 0.1}
+    config = tiny(**{"model.loss_chunk": mebibytes}, **options)
+    batch = random_batch(0, batch=8, length=32, vocab=4096)
     params = params_of(config.model)
     grad = jax.value_and_grad(lambda p: batch_loss(config, p, batch), has_aux=True)
     text = jax.jit(grad).lower(params).compile().as_text()
     assert text is not None
-    logits = 8 * 32 * 264
-    # All else is smaller: attention logits have 8 x 4 x 32 x 32 elements, half of that.
+    logits = 8 * 32 * 4096
+    # All else is smaller: the table has 4096 x 32 elements.
     assert (largest_array(text) >= logits) == whole
+
+
+def test_chunks_fit_into_their_bytes():
+    assert losses.positions_within(0, 264) == 0, "all"
+    assert losses.positions_within(256, 128_256) == 512, "523, in whole multiples of 128"
+    assert losses.positions_within(512, 32_000) == 4_096  # 4,194
+    assert losses.positions_within(8, 128_256) == 16, "below 128 as they come"
+    assert losses.positions_within(1, 10**6) == 1, "a position at least"
+
+
+def test_memory_does_not_grow_with_the_vocabulary():
+    """8,192 positions: but for the kernel and its gradient, 32,000 words take what 128,256 do."""
+    positions, width, mebibytes = 8192, 16, 32
+
+    def extra(vocab):
+        def loss(x, kernel, targets, weights):
+            chunk = losses.positions_within(mebibytes, vocab)
+            sums = losses.cross_entropy(x, kernel, targets, weights, FLOAT32, chunk, 0.0)
+            return sums[0]
+
+        shapes = (1, positions, width), (width, vocab), (1, positions), (1, positions)
+        types = jnp.float32, jnp.float32, jnp.int32, jnp.float32
+        arrays = [jax.ShapeDtypeStruct(s, t) for s, t in zip(shapes, types, strict=True)]
+        compiled = jax.jit(jax.grad(loss, (0, 1))).lower(*arrays).compile()
+        return compiled.memory_analysis().temp_size_in_bytes - 4 * width * vocab
+
+    few, many = extra(32_000), extra(128_256)
+    assert mebibytes * 2**20 * 0.5 < few < positions * 32_000 * 4 / 4
+    assert many < 1.1 * few
+
+
+# -- on a mesh ------------------------------------------------------------------------------
+
+MESHES = {
+    "data": MeshConfig(8, 1, 1),
+    "fsdp": MeshConfig(1, 8, 1),
+    "tensor": MeshConfig(1, 1, 8),
+    "sequence": MeshConfig(1, 1, 1, sequence=8),
+    "data, fsdp and tensor": MeshConfig(2, 2, 2),
+    "fsdp, sequence and tensor": MeshConfig(1, 2, 2, sequence=2),
+}
+
+
+def sharded_inputs(seed):
+    """As `inputs`, in sizes that 8 devices divide."""
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((8, 16, 16)).astype(np.float32)
+    kernel = rng.standard_normal((16, 40)).astype(np.float32)
+    targets = rng.integers(0, 40, (8, 16), dtype=np.int32)
+    weights = rng.choice([0.0, 1.0, 0.5], (8, 16)).astype(np.float32)
+    weights[3], weights[5, 3:] = 0, 0  # a row of nothing but padding, and most of one
+    return x, kernel, targets, weights
+
+
+def sharded_gradient(mesh, x, kernel, targets, weights):
+    """jit of ((objective, nll), gradients) times 3 on `mesh`, and its arguments, placed."""
+
+    def scaled(x, kernel, targets, weights):
+        sums = losses.cross_entropy(x, kernel, targets, weights, FLOAT32, 5, 0.1)
+        return 3 * sums[0], sums[1]
+
+    rows = ("batch", "length")
+    names = (*rows, "activation_embed"), ("embed", "vocab"), rows, rows
+    where = [NamedSharding(mesh, sharding.spec(n)) for n in names]
+    placed = [
+        jax.device_put(a, w) for a, w in zip((x, kernel, targets, weights), where, strict=True)
+    ]
+    return jax.jit(jax.value_and_grad(scaled, (0, 1), has_aux=True)), placed, where
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_a_mesh_gives_the_loss_and_gradients_of_log_softmax(name):
+    arrays = sharded_inputs(0)
+    mesh = sharding.make_mesh(MESHES[name])
+    with jax.set_mesh(mesh):
+        gradient, placed, where = sharded_gradient(mesh, *arrays)
+        (objective, nll), gradients = gradient(*placed)
+        evaluated = jax.jit(
+            lambda *a: losses.cross_entropy(*a, FLOAT32, 5, 0.1),
+        )(*placed)
+    expected = reference(*arrays, 0.1)
+    expected_gradients = jax.grad(lambda x, k: reference(x, k, *arrays[2:], 0.1)[0], (0, 1))(
+        *arrays[:2]
+    )
+    # Some hundred float32 terms of up to ten each, in another order.
+    np.testing.assert_allclose((objective / 3, nll), expected, rtol=1e-5)
+    np.testing.assert_allclose(evaluated, expected, rtol=1e-5)
+    assert_close(gradients, [3 * g for g in expected_gradients], rtol=1e-4, atol=2e-5)
+    for found, sharded in zip(gradients, where, strict=False):
+        assert found.sharding.is_equivalent_to(sharded, found.ndim)
+
+
+COLLECTIVE = re.compile(
+    r" (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
+)
+
+
+@pytest.mark.parametrize("name", ["fsdp", "data, fsdp and tensor", "fsdp, sequence and tensor"])
+def test_no_chunk_waits_for_the_kernel_or_its_gradient(name):
+    """In the loop only numbers of its 5 positions cross a mesh; the kernel does so once."""
+    mesh = sharding.make_mesh(MESHES[name])
+    with jax.set_mesh(mesh):
+        gradient, placed, _ = sharded_gradient(mesh, *sharded_inputs(0))
+        text = gradient.lower(*placed).compile().as_text()
+    assert text is not None
+    lines = [line for line in text.splitlines() if COLLECTIVE.search(line)]
+    inside = [line for line in lines if "while/body" in line]
+    gathers = [line for line in lines if "all-gather" in line]
+    assert len(gathers) == 1, "the kernel"
+    assert gathers[0] not in inside
+    assert any("reduce-scatter" in line for line in lines)
+    assert bool(inside) == ("tensor" in name), "so the test can see"
+    for line in inside:
+        sizes = re.findall(r"f32\[([\d,]*)\]", line.split("all-reduce(")[0])
+        assert set(sizes) <= {"5", "2,5"}, line

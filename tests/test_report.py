@@ -43,6 +43,26 @@ def test_rows_are_on_disk_at_once(tmp_path):
     writer.close()
 
 
+def test_numbers_that_are_not_finite_are_null(tmp_path):
+    """Strict JSON: what other readers than Python's take."""
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    old = tmp_path / "metrics.jsonl"
+    old.write_text('{"step": 1, "kind": "train", "loss": NaN}\n')  # as earlier versions wrote
+    writer = MetricsWriter(tmp_path, 1)
+    writer.write(2, "train", {"loss": np.float32("nan"), "heads": np.array([[-np.inf, 2.0]])})
+    writer.close()
+    lines = [json.loads(line, parse_constant=refuse) for line in old.read_text().splitlines()]
+    assert [row["loss"] for row in lines] == [None, None]
+    assert lines[1]["heads"] == [[None, 2.0]]
+    report.write_json(tmp_path / "summary.json", {"a": [float("inf")], "b": {"c": (1.5, 2)}})
+    stored = json.loads((tmp_path / "summary.json").read_text(), parse_constant=refuse)
+    assert stored == {"a": [None], "b": {"c": [1.5, 2]}}
+    assert report.plot_loss(tmp_path, "title", None, {}).exists()
+
+
 def test_a_line_cut_short_is_left_out(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "kind": "train"}\n{"step": 2, "ki')

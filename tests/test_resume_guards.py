@@ -1,22 +1,15 @@
 """What a resumed run checks before it goes on, and what a failed start leaves behind."""
 
-import json
-import os
 import shutil
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
-import numpy as np
 import pytest
 from helpers import change
 
 from mea_jax.checkpoint import Checkpoints
 from mea_jax.config import SourceConfig
 from mea_jax.errors import UserError
-from mea_jax.report import read_metrics
 from mea_jax.run_directory import stored_dtype
 from mea_jax.train import Loop, train
 
@@ -79,45 +72,3 @@ def test_saving_is_outside_the_transfer_guard(tiny, devices, tmp_path, monkeypat
     train(tiny(), tmp_path / "run")
     assert seen
     assert "disallow" not in seen
-
-
-TWO = """
-import dataclasses, json, os, sys
-import jax
-jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
-from mea_jax.config import TrainConfig
-from mea_jax.train import train
-from pathlib import Path
-config = TrainConfig.from_dict(json.loads(Path(sys.argv[3]).read_text()))
-train(config, Path(sys.argv[4]))
-"""
-
-
-def test_two_processes_train_like_one(tiny, devices, tmp_path):
-    devices(2)
-    config = tiny(**{"evaluate.sample_prompt": "a quick", "evaluate.sample_tokens": 6})
-    train(config, tmp_path / "one")
-    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        address = f"localhost:{probe.getsockname()[1]}"
-    flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
-    arguments = [address, "RANK", tmp_path / "config.json", tmp_path / "two"]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", TWO, *(str(i) if a == "RANK" else str(a) for a in arguments)],
-            env=os.environ | {"XLA_FLAGS": flags},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for i in range(2)
-    ]
-    for process in processes:
-        _, err = process.communicate(timeout=180)
-        assert process.returncode == 0, err[-2000:]
-    one, two = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
-    assert [(row["step"], row["kind"]) for row in one] == [(r["step"], r["kind"]) for r in two]
-    losses = [[row["loss"] for row in rows if "loss" in row] for rows in (one, two)]
-    np.testing.assert_allclose(
-        losses[0], losses[1], rtol=1e-5
-    )  # sums over devices in another order

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -26,20 +27,28 @@ LENGTH = 2048
 devices = topology.describe("v5e:2x2")
 model = ModelConfig(
     vocab_size=512, d_model=256, n_layers=2, n_heads=8, n_kv_heads=4, head_dim=64, d_ff=512,
-    key_components=2, value_components=2, remat="dots", loss_chunk=512,
+    key_components=2, value_components=2, remat="dots", loss_chunk=1,
 )
-config = TrainConfig(batch_size=4, model=model, mesh=MeshConfig(data=1, fsdp=2, tensor=2))
-config = dataclasses.replace(
-    config, model=resolve(model, devices, LENGTH, tensor=2),
-    data=dataclasses.replace(config.data, context_length=LENGTH),
-)
-mesh = sharding.make_mesh(config.mesh, devices)
-sharding.check_divisible(config, mesh)
-where = sharding.batch_sharding(mesh)
-rows = jax.ShapeDtypeStruct((4, LENGTH), jnp.int32, sharding=where)
-batch = dict.fromkeys(("inputs", "targets", "positions", "segment_ids"), rows)
-with jax.set_mesh(mesh):
-    step = compile_train_step(config, mesh).lower(abstract_state(config, mesh), batch).compile()
+
+def compile_step(mesh, devices):
+    mesh = sharding.make_mesh(mesh, devices)
+    shape = mesh.shape
+    config = TrainConfig(
+        batch_size=4, model=resolve(model, devices, LENGTH, shape["tensor"], shape["sequence"])
+    )
+    config = dataclasses.replace(
+        config, data=dataclasses.replace(config.data, context_length=LENGTH)
+    )
+    sharding.check_divisible(config, mesh)
+    rows = jax.ShapeDtypeStruct((4, LENGTH), jnp.int32, sharding=sharding.batch_sharding(mesh))
+    batch = dict.fromkeys(("inputs", "targets", "positions", "segment_ids"), rows)
+    with jax.set_mesh(mesh):
+        step = compile_train_step(config, mesh)
+        return config, step.lower(abstract_state(config, mesh), batch).compile()
+
+config, step = compile_step(MeshConfig(data=1, fsdp=2, tensor=2), devices)
+shared, sequence_step = compile_step(MeshConfig(data=1, fsdp=2, sequence=2), devices)
+two = sharding.make_mesh(MeshConfig(fsdp=4, slices=2), topology.describe("2*v5e:2x2"))
 
 one = jax.sharding.SingleDeviceSharding(devices[0])
 held = {}
@@ -61,6 +70,9 @@ print(json.dumps({
     "form": config.model.hlc_form,
     "served": held["served"].describe(),
     "step": step.as_text(),
+    "sequence kernel": shared.model.attention_kernel,
+    "sequence step": sequence_step.as_text(),
+    "slices": [sorted({d.slice_index for d in part.flat}) for part in two.devices],
     "decoding": decoding.as_text(),
     "temporary": decoding.memory_analysis().temp_size_in_bytes,
     "aliased": decoding.memory_analysis().alias_size_in_bytes,
@@ -88,6 +100,58 @@ def test_the_training_step_runs_splash_on_a_tpu_mesh(compiled):
     assert "splash_mha_dkv" in compiled["step"]
     assert "2048,2048]" not in compiled["step"]
     assert "bf16[2,4,2048,64]" in compiled["step"], "half of 4 rows, half of 8 heads"
+
+
+def collectives(text, *words):
+    """Lines of a program that hold a collective whose place in the model has all these words."""
+    call = re.compile(r" (all-gather|all-reduce|reduce-scatter|all-to-all)(-start)?\(")
+    lines = [line for line in text.splitlines() if call.search(line)]
+    return [line for line in lines if all(word in line for word in words)]
+
+
+def test_the_loss_reduces_once_on_a_tpu_mesh(compiled):
+    """The kernel is gathered and its gradient reduced outside of the loop over chunks.
+
+    Inside, two numbers a position of a chunk (1,024) are summed over tensor's pairs of devices.
+    """
+    step, shared = compiled["step"], compiled["sequence step"]
+    assert collectives(step, "all-gather", "jvp()/shard_map/all_gather", "bf16[256,256]")
+    loop = "jvp()/shard_map/while/body"
+    assert not collectives(shared, loop)
+    inside = collectives(step, loop)
+    assert inside, "so the test can see"
+    for line in inside:
+        assert set(re.findall(r"f32\[([\d,]*)\]", line.split(" all-reduce")[0])) == {"1024"}
+        assert "{{0,1},{2,3}}" in line or "[2,2]<=[4]" in line, line
+
+
+def test_a_sequence_axis_runs_splash_and_gathers_keys_and_values(compiled):
+    """fsdp 2 x sequence 2: each device attends with half of the queries of its rows to all keys."""
+    text = compiled["sequence step"]
+    assert compiled["sequence kernel"] == "splash"
+    assert "splash_mha_fwd" in text
+    assert "splash_mha_dkv" in text
+    assert "2048,2048]" not in text
+    assert "1024,2048]" not in text
+    gathers = collectives(text, "all-gather", "attention.attend")
+    # Devices 0, 1 and 2, 3 share the windows of a row: sequence is the inner of the two axes.
+    assert gathers
+    assert all("{{0,1},{2,3}}" in line for line in gathers)
+    # Keys and values of 2 rows, 4 heads of 64; never the 8 query heads, and no segment ids.
+    shapes = {
+        re.sub(r"\b1,", "", dims)
+        for line in gathers
+        for dims in re.findall(r"\w+\[([\d,]+)\]", line.split(" all-gather")[0])
+    }
+    assert {tuple(sorted(map(int, dims.split(",")))) for dims in shapes} <= {
+        (2, 4, 64, 2048),
+        (2, 4, 64, 1024),
+    }, shapes
+    assert collectives(text, "reduce-scatter", "attention.attend"), "their gradients"
+
+
+def test_slices_are_data_outermost(compiled):
+    assert compiled["slices"] == [[0], [1]]
 
 
 def test_a_decode_step_on_a_tpu_reads_its_cache_where_it_lies(compiled):

@@ -3,7 +3,7 @@
 Training batch i is a function of (seed, i, batch size) alone: its row r is element
 i * batch_size + r of one infinite sequence, each source shuffled anew every epoch and the sources
 mixed by weight. So a run resumes at any step without skipping over data, and on any number of
-hosts, each of which reads only its own rows.
+processes, each of which reads only the rows that its devices hold.
 """
 
 import hashlib
@@ -28,34 +28,32 @@ def train_batches(
     seed: int,
     batch_size: int,
     start_step: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | None = None,
     threads: int = 1,
     prefetch: int = 8,
 ) -> Iterator[Batch]:
-    """This host's share of the training batches from `start_step` on, without end.
+    """Rows of the training batches from `start_step` on, without end.
 
     Args:
       prepared: the windows.
       seed: of the order of windows.
-      batch_size: B, windows of a batch over all P hosts.
+      batch_size: B, windows of a whole batch, over all processes.
       start_step: the number of the first batch.
-      process_index: p; this host gets rows p * B/P .. (p + 1) * B/P - 1.
-      process_count: P, the number of hosts.
+      rows: R of the numbers 0 .. B - 1, the rows to read; None reads all.
       threads: that read ahead; 0 reads in the calling thread.
       prefetch: batches read ahead; 0 reads in the calling thread.
 
     Yields:
-      `inputs`, `targets`, `segment_ids`, `positions` as in `packing.fields`, int32 (B/P, T).
+      `inputs`, `targets`, `segment_ids`, `positions` as in `packing.fields`, int32 (R, T).
 
     Raises:
-      UserError: the batch does not divide over the hosts, or no source has a positive weight.
+      UserError: no source has a positive weight.
     """
-    rows = _host_rows(batch_size, process_index, process_count)
+    numbers = range(batch_size) if rows is None else rows
     windows = _training_sequence(prepared, seed)
 
     def read(step: int) -> Batch:
-        return _stack([windows[step * batch_size + row] for row in rows])
+        return _stack([windows[step * batch_size + row] for row in numbers])
 
     return _iterate(read, start_step, sys.maxsize // batch_size, threads, prefetch)
 
@@ -65,26 +63,20 @@ def held_out_batches(
     *,
     batch_size: int,
     max_batches: int | None = None,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | None = None,
 ) -> Iterator[Batch]:
-    """This host's share of the held-out batches, always the same ones in the same order.
+    """Rows of the held-out batches, always the same ones in the same order.
 
     Args:
       prepared: the windows.
-      batch_size: B, windows of a batch over all P hosts.
+      batch_size: B, windows of a whole batch, over all processes.
       max_batches: at most so many, of windows spread evenly over all; None reads every window.
-      process_index: as in `train_batches`.
-      process_count: as in `train_batches`.
+      rows: as in `train_batches`.
 
     Yields:
       As `train_batches`. Windows that are missing in the last batch are all zero, and so are
       their segment ids: padding.
-
-    Raises:
-      UserError: the batch does not divide over the hosts.
     """
-    rows = _host_rows(batch_size, process_index, process_count)
     sets = [
         builder.open_windows(source.directory, builder.HELD_OUT)
         for source in prepared.sources
@@ -102,7 +94,8 @@ def held_out_batches(
     windows = grain.MapDataset.concatenate([grain.MapDataset.source(s) for s in sets])
 
     def read(batch: int) -> Batch:
-        numbers = [batch * batch_size + row for row in rows]
+        wanted = range(batch_size) if rows is None else rows
+        numbers = [batch * batch_size + row for row in wanted]
         return _stack([windows[n * total // taken] if n < taken else padding for n in numbers])
 
     return _iterate(read, 0, -(-taken // batch_size), threads=1, prefetch=2)
@@ -137,16 +130,6 @@ def _stack(windows: Sequence[dict[str, np.ndarray]]) -> Batch:
     """Stored windows to one batch; the derived fields are computed for all rows at once."""
     tokens = np.stack([window["tokens"] for window in windows])
     return packing.fields(tokens, np.stack([window["segment_ids"] for window in windows]))
-
-
-def _host_rows(batch_size: int, process_index: int, process_count: int) -> range:
-    if batch_size % process_count:
-        raise UserError(
-            f"config.batch_size: {batch_size} does not divide over {process_count} hosts; "
-            f"take a multiple of {process_count}"
-        )
-    share = batch_size // process_count
-    return range(process_index * share, (process_index + 1) * share)
 
 
 def _hash32(text: str) -> int:

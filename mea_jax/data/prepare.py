@@ -3,7 +3,8 @@
 `prepare` trains a tokenizer where the config asks for one, writes the windows of every source and
 split, and measures what a general-purpose compressor makes of the held-out text. The result lies
 in `<cache_dir>/<fingerprint>`, which appears by one rename when it is complete: a killed
-preparation leaves nothing that could be taken for whole, and two at once do not disturb each
+preparation leaves nothing that could be taken for whole. Of two at once the second waits for the
+first, and takes what it made; on a file system without locks both work and do not disturb each
 other.
 
 As a command: python -m mea_jax.data.prepare --config configs/quickstart.py
@@ -12,6 +13,7 @@ As a command: python -m mea_jax.data.prepare --config configs/quickstart.py
 import contextlib
 import dataclasses
 import errno
+import fcntl
 import gzip
 import hashlib
 import json
@@ -30,6 +32,7 @@ from absl import logging
 
 from mea_jax.config import DataConfig
 from mea_jax.data import sources, tokenizers
+from mea_jax.data.corpus import Corpus, is_held_out, unit_hash
 from mea_jax.data.tokenizers import Tokenizer
 from mea_jax.data.windows import builder
 from mea_jax.errors import UserError
@@ -88,6 +91,7 @@ def prepare(
     log: Callable[[str], Any] = print,
     beam_runner: str | None = None,
     beam_options: Sequence[str] = (),
+    on_progress: Callable[[int], Any] = lambda size: None,
 ) -> Prepared:
     """Makes the windows of `config`, or finds them where an earlier call left them.
 
@@ -98,6 +102,7 @@ def prepare(
       beam_runner: as in `builder.write`. What Beam wrote serves later calls without it as well;
         the windows' edges lie elsewhere than they would without Beam.
       beam_options: as in `builder.write`.
+      on_progress: called with the bytes of each document read, but not by Beam's workers.
 
     Raises:
       UserError: a source or tokenizer that cannot be read, a tokenizer larger than `vocab_size`,
@@ -110,14 +115,16 @@ def prepare(
     root = cache_root(config)
     final = root / _fingerprint(config, corpora, given)
     if not (final / _SUMMARY).is_file():
-        with _cache_errors(root):
-            scratch = root / f"{final.name}.incomplete-{uuid.uuid4().hex[:8]}"
-            scratch.mkdir(parents=True)
-            try:
-                _make(config, corpora, given, scratch, beam_runner, beam_options)
-                _rename(scratch, final)
-            finally:
-                shutil.rmtree(scratch, ignore_errors=True)
+        with _cache_errors(root), _lock(root / f"{final.name}.lock", log):
+            if not (final / _SUMMARY).is_file():  # else another process made it meanwhile
+                scratch = root / f"{final.name}.incomplete-{uuid.uuid4().hex[:8]}"
+                scratch.mkdir(parents=True)
+                try:
+                    beam = (beam_runner, beam_options)
+                    _make(config, corpora, given, scratch, beam, on_progress)
+                    _rename(scratch, final)
+                finally:
+                    shutil.rmtree(scratch, ignore_errors=True)
     prepared = _load(config, final)
     log(summary(prepared))
     return prepared
@@ -140,14 +147,14 @@ def summary(prepared: Prepared) -> str:
 
 def _make(
     config: DataConfig,
-    corpora: Sequence[sources.Corpus],
+    corpora: Sequence[Corpus],
     given: Tokenizer | None,
     directory: Path,
-    beam_runner: str | None,
-    beam_options: Sequence[str],
+    beam: tuple[str | None, Sequence[str]],
+    on_progress: Callable[[int], Any],
 ) -> None:
     """Fills `directory` with everything that `_load` reads; the summary file comes last."""
-    tokenizer = given or _train_tokenizer(config, corpora)
+    tokenizer = given or _train_tokenizer(config, corpora, on_progress)
     tokenizer.save(directory)
     counts_directory = directory / "counts"
     tables = []
@@ -162,16 +169,17 @@ def _make(
             counts=str(counts),
         )
         size = 2 * corpora[index].size  # read once for each split
-        with _progress(f"windows of {sources.describe(source)}", size) as advance:
-            by_split = builder.write(
-                task, _source_directory(directory, index), advance, beam_runner, beam_options
-            )
+        title = f"windows of {sources.describe(source)}"
+        with _progress(title, size, on_progress) as advance:
+            by_split = builder.write(task, _source_directory(directory, index), advance, *beam)
         tables.append({split: dataclasses.asdict(counts) for split, counts in by_split.items()})
     shutil.rmtree(counts_directory)
     held_out_bytes = sum(table[builder.HELD_OUT]["bytes"] for table in tables)
     content = {
         "sources": tables,
-        "baselines": _baselines(config) if 0 < held_out_bytes <= _BASELINE_LIMIT else None,
+        "baselines": _baselines(config, on_progress)
+        if 0 < held_out_bytes <= _BASELINE_LIMIT
+        else None,
         "data": dataclasses.asdict(config),  # for the reader of the file; not read back
     }
     (directory / _SUMMARY).write_text(json.dumps(content, indent=1))
@@ -218,9 +226,7 @@ def _source_directory(directory: Path, index: int) -> Path:
     return directory / f"source-{index:02d}"
 
 
-def _fingerprint(
-    config: DataConfig, corpora: Sequence[sources.Corpus], given: Tokenizer | None
-) -> str:
+def _fingerprint(config: DataConfig, corpora: Sequence[Corpus], given: Tokenizer | None) -> str:
     """A name that changes with everything the windows depend on."""
     content = [
         _FORMAT,
@@ -232,7 +238,9 @@ def _fingerprint(
     return hashlib.blake2b(json.dumps(content).encode(), digest_size=8).hexdigest()
 
 
-def _train_tokenizer(config: DataConfig, corpora: Sequence[sources.Corpus]) -> Tokenizer:
+def _train_tokenizer(
+    config: DataConfig, corpora: Sequence[Corpus], on_progress: Callable[[int], Any]
+) -> Tokenizer:
     """Byte-pair merges from a sample of the training side."""
     size = tokenizers.bpe_size(config.tokenizer)
     assert size is not None
@@ -243,26 +251,27 @@ def _train_tokenizer(config: DataConfig, corpora: Sequence[sources.Corpus]) -> T
         for source in config.sources:
             for document in sources.documents(source):
                 advance(len(document.text.encode()))
-                if sources.is_held_out(document.name, config.held_out_fraction):
+                if is_held_out(document.name, config.held_out_fraction):
                     continue
                 if fraction >= 1:
                     yield document.text
                     continue
                 # By pieces, because a few documents may be most of the text.
                 for start in range(0, len(document.text), 1 << 16):
-                    if sources.unit_hash(f"{document.name}#{start}") < fraction:
+                    if unit_hash(f"{document.name}#{start}") < fraction:
                         yield document.text[start : start + (1 << 16)]
 
-    with _progress(f"tokenizer {config.tokenizer}", total) as advance:
+    with _progress(f"tokenizer {config.tokenizer}", total, on_progress) as advance:
         return tokenizers.train_bpe(pieces(), size)
 
 
-def _baselines(config: DataConfig) -> dict[str, int]:
+def _baselines(config: DataConfig, on_progress: Callable[[int], Any]) -> dict[str, int]:
     """Bytes of the held-out documents, each compressed by itself."""
     total = {"gzip_bytes": 0, "xz_bytes": 0}
     for source in config.sources:
         for document in sources.documents(source):
-            if sources.is_held_out(document.name, config.held_out_fraction):
+            on_progress(len(document.text))
+            if is_held_out(document.name, config.held_out_fraction):
                 text = document.text.encode()
                 total["gzip_bytes"] += len(gzip.compress(text, compresslevel=9))
                 # `xz -9e`, except that the dictionary is no larger than the text: the preset's
@@ -294,6 +303,35 @@ def _rename(scratch: Path, final: Path) -> None:
 
 
 @contextlib.contextmanager
+def _lock(path: Path, log: Callable[[str], Any]) -> Iterator[None]:
+    """Holds a lock that no other process of this machine holds, by the file `path`.
+
+    Where the file system has no locks this does nothing: then two do the same work, each apart.
+    The lock goes with its holder, however that ends. `log` is told when there is one to wait for.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        with path.open("a") as file:
+            try:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    log(f"another process prepares these data in {path.parent}: waiting for it")
+                    fcntl.flock(file, fcntl.LOCK_EX)
+                mine = os.path.samestat(os.fstat(file.fileno()), path.stat())
+            except FileNotFoundError:  # its holder before has removed it: no one else would find it
+                mine = False
+            except OSError:
+                mine = True
+            if mine:
+                try:
+                    yield
+                finally:
+                    path.unlink(missing_ok=True)
+                return
+
+
+@contextlib.contextmanager
 def _cache_errors(root: Path) -> Iterator[None]:
     """Disk full, no permission and their like become a `UserError` that names the folder."""
     try:
@@ -313,8 +351,15 @@ def _cache_errors(root: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _progress(title: str, size: int) -> Iterator[Callable[[int], Any]]:
+def _progress(
+    title: str, size: int, on_progress: Callable[[int], Any]
+) -> Iterator[Callable[[int], Any]]:
     """A bar on stderr over `size` bytes, if that is a terminal; yields what advances it."""
+
+    def advance(count: int) -> None:
+        bar.update(count)
+        on_progress(count)
+
     tfds.disable_progress_bar()  # TFDS's own show numbers of examples without an end
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.WARNING)  # and its log is of no use to the reader
@@ -322,7 +367,7 @@ def _progress(title: str, size: int) -> Iterator[Callable[[int], Any]]:
         with tqdm.tqdm(
             total=size, desc=title, unit="B", unit_scale=True, disable=None, leave=False
         ) as bar:
-            yield bar.update
+            yield advance
     finally:
         logging.set_verbosity(verbosity)
 

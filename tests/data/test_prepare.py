@@ -6,13 +6,17 @@ import gzip
 import json
 import lzma
 import threading
+import time
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from mea_jax.config import DataConfig, SourceConfig
 from mea_jax.data import packing, sources
 from mea_jax.data import prepare as prepare_lib
+from mea_jax.data.corpus import is_held_out
 from mea_jax.data.windows import builder
 from mea_jax.errors import UserError
 
@@ -45,7 +49,7 @@ def documents(config, held_out):
         document.text
         for source in config.sources
         for document in sources.documents(source)
-        if sources.is_held_out(document.name, config.held_out_fraction) == held_out
+        if is_held_out(document.name, config.held_out_fraction) == held_out
     ]
 
 
@@ -130,7 +134,7 @@ def test_bpe_is_trained_on_the_training_side_only(config, tmp_path):
     held_out = {
         document.name
         for document in sources.documents(config.sources[0])
-        if sources.is_held_out(document.name, FRACTION)
+        if is_held_out(document.name, FRACTION)
     }
     for path in (tmp_path / "text").iterdir():
         path.write_text(("secretword " if path.name in held_out else "openword ") * 50)
@@ -183,16 +187,17 @@ def test_what_a_kill_leaves_is_not_taken_for_whole(config, monkeypatch):
     assert stored(prepared, "held_out")
 
 
-def test_two_at_once_agree(config):
+def at_once(config):
+    """What `prepare` gave two threads that both found no cache."""
     both, barrier = [], threading.Barrier(2, timeout=30)
-    make = prepare_lib._make
+    lock = prepare_lib._lock
 
     def together(*args):
-        barrier.wait()  # both have found no cache
-        make(*args)
+        barrier.wait()
+        return lock(*args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare_lib, "_make", together)
+        patch.setattr(prepare_lib, "_lock", together)
         threads = [threading.Thread(target=lambda: both.append(prepare(config))) for _ in "ab"]
         for thread in threads:
             thread.start()
@@ -201,6 +206,47 @@ def test_two_at_once_agree(config):
     assert len(both) == 2
     assert both[0].sources == both[1].sources
     assert entries(config) == [both[0].directory]
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """The folders that preparations were made in, and how many worked at the same time."""
+    calls, make, active = [], prepare_lib._make, []
+
+    def counting(config, corpora, given, directory, *args):
+        active.append(directory)
+        calls.append(len(active))
+        time.sleep(0.2)  # for the other to come
+        make(config, corpora, given, directory, *args)
+        active.remove(directory)
+
+    monkeypatch.setattr(prepare_lib, "_make", counting)
+    return calls
+
+
+def test_of_two_at_once_one_works(config, made):
+    at_once(config)
+    assert made == [1]
+
+
+def test_two_at_once_without_locks_agree(config, made, monkeypatch):
+    """As on a file system that has none: both work, apart from each other."""
+
+    def refuse(*args):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(prepare_lib.fcntl, "flock", refuse)
+    at_once(config)
+    assert sorted(made) == [1, 2]
+
+
+def test_a_lock_left_by_a_kill_holds_no_one_up(config):
+    prepared = prepare(config)
+    root = prepare_lib.cache_root(config)
+    (root / f"{prepared.directory.name}.lock").write_text("")
+    prepare_lib.shutil.rmtree(prepared.directory)
+    assert prepare(config).sources == prepared.sources
+    assert entries(config) == [prepared.directory]
 
 
 def test_tokenizer_larger_than_the_vocabulary(config):
@@ -288,6 +334,47 @@ def test_summary_tells_of_skipped_files(config, tmp_path, monkeypatch):
     assert "skipped 1 files that are not UTF-8" in lines[0]
 
 
+@pytest.mark.parametrize("tokenizer", ["bytes", "bpe:300"])
+def test_files_of_any_format_give_the_same_windows(config, tmp_path, tokenizer):
+    """The same documents as JSON lines, compressed ones and Parquet: token for token."""
+    texts = [document.text for document in sources.documents(config.sources[0])]
+    shards = [texts[:11], texts[11:12], texts[12:]]
+    found = []
+    for source, suffix in (("jsonl", ".jsonl"), ("jsonl", ".jsonl.gz"), ("parquet", ".parquet")):
+        folder = tmp_path / suffix
+        folder.mkdir()
+        for i, shard in enumerate(shards):
+            path = folder / f"{i}{suffix}"
+            lines = "".join(json.dumps({"body": text}) + "\n" for text in shard).encode()
+            if source == "parquet":
+                pq.write_table(pa.table({"body": shard}), path, row_group_size=4)
+            else:
+                path.write_bytes(gzip.compress(lines) if suffix == ".jsonl.gz" else lines)
+        spec = SourceConfig(source=source, path=str(folder / f"*{suffix}"), field="body")
+        changed = dataclasses.replace(config, sources=(spec,), tokenizer=tokenizer)
+        found.append(prepare(changed))
+    assert len({prepared.directory for prepared in found}) == 3
+    assert len({prepared.digest for prepared in found}) == 1
+    for split in ("train", "held_out"):
+        windows = [
+            [
+                (window["tokens"].tobytes(), window["segment_ids"].tobytes())
+                for window in builder.open_windows(prepared.sources[0].directory, split)
+            ]
+            for prepared in found
+        ]
+        assert windows[0] == windows[1] == windows[2]
+        assert len(windows[0]) > 3
+
+
+def test_progress_is_reported(config):
+    """By each pass over the documents: another process waits for it."""
+    sizes: list[int] = []
+    prepare(dataclasses.replace(config, tokenizer="bpe:300"), on_progress=sizes.append)
+    total = sum(len(text.encode()) for held in (True, False) for text in documents(config, held))
+    assert sum(sizes) == 4 * total  # the tokenizer, both splits, the compressors
+
+
 def test_beam_without_the_package(config, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "apache_beam.options.pipeline_options", None)
     with pytest.raises(UserError, match="needs the package apache-beam: pip install"):
@@ -306,3 +393,22 @@ def test_beam_writes_the_same_tokens(config, monkeypatch):
         assert sorted(texts[0]) == sorted(texts[1])
     assert beam.sources[0].train_tokens == alone.sources[0].train_tokens
     assert beam.sources[0].train_windows > alone.sources[0].train_windows  # a partial one a shard
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_beam_tokens_do_not_depend_on_workers(config, monkeypatch, workers):
+    """In order: what the shards hold is a matter of their sizes alone."""
+    pytest.importorskip("apache_beam")
+    monkeypatch.setattr(builder, "_SHARD_BYTES", 2000)
+    options = ["--direct_running_mode=multi_threading", f"--direct_num_workers={workers}"]
+    prepared = prepare(config, beam_runner="DirectRunner", beam_options=options)
+    corpus = sources.open_source(config.sources[0])
+    shards = min(len(corpus.units), corpus.size // 2000)
+    assert shards > 3
+    expected = "".join(
+        document.text + "<|endoftext|>"
+        for shard in range(shards)
+        for document in corpus.documents(shard, shards)
+        if not is_held_out(document.name, FRACTION)
+    )
+    assert stored(prepared, "train") == expected

@@ -16,6 +16,7 @@ import tensorflow_datasets as tfds
 
 from mea_jax.config import SourceConfig
 from mea_jax.data import packing, sources, tokenizers
+from mea_jax.data.corpus import is_held_out
 from mea_jax.errors import UserError
 
 TRAIN, HELD_OUT = "train", "held_out"
@@ -161,7 +162,7 @@ def _splits(task: Task) -> list[str]:
     """The splits that have documents: TFDS cannot write an empty one."""
     sides = set()
     for document in sources.documents(task.source):
-        sides.add(sources.is_held_out(document.name, task.held_out_fraction))
+        sides.add(is_held_out(document.name, task.held_out_fraction))
         if len(sides) == 2 or (task.held_out_fraction == 0 and sides):
             break
     if False not in sides:
@@ -190,7 +191,7 @@ def _shard_examples(
         for document in corpus.documents(shard, shards):
             size = len(document.text.encode())
             progress(size)
-            if sources.is_held_out(document.name, task.held_out_fraction) != (split == HELD_OUT):
+            if is_held_out(document.name, task.held_out_fraction) != (split == HELD_OUT):
                 continue
             counts.documents += 1
             counts.bytes += size

@@ -1,0 +1,287 @@
+"""Several processes as one run: they find each other, agree on what they do, and end together.
+
+On a TPU pod, under Slurm and their like jax knows who belongs to the run. On plain machines each
+process is told its number, and process 0 waits at the coordinator's address until all are there
+(rendezvous.py). From then on jax's own coordination service, which process 0 holds, carries the
+few words that processes exchange here.
+
+A process that fails says so before it goes, and all others end with its line instead of waiting
+for it in a collective. A process that is killed says nothing: on CPUs the others notice at the
+next collective, on accelerators by jax's heartbeat, `HEARTBEAT_SECONDS` after its last one, at
+which jax aborts them (a stack trace, exit status 134).
+"""
+
+import contextlib
+import json
+import os
+import re
+import socket
+import sys
+import threading
+import time
+from typing import Any, NoReturn
+
+import jax
+import numpy as np
+from jax._src import distributed as jax_distributed  # as jax's own multihost_utils and orbax do
+
+from mea_jax import rendezvous
+from mea_jax.config import flatten
+from mea_jax.errors import UserError
+
+HEARTBEAT_SECONDS = 100  # jax's default, said here because the documentation promises it
+_POLL_SECONDS = 2.0  # between looks for another process's last words
+_FAREWELL_SECONDS = 10.0  # that a failing process waits for the others to have read them
+_AGREE_SECONDS = 600.0  # that processes may be apart at a point of agreement
+_ENDED = "mea_jax/ended"
+# What a collective or the coordination service says when another process is gone.
+_LOST = re.compile(r"[Gg]loo|coordination service|heartbeat|Connection reset|Socket closed")
+
+_ending = threading.Lock()  # held by whoever ends this process: no other thread prints a line
+_points = 0  # of agreement so far: the same number on every process
+
+
+def several() -> bool:
+    """Whether this run has more than one process. Starts no backend, unlike jax.process_count."""
+    return _client() is not None and jax_distributed.global_state.num_processes > 1
+
+
+def first() -> bool:
+    """Whether this is the process that speaks and writes for all."""
+    return not several() or jax_distributed.global_state.process_id == 0
+
+
+def start(
+    *,
+    coordinator: str | None = None,
+    count: int | None = None,
+    index: int | None = None,
+    timeout: float = 300.0,
+) -> None:
+    """Joins the other processes of the run; call before anything else of jax.
+
+    Args:
+      coordinator: "host:port" of process 0; None finds the run's processes by the TPU pod, Slurm
+        job or other cluster that this process is part of.
+      count: processes of the run, with `coordinator`.
+      index: this process's number, 0 to `count` - 1, with `coordinator`.
+      timeout: seconds until all of them must be there.
+
+    Raises:
+      UserError: not all came in time, two have one number, or there is no cluster.
+    """
+    deadline = time.monotonic() + timeout
+    known: dict[str, Any] = {}
+    if coordinator is not None:
+        assert count is not None
+        assert index is not None
+        rendezvous.meet(coordinator, count, index, timeout)
+        known = {
+            "coordinator_address": coordinator,
+            "num_processes": count,
+            "process_id": index,
+            "cluster_detection_method": "deactivate",
+        }
+    # Left to itself, jax aborts when its time is up, without a word on how to mend it.
+    left = max(deadline - time.monotonic(), 0) + 1
+    guard = threading.Timer(left, _late, (timeout,))
+    guard.daemon = True
+    guard.start()
+    try:
+        jax.distributed.initialize(
+            initialization_timeout=int(left) + 60,
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            **known,
+        )
+    except (ValueError, RuntimeError, OSError) as error:
+        if coordinator is not None:
+            raise UserError(f"the processes cannot be joined at {coordinator}: {error}") from error
+        raise UserError(
+            f"--distributed found no TPU pod, Slurm job or other cluster here ({error}): give "
+            "--coordinator HOST:PORT, --num_processes and --process_id instead"
+        ) from error
+    finally:
+        guard.cancel()
+    if several():
+        threading.Thread(target=_watch, daemon=True).start()
+
+
+def _late(timeout: float) -> None:
+    state = jax_distributed.global_state
+    sys.stderr.write(
+        f"error: the processes of this job did not all start within {timeout:g} s: this is process "
+        f"{state.process_id} of {state.num_processes}, process 0 is expected at "
+        f"{state.coordinator_address}; see why the others do not run, or give them longer with "
+        "--startup_timeout\n"
+    )
+    sys.stderr.flush()
+    os._exit(2)
+
+
+# -- agreement ------------------------------------------------------------------------------
+
+
+def _client() -> Any:
+    return jax_distributed.global_state.client
+
+
+def _point() -> str:
+    global _points
+    _points += 1
+    return f"mea_jax/{_points}"
+
+
+def agree(problem: str | None, timeout: float = _AGREE_SECONDS) -> None:
+    """Raises the same `UserError` on every process when any of them has a `problem`."""
+    if not several():
+        if problem is not None:
+            raise UserError(problem)
+        return
+    where, client = _point(), _client()
+    client.key_value_set(f"{where}/{jax_distributed.global_state.process_id}", problem or "")
+    _wait(where, timeout)
+    for _, found in sorted(client.key_value_dir_get(where)):
+        if found:
+            raise UserError(found)
+
+
+def from_first(value: str, timeout: float = _AGREE_SECONDS) -> str:
+    """The `value` of process 0, on every process."""
+    if not several():
+        return value
+    where, client = _point(), _client()
+    if first():
+        client.key_value_set(where, value)
+    _wait(where, timeout)
+    return client.blocking_key_value_get(where, 60_000)
+
+
+def _wait(where: str, timeout: float) -> None:
+    """Until every process is here."""
+    try:
+        _client().wait_at_barrier(where, int(timeout * 1000))
+    except jax.errors.JaxRuntimeError as error:
+        if "DEADLINE_EXCEEDED" not in str(error):
+            raise
+        raise UserError(
+            f"not all {jax_distributed.global_state.num_processes} processes came to the same "
+            f"point within {timeout:g} s: see the log of each"
+        ) from error
+
+
+def check_same(config: dict[str, Any], timeout: float) -> None:
+    """Raises `UserError` on all processes unless all were started for the same `config` tree."""
+    mine = flatten(config | {"versions": {"jax": jax.__version__, "jaxlib": _jaxlib_version()}})
+    first = json.loads(from_first(json.dumps(mine), timeout))
+    lines = [
+        f"{key} is {mine.get(key)!r}, not {first.get(key)!r}"
+        for key in sorted(mine.keys() | first.keys())
+        if json.dumps(mine.get(key)) != json.dumps(first.get(key))
+    ]
+    agree(f"{name()} was started otherwise than process 0: {'; '.join(lines)}" if lines else None)
+
+
+def _jaxlib_version() -> str:
+    import jaxlib
+
+    return jaxlib.__version__
+
+
+def name() -> str:
+    """This process, for messages to others."""
+    return f"process {jax_distributed.global_state.process_id} on {socket.gethostname()}"
+
+
+class Notice:
+    """A value that process 0 may change, and the others look at: how far it is with something."""
+
+    def __init__(self) -> None:
+        self.key = _point()
+
+    def set(self, value: str) -> None:
+        _client().key_value_set(self.key, value, allow_overwrite=True)
+
+    def get(self) -> str | None:
+        return _look(self.key)
+
+
+def _look(key: str) -> str | None:
+    try:
+        return _client().key_value_try_get(key)
+    except Exception:  # not set, or the service is gone: jax's own threads tell of that
+        return None
+
+
+# -- batches --------------------------------------------------------------------------------
+
+
+def local_rows(where: jax.sharding.Sharding, shape: tuple[int, int]) -> list[int]:
+    """The rows of a batch of `shape`, laid out as `where`, that this process's devices hold.
+
+    Which these are is the mesh's affair: with tensor parallelism over processes, for one, each
+    needs every row of its group.
+    """
+    indices = where.addressable_devices_indices_map(shape).values()
+    return sorted({row for index in indices if index for row in range(shape[0])[index[0]]})
+
+
+def place_rows(
+    where: jax.sharding.Sharding, x: np.ndarray, rows: list[int], size: int
+) -> jax.Array:
+    """The global array of `size` rows, of which this process has `rows`, as `x` in that order."""
+
+    def part(index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None  # of a device of this process
+        wanted = range(size)[index[0]]
+        start = rows.index(wanted[0])
+        return x[(slice(start, start + len(wanted)), *index[1:])]
+
+    return jax.make_array_from_callback((size, *x.shape[1:]), where, part)
+
+
+# -- the end --------------------------------------------------------------------------------
+
+
+def _watch() -> None:
+    """Ends this process when another has said that it ended."""
+    while _client() is not None:
+        if (words := _look(_ENDED)) is not None:
+            said = json.loads(words)
+            end(said["status"], f"error: {said['who']} ended: {said['line']}")
+        time.sleep(_POLL_SECONDS)
+
+
+def end(status: int, line: str) -> NoReturn:
+    """Prints `line` on stderr and exits with `status`; with several processes, all of them do."""
+    if _client() is None and threading.current_thread() is threading.main_thread():
+        sys.stderr.write(f"{line}\n")
+        sys.exit(status)
+    _ending.acquire()  # never released: whoever comes second waits here for the end
+    sys.stdout.flush()
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()
+    if several():
+        last = " ".join(line.strip().split("\n")[-1].split()).removeprefix("error: ")
+        words = {"status": status, "who": name(), "line": last}
+        with contextlib.suppress(Exception):  # another process was first, or the service is gone
+            _client().key_value_set(_ENDED, json.dumps(words))
+        with contextlib.suppress(Exception):  # not every process can come
+            _client().wait_at_barrier("mea_jax/farewell", int(_FAREWELL_SECONDS * 1000))
+        if first():  # it holds the service: jax aborts whoever is still there when that goes
+            time.sleep(1.0)
+    # Not sys.exit: jax waits at exit for processes that wait for this one.
+    os._exit(status)
+
+
+def lost_another(error: BaseException) -> bool:
+    """Whether `error` is what the loss of another process looks like from here."""
+    return several() and _LOST.search(str(error)) is not None
+
+
+def finish() -> None:
+    """Waits until every process is done; one that fails until then ends them all."""
+    if several():
+        try:
+            _client().wait_at_barrier("mea_jax/finish", int(_AGREE_SECONDS * 1000))
+        except Exception:
+            end(1, "error: the run is done here, but another process did not come to its end")

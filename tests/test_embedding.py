@@ -1,0 +1,83 @@
+"""Rows of an embedding table on any mesh: values, gradients, and that no mesh moves the table."""
+
+import re
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+
+from mea_jax import sharding
+from mea_jax.config import MeshConfig
+from mea_jax.embedding import lookup
+
+MESHES = {
+    "data": MeshConfig(8, 1, 1),
+    "fsdp": MeshConfig(1, 8, 1),
+    "tensor": MeshConfig(1, 1, 8),
+    "sequence": MeshConfig(1, 1, 1, sequence=8),
+    "data, fsdp and tensor": MeshConfig(2, 2, 2),
+    "fsdp, sequence and tensor": MeshConfig(1, 2, 2, sequence=2),
+}
+WORDS, WIDTH = 4096, 16
+
+
+def value_and_gradient(mesh, axes):
+    """jit of (rows, gradient of the table) for ids and a cotangent, and its placed arguments."""
+    rng = np.random.default_rng(0)
+    arrays = (
+        rng.standard_normal((WORDS, WIDTH)).astype(np.float32),
+        rng.integers(0, WORDS, (8, 8), dtype=np.int32),
+        rng.standard_normal((8, 8, WIDTH)).astype(np.float32),
+    )
+
+    def both(table, ids, cotangent):
+        rows, backward = jax.vjp(lambda table: lookup(table, ids, table.dtype, axes), table)
+        return rows, backward(cotangent)[0]
+
+    names = axes, ("batch", "length"), ("batch", "length", None)
+    where = [NamedSharding(mesh, sharding.spec(n)) for n in names]
+    placed = [jax.device_put(a, w) for a, w in zip(arrays, where, strict=True)]
+    return jax.jit(both, out_shardings=(where[2], where[0])), placed, arrays
+
+
+@pytest.mark.parametrize("axes", [("vocab", "embed"), ("positions", "embed")])
+@pytest.mark.parametrize("name", MESHES)
+def test_rows_and_their_gradient(name, axes):
+    mesh = sharding.make_mesh(MESHES[name])
+    with jax.set_mesh(mesh):
+        both, placed, (table, ids, cotangent) = value_and_gradient(mesh, axes)
+        rows, gradient = both(*placed)
+    np.testing.assert_array_equal(rows, table[ids])
+    expected = np.zeros_like(table)
+    np.add.at(expected, ids, cotangent)
+    np.testing.assert_allclose(gradient, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["fsdp", "fsdp, sequence and tensor"])
+def test_the_table_is_not_gathered(name):
+    """Nor its gradient: what moves is as large as the batch."""
+    mesh = sharding.make_mesh(MESHES[name])
+    with jax.set_mesh(mesh):
+        both, placed, _ = value_and_gradient(mesh, ("vocab", "embed"))
+        text = both.lower(*placed).compile().as_text()
+    assert text is not None
+    moved = [
+        int(np.prod([int(d) for d in dims.split(",") if d]))
+        for line in text.splitlines()
+        if (call := re.search(r" (all-gather|all-to-all|collective-permute)(-start)?\(", line))
+        for dims in re.findall(r"[fs]32\[([\d,]*)\]", line[: call.start()])
+    ]
+    assert moved
+    assert max(moved) <= 8 * 8 * WIDTH
+
+
+def test_a_lone_prompt_is_left_to_the_partitioner():
+    """One row, which fsdp 8 does not divide."""
+    mesh = sharding.make_mesh(MESHES["fsdp"])
+    table = np.arange(32.0, dtype=np.float32).reshape(4, 8)
+    with jax.set_mesh(mesh):
+        rows = jax.jit(lambda ids: lookup(table, ids, table.dtype, ("vocab", "embed")))(
+            np.asarray([[2, 0, 3]])
+        )
+    np.testing.assert_array_equal(rows, table[[[2, 0, 3]]])

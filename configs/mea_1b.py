@@ -40,8 +40,8 @@ def get_config(variant: str = ""):
     optimizer.warmup_steps = 1_000
     optimizer.weight_decay = 0.1
 
-    # English C4 as TFDS prepares it, below ~/tensorflow_datasets or a "path" given here; or from its
-    # published files: {"source": "jsonl", "path": "c4/en/c4-train.*.json.gz"}. See docs/data.md.
+    # English C4 as TFDS prepares it, below ~/tensorflow_datasets or a "path" given here; or its
+    # published files, {"source": "jsonl", "path": "c4/en/c4-train.*.json.gz"}. See docs/data.md.
     config.data.sources = ({"source": "tfds:c4/en:3.1.0", "weight": 1.0},)
     config.data.tokenizer = "llama3/tokenizer.json"  # a copy of the tokenizer you train with
     config.data.context_length = 8192

@@ -57,8 +57,9 @@ def train(
     mesh = sharding.make_mesh(config.mesh, devices)
     dtype = stored_dtype(workdir) if config.model.dtype == "auto" else None
     model = dataclasses.replace(config.model, dtype=dtype) if dtype else config.model
-    length, tensor = config.data.context_length, mesh.shape["tensor"]
-    config = dataclasses.replace(config, model=resolve(model, devices, length, tensor))
+    split = (mesh.shape["tensor"], mesh.shape["sequence"])
+    model = resolve(model, devices, config.data.context_length, *split)
+    config = dataclasses.replace(config, model=model)
     sharding.check_divisible(config, mesh)
     run = RunDirectory(workdir, config)
     if (summary := run.finished()) is not None:

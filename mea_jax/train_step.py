@@ -171,6 +171,17 @@ def train_step(config: TrainConfig, state: TrainState, batch: Batch) -> tuple[Tr
     return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
 
+def _compiler_options(mesh: Mesh) -> dict[str, Any] | None:
+    """What the devices' compiler is asked for, or None.
+
+    A TPU's would turn products with gathered weights into loops of partial products that overlap
+    with permutes; by its own estimate of cycles that is slower by far here (docs/scaling.md).
+    """
+    if mesh.devices.flat[0].platform != "tpu":
+        return None
+    return {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 1_000_000}
+
+
 def compile_train_step(config: TrainConfig, mesh: Mesh) -> jax.stages.Wrapped:
     """`train_step` under jit with explicit shardings; the old state's memory is reused.
 
@@ -187,6 +198,7 @@ def compile_train_step(config: TrainConfig, mesh: Mesh) -> jax.stages.Wrapped:
         in_shardings=(shardings, where),
         out_shardings=(shardings, sharding.replicated(mesh)),
         donate_argnums=0,
+        compiler_options=_compiler_options(mesh),
     )
 
 

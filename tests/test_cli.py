@@ -13,8 +13,9 @@ from absl import flags
 from helpers import change
 
 ROOT = Path(__file__).parent.parent
-DEFINED = ("workdir", "profile_steps", "distributed", "coordinator", "num_processes", "process_id")
-DEFINED += ("startup_timeout",)
+# Flags of the command besides --config.
+DEFINED = ["workdir", "profile_steps", "startup_timeout"]
+DEFINED += ["distributed", "coordinator", "num_processes", "process_id"]
 PROCESS = ("--coordinator=localhost:8476", "--num_processes=2", "--process_id=1")
 
 

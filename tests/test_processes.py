@@ -18,8 +18,6 @@ from helpers import assert_close, change
 from mea_jax import sharding
 from mea_jax.checkpoint import Checkpoints
 from mea_jax.config import MeshConfig
-from mea_jax.data import shared
-from mea_jax.errors import UserError
 from mea_jax.report import read_metrics
 from mea_jax.train import train
 from mea_jax.train_step import abstract_state
@@ -61,22 +59,21 @@ def main():
     config = TrainConfig.from_dict(json.loads(Path(given).read_text()))
     size, length = config.batch_size, config.data.context_length
     prepared = prepare_together(config.data, None, log=lambda line: None)
-    for sizes in ((4, 1, 1), (1, 2, 2), (1, 1, 4), (2, 1, 2)):
-        for devices in (jax.devices(), jax.devices()[::-1]):
-            mesh = sharding.make_mesh(MeshConfig(*sizes), devices)
-            where = sharding.batch_sharding(mesh)
-            rows = distributed.local_rows(where, (size, length))
-            assert len(rows) == size // (sizes[0] * sizes[1]), rows
-            gather = jax.jit(lambda x: x, out_shardings=sharding.replicated(mesh))
-            for read, options in (
-                (train_batches, {"seed": 0, "start_step": 3}),
-                (held_out_batches, {}),
-            ):
-                part = next(read(prepared, batch_size=size, rows=rows, **options))
-                whole = next(read(prepared, batch_size=size, **options))
-                for name, x in part.items():
-                    found = gather(distributed.place_rows(where, x, rows, size))
-                    np.testing.assert_array_equal(np.asarray(found), whole[name])
+    for sizes, order in (((4, 1, 1), -1), ((1, 2, 2), 1), ((2, 1, 2), -1)):
+        mesh = sharding.make_mesh(MeshConfig(*sizes), jax.devices()[::order])
+        where = sharding.batch_sharding(mesh)
+        rows = distributed.local_rows(where, (size, length))
+        assert len(rows) == size // (sizes[0] * sizes[1]), rows
+        gather = jax.jit(lambda x: x, out_shardings=sharding.replicated(mesh))
+        for read, options in (
+            (train_batches, {"seed": 0, "start_step": 3}),
+            (held_out_batches, {}),
+        ):
+            part = next(read(prepared, batch_size=size, rows=rows, **options))
+            whole = next(read(prepared, batch_size=size, **options))
+            for name, x in part.items():
+                found = gather(distributed.place_rows(where, x, rows, size))
+                np.testing.assert_array_equal(np.asarray(found), whole[name])
     train(config, Path(fresh))
     train(config, Path(resumed))
 
@@ -382,56 +379,3 @@ def test_a_killed_process_ends_the_others(victim):
     else:
         assert status == 1
         assert "the connection to another process was lost" in one_line(err)
-
-
-class Clock:
-    """Time that passes only by sleeping; also a notice whose value is a function of it."""
-
-    def __init__(self, value):
-        self.now, self.value = 0.0, value
-
-    def monotonic(self):
-        return self.now
-
-    def sleep(self, seconds):
-        self.now += seconds
-
-    def get(self):
-        return self.value(self.now)
-
-
-def test_a_preparation_that_goes_on_is_waited_for(monkeypatch):
-    """However long it takes, if something happens every now and then."""
-    clock = Clock(lambda now: "done" if now > 100_000 else f"{now // 1500} 0")
-    monkeypatch.setattr(shared, "time", clock)
-    shared.wait(clock)
-    assert 100_000 < clock.now < 100_010
-
-
-def test_a_preparation_that_stands_still_is_not(monkeypatch):
-    clock = Clock(lambda now: None if now < 60 else "5 0")
-    monkeypatch.setattr(shared, "time", clock)
-    with pytest.raises(UserError, match=r"has neither read nor written anything for 30 minutes"):
-        shared.wait(clock)
-    assert 1860 < clock.now < 1870
-
-
-def test_the_first_process_reports_its_progress(tmp_path, monkeypatch):
-    monkeypatch.setattr(shared, "_REPORT_SECONDS", 0.01)
-    values: list[str] = []
-
-    class Notice:
-        def set(self, value):
-            values.append(value)
-
-    with shared._reports(Notice(), tmp_path) as count:
-        for expected in ("0 0", "7 0", "7 5"):
-            deadline = time.monotonic() + 10
-            while values[-1:] != [expected] and time.monotonic() < deadline:
-                time.sleep(0.01)
-            assert values[-1] == expected
-            if expected == "0 0":
-                count(7)
-            else:
-                (tmp_path / "x.incomplete-1").mkdir(exist_ok=True)
-                (tmp_path / "x.incomplete-1" / "shard").write_text("12345")

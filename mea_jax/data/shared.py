@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from mea_jax import distributed
 from mea_jax.config import DataConfig
@@ -21,14 +21,6 @@ STALL_SECONDS = 1800.0  # without progress of the first process until the others
 _REPORT_SECONDS = 10.0  # between two reports of its progress
 _DONE = "done"
 _WEEK = 7 * 24 * 3600.0  # hosts that make data of their own take as long as they take
-
-
-class Notice(Protocol):
-    """As `distributed.Notice`."""
-
-    def set(self, value: str) -> None: ...
-
-    def get(self) -> str | None: ...
 
 
 def prepare_together(
@@ -44,11 +36,11 @@ def prepare_together(
         return prepare(config, vocab_size, log)
     notice = distributed.Notice()
     if distributed.first():
-        with _reports(notice, cache_root(config)) as on_progress:
+        with _reports(notice.set, cache_root(config)) as on_progress:
             prepared = prepare(config, vocab_size, log, on_progress=on_progress)
         notice.set(_DONE)
     else:
-        wait(notice)
+        wait(notice.get)
         prepared = prepare(config, vocab_size, log)
     digest = distributed.from_first(prepared.digest, _WEEK)
     distributed.agree(
@@ -62,8 +54,8 @@ def prepare_together(
 
 
 @contextlib.contextmanager
-def _reports(notice: Notice, root: Path) -> Iterator[Callable[[int], Any]]:
-    """Puts on `notice`, now and then, something that changes as the preparation goes on.
+def _reports(tell: Callable[[str], Any], root: Path) -> Iterator[Callable[[int], Any]]:
+    """Tells, now and then, something that changes as the preparation goes on.
 
     That is the bytes read so far, counted by the function yielded, and the bytes written.
     """
@@ -75,7 +67,7 @@ def _reports(notice: Notice, root: Path) -> Iterator[Callable[[int], Any]]:
             for path in root.glob("*.incomplete-*/**/*"):
                 with contextlib.suppress(OSError):  # renamed or removed meanwhile
                     written += path.stat().st_size
-            notice.set(f"{read[0]} {written}")
+            tell(f"{read[0]} {written}")
 
     def count(size: int) -> None:
         read[0] += size
@@ -89,13 +81,14 @@ def _reports(notice: Notice, root: Path) -> Iterator[Callable[[int], Any]]:
         thread.join()
 
 
-def wait(notice: Notice, stall: float = STALL_SECONDS) -> None:
-    """Until the first process is done. Raises `UserError` after `stall` seconds without progress.
+def wait(look: Callable[[], str | None], stall: float = STALL_SECONDS) -> None:
+    """Until `look` finds that the first process is done.
 
-    Its failure, and its death, end this process from elsewhere: see `distributed`.
+    Raises `UserError` when what it tells has not changed for `stall` seconds. That process's
+    failure, and its death, end this one from elsewhere: see `distributed`.
     """
     last, since, pause = None, time.monotonic(), 0.05
-    while (now := notice.get()) != _DONE:
+    while (now := look()) != _DONE:
         if now != last:
             last, since = now, time.monotonic()
         elif time.monotonic() - since > stall:

@@ -54,9 +54,11 @@ def test_rows_and_their_gradient(name, axes):
     np.testing.assert_allclose(gradient, expected, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["fsdp", "fsdp, sequence and tensor"])
-def test_the_table_is_not_gathered(name):
-    """Nor its gradient: what moves is as large as the batch."""
+@pytest.mark.parametrize(
+    ("name", "positions"), [("fsdp", 8 * 8 // 8), ("fsdp, sequence and tensor", 8 * 8 // 4)]
+)
+def test_no_more_moves_than_a_device_keeps(name, positions):
+    """Neither the table nor its gradient, nor the rows of all devices."""
     mesh = sharding.make_mesh(MESHES[name])
     with jax.set_mesh(mesh):
         both, placed, _ = value_and_gradient(mesh, ("vocab", "embed"))
@@ -69,7 +71,7 @@ def test_the_table_is_not_gathered(name):
         for dims in re.findall(r"[fs]32\[([\d,]*)\]", line[: call.start()])
     ]
     assert moved
-    assert max(moved) <= 8 * 8 * WIDTH
+    assert max(moved) <= positions * WIDTH
 
 
 def test_a_lone_prompt_is_left_to_the_partitioner():

@@ -59,7 +59,7 @@ def main():
     config = TrainConfig.from_dict(json.loads(Path(given).read_text()))
     size, length = config.batch_size, config.data.context_length
     prepared = prepare_together(config.data, None, log=lambda line: None)
-    for sizes, order in (((4, 1, 1), -1), ((1, 2, 2), 1), ((2, 1, 2), -1)):
+    for sizes, order in (((4, 1, 1), -1), ((1, 2, 2), 1), ((2, 1, 2), -1), ((1, 2, 1, 2), 1)):
         mesh = sharding.make_mesh(MeshConfig(*sizes), jax.devices()[::order])
         where = sharding.batch_sharding(mesh)
         rows = distributed.local_rows(where, (size, length))

@@ -3,6 +3,7 @@
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding
@@ -77,7 +78,7 @@ def test_no_more_moves_than_a_device_keeps(name, positions):
 def test_a_lone_prompt_is_left_to_the_partitioner():
     """One row, which fsdp 8 does not divide."""
     mesh = sharding.make_mesh(MESHES["fsdp"])
-    table = np.arange(32.0, dtype=np.float32).reshape(4, 8)
+    table = jnp.arange(32.0, dtype=jnp.float32).reshape(4, 8)
     with jax.set_mesh(mesh):
         rows = jax.jit(lambda ids: lookup(table, ids, table.dtype, ("vocab", "embed")))(
             np.asarray([[2, 0, 3]])

@@ -2,6 +2,7 @@
 
 import math
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -148,8 +149,8 @@ def test_memory_does_not_grow_with_the_vocabulary():
         shapes = (1, positions, width), (width, vocab), (1, positions), (1, positions)
         types = jnp.float32, jnp.float32, jnp.int32, jnp.float32
         arrays = [jax.ShapeDtypeStruct(s, t) for s, t in zip(shapes, types, strict=True)]
-        compiled = jax.jit(jax.grad(loss, (0, 1))).lower(*arrays).compile()
-        return compiled.memory_analysis().temp_size_in_bytes - 4 * width * vocab
+        memory: Any = jax.jit(jax.grad(loss, (0, 1))).lower(*arrays).compile().memory_analysis()
+        return memory.temp_size_in_bytes - 4 * width * vocab
 
     few, many = extra(32_000), extra(128_256)
     assert mebibytes * 2**20 * 0.5 < few < positions * 32_000 * 4 / 4
@@ -205,9 +206,10 @@ def test_a_mesh_gives_the_loss_and_gradients_of_log_softmax(name):
         evaluated = jax.jit(
             lambda *a: losses.cross_entropy(*a, FLOAT32, 5, 0.1),
         )(*placed)
-    expected = reference(*arrays, 0.1)
-    expected_gradients = jax.grad(lambda x, k: reference(x, k, *arrays[2:], 0.1)[0], (0, 1))(
-        *arrays[:2]
+    x, kernel, targets, weights = arrays
+    expected = reference(x, kernel, targets, weights, 0.1)
+    expected_gradients = jax.grad(lambda x, k: reference(x, k, targets, weights, 0.1)[0], (0, 1))(
+        x, kernel
     )
     # Some hundred float32 terms of up to ten each, in another order.
     np.testing.assert_allclose((objective / 3, nll), expected, rtol=1e-5)

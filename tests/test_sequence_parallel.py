@@ -1,6 +1,7 @@
 """Attention of windows that devices share: the same function, as much work for each device."""
 
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -77,7 +78,8 @@ def test_splash_skips_what_a_shard_cannot_see(length, shards, block):
             q, v, sp.zigzag(length, shards), shards, "saved", True
         )
     n = length // block
-    for info in (kernel.fwd_mask_info, kernel.dkv_mask_info):
+    infos: list[Any] = [kernel.fwd_mask_info, kernel.dkv_mask_info]
+    for info in infos:
         runs = np.asarray(info.block_mask)[0] > 0
         assert [int(part.sum()) for part in np.split(runs, shards)] == [
             n * (n + 1) // 2 // shards
@@ -106,7 +108,7 @@ def value_and_gradients(attend, q, k, v, cotangent):
     return both(q, k, v, cotangent)
 
 
-CASES = {
+CASES: dict[str, tuple[str, int, int, int, dict[str, Any]]] = {
     "two shards": ("chunked", 64, 2, 1, {"block": 16}),
     "heads split too": ("chunked", 64, 2, 2, {"block": 8}),
     "chunks no multiple of a block": ("chunked", 168, 4, 1, {"block": 8}),
@@ -206,7 +208,7 @@ def test_splash_in_natural_order_on_a_mesh_that_splits_windows():
 def test_evaluation_and_diagnostics_are_those_of_one_device(tiny):
     config = tiny(accumulate=2, **{"model.key_components": 2, "model.n_layers": 1})
     batch = random_batch(0, 8, 32, 264, [[32], [20, 9], [7], [1], [32], [4], [3], [30]])
-    found = []
+    found: list[Any] = []
     for mesh in (
         sharding.make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1]),
         sharding.make_mesh(MeshConfig(1, 2, 2, sequence=2)),
@@ -215,7 +217,7 @@ def test_evaluation_and_diagnostics_are_those_of_one_device(tiny):
             params = create_state(config, mesh).params
             held = compile_eval_step(config, mesh)(params, batch)
             found.append(held | compile_diagnostics(config, mesh)(params, batch))
-    assert_close(*found, rtol=2e-5, atol=1e-6)
+    assert_close(found[0], found[1], rtol=2e-5, atol=1e-6)
 
 
 def test_what_cannot_split_windows_is_refused():

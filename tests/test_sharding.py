@@ -2,6 +2,7 @@
 
 import functools
 import re
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -38,7 +39,7 @@ MESHES = {
     "data and sequence": MeshConfig(2, 1, 1, sequence=4),
 }
 # MEA with C < K, and MHA with everything else that touches the ends of the model.
-MODELS = {
+MODELS: dict[str, dict[str, Any]] = {
     "MEA": {"model.key_components": 2, "model.value_components": 2, "model.n_heads": 8},
     "MHA": {
         "model.hlc": "none",

@@ -83,4 +83,4 @@ def test_a_lone_prompt_is_left_to_the_partitioner():
         rows = jax.jit(lambda ids: lookup(table, ids, table.dtype, ("vocab", "embed")))(
             np.asarray([[2, 0, 3]])
         )
-    np.testing.assert_array_equal(rows, table[[[2, 0, 3]]])
+    np.testing.assert_array_equal(rows, table[np.asarray([[2, 0, 3]])])

@@ -100,7 +100,7 @@ def text(plan: dict[str, Any]) -> str:
         *((f"  {name}", _bytes(size)) for name, size in held.items()),
         ("work a device", f"{si(plan['flops_per_device'], 'FLOP')} of products"),
         ("  bytes accessed", _bytes(plan["bytes_accessed_per_device"])),
-        ("  of them in HBM", _bytes(plan["hbm_bytes_per_device"])),
+        ("  HBM traffic", _bytes(plan["hbm_bytes_per_device"])),
     ]
     if plan["step"] == "train":
         rows[2] = (

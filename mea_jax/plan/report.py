@@ -72,7 +72,10 @@ def summary(
 
 
 def _bytes(count: float) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e7 else f"{count / 1e6:.2f} MB"
+    for unit, size in (("TB", 1e12), ("GB", 1e9)):
+        if count >= (size if unit == "TB" else 1e7):
+            return f"{count / size:.2f} {unit}"
+    return f"{count / 1e6:.2f} MB"
 
 
 def _time(seconds: float) -> str:

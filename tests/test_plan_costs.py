@@ -163,12 +163,24 @@ def test_links_of_a_torus():
     assert collectives.seconds(gathered, [0, 1], two, chip) == pytest.approx(0.5e9 / chip.link)
 
 
-def test_between_slices_the_network_binds():
-    """Each of 4 chips sends its own quarter of what the two slices exchange."""
-    chip, devices = CHIPS["v5e"], torus(2, 2, slices=2)
-    reduced = collective("all-reduce", 1e9)
-    seconds = collectives.seconds(reduced, range(8), devices, chip)
-    assert seconds == pytest.approx(2 * 0.5 * 1e9 / 4 / chip.network)
+SLICES = """HloModule m
+
+ENTRY %main (a: f32[4,8,128]) -> f32[4,8,128] {
+  %a = f32[4,8,128]{2,1,0} parameter(0)
+  %after-all = token[] after-all()
+  %send = (f32[4,8,128]{2,1,0:T(8,128)}, u32[], token[]) send(%a, %after-all), \
+is_host_transfer=true, frontend_attributes={_xla_host_transfer_rendezvous="all-reduce.2_0",\
+_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %send-done = token[] send-done(%send), channel_id=4, is_host_transfer=true
+  ROOT %b = f32[4,8,128]{2,1,0} copy(%a)
+}
+"""
+
+
+def test_what_slices_exchange_goes_through_the_hosts():
+    (found,) = costs.count(hlo.parse(SLICES)).collectives
+    assert (found.kind, found.nbytes, found.between_slices) == ("all-reduce", 4 * 8 * 128 * 4, True)
+    assert collectives.slices_of(torus(2, 2, slices=2)) == 2
 
 
 def test_splash_counts_the_causal_half():

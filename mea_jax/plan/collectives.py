@@ -63,21 +63,21 @@ def wire_bytes(collective: Collective, group: int) -> float:
     return factor * collective.nbytes * collective.times
 
 
+def slices_of(devices: Sequence) -> int:
+    """How many slices the devices form."""
+    return len({getattr(d, "slice_index", None) or 0 for d in devices})
+
+
 def seconds(collective: Collective, group: Sequence[int], devices: Sequence, chip: Chip) -> float:
     """Time on the wires of all runs of a collective, at full rate. `group`: one of its groups.
 
-    Between slices the data-centre network binds, elsewhere the torus: the links of each axis that
-    the group spans, both directions of a ring, one where the axis is not closed.
+    Of a torus the links of each axis that the group spans, both directions of a ring, one where the
+    axis is not closed.
     """
     if len(group) < 2:
         return 0.0
     sent = wire_bytes(collective, len(group))
     members = [devices[i] for i in group]
-    slices = {getattr(d, "slice_index", None) or 0 for d in members}
-    if len(slices) > 1:
-        # Within a slice the data are reduced or spread first, so each chip sends its own share.
-        inside = len(group) / len(slices)
-        return wire_bytes(collective, len(slices)) / inside / chip.network
     if not chip.torus:
         return sent / chip.link
     coordinates = np.asarray([d.coords for d in members])

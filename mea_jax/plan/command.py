@@ -13,6 +13,7 @@ from mea_jax.config import TrainConfig
 from mea_jax.errors import UserError
 from mea_jax.plan import report
 from mea_jax.plan import target as targets
+from mea_jax.plan.collectives import slices_of
 from mea_jax.plan.programs import Compiled, DoesNotFit, decode_program, train_program
 from mea_jax.plan.roofline import roofline
 from mea_jax.plan.sweep import describe, sweep, what_fits
@@ -86,8 +87,7 @@ def _write(plan: Any, pictured: dict[str, dict[str, Any]], out: Path) -> str:
 
 def run_sweep(config: TrainConfig, target: targets.Target, out: Path) -> None:
     """Ranks meshes, remat policies and microbatches that fit."""
-    slices = len({getattr(d, "slice_index", None) or 0 for d in target.devices})
-    results = sweep(config, target, slices, say)
+    results = sweep(config, target, slices_of(target.devices), say)
     if not results:
         raise UserError(f"{target.name}: nothing fits; more devices, or a smaller model")
     tokens = config.batch_size * config.data.context_length

@@ -44,6 +44,7 @@ class Collective:
     times: int
     groups: str  # the text that says which devices exchange
     source: str  # the operation of the model that it comes from
+    between_slices: bool = False  # by the hosts, over the data-centre network
 
 
 @dataclasses.dataclass
@@ -253,6 +254,8 @@ def _bytes(
         return read + weigh(moved)
     if opcode == "dynamic-update-slice":
         return 2 * weigh(first[1].arrays) if weigh(first[0].arrays) else 0.0
+    if opcode in ("send", "recv"):
+        return weigh(instruction.arrays[:1])
     if opcode == "copy-start":  # its shape is (destination, source, a semaphore)
         return weigh(instruction.arrays[:2])
     if opcode.endswith("-start"):  # (operands, results, ...)
@@ -332,6 +335,14 @@ def _collectives(program, computation, instruction, times, costs: Costs, seen: s
         inner = program[instruction.called("calls") or ""]
         for i in inner:
             _collectives(program, inner, i, times, costs, seen)
+        return
+    # What TPU slices exchange is handed to the hosts, each chip's own share of it.
+    between = instruction.attribute(r'_xla_megascale_transfer_type="(\w+)"')
+    if instruction.opcode == "send" and between is not None:
+        kind = between.lower().replace("_", "-")
+        source = instruction.attribute(r'rendezvous="([^"]*)"') or instruction.name
+        nbytes = instruction.arrays[0].nbytes
+        costs.collectives.append(Collective(kind, nbytes, times, "", source, True))
         return
     kind = instruction.opcode.removesuffix("-start")
     if kind not in COLLECTIVES or instruction.opcode.endswith("-done"):

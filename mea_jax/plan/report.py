@@ -72,10 +72,9 @@ def summary(
 
 
 def _bytes(count: float) -> str:
-    for unit, size in (("TB", 1e12), ("GB", 1e9)):
-        if count >= (size if unit == "TB" else 1e7):
-            return f"{count / size:.2f} {unit}"
-    return f"{count / 1e6:.2f} MB"
+    if count >= 1e12:
+        return f"{count / 1e12:.2f} TB"
+    return f"{count / 1e9:.2f} GB" if count >= 1e7 else f"{count / 1e6:.2f} MB"
 
 
 def _time(seconds: float) -> str:
@@ -114,7 +113,7 @@ def text(plan: dict[str, Any]) -> str:
         if row["wire_bytes"] < 1e5:
             continue
         took = f", {_time(row['seconds'])}" if row["seconds"] is not None else ""
-        over = "data-centre network" if row["between_slices"] else row["axes"]
+        over = "the network of slices" if row["between_slices"] else row["axes"]
         rows.append(
             (f"  {row['kind']}", f"{_bytes(row['wire_bytes'])} over {over}{took}, {row['calls']}x")
         )

@@ -11,7 +11,7 @@ import dataclasses
 
 from mea_jax import flops
 from mea_jax.config import TrainConfig
-from mea_jax.plan.collectives import axes_of, groups_of, seconds, wire_bytes
+from mea_jax.plan.collectives import axes_of, groups_of, seconds, slices_of, wire_bytes
 from mea_jax.plan.programs import Compiled
 from mea_jax.plan.target import Target
 
@@ -65,24 +65,33 @@ def traffic_of(compiled: Compiled, target: Target) -> list[Traffic]:
     """The step's collectives, added up by kind and mesh axes, the largest first."""
     devices = list(compiled.mesh.devices.flat)
     total: dict[tuple[str, str], Traffic] = {}
+    known = 0.0 if target.chip else None
     for collective in compiled.costs.collectives:
-        groups = groups_of(collective.groups, len(devices))
-        if all(len(group) < 2 for group in groups):
-            continue
-        group = groups[0]
-        if collective.kind == "collective-permute":  # pairs: one hop between neighbours
-            axes = axes_of(groups, dict(compiled.mesh.shape))
+        if collective.between_slices:
+            # The program's bytes are already each chip's own share.
+            group = list(range(slices_of(devices)))
+            axes = "slices"
         else:
-            axes = axes_of([group], dict(compiled.mesh.shape))
-        key = (collective.kind, " x ".join(axes) or "none")
-        slices = {getattr(devices[i], "slice_index", None) or 0 for i in group}
-        row = total.setdefault(
-            key, Traffic(*key, 0, 0.0, 0.0, 0.0 if target.chip else None, len(slices) > 1)
-        )
+            groups = groups_of(collective.groups, len(devices))
+            if all(len(g) < 2 for g in groups):
+                continue
+            group = groups[0]
+            # Of pairs, those of all: one pair may stand still along an axis that another crosses.
+            pairs = collective.kind == "collective-permute"
+            moving = axes_of(groups if pairs else [group], dict(compiled.mesh.shape))
+            axes = " x ".join(moving) or "none"
+        key = (collective.kind, axes)
+        new = Traffic(*key, 0, 0.0, 0.0, known, collective.between_slices)
+        row = total.setdefault(key, new)
         row.calls += collective.times
         row.nbytes += collective.nbytes * collective.times
-        row.wire_bytes += wire_bytes(collective, len(group))
-        if row.seconds is not None and target.chip is not None:
+        sent = wire_bytes(collective, len(group))
+        row.wire_bytes += sent
+        if row.seconds is None or target.chip is None:
+            continue
+        if collective.between_slices:
+            row.seconds += sent / target.chip.network
+        else:
             row.seconds += seconds(collective, group, devices, target.chip)
     return sorted(total.values(), key=lambda row: -row.wire_bytes)
 

@@ -23,7 +23,11 @@ def meshes(config: TrainConfig, devices: int, slices: int) -> list[MeshConfig]:
         for data in (1, 4):
             if rest % data == 0 and rest // data >= 1 and (data == 1 or rest >= 16):
                 mesh = dataclasses.replace(
-                    config.mesh, data=data * slices, fsdp=rest // data, tensor=tensor
+                    config.mesh,
+                    data=data * slices,
+                    fsdp=rest // data,
+                    tensor=tensor,
+                    slices=slices,
                 )
                 found.append(mesh)
         tensor *= 2

@@ -15,6 +15,7 @@ from mea_jax.backends import CpuBackend, HeadNorm, XlaBackend, resolve
 from mea_jax.config import MeshConfig
 from mea_jax.diagnostics import compile_diagnostics
 from mea_jax.errors import UserError
+from mea_jax.train import train
 from mea_jax.train_step import batch_loss, compile_eval_step, create_state
 
 N, K, SCALE = 4, 2, 0.3
@@ -218,6 +219,23 @@ def test_evaluation_and_diagnostics_are_those_of_one_device(tiny):
             held = compile_eval_step(config, mesh)(params, batch)
             found.append(held | compile_diagnostics(config, mesh)(params, batch))
     assert_close(found[0], found[1], rtol=2e-5, atol=1e-6)
+
+
+def test_a_run_with_its_sample_is_that_of_one_device(tiny, tmp_path, devices):
+    """The whole command: steps, evaluation, checkpoint and a continuation of one prompt."""
+    results = []
+    for name, mesh, count in (
+        ("shared", MeshConfig(1, 2, 2, sequence=2), 8),
+        ("one", MeshConfig(1, 1, 1), 1),
+    ):
+        devices(count)
+        options = {"evaluate.sample_prompt": "the lazy", "evaluate.sample_tokens": 8}
+        config = tiny(steps=3, mesh=mesh, **{"model.n_layers": 1}, **options)
+        results.append(train(config, tmp_path / name))
+    shared, one = results
+    assert "chunked attention" in shared["text"]
+    assert shared["held_out_loss"] == pytest.approx(one["held_out_loss"], rel=1e-5)
+    assert shared["sample"] == one["sample"]
 
 
 def test_what_cannot_split_windows_is_refused():

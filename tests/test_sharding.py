@@ -24,6 +24,7 @@ from mea_jax.train_step import (
     create_state,
     state_shardings,
 )
+from mea_jax.validation import validate
 
 STEPS = 5
 MESHES = {
@@ -311,6 +312,21 @@ def test_data_runs_over_slices_outermost():
     assert sorted(numbers[:2].reshape(-1)) == [0, 1, 2, 3]
     with pytest.raises(UserError, match=r"leaves data=1 on these 8 devices, no multiple of slices"):
         sharding.make_mesh(MeshConfig(fsdp=8, slices=2))
+
+
+@pytest.mark.parametrize(
+    ("mesh", "message"),
+    [
+        (MeshConfig(slices=0), r"config.mesh.slices=0 must be positive"),
+        (MeshConfig(slices=-1), r"config.mesh.slices=-1 must be positive"),
+        (MeshConfig(data=3, slices=2), r"config.mesh.data=3 is not a multiple of slices=2"),
+        (MeshConfig(sequence=0), r"config.mesh.sequence=0 must be positive, or -1"),
+        (MeshConfig(sequence=-1), r"only one axis can be -1"),
+    ],
+)
+def test_meshes_that_cannot_be(tiny, mesh, message):
+    with pytest.raises(UserError, match=message):
+        validate(tiny(mesh=mesh))
 
 
 @pytest.mark.parametrize(("found", "said"), [(2, 1), (1, 2), (4, 2)])

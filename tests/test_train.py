@@ -1,16 +1,12 @@
 """Whole runs in process: what they leave, how they resume, how they stop."""
 
 import contextlib
-import errno
 import json
 import math
-import os
-import re
 import signal
 import subprocess
 import sys
 import time
-import types
 
 import jax
 import numpy as np
@@ -29,7 +25,6 @@ from mea_jax.report import read_metrics
 from mea_jax.train import Loop, train
 from mea_jax.train_step import (
     abstract_state,
-    compile_eval_step,
     compile_train_step,
     create_state,
 )
@@ -343,126 +338,3 @@ def test_another_config_in_the_same_directory(finished, devices):
     # How a run is executed may change: it is the same run.
     same = change(config, log_every=3, **{"model.remat": "full", "data.prefetch": 4})
     assert train(same, workdir)["steps"] == STEPS
-
-
-def test_loss_that_is_not_finite(tiny, devices, tmp_path, monkeypatch):
-    """Names the step and the last good checkpoint; what came after is not saved."""
-    devices(1)
-    config = tiny(**{"checkpoint.every": 2})
-    compiled = mea_jax.train.compile_train_step
-
-    class Poisoned:
-        """The compiled step, whose loss is not a number from step 6 on."""
-
-        def __init__(self, step):
-            self.step = step
-
-        def lower(self, *args):
-            return self
-
-        def compile(self):
-            return self
-
-        def __call__(self, state, batch):
-            number = int(jax.device_get(state.step)) + 1
-            state, metrics = self.step(state, batch)
-            if number >= 6:
-                metrics |= {"loss": jax.device_put(np.float32("nan"))}
-            return state, metrics
-
-    monkeypatch.setattr(mea_jax.train, "compile_train_step", lambda *a: Poisoned(compiled(*a)))
-    with pytest.raises(UserError, match=r"loss is nan .* at step 6; last good checkpoint: step 4"):
-        train(config, tmp_path)
-    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"2", "4"}
-    assert not (tmp_path / "summary.json").exists()
-    assert max(row["step"] for row in rows_of(tmp_path)) == 5
-
-
-def test_a_diverged_run_names_a_checkpoint_that_is_good(tiny, devices, tmp_path):
-    """A learning rate beyond all reason: the update of step 1 ruins the model in silence.
-
-    The checkpoint that the error calls good must have a finite loss, or be none at all.
-    """
-    devices(1)
-    config = tiny(**{"optimizer.learning_rate": 1e30, "checkpoint.every": 1})
-    with pytest.raises(UserError, match=r"at step \d+; last good checkpoint: ") as error:
-        train(config, tmp_path)
-    named = re.search(r"last good checkpoint: step (\d+)", str(error.value))
-    if named is None:
-        return
-    prepared = prepare(config.data, log=lambda line: None)
-    batch = next(train_batches(prepared, seed=0, batch_size=8, threads=0, prefetch=0))
-    mesh = sharding.make_mesh(config.mesh, jax.devices())
-    state = final_state(config, tmp_path, int(named[1]))
-    with jax.set_mesh(mesh):
-        sums = compile_eval_step(config, mesh)(state.params, batch)
-    assert math.isfinite(sums["nll"]), f"step {named[1]} is no good checkpoint"
-
-
-@pytest.mark.parametrize("call", ["write", "config", "plot", "summary"])
-def test_full_disk(tiny, devices, tmp_path, monkeypatch, call):
-    """Wherever it strikes, one clear line."""
-    devices(1)
-
-    def full(*args, **kwargs):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    if call == "write":
-        write = mea_jax.report.MetricsWriter.write
-
-        def failing(self, step, *args):
-            if step == 3:
-                broken = types.SimpleNamespace(write=full, close=self.file.close)
-                monkeypatch.setattr(self, "file", broken)
-            return write(self, step, *args)
-
-        monkeypatch.setattr(mea_jax.report.MetricsWriter, "write", failing)
-    elif call == "config":
-        monkeypatch.setattr("os.replace", full)
-    elif call == "plot":
-        monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
-    else:
-        replace = os.replace
-
-        def selective(source, target):
-            return full() if str(target).endswith("summary.json") else replace(source, target)
-
-        monkeypatch.setattr("os.replace", selective)
-    with pytest.raises(UserError, match="No space left on device"):
-        train(tiny(), tmp_path)
-
-
-def test_a_disk_that_is_really_full(tiny, devices, small_disk):
-    devices(1)
-    config = tiny(**{"model.d_ff": 2048})  # half a million parameters, three times four bytes
-    with pytest.raises(UserError, match=r"written|space"):
-        train(config, small_disk / "run")
-
-
-def test_a_disk_that_is_full_from_the_start(tiny, devices, small_disk):
-    devices(1)
-    with contextlib.suppress(OSError):
-        (small_disk / "filler").write_bytes(b"x" * (1 << 20))
-    with pytest.raises(UserError, match="No space left on device"):
-        train(tiny(), small_disk / "run")
-
-
-def test_read_only_disk(tiny, devices, small_disk):
-    devices(1)
-    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
-    with pytest.raises(UserError, match=r"cannot be written: Read-only.*--workdir"):
-        train(tiny(), small_disk / "run")
-
-
-def test_run_directory_that_cannot_be_made(tiny, devices, tmp_path):
-    devices(1)
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"cannot be written: Not a directory.*--workdir"):
-        train(tiny(), tmp_path / "file" / "run")
-
-
-def test_damaged_config_json(tiny, devices, tmp_path):
-    devices(1)
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(UserError, match=r"config\.json is damaged"):
-        train(tiny(), tmp_path)

@@ -1,0 +1,147 @@
+"""How whole runs end that cannot go on: a loss that is not finite, a disk that refuses."""
+
+import contextlib
+import errno
+import math
+import os
+import re
+import subprocess
+import types
+
+import jax
+import numpy as np
+import pytest
+
+import mea_jax.train
+from mea_jax import sharding
+from mea_jax.checkpoint import Checkpoints
+from mea_jax.data.pipeline import train_batches
+from mea_jax.data.prepare import prepare
+from mea_jax.errors import UserError
+from mea_jax.report import read_metrics
+from mea_jax.train import train
+from mea_jax.train_step import abstract_state, compile_eval_step
+
+
+def test_loss_that_is_not_finite(tiny, devices, tmp_path, monkeypatch):
+    """Names the step and the last good checkpoint; what came after is not saved."""
+    devices(1)
+    config = tiny(**{"checkpoint.every": 2})
+    compiled = mea_jax.train.compile_train_step
+
+    class Poisoned:
+        """The compiled step, whose loss is not a number from step 6 on."""
+
+        def __init__(self, step):
+            self.step = step
+
+        def lower(self, *args):
+            return self
+
+        def compile(self):
+            return self
+
+        def __call__(self, state, batch):
+            number = int(jax.device_get(state.step)) + 1
+            state, metrics = self.step(state, batch)
+            if number >= 6:
+                metrics |= {"loss": jax.device_put(np.float32("nan"))}
+            return state, metrics
+
+    monkeypatch.setattr(mea_jax.train, "compile_train_step", lambda *a: Poisoned(compiled(*a)))
+    with pytest.raises(UserError, match=r"loss is nan .* at step 6; last good checkpoint: step 4"):
+        train(config, tmp_path)
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"2", "4"}
+    assert not (tmp_path / "summary.json").exists()
+    assert max(row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")) == 5
+
+
+def test_a_diverged_run_names_a_checkpoint_that_is_good(tiny, devices, tmp_path):
+    """A learning rate beyond all reason: the update of step 1 ruins the model in silence.
+
+    The checkpoint that the error calls good must have a finite loss, or be none at all.
+    """
+    devices(1)
+    config = tiny(**{"optimizer.learning_rate": 1e30, "checkpoint.every": 1})
+    with pytest.raises(UserError, match=r"at step \d+; last good checkpoint: ") as error:
+        train(config, tmp_path)
+    named = re.search(r"last good checkpoint: step (\d+)", str(error.value))
+    if named is None:
+        return
+    prepared = prepare(config.data, log=lambda line: None)
+    batch = next(train_batches(prepared, seed=0, batch_size=8, threads=0, prefetch=0))
+    mesh = sharding.make_mesh(config.mesh, jax.devices())
+    with Checkpoints(tmp_path) as checkpoints:
+        state = checkpoints.restore(int(named[1]), abstract_state(config, mesh))
+    with jax.set_mesh(mesh):
+        sums = compile_eval_step(config, mesh)(state.params, batch)
+    assert math.isfinite(sums["nll"]), f"step {named[1]} is no good checkpoint"
+
+
+@pytest.mark.parametrize("call", ["write", "config", "plot", "summary"])
+def test_full_disk(tiny, devices, tmp_path, monkeypatch, call):
+    """Wherever it strikes, one clear line."""
+    devices(1)
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if call == "write":
+        write = mea_jax.report.MetricsWriter.write
+
+        def failing(self, step, *args):
+            if step == 3:
+                broken = types.SimpleNamespace(write=full, close=self.file.close)
+                monkeypatch.setattr(self, "file", broken)
+            return write(self, step, *args)
+
+        monkeypatch.setattr(mea_jax.report.MetricsWriter, "write", failing)
+    elif call == "config":
+        monkeypatch.setattr("os.replace", full)
+    elif call == "plot":
+        monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
+    else:
+        replace = os.replace
+
+        def selective(source, target):
+            return full() if str(target).endswith("summary.json") else replace(source, target)
+
+        monkeypatch.setattr("os.replace", selective)
+    with pytest.raises(UserError, match="No space left on device"):
+        train(tiny(), tmp_path)
+
+
+def test_a_disk_that_is_really_full(tiny, devices, small_disk):
+    devices(1)
+    config = tiny(**{"model.d_ff": 2048})  # half a million parameters, three times four bytes
+    with pytest.raises(UserError, match=r"written|space"):
+        train(config, small_disk / "run")
+
+
+def test_a_disk_that_is_full_from_the_start(tiny, devices, small_disk):
+    devices(1)
+    with contextlib.suppress(OSError):
+        (small_disk / "filler").write_bytes(b"x" * (1 << 20))
+    with pytest.raises(UserError, match="No space left on device"):
+        train(tiny(), small_disk / "run")
+
+
+def test_read_only_disk(tiny, devices, small_disk):
+    devices(1)
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    with pytest.raises(UserError, match=r"cannot be written: Read-only.*--workdir"):
+        train(tiny(), small_disk / "run")
+
+
+def test_run_directory_that_cannot_be_made(tiny, devices, tmp_path):
+    devices(1)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot be written: Not a directory.*--workdir"):
+        train(tiny(), tmp_path / "file" / "run")
+
+
+def test_damaged_config_json(tiny, devices, tmp_path):
+    devices(1)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"config\.json is damaged"):
+        train(tiny(), tmp_path)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mea_jax.config import SourceConfig
+from mea_jax.data.bad_input import BadInputError, LeftOut, some
 from mea_jax.errors import UserError
 
 
@@ -53,19 +54,23 @@ class Corpus(abc.ABC):
     Attributes:
       units: the pieces that are read one after another, or by several workers.
       size: bytes of all units, about; progress bars count with it.
-      skipped: files passed over so far because they are not UTF-8 (standard library only).
+      left_out: the pieces of input that could not be read so far.
     """
 
     units: Sequence[Any]
     size: int
-    skipped: int = 0
 
-    def __init__(self, source: SourceConfig):
+    def __init__(self, source: SourceConfig, left_out: LeftOut):
         self.source = source
+        self.left_out = left_out
 
     @abc.abstractmethod
     def read(self, unit: Any) -> Iterator[Document]:
-        """Documents of one unit. Raises `UserError` naming the place of malformed input."""
+        """Documents of one unit.
+
+        Malformed input goes to `left_out`, by its place. Raises `BadInputError` where the reading
+        cannot go on behind it: the rest of the unit is then one piece.
+        """
 
     @abc.abstractmethod
     def identity(self) -> Any:
@@ -74,19 +79,28 @@ class Corpus(abc.ABC):
     def documents(self, shard: int = 0, shards: int = 1) -> Iterator[Document]:
         """Documents with text of every `shards`-th unit from unit `shard` on."""
         for unit in self.units[shard::shards]:
-            for document in self.read(unit):
-                if document.text:
-                    yield document
+            try:
+                for document in self.read(unit):
+                    if document.text:
+                        yield document
+            except BadInputError as error:
+                self.left_out.add(error)
 
 
 class FileCorpus(Corpus):
     """Files below a root; the units are their paths relative to it."""
 
-    def __init__(self, source: SourceConfig, root: Path, names: list[str]):
-        super().__init__(source)
+    def __init__(self, source: SourceConfig, left_out: LeftOut, root: Path, names: list[str]):
+        super().__init__(source, left_out)
         self.root = root
-        self.units = names
-        self._stats = [os.stat(root / name) for name in names]
+        self.units = []
+        self._stats = []
+        for name in names:
+            try:
+                self._stats.append(_stat(root, name))
+                self.units.append(name)
+            except BadInputError as error:
+                left_out.add(error)
         self.size = sum(stat.st_size for stat in self._stats)
 
     def identity(self) -> Any:
@@ -98,14 +112,34 @@ class FileCorpus(Corpus):
         try:
             return (self.root / name).read_bytes()
         except OSError as error:
-            raise UserError(f"{self.root / name}: cannot be read: {error.strerror}") from error
+            raise BadInputError(f"{self.root / name}: cannot be read: {error.strerror}") from error
+
+
+def _stat(root: Path, name: str) -> os.stat_result:
+    try:
+        name.encode()  # as the names of documents are, for their hashes
+        return os.stat(root / name)
+    except UnicodeEncodeError as error:
+        raise BadInputError(f"{root / name}: the file's name is not UTF-8; rename it") from error
+    except OSError as error:  # removed since it was listed, for example
+        raise BadInputError(f"{root / name}: cannot be read: {error.strerror}") from error
 
 
 def find_files(source: SourceConfig, suffixes: tuple[str, ...] = ("",)) -> tuple[Path, list[str]]:
     """The root folder of `source.path` and the sorted relative names of its files.
 
     Of a folder those whose names end in one of `suffixes`; of a glob all.
+
+    Raises:
+      UserError: there are none, or they cannot be listed.
     """
+    try:
+        return _find_files(source, suffixes)
+    except OSError as error:
+        raise UserError(f"{source.path}: cannot be read: {error.strerror}") from error
+
+
+def _find_files(source: SourceConfig, suffixes: tuple[str, ...]) -> tuple[Path, list[str]]:
     if not source.path:
         raise UserError(
             f"config.data.sources: source {source.source!r} needs a path: a file, folder or glob"
@@ -131,33 +165,33 @@ def find_files(source: SourceConfig, suffixes: tuple[str, ...] = ("",)) -> tuple
 
 
 def decode(data: bytes, where: str) -> str:
-    """UTF-8 text. Raises `UserError` that says `where` the bytes come from."""
+    """UTF-8 text. Raises `BadInputError` that says `where` the bytes come from."""
     try:
         return data.decode()
     except UnicodeDecodeError as error:
-        raise UserError(
+        raise BadInputError(
             f"{where}: byte {error.start} is not UTF-8; convert the file, for example with iconv"
         ) from error
 
 
 def text_field(record: dict[str, Any], field: str, where: str) -> str:
-    """The text in `record[field]`, a string or UTF-8 bytes."""
+    """The text in `record[field]`, a string or UTF-8 bytes. Raises `BadInputError`."""
     if field not in record:
-        raise UserError(
-            f"{where}: no field {field!r} (it has: {', '.join(sorted(record))}); "
+        raise BadInputError(
+            f"{where}: no field {field!r} (it has: {some(record)}); "
             "set the field of the data source"
         )
     value = record[field]
     if isinstance(value, bytes):
         return decode(value, where)
     if not isinstance(value, str):
-        raise UserError(
+        raise BadInputError(
             f"{where}: field {field!r} is of type {type(value).__name__}, expected a string"
         )
     try:
         value.encode()
     except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
-        raise UserError(
+        raise BadInputError(
             f"{where}: field {field!r} has a lone surrogate at character {error.start}, "
             "which is not valid text"
         ) from error

@@ -16,7 +16,7 @@ import numpy as np
 
 from mea_jax.data import packing
 from mea_jax.data.prepare import Prepared
-from mea_jax.data.windows import builder
+from mea_jax.data.windows import builder, reader
 from mea_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
@@ -31,31 +31,55 @@ def train_batches(
     rows: Sequence[int] | None = None,
     threads: int = 1,
     prefetch: int = 8,
+    left_out: Sequence[tuple[int, int]] = (),
+    skip_bad: bool = False,
 ) -> Iterator[Batch]:
-    """Rows of the training batches from `start_step` on, without end.
+    """Rows of the batches of the updates from `start_step` on, without end.
 
     Args:
       prepared: the windows.
       seed: of the order of windows.
       batch_size: B, windows of a whole batch, over all processes.
-      start_step: the number of the first batch.
+      start_step: the first update, counted from 0; its batch is `batch_number` of it.
       rows: R of the numbers 0 .. B - 1, the rows to read; None reads all.
       threads: that read ahead; 0 reads in the calling thread.
       prefetch: batches read ahead; 0 reads in the calling thread.
+      left_out: batches that are never read, as in `batch_number`.
+      skip_bad: whether a window that cannot be read is padding, as in `reader.open_windows`.
+        All other windows are where they would be without it.
 
     Yields:
       `inputs`, `targets`, `segment_ids`, `positions` as in `packing.fields`, int32 (R, T).
 
     Raises:
-      UserError: no source has a positive weight.
+      UserError: no source has a positive weight; a window that cannot be read.
     """
     numbers = range(batch_size) if rows is None else rows
-    windows = _training_sequence(prepared, seed)
+    windows = _training_sequence(prepared, seed, skip_bad)
 
     def read(step: int) -> Batch:
-        return _stack([windows[step * batch_size + row] for row in numbers])
+        first = batch_number(step, left_out) * batch_size
+        return _stack([windows[first + row] for row in numbers])
 
     return _iterate(read, start_step, sys.maxsize // batch_size, threads, prefetch)
+
+
+def batch_number(step: int, left_out: Sequence[tuple[int, int]] = ()) -> int:
+    """The number of the batch of update `step`, both counted from 0.
+
+    Args:
+      step: the update.
+      left_out: closed intervals (first, last) of batch numbers, ascending and disjoint.
+
+    Returns:
+      The `step`-th of the natural numbers that lie in none of the intervals.
+    """
+    number = step
+    for first, last in left_out:
+        if number < first:
+            break
+        number += last - first + 1
+    return number
 
 
 def held_out_batches(
@@ -64,6 +88,7 @@ def held_out_batches(
     batch_size: int,
     max_batches: int | None = None,
     rows: Sequence[int] | None = None,
+    skip_bad: bool = False,
 ) -> Iterator[Batch]:
     """Rows of the held-out batches, always the same ones in the same order.
 
@@ -72,23 +97,23 @@ def held_out_batches(
       batch_size: B, windows of a whole batch, over all processes.
       max_batches: at most so many, of windows spread evenly over all; None reads every window.
       rows: as in `train_batches`.
+      skip_bad: as in `train_batches`.
 
     Yields:
       As `train_batches`. Windows that are missing in the last batch are all zero, and so are
       their segment ids: padding.
+
+    Raises:
+      UserError: a window that cannot be read.
     """
     sets = [
-        builder.open_windows(source.directory, builder.HELD_OUT)
+        reader.open_windows(source.directory, builder.HELD_OUT, prepared.context_length, skip_bad)
         for source in prepared.sources
         if source.held_out_windows
     ]
     total = sum(len(windows) for windows in sets)
     taken = total if max_batches is None else min(total, max_batches * batch_size)
-    length = prepared.context_length
-    padding = {
-        "tokens": np.zeros(length + 1, np.int32),
-        "segment_ids": np.zeros(length, np.int32),
-    }
+    padding = reader.padding(prepared.context_length)
     if not taken:
         return iter(())
     windows = grain.MapDataset.concatenate([grain.MapDataset.source(s) for s in sets])
@@ -101,12 +126,14 @@ def held_out_batches(
     return _iterate(read, 0, -(-taken // batch_size), threads=1, prefetch=2)
 
 
-def _training_sequence(prepared: Prepared, seed: int) -> Any:
+def _training_sequence(prepared: Prepared, seed: int, skip_bad: bool) -> Any:
     """The infinite sequence of training windows, a `grain.MapDataset`."""
     parts = [
         # Grain's shuffle of epoch e uses seed + e. A hash keeps the epochs of one seed from being
         # those of the next, and sources of equal length from being shuffled alike.
-        grain.MapDataset.source(builder.open_windows(source.directory, builder.TRAIN))
+        grain.MapDataset.source(
+            reader.open_windows(source.directory, builder.TRAIN, prepared.context_length, skip_bad)
+        )
         .shuffle(seed=_hash32(f"{seed}/{index}"))
         .repeat()
         for index, source in enumerate(prepared.sources)

@@ -12,13 +12,11 @@ As a command: python -m mea_jax.data.prepare --config configs/quickstart.py
 
 import contextlib
 import dataclasses
-import errno
-import fcntl
 import gzip
 import hashlib
+import itertools
 import json
 import lzma
-import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -31,7 +29,9 @@ import tqdm
 from absl import logging
 
 from mea_jax.config import DataConfig
-from mea_jax.data import sources, tokenizers
+from mea_jax.data import bad_input, cache, sources, tokenizers
+from mea_jax.data.bad_input import LeftOut
+from mea_jax.data.cache import cache_root
 from mea_jax.data.corpus import Corpus, is_held_out, unit_hash
 from mea_jax.data.tokenizers import Tokenizer
 from mea_jax.data.windows import builder
@@ -40,7 +40,6 @@ from mea_jax.errors import UserError
 _FORMAT = 1  # of the cache; a new number makes all old ones unused
 _SUMMARY = "prepared.json"
 _BPE_SAMPLE = 32 << 20  # bytes of training text that merges are learned from
-_WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 _BASELINE_LIMIT = 8 << 20  # bytes of held-out text up to which the compressors run
 
 
@@ -50,7 +49,7 @@ class PreparedSource:
 
     name: str
     weight: float  # of the config at hand: it is no part of the cache
-    directory: Path  # for `builder.open_windows`
+    directory: Path  # for `reader.open_windows`
     train_windows: int
     train_tokens: int  # targets
     train_bytes: int  # of UTF-8 text
@@ -60,7 +59,7 @@ class PreparedSource:
     held_out_bytes: int
     held_out_documents: int
     waste: float  # share of positions that are padding
-    skipped: int  # files that are not UTF-8 (standard library only)
+    skipped: int  # pieces of input left out, of either split: lines, rows, files
 
 
 @dataclass(frozen=True)
@@ -77,14 +76,6 @@ class Prepared:
     digest: str  # of the tokenizer and the amounts of text and tokens of each source
 
 
-def cache_root(config: DataConfig) -> Path:
-    """The folder that prepared data, and compiled programs, are kept in."""
-    root = config.cache_dir or os.environ.get("MEA_JAX_CACHE") or "~/.cache/mea_jax"
-    if "://" in root:
-        raise UserError(f"cache folder {root}: give a local folder; mount the bucket as a path")
-    return Path(root).expanduser().resolve()
-
-
 def prepare(
     config: DataConfig,
     vocab_size: int | None = None,
@@ -98,7 +89,7 @@ def prepare(
     Args:
       config: the data options.
       vocab_size: the model's; None skips the check that the tokenizer fits.
-      log: takes the one line that sums up.
+      log: takes the lines for the user: what was left out, and the one that sums up.
       beam_runner: as in `builder.write`. What Beam wrote serves later calls without it as well;
         the windows' edges lie elsewhere than they would without Beam.
       beam_options: as in `builder.write`.
@@ -106,28 +97,45 @@ def prepare(
 
     Raises:
       UserError: a source or tokenizer that cannot be read, a tokenizer larger than `vocab_size`,
-        or a cache folder that cannot be written.
+        a cache folder that cannot be written, or prepared data that are damaged.
     """
     bpe_size = tokenizers.bpe_size(config.tokenizer)
     given = tokenizers.load(config.tokenizer) if bpe_size is None else None
     _check_size(config.tokenizer, given.vocab_size if given else bpe_size, vocab_size)
-    corpora = [sources.open_source(source) for source in config.sources]
+    corpora = [sources.open_source(source, _left_out(config)) for source in config.sources]
     root = cache_root(config)
-    final = root / _fingerprint(config, corpora, given)
-    if not (final / _SUMMARY).is_file():
-        with _cache_errors(root), _lock(root / f"{final.name}.lock", log):
-            if not (final / _SUMMARY).is_file():  # else another process made it meanwhile
-                scratch = root / f"{final.name}.incomplete-{uuid.uuid4().hex[:8]}"
+    whole = root / _fingerprint(config, corpora, given)
+    # Data with gaps have a name of their own, which `bad_input` "stop" does not look for. What has
+    # none is the same under both, so a run may go over to "skip" when its windows are damaged.
+    gaps = root / f"{whole.name}-skip"
+    places = [whole, gaps] if config.bad_input == "skip" else [whole]
+    final = _find(places)
+    if final is None:
+        with cache.write_errors(root), cache.lock(root / f"{whole.name}.lock", log):
+            final = _find(places)
+            if final is None:  # else another process made it meanwhile
+                scratch = root / f"{whole.name}.incomplete-{uuid.uuid4().hex[:8]}"
                 scratch.mkdir(parents=True)
                 try:
                     beam = (beam_runner, beam_options)
-                    _make(config, corpora, given, scratch, beam, on_progress)
+                    lines, count = _make(config, corpora, given, scratch, beam, on_progress)
+                    final = gaps if count and config.bad_input == "skip" else whole
                     _rename(scratch, final)
                 finally:
                     shutil.rmtree(scratch, ignore_errors=True)
+                for line in bad_input.report(lines, count):
+                    log(line)
     prepared = _load(config, final)
     log(summary(prepared))
     return prepared
+
+
+def _find(places: Sequence[Path]) -> Path | None:
+    return next((place for place in places if (place / _SUMMARY).is_file()), None)
+
+
+def _left_out(config: DataConfig) -> LeftOut:
+    return LeftOut(config.bad_input == "skip")
 
 
 def summary(prepared: Prepared) -> str:
@@ -141,7 +149,7 @@ def summary(prepared: Prepared) -> str:
     return (
         f"data: {train:,} training and {held_out:,} held-out windows of {prepared.context_length} "
         f"positions, {size / max(tokens, 1):.2f} bytes per token, in {prepared.directory}"
-        + (f"; skipped {skipped} files that are not UTF-8" if skipped else "")
+        + (f"; left out {skipped:,} lines, rows or files that cannot be read" if skipped else "")
     )
 
 
@@ -152,26 +160,38 @@ def _make(
     directory: Path,
     beam: tuple[str | None, Sequence[str]],
     on_progress: Callable[[int], Any],
-) -> None:
-    """Fills `directory` with everything that `_load` reads; the summary file comes last."""
+) -> tuple[list[str], int]:
+    """Fills `directory` with everything that `_load` reads; the summary file comes last.
+
+    Returns:
+      The messages of the first pieces of input that were left out, and how many there were.
+    """
     tokenizer = given or _train_tokenizer(config, corpora, on_progress)
     tokenizer.save(directory)
     counts_directory = directory / "counts"
-    tables = []
-    for index, source in enumerate(config.sources):
+    tables, messages = [], []
+    for index, corpus in enumerate(corpora):
         counts = counts_directory / str(index)
         counts.mkdir(parents=True)
         task = builder.Task(
-            source=source,
+            source=corpus.source,
+            units=corpus.units,
+            size=corpus.size,
             tokenizer=str(directory),
             context_length=config.context_length,
             held_out_fraction=config.held_out_fraction,
             counts=str(counts),
+            skip_bad=config.bad_input == "skip",
         )
-        size = 2 * corpora[index].size  # read once for each split
-        title = f"windows of {sources.describe(source)}"
+        size = 2 * corpus.size  # read once for each split
+        title = f"windows of {sources.describe(corpus.source)}"
         with _progress(title, size, on_progress) as advance:
-            by_split = builder.write(task, _source_directory(directory, index), advance, *beam)
+            by_split, lines = builder.write(
+                task, _source_directory(directory, index), advance, *beam
+            )
+        for split_counts in by_split.values():
+            split_counts.skipped += corpus.left_out.count  # of the listing, so far
+        messages.append([*corpus.left_out.lines, *lines][: bad_input.KEPT])
         tables.append({split: dataclasses.asdict(counts) for split, counts in by_split.items()})
     shutil.rmtree(counts_directory)
     held_out_bytes = sum(table[builder.HELD_OUT]["bytes"] for table in tables)
@@ -180,15 +200,48 @@ def _make(
         "baselines": _baselines(config, on_progress)
         if 0 < held_out_bytes <= _BASELINE_LIMIT
         else None,
-        "data": dataclasses.asdict(config),  # for the reader of the file; not read back
+        # For the reader of the file; not read back.
+        "data": dataclasses.asdict(config),
+        "left_out": messages,
     }
-    (directory / _SUMMARY).write_text(json.dumps(content, indent=1))
+    text = json.dumps(content, indent=1)
+    cache.write_checksums(directory, (_SUMMARY, text.encode()))
+    (directory / _SUMMARY).write_text(text)
+    return list(itertools.chain(*messages)), sum(map(_skipped, tables))
+
+
+def _skipped(table: dict[str, dict[str, int]]) -> int:
+    """Pieces of a source left out: each split's pass meets them all."""
+    return max(counts["skipped"] for counts in table.values())
 
 
 def _load(config: DataConfig, directory: Path) -> Prepared:
-    content = json.loads((directory / _SUMMARY).read_text())
+    """What `_make` wrote. Raises `UserError` if it is damaged."""
+    cache.verify(directory)
+    with cache.reading(directory / _SUMMARY, directory):
+        content = json.loads((directory / _SUMMARY).read_bytes())
+        parts = _parts(config, directory, content["sources"])
+        baselines = content["baselines"]
+    with cache.reading(directory, directory):
+        tokenizer = tokenizers.from_directory(directory)
+    # Not of the directory's name, which holds the files' dates.
+    digest = hashlib.blake2b(tokenizer.content, digest_size=16)
+    digest.update(json.dumps(content["sources"], sort_keys=True).encode())
+    return Prepared(
+        directory=directory,
+        tokenizer=tokenizer,
+        context_length=config.context_length,
+        sources=parts,
+        baselines=baselines,
+        digest=digest.hexdigest(),
+    )
+
+
+def _parts(
+    config: DataConfig, directory: Path, tables: list[dict[str, dict[str, int]]]
+) -> tuple[PreparedSource, ...]:
     parts = []
-    for index, (source, table) in enumerate(zip(config.sources, content["sources"], strict=True)):
+    for index, (source, table) in enumerate(zip(config.sources, tables, strict=True)):
         train, held_out = (builder.Counts(**table[s]) for s in (builder.TRAIN, builder.HELD_OUT))
         positions = (train.windows + held_out.windows) * config.context_length
         parts.append(
@@ -205,21 +258,10 @@ def _load(config: DataConfig, directory: Path) -> Prepared:
                 held_out_bytes=held_out.bytes,
                 held_out_documents=held_out.documents,
                 waste=1 - (train.tokens + held_out.tokens) / positions,
-                skipped=train.skipped,
+                skipped=_skipped(table),
             )
         )
-    tokenizer = tokenizers.from_directory(directory)
-    # Not of the directory's name, which holds the files' dates.
-    digest = hashlib.blake2b(tokenizer.content, digest_size=16)
-    digest.update(json.dumps(content["sources"], sort_keys=True).encode())
-    return Prepared(
-        directory=directory,
-        tokenizer=tokenizer,
-        context_length=config.context_length,
-        sources=tuple(parts),
-        baselines=content["baselines"],
-        digest=digest.hexdigest(),
-    )
+    return tuple(parts)
 
 
 def _source_directory(directory: Path, index: int) -> Path:
@@ -249,7 +291,7 @@ def _train_tokenizer(
 
     def pieces() -> Iterator[str]:
         for source in config.sources:
-            for document in sources.documents(source):
+            for document in sources.documents(source, _left_out(config)):
                 advance(len(document.text.encode()))
                 if is_held_out(document.name, config.held_out_fraction):
                     continue
@@ -269,7 +311,7 @@ def _baselines(config: DataConfig, on_progress: Callable[[int], Any]) -> dict[st
     """Bytes of the held-out documents, each compressed by itself."""
     total = {"gzip_bytes": 0, "xz_bytes": 0}
     for source in config.sources:
-        for document in sources.documents(source):
+        for document in sources.documents(source, _left_out(config)):
             on_progress(len(document.text))
             if is_held_out(document.name, config.held_out_fraction):
                 text = document.text.encode()
@@ -300,54 +342,6 @@ def _rename(scratch: Path, final: Path) -> None:
         # Another process may have been first; its result is as good.
         if not (final / _SUMMARY).is_file():
             raise
-
-
-@contextlib.contextmanager
-def _lock(path: Path, log: Callable[[str], Any]) -> Iterator[None]:
-    """Holds a lock that no other process of this machine holds, by the file `path`.
-
-    Where the file system has no locks this does nothing: then two do the same work, each apart.
-    The lock goes with its holder, however that ends. `log` is told when there is one to wait for.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    while True:
-        with path.open("a") as file:
-            try:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    log(f"another process prepares these data in {path.parent}: waiting for it")
-                    fcntl.flock(file, fcntl.LOCK_EX)
-                mine = os.path.samestat(os.fstat(file.fileno()), path.stat())
-            except FileNotFoundError:  # its holder before has removed it: no one else would find it
-                mine = False
-            except OSError:
-                mine = True
-            if mine:
-                try:
-                    yield
-                finally:
-                    path.unlink(missing_ok=True)
-                return
-
-
-@contextlib.contextmanager
-def _cache_errors(root: Path) -> Iterator[None]:
-    """Disk full, no permission and their like become a `UserError` that names the folder."""
-    try:
-        yield
-    except (OSError, RuntimeError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        if isinstance(error, RuntimeError):
-            # ArrayRecord reports a failed write so, with the system's words in a longer text.
-            words = [os.strerror(code) for code in _WRITE_ERRORS]
-            reason = next((word for word in words if word in reason), "")
-            if not reason:
-                raise
-        raise UserError(
-            f"cache folder {root}: {reason}; choose another with "
-            "--config.data.cache_dir or the environment variable MEA_JAX_CACHE"
-        ) from error
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """Records with a field of text: JSON lines, Parquet files, datasets prepared by TFDS."""
 
+import contextlib
 import gzip
 import io
 import json
@@ -8,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from mea_jax.config import SourceConfig
+from mea_jax.data.bad_input import BadInputError, LeftOut, detail, some
 from mea_jax.data.corpus import (
     Corpus,
     Document,
@@ -21,6 +23,7 @@ from mea_jax.errors import UserError, nearest
 
 _TFDS_UNIT = 4096  # records per unit of a TFDS source
 _PARQUET_ROWS = 256  # rows in memory at a time
+_LINE_LIMIT = 256 << 20  # bytes of a line of JSON: what has no line ends is no such file
 
 
 def _pyarrow(what: str) -> Any:
@@ -41,25 +44,30 @@ class JsonlCorpus(FileCorpus):
     Files whose names end in .gz or .zst are decompressed as they are read.
     """
 
-    def __init__(self, source: SourceConfig):
-        super().__init__(source, *find_files(source, (".jsonl", ".jsonl.gz", ".jsonl.zst")))
+    def __init__(self, source: SourceConfig, left_out: LeftOut):
+        suffixes = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+        super().__init__(source, left_out, *find_files(source, suffixes))
 
     def read(self, unit: str) -> Iterator[Document]:
         path, number = self.root / unit, 0
         try:
-            with self._open(unit) as lines:
-                for number, line in enumerate(lines, start=1):
-                    if line.strip():
+            with self._open(unit) as stream:
+                for number, line in enumerate(_lines(stream), start=1):
+                    try:
                         text = self._text(line, f"{path}, line {number}")
+                    except BadInputError as error:
+                        self.left_out.add(error)
+                        continue
+                    if text is not None:
                         yield Document(content_name(text), text)
         except (OSError, EOFError, zlib.error) as error:
             if unit.endswith((".gz", ".zst")) and not getattr(error, "errno", None):
-                raise UserError(
-                    f"{path}: broken beyond line {number} ({error}); it was cut short or is no "
-                    f"{unit[unit.rindex('.') :]} file: fetch it again"
+                raise BadInputError(
+                    f"{path}: broken beyond line {number} ({detail(error)}); it was cut short or "
+                    f"is no {unit[unit.rindex('.') :]} file: fetch it again"
                 ) from error
             reason = getattr(error, "strerror", None) or error
-            raise UserError(f"{path}: cannot be read: {reason}") from error
+            raise BadInputError(f"{path}: cannot be read: {reason}") from error
 
     def _open(self, unit: str) -> io.BufferedIOBase:
         path = self.root / unit
@@ -70,17 +78,37 @@ class JsonlCorpus(FileCorpus):
             return io.BufferedReader(stream, 1 << 16)
         return open(path, "rb")
 
-    def _text(self, line: bytes, where: str) -> str:
+    def _text(self, line: bytes | None, where: str) -> str | None:
+        """None of an empty line."""
+        if line is None:
+            raise BadInputError(f"{where}: longer than {_LINE_LIMIT >> 20} MiB")
+        if not line.strip():
+            return None
         try:
             record = json.loads(decode(line, where))
         except json.JSONDecodeError as error:
-            raise UserError(
+            raise BadInputError(
                 f"{where}: not JSON ({error.msg} at column {error.colno}); "
                 "each line must be one JSON object"
             ) from error
+        except ValueError as error:  # Python reads no integer of more than 4300 digits
+            raise BadInputError(f"{where}: a number of too many digits") from error
+        except RecursionError as error:
+            raise BadInputError(f"{where}: nested too deeply to be read") from error
         if not isinstance(record, dict):
-            raise UserError(f"{where}: a JSON {type(record).__name__}, expected an object")
+            raise BadInputError(f"{where}: a JSON {type(record).__name__}, expected an object")
         return text_field(record, self.source.field, where)
+
+
+def _lines(stream: io.BufferedIOBase) -> Iterator[bytes | None]:
+    """The lines of `stream`; None for one that is too long to be held in memory."""
+    while line := stream.readline(_LINE_LIMIT):
+        if len(line) < _LINE_LIMIT or line.endswith(b"\n"):
+            yield line
+            continue
+        while line and not line.endswith(b"\n"):
+            line = stream.readline(_LINE_LIMIT)
+        yield None
 
 
 class ParquetCorpus(FileCorpus):
@@ -89,43 +117,69 @@ class ParquetCorpus(FileCorpus):
     Only that column is read, some rows at a time: a file is never whole in memory.
     """
 
-    def __init__(self, source: SourceConfig):
+    def __init__(self, source: SourceConfig, left_out: LeftOut):
         _pyarrow("source 'parquet'")
-        super().__init__(source, *find_files(source, (".parquet",)))
+        super().__init__(source, left_out, *find_files(source, (".parquet",)))
 
     def read(self, unit: str) -> Iterator[Document]:
         pyarrow, path, field = _pyarrow("source 'parquet'"), self.root / unit, self.source.field
-        where = str(path)
-        try:
+        with _parquet_errors(f"{path}"):
             # Read piece by piece: otherwise a row group, of whatever size, is fetched at once.
-            with pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
-                names = file.schema_arrow.names
-                if field not in names:
-                    raise UserError(
-                        f"{path}: no column {field!r} (it has: {', '.join(names)}); "
-                        "set the field of the data source"
-                    )
-                for group in range(file.num_row_groups):
-                    where, row = f"{path}, row group {group}", 0
-                    for batch in file.iter_batches(
-                        _PARQUET_ROWS, row_groups=[group], columns=[field], use_threads=False
-                    ):
-                        for value in batch.column(0).to_pylist():
-                            text = text_field({field: value}, field, f"{where}, row {row}")
-                            yield Document(content_name(text), text)
-                            row += 1
-        except UnicodeDecodeError as error:
-            raise UserError(f"{where}: text that is not UTF-8 ({error})") from error
-        except (OSError, pyarrow.ArrowException) as error:
-            reason = " ".join(str(error).split()).rstrip(".")
-            raise UserError(f"{where}: cannot be read ({reason}): fetch the file again") from error
+            file = pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20)
+        with file:
+            with _parquet_errors(f"{path}"):
+                names, groups = file.schema_arrow.names, file.num_row_groups
+            if field not in names:
+                raise BadInputError(
+                    f"{path}: no column {field!r} (it has: {some(names)}); "
+                    "set the field of the data source"
+                )
+            for group in range(groups):
+                try:
+                    yield from self._read_group(file, group, f"{path}, row group {group}")
+                except BadInputError as error:
+                    self.left_out.add(error)
+
+    def _read_group(self, file: Any, group: int, where: str) -> Iterator[Document]:
+        field, row = self.source.field, 0
+        with _parquet_errors(where):
+            for batch in file.iter_batches(
+                _PARQUET_ROWS, row_groups=[group], columns=[field], use_threads=False
+            ):
+                for value in _values(batch.column(0)):
+                    try:
+                        text = text_field({field: value}, field, f"{where}, row {row}")
+                    except BadInputError as error:
+                        self.left_out.add(error)
+                    else:
+                        yield Document(content_name(text), text)
+                    row += 1
+
+
+def _values(column: Any) -> list[Any]:
+    """The column as Python objects; strings that are not UTF-8 as bytes."""
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError:
+        binary = _pyarrow("source 'parquet'").large_binary()
+        return column.cast(binary).to_pylist()
+
+
+@contextlib.contextmanager
+def _parquet_errors(where: str) -> Iterator[None]:
+    pyarrow = _pyarrow("source 'parquet'")
+    try:
+        yield
+    except (OSError, pyarrow.ArrowException) as error:
+        reason = detail(error).rstrip(".")
+        raise BadInputError(f"{where}: cannot be read ({reason}): fetch the file again") from error
 
 
 class TfdsCorpus(Corpus):
     """Records of a dataset that TFDS has prepared in a format with random access."""
 
-    def __init__(self, source: SourceConfig):
-        super().__init__(source)
+    def __init__(self, source: SourceConfig, left_out: LeftOut):
+        super().__init__(source, left_out)
         # Imported here: it takes a second, and the other sources do without.
         import tensorflow_datasets as tfds
 
@@ -179,5 +233,19 @@ class TfdsCorpus(Corpus):
     def read(self, unit: range) -> Iterator[Document]:
         for index in unit:
             where = f"{self._builder.info.full_name}, {self.source.split} record {index}"
-            text = text_field(self._records[index], self.source.field, where)
-            yield Document(content_name(text), text)
+            try:
+                text = text_field(self._record(index, where), self.source.field, where)
+            except BadInputError as error:
+                self.left_out.add(error)
+            else:
+                yield Document(content_name(text), text)
+
+    def _record(self, index: int, where: str) -> dict[str, Any]:
+        try:
+            return self._records[index]
+        # ArrayRecord raises RuntimeError at a broken or missing file, and the decoders of TFDS
+        # whatever they come upon in a broken record.
+        except Exception as error:
+            raise BadInputError(
+                f"{where}: cannot be read ({detail(error)}): prepare the dataset again"
+            ) from error

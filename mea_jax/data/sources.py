@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mea_jax.config import SourceConfig
+from mea_jax.data.bad_input import BadInputError, LeftOut
 from mea_jax.data.corpus import Corpus, Document, FileCorpus, decode, find_files
 from mea_jax.data.records import JsonlCorpus, ParquetCorpus, TfdsCorpus
 from mea_jax.errors import UserError, nearest
@@ -23,16 +24,17 @@ def describe(source: SourceConfig) -> str:
     return f"{source.source}:{source.path}" if source.path else source.source
 
 
-def open_source(source: SourceConfig) -> Corpus:
-    """Opens `source`.
+def open_source(source: SourceConfig, left_out: LeftOut | None = None) -> Corpus:
+    """Opens `source`; what cannot be read of it goes to `left_out`, None: is an error.
 
     Raises:
       UserError: the source is unknown, its path is missing or matches nothing, or a TFDS dataset
         is not prepared.
     """
+    left_out = LeftOut() if left_out is None else left_out
     if source.source.startswith("tfds:"):
-        return TfdsCorpus(source)
-    kinds: dict[str, Callable[[SourceConfig], Corpus]] = {
+        return TfdsCorpus(source, left_out)
+    kinds: dict[str, Callable[[SourceConfig, LeftOut], Corpus]] = {
         "python_stdlib": _StdlibCorpus,
         "text": _TextCorpus,
         "jsonl": JsonlCorpus,
@@ -43,28 +45,32 @@ def open_source(source: SourceConfig) -> Corpus:
             f"config.data.sources: unknown source {source.source!r}; "
             + nearest(source.source, [*kinds, "tfds:<name>"])
         )
-    return kinds[source.source](source)
+    return kinds[source.source](source, left_out)
 
 
-def documents(source: SourceConfig) -> Iterator[Document]:
+def documents(source: SourceConfig, left_out: LeftOut | None = None) -> Iterator[Document]:
     """All documents of `source` that have text, in a fixed order.
 
     Raises:
       UserError: as `open_source`; input that cannot be read as text, named by file and byte or
-        line; no text in the whole source.
+        line, unless `left_out` takes it; no text in the whole source.
     """
+    left_out = LeftOut() if left_out is None else left_out
     empty = True
-    for document in open_source(source).documents():
+    for document in open_source(source, left_out).documents():
         empty = False
         yield document
     if empty:
-        raise UserError(f"source {describe(source)} holds no text: no document, or only empty ones")
+        tail = f"; left out {left_out.count:,}, first {left_out.lines[0]}" if left_out.count else ""
+        raise UserError(
+            f"source {describe(source)} holds no text: no document, or only empty ones{tail}"
+        )
 
 
 class _StdlibCorpus(FileCorpus):
     """The modules of the running Python, available offline everywhere."""
 
-    def __init__(self, source: SourceConfig):
+    def __init__(self, source: SourceConfig, left_out: LeftOut):
         if source.path:
             raise UserError(
                 f"config.data.sources: python_stdlib takes no path, got {source.path!r}; "
@@ -80,24 +86,29 @@ class _StdlibCorpus(FileCorpus):
                 f"no Python files in {root} (a Python packed into an archive?); "
                 "use source='text' with files of your own"
             )
-        super().__init__(source, root, sorted(p.relative_to(root).as_posix() for p in names))
+        super().__init__(
+            source, left_out, root, sorted(p.relative_to(root).as_posix() for p in names)
+        )
 
     def identity(self) -> Any:
         sizes = [stat.st_size for stat in self._stats]
         return [self.source.source, platform.python_version(), self.units, sizes]
 
     def read(self, unit: str) -> Iterator[Document]:
+        data = self._bytes(unit)
         try:
-            yield Document(unit, self._bytes(unit).decode())
-        except UnicodeDecodeError:
-            self.skipped += 1
+            text = decode(data, f"{self.root / unit}")
+        except BadInputError as error:  # not the user's to mend
+            self.left_out.add(error, tolerated=True)
+        else:
+            yield Document(unit, text)
 
 
 class _TextCorpus(FileCorpus):
     """Each file is a document."""
 
-    def __init__(self, source: SourceConfig):
-        super().__init__(source, *find_files(source))
+    def __init__(self, source: SourceConfig, left_out: LeftOut):
+        super().__init__(source, left_out, *find_files(source))
 
     def read(self, unit: str) -> Iterator[Document]:
         yield Document(unit, decode(self._bytes(unit), f"{self.root / unit}"))

@@ -5,19 +5,25 @@ as those characters, so the separator's id occurs only where packing puts it.
 """
 
 import abc
+import contextlib
 import functools
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import tokenizers as hf
 
+from mea_jax.data.bad_input import detail
 from mea_jax.errors import UserError
 
 SEPARATOR = "<|endoftext|>"
 # Ends of a document in the tokenizers of published models, in order of preference.
 _END_TOKENS = (SEPARATOR, "<|end_of_text|>", "</s>", "<|im_end|>", "<eos>")
+
+# What every tokenizer of a file is tried on when it is read.
+_TRIAL = ["", " ", "The 1st line,\n\tthe 2nd: it's\r\n", "naïve 東京 \U0001f642\x00", SEPARATOR]
+_UNUSED = 1 << 16  # ids below the largest that no token may have
 
 # What byte-pair merges may never join, for code and English alike. In order:
 _PRE_TOKENS = "|".join(
@@ -68,6 +74,9 @@ class Tokenizer(abc.ABC):
         """The tokenizer in a file. Raises `UserError` if the file is malformed."""
 
 
+TokenizerT = TypeVar("TokenizerT", bound=Tokenizer)
+
+
 class BytesTokenizer(Tokenizer):
     """The 256 bytes of UTF-8, and the separator."""
 
@@ -88,9 +97,11 @@ class BytesTokenizer(Tokenizer):
     @classmethod
     def read(cls, path: Path) -> "BytesTokenizer":
         try:
-            content = json.loads(path.read_bytes())
-        except ValueError as error:
-            raise UserError(f"{path}: truncated, or not a tokenizer file ({error})") from error
+            content = json.loads(_bytes(path))
+        except (ValueError, RecursionError) as error:
+            raise UserError(
+                f"{path}: truncated, or not a tokenizer file ({detail(error)})"
+            ) from error
         if content != json.loads(cls.content):
             raise UserError(f"{path}: not a bytes tokenizer; expected {cls.content.decode()}")
         return cls()
@@ -102,13 +113,20 @@ class HuggingFaceTokenizer(Tokenizer):
     FILE = "tokenizer.json"
 
     def __init__(self, tokenizer: hf.Tokenizer, where: str):
-        """`where` names the tokenizer in the error raised when it has no end token."""
+        """`where` names the tokenizer in the errors raised when it is of no use."""
+        self._where = where
+        vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(vocabulary.values(), default=-1) + 1
+        if self.vocab_size > len(vocabulary) + _UNUSED:
+            # No model should have them, and the library would list them all in `to_str`.
+            raise UserError(
+                f"{where}: has ids up to {self.vocab_size - 1} for {len(vocabulary)} tokens"
+            )
         self.content = tokenizer.to_str().encode()  # as it came, before the changes below
         tokenizer.no_truncation()
         tokenizer.no_padding()
         tokenizer.encode_special_tokens = True  # as text; see the module's docstring
         self._tokenizer = tokenizer
-        vocabulary = tokenizer.get_vocab(with_added_tokens=True)
         end = next((token for token in _END_TOKENS if token in vocabulary), None)
         if end is None:
             raise UserError(
@@ -116,29 +134,25 @@ class HuggingFaceTokenizer(Tokenizer):
                 f"add one of {', '.join(_END_TOKENS)}"
             )
         self.separator = vocabulary[end]
-        self.vocab_size = max(vocabulary.values()) + 1
+        if list(vocabulary.values()).count(self.separator) > 1:
+            raise UserError(f"{where}: another token has the id of the end token {end!r}")
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        with _library_errors(f"{self._where}: cannot encode text"):
+            encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Sequence[int]) -> str:
-        return _decode_known(
-            ids,
-            self.vocab_size,
-            functools.partial(self._tokenizer.decode, skip_special_tokens=False),
-        )
+        decode = functools.partial(self._tokenizer.decode, skip_special_tokens=False)
+        with _library_errors(f"{self._where}: cannot decode"):
+            return _decode_known(ids, self.vocab_size, decode)
 
     @classmethod
     def read(cls, path: Path) -> "HuggingFaceTokenizer":
-        try:
-            tokenizer = hf.Tokenizer.from_str(path.read_text(encoding="utf-8"))
-        # The library raises a bare Exception for everything that is wrong with the file.
-        except Exception as error:
-            raise UserError(
-                f"{path}: truncated, or not a Hugging Face tokenizer.json ({error})"
-            ) from error
-        return cls(tokenizer, str(path))
+        content = _bytes(path)
+        with _library_errors(f"{path}: truncated, or not a Hugging Face tokenizer.json"):
+            tokenizer = cls(hf.Tokenizer.from_str(content.decode()), str(path))
+        return _tried(tokenizer, path)
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -154,25 +168,26 @@ class SentencePieceTokenizer(Tokenizer):
                 f"{where}: reading it needs the package sentencepiece: "
                 "pip install 'mea_jax[sentencepiece]'"
             ) from error
+        self._where = where
         self.content = model
-        try:
+        with _library_errors(f"{where}: truncated, or not a SentencePiece model"):
             self._processor: Any = sentencepiece.SentencePieceProcessor(model_proto=model)
             self.vocab_size = self._processor.vocab_size()
-        except RuntimeError as error:
-            raise UserError(f"{where}: truncated, or not a SentencePiece model") from error
         self.separator = self._processor.eos_id()
         if self.separator < 0:
             raise UserError(f"{where}: has no end token (eos) to separate documents")
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        return self._processor.encode(texts)
+        with _library_errors(f"{self._where}: cannot encode text"):
+            return self._processor.encode(texts)
 
     def decode(self, ids: Sequence[int]) -> str:
-        return _decode_known(ids, self.vocab_size, self._processor.decode)
+        with _library_errors(f"{self._where}: cannot decode"):
+            return _decode_known(ids, self.vocab_size, self._processor.decode)
 
     @classmethod
     def read(cls, path: Path) -> "SentencePieceTokenizer":
-        return cls(path.read_bytes(), str(path))
+        return _tried(cls(_bytes(path), str(path)), path)
 
 
 _KINDS: tuple[type[Tokenizer], ...] = (BytesTokenizer, HuggingFaceTokenizer, SentencePieceTokenizer)
@@ -263,6 +278,43 @@ def train_bpe(texts: Iterator[str], vocab_size: int) -> HuggingFaceTokenizer:
     )
     tokenizer.train_from_iterator(texts, trainer)
     return HuggingFaceTokenizer(tokenizer, "the trained tokenizer")
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _tried(tokenizer: TokenizerT, path: Path) -> TokenizerT:
+    """`tokenizer`, read from `path`. Raises `UserError` if it cannot encode or decode.
+
+    The libraries read some files that they then fail on, or give ids that they do not have.
+    """
+    for ids in tokenizer.encode_batch(_TRIAL):
+        if not all(0 <= i < tokenizer.vocab_size for i in ids):
+            raise UserError(f"{path}: encodes text as ids that are not in its vocabulary")
+        tokenizer.decode(ids)
+    tokenizer.decode(range(min(tokenizer.vocab_size, 1 << 20)))
+    return tokenizer
+
+
+@contextlib.contextmanager
+def _library_errors(what: str) -> Iterator[None]:
+    """Whatever a tokenizer library raises becomes a `UserError`: `what`, and its reason.
+
+    Both raise for all that is wrong with a file, under many names, and Hugging Face's library
+    panics where it did not foresee a value. A panic is no `Exception`, and cannot be imported.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__module__ != "pyo3_runtime":
+            raise
+        raise UserError(f"{what} ({detail(error)})") from error
 
 
 def _decode_known(ids: Sequence[int], vocab_size: int, decode: Any) -> str:

@@ -3,13 +3,18 @@
 import collections
 import dataclasses
 import itertools
+import re
+import shutil
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from mea_jax.config import DataConfig, SourceConfig
 from mea_jax.data import pipeline, prepare
-from mea_jax.data.windows import builder
+from mea_jax.data.bad_input import OPTION
+from mea_jax.data.windows import reader
 from mea_jax.errors import UserError
 
 LENGTH = 16
@@ -65,7 +70,7 @@ def test_batches_hold_stored_windows(prepared):
     windows = {
         window["tokens"].tobytes()
         for source in prepared.sources
-        for window in builder.open_windows(source.directory, "train")
+        for window in reader.open_windows(source.directory, "train", prepared.context_length)
     }
     for batch in train(prepared, 5):
         tokens = np.concatenate([batch["inputs"], batch["targets"][:, -1:]], axis=1)
@@ -97,7 +102,7 @@ def test_rows_are_those_of_the_whole_batch(prepared, rows):
 
 def test_only_the_rows_asked_for_are_read(prepared, monkeypatch):
     reads = []
-    open_windows = builder.open_windows
+    open_windows = reader.open_windows
 
     class Counting:
         def __init__(self, windows):
@@ -110,7 +115,7 @@ def test_only_the_rows_asked_for_are_read(prepared, monkeypatch):
             reads.append(index)
             return self.windows[index]
 
-    monkeypatch.setattr(builder, "open_windows", lambda *args: Counting(open_windows(*args)))
+    monkeypatch.setattr(reader, "open_windows", lambda *args: Counting(open_windows(*args)))
     # Far into the run, to see that nothing before is read either.
     options = {"start_step": 1000, "rows": [2, 3], "threads": 0}
     train(prepared, 3, **options)
@@ -152,7 +157,9 @@ def test_an_epoch_holds_each_window_once(prepared):
     first, second = rows[:windows], rows[windows : 2 * windows]
     stored = [
         np.where(window["segment_ids"] > 0, window["tokens"][:-1], 0).astype(np.int32).tobytes()
-        for window in builder.open_windows(prepared.sources[1].directory, "train")
+        for window in reader.open_windows(
+            prepared.sources[1].directory, "train", prepared.context_length
+        )
     ]
     assert collections.Counter(first) == collections.Counter(stored)
     assert first != second[: len(first)]
@@ -202,3 +209,104 @@ def test_held_out_rows_are_those_of_the_whole_batch(prepared, options):
     whole = held_out(prepared, **options)
     for batch, part in zip(whole, held_out(prepared, rows=[6, 7, 1], **options), strict=True):
         same({name: x[[6, 7, 1]] for name, x in batch.items()}, part)
+
+
+@given(step=st.integers(0, 60), numbers=st.sets(st.integers(0, 50)), joined=st.booleans())
+@settings(max_examples=200)
+def test_batch_number_is_the_nth_that_is_not_left_out(step, numbers, joined):
+    left_out: list[tuple[int, int]] = []
+    for n in sorted(numbers):
+        if joined and left_out and left_out[-1][1] == n - 1:
+            left_out[-1] = (left_out[-1][0], n)
+        else:  # neighbours may also be intervals of their own
+            left_out.append((n, n))
+    rest = [n for n in range(200) if n not in numbers]
+    assert pipeline.batch_number(step, left_out) == rest[step]
+
+
+def test_batches_left_out_are_never_read(prepared):
+    whole = train(prepared, 12)
+    left_out = [(1, 2), (5, 5)]
+    expected = [whole[n] for n in (0, 3, 4, 6, 7, 8, 9, 10, 11)]
+    for start in (0, 1, 4):
+        found = train(prepared, 9 - start, start_step=start, left_out=left_out)
+        for a, b in zip(found, expected[start:], strict=True):
+            same(a, b)
+
+
+def shard(prepared, split="train"):
+    """The file of the first source's windows; there is one of each split."""
+    (path,) = prepared.sources[0].directory.rglob(f"*-{split}.array_record-*")
+    return path
+
+
+def flip_in_a_window(path):
+    """Windows of so few positions take some hundred bytes each, from the file's begin on."""
+    content = bytearray(path.read_bytes())
+    content[1000] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGE = {
+    "missing": lambda path: path.unlink(),
+    "empty": lambda path: path.write_bytes(b""),
+    "cut short": lambda path: path.write_bytes(path.read_bytes()[:-7]),
+    "halved": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "one bit": flip_in_a_window,
+}
+
+
+@pytest.fixture
+def copied(prepared, tmp_path):
+    """As `prepared`, in files of its own."""
+    directory = tmp_path / prepared.directory.name
+    shutil.copytree(prepared.directory, directory)
+    parts = [
+        dataclasses.replace(part, directory=directory / part.directory.name)
+        for part in prepared.sources
+    ]
+    return dataclasses.replace(prepared, directory=directory, sources=tuple(parts))
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_window_ends_the_run_with_its_name(copied, damage, threads):
+    path = shard(copied)
+    DAMAGE[damage](path)
+    remedy = f"remove the folder {copied.directory}, and the next run prepares it anew"
+    with pytest.raises(UserError) as caught:
+        train(copied, 40, threads=threads, prefetch=threads)
+    message = str(caught.value)
+    assert re.match(rf"{re.escape(str(path))}: window \d+ cannot be read \(.+\); ", message)
+    assert message.endswith(f"{remedy}; or leave such windows out with {OPTION}")
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_window_is_padding_and_all_others_stay(prepared, copied, damage, threads):
+    DAMAGE[damage](shard(copied))
+    options = {"threads": threads, "prefetch": threads}
+    whole = train(prepared, 40, **options)
+    found = train(copied, 40, skip_bad=True, **options)
+    padded = 0
+    for a, b in zip(whole, found, strict=True):
+        assert {name: x.shape for name, x in a.items()} == {name: x.shape for name, x in b.items()}
+        gone = (b["segment_ids"] == 0).all(axis=1)
+        padded += gone.sum()
+        assert not any(x[gone].any() for x in b.values())
+        same({n: x[~gone] for n, x in a.items()}, {n: x[~gone] for n, x in b.items()})
+    # Three of four rows come from the first source. One window of it comes again each epoch.
+    everything = 40 * BATCH * 3 // 4
+    assert padded == everything if damage != "one bit" else 0 < padded < everything / 20
+
+
+def test_damaged_held_out_windows(prepared, copied):
+    shard(copied, "held_out").unlink()
+    with pytest.raises(UserError, match=r"held_out.*window 0 cannot be read .*No such file"):
+        held_out(copied)
+    padded = 0
+    for a, b in zip(held_out(prepared), held_out(copied, skip_bad=True), strict=True):
+        gone = (b["segment_ids"] == 0).all(axis=1)
+        padded += gone.sum() - (a["segment_ids"] == 0).all(axis=1).sum()
+        same({n: x[~gone] for n, x in a.items()}, {n: x[~gone] for n, x in b.items()})
+    assert padded == prepared.sources[0].held_out_windows

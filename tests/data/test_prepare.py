@@ -17,7 +17,7 @@ from mea_jax.config import DataConfig, SourceConfig
 from mea_jax.data import packing, sources
 from mea_jax.data import prepare as prepare_lib
 from mea_jax.data.corpus import is_held_out
-from mea_jax.data.windows import builder
+from mea_jax.data.windows import builder, reader
 from mea_jax.errors import UserError
 
 FRACTION = 0.3
@@ -58,7 +58,7 @@ def stored(prepared, split):
     targets = [
         packing.fields(**window)["targets"][window["segment_ids"] > 0]
         for source in prepared.sources
-        for window in builder.open_windows(source.directory, split)
+        for window in reader.open_windows(source.directory, split, prepared.context_length)
     ]
     return prepared.tokenizer.decode(np.concatenate(targets).tolist())
 
@@ -190,14 +190,14 @@ def test_what_a_kill_leaves_is_not_taken_for_whole(config, monkeypatch):
 def at_once(config):
     """What `prepare` gave two threads that both found no cache."""
     both, barrier = [], threading.Barrier(2, timeout=30)
-    lock = prepare_lib._lock
+    lock = prepare_lib.cache.lock
 
     def together(*args):
         barrier.wait()
         return lock(*args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare_lib, "_lock", together)
+        patch.setattr(prepare_lib.cache, "lock", together)
         threads = [threading.Thread(target=lambda: both.append(prepare(config))) for _ in "ab"]
         for thread in threads:
             thread.start()
@@ -217,8 +217,9 @@ def made(monkeypatch):
         active.append(directory)
         calls.append(len(active))
         time.sleep(0.2)  # for the other to come
-        make(config, corpora, given, directory, *args)
+        result = make(config, corpora, given, directory, *args)
         active.remove(directory)
+        return result
 
     monkeypatch.setattr(prepare_lib, "_make", counting)
     return calls
@@ -235,7 +236,7 @@ def test_two_at_once_without_locks_agree(config, made, monkeypatch):
     def refuse(*args):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(prepare_lib.fcntl, "flock", refuse)
+    monkeypatch.setattr(prepare_lib.cache.fcntl, "flock", refuse)
     at_once(config)
     assert sorted(made) == [1, 2]
 
@@ -317,7 +318,7 @@ def test_summary_line(config):
     (line,) = lines
     assert f"{prepared.sources[0].train_windows:,} training" in line
     assert str(prepared.directory) in line
-    assert "skipped" not in line
+    assert "left out" not in line
 
 
 def test_summary_tells_of_skipped_files(config, tmp_path, monkeypatch):
@@ -331,7 +332,7 @@ def test_summary_tells_of_skipped_files(config, tmp_path, monkeypatch):
     stdlib = dataclasses.replace(config, sources=(SourceConfig(),))
     prepared = prepare_lib.prepare(stdlib, log=lines.append)
     assert prepared.sources[0].skipped == 1
-    assert "skipped 1 files that are not UTF-8" in lines[0]
+    assert "left out 1 lines, rows or files" in lines[-1]
 
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "bpe:300"])
@@ -359,7 +360,9 @@ def test_files_of_any_format_give_the_same_windows(config, tmp_path, tokenizer):
         windows = [
             [
                 (window["tokens"].tobytes(), window["segment_ids"].tobytes())
-                for window in builder.open_windows(prepared.sources[0].directory, split)
+                for window in reader.open_windows(
+                    prepared.sources[0].directory, split, prepared.context_length
+                )
             ]
             for prepared in found
         ]

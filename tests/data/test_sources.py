@@ -68,7 +68,7 @@ def test_python_stdlib_skips_and_counts_files_that_are_not_utf8(tmp_path, monkey
     monkeypatch.setattr(sources.sysconfig, "get_path", lambda name: str(tmp_path))
     corpus = sources.open_source(SourceConfig())
     assert [document.name for document in corpus.documents()] == ["a.py"]
-    assert corpus.skipped == 1
+    assert corpus.left_out.count == 1
 
 
 def test_text_reads_a_folder_in_order_of_relative_names(tmp_path):

@@ -1,5 +1,6 @@
 """Tokenizers: lossless, deterministic, and clear about malformed files."""
 
+import io
 import json
 
 import pytest
@@ -156,3 +157,57 @@ def test_bpe_specs():
     for spec in ("bpe", "bpe:", "bpe:many", "bpe:256", "bpe:-5"):
         with pytest.raises(UserError, match="size of at least 257"):
             tokenizers.bpe_size(spec)
+
+
+def changed(path, change):
+    """Writes the trained tokenizer with its tree changed."""
+    tree = json.loads(BPE.content)
+    change(tree)
+    path.write_text(json.dumps(tree))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        # The library panics, which is no `Exception`: at reading, and at encoding.
+        (
+            lambda tree: tree.update(
+                normalizer={"type": "Precompiled", "precompiled_charsmap": "ABQAAAEAAAACAAAA"}
+            ),
+            "truncated, or not a Hugging Face tokenizer",
+        ),
+        (
+            lambda tree: tree.update(pre_tokenizer={"type": "FixedLength", "length": 0}),
+            "cannot encode text",
+        ),
+        # It would list all ids below, two thousand million of them.
+        (lambda tree: tree["model"]["vocab"].update(the=2**31), "has ids up to 2147483648"),
+        (lambda tree: tree["model"]["vocab"].update(the=-1), "truncated, or not a Hugging Face"),
+        (
+            lambda tree: tree["model"]["vocab"].update(the=BPE.separator),
+            r"another token has the id of the end token '<\|endoftext\|>'",
+        ),
+    ],
+)
+def test_what_the_library_does_not_foresee_is_one_line(tmp_path, change, words):
+    path = changed(tmp_path / "odd.json", change)
+    with pytest.raises(UserError, match=f"odd.json: {words}") as caught:
+        tokenizers.load(path)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_pieces_that_are_not_utf8(tmp_path):
+    """SentencePiece reads such a model, and fails where a piece is decoded."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["the naïve cat"] * 50),
+        model_writer=model,
+        hard_vocab_limit=False,
+        vocab_size=30,
+        minloglevel=9,
+    )
+    (tmp_path / "a.model").write_bytes(model.getvalue().replace("ï".encode(), b"\xc3\xc3"))
+    with pytest.raises(UserError, match=r"a\.model: cannot decode .*utf-8"):
+        tokenizers.load(str(tmp_path / "a.model"))

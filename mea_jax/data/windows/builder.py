@@ -6,6 +6,7 @@ of one partly filled window per shard.
 """
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ import tensorflow_datasets as tfds
 
 from mea_jax.config import SourceConfig
 from mea_jax.data import packing, sources, tokenizers
+from mea_jax.data.bad_input import KEPT, LeftOut
 from mea_jax.data.corpus import is_held_out
 from mea_jax.errors import UserError
 
@@ -30,10 +32,13 @@ class Task:
     """What makes the windows of a source; Beam sends it to its workers."""
 
     source: SourceConfig
+    units: Sequence[Any]  # of the source, as they were listed: a file removed since is missed
+    size: int  # bytes of them
     tokenizer: str  # the folder it is saved in
     context_length: int  # T
     held_out_fraction: float
     counts: str  # the folder that each shard's counts go to
+    skip_bad: bool = False  # leave out input that cannot be read
 
 
 @dataclasses.dataclass
@@ -44,7 +49,7 @@ class Counts:
     bytes: int = 0  # of the documents' UTF-8
     tokens: int = 0  # targets: every token of the documents and a separator after each
     windows: int = 0
-    skipped: int = 0  # files of the source, of whatever split, that are not UTF-8
+    skipped: int = 0  # pieces of the source, of whatever split, that cannot be read
 
 
 def write(
@@ -53,7 +58,7 @@ def write(
     progress: Callable[[int], Any] = lambda size: None,
     beam_runner: str | None = None,
     beam_options: Sequence[str] = (),
-) -> dict[str, Counts]:
+) -> tuple[dict[str, Counts], list[str]]:
     """Writes the windows of both splits below `directory`.
 
     Args:
@@ -65,6 +70,7 @@ def write(
 
     Returns:
       Counts of each split; those of an empty held-out split are zero, and it is not written.
+      Messages of the first pieces of input that were left out.
 
     Raises:
       UserError: unreadable documents; no text at all, or none in the training split; Beam asked
@@ -92,18 +98,13 @@ def write(
             beam_options=runner, try_download_gcs=False, compute_stats="skip"
         )
     )
-    return {split: _sum_counts(Path(task.counts), split) for split in (TRAIN, HELD_OUT)}
+    counts = {split: _sum_counts(Path(task.counts), split) for split in (TRAIN, HELD_OUT)}
+    return counts, _messages(Path(task.counts))
 
 
-def open_windows(directory: Path, split: str) -> Sequence[dict[str, np.ndarray]]:
-    """The TFDS data source of one split below `directory`.
-
-    Returns:
-      A sequence of dicts, `tokens` int32 (T + 1,) and `segment_ids` int32 (T,), as
-      `packing.fields` takes them. Reading an element is thread-safe.
-    """
-    path = directory / Windows.name / str(Windows.VERSION)
-    return tfds.builder_from_directory(path).as_data_source(split)
+def dataset_directory(directory: Path) -> Path:
+    """The folder of the TFDS dataset that `write` made below `directory`."""
+    return directory / Windows.name / str(Windows.VERSION)
 
 
 class Windows(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
@@ -142,8 +143,7 @@ class Windows(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type:
             return _shard_examples(0, self._task, split, 1, self._progress)
         import apache_beam as beam
 
-        corpus = sources.open_source(self._task.source)
-        shards = max(1, min(len(corpus.units), corpus.size // _SHARD_BYTES))
+        shards = max(1, min(len(self._task.units), self._task.size // _SHARD_BYTES))
         return (
             beam.Create(range(shards))
             | beam.Reshuffle()
@@ -161,7 +161,7 @@ class Windows(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type:
 def _splits(task: Task) -> list[str]:
     """The splits that have documents: TFDS cannot write an empty one."""
     sides = set()
-    for document in sources.documents(task.source):
+    for document in sources.documents(task.source, LeftOut(task.skip_bad)):
         sides.add(is_held_out(document.name, task.held_out_fraction))
         if len(sides) == 2 or (task.held_out_fraction == 0 and sides):
             break
@@ -182,7 +182,9 @@ def _shard_examples(
 ) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
     """Keyed windows of one shard of the source; its counts are written once it is exhausted."""
     tokenizer = tokenizers.from_directory(Path(task.tokenizer))
-    corpus = sources.open_source(task.source)
+    corpus = sources.open_source(task.source, LeftOut(task.skip_bad))
+    corpus.units = task.units
+    corpus.left_out = LeftOut(task.skip_bad)  # without what the listing has left out this time
     counts = Counts()
 
     def encoded() -> Iterator[list[int]]:
@@ -207,14 +209,21 @@ def _shard_examples(
         counts.windows += 1
         counts.tokens += int(np.count_nonzero(segment_ids))
         yield (shard << 32) + number, {"tokens": tokens, "segment_ids": segment_ids}
-    counts.skipped = corpus.skipped
+    counts.skipped = corpus.left_out.count
     path = Path(task.counts) / f"{split}-{shard:05d}.json"
-    path.write_text(json.dumps(dataclasses.asdict(counts)))
+    content = {"counts": dataclasses.asdict(counts), "left_out": corpus.left_out.lines}
+    path.write_text(json.dumps(content))
 
 
 def _sum_counts(directory: Path, split: str) -> Counts:
     total = Counts()
     for path in directory.glob(f"{split}-*.json"):
-        for key, value in json.loads(path.read_text()).items():
+        for key, value in json.loads(path.read_text())["counts"].items():
             setattr(total, key, getattr(total, key) + value)
     return total
+
+
+def _messages(directory: Path) -> list[str]:
+    """Each once, though the passes for both splits meet the same pieces."""
+    shards = [json.loads(path.read_text())["left_out"] for path in sorted(directory.iterdir())]
+    return list(dict.fromkeys(itertools.chain(*shards)))[:KEPT]

@@ -1,0 +1,85 @@
+"""Reading the windows that `builder` wrote, whole or not."""
+
+import bisect
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from mea_jax.data import bad_input, cache
+from mea_jax.data.windows import builder
+
+Window = dict[str, np.ndarray]
+
+
+def padding(length: int) -> Window:
+    """A window of T = `length` positions that belong to no document: zeros."""
+    return {
+        "tokens": np.zeros(length + 1, np.int32),
+        "segment_ids": np.zeros(length, np.int32),
+    }
+
+
+class StoredWindows:
+    """One split's windows in ArrayRecord files; reading an element is thread-safe."""
+
+    def __init__(self, directory: Path, split: str, length: int, skip_bad: bool):
+        """As `open_windows`."""
+        self._length, self._skip_bad = length, skip_bad
+        self._root = directory.parent
+        dataset = builder.dataset_directory(directory)
+        with cache.reading(dataset, self._root):
+            stored = tfds.builder_from_directory(dataset)
+            self._windows: Sequence[Window] = stored.as_data_source(split)
+            info = stored.info.splits[split]
+            self._ends = list(itertools.accumulate(info.shard_lengths))
+            self._paths = [Path(path) for path in info.filepaths]
+
+    def __len__(self) -> int:
+        return len(self._windows)
+
+    def __getitem__(self, index: int) -> Window:
+        """Raises `UserError` at a window that cannot be read, or gives padding in its place."""
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        try:
+            window = self._windows[index]
+            # The checksums of ArrayRecord cover the window, but not the description of its type.
+            shapes = {name: array.shape for name, array in window.items()}
+            expected = {"tokens": (self._length + 1,), "segment_ids": (self._length,)}
+            if shapes != expected:
+                raise ValueError(f"arrays of shapes {shapes}")
+            return window
+        # ArrayRecord raises RuntimeError for all that is wrong with a file, at its first use or at
+        # that of the broken part; beyond that the errors are those of decoders.
+        except Exception as error:
+            if self._skip_bad:
+                return padding(self._length)
+            shard = bisect.bisect_right(self._ends, index)
+            position = index - (self._ends[shard - 1] if shard else 0)
+            reason = f"window {position} cannot be read ({bad_input.detail(error)})"
+            raise cache.damaged(self._paths[shard], self._root, reason, skippable=True) from error
+
+
+def open_windows(
+    directory: Path, split: str, length: int, skip_bad: bool = False
+) -> Sequence[Window]:
+    """The windows of one split below `directory`.
+
+    Args:
+      directory: what `builder.write` filled, in the folder of the prepared data.
+      split: `builder.TRAIN` or `builder.HELD_OUT`.
+      length: T, positions of a window.
+      skip_bad: whether a window that cannot be read is padding, all zeros, instead of an error.
+
+    Returns:
+      A sequence of dicts, `tokens` int32 (T + 1,) and `segment_ids` int32 (T,), as
+      `packing.fields` takes them.
+
+    Raises:
+      UserError: the description of the windows is damaged, whatever `skip_bad`; and an element,
+        when it is read.
+    """
+    return StoredWindows(directory, split, length, skip_bad)  # type: ignore[return-value]

@@ -15,13 +15,15 @@ from typing import Any
 
 from ml_collections import config_dict
 
-from mea_jax.errors import UserError, nearest
+from mea_jax.errors import UserError, nearest, shown
 
 REMAT_POLICIES = ("none", "dots", "full")
 SCHEDULES = ("cosine", "constant", "wsd")
 VARIANTS = ("mea", "differential_v1", "differential_v2", "talking_heads", "collaborative")
 POSITIONS = ("rope", "alibi", "learned", "none")
 ATTENTION_KERNELS = ("auto", "einsum", "chunked", "cpu", "cudnn", "splash")
+_LONGEST_KEY = 80  # that a message spells out
+_INTEGERS, _FLOATS = 2**31, 2**128  # what a run's numbers, of 32 bits, cannot reach
 Components = int | tuple[int, ...] | None
 
 
@@ -118,6 +120,8 @@ class DataConfig:
     cache_dir: str = ""  # of prepared windows; "": $MEA_JAX_CACHE, else ~/.cache/mea_jax
     prefetch: int = 8  # batches read ahead
     read_threads: int = 1  # per host
+    bad_input: str = "stop"  # at documents, files and prepared windows that cannot be read; or
+    # "skip": they are left out and counted
 
 
 @dataclass(frozen=True)
@@ -166,8 +170,23 @@ class EvalConfig:
 class CheckpointConfig:
     """What is saved, and when."""
 
-    every: int = 1000  # steps; the last step is always saved
+    every: int = 1000  # steps; 0: by time only; the last step is always saved
+    minutes: float = 10.0  # at most so many between two checkpoints; 0: by steps only
     keep: int = 2  # newest checkpoints kept
+    keep_every: int = 0  # those of steps divisible by it are kept as well; 0: none
+
+
+@dataclass(frozen=True)
+class GuardConfig:
+    """What a run does about gradients that are not finite, and about spikes of its loss."""
+
+    max_skipped: int = 10  # updates left out because of their gradient, among the last 1000, until
+    # the run stops; 0: it stops at the first
+    spike_margin: float = 1.0  # nats: a spike is `spike_steps` losses in a row that all lie so far
+    # above the lowest loss before them
+    spike_steps: int = 5  # 0: no detection
+    rewind: bool = False  # at a spike, back to the last checkpoint before it, without its batches
+    max_rewinds: int = 3  # of a run, until it stops
 
 
 @dataclass(frozen=True)
@@ -186,6 +205,7 @@ class TrainConfig:
     mesh: MeshConfig = field(default_factory=MeshConfig)
     evaluate: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    guards: GuardConfig = field(default_factory=GuardConfig)
 
     def to_dict(self) -> dict[str, Any]:
         """A plain tree of JSON values (tuples as lists)."""
@@ -222,11 +242,13 @@ def from_config_dict(config: config_dict.ConfigDict) -> TrainConfig:
 
 def _build(cls: type, tree: Any, path: str):
     if not isinstance(tree, typing.Mapping):
-        raise UserError(f"{path} must hold the keys of {cls.__name__}, not {tree!r}")
+        raise UserError(f"{path} must hold the keys of {cls.__name__}, not {shown(tree)}")
     known = {f.name: f for f in dataclasses.fields(cls)}
     for key in tree:
         if key not in known:
-            raise UserError(f"unknown config key {path}.{key}: {nearest(key, known)}")
+            name = key if isinstance(key, str) and key.isprintable() else shown(key)
+            hint = nearest(str(key)[:_LONGEST_KEY], known)
+            raise UserError(f"unknown config key {path}.{name[:_LONGEST_KEY]}: {hint}")
     hints = typing.get_type_hints(cls)
     return cls(**{k: _coerce(hints[k], v, f"{path}.{k}") for k, v in tree.items()})
 
@@ -236,19 +258,23 @@ def _coerce(hint: Any, value: Any, path: str) -> Any:
     if dataclasses.is_dataclass(hint):
         return _build(typing.cast(type, hint), value, path)
     if isinstance(hint, types.UnionType):
-        if value is None or (isinstance(value, int) and not isinstance(value, bool)):
-            return value
-        return _coerce(next(h for h in hint.__args__ if typing.get_origin(h) is tuple), value, path)
+        if value is None:
+            return None
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        kind = int if whole else next(h for h in hint.__args__ if typing.get_origin(h) is tuple)
+        return _coerce(kind, value, path)
     if typing.get_origin(hint) is tuple:
         if not isinstance(value, list | tuple):
-            raise UserError(f"{path} must be a list, not {value!r}")
+            raise UserError(f"{path} must be a list, not {shown(value)}")
         item = typing.get_args(hint)[0]
         return tuple(_coerce(item, v, f"{path}[{i}]") for i, v in enumerate(value))
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-        raise UserError(f"{path} must be of type {hint.__name__}, not {value!r}")
-    return value
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if not (whole if hint is int else isinstance(value, hint) or (hint is float and whole)):
+        raise UserError(f"{path} must be of type {hint.__name__}, not {shown(value)}")
+    if whole and abs(value) >= (_INTEGERS if hint is int else _FLOATS):
+        limit = "2^31: whole numbers" if hint is int else "3.4e38: numbers"
+        raise UserError(f"{path}={shown(value)} must lie within +-{limit} of a run have 32 bits")
+    return hint(value)  # a plain one, as JSON has them: numpy's float64 is a float as well
 
 
 # Keys that say how a run is executed, not what it computes: a resumed run may change them.
@@ -257,10 +283,12 @@ EXECUTION_KEYS = (
     "accumulate",
     "mesh.",
     "checkpoint.",
+    "guards.",
     "evaluate.",
     "data.cache_dir",
     "data.prefetch",
     "data.read_threads",
+    "data.bad_input",
     "model.backend",
     "model.attention_kernel",
     "model.hlc_form",

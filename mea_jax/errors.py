@@ -7,7 +7,9 @@ traceback and exit with status 2; anything else is a defect of ours and keeps it
 import difflib
 import sys
 from collections.abc import Iterable
-from typing import NoReturn
+from typing import Any, NoReturn
+
+_SHOWN = 80  # characters of a value in a message
 
 
 class UserError(Exception):
@@ -21,6 +23,16 @@ def nearest(name: str, known: Iterable[str]) -> str:
     if close:
         return f"did you mean {close[0]!r}?"
     return "known: " + ", ".join(names)
+
+
+def shown(value: Any) -> str:
+    """`repr(value)` on one line, cut where it is long: what a message says that was given."""
+    try:
+        text = repr(value)
+    except Exception:  # whatever an object in a config file raises; int beyond 4,300 digits
+        return f"something of type {type(value).__name__}"
+    text = " ".join(text.splitlines())
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 10]}...{text[-7:]}"
 
 
 def fail(error: BaseException | str) -> NoReturn:

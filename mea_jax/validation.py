@@ -15,7 +15,13 @@ from mea_jax.config import (
     TrainConfig,
     flatten,
 )
-from mea_jax.errors import UserError, nearest
+from mea_jax.errors import UserError, nearest, shown
+
+# What is listed, started or filled one by one: above what anyone has use for, and quick enough.
+_AT_MOST = {"model.n_layers": 10_000, "data.prefetch": 1_000, "data.read_threads": 1_000}
+_LONGEST_NAME = 255  # bytes, of a folder on the file systems there are
+_ADDRESSES = 2**63  # bytes
+_SMALLEST, _LARGEST = 2.0**-126, 2.0**128  # float32's least normal number, and past its largest
 
 
 def _require(condition: bool, message: str) -> None:
@@ -24,11 +30,16 @@ def _require(condition: bool, message: str) -> None:
 
 
 def _one_of(path: str, value: str, allowed: Iterable[str]) -> None:
-    _require(value in (names := tuple(allowed)), f"{path}={value!r}: {nearest(value, names)}")
+    _require(value in (names := tuple(allowed)), f"{path}={shown(value)}: {nearest(value, names)}")
 
 
 def validate(config: TrainConfig) -> None:
     """Raises `UserError` for the first thing in `config` that cannot work on any machine."""
+    for key, value in flatten(dataclasses.asdict(config)).items():
+        _validate_value(f"config.{key}", value)
+    for path, most in _AT_MOST.items():
+        value = _value(config, path)
+        _require(value <= most, f"config.{path}={value} must be at most {most:,}")
     _validate_model(config.model)
     data, optim = config.data, config.optimizer
     for path in (
@@ -39,7 +50,6 @@ def validate(config: TrainConfig) -> None:
         "data.context_length",
         "data.prefetch",
         "data.read_threads",
-        "checkpoint.every",
         "checkpoint.keep",
         "evaluate.batches",
         "evaluate.sample_tokens",
@@ -47,8 +57,11 @@ def validate(config: TrainConfig) -> None:
         _positive(config, path)
     _require(0 <= config.seed < 2**31, f"config.seed={config.seed} must lie in [0, 2^31)")
     _require(
-        config.name != "" and "/" not in config.name,
-        f"config.name={config.name!r} must name a folder of its own below runs/",
+        config.name not in ("", ".", "..")
+        and "/" not in config.name
+        and len(config.name.encode()) <= _LONGEST_NAME,
+        f"config.name={shown(config.name)} must name a folder of its own below runs/, in at most "
+        f"{_LONGEST_NAME} bytes",
     )
     _require(len(data.sources) > 0, "config.data.sources is empty: name at least one source")
     for i, source in enumerate(data.sources):
@@ -68,7 +81,8 @@ def validate(config: TrainConfig) -> None:
         f"config.optimizer.warmup_steps={optim.warmup_steps} leaves nothing of "
         f"steps={config.steps}: shorten the warmup or lengthen the run",
     )
-    _require(optim.learning_rate > 0, "config.optimizer.learning_rate must be positive")
+    rate = optim.learning_rate
+    _require(rate > 0, f"config.optimizer.learning_rate={rate} must be positive")
     for name in ("weight_decay", "clip_norm", "z_loss"):
         value = getattr(optim, name)
         _require(value >= 0, f"config.optimizer.{name}={value} must be 0 or more")
@@ -79,6 +93,23 @@ def validate(config: TrainConfig) -> None:
     for name in ("every", "sample_temperature"):
         value = getattr(config.evaluate, name)
         _require(value >= 0, f"config.evaluate.{name}={value} must be 0 or more")
+    for path in (
+        "checkpoint.every",
+        "checkpoint.minutes",
+        "checkpoint.keep_every",
+        "guards.max_skipped",
+        "guards.spike_steps",
+        "guards.max_rewinds",
+    ):
+        value = _value(config, path)
+        _require(value >= 0, f"config.{path}={value} must be 0 or more")
+    margin = config.guards.spike_margin
+    _require(margin > 0, f"config.guards.spike_margin={margin} must be positive")
+    _require(
+        config.guards.spike_steps > 0 or not config.guards.rewind,
+        "config.guards.rewind needs spikes to be detected: set config.guards.spike_steps",
+    )
+    _one_of("config.data.bad_input", data.bad_input, ("stop", "skip"))
     for name in ("final_fraction", "decay_fraction"):
         value = getattr(optim, name)
         _require(0 <= value <= 1, f"config.optimizer.{name}={value} must lie in [0, 1]")
@@ -86,6 +117,11 @@ def validate(config: TrainConfig) -> None:
         config.model.positions != "learned" or data.context_length <= config.model.max_positions,
         f"config.model.max_positions={config.model.max_positions} is below "
         f"data.context_length={data.context_length}: a window may hold one document of its length",
+    )
+    _require(
+        data.context_length > 1 or not config.evaluate.sample_prompt,
+        f"config.evaluate.sample_prompt={shown(config.evaluate.sample_prompt)} cannot be continued "
+        "within data.context_length=1: set it to '' or use longer windows",
     )
     sizes = dataclasses.asdict(config.mesh)
     slices = sizes.pop("slices")
@@ -101,16 +137,39 @@ def validate(config: TrainConfig) -> None:
         list(sizes.values()).count(-1) <= 1,
         "config.mesh: only one axis can be -1 (take what the others leave)",
     )
-    for key, value in flatten(dataclasses.asdict(config)).items():
+
+
+def _validate_value(path: str, value: Any) -> None:
+    """What holds for every option of a type."""
+    if isinstance(value, str):
+        _require("\0" not in value, f"{path}={shown(value)} holds a null character: take it out")
+        # Paths and texts alike are written and printed as UTF-8.
+        valid = not any("\ud800" <= letter <= "\udfff" for letter in value)
+        _require(valid, f"{path}={shown(value)} is not valid UTF-8: write it anew")
+    elif isinstance(value, float):
         # JSON, which keeps the config, has no such numbers.
-        finite = not isinstance(value, float) or math.isfinite(value)
-        _require(finite, f"config.{key}={value} must be a finite number")
+        _require(math.isfinite(value), f"{path}={value} must be a finite number")
+        _require(
+            value == 0 or _SMALLEST <= abs(value) < _LARGEST,
+            f"{path}={value} is {'0' if abs(value) < 1 else 'infinite'} in float32, in which a "
+            "run computes: choose a number between 1.2e-38 and 3.4e38",
+        )
+    elif isinstance(value, tuple):  # sources, or component heads
+        for i, item in enumerate(value):
+            leaves = item if isinstance(item, dict) else {}
+            for key, leaf in leaves.items():
+                _validate_value(f"{path}[{i}].{key}", leaf)
 
 
-def _positive(config: TrainConfig, path: str) -> None:
+def _value(config: TrainConfig, path: str) -> Any:
     value: Any = config
     for key in path.split("."):
         value = getattr(value, key)
+    return value
+
+
+def _positive(config: TrainConfig, path: str) -> None:
+    value = _value(config, path)
     _require(value > 0, f"config.{path}={value} must be positive")
 
 
@@ -126,10 +185,13 @@ def _validate_model(model: ModelConfig) -> None:
         "d_ff",
         "scan_unroll",
         "norm_eps",
-        "rope_theta",
     ):
         value = getattr(model, name)
         _require(value > 0, f"{at}.{name}={value} must be positive")
+    _require(
+        model.rope_theta >= 1,
+        f"{at}.rope_theta={model.rope_theta} must be 1 or more: frequencies fall from pair to pair",
+    )
     _require(
         model.n_heads % model.n_kv_heads == 0,
         f"{at}.n_heads={model.n_heads} is not a multiple of n_kv_heads={model.n_kv_heads}: "
@@ -183,6 +245,28 @@ def _validate_model(model: ModelConfig) -> None:
             )
 
     _validate_variant(model)
+    count = least_parameters(model)
+    # Of float32: parameters, two moments, gradients.
+    _require(
+        16 * count < _ADDRESSES,
+        f"{at} describes about {count:.0e} parameters, which no computer can address: look for "
+        "the size that is a slip",
+    )
+
+
+def least_parameters(model: ModelConfig) -> int:
+    """How many there are without the small ones, such as norms and gates. Builds nothing."""
+    d, h, kv, layers = model.d_model, model.head_dim, model.n_kv_heads, model.n_layers
+    keys = model.components("key")
+    queries = sum(keys) if model.variant == "collaborative" else layers * model.n_heads
+    total = (1 if model.tie_embeddings else 2) * model.vocab_size * d + model.max_positions * d
+    total += d * (layers * (3 * model.d_ff + model.n_heads * h) + queries * h)
+    for which in ("key", "value"):
+        pair = 0
+        if model.mixes(which):
+            pair = {"heads": 1, "frequency": h, "dense": h * h}[model.mixing_kind(which)]
+        total += sum(c * (d * h + pair * kv) for c in model.components(which))
+    return total
 
 
 def _validate_variant(model: ModelConfig) -> None:

@@ -1,48 +1,77 @@
 """Checkpoints that describe themselves: orbax behind one small interface.
 
-A checkpoint `<workdir>/checkpoints/<step>` holds the training state, the whole config as JSON and
-the position in the data. It is restored into an abstract tree that carries target shardings, so
-the mesh may differ from the one that wrote it. Saves are asynchronous: the loop goes on while the
-previous state is written.
+A checkpoint `<workdir>/checkpoints/<step>` holds the training state, the whole config as JSON, the
+run's position (where it stands in the data, what its guards know) and digests of all its files. It
+is restored into an abstract tree that carries target shardings, so the mesh may differ from the
+one that wrote it.
+
+Saves are asynchronous: the loop goes on while a thread waits for orbax, which writes `<step>.part`,
+seals that with digests and renames it to `<step>`. So a folder whose name is a number is whole,
+whatever killed the run; and what happened to it later shows when it is read.
 """
 
 import functools
+import json
+import logging
+import os
+import re
+import shutil
 import sys
+import threading
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
 from absl import logging as absl_logging
 
+from mea_jax import digests, distributed
 from mea_jax.config import CheckpointConfig, TrainConfig
 from mea_jax.errors import UserError
 from mea_jax.train_step import TrainState
 
-FORMAT = 1
+FORMAT = 2
+_UNSEALED = 1  # the format before digests
+_LEFTOVER = re.compile(r"\d+\.(part|old)\b.*")  # of a run that was killed
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a run stands, apart from its arrays."""
+
+    next_batch: int  # number of the first batch not yet trained on
+    digest: str  # `Prepared.digest` of the data that the run reads
+    guards: Mapping[str, Any] | None = None  # `Guards.state`; None in checkpoints of format 1
 
 
 @functools.cache  # once a process: each call would wrap the hooks once more
-def _quiet_writers() -> None:
-    """Keeps the writers' threads from printing tracebacks of their own after a failed write.
+def _quiet_threads() -> None:
+    """Keeps orbax's threads and coroutines from printing tracebacks of their own after a failure.
 
-    When a write fails, orbax closes its event loop while other writes are under way; each of them
-    then complains of the closed loop. The failure itself is raised by `check_for_errors`.
+    When a write or read fails, orbax closes its event loop while others are under way; each of them
+    then complains, of the closed loop or of a failure of its own. The failure itself is raised.
     """
     hook, unraisable = sys.excepthook, sys.unraisablehook
+    known = ("Event loop is closed", "Encountered error while reading array")
 
-    def about_closed_loop(value: BaseException | None) -> bool:
-        return isinstance(value, RuntimeError) and "Event loop is closed" in str(value)
+    def is_known(value: BaseException | None) -> bool:
+        return any(words in str(value) for words in known)
 
     def quiet_hook(kind, value, trace) -> None:
-        if not about_closed_loop(value):
+        if not is_known(value):
             hook(kind, value, trace)
 
     def quiet_unraisable(args) -> None:
-        if not about_closed_loop(args.exc_value):
+        if not is_known(args.exc_value):
             unraisable(args)
 
-    # Not restored at the end: a failed write's threads may outlive the run that started them.
+    # Not restored at the end: a failure's threads may outlive the run that started them.
     sys.excepthook, sys.unraisablehook = quiet_hook, quiet_unraisable
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", message="coroutine '.*' was never awaited")
 
 
 def find_checkpoint(path: Path) -> tuple[Path, int | None]:
@@ -71,20 +100,35 @@ class Checkpoints:
     def __init__(self, workdir: Path, options: CheckpointConfig | None = None):
         """With no `options` the directory is only read."""
         self.directory = (workdir / "checkpoints").absolute()
+        self.aside = (workdir / "damaged").absolute()
+        self.options = options
         self.pending: int | None = None  # the step whose write may still be under way
+        self._thread: threading.Thread | None = None
+        self._failure: BaseException | None = None
         # Orbax logs each phase of each save, and each failure with tracebacks: ours is one line.
         absl_logging.set_verbosity(absl_logging.FATAL)
-        _quiet_writers()
-        keep = None if options is None else ocp.checkpoint_managers.LatestN(options.keep)
-        self.manager = ocp.CheckpointManager(
-            self.directory,
-            options=ocp.CheckpointManagerOptions(
-                create=options is not None,
-                read_only=options is None,
-                preservation_policy=keep,
-            ),
-            item_names=("state", "config", "data"),
-        )
+        _quiet_threads()
+        self._writer: ocp.AsyncCheckpointer | None = None
+        if options is not None:
+            if distributed.first():
+                self._prepare()
+            # Folders made beside the training would, where they cannot be made, be waited for until
+            # a time limit of many minutes.
+            how = ocp.options.AsyncOptions(create_directories_asynchronously=False)
+            handler = ocp.CompositeCheckpointHandler()
+            self._writer = ocp.AsyncCheckpointer(handler, async_options=how)
+
+    def _prepare(self) -> None:
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            for path in self.directory.iterdir():
+                if _LEFTOVER.fullmatch(path.name):
+                    shutil.rmtree(path)
+        except OSError as error:
+            raise UserError(
+                f"{error.filename or self.directory} cannot be written: {error.strerror}; make "
+                "it writable, or choose another --workdir"
+            ) from error
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -96,51 +140,171 @@ class Checkpoints:
             if kind is None:  # an error that is already on its way out comes first
                 raise
         finally:
-            self.manager.close()
+            if self._writer is not None:
+                self._writer.close()
+
+    # -- what there is ---------------------------------------------------------------------
+
+    def steps(self) -> list[int]:
+        """Steps of the complete checkpoints, ascending."""
+        if not self.directory.is_dir():
+            return []
+        return sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdigit())
 
     def latest(self) -> int | None:
-        """The newest complete checkpoint's step, or None."""
-        return self.manager.latest_step()
+        """The newest complete checkpoint's step, or None. It may be damaged: see `newest_good`."""
+        return max(self.steps(), default=None)
 
-    def save(self, step: int, state: TrainState, config: TrainConfig, data_digest: str) -> None:
+    def damage(self, step: int, share: bool = True) -> str | None:
+        """What is wrong with the checkpoint of `step`, in a few words; None: nothing.
+
+        With `share` each process of the run reads a part of the files; otherwise the first reads
+        all. The answer is the same on all.
+        """
+        index, count = (jax.process_index(), jax.process_count()) if share else (0, 1)
+        found = None
+        if share or distributed.first():
+            folder = self.directory / str(step)
+            found = digests.damage(folder, index, count)
+            if not (folder / digests.FILE).exists() and self._unsealed(folder):
+                found = digests.links(folder)
+        return distributed.any_of(found)
+
+    def _unsealed(self, folder: Path) -> bool:
+        """Whether this is a checkpoint of the format that had no digests."""
+        try:
+            return json.loads((folder / "data" / "metadata").read_text())["format"] == _UNSEALED
+        except (OSError, ValueError, LookupError, TypeError, RecursionError):
+            return False
+
+    def newest_good(
+        self, say: Callable[[str], Any], below: int | None = None, share: bool = True
+    ) -> int | None:
+        """The newest step (under `below`) whose checkpoint is as it was written; None: there is
+        none at all. `say` is told of each damaged one that was passed over.
+
+        Where the directory is written, damaged ones are moved to `<workdir>/damaged`, since the run
+        will write the same steps again; nothing is deleted.
+
+        Raises `UserError` when all checkpoints are damaged.
+        """
+        steps: list[int] = json.loads(distributed.from_first(json.dumps(self.steps())))
+        steps = [step for step in steps if below is None or step < below]
+        bad: dict[int, str] = {}
+        for step in reversed(steps):
+            if (problem := self.damage(step, share)) is None:
+                for number, words in bad.items():
+                    where = self._set_aside(number) if self.options is not None else None
+                    kept = f", moved to {where}" if where else ""
+                    say(f"the checkpoint of step {number} is damaged: {words}{kept}")
+                if bad:
+                    say(f"falling back to the checkpoint of step {step}")
+                return step
+            bad[step] = problem
+        if bad:
+            listed = "; ".join(f"step {number}: {words}" for number, words in bad.items())
+            raise UserError(
+                f"every checkpoint in {self.directory} is damaged ({listed}): bring good copies "
+                "back, or choose another --workdir to start anew"
+            )
+        return None
+
+    def _set_aside(self, step: int) -> Path | None:
+        """Moves a checkpoint out of the way, by the first process; where it lies now."""
+        problem, target = None, None
+        if distributed.first():
+            names = [str(step), *(f"{step}-{n}" for n in range(1, 1000))]
+            target = next(p for p in (self.aside / name for name in names) if not p.exists())
+            try:
+                self.aside.mkdir(exist_ok=True)
+                (self.directory / str(step)).rename(target)
+            except OSError as error:
+                problem = (
+                    f"the damaged checkpoint of step {step} cannot be moved to {target}: "
+                    f"{error.strerror}; move it away by hand"
+                )
+        distributed.agree(problem)
+        return target
+
+    def forget_after(self, step: int) -> None:
+        """Removes checkpoints newer than `step`: the run has gone back and will write them anew."""
+        self.wait()
+        if distributed.first():
+            for newer in self.steps():
+                if newer > step:
+                    self._remove(newer)
+        distributed.agree(None)
+
+    def _remove(self, step: int) -> None:
+        old = self.directory / f"{step}.old"  # no longer a checkpoint, however far removal comes
+        os.rename(self.directory / str(step), old)
+        shutil.rmtree(old)
+
+    # -- writing ---------------------------------------------------------------------------
+
+    def save(self, step: int, state: TrainState, config: TrainConfig, position: Position) -> None:
         """Starts writing `state`; returns when its buffers may be reused.
-
-        `data_digest` is `Prepared.digest` of the data that the run reads.
 
         Raises `UserError` when this or an earlier write failed (disk full, read-only, ...).
         """
+        assert self._writer is not None
         self.wait()  # for the write before, so that an error is told of the step that it belongs to
         self.pending = step
+        part = self.directory / f"{step}.part"
+        content = {
+            "format": FORMAT,
+            "next_batch": position.next_batch,
+            "digest": position.digest,
+            "guards": position.guards,
+        }
         try:
-            self.manager.save(
-                step,
+            self._writer.save(
+                part,
                 args=ocp.args.Composite(
                     state=ocp.args.StandardSave(state),
                     config=ocp.args.JsonSave(config.to_dict()),
-                    data=ocp.args.JsonSave(
-                        {"format": FORMAT, "next_batch": step, "digest": data_digest}
-                    ),
+                    data=ocp.args.JsonSave(content),
                 ),
             )
         except Exception as error:
             raise self._write_error(error) from error
+        self._thread = threading.Thread(target=self._complete, args=(part, step), daemon=True)
+        self._thread.start()
+
+    def _complete(self, part: Path, step: int) -> None:
+        """Waits for orbax; then seals, renames and removes what is no longer kept."""
+        try:
+            assert self._writer is not None
+            self._writer.wait_until_finished()
+            if distributed.first():
+                digests.seal(part)
+                os.rename(part, self.directory / str(step))
+                digests.sync_folder(self.directory)
+                self._keep()
+        except BaseException as error:
+            self._failure = error
+
+    def _keep(self) -> None:
+        assert self.options is not None
+        steps, every = self.steps(), self.options.keep_every
+        for step in steps[: -self.options.keep]:
+            if not (every and step % every == 0):
+                self._remove(step)
 
     def check(self) -> None:
         """Raises `UserError` when a write under way has failed; does not wait for it."""
-        try:
-            self.manager.check_for_errors()
-        except Exception as error:
+        if self._failure is not None:
+            error, self._failure = self._failure, None
             raise self._write_error(error) from error
 
     def wait(self) -> None:
         """Blocks until what was saved is on disk. Raises `UserError` when it could not be."""
-        try:
-            self.manager.wait_until_finished()
-            self.manager.check_for_errors()
-        except Exception as error:
-            raise self._write_error(error) from error
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self.check()
 
-    def _write_error(self, error: Exception) -> UserError:
+    def _write_error(self, error: BaseException) -> UserError:
         saved = self.latest()
         safe = f"the run is safe up to step {saved}" if saved is not None else "nothing is saved"
         reason = str(error).strip().splitlines()
@@ -150,41 +314,66 @@ class Checkpoints:
             "directory writable, then run the same command again"
         )
 
-    def _read(self, step: int, item: str, how: Any) -> Any:
+    # -- reading ---------------------------------------------------------------------------
+
+    def _unreadable(self, step: int, item: str, error: Exception) -> UserError:
+        reason = str(error).strip().splitlines()
+        return UserError(
+            f"checkpoint {self.directory / str(step)} could not be read, it holds no {item} "
+            f"that can be restored: {reason[0] if reason else type(error).__name__}"
+        )
+
+    def _json(self, step: int, item: str) -> Any:
         try:
-            return self.manager.restore(step, args=ocp.args.Composite(**{item: how}))[item]
+            return json.loads((self.directory / str(step) / item / "metadata").read_text())
+        except (OSError, ValueError, RecursionError) as error:
+            raise self._unreadable(step, item, error) from error
+
+    def _arrays(self, step: int, handler: Any, how: Any) -> Any:
+        try:
+            with ocp.Checkpointer(handler) as reader:
+                return reader.restore(self.directory / str(step) / "state", args=how)
         except Exception as error:
-            reason = str(error).strip().splitlines()
-            raise UserError(
-                f"checkpoint {self.directory / str(step)} could not be read, it holds no {item} "
-                f"that can be restored: {reason[0] if reason else type(error).__name__}"
-            ) from error
+            raise self._unreadable(step, "state", error) from error
 
     def restore(self, step: int, abstract: TrainState) -> TrainState:
         """The state of `step`, laid out as `abstract` says: shapes, dtypes and shardings."""
-        return self._read(step, "state", ocp.args.StandardRestore(abstract))
+        handler = ocp.StandardCheckpointHandler()
+        return self._arrays(step, handler, ocp.args.StandardRestore(abstract))
 
     def params(self, step: int, abstract: Any) -> Any:
         """The parameters of `step` alone, laid out as `abstract`: no moments are read."""
         restore_args = ocp.checkpoint_utils.construct_restore_args({"params": abstract})
         how = ocp.args.PyTreeRestore({"params": abstract}, restore_args, partial_restore=True)
-        return self._read(step, "state", how)["params"]
+        return self._arrays(step, ocp.PyTreeCheckpointHandler(), how)["params"]
 
     def config(self, step: int) -> TrainConfig:
         """The config inside the checkpoint of `step`: JSON, never code."""
-        return TrainConfig.from_dict(self._read(step, "config", ocp.args.JsonRestore()))
+        try:
+            return TrainConfig.from_dict(self._json(step, "config"))
+        except UserError as error:
+            raise UserError(f"checkpoint {self.directory / str(step)}: {error}") from error
 
-    def check_data(self, step: int, data_digest: str) -> None:
-        """Raises `UserError` unless the data at hand are those that the checkpoint has read."""
-        data = self._read(step, "data", ocp.args.JsonRestore())
-        if (found := data.get("format")) != FORMAT:
+    def position(self, step: int, data_digest: str) -> Position:
+        """Where the run of `step` stands.
+
+        Raises `UserError` unless `data_digest` is that of the data that the checkpoint has read.
+        """
+        folder, data = self.directory / str(step), self._json(step, "data")
+        try:
+            version = data["format"]
+            position = Position(data["next_batch"], data["digest"], data.get("guards"))
+        except (LookupError, TypeError) as error:
+            raise self._unreadable(step, "data", error) from error
+        if version not in (_UNSEALED, FORMAT):
             raise UserError(
-                f"checkpoint {self.directory / str(step)} has format {found}, this version of "
-                f"mea_jax reads {FORMAT}"
+                f"checkpoint {folder} has format {version}, this version of mea_jax reads "
+                f"{_UNSEALED} and {FORMAT}"
             )
-        if data["digest"] != data_digest:
+        if position.digest != data_digest:
             raise UserError(
-                f"the data have changed since step {step} of {self.directory.parent}: other files "
-                "or another tokenizer would mean other tokens; bring the old data back, or choose "
-                "another --workdir"
+                f"the data have changed since step {step} of {self.directory.parent} (checkpoint "
+                f"{folder}): other files or another tokenizer would mean other tokens; bring the "
+                "old data back, or choose another --workdir"
             )
+        return position

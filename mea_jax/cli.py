@@ -10,10 +10,11 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from mea_jax import distributed
+from mea_jax import distributed, preemption
 from mea_jax.config import DataConfig, TrainConfig, flatten, from_config_dict
 from mea_jax.data.prepare import cache_root
 from mea_jax.errors import UserError, fail, nearest
+from mea_jax.preemption import Preempted
 
 
 def define_config_flag():
@@ -143,6 +144,8 @@ def run(
             distributed.finish()
         except UserError as error:
             distributed.end(2, f"error: {' '.join(str(error).split())}")
+        except Preempted as error:
+            distributed.end(preemption.EXIT_STATUS, str(error))
         except BrokenPipeError:  # whoever read the output has seen enough, as `head` does
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             if distributed.several():

@@ -133,16 +133,18 @@ def _point() -> str:
 
 def agree(problem: str | None, timeout: float = _AGREE_SECONDS) -> None:
     """Raises the same `UserError` on every process when any of them has a `problem`."""
+    if (found := any_of(problem, timeout)) is not None:
+        raise UserError(found)
+
+
+def any_of(problem: str | None, timeout: float = _AGREE_SECONDS) -> str | None:
+    """The first `problem` that any process has, on every process; None: no one has any."""
     if not several():
-        if problem is not None:
-            raise UserError(problem)
-        return
+        return problem
     where, client = _point(), _client()
     client.key_value_set(f"{where}/{jax_distributed.global_state.process_id}", problem or "")
     _wait(where, timeout)
-    for _, found in sorted(client.key_value_dir_get(where)):
-        if found:
-            raise UserError(found)
+    return next((found for _, found in sorted(client.key_value_dir_get(where)) if found), None)
 
 
 def from_first(value: str, timeout: float = _AGREE_SECONDS) -> str:
@@ -192,17 +194,30 @@ def name() -> str:
     return f"process {jax_distributed.global_state.process_id} on {socket.gethostname()}"
 
 
+class Board:
+    """Words that processes leave for each other, without waiting for anyone."""
+
+    def __init__(self, name: str) -> None:
+        self.name = f"{_point()}/{name}"
+
+    def set(self, key: str, words: str) -> None:
+        _client().key_value_set(f"{self.name}/{key}", words, allow_overwrite=True)
+
+    def get(self, key: str) -> str | None:
+        return _look(f"{self.name}/{key}")
+
+
 class Notice:
     """A value that process 0 may change, and the others look at: how far it is with something."""
 
     def __init__(self) -> None:
-        self.key = _point()
+        self.board = Board("notice")
 
     def set(self, value: str) -> None:
-        _client().key_value_set(self.key, value, allow_overwrite=True)
+        self.board.set("value", value)
 
     def get(self) -> str | None:
-        return _look(self.key)
+        return self.board.get("value")
 
 
 def _look(key: str) -> str | None:

@@ -42,7 +42,10 @@ def load(
     """
     run, step = find_checkpoint(path)
     with Checkpoints(run) as checkpoints:
-        step = checkpoints.latest() if step is None else step
+        if step is None:
+            step = checkpoints.newest_good(lambda line: print(line, file=sys.stderr))
+        elif problem := checkpoints.damage(step):
+            raise UserError(f"--checkpoint {path} is damaged: {problem}; take another step")
         if step is None:
             raise UserError(f"--checkpoint {path}: no checkpoint there is complete")
         config = checkpoints.config(step)

@@ -61,3 +61,19 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     if config.clip_norm == 0:
         return adamw
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
+
+
+def advance_schedule(opt_state: optax.OptState) -> optax.OptState:
+    """The state with its schedule one step further and all else as it is.
+
+    The schedule goes by the steps of the run, those whose update is left out included. Adam's own
+    count is that of its moments, and stays.
+    """
+
+    def is_schedule(node) -> bool:
+        return isinstance(node, optax.ScaleByScheduleState)
+
+    def leaf(node):
+        return node._replace(count=node.count + 1) if is_schedule(node) else node
+
+    return jax.tree.map(leaf, opt_state, is_leaf=is_schedule)

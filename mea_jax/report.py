@@ -1,6 +1,7 @@
 """What a run leaves for people and programs: metrics.jsonl, TensorBoard, loss.png, the bar."""
 
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -50,6 +51,49 @@ def to_json(tree: Any, indent: int | None = None) -> str:
     return json.dumps(finite(tree), indent=indent, allow_nan=False)
 
 
+class EventFile:
+    """A TensorBoard event file of scalars, written in the calling thread.
+
+    tensorboardX's own SummaryWriter has a thread of its own, which a full disk ends with tracebacks
+    of nobody's asking, and again at exit.
+    """
+
+    FLUSH_SECONDS = 30.0
+    _number = itertools.count()  # a process may open several within the second of their names
+
+    def __init__(self, directory: Path, purge_step: int):
+        """What earlier files say of `purge_step` and later is void. Raises `OSError`."""
+        # They take a second to import.
+        from tensorboardX import event_file_writer
+        from tensorboardX.proto import event_pb2, summary_pb2
+
+        self._event, self._summary = event_pb2, summary_pb2
+        directory.mkdir(parents=True, exist_ok=True)
+        suffix = f".{os.getpid()}.{next(self._number)}"
+        self._file = event_file_writer.EventsWriter(str(directory / "events"), suffix)
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._write(step=purge_step, session_log=start)
+        self._flushed = time.monotonic()
+
+    def add(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Scalars of a step by their names. Raises `OSError`."""
+        values = [
+            self._summary.Summary.Value(tag=name, simple_value=value)
+            for name, value in scalars.items()
+        ]
+        self._write(step=step, summary=self._summary.Summary(value=values))
+        if time.monotonic() - self._flushed > self.FLUSH_SECONDS:
+            self._file.flush()
+            self._flushed = time.monotonic()
+
+    def _write(self, **content: Any) -> None:
+        self._file.write_event(self._event.Event(wall_time=time.time(), **content))
+
+    def close(self) -> None:
+        """Raises `OSError`."""
+        self._file.close()
+
+
 class MetricsWriter:
     """Appends rows to metrics.jsonl and scalars to TensorBoard; rows are flushed at once.
 
@@ -59,8 +103,6 @@ class MetricsWriter:
     """
 
     def __init__(self, workdir: Path, start_step: int, redo: Sequence[str] = ()):
-        from tensorboardX import SummaryWriter  # takes a second to import
-
         def keep(row):
             return row["step"] < start_step or (
                 row["step"] == start_step and row["kind"] not in redo
@@ -71,9 +113,7 @@ class MetricsWriter:
             kept = [row for row in read_metrics(self.path) if keep(row)]
             write_whole(self.path, "".join(to_json(row) + "\n" for row in kept))
             self.file = self.path.open("a")
-            self.board = SummaryWriter(
-                str(workdir / "tensorboard"), purge_step=start_step + 1, flush_secs=30
-            )
+            self.board = EventFile(workdir / "tensorboard", start_step + 1)
 
     def write(self, step: int, kind: str, values: Mapping[str, Any]) -> None:
         """One row {"step", "kind", ...}; arrays become lists in the file, their means on the board.
@@ -86,12 +126,13 @@ class MetricsWriter:
         with disk_errors(self.path):
             self.file.write(to_json({"step": step, "kind": kind} | row) + "\n")
             self.file.flush()
-            for name, value in values.items():
-                self.board.add_scalar(f"{kind}/{name}", float(np.mean(value)), step)
+            means = {f"{kind}/{name}": float(np.mean(value)) for name, value in values.items()}
+            self.board.add(step, means)
 
     def close(self) -> None:
-        self.file.close()
-        self.board.close()
+        """Raises `UserError` when the disk refuses what is left to write."""
+        with disk_errors(self.path), contextlib.closing(self.file):
+            self.board.close()
 
 
 class NoWriter:

@@ -1,14 +1,15 @@
 """A run's directory: what lies where, and the checks that keep two runs apart."""
 
+import contextlib
 import json
 import sys
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from mea_jax import distributed
+from mea_jax import distributed, lock
 from mea_jax.config import TrainConfig, differences
 from mea_jax.errors import UserError
 from mea_jax.report import MetricsWriter, NoWriter, disk_errors, write_json
@@ -26,7 +27,8 @@ def stored_dtype(path: Path) -> str | None:
 
 class RunDirectory:
     """`config.json`, `tokenizer/`, `metrics.jsonl`, `tensorboard/`, `checkpoints/`, `loss.png`
-    and `summary.json` below `path`. Only the first process writes; all of them check.
+    and `summary.json` below `path`; `.lock` and, if need be, `damaged/`. Only the first process
+    writes; all of them check.
 
     Raises `UserError` when the directory belongs to another config or cannot be written, or when
     not every process sees it.
@@ -87,6 +89,22 @@ class RunDirectory:
                 f"{self.path} holds a run of another config ({'; '.join(lines)}): choose another "
                 "--workdir, or set these keys back to resume"
             )
+
+    @contextlib.contextmanager
+    def claim(self) -> Iterator[lock.Lock | None]:
+        """Keeps other processes from training in this directory; the lock, on the first process.
+
+        Raises `UserError` when one does so already.
+        """
+        with contextlib.ExitStack() as stack:
+            held, problem = None, None
+            if self.first:
+                try:
+                    held = stack.enter_context(lock.hold(self.path, self.say))
+                except UserError as error:
+                    problem = str(error)
+            distributed.agree(problem)
+            yield held
 
     def finished(self) -> dict[str, Any] | None:
         """The summary of a run that is done, or None."""

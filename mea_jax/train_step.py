@@ -15,7 +15,7 @@ from mea_jax import sharding
 from mea_jax.backends import make_backend
 from mea_jax.config import ModelConfig, TrainConfig
 from mea_jax.losses import cross_entropy, positions_within
-from mea_jax.optimizer import make_optimizer, make_schedule
+from mea_jax.optimizer import advance_schedule, make_optimizer, make_schedule
 from mea_jax.sequence_parallel import lay_out
 from mea_jax.transformer import Decoder, apply_hidden
 
@@ -154,20 +154,32 @@ def train_step(config: TrainConfig, state: TrainState, batch: Batch) -> tuple[Tr
     """One AdamW update on a global batch; the metrics are float32 scalars.
 
     `loss` is the mean nll in nats per token (without z-loss), `grad_norm` that of the gradient
-    before clipping, `param_norm` that before the update.
+    before clipping, `param_norm` that before the update. Where the gradient's norm is not finite
+    the update is left out, `skipped` is 1, and only the counters of steps go on: parameters and
+    moments are as if the batch had not been. `empty_windows` counts windows without a token, which
+    is what stored windows that cannot be read become.
     """
     gradients, nll, tokens = _gradients(config, state.params, batch)
     gradients = jax.tree.map(lambda g: g / tokens, gradients)
     optimizer = make_optimizer(config.optimizer, config.steps)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+    grad_norm = optax.tree.norm(gradients)
+    finite = jnp.isfinite(grad_norm)
     metrics = {
         "loss": nll / tokens,
-        "grad_norm": optax.tree.norm(gradients),
+        "grad_norm": grad_norm,
         "param_norm": optax.tree.norm(state.params),
         "learning_rate": make_schedule(config.optimizer, config.steps)(state.step),
         "tokens": tokens,
+        "skipped": 1.0 - finite.astype(jnp.float32),
+        "empty_windows": jnp.sum(jnp.all(batch["segment_ids"] == 0, axis=1)).astype(jnp.float32),
     }
     params = optax.apply_updates(state.params, updates)
+    params, opt_state = jax.tree.map(
+        lambda new, old: jnp.where(finite, new, old),
+        (params, opt_state),
+        (state.params, advance_schedule(state.opt_state)),
+    )
     return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
 

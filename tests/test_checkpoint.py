@@ -10,12 +10,13 @@ import pytest
 from helpers import assert_equal, flat
 
 from mea_jax import sharding
-from mea_jax.checkpoint import Checkpoints
+from mea_jax.checkpoint import Checkpoints, Position
 from mea_jax.config import CheckpointConfig, MeshConfig
 from mea_jax.errors import UserError
 from mea_jax.train_step import abstract_state, create_state
 
 OPTIONS = CheckpointConfig(every=1, keep=2)
+POSITION = Position(3, "digest", {"rewinds": 1})
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,7 @@ def written(config, tmp_path_factory):
     state = dataclasses.replace(state, opt_state=jax.tree.map(lambda x: x + 1, state.opt_state))
     workdir = tmp_path_factory.mktemp("run")
     with Checkpoints(workdir, OPTIONS) as checkpoints:
-        checkpoints.save(3, state, config, "digest")
+        checkpoints.save(3, state, config, POSITION)
     return workdir, state
 
 
@@ -67,7 +68,7 @@ def test_the_newest_are_kept(config, tmp_path):
     with Checkpoints(tmp_path, OPTIONS) as checkpoints:
         for step in range(1, 5):
             checkpoints.save(
-                step, dataclasses.replace(state, step=state.step + step), config, "digest"
+                step, dataclasses.replace(state, step=state.step + step), config, POSITION
             )
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"3", "4"}
     with Checkpoints(tmp_path) as checkpoints:
@@ -82,7 +83,7 @@ def test_saving_returns_before_writing_but_not_before_copying(config, tmp_path):
     expected = jax.tree.map(np.array, state)
     spoil = jax.jit(lambda s: jax.tree.map(lambda x: x * 0, s), donate_argnums=0)
     with Checkpoints(tmp_path, OPTIONS) as checkpoints:
-        checkpoints.save(1, state, config, "digest")
+        checkpoints.save(1, state, config, POSITION)
         spoil(state)
     with Checkpoints(tmp_path) as checkpoints:
         assert_equal(checkpoints.restore(1, abstract_state(config, mesh)), expected)
@@ -96,7 +97,7 @@ def test_empty_directory_has_no_checkpoint(tmp_path):
 def test_a_damaged_checkpoint_is_one_clear_error(config, tmp_path):
     mesh = sharding.make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
     with Checkpoints(tmp_path, OPTIONS) as checkpoints:
-        checkpoints.save(1, create_state(config, mesh), config, "digest")
+        checkpoints.save(1, create_state(config, mesh), config, POSITION)
     for path in (tmp_path / "checkpoints" / "1" / "state").rglob("*"):
         if path.is_file():
             path.write_bytes(b"")
@@ -113,12 +114,12 @@ def test_a_disk_that_refuses(config, tmp_path, monkeypatch):
     mesh = sharding.make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
     state = create_state(config, mesh)
     with Checkpoints(tmp_path, OPTIONS) as checkpoints:
-        checkpoints.save(1, state, config, "digest")
+        checkpoints.save(1, state, config, POSITION)
         checkpoints.wait()
 
         def full(*args, **kwargs):
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        monkeypatch.setattr(checkpoints.manager, "save", full)
+        monkeypatch.setattr(checkpoints._writer, "save", full)
         with pytest.raises(UserError, match=r"step 2 .*No space left.*safe up to step 1"):
-            checkpoints.save(2, state, config, "digest")
+            checkpoints.save(2, state, config, POSITION)

@@ -317,5 +317,5 @@ def test_loss_that_is_not_finite(command, config_file, tmp_path):
     status, _, err = command(
         "--config", config, "--workdir", tmp_path / "run", "--config.optimizer.learning_rate=1e30"
     )
-    is_one_error(status, err, "loss", "at step", "last good checkpoint")
+    is_one_error(status, err, "loss", "after step", "last good checkpoint")
     assert not (tmp_path / "run" / "summary.json").exists()

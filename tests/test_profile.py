@@ -8,7 +8,8 @@ import pytest
 
 from mea_jax import profiling
 from mea_jax.errors import UserError
-from mea_jax.train import Loop, train
+from mea_jax.loop import Loop
+from mea_jax.train import train
 
 
 class Cut(BaseException):

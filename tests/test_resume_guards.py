@@ -7,11 +7,12 @@ import jax
 import pytest
 from helpers import change
 
+import mea_jax.train
 from mea_jax.checkpoint import Checkpoints
 from mea_jax.config import SourceConfig
 from mea_jax.errors import UserError
 from mea_jax.run_directory import stored_dtype
-from mea_jax.train import Loop, train
+from mea_jax.train import train
 
 
 @pytest.fixture
@@ -23,11 +24,11 @@ def cut(tiny, corpus, devices, tmp_path, monkeypatch):
     source = SourceConfig(source="text", path=str(folder))
     config = tiny(**{"data.sources": (source,)})
 
-    def stop(self, state):
+    def stop(loop, state):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Loop, "finish", stop)
+        patch.setattr(mea_jax.train, "finish", stop)
         with pytest.raises(KeyboardInterrupt):
             train(config, workdir)
     return config, workdir

@@ -21,8 +21,9 @@ from mea_jax.data.pipeline import train_batches
 from mea_jax.data.prepare import prepare
 from mea_jax.diagnostics import compile_diagnostics, mixing_distance
 from mea_jax.errors import UserError
+from mea_jax.loop import Loop
 from mea_jax.report import read_metrics
-from mea_jax.train import Loop, train
+from mea_jax.train import train
 from mea_jax.train_step import (
     abstract_state,
     compile_train_step,
@@ -62,6 +63,7 @@ def finished(tiny, tmp_path_factory):
 def test_run_directory(finished):
     config, workdir, _ = finished
     assert {path.name for path in workdir.iterdir()} == {
+        ".lock",
         "config.json",
         "tokenizer",
         "metrics.jsonl",
@@ -288,7 +290,8 @@ devices = jax.devices()
 jax.devices = lambda *_: devices[:1]
 from mea_jax import cli
 from mea_jax.config import TrainConfig
-from mea_jax.train import Loop, train
+from mea_jax.loop import Loop
+from mea_jax.train import train
 cli.enable_compilation_cache()
 report = Loop.report_step
 def slow(self, step, *args):

@@ -97,11 +97,15 @@ def find_checkpoint(path: Path) -> tuple[Path, int | None]:
 class Checkpoints:
     """The checkpoints of one run directory. Use as a context manager: leaving waits for writes."""
 
-    def __init__(self, workdir: Path, options: CheckpointConfig | None = None):
-        """With no `options` the directory is only read."""
+    def __init__(self, workdir: Path, options: CheckpointConfig | None = None, rewindable: int = 0):
+        """With no `options` the directory is only read.
+
+        With `rewindable` a checkpoint at least so many steps older than the newest is always kept,
+        if there was one.
+        """
         self.directory = (workdir / "checkpoints").absolute()
         self.aside = (workdir / "damaged").absolute()
-        self.options = options
+        self.options, self.rewindable = options, rewindable
         self.pending: int | None = None  # the step whose write may still be under way
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
@@ -123,7 +127,7 @@ class Checkpoints:
             self.directory.mkdir(parents=True, exist_ok=True)
             for path in self.directory.iterdir():
                 if _LEFTOVER.fullmatch(path.name):
-                    shutil.rmtree(path)
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
         except OSError as error:
             raise UserError(
                 f"{error.filename or self.directory} cannot be written: {error.strerror}; make "
@@ -167,7 +171,7 @@ class Checkpoints:
             folder = self.directory / str(step)
             found = digests.damage(folder, index, count)
             if not (folder / digests.FILE).exists() and self._unsealed(folder):
-                found = digests.links(folder)
+                found = digests.links(folder)  # all that can be said of it
         return distributed.any_of(found)
 
     def _unsealed(self, folder: Path) -> bool:
@@ -287,9 +291,17 @@ class Checkpoints:
     def _keep(self) -> None:
         assert self.options is not None
         steps, every = self.steps(), self.options.keep_every
-        for step in steps[: -self.options.keep]:
-            if not (every and step % every == 0):
+        kept = set(steps[-self.options.keep :])
+        kept.update(step for step in steps if every and step % every == 0)
+        if self.rewindable:
+            kept.update([step for step in steps if step <= steps[-1] - self.rewindable][-1:])
+        for step in steps:
+            if step not in kept:
                 self._remove(step)
+
+    def writing(self) -> bool:
+        """Whether a save is still on its way to disk."""
+        return self._thread is not None and self._thread.is_alive()
 
     def check(self) -> None:
         """Raises `UserError` when a write under way has failed; does not wait for it."""
@@ -304,7 +316,9 @@ class Checkpoints:
             self._thread = None
         self.check()
 
-    def _write_error(self, error: BaseException) -> UserError:
+    def _write_error(self, error: BaseException) -> BaseException:
+        if distributed.lost_another(error):
+            return error
         saved = self.latest()
         safe = f"the run is safe up to step {saved}" if saved is not None else "nothing is saved"
         reason = str(error).strip().splitlines()

@@ -22,7 +22,7 @@ def seal(folder: Path) -> None:
 
     Raises `OSError` when the disk refuses.
     """
-    names = sorted(_names(folder))
+    names = sorted(set(_names(folder)) - {FILE})
     with ThreadPoolExecutor(_THREADS) as pool:
         found = list(pool.map(lambda name: _digest(folder / name, True), names))
     files = {n: {"size": size, "sha256": d} for n, (size, d) in zip(names, found, strict=True)}
@@ -52,7 +52,9 @@ def damage(folder: Path, part: int = 0, parts: int = 1) -> str | None:
         names = set(_names(folder)) - {FILE}
     except FileNotFoundError:
         return f"{FILE} is missing"
-    except (LookupError, TypeError, AttributeError, RecursionError):
+    except UnicodeDecodeError:
+        return f"{FILE} is damaged"
+    except (json.JSONDecodeError, LookupError, TypeError, AttributeError, RecursionError):
         return f"{FILE} is malformed"
     except (OSError, ValueError) as error:
         return f"{getattr(error, 'strerror', None) or error}"
@@ -71,7 +73,7 @@ def damage(folder: Path, part: int = 0, parts: int = 1) -> str | None:
                 if digest != wanted[1]:
                     return f"{name} is damaged"
     except OSError as error:
-        return f"{error.filename} cannot be read: {error.strerror}"
+        return f"{error.filename or 'a file'} cannot be read: {error.strerror}"
     return None
 
 

@@ -32,6 +32,7 @@ from mea_jax.errors import UserError
 HEARTBEAT_SECONDS = 100  # jax's default, said here because the documentation promises it
 _POLL_SECONDS = 2.0  # between looks for another process's last words
 _FAREWELL_SECONDS = 10.0  # that a failing process waits for the others to have read them
+_LOOKS = 5  # at a board, when the coordination service fails to answer
 _AGREE_SECONDS = 600.0  # that processes may be apart at a point of agreement
 _ENDED = "mea_jax/ended"
 # What a collective or the coordination service says when another process is gone.
@@ -204,7 +205,15 @@ class Board:
         _client().key_value_set(f"{self.name}/{key}", words, allow_overwrite=True)
 
     def get(self, key: str) -> str | None:
-        return _look(f"{self.name}/{key}")
+        """The words, or None: nobody has left any. Asks again when the service stumbles."""
+        for _ in range(_LOOKS):
+            try:
+                return _client().key_value_try_get(f"{self.name}/{key}")
+            except jax.errors.JaxRuntimeError as error:
+                if "NOT_FOUND" in str(error):
+                    return None
+                time.sleep(0.2)
+        return None
 
 
 class Notice:

@@ -53,13 +53,13 @@ class SpikeDetector:
         self.lowest, self.above, self.first = math.inf, 0, 0
 
     def feed(self, step: int, loss: float) -> str | None:
-        """ "begin" at the step at which a spike is known, "end" at the first one after it.
+        """What is known: "begin" at the step at which a spike is, "end" at the first one after it.
 
-        A loss that is not finite says nothing: its update was left out.
+        A loss that is not finite, whose update was left out, begins no spike and ends none.
         """
-        if self.steps == 0 or not math.isfinite(loss):
+        if self.steps == 0 or (not math.isfinite(loss) and not self.above):
             return None
-        if loss > self.lowest + self.margin:
+        if not loss <= self.lowest + self.margin:
             self.first = self.first if self.above else step
             self.above += 1
             return "begin" if self.above == self.steps else None
@@ -148,10 +148,9 @@ class Guards:
             what = f"no window of the batch of step {step} can be read"
             remedy = "prepare the data anew by removing the folder of config.data.cache_dir"
         if count > most:
-            earlier = f", as at {count - 1} of the {SKIP_WINDOW} steps before" if count > 1 else ""
             raise UserError(
-                f"{what}{earlier}: more than config.guards.max_skipped={most}; {remedy}, or allow "
-                "more"
+                f"{what}: of the last {SKIP_WINDOW} updates {count} are left out, more than "
+                f"config.guards.max_skipped={most}; {remedy}, or allow more"
             )
         values = {"grad_norm": norm, "loss": loss, "count": count}
         return Event("skipped_update", values, f"{what}: update left out ({count} of {most})")
@@ -184,6 +183,15 @@ class Guards:
             f"(rewind {self.rewinds} of {self.config.max_rewinds})"
         )
         return Event("rewind", values, line)
+
+
+def rewindable(config: GuardConfig) -> int:
+    """How much older than the newest checkpoint one must be, that a rewind may need; 0: none.
+
+    A spike is known `spike_steps` steps after the update that may be its cause, and the checkpoint
+    must be of a step before that.
+    """
+    return config.spike_steps + 1 if config.rewind else 0
 
 
 def merge(intervals: list[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -32,8 +32,10 @@ class Lock:
         """Raises `UserError` when another process has taken the directory over."""
         try:
             now = json.loads(self.path.read_text())
-        except (OSError, ValueError):
+        except (FileNotFoundError, ValueError):
             now = None
+        except OSError:
+            return  # a file system that stumbles is no takeover
         if now != self.words:
             raise UserError(
                 f"{_holder(now)} has taken over the run directory {self.path.parent}, and goes on "
@@ -73,6 +75,7 @@ def hold(workdir: Path, say: Callable[[str], Any]) -> Iterator[Lock]:
             file.seek(0)
             file.truncate()
             file.write(json.dumps(words).encode())
+            os.fsync(file.fileno())  # some mounted buckets show a file to other hosts only then
         except OSError as error:
             raise UserError(f"{path} cannot be written: {error.strerror}") from error
         yield Lock(path, words)

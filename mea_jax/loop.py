@@ -69,6 +69,11 @@ class Loop:
     def resume(self, step: int, position: Position) -> TrainState:
         """The state after `step` updates, from its checkpoint or a fresh start; guards as then."""
         self.guards = Guards(self.config.guards, position.guards)
+        if (number := batch_number(step, self.guards.left_out)) != position.next_batch:
+            raise UserError(
+                f"the checkpoint of step {step} goes on with batch {position.next_batch}, and by "
+                f"the batches that it says are left out that would be {number}: take another one"
+            )
         if step == 0:
             return create_state(self.config, self.mesh)
         return self.checkpoints.restore(step, abstract_state(self.config, self.mesh))
@@ -93,9 +98,10 @@ class Loop:
             while True:
                 try:
                     with self.stop.deferred():
-                        return self._stretch(state, start, writer, profile_steps)
+                        state = self._stretch(state, start, writer, profile_steps)
+                    break
                 except Spike as caught:
-                    spike = caught
+                    spike = caught.with_traceback(None)  # whose frames hold the state
                 del state
                 state, start, event = self._rewind(spike)
                 writer.close()
@@ -104,6 +110,10 @@ class Loop:
                 profile_steps = None  # they were traced, or never will be
         finally:
             writer.close()
+        if self.stop.requested and not distributed.several():  # in the last step, or just after
+            self.checkpoints.wait()
+            raise Preempted("stopped by SIGTERM after the last step: the same command sums it up")
+        return state
 
     def _rewind(self, spike: Spike) -> tuple[TrainState, int, Event]:
         """Back to the newest checkpoint before the spike's cause: its state and step."""
@@ -120,6 +130,7 @@ class Loop:
             position = self.checkpoints.position(step, digest) if step else Position(0, digest)
             state = self.resume(step, position)
         self.guards.left_out, self.guards.rewinds = now.left_out, now.rewinds
+        self.saves = SaveTimes(self.config.checkpoint, self.stop)  # announced steps lie far ahead
         return state, step, self.guards.rewound(spike, (first, last))
 
     def _batches(self, start: int):
@@ -236,6 +247,7 @@ class Loop:
         self.saves.saved()
         if self.saves.stopping and step < self.config.steps:
             self.checkpoints.wait()
+            distributed.agree(None)  # the first process seals: whoever ends before it, ends it too
             raise Preempted(
                 f"stopped by SIGTERM after step {step} of {self.config.steps}, which is saved; "
                 "the same command goes on from there"

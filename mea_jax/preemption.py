@@ -13,8 +13,12 @@ from collections.abc import Iterator
 EXIT_STATUS = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, run it again
 
 
-class Preempted(Exception):
-    """The run was asked to stop; its words say where it stands."""
+class Preempted(BaseException):
+    """The run was asked to stop; its words say where it stands.
+
+    Like KeyboardInterrupt no `Exception`: it may come anywhere, and is no failure of what it
+    interrupts.
+    """
 
 
 class StopRequest:

@@ -21,6 +21,7 @@ from mea_jax.config import TrainConfig
 from mea_jax.cpu_kernels import keep_freed_memory
 from mea_jax.data.shared import prepare_together
 from mea_jax.errors import UserError
+from mea_jax.guards import rewindable
 from mea_jax.loop import Loop
 from mea_jax.preemption import StopRequest
 from mea_jax.run_directory import RunDirectory, stored_dtype
@@ -69,7 +70,8 @@ def train(
         if not (workdir / "checkpoints").exists():  # refused before data are prepared for it
             validate_from_scratch(config.model)
         prepared = prepare_together(config.data, config.model.vocab_size, log=run.say)
-        with jax.set_mesh(mesh), Checkpoints(workdir, config.checkpoint) as checkpoints:
+        keeping = (workdir, config.checkpoint, rewindable(config.guards))
+        with jax.set_mesh(mesh), Checkpoints(*keeping) as checkpoints:
             step = checkpoints.newest_good(run.say) or 0
             if step == 0:
                 validate_from_scratch(config.model)

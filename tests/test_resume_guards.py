@@ -8,11 +8,16 @@ import pytest
 from helpers import change
 
 import mea_jax.train
-from mea_jax.checkpoint import Checkpoints
-from mea_jax.config import SourceConfig
+from mea_jax import sharding
+from mea_jax.checkpoint import Checkpoints, Position
+from mea_jax.config import CheckpointConfig, SourceConfig
 from mea_jax.errors import UserError
+from mea_jax.guards import Guards, Spike
+from mea_jax.loop import Loop
+from mea_jax.report import read_metrics
 from mea_jax.run_directory import stored_dtype
 from mea_jax.train import train
+from mea_jax.train_step import abstract_params, create_state
 
 
 @pytest.fixture
@@ -73,3 +78,52 @@ def test_saving_is_outside_the_transfer_guard(tiny, devices, tmp_path, monkeypat
     train(tiny(), tmp_path / "run")
     assert seen
     assert "disallow" not in seen
+
+
+def test_a_rewind_holds_one_state_at_a_time(tiny, devices, tmp_path, monkeypatch):
+    """The state of the spike is gone before that of the checkpoint comes: there is room for one.
+
+    And a save that was announced for a step of the future is not waited for.
+    """
+    devices(1)
+    check, rewind = Guards.check, Loop._rewind
+    rewound: list[list[jax.Array]] = []
+    already = jax.live_arrays()
+
+    def spiking(self, step, values):
+        if step == 6 and not rewound:
+            raise Spike(6, 6)
+        return check(self, step, values)
+
+    def watched(self, spike):
+        shape = jax.tree.leaves(abstract_params(self.config.model))[0].shape
+        self.checkpoints.wait()  # as the rewind does: a write under way may hold a leaf
+        same = (x for x in jax.live_arrays() if x.shape == shape)
+        rewound.append([x for x in same if not any(x is y for y in already)])
+        before = self.saves
+        state, step, event = rewind(self, spike)
+        assert self.saves is not before
+        assert step == 4
+        return state, step, event
+
+    monkeypatch.setattr(Guards, "check", spiking)
+    monkeypatch.setattr(Loop, "_rewind", watched)
+    train(tiny(), tmp_path / "run")
+    assert rewound == [[]]
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [row["left_out"] for row in rows if row["kind"] == "rewind"] == [[4, 5]]
+    assert [row["step"] for row in rows if row["kind"] == "train"] == list(range(1, 9))
+
+
+def test_a_checkpoint_to_rewind_to_is_kept(tiny, tmp_path):
+    """However many are saved within a spike, one from before it stays, and no more than that."""
+    config, options = tiny(**{"model.n_layers": 1}), CheckpointConfig(every=1, keep=2)
+    mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
+    state = create_state(config, mesh)
+    with Checkpoints(tmp_path, options, rewindable=6) as checkpoints:
+        for step in (2, 4, 10, 11, 12, 13):
+            checkpoints.save(step, state, config, Position(0, "digest"))
+        checkpoints.wait()
+        assert checkpoints.steps() == [4, 12, 13]
+        checkpoints.save(16, state, config, Position(0, "digest"))
+    assert checkpoints.steps() == [4, 13, 16]

@@ -1,6 +1,7 @@
 """Whole runs in process: what they leave, how they resume, how they stop."""
 
 import contextlib
+import itertools
 import json
 import math
 import signal
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 from helpers import assert_equal, change, params_of
 
+import mea_jax.loop
 import mea_jax.train
 from mea_jax import sharding
 from mea_jax.checkpoint import Checkpoints
@@ -247,6 +249,35 @@ def test_resumed_on_other_meshes(finished, devices, tmp_path):
     expected = [row["loss"] for row in rows_of(whole) if row["kind"] == "train"]
     # Float32 sums in another order, magnified by Adam's division over 8 steps.
     np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
+def test_resumed_on_another_microbatch(finished, devices, tmp_path, monkeypatch):
+    """In four parts from step 4 on: the same tokens in the same order, the losses of one part."""
+    config, whole, _ = finished
+    devices(1)
+    with pytest.MonkeyPatch.context() as patch:
+        cut_after(patch, 6)
+        with pytest.raises(Cut):
+            train(config, tmp_path)
+    seen = []
+
+    def watched(*args, **kwargs):
+        for batch in train_batches(*args, **kwargs):
+            seen.append(batch)
+            yield batch
+
+    monkeypatch.setattr(mea_jax.loop, "train_batches", watched)
+    assert train(change(config, accumulate=4), tmp_path)["timed_steps"] == 4
+    prepared = prepare(config.data, log=lambda line: None)
+    expected_batches = train_batches(prepared, seed=0, batch_size=8, threads=0, prefetch=0)
+    for batch, wanted in zip(seen, itertools.islice(expected_batches, 4, 8), strict=True):
+        assert_equal(batch, wanted)
+    found, expected = ([r for r in rows_of(w) if r["kind"] == "train"] for w in (tmp_path, whole))
+    assert [row["tokens"] for row in found] == [row["tokens"] for row in expected]
+    losses, expected_losses = ([row["loss"] for row in rows] for rows in (found, expected))
+    np.testing.assert_array_equal(losses[:4], expected_losses[:4])
+    # Float32 sums in another order, magnified by Adam's division over 4 steps.
+    np.testing.assert_allclose(losses, expected_losses, rtol=1e-4)
 
 
 def test_a_finished_run_is_reported_and_left_alone(finished, capsys, devices):

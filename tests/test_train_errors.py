@@ -17,6 +17,8 @@ from mea_jax.checkpoint import Checkpoints
 from mea_jax.data.pipeline import train_batches
 from mea_jax.data.prepare import prepare
 from mea_jax.errors import UserError
+from mea_jax.loop import Loop
+from mea_jax.report import read_metrics
 from mea_jax.train import train
 from mea_jax.train_step import abstract_state, compile_eval_step
 
@@ -41,6 +43,50 @@ def test_a_diverged_run_names_a_checkpoint_that_is_good(tiny, devices, tmp_path)
     with jax.set_mesh(mesh):
         sums = compile_eval_step(config, mesh)(state.params, batch)
     assert math.isfinite(sums["nll"]), f"step {named[1]} is no good checkpoint"
+
+
+def test_too_many_updates_left_out(tiny, devices, tmp_path, monkeypatch):
+    """One line that names the step; none of the updates was made, so nothing else is wrong."""
+    devices(1)
+    original = mea_jax.train_step._gradients
+
+    def gradients(*args):
+        found, nll, tokens = original(*args)
+        return jax.tree.map(lambda g: g * math.nan, found), nll, tokens
+
+    monkeypatch.setattr(mea_jax.train_step, "_gradients", gradients)
+    config = tiny(**{"guards.max_skipped": 2, "checkpoint.every": 1})
+    expected = r"norm is nan .* at step 3: of the .* 3 are left out, more than config\.guards\.max"
+    with pytest.raises(UserError, match=expected) as error:
+        train(config, tmp_path)
+    assert "\n" not in str(error.value)
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in rows if row["kind"] == "skipped_update"] == [1, 2]
+    losses = [row["loss"] for row in rows if row["kind"] == "train"]
+    assert all(math.isfinite(loss) for loss in losses)
+
+
+def test_a_failed_write_ends_the_run_at_the_next_step(tiny, devices, tmp_path, monkeypatch):
+    """And not at the next save, or at the end: hours of work that nothing holds."""
+    devices(1)
+    reported: list[int] = []
+    report_step = Loop.report_step
+
+    def watched(self, step, *args):
+        if step == 5:
+            self.checkpoints._thread.join()  # the failure is there by now
+        reported.append(step)
+        return report_step(self, step, *args)
+
+    def full(folder):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Loop, "report_step", watched)
+    monkeypatch.setattr(mea_jax.checkpoint.digests, "seal", full)
+    expected = r"checkpoint of step 4 could not be written .*No space left.*nothing is saved"
+    with pytest.raises(UserError, match=expected):
+        train(tiny(), tmp_path)
+    assert reported[-1] == 5
 
 
 @pytest.mark.parametrize("call", ["write", "config", "plot", "summary"])

@@ -1,0 +1,122 @@
+"""What saving costs a run: how long it holds the loop up, slows it down, and takes to disk.
+
+    python -m benchmarks.checkpointing [--saves 8] [--out DIR] [--json out.json]
+
+The quickstart's own model and step on random batches, with a save as its loop makes it every few
+steps: a look at the state's loss, then orbax, digests and the disk beside the training. A save's
+cost is the time the loop was held up and what the steps under way took longer than the others.
+"""
+
+import argparse
+import dataclasses
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from benchmarks.harness import write_json
+from configs import quickstart
+from mea_jax import sharding
+from mea_jax.backends import resolve
+from mea_jax.checkpoint import Checkpoints, Position
+from mea_jax.config import TrainConfig, from_config_dict
+from mea_jax.cpu_kernels import keep_freed_memory
+from mea_jax.train_step import compile_eval_step, compile_train_step, create_state
+
+BETWEEN = 24  # steps between two saves: enough for the write to end and for some undisturbed ones
+
+
+def measure(config: TrainConfig, folder: Path, saves: int) -> dict[str, list[float]]:
+    """Seconds of each undisturbed step, and of each save: check, call, to disk, slower steps."""
+    devices = jax.devices()
+    model = resolve(config.model, devices, config.data.context_length, 1, 1)
+    config = dataclasses.replace(config, model=model)
+    mesh = sharding.make_mesh(config.mesh, devices)
+    rng = np.random.default_rng(0)
+    shape = (config.batch_size, config.data.context_length)
+    tokens = rng.integers(0, model.vocab_size, (2, *shape), dtype=np.int32)
+    positions = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
+    where = sharding.batch_sharding(mesh)
+    batch = {
+        "inputs": jax.device_put(tokens[0], where),
+        "targets": jax.device_put(tokens[1], where),
+        "segment_ids": jax.device_put(np.ones(shape, np.int32), where),
+        "positions": jax.device_put(positions, where),
+    }
+    found: dict[str, list[float]] = {name: [] for name in ("step", "check", "call", "disk", "slow")}
+    with jax.set_mesh(mesh), Checkpoints(folder, config.checkpoint) as checkpoints:
+        state = create_state(config, mesh)
+        step_fn = compile_train_step(config, mesh).lower(state, batch).compile()
+        evaluate = compile_eval_step(config, mesh)
+
+        def step(state):
+            began = time.perf_counter()
+            state, metrics = step_fn(state, batch)
+            jax.block_until_ready(metrics)
+            return state, time.perf_counter() - began
+
+        for _ in range(5):
+            state, _ = step(state)
+        jax.device_get(evaluate(state.params, batch))
+        for number in range(1, saves + 1):
+            began = time.perf_counter()
+            jax.device_get(evaluate(state.params, batch))
+            checked = time.perf_counter()
+            checkpoints.save(number, state, config, Position(number, "benchmark"))
+            called = time.perf_counter()
+            disturbed: list[float] = []
+            disk = None
+            for _ in range(BETWEEN):
+                state, seconds = step(state)
+                if disk is None:
+                    disturbed.append(seconds)
+                    if not checkpoints.writing():
+                        disk = time.perf_counter() - checked
+                else:
+                    found["step"].append(seconds)
+            checkpoints.wait()
+            usual = statistics.median(found["step"])
+            found["check"].append(checked - began)
+            found["call"].append(called - checked)
+            found["disk"].append(disk if disk is not None else float("nan"))
+            found["slow"].append(sum(disturbed) - len(disturbed) * usual)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--saves", type=int, default=8)
+    parser.add_argument("--out", type=Path, help="folder for the checkpoints; default: temporary")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    if jax.devices()[0].platform == "cpu":
+        keep_freed_memory()
+    config = from_config_dict(quickstart.get_config())
+    with tempfile.TemporaryDirectory() as temporary:
+        found = measure(config, arguments.out or Path(temporary), arguments.saves)
+    median = {name: statistics.median(values[1:]) for name, values in found.items()}
+    every = config.checkpoint.every
+    cost = median["check"] + median["call"] + median["slow"]
+    rows = {
+        "step": f"{median['step'] * 1e3:.0f} ms",
+        "held up by the check of the loss": f"{median['check'] * 1e3:.0f} ms",
+        "held up by the save's call": f"{median['call'] * 1e3:.0f} ms",
+        "to disk, sealed": f"{median['disk'] * 1e3:.0f} ms",
+        "held up, of the time to disk": f"{median['call'] / median['disk']:.1%}",
+        "steps beside the write take longer by": f"{median['slow'] * 1e3:.0f} ms in all",
+        f"cost of a save every {every} steps": f"{cost / (every * median['step'] + cost):.2%}",
+    }
+    for name, value in rows.items():
+        print(f"{name:<40} {value}")
+    for name, values in found.items():
+        low, high = np.percentile(values[1:], [10, 90])
+        print(f"  {name:<6} 10th to 90th percentile {low * 1e3:.0f} to {high * 1e3:.0f} ms")
+    if arguments.json:
+        write_json(arguments.json, [{"part": name, "seconds": v} for name, v in found.items()])
+
+
+if __name__ == "__main__":
+    main()

@@ -224,31 +224,42 @@ def second(trial: Scratch) -> None:
     expect_same(trial, wanted)
 
 
-def host(trial: Scratch) -> None:
-    """One of four hosts is killed: the others end with a line, all start again and go on."""
-    flags = ("--config.mesh.data=2", "--config.mesh.fsdp=2")
+def _start_hosts(trial: Scratch, run: Path, record: Path, *words: str) -> list[Process]:
+    """Four processes of one run on one machine; `words` are faults and flags."""
+    address = free_address()
+    return [
+        trial.start(
+            *(word for word in words if not word.startswith("--")),
+            flags=(
+                *("--config.mesh.data=2", "--config.mesh.fsdp=2", "--coordinator", address),
+                *("--num_processes", "4", "--process_id", str(index), "--startup_timeout", "120"),
+                *(word for word in words if word.startswith("--")),
+            ),
+            workdir=run,
+            order=record.with_suffix(f".{index}"),
+        )
+        for index in range(4)
+    ]
 
-    def start(workdir: Path, record: Path, *faults: str) -> list[Process]:
-        address = free_address()
-        return [
-            trial.start(
-                *faults,
-                flags=(*flags, "--coordinator", address, "--num_processes", "4")
-                + ("--process_id", str(index), "--startup_timeout", "120"),
-                workdir=workdir,
-                order=record.with_suffix(f".{index}"),
-            )
-            for index in range(4)
-        ]
 
+def _finish_hosts(trial: Scratch) -> None:
+    """Four processes go on to the end, which must be that of four without a fault."""
     wanted = trial.campaign / "references" / "hosts"
     with _references:
         if not wanted.exists():
             wanted.mkdir(parents=True)
-            for process in start(wanted / "run", wanted / "order"):
+            for process in _start_hosts(trial, wanted / "run", wanted / "order"):
                 expect(process.wait() == 0, f"the reference failed: {process.said()[-600:]}")
             (wanted / "order.0").rename(wanted / "order.jsonl")
-    processes = start(trial.workdir, trial.order, _SLOW)
+    for process in _start_hosts(trial, trial.workdir, trial.order):
+        expect(process.wait() == 0, f"no restart: {process.said()[-600:]}")
+    trial.order = trial.order.with_suffix(".0")
+    expect_same(trial, wanted)
+
+
+def host(trial: Scratch) -> None:
+    """One of four hosts is killed: the others end with a line, all start again and go on."""
+    processes = _start_hosts(trial, trial.workdir, trial.order, _SLOW)
     until(lambda: (trial.workdir / "checkpoints" / "10").exists(), processes[0], 120)
     time.sleep(trial.rng.uniform(0, 1))
     victim = trial.rng.randrange(4)
@@ -257,10 +268,23 @@ def host(trial: Scratch) -> None:
         status = process.wait(60)
         if index != victim:
             expect(status != 0 and "error: " in process.said(), f"no line: {process.said()[-600:]}")
-    for process in start(trial.workdir, trial.order):
-        expect(process.wait() == 0, f"no restart: {process.said()[-600:]}")
-    trial.order = trial.order.with_suffix(".0")
-    expect_same(trial, wanted)
+    _finish_hosts(trial)
+
+
+def host_term(trial: Scratch) -> None:
+    """SIGTERM for one of four hosts, which save by the first one's clock: all save and end."""
+    timed = ("--config.checkpoint.every=0", "--config.checkpoint.minutes=0.01")
+    processes = _start_hosts(trial, trial.workdir, trial.order, "wait=0.05", *timed)
+    until(lambda: list(trial.workdir.glob("checkpoints/[0-9]*")), processes[0], 120)
+    time.sleep(trial.rng.uniform(0, 1))
+    processes[trial.rng.randrange(4)].kill(signal.SIGTERM)
+    found = [(process.wait(60), process.said()) for process in processes]
+    expect(all(status == 75 for status, _ in found), f"not all ended with 75: {found}"[:2000])
+    stopped = re.search(rf"stopped by SIGTERM after step (\d+) of {STEPS}", found[0][1])
+    if stopped is None:
+        raise Failed(f"no word of the step: {found[0][1][-600:]}")
+    expect(stopped[1] in _steps(trial), f"step {stopped[1]} is not saved: {_steps(trial)}")
+    _finish_hosts(trial)
 
 
 # -- data -----------------------------------------------------------------------------------
@@ -382,7 +406,7 @@ KINDS: dict[str, Fault] = {
     name.__name__: name
     for name in (
         *(kill, kill_in_save, term, disk_full, read_only, truncated, flipped, missing),
-        *(second, host, data_stop, data_skip, nan, nan_limit, spike),
+        *(second, host, host_term, data_stop, data_skip, nan, nan_limit, spike),
     )
 }
 # Which faults must show that a guard is gone.

@@ -228,6 +228,7 @@ def plot_loss(
         axis.plot(train[window - 1 :, 0], smooth, color="C0", label="training, running mean")
     if len(held):
         axis.plot(held[:, 0], held[:, 1], "o-", color="C1", markersize=4, label="held-out")
+    _mark_events(axis, rows)
     losses = np.concatenate([train[:, 1], held[:, 1]])
     losses = losses[np.isfinite(losses)]
     marks = [bits / bits_per_nat for bits in baselines.values()] if bits_per_nat else []
@@ -255,6 +256,27 @@ def plot_loss(
         figure.savefig(path, dpi=150)
     plt.close(figure)
     return path
+
+
+def _mark_events(axis: Any, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Lines on the axis of steps where a guard acted."""
+    kinds = {
+        "skipped_update": ("update left out", "0.4", ":"),
+        "spike": ("spike", "C3", "--"),
+        "rewind": ("rewound to here", "C3", "-"),
+    }
+    for kind, (label, color, style) in kinds.items():
+        # A spike begins before the step at which it is known; a rewind's step is where it went.
+        where = "first" if kind == "spike" else "step"
+        steps = [row[where] for row in rows if row["kind"] == kind]
+        for number, step in enumerate(steps):
+            axis.axvline(
+                step,
+                color=color,
+                linestyle=style,
+                linewidth=0.8,
+                label=f"{label} ({len(steps)})" if number == 0 else None,
+            )
 
 
 def table(rows: list[tuple[str, str]]) -> str:

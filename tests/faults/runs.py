@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +26,8 @@ from mea_jax.train_step import abstract_state
 ROOT = Path(__file__).parent.parent.parent
 STEPS, EVERY = 60, 5  # as in config.py
 LIMIT = 180.0  # seconds that a process may take before it counts as hanging
+REFERENCES = threading.Lock()  # trials that run at the same time share the runs without a fault
+SLOW = "wait=0.01"  # so that moments inside the loop are as likely as those before it
 _MEASURED = ("tokens_per_second", "flops_per_second", "mfu")
 _WORDS = "a quick brown fox jumps over the lazy dog while seven wizards box by moonlight"
 
@@ -177,6 +180,26 @@ def until(condition: Any, process: Process, limit: float = 60.0) -> None:
     while not condition() and process.running:
         expect(time.monotonic() < deadline, f"not seen within {limit:g} s")
         time.sleep(0.0005)
+
+
+def reference(trial: Scratch, name: str, *faults: str, flags: tuple[str, ...] = ()) -> Path:
+    """A run without the fault, made once for the campaign."""
+    path = trial.campaign / "references" / name
+    with REFERENCES:
+        if path.exists():
+            return path
+        scratch = path.with_name(f"{name}.incomplete")
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir(parents=True)
+        run, order = scratch / "run", scratch / "order.jsonl"
+        trial.run(*faults, flags=flags, workdir=run, order=order, guarded=True)
+        scratch.rename(path)
+    return path
+
+
+def steps_of(workdir: Path) -> list[str]:
+    """Names of the complete checkpoints of a run."""
+    return [p.name for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()]
 
 
 # -- what two runs have in common -----------------------------------------------------------

@@ -18,6 +18,7 @@ import functools
 import math
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -47,6 +48,12 @@ def keep_freed_memory() -> bool:
     trim_threshold, mmap_max, arena_max = -1, -4, -8  # of <malloc.h>
     settings = ((mmap_max, 0), (trim_threshold, 2**31 - 1), (arena_max, 1))
     return all(mallopt(name, value) == 1 for name, value in settings)
+
+
+def accelerator_attached() -> bool:
+    """Whether this Linux machine has a device file of a GPU or TPU: known before jax starts."""
+    names = ("nvidia[0-9]*", "kfd", "accel[0-9]*", "vfio/[0-9]*")
+    return any(True for name in names for _ in Path("/dev").glob(name))
 
 
 def _several_devices() -> bool:

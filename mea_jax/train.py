@@ -18,7 +18,7 @@ from mea_jax import cli, memory, preemption, profiling, sharding
 from mea_jax.backends import resolve
 from mea_jax.checkpoint import Checkpoints, Position
 from mea_jax.config import TrainConfig
-from mea_jax.cpu_kernels import keep_freed_memory
+from mea_jax.cpu_kernels import accelerator_attached, keep_freed_memory
 from mea_jax.data.shared import prepare_together
 from mea_jax.errors import UserError
 from mea_jax.guards import rewindable
@@ -94,6 +94,8 @@ def _check_profile(steps: tuple[int, int] | None, done: int, run: RunDirectory) 
 
 
 def main() -> None:
+    if not accelerator_attached():
+        keep_freed_memory()  # before jax has threads: each would keep freed memory of its own
     config = cli.parse_config(CONFIG)
     if "://" in (WORKDIR.value or ""):
         raise UserError(f"--workdir {WORKDIR.value}: give a folder; mount the bucket as a path")

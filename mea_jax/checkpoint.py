@@ -138,14 +138,18 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind, *_: Any) -> None:
+        problem: BaseException | None = None
         try:
             self.wait()
-        except UserError:
-            if kind is None:  # an error that is already on its way out comes first
-                raise
-        finally:
-            if self._writer is not None:
+        except Exception as error:
+            problem = error
+        if self._writer is not None:
+            try:
                 self._writer.close()
+            except Exception as error:  # of a failed write once more
+                problem = problem or self._write_error(error)
+        if problem is not None and kind is None:  # else what is already on its way out comes first
+            raise problem
 
     # -- what there is ---------------------------------------------------------------------
 

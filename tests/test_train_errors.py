@@ -156,3 +156,19 @@ def test_damaged_config_json(tiny, devices, tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"config\.json is damaged"):
         train(tiny(), tmp_path)
+
+
+def test_closing_after_a_failed_write_adds_nothing(tiny, tmp_path, monkeypatch):
+    """What orbax says once more at the end neither hides the first line nor follows it."""
+
+    def fail():
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    for kind in (None, ValueError):
+        checkpoints = Checkpoints(tmp_path / "run", tiny().checkpoint)
+        monkeypatch.setattr(checkpoints._writer, "close", fail)
+        if kind is None:
+            with pytest.raises(UserError, match=r"could not be written.*Read-only"):
+                checkpoints.__exit__(None, None, None)
+        else:
+            checkpoints.__exit__(kind, kind("first"), None)

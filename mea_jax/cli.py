@@ -161,7 +161,7 @@ def run(
                 distributed.end(
                     1,
                     f"error: the connection to another process was lost ({reason}): its own log "
-                    "says why; the same command on every host resumes from the last checkpoint",
+                    f"says why; {distributed.AGAIN}",
                 )
             distributed.end(1, f"{traceback.format_exc()}error: {type(error).__name__}: {reason}")
 

@@ -33,7 +33,7 @@ def seal(folder: Path) -> None:
         file.write(f"{hashlib.sha256(body.encode()).hexdigest()} {body}\n")
         file.flush()
         os.fsync(file.fileno())
-    for directory in {folder, *(folder / name for name in _folders(folder))}:
+    for directory in {folder, *(folder / above for n in names for above in Path(n).parents)}:
         sync_folder(directory)
 
 
@@ -118,10 +118,6 @@ def _names(folder: Path) -> Iterator[str]:
                     yield name
                 else:
                     raise ValueError(f"{name} is a link or a device, not a file")
-
-
-def _folders(folder: Path) -> set[str]:
-    return {str(parent) for name in _names(folder) for parent in Path(name).parents}
 
 
 def _entries(body: str) -> Iterable[tuple[str, Any]]:

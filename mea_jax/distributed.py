@@ -6,9 +6,10 @@ process is told its number, and process 0 waits at the coordinator's address unt
 few words that processes exchange here.
 
 A process that fails says so before it goes, and all others end with its line instead of waiting
-for it in a collective. A process that is killed says nothing: on CPUs the others notice at the
-next collective, on accelerators by jax's heartbeat, `HEARTBEAT_SECONDS` after its last one, at
-which jax aborts them (a stack trace, exit status 134).
+for it in a collective. A process that is killed says nothing: on CPUs the others may notice at the
+next collective, and everywhere process 0 misses its sign of life after `LOST_SECONDS` and ends the
+run with a line. When process 0 itself is lost, jax aborts the others, at once or by a heartbeat of
+its own (a stack trace, exit status 134).
 """
 
 import contextlib
@@ -30,11 +31,14 @@ from mea_jax.config import flatten
 from mea_jax.errors import UserError
 
 HEARTBEAT_SECONDS = 100  # jax's default, said here because the documentation promises it
+LOST_SECONDS = 60.0  # without a sign of life until a process counts as lost; less than jax's own
 _POLL_SECONDS = 2.0  # between looks for another process's last words
 _FAREWELL_SECONDS = 10.0  # that a failing process waits for the others to have read them
 _LOOKS = 5  # at a board, when the coordination service fails to answer
 _AGREE_SECONDS = 600.0  # that processes may be apart at a point of agreement
 _ENDED = "mea_jax/ended"
+_ALIVE = "mea_jax/alive"
+AGAIN = "the same command on every host resumes from the last checkpoint"
 # What a collective or the coordination service says when another process is gone.
 _LOST = re.compile(r"[Gg]loo|coordination service|heartbeat|Connection reset|Socket closed")
 
@@ -216,19 +220,6 @@ class Board:
         return None
 
 
-class Notice:
-    """A value that process 0 may change, and the others look at: how far it is with something."""
-
-    def __init__(self) -> None:
-        self.board = Board("notice")
-
-    def set(self, value: str) -> None:
-        self.board.set("value", value)
-
-    def get(self) -> str | None:
-        return self.board.get("value")
-
-
 def _look(key: str) -> str | None:
     try:
         return _client().key_value_try_get(key)
@@ -266,12 +257,49 @@ def place_rows(
 # -- the end --------------------------------------------------------------------------------
 
 
+class SignsOfLife:
+    """When each process of the run was last heard of, by this one's clock."""
+
+    def __init__(self, count: int, now: float) -> None:
+        self._heard: dict[int, tuple[str, float]] = dict.fromkeys(range(count), ("", now))
+
+    def note(self, signs: dict[int, str], now: float) -> None:
+        """Takes what processes wrote; a sign counts when it is not the one seen before."""
+        for index, sign in signs.items():
+            if self._heard[index][0] != sign:
+                self._heard[index] = (sign, now)
+
+    def lost(self, now: float) -> str | None:
+        """Who has been silent for `LOST_SECONDS`, in words; None: nobody."""
+        for index, (sign, heard) in self._heard.items():
+            if now - heard > LOST_SECONDS:
+                where = f" on {sign.partition(' ')[2]}" if sign else ""
+                return f"process {index}{where} has not been heard of for {now - heard:.0f} s"
+        return None
+
+
 def _watch() -> None:
-    """Ends this process when another has said that it ended."""
+    """Tells the others that this process lives, and ends it when another has ended or is lost.
+
+    Only process 0 looks for silent ones: it tells the others, and one look at all processes is
+    cheap where as many looks as processes would not be.
+    """
+    state = jax_distributed.global_state
+    signs = SignsOfLife(state.num_processes, time.monotonic())
+    beat = 0
     while _client() is not None:
         if (words := _look(_ENDED)) is not None:
             said = json.loads(words)
             end(said["status"], f"error: {said['who']} ended: {said['line']}")
+        beat += 1
+        with contextlib.suppress(Exception):  # the service is gone: jax's own threads tell of that
+            mine = f"{_ALIVE}/{state.process_id}"
+            _client().key_value_set(mine, f"{beat} {socket.gethostname()}", allow_overwrite=True)
+            if first():
+                found = _client().key_value_dir_get(_ALIVE)
+                signs.note({int(k.rpartition("/")[2]): v for k, v in found}, time.monotonic())
+                if (lost := signs.lost(time.monotonic())) is not None:
+                    end(1, f"error: {lost}: its own log or its machine's says why; {AGAIN}")
         time.sleep(_POLL_SECONDS)
 
 

@@ -37,12 +37,12 @@ def finish(loop: Loop, state) -> dict[str, Any]:
                 rows.append((f"  {name}", f"{baselines[name]:.3f}   (each document by itself)"))
             result["baseline_bits_per_byte"] = baselines
     parameters = sum(x.size for x in jax.tree.leaves(state.params))
-    speed = loop.speed()
-    result |= {"parameters": parameters} | speed | _events(loop)
+    speed, events = loop.speed(), _events(loop)
+    result |= {"parameters": parameters} | speed | events
     rows.append(("parameters", report.si(parameters)))
     if speed:
         rows.append(("speed", _speed_line(speed)))
-    rows += [(name.replace("_", " "), str(count)) for name, count in _events(loop).items() if count]
+    rows += [(name.replace("_", " "), str(count)) for name, count in events.items() if count]
     rows.append(("compiled", _compiled_line(c)))
     rows.append(("run directory", str(run.path)))
     text = report.table(rows)

@@ -3,17 +3,11 @@
 import os
 import subprocess
 
-# Before jax is imported: it reads both once. Programs here run for milliseconds and compile for
-# seconds, so the code generator's expensive passes are left out; HLO is optimised as ever.
+import cpu_devices
+
+# Before jax is imported: it reads both once.
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = " ".join(
-    (
-        os.environ.get("XLA_FLAGS", ""),
-        "--xla_force_host_platform_device_count=8",
-        "--xla_backend_optimization_level=0",
-        "--xla_llvm_disable_expensive_passes=true",
-    )
-)
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {cpu_devices.flags(8)}"
 
 import hypothesis
 import jax

@@ -306,10 +306,14 @@ def test_an_error_of_the_writing_thread(run, config, one_device, monkeypatch):
     failing = pytest.raises(UserError, match=expected)  # also when leaving is the first look
     with failing, Checkpoints(run, OPTIONS) as checkpoints:
         checkpoints.save(4, one_device[1], config, POSITION)
-    # But an error that is on its way out already is the one to be seen.
-    with pytest.raises(KeyError), Checkpoints(run, OPTIONS) as checkpoints:  # noqa: PT012
-        checkpoints.save(4, one_device[1], config, POSITION)
-        raise KeyError
+
+    def with_an_error_of_its_own():
+        with Checkpoints(run, OPTIONS) as checkpoints:
+            checkpoints.save(4, one_device[1], config, POSITION)
+            raise KeyError
+
+    with pytest.raises(KeyError):  # one that is on its way out already is the one to be seen
+        with_an_error_of_its_own()
 
 
 def test_a_request_to_stop_is_no_damage(three, config, one_device, monkeypatch):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,6 +24,17 @@ from mea_jax.config import (
 )
 from mea_jax.errors import UserError, nearest
 from mea_jax.validation import validate, validate_from_scratch
+
+
+def tree_with(path, value):
+    """A default config as JSON has it, with `value` at a path such as "data.sources[0].path"."""
+    tree = TrainConfig().to_dict()
+    *parents, last = re.findall(r"\w+", path)
+    node: Any = tree
+    for key in parents:
+        node = node[int(key) if key.isdigit() else key]
+    node[last] = value
+    return tree
 
 
 @given(
@@ -55,8 +67,7 @@ def test_default_config_is_locked():
 
 
 def test_whole_numbers_may_be_floats_but_not_the_other_way():
-    tree = TrainConfig().to_dict()
-    tree["optimizer"]["learning_rate"] = 1
+    tree = tree_with("optimizer.learning_rate", 1)
     assert isinstance(TrainConfig.from_dict(tree).optimizer.learning_rate, float)
     tree["steps"] = 10.0
     with pytest.raises(UserError, match=r"config\.steps must be of type int, not 10\.0"):
@@ -80,12 +91,7 @@ def test_whole_numbers_may_be_floats_but_not_the_other_way():
     ],
 )
 def test_wrong_types(path, value, message):
-    tree = TrainConfig().to_dict()
-    node = tree
-    *parents, last = path.split(".")
-    for parent in parents:
-        node = node[parent]
-    node[last] = value
+    tree = tree_with(path, value)
     with pytest.raises(UserError, match=message):
         TrainConfig.from_dict(tree)
 
@@ -145,12 +151,7 @@ def test_wrong_types(path, value, message):
     ],
 )
 def test_what_no_run_can_compute_with_is_one_short_line(path, value, message):
-    tree = TrainConfig().to_dict()
-    node = tree
-    *parents, last = path.split(".")
-    for parent in parents:
-        node = node[parent]
-    node[last] = value
+    tree = tree_with(path, value)
     if message is None:
         TrainConfig.from_dict(tree)
         return
@@ -162,8 +163,7 @@ def test_what_no_run_can_compute_with_is_one_short_line(path, value, message):
 
 def test_numpy_numbers_become_plain_ones():
     """`ConfigDict` lets float64 pass, which is a float; JSON and equality are as for any other."""
-    tree = TrainConfig().to_dict()
-    tree["optimizer"]["learning_rate"] = np.float64(0.5)
+    tree = tree_with("optimizer.learning_rate", np.float64(0.5))
     assert type(TrainConfig.from_dict(tree).optimizer.learning_rate) is float
 
 
@@ -185,22 +185,15 @@ def test_a_sample_needs_room_for_a_token():
     ],
 )
 def test_a_misspelt_key_names_the_nearest(path, close):
-    tree = TrainConfig().to_dict()
-    node = tree
-    *parents, last = path.split(".")
-    for parent in parents:
-        node = node["sources"][0] if "[" in parent else node[parent]
-    node[last] = 1
+    tree = tree_with(path, 1)
     line = rf"unknown config key config\.{re.escape(path)}: did you mean '{close}'\?"
     with pytest.raises(UserError, match=line):
         TrainConfig.from_dict(tree)
 
 
 def test_a_key_like_no_other_lists_what_there_is():
-    tree = TrainConfig().to_dict()
-    tree["checkpoint"]["zzz"] = 1
     with pytest.raises(UserError, match="known: every, keep"):
-        TrainConfig.from_dict(tree)
+        TrainConfig.from_dict(tree_with("checkpoint.zzz", 1))
 
 
 @given(name=st.sampled_from(sorted(flatten(TrainConfig().to_dict()))), cut=st.integers(0, 99))

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from helpers import assert_close, change
 
-from mea_jax import sharding
+from mea_jax import distributed, sharding
 from mea_jax.checkpoint import Checkpoints
 from mea_jax.config import MeshConfig
 from mea_jax.report import read_metrics
@@ -379,3 +379,16 @@ def test_a_killed_process_ends_the_others(victim):
     else:
         assert status == 1
         assert "the connection to another process was lost" in one_line(err)
+
+
+def test_silence_is_noticed_at_the_limit():
+    """Signs count when they are new, by the clock of the process that looks."""
+    signs = distributed.SignsOfLife(3, 100.0)
+    signs.note({0: "1 a", 1: "7 b"}, 110.0)
+    assert signs.lost(100.0 + distributed.LOST_SECONDS) is None
+    found = signs.lost(101.0 + distributed.LOST_SECONDS)
+    assert found == f"process 2 has not been heard of for {distributed.LOST_SECONDS + 1:.0f} s"
+    signs.note({0: "2 a", 1: "7 b", 2: "1 c"}, 160.0)
+    found = signs.lost(160.0 + distributed.LOST_SECONDS)
+    assert found is not None
+    assert found.startswith("process 1 on b ")

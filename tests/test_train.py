@@ -1,6 +1,5 @@
 """Whole runs in process: what they leave, how they resume, how they stop."""
 
-import contextlib
 import itertools
 import json
 import math
@@ -164,8 +163,8 @@ class Cut(BaseException):
     """Stands for a kill: no handler of ours may catch it."""
 
 
-def cut_after(monkeypatch, step):
-    """The loop stops when it reports this step, before whatever follows."""
+def train_until(step, config, workdir):
+    """A run that is cut short when its loop reports this step, before whatever follows."""
     report = Loop.report_step
 
     def stop(self, at, *args):
@@ -173,7 +172,10 @@ def cut_after(monkeypatch, step):
             raise Cut
         return report(self, at, *args)
 
-    monkeypatch.setattr(Loop, "report_step", stop)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Loop, "report_step", stop)
+        with pytest.raises(Cut):
+            train(config, workdir)
 
 
 def assert_same_run(config, workdir, whole):
@@ -189,10 +191,7 @@ def test_a_cut_run_ends_as_if_it_had_not_been(finished, devices, tmp_path, step)
     """
     config, whole, _ = finished
     devices(1)
-    with pytest.MonkeyPatch.context() as patch:
-        cut_after(patch, step)
-        with pytest.raises(Cut):
-            train(config, tmp_path)
+    train_until(step, config, tmp_path)
     assert not (tmp_path / "summary.json").exists()
     summary = train(config, tmp_path)
     assert summary["timed_steps"] == STEPS - (4 if step > 4 else 0)
@@ -219,10 +218,7 @@ def test_cut_between_the_last_checkpoint_and_the_summary(finished, devices, tmp_
 def test_a_line_cut_in_the_middle_is_dropped(finished, devices, tmp_path):
     config, whole, _ = finished
     devices(1)
-    with pytest.MonkeyPatch.context() as patch:
-        cut_after(patch, 6)
-        with pytest.raises(Cut):
-            train(config, tmp_path)
+    train_until(6, config, tmp_path)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "kind": "tr')
     train(config, tmp_path)
@@ -238,13 +234,12 @@ def test_resumed_on_other_meshes(finished, devices, tmp_path):
         ({"mesh": MeshConfig(1, 1, 1)}, 1, None),
     ]
     for changes, count, cut in stages:
-        with pytest.MonkeyPatch.context() as patch:
-            devices(count)
-            stage = change(config, **changes, **{"checkpoint.every": 2})
-            if cut:
-                cut_after(patch, cut)
-            with pytest.raises(Cut) if cut else contextlib.nullcontext():
-                train(stage, tmp_path)
+        devices(count)
+        stage = change(config, **changes, **{"checkpoint.every": 2})
+        if cut:
+            train_until(cut, stage, tmp_path)
+        else:
+            train(stage, tmp_path)
     found = [row["loss"] for row in rows_of(tmp_path) if row["kind"] == "train"]
     expected = [row["loss"] for row in rows_of(whole) if row["kind"] == "train"]
     # Float32 sums in another order, magnified by Adam's division over 8 steps.
@@ -255,10 +250,7 @@ def test_resumed_on_another_microbatch(finished, devices, tmp_path, monkeypatch)
     """In four parts from step 4 on: the same tokens in the same order, the losses of one part."""
     config, whole, _ = finished
     devices(1)
-    with pytest.MonkeyPatch.context() as patch:
-        cut_after(patch, 6)
-        with pytest.raises(Cut):
-            train(config, tmp_path)
+    train_until(6, config, tmp_path)
     seen = []
 
     def watched(*args, **kwargs):

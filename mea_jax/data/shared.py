@@ -6,6 +6,7 @@ while the others of that host wait for its lock), which must come out the same.
 """
 
 import contextlib
+import functools
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ from mea_jax.errors import UserError
 
 STALL_SECONDS = 1800.0  # without progress of the first process until the others give up
 _REPORT_SECONDS = 10.0  # between two reports of its progress
-_DONE = "done"
+_HOW_FAR, _DONE = "how far", "done"
 _WEEK = 7 * 24 * 3600.0  # hosts that make data of their own take as long as they take
 
 
@@ -34,13 +35,13 @@ def prepare_together(
     """
     if not distributed.several():
         return prepare(config, vocab_size, log)
-    notice = distributed.Notice()
+    board = distributed.Board("preparation")
     if distributed.first():
-        with _reports(notice.set, cache_root(config)) as on_progress:
+        with _reports(functools.partial(board.set, _HOW_FAR), cache_root(config)) as on_progress:
             prepared = prepare(config, vocab_size, log, on_progress=on_progress)
-        notice.set(_DONE)
+        board.set(_HOW_FAR, _DONE)
     else:
-        wait(notice.get)
+        wait(functools.partial(board.get, _HOW_FAR))
         prepared = prepare(config, vocab_size, log)
     digest = distributed.from_first(prepared.digest, _WEEK)
     distributed.agree(

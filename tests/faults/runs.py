@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import cpu_devices
 import jax
 import numpy as np
 
@@ -86,7 +87,6 @@ class Scratch:
         *faults: str,
         flags: tuple[str, ...] = (),
         workdir: Path | None = None,
-        devices: int = 1,
         order: Path | None = None,
         corpus: Path | None = None,
         guarded: bool = False,
@@ -105,7 +105,7 @@ class Scratch:
             popen = subprocess.Popen(
                 command,
                 cwd=ROOT,
-                env=os.environ | environment(self.campaign, devices),
+                env=os.environ | environment(self.campaign),
                 stdout=subprocess.DEVNULL,
                 stderr=out,
             )
@@ -128,16 +128,11 @@ class Scratch:
             shutil.rmtree(self.path, ignore_errors=True)
 
 
-def environment(campaign: Path, devices: int) -> dict[str, str]:
-    """Of a victim: CPU devices, programs compiled once for the whole campaign."""
-    flags = (
-        f"--xla_force_host_platform_device_count={devices}",
-        "--xla_backend_optimization_level=0",
-        "--xla_llvm_disable_expensive_passes=true",
-    )
+def environment(campaign: Path) -> dict[str, str]:
+    """Of a victim: one CPU device, programs compiled once for the whole campaign."""
     return {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": " ".join(flags),
+        "XLA_FLAGS": cpu_devices.flags(1),
         "MEA_JAX_CACHE": str(campaign / "cache"),
         "JAX_COMPILATION_CACHE_DIR": str(campaign / "cache" / "xla"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.05",

@@ -8,6 +8,7 @@ FLAGS are those of mea_jax.train. What may be wrong, and what a run is compared 
   passed_over=STEP  the same batch, but the host takes the state on by hand: what `nan` must come to
   garbage=A-B       batches A to B are noise
   without=A-B       batches A to B are left out from the start: what a rewind must come to
+  lost=SECONDS      of silence until another process counts as lost
   remove=GUARD      one guard of the program is out of work (see GUARDS)
 
 `nan` is put in by a mark in the batch that the compiled step looks for, so that the program is the
@@ -27,7 +28,7 @@ import numpy as np
 
 import mea_jax.loop
 import mea_jax.train_step
-from mea_jax import checkpoint, guards, lock, preemption, report
+from mea_jax import checkpoint, distributed, guards, lock, preemption, report
 from mea_jax.data.pipeline import batch_number
 
 _MARK = -9  # in the first position of a batch whose gradient becomes nan
@@ -184,6 +185,8 @@ def main() -> None:
         pass_over({int(step) for step in options["passed_over"]})
     if "without" in options:
         without(_intervals(options["without"]))
+    if "lost" in options:
+        replace(distributed, "LOST_SECONDS", float(options["lost"][0]))
     for guard in options.get("remove", []):
         GUARDS[guard]()
     sys.argv = ["mea_jax.train", *sys.argv[split + 1 :]]

@@ -26,17 +26,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # helpers.py, cpu_devices.py
+
+import cpu_devices
+
 # As in tests/conftest.py, and as there before jax is imported.
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = " ".join(
-    (
-        os.environ.get("XLA_FLAGS", ""),
-        "--xla_force_host_platform_device_count=8",
-        "--xla_backend_optimization_level=0",
-        "--xla_llvm_disable_expensive_passes=true",
-    )
-)
-sys.path.insert(0, str(Path(__file__).parents[1]))  # helpers.py
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {cpu_devices.flags(8)}"
 
 import hypothesis
 import jax

@@ -132,7 +132,8 @@ def _prepare(config: TrainConfig, folder: Path) -> None:
             )
             assert next(batches)["inputs"].shape == (2, data.context_length)
         except UserError as error:
-            assert len(str(error).splitlines()) == 1, error  # noqa: PT017
+            if len(str(error).splitlines()) != 1:
+                raise AssertionError(f"not one line: {error}") from error
 
 
 def _chance(example: Example, one_in: int, salt: str) -> bool:

@@ -18,6 +18,8 @@ from mea_jax.data import sources
 from mea_jax.data.bad_input import OPTION, LeftOut
 from mea_jax.errors import UserError
 
+from .mutation import mutated
+
 LONGEST_LINE = 2000  # characters of a message; its longest part is the path
 _DEEP = 100_000  # brackets within each other, far beyond what Python's parser follows
 
@@ -39,46 +41,6 @@ def compress(suffix: str, lines: bytes) -> bytes:
     return lines
 
 
-@st.composite
-def mutated(draw, whole: bytes) -> bytes:
-    """`whole` with a few bits flipped, cut short, with a stretch removed, doubled or replaced."""
-    content = bytearray(whole)
-    for _ in range(draw(st.integers(0, 4))):
-        if not content:
-            break
-        at = draw(st.integers(0, len(content) - 1))
-        end = at + draw(st.integers(1, 40))
-        kind = draw(st.sampled_from(("flip", "cut", "remove", "double", "replace", "insert")))
-        if kind == "flip":
-            content[at] ^= 1 << draw(st.integers(0, 7))
-        elif kind == "cut":
-            del content[at:]
-        elif kind == "remove":
-            del content[at:end]
-        elif kind == "double":
-            content[at:at] = content[at:end]
-        else:
-            new = draw(st.binary(max_size=20) | st.sampled_from(_FRAGMENTS))
-            content[at : end if kind == "replace" else at] = new
-    return bytes(content)
-
-
-_FRAGMENTS = (
-    b"\xef\xbb\xbf",
-    b"\r\n",
-    b"\n",
-    b"\0",
-    b"\xed\xa0\x80",  # half of a surrogate pair, as UTF-8 would spell it
-    rb"\ud800",
-    b"NaN",
-    b"-Infinity",
-    b"1" * 5000,
-    b"1e999999",
-    b"[" * 50,
-    b"{",
-    b'"',
-    b"\\",
-)
 ODD_LINES = (
     b'{"text": "a", "text": "b"}',  # one key twice
     b'\xef\xbb\xbf{"text": "after a byte order mark"}',

@@ -20,6 +20,8 @@ from sentencepiece import sentencepiece_model_pb2
 from mea_jax.data import tokenizers
 from mea_jax.errors import UserError
 
+from .mutation import mutated
+
 LONGEST_LINE = 1000  # characters of a message; its longest part is the path
 TEXTS = [
     "",
@@ -29,6 +31,7 @@ TEXTS = [
     tokenizers.SEPARATOR + " <unk></s>",
     "x" * 2000,
 ]
+_PROTOCOL: Any = sentencepiece_model_pb2  # makes its classes as it is imported
 _LINES = ["the cat sat on the mat", "a dog ran home; naïve", "def f(x): return x + 1"]
 
 
@@ -142,7 +145,7 @@ def _changed_json(draw, whole: bytes) -> bytes:
 @st.composite
 def _changed_model(draw, whole: bytes) -> bytes:
     """Some fields of the protocol buffer at other values of their types."""
-    model = sentencepiece_model_pb2.ModelProto.FromString(whole)  # type: ignore[attr-defined]
+    model = _PROTOCOL.ModelProto.FromString(whole)
     for _ in range(draw(st.integers(1, 3))):
         part = draw(
             st.sampled_from(
@@ -175,39 +178,18 @@ def _changed_model(draw, whole: bytes) -> bytes:
 
 
 @st.composite
-def _changed_bytes(draw, whole: bytes) -> bytes:
-    """Bits flipped, an end cut off, a stretch removed or repeated."""
-    content = bytearray(whole)
-    for _ in range(draw(st.integers(1, 5))):
-        if not content:
-            break
-        at = draw(st.integers(0, len(content) - 1))
-        end = at + draw(st.integers(1, 30))
-        kind = draw(st.sampled_from(("flip", "flip", "flip", "cut", "remove", "double")))
-        if kind == "flip":
-            content[at] ^= 1 << draw(st.integers(0, 7))
-        elif kind == "cut":
-            del content[at:]
-        elif kind == "remove":
-            del content[at:end]
-        else:
-            content[at:at] = content[at:end]
-    return bytes(content)
-
-
-@st.composite
 def _examples(draw) -> Example:
     kind = draw(st.sampled_from(("json", "json", "json", "model", "model", "bytes")))
     if kind == "bytes":
         whole = tokenizers.BytesTokenizer.content
-        content = draw(_changed_json(whole) | _changed_bytes(whole) | st.binary(max_size=60))
+        content = draw(_changed_json(whole) | mutated(whole) | st.binary(max_size=60))
         return Example(tokenizers.BytesTokenizer.FILE, content)
     if kind == "model":
         whole = draw(st.sampled_from(_models()))
-        content = draw(_changed_model(whole) | _changed_bytes(whole) | st.just(whole))
+        content = draw(_changed_model(whole) | mutated(whole) | st.just(whole))
         return Example(tokenizers.SentencePieceTokenizer.FILE, content)
     whole = draw(st.sampled_from(_json_files()))
-    content = draw(_changed_json(whole) | _changed_json(whole) | _changed_bytes(whole))
+    content = draw(_changed_json(whole) | _changed_json(whole) | mutated(whole))
     return Example(tokenizers.HuggingFaceTokenizer.FILE, content)
 
 

@@ -2,7 +2,7 @@
 
 import bisect
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +40,9 @@ class StoredWindows:
     def __len__(self) -> int:
         return len(self._windows)
 
+    def __iter__(self) -> Iterator[Window]:
+        return (self[index] for index in range(len(self)))
+
     def __getitem__(self, index: int) -> Window:
         """Raises `UserError` at a window that cannot be read, or gives padding in its place."""
         if not 0 <= index < len(self):
@@ -63,9 +66,7 @@ class StoredWindows:
             raise cache.damaged(self._paths[shard], self._root, reason, skippable=True) from error
 
 
-def open_windows(
-    directory: Path, split: str, length: int, skip_bad: bool = False
-) -> Sequence[Window]:
+def open_windows(directory: Path, split: str, length: int, skip_bad: bool = False) -> StoredWindows:
     """The windows of one split below `directory`.
 
     Args:
@@ -82,4 +83,4 @@ def open_windows(
       UserError: the description of the windows is damaged, whatever `skip_bad`; and an element,
         when it is read.
     """
-    return StoredWindows(directory, split, length, skip_bad)  # type: ignore[return-value]
+    return StoredWindows(directory, split, length, skip_bad)

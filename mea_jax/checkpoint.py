@@ -74,21 +74,21 @@ def _quiet_threads() -> None:
     warnings.filterwarnings("ignore", message="coroutine '.*' was never awaited")
 
 
-def find_checkpoint(path: Path) -> tuple[Path, int | None]:
+def find_checkpoint(path: Path, option: str = "--checkpoint") -> tuple[Path, int | None]:
     """The run directory of a path that names it, its `checkpoints` or one step below; the step.
 
-    Raises `UserError` where there is no checkpoint.
+    Raises `UserError`, which names `option`, where there is no checkpoint.
     """
     run, step = path, None
     if path.name.isdigit() and path.parent.name == "checkpoints":
         run, step = path.parent.parent, int(path.name)
     elif path.name == "checkpoints":
         run = path.parent
-    if not path.exists():
-        raise UserError(f"--checkpoint {path}: no such folder; give a run directory of train")
+    if not os.path.exists(path):  # unlike Path.exists, also where the name is none the system takes
+        raise UserError(f"{option} {path}: no such folder; give a run directory of train")
     if not (run / "checkpoints").is_dir():
         raise UserError(
-            f"--checkpoint {path} holds no checkpoints: give a run directory of train, such as "
+            f"{option} {path} holds no checkpoints: give a run directory of train, such as "
             "runs/quickstart, or one step of it, runs/quickstart/checkpoints/500"
         )
     return run, step
@@ -211,9 +211,10 @@ class Checkpoints:
             bad[step] = problem
         if bad:
             listed = "; ".join(f"step {number}: {words}" for number, words in bad.items())
+            anew = ", or choose another --workdir to start anew" if self.options else ""
             raise UserError(
                 f"every checkpoint in {self.directory} is damaged ({listed}): bring good copies "
-                "back, or choose another --workdir to start anew"
+                f"back{anew}"
             )
         return None
 

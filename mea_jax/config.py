@@ -21,6 +21,7 @@ REMAT_POLICIES = ("none", "dots", "full")
 SCHEDULES = ("cosine", "constant", "wsd")
 VARIANTS = ("mea", "differential_v1", "differential_v2", "talking_heads", "collaborative")
 POSITIONS = ("rope", "alibi", "learned", "none")
+TRAINABLE = ("all", "attention")
 ATTENTION_KERNELS = ("auto", "einsum", "chunked", "cpu", "cudnn", "splash")
 _LONGEST_KEY = 80  # that a message spells out
 _INTEGERS, _FLOATS = 2**31, 2**128  # what a run's numbers, of 32 bits, cannot reach
@@ -125,6 +126,24 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class StartConfig:
+    """What a run starts from and learns from besides text, and what it may change.
+
+    A path is a run directory, whose newest checkpoint that is not damaged counts, or one of its
+    steps, `<run>/checkpoints/<step>`.
+    """
+
+    checkpoint: str = ""  # whose parameters are the first; moments and steps begin anew. "": fresh
+    # parameters. Read for step 0 only: a run that goes on needs it no more
+    trainable: str = "all"  # or "attention": the layers' attention modules; the rest stays as it is
+    teacher: str = ""  # a model whose next-token distributions are imitated; "": none
+    distillation: float = (
+        0.0  # w in loss = (1 - w) * cross-entropy + w * KL(teacher || model), both
+    )
+    # at temperature 1; in [0, 1], above 0 where there is a teacher
+
+
+@dataclass(frozen=True)
 class OptimizerConfig:
     """AdamW and its schedule."""
 
@@ -200,6 +219,7 @@ class TrainConfig:
     accumulate: int = 1  # parts that a batch is split into, one after another
     log_every: int = 10  # steps between lines of metrics.jsonl
     model: ModelConfig = field(default_factory=ModelConfig)
+    start: StartConfig = field(default_factory=StartConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)

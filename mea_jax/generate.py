@@ -18,15 +18,15 @@ from jax.sharding import SingleDeviceSharding
 from mea_jax import cli, decode
 from mea_jax.backends import resolve
 from mea_jax.cache import RECENT
-from mea_jax.checkpoint import Checkpoints, find_checkpoint
 from mea_jax.config import ModelConfig
 from mea_jax.cpu_kernels import keep_freed_memory
-from mea_jax.data.tokenizers import Tokenizer, from_directory
+from mea_jax.data.tokenizers import Tokenizer
 from mea_jax.errors import UserError, nearest
 from mea_jax.generation import Generator, Report, continuation
 from mea_jax.report import si
 from mea_jax.sampling import Sampling
 from mea_jax.train_step import abstract_params
+from mea_jax.trained import open_trained, unresolved
 
 CACHE_DTYPES = ("auto", "float32", "bfloat16", "int8")
 _STREAM = 8  # tokens between two pieces of streamed text
@@ -40,28 +40,16 @@ def load(
 
     `length` 0: the window that the model was trained on. Raises `UserError`.
     """
-    run, step = find_checkpoint(path)
-    with Checkpoints(run) as checkpoints:
-        if step is None:
-            step = checkpoints.newest_good(lambda line: print(line, file=sys.stderr))
-        elif problem := checkpoints.damage(step):
-            raise UserError(f"--checkpoint {path} is damaged: {problem}; take another step")
-        if step is None:
-            raise UserError(f"--checkpoint {path}: no checkpoint there is complete")
-        config = checkpoints.config(step)
-        tokenizer = from_directory(run / "tokenizer")
-        length = length or config.data.context_length
-        # What was resolved for the machine that trained is chosen anew for this one.
-        model = dataclasses.replace(
-            config.model, dtype=dtype, backend="auto", attention_kernel="auto", hlc_form="auto"
-        )
-        device = jax.devices()[0]
-        model = resolve(model, [device], length)
-        abstract = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=SingleDeviceSharding(device)),
-            abstract_params(model),
-        )
-        return model, checkpoints.params(step, abstract), tokenizer, length
+    trained = open_trained(path, lambda line: print(line, file=sys.stderr))
+    length = length or trained.config.data.context_length
+    model = dataclasses.replace(unresolved(trained.config.model), dtype=dtype)
+    device = jax.devices()[0]
+    model = resolve(model, [device], length)
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=SingleDeviceSharding(device)),
+        abstract_params(model),
+    )
+    return model, trained.params(abstract), trained.tokenizer, length
 
 
 def read_prompts(path: Path) -> list[str]:

@@ -24,7 +24,8 @@ from mea_jax.lock import Lock
 from mea_jax.preemption import Preempted, StopRequest
 from mea_jax.run_directory import RunDirectory
 from mea_jax.saving import SaveTimes
-from mea_jax.train_step import TrainState, abstract_state, compile_train_step, create_state
+from mea_jax.start import Start
+from mea_jax.train_step import TrainState, abstract_state, compile_train_step
 
 
 @dataclass
@@ -48,11 +49,14 @@ class Loop:
         prepared: Prepared,
         run: RunDirectory,
         checkpoints: Checkpoints,
+        start: Start,
         stop: StopRequest | None = None,
         lock: Lock | None = None,
     ):
         self.config, self.mesh, self.prepared = config, mesh, prepared
         self.run_directory, self.checkpoints, self.lock = run, checkpoints, lock
+        self.start, self.teacher = start, start.load_teacher(prepared.tokenizer)
+        self.taught = () if self.teacher is None else (self.teacher.params,)
         self.held_out = HeldOut(config, mesh, prepared)
         self.guards = Guards(config.guards)
         self.stop = stop or StopRequest()
@@ -75,7 +79,7 @@ class Loop:
                 f"the batches that it says are left out that would be {number}: take another one"
             )
         if step == 0:
-            return create_state(self.config, self.mesh)
+            return self.start.state()
         return self.checkpoints.restore(step, abstract_state(self.config, self.mesh))
 
     def position(self, step: int) -> Position:
@@ -93,8 +97,13 @@ class Loop:
           Preempted: the run was asked to stop, and is saved.
         """
         # A rewind that was under way when the run was killed is found and done again.
-        writer = self.run_directory.open_metrics(start, redo=("rewind",))
+        redo = ("rewind",) if start else ("rewind", "held_out", "diagnostics")
+        writer = self.run_directory.open_metrics(start, redo)
         try:
+            if start == 0 and self.config.start.checkpoint:
+                # On all of the held-out text, like the end: what the run has to improve on.
+                everything = self.held_out.read(None)
+                self._evaluate(0, state, everything, writer, self.run_directory.say)
             while True:
                 try:
                     with self.stop.deferred():
@@ -150,8 +159,9 @@ class Loop:
     def _compiled(self, state, batch):
         if self.step_fn is None:
             began = time.perf_counter()
-            step = compile_train_step(self.config, self.mesh)
-            self.step_fn = step.lower(state, batch).compile()
+            teacher = None if self.teacher is None else self.teacher.model
+            step = compile_train_step(self.config, self.mesh, teacher)
+            self.step_fn = step.lower(state, batch, *self.taught).compile()
             self.timing.compile = time.perf_counter() - began
         return self.step_fn
 
@@ -174,7 +184,7 @@ class Loop:
             with jax.transfer_guard("disallow"), profile:
                 for step in range(start + 1, c.steps + 1):
                     with profile.step(step, (state, batch)):
-                        state, metrics = step_fn(state, batch)
+                        state, metrics = step_fn(state, batch, *self.taught)
                     clock += profile.after(step, (state, metrics))
                     waiting = time.perf_counter()
                     if step < c.steps:
@@ -191,7 +201,7 @@ class Loop:
                         self.report_step(*pending, clock, writer, progress)
                         pending = None
                         if evaluating and step < c.steps:
-                            self._evaluate(step, state, writer, progress)
+                            self._evaluate(step, state, self.held_out.sample, writer, progress.say)
                         if step == c.steps or saving:
                             self._save(step, state, batch)
                         clock = time.perf_counter()
@@ -222,8 +232,8 @@ class Loop:
         writer.write(step, event.kind, event.values)
         say(event.line)
 
-    def _evaluate(self, step, state, writer, progress) -> None:
-        values = self.held_out.report(step, state.params, self.held_out.sample, writer)
+    def _evaluate(self, step, state, batches, writer, say) -> None:
+        values = self.held_out.report(step, state.params, batches, writer)
         if not values:
             return
         bits = (
@@ -231,7 +241,7 @@ class Loop:
         )
         moved = values.get("mixing_distance")
         note = f", W_lc moved {moved:.1%}" if moved is not None else ""
-        progress.say(f"step {step}: held-out loss {values['loss']:.4f}{bits}{note}")
+        say(f"step {step}: held-out loss {values['loss']:.4f}{bits}{note}")
 
     # -- saving ----------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""Cross-entropy that never holds the logits of a whole batch.
+"""Cross-entropy, alone or mixed with distillation, that never holds the logits of a whole batch.
 
 The logits of a 128,256-word vocabulary are the largest activation of a small model. Here those of
 one chunk of positions exist at a time; when the loss is differentiated, the gradients of hidden
@@ -64,6 +64,32 @@ def cross_entropy(
     return sums
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8, 9))
+def distilled_cross_entropy(
+    x_BTD: jax.Array,
+    kernel_DV: jax.Array,
+    targets_BT: jax.Array,
+    weights_BT: jax.Array,
+    teacher_BTE: jax.Array,
+    teacher_EV: jax.Array,
+    products: Products,
+    chunk: int,
+    z_loss: float,
+    share: float,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """As `cross_entropy`, towards a teacher's distributions too: (objective, nll, KL), float32.
+
+    KL = sum of weight * KL(teacher || model) over whole vocabularies, at temperature 1, in nats;
+    objective = sum of weight * ((1 - share) * nll + share * KL + z_loss * logsumexp(logits)^2).
+    `teacher_BTE` and `teacher_EV` are its hidden states and unembedding: they get no gradient. Two
+    arrays of logits exist at one time.
+    """
+    teacher = (teacher_BTE, teacher_EV)
+    arrays = (x_BTD, kernel_DV, targets_BT, weights_BT)
+    sums, _ = _sums(*arrays, products, chunk, z_loss, False, teacher, share)
+    return sums
+
+
 def positions_within(mebibytes: int, vocabulary: int) -> int:
     """How many positions' float32 logits of `vocabulary` words fit into that; 0 (all) into 0.
 
@@ -75,10 +101,24 @@ def positions_within(mebibytes: int, vocabulary: int) -> int:
     return positions // 128 * 128
 
 
-def _sums(x_BTD, kernel_DV, targets_BT, weights_BT, products, chunk, z_loss, differentiate):
-    """((objective, nll), gradients of x and kernel, or None), on whatever mesh is set."""
-    arrays = (x_BTD, kernel_DV, targets_BT, weights_BT.astype(jnp.float32))
-    run = functools.partial(_local, products, chunk, z_loss, differentiate)
+def _sums(
+    x_BTD,
+    kernel_DV,
+    targets_BT,
+    weights_BT,
+    products,
+    chunk,
+    z_loss,
+    differentiate,
+    teacher=(),
+    share=0.0,
+):
+    """((objective, nll), gradients of x and kernel, or None), on whatever mesh is set.
+
+    With a `teacher`, its hidden states and unembedding: ((objective, nll, KL), gradients).
+    """
+    arrays = (x_BTD, kernel_DV, targets_BT, weights_BT.astype(jnp.float32), *teacher)
+    run = functools.partial(_local, products, chunk, z_loss, share, differentiate)
     if not on_a_mesh():
         return run((), *arrays)
     rows, embed, vocab = mesh_axes("batch", "length"), mesh_axes("embed"), mesh_axes("vocab")
@@ -86,12 +126,16 @@ def _sums(x_BTD, kernel_DV, targets_BT, weights_BT, products, chunk, z_loss, dif
     rest = tuple(axis for axis in rows if axis not in embed)
     assert set(embed) <= set(rows)
 
-    def shard(x_BTD, kernel_DV, targets_BT, weights_BT):
+    def gathered(kernel_DV):
         # In the products' dtype, and once: half the bytes, and none while the loop runs.
         kernel_DV = kernel_DV.astype(products.dtype)
-        if embed:
-            kernel_DV = jax.lax.all_gather(kernel_DV, embed, tiled=True)
-        sums, gradients = run(vocab, x_BTD, kernel_DV, targets_BT, weights_BT)
+        return jax.lax.all_gather(kernel_DV, embed, tiled=True) if embed else kernel_DV
+
+    def shard(x_BTD, kernel_DV, targets_BT, weights_BT, *teacher):
+        kernel_DV = gathered(kernel_DV)
+        if teacher:
+            teacher = (teacher[0], gathered(teacher[1]))
+        sums, gradients = run(vocab, x_BTD, kernel_DV, targets_BT, weights_BT, *teacher)
         sums = jax.lax.psum(sums, rows)
         if not differentiate:
             return sums, None
@@ -104,14 +148,26 @@ def _sums(x_BTD, kernel_DV, targets_BT, weights_BT, products, chunk, z_loss, dif
     of_kernel = spec(("embed", "vocab"))
     split = jax.shard_map(
         shard,
-        in_specs=(of_x, of_kernel, of_rows, of_rows),
+        in_specs=(of_x, of_kernel, of_rows, of_rows, *((of_x, of_kernel) if teacher else ())),
         out_specs=(PartitionSpec(), (of_x, of_kernel) if differentiate else None),
         check_vma=False,  # it cannot tell that sums over all axes are alike everywhere
     )
     return split(*arrays)
 
 
-def _local(products, chunk, z_loss, differentiate, vocab, x_BTD, kernel_DV, targets_BT, weights_BT):
+def _local(
+    products,
+    chunk,
+    z_loss,
+    share,
+    differentiate,
+    vocab,
+    x_BTD,
+    kernel_DV,
+    targets_BT,
+    weights_BT,
+    *teacher,
+):
     """`_sums` of one device's positions and words; what `vocab` splits is summed over it.
 
     `vocab`: mesh axes over which the words are split, inside `shard_map`; () where they are whole.
@@ -120,6 +176,7 @@ def _local(products, chunk, z_loss, differentiate, vocab, x_BTD, kernel_DV, targ
     dtype, width = products.dtype, x_BTD.shape[2]
     positions, words = targets_BT.size, kernel_DV.shape[1]
     kernel_DV = kernel_DV.astype(dtype)
+    teacher_hidden, teacher_kernels = teacher[:1], [w.astype(dtype) for w in teacher[1:]]
     chunk = min(chunk or positions, positions)
     count = -(-positions // chunk)
     even = -(-positions // count)  # the least filling up, in as many chunks
@@ -134,9 +191,20 @@ def _local(products, chunk, z_loss, differentiate, vocab, x_BTD, kernel_DV, targ
     def over_vocabulary(reduce, x):
         return reduce(x, vocab) if vocab else x
 
+    def divergence(y_CE, logits_CV, lse_C):
+        """(KL(teacher || model) (C,), the teacher's probabilities (C, V))."""
+        teacher_CV = products.matmul(y_CE.astype(dtype), teacher_kernels[0])
+        top_C = over_vocabulary(jax.lax.pmax, jnp.max(teacher_CV, axis=-1))
+        total_C = jnp.sum(jnp.exp(teacher_CV - top_C[:, None]), axis=-1)
+        teacher_lse_C = top_C + jnp.log(over_vocabulary(jax.lax.psum, total_C))
+        log_p_CV = teacher_CV - teacher_lse_C[:, None]
+        p_CV = jnp.exp(log_p_CV)
+        kl_C = jnp.sum(p_CV * (log_p_CV - (logits_CV - lse_C[:, None])), axis=-1)
+        return over_vocabulary(jax.lax.psum, kl_C), p_CV
+
     def body(carry, xs):
-        (objective, nll), d_kernel_DV = carry
-        x_CD, targets_C, weights_C = xs
+        (objective, nll, *kl), d_kernel_DV = carry
+        x_CD, targets_C, weights_C, *y_CE = xs
         x_CD = x_CD.astype(dtype)
         logits_CV = products.matmul(x_CD, kernel_DV)
         top_C = over_vocabulary(jax.lax.pmax, jnp.max(logits_CV, axis=-1))
@@ -149,23 +217,34 @@ def _local(products, chunk, z_loss, differentiate, vocab, x_BTD, kernel_DV, targ
         total_C, right_C = over_vocabulary(jax.lax.psum, (total_C, right_C))
         lse_C = top_C + jnp.log(total_C)
         nll_C = lse_C - right_C
-        objective += jnp.sum(weights_C * (nll_C + z_loss * lse_C**2))
+        objective_C = nll_C
+        if teacher:
+            kl_C, teacher_CV = divergence(y_CE[0], logits_CV, lse_C)
+            objective_C = (1.0 - share) * nll_C + share * kl_C
+            kl = [kl[0] + jnp.sum(weights_C * kl_C)]
+        objective += jnp.sum(weights_C * (objective_C + z_loss * lse_C**2))
         nll += jnp.sum(weights_C * nll_C)
+        sums = (objective, nll, *kl)
         if not differentiate:
-            return ((objective, nll), d_kernel_DV), None
+            return (sums, d_kernel_DV), None
         # d nll / d logits = softmax - hit; d lse^2 / d logits = 2 lse softmax.
         p_CV = jnp.exp(logits_CV - lse_C[:, None])
         slope_C = weights_C * (1.0 + 2.0 * z_loss * lse_C)
-        d_CV = slope_C[:, None] * p_CV - jnp.where(hit_CV, weights_C[:, None], 0.0)
+        # With a teacher, (1 - share) of hit and share of its probabilities: d KL = softmax - p.
+        hit_C = (1.0 - share) * weights_C if teacher else weights_C
+        d_CV = slope_C[:, None] * p_CV - jnp.where(hit_CV, hit_C[:, None], 0.0)
+        if teacher:
+            d_CV = d_CV - (share * weights_C)[:, None] * teacher_CV
         d_CV = d_CV.astype(dtype)
         d_x_CD = products.matmul_transposed(d_CV, kernel_DV)
         d_kernel_DV += products.weight_gradient(x_CD, d_CV)
-        return ((objective, nll), d_kernel_DV), d_x_CD.astype(x_BTD.dtype)
+        return (sums, d_kernel_DV), d_x_CD.astype(x_BTD.dtype)
 
     zero = jnp.zeros((), jnp.float32)
     start = jnp.zeros(kernel_DV.shape if differentiate else (), jnp.float32)
-    xs = (chunks(x_BTD), chunks(targets_BT), chunks(weights_BT))
-    (sums, d_kernel_DV), d_x = jax.lax.scan(body, ((zero, zero), start), xs)
+    xs = (chunks(x_BTD), chunks(targets_BT), chunks(weights_BT), *map(chunks, teacher_hidden))
+    zeros = (zero,) * (3 if teacher else 2)
+    (sums, d_kernel_DV), d_x = jax.lax.scan(body, (zeros, start), xs)
     if not differentiate:
         return sums, None
     return sums, (d_x.reshape(-1, width)[:positions].reshape(x_BTD.shape), d_kernel_DV)
@@ -182,3 +261,27 @@ def _backward(products, chunk, z_loss, gradients, cotangents):
 
 
 cross_entropy.defvjp(_forward, _backward)
+
+
+def _distilled_forward(
+    x_BTD,
+    kernel_DV,
+    targets_BT,
+    weights_BT,
+    teacher_BTE,
+    teacher_EV,
+    products,
+    chunk,
+    z_loss,
+    share,
+):
+    teacher = (teacher_BTE, teacher_EV)
+    arrays = (x_BTD, kernel_DV, targets_BT, weights_BT)
+    return _sums(*arrays, products, chunk, z_loss, True, teacher, share)
+
+
+def _distilled_backward(products, chunk, z_loss, share, gradients, cotangents):
+    return *_backward(products, chunk, z_loss, gradients, cotangents), None, None
+
+
+distilled_cross_entropy.defvjp(_distilled_forward, _distilled_backward)

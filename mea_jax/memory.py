@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from mea_jax.backends import make_backend
 from mea_jax.config import TrainConfig
 from mea_jax.errors import UserError
+from mea_jax.optimizer import trainable
 from mea_jax.train_step import abstract_state
 from mea_jax.validation import least_parameters
 
@@ -58,7 +59,8 @@ def least_bytes(config: TrainConfig, mesh: Mesh) -> tuple[int, int]:
     rows = config.batch_size // config.accumulate // (mesh.shape["data"] * mesh.shape["fsdp"])
     tokens = rows * config.data.context_length // mesh.shape["sequence"]
     residual = config.model.d_model * jnp.dtype(make_backend(config.model).activation).itemsize
-    return held(state) + held(state.params), tokens * config.model.n_layers * residual
+    gradients = trainable(state.params, config.start.trainable)
+    return held(state) + held(gradients), tokens * config.model.n_layers * residual
 
 
 def check_fits(config: TrainConfig, mesh: Mesh) -> None:
@@ -69,7 +71,8 @@ def check_fits(config: TrainConfig, mesh: Mesh) -> None:
 
     if (room := device_bytes(mesh)) is not None:
         # By arithmetic first: tracing a model has tables to make, of its head_dim and heads.
-        parameters, tokens = 16 * least_parameters(config.model) // mesh.size, 0
+        each = 16 if config.start.trainable == "all" else 4  # bytes; frozen ones are all there is
+        parameters, tokens = each * least_parameters(config.model) // mesh.size, 0
         if parameters <= room:
             parameters, tokens = least_bytes(config, mesh)
         if parameters > room:

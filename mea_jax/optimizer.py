@@ -1,7 +1,10 @@
-"""AdamW, its schedule, and which parameters it decays."""
+"""AdamW, its schedule, which parameters it moves and which it decays."""
+
+from typing import Any
 
 import jax
 import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from mea_jax.config import OptimizerConfig
 
@@ -30,6 +33,22 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     # The first update already moves: step i of the warmup has (i + 1) / (warmup + 1) of the peak.
     rising = optax.linear_schedule(peak / (warmup + 1), peak, warmup)
     return optax.join_schedules([rising, after], [warmup])
+
+
+def trainable(params: Any, which: str) -> Any:
+    """The part of a tree of parameters that a run updates, as `StartConfig.trainable` says.
+
+    A tree of its own without the rest, not a mask: what is frozen then has no gradient, no moments
+    and no decay, and no norm is taken over it.
+    """
+    if which == "all":
+        return params
+    return unflatten_dict({k: v for k, v in flatten_dict(params).items() if "attention" in k})
+
+
+def merged(params: Any, part: Any) -> Any:
+    """`params` with the leaves of `part`, a tree as `trainable` makes it, in their places."""
+    return unflatten_dict(flatten_dict(params) | flatten_dict(part))
 
 
 def decayed(params, decay_mixing: bool):

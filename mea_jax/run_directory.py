@@ -25,6 +25,21 @@ def stored_dtype(path: Path) -> str | None:
         return None
 
 
+def stored_config(path: Path) -> TrainConfig | None:
+    """The config of the run that `path` holds, "auto" resolved; None: there is no run.
+
+    Raises `UserError` where it is damaged.
+    """
+    path = path / "config.json"
+    if not path.exists():
+        return None
+    try:
+        # Through the dataclasses: a key younger than the run has its default.
+        return TrainConfig.from_dict(json.loads(path.read_text()))
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); choose another --workdir") from error
+
+
 class RunDirectory:
     """`config.json`, `tokenizer/`, `metrics.jsonl`, `tensorboard/`, `checkpoints/`, `loss.png`
     and `summary.json` below `path`; `.lock` and, if need be, `damaged/`. Only the first process
@@ -76,15 +91,8 @@ class RunDirectory:
                 probe.unlink(missing_ok=True)
 
     def _check_config(self) -> None:
-        path = self.path / "config.json"
-        if not path.exists():
-            return
-        try:
-            # Through the dataclasses: a key younger than the run has its default.
-            old = TrainConfig.from_dict(json.loads(path.read_text())).to_dict()
-        except ValueError as error:
-            raise UserError(f"{path} is damaged ({error}); choose another --workdir") from error
-        if lines := differences(old, self.config.to_dict()):
+        old = stored_config(self.path)
+        if old is not None and (lines := differences(old.to_dict(), self.config.to_dict())):
             raise UserError(
                 f"{self.path} holds a run of another config ({'; '.join(lines)}): choose another "
                 "--workdir, or set these keys back to resume"

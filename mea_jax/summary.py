@@ -10,6 +10,7 @@ from mea_jax.config import TrainConfig
 from mea_jax.data.tokenizers import Tokenizer
 from mea_jax.generation import Generator, continuation
 from mea_jax.loop import Loop
+from mea_jax.optimizer import trainable
 from mea_jax.sampling import Sampling
 
 
@@ -31,15 +32,21 @@ def finish(loop: Loop, state) -> dict[str, Any]:
         files = sum(source.held_out_documents for source in prepared.sources)
         rows.append(("held-out text", f"{files} documents, {report.si(size, 'B')}, never seen"))
         rows.append(("bits per byte", f"{bits:.3f}   (loss {loss:.4f} nats per token)"))
+        if before := _before(loop):
+            result["held_out_loss_at_start"] = before["loss"]
+            told = f"{before['bits_per_byte']:.3f}   (loss {before['loss']:.4f})"
+            rows.append(("  at the start", told))
         if prepared.baselines:
             for name, key in (("gzip -9", "gzip_bytes"), ("xz -9e", "xz_bytes")):
                 baselines[name] = prepared.baselines[key] * 8 / size
                 rows.append((f"  {name}", f"{baselines[name]:.3f}   (each document by itself)"))
             result["baseline_bits_per_byte"] = baselines
-    parameters = sum(x.size for x in jax.tree.leaves(state.params))
+    trees = (state.params, trainable(state.params, c.start.trainable))
+    parameters, trained = (sum(x.size for x in jax.tree.leaves(tree)) for tree in trees)
     speed, events = loop.speed(), _events(loop)
     result |= {"parameters": parameters} | speed | events
-    rows.append(("parameters", report.si(parameters)))
+    note = f", of which {report.si(trained)} trained" if trained < parameters else ""
+    rows.append(("parameters", f"{report.si(parameters)}{note}"))
     if speed:
         rows.append(("speed", _speed_line(speed)))
     rows += [(name.replace("_", " "), str(count)) for name, count in events.items() if count]
@@ -72,6 +79,15 @@ def _events(loop: Loop) -> dict[str, int]:
         elif row["kind"] == "empty_windows":
             counts["windows_left_out"] += row["count"]
     return counts
+
+
+def _before(loop: Loop) -> dict[str, float] | None:
+    """What the held-out text cost at step 0, where the run started from a checkpoint."""
+    if not (loop.run_directory.first and loop.config.start.checkpoint):
+        return None
+    rows = report.read_metrics(loop.run_directory.path / "metrics.jsonl")
+    held_out = (row for row in rows if row["kind"] == "held_out" and row["step"] == 0)
+    return next((row for row in held_out if row["loss"] is not None), None)
 
 
 def _speed_line(speed: dict[str, float]) -> str:

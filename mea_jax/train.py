@@ -2,9 +2,11 @@
 
 python -m mea_jax.train --config configs/quickstart.py
 python -m mea_jax.train --config configs/quickstart.py:mha --config.optimizer.learning_rate=1e-3
+python -m mea_jax.train --config configs/recover.py:runs/quickstart
 
-On several machines the same command on each, with --distributed where a TPU pod or Slurm says who
-belongs together, else with --coordinator HOST:PORT --num_processes N --process_id I.
+Without --config, a run of --workdir is resumed or reported by its own. On several machines the same
+command on each, with --distributed where a TPU pod or Slurm says who belongs together, else with
+--coordinator HOST:PORT --num_processes N --process_id I.
 """
 
 import dataclasses
@@ -24,9 +26,10 @@ from mea_jax.errors import UserError
 from mea_jax.guards import rewindable
 from mea_jax.loop import Loop
 from mea_jax.preemption import StopRequest
-from mea_jax.run_directory import RunDirectory, stored_dtype
+from mea_jax.run_directory import RunDirectory, stored_config, stored_dtype
+from mea_jax.start import Start
 from mea_jax.summary import finish
-from mea_jax.validation import validate_from_scratch
+from mea_jax.trained import unresolved
 
 
 def train(
@@ -38,7 +41,8 @@ def train(
     """Trains, or resumes, or finds finished, the run of `config` in `workdir`; its summary.
 
     What a run starts from, in this order: a finished run is only reported; else the newest
-    checkpoint in `workdir` that is not damaged; else a fresh initialisation from `config.seed`.
+    checkpoint in `workdir` that is not damaged; else the parameters of `config.start.checkpoint`;
+    else a fresh initialisation from `config.seed`.
     With several processes each of them calls this. The first and last of `profile_steps` are traced
     into `workdir`/profile, with those between.
 
@@ -67,18 +71,19 @@ def train(
         return summary
 
     with run.claim() as held:
+        start = Start(config, mesh, run.say)
         if not (workdir / "checkpoints").exists():  # refused before data are prepared for it
-            validate_from_scratch(config.model)
+            start.check(workdir)
         prepared = prepare_together(config.data, config.model.vocab_size, log=run.say)
         keeping = (workdir, config.checkpoint, rewindable(config.guards))
         with jax.set_mesh(mesh), Checkpoints(*keeping) as checkpoints:
             step = checkpoints.newest_good(run.say) or 0
             if step == 0:
-                validate_from_scratch(config.model)
+                start.check(workdir, prepared.tokenizer)
                 position = Position(0, prepared.digest)
             else:
                 position = checkpoints.position(step, prepared.digest)
-            loop = Loop(config, mesh, prepared, run, checkpoints, stop, held)
+            loop = Loop(config, mesh, prepared, run, checkpoints, start, stop, held)
             state = loop.resume(step, position)
             if step:
                 run.say(f"resuming from step {step} of {config.steps}")
@@ -93,10 +98,21 @@ def _check_profile(steps: tuple[int, int] | None, done: int, run: RunDirectory) 
         run.say(f"no profile: steps {steps[0]} to {steps[1]} lie before step {done}, already done")
 
 
+def _stored() -> TrainConfig | None:
+    """The config of the run in --workdir, where no --config is given: a run needs none to go on.
+
+    So it does not need what its config file reads either, as configs/recover.py a checkpoint.
+    """
+    if CONFIG.value is not None or not WORKDIR.value:
+        return None
+    config = stored_config(Path(WORKDIR.value))
+    return config and dataclasses.replace(config, model=unresolved(config.model))
+
+
 def main() -> None:
     if not accelerator_attached():
         keep_freed_memory()  # before jax has threads: each would keep freed memory of its own
-    config = cli.parse_config(CONFIG)
+    config = _stored() or cli.parse_config(CONFIG)
     if "://" in (WORKDIR.value or ""):
         raise UserError(f"--workdir {WORKDIR.value}: give a folder; mount the bucket as a path")
     text = PROFILE.value

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -14,8 +14,14 @@ from jax.sharding import Mesh
 from mea_jax import sharding
 from mea_jax.backends import make_backend
 from mea_jax.config import ModelConfig, TrainConfig
-from mea_jax.losses import cross_entropy, positions_within
-from mea_jax.optimizer import advance_schedule, make_optimizer, make_schedule
+from mea_jax.losses import cross_entropy, distilled_cross_entropy, positions_within
+from mea_jax.optimizer import (
+    advance_schedule,
+    make_optimizer,
+    make_schedule,
+    merged,
+    trainable,
+)
 from mea_jax.sequence_parallel import lay_out
 from mea_jax.transformer import Decoder, apply_hidden
 
@@ -35,6 +41,13 @@ class TrainState:
     opt_state: Any
 
 
+class Teacher(NamedTuple):
+    """A model to be imitated: resolved, and its parameters as they lie on the mesh."""
+
+    model: ModelConfig
+    params: Any
+
+
 def init_params(model: ModelConfig, key: jax.Array) -> Any:
     """A parameter tree whose leaves carry logical axes (`nn.LogicallyPartitioned`)."""
     dummy = jnp.zeros((1, 8), jnp.int32)
@@ -48,18 +61,41 @@ def abstract_params(model: ModelConfig) -> Any:
     return nn.unbox(jax.eval_shape(lambda: init_params(model, jax.random.key(0))))
 
 
+def first_state(config: TrainConfig, params: Any) -> TrainState:
+    """The state of a run that begins with `params`: no step done, moments of zero."""
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    opt_state = optimizer.init(trainable(params, config.start.trainable))
+    return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=opt_state)
+
+
 def init_state(config: TrainConfig, key: jax.Array) -> TrainState:
-    """A fresh state, parameters and moments still boxed with their logical axes."""
-    params = init_params(config.model, key)
-    opt_state = make_optimizer(config.optimizer, config.steps).init(nn.unbox(params))
-    return TrainState(step=jnp.zeros((), jnp.int32), params=nn.unbox(params), opt_state=opt_state)
+    """A fresh state, without logical axes."""
+    return first_state(config, nn.unbox(init_params(config.model, key)))
+
+
+def param_shardings(model: ModelConfig, mesh: Mesh) -> Any:
+    """A tree of `NamedSharding`s, one for each parameter."""
+    # Keys are made inside, so that nothing runs: the mesh may be one to compile for only.
+    boxed = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+    return sharding.param_shardings(boxed, mesh)
+
+
+def placed_params(model: ModelConfig, mesh: Mesh) -> Any:
+    """Shapes, dtypes and shardings of the parameters: what they are restored into."""
+    return _placed(abstract_params(model), param_shardings(model, mesh))
+
+
+def _placed(shapes: Any, shardings: Any) -> Any:
+    return jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        shapes,
+        shardings,
+    )
 
 
 def state_shardings(config: TrainConfig, mesh: Mesh) -> TrainState:
     """A `TrainState` of `NamedSharding`s: moments are split exactly like their parameters."""
-    # Keys are made inside, so that nothing runs: the mesh may be one to compile for only.
-    boxed = jax.eval_shape(lambda: init_params(config.model, jax.random.key(0)))
-    params = sharding.param_shardings(boxed, mesh)
+    params = param_shardings(config.model, mesh)
     abstract = jax.eval_shape(lambda: init_state(config, jax.random.key(0)))
     whole = sharding.replicated(mesh)
     optimizer = make_optimizer(config.optimizer, config.steps)
@@ -67,7 +103,7 @@ def state_shardings(config: TrainConfig, mesh: Mesh) -> TrainState:
         lambda placeholder: jax.eval_shape(lambda: optimizer.init(placeholder)),
         lambda _, param_sharding: param_sharding,
         abstract.opt_state,
-        params,
+        trainable(params, config.start.trainable),
         transform_non_params=lambda _: whole,
     )
     return TrainState(step=whole, params=params, opt_state=opt_state)
@@ -80,20 +116,30 @@ def create_state(config: TrainConfig, mesh: Mesh) -> TrainState:
         return init(jax.random.key(config.seed))
 
 
+def start_state(config: TrainConfig, mesh: Mesh, params: Any) -> TrainState:
+    """As `create_state`, around parameters that lie on `mesh` as the state's do; they are used up.
+
+    They are read from a checkpoint, so nothing of them is computed.
+    """
+    shardings = state_shardings(config, mesh)
+    with jax.set_mesh(mesh):
+        init = jax.jit(lambda p: first_state(config, p), out_shardings=shardings, donate_argnums=0)
+        return init(params)
+
+
 def abstract_state(config: TrainConfig, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and shardings of the state: what a checkpoint is restored into."""
     shapes = jax.eval_shape(lambda: init_state(config, jax.random.key(0)))
-    return jax.tree.map(
-        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-        shapes,
-        state_shardings(config, mesh),
-    )
+    return _placed(shapes, state_shardings(config, mesh))
 
 
 def batch_loss(
-    config: TrainConfig, params: Any, batch: Batch
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    config: TrainConfig, params: Any, batch: Batch, teacher: Teacher | None = None
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     """Sums over the tokens of a batch: objective, (nll in nats, number of tokens).
+
+    With a `teacher` the objective is mixed as `config.start.distillation` says, and the second
+    result is (nll, number of tokens, KL(teacher || model) in nats).
 
     Where the mesh of `jax.set_mesh` splits the sequence, the batch is laid out for its shards here.
     """
@@ -105,16 +151,20 @@ def batch_loss(
         config.model, params, batch["inputs"], batch["positions"], segment_ids_BT, shards
     )
     weights_BT = (batch["segment_ids"] > 0).astype(jnp.float32)
-    objective, nll = cross_entropy(
-        x_BTD,
-        kernel_DV,
-        batch["targets"],
-        weights_BT,
-        make_backend(config.model),
-        positions_within(config.model.loss_chunk, kernel_DV.shape[1] // sharding.ways("vocab")),
-        config.optimizer.z_loss,
+    arrays = (x_BTD, kernel_DV, batch["targets"], weights_BT)
+    products, z_loss = make_backend(config.model), config.optimizer.z_loss
+    words = kernel_DV.shape[1] // sharding.ways("vocab")
+    if teacher is None:
+        chunk = positions_within(config.model.loss_chunk, words)
+        objective, nll = cross_entropy(*arrays, products, chunk, z_loss)
+        return objective, (nll, weights_BT.sum())
+    taught = apply_hidden(
+        teacher.model, teacher.params, batch["inputs"], batch["positions"], segment_ids_BT, shards
     )
-    return objective, (nll, weights_BT.sum())
+    chunk = positions_within(config.model.loss_chunk, 2 * words)  # the teacher has logits as well
+    options = (products, chunk, z_loss, config.start.distillation)
+    objective, nll, kl = distilled_cross_entropy(*arrays, *taught, *options)
+    return objective, (nll, weights_BT.sum(), kl)
 
 
 def split_batch(config: TrainConfig, batch: Batch) -> Batch:
@@ -130,39 +180,49 @@ def _constrained(batch: Batch) -> Batch:
     return {name: sharding.constrain(x, "batch", None) for name, x in batch.items()}
 
 
-def _gradients(config: TrainConfig, params: Any, batch: Batch):
-    """Summed gradients, nll and tokens of a batch, in `accumulate` parts one after another.
+def _gradients(config: TrainConfig, params: Any, batch: Batch, teacher: Teacher | None = None):
+    """Summed gradients of what is trainable, then the sums that `batch_loss` reports, of a batch
+    in `accumulate` parts one after another.
 
     Sums, not means: dividing once by the tokens of the whole batch weights every token alike,
     however the padding falls on the parts.
     """
-    grad = jax.value_and_grad(lambda p, b: batch_loss(config, p, b), has_aux=True)
+    moved = trainable(params, config.start.trainable)
+    grad = jax.value_and_grad(
+        lambda p, b: batch_loss(config, merged(params, p), b, teacher), has_aux=True
+    )
     if config.accumulate == 1:
-        (_, (nll, tokens)), gradients = grad(params, batch)
-        return gradients, nll, tokens
+        (_, sums), gradients = grad(moved, batch)
+        return gradients, *sums
 
     def part(carry, part_batch):
-        (_, (nll, tokens)), gradients = grad(params, _constrained(part_batch))
-        return jax.tree.map(jnp.add, carry, (gradients, nll, tokens)), None
+        (_, sums), gradients = grad(moved, _constrained(part_batch))
+        return jax.tree.map(jnp.add, carry, (gradients, *sums)), None
 
-    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
-    start = (zeros, jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32))
+    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), moved)
+    start = (zeros, *(jnp.zeros((), jnp.float32) for _ in range(2 if teacher is None else 3)))
     return jax.lax.scan(part, start, split_batch(config, batch))[0]
 
 
-def train_step(config: TrainConfig, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+def train_step(
+    config: TrainConfig, state: TrainState, batch: Batch, teacher: Teacher | None = None
+) -> tuple[TrainState, Metrics]:
     """One AdamW update on a global batch; the metrics are float32 scalars.
 
-    `loss` is the mean nll in nats per token (without z-loss), `grad_norm` that of the gradient
-    before clipping, `param_norm` that before the update. Where the gradient's norm is not finite
-    the update is left out, `skipped` is 1, and only the counters of steps go on: parameters and
-    moments are as if the batch had not been. `empty_windows` counts windows without a token, which
-    is what stored windows that cannot be read become.
+    `loss` is the mean nll in nats per token (without z-loss, without distillation), `kl` the mean
+    KL(teacher || model) if there is a teacher, `grad_norm` that of the gradient before clipping,
+    `param_norm` that before the update. Where the gradient's norm is not finite the update is left
+    out, `skipped` is 1, and only the counters of steps go on: parameters and moments are as if the
+    batch had not been. `empty_windows` counts windows without a token, which is what stored windows
+    that cannot be read become.
+
+    What `config.start.trainable` leaves out passes through untouched, bit for bit.
     """
-    gradients, nll, tokens = _gradients(config, state.params, batch)
+    gradients, nll, tokens, *kl = _gradients(config, state.params, batch, teacher)
     gradients = jax.tree.map(lambda g: g / tokens, gradients)
     optimizer = make_optimizer(config.optimizer, config.steps)
-    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+    moved = trainable(state.params, config.start.trainable)
+    updates, opt_state = optimizer.update(gradients, state.opt_state, moved)
     grad_norm = optax.tree.norm(gradients)
     finite = jnp.isfinite(grad_norm)
     metrics = {
@@ -174,12 +234,15 @@ def train_step(config: TrainConfig, state: TrainState, batch: Batch) -> tuple[Tr
         "skipped": 1.0 - finite.astype(jnp.float32),
         "empty_windows": jnp.sum(jnp.all(batch["segment_ids"] == 0, axis=1)).astype(jnp.float32),
     }
-    params = optax.apply_updates(state.params, updates)
-    params, opt_state = jax.tree.map(
+    if kl:
+        metrics["kl"] = kl[0] / tokens
+    new_params = optax.apply_updates(moved, updates)
+    new_params, opt_state = jax.tree.map(
         lambda new, old: jnp.where(finite, new, old),
-        (params, opt_state),
-        (state.params, advance_schedule(state.opt_state)),
+        (new_params, opt_state),
+        (moved, advance_schedule(state.opt_state)),
     )
+    params = merged(state.params, new_params)
     return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
 
@@ -194,20 +257,28 @@ def _compiler_options(mesh: Mesh) -> dict[str, Any] | None:
     return {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 1_000_000}
 
 
-def compile_train_step(config: TrainConfig, mesh: Mesh) -> jax.stages.Wrapped:
+def compile_train_step(
+    config: TrainConfig, mesh: Mesh, teacher: ModelConfig | None = None
+) -> jax.stages.Wrapped:
     """`train_step` under jit with explicit shardings; the old state's memory is reused.
 
-    To be called under `jax.set_mesh(mesh)` if that has several devices: `RuntimeError` otherwise.
-    """
-    shardings, where = state_shardings(config, mesh), sharding.batch_sharding(mesh)
+    With the (resolved) model of a `teacher` its parameters are the function's third argument.
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    To be called under `jax.set_mesh(mesh)` if that has several devices: `RuntimeError` otherwise.
+    Raises `ValueError` unless there is a teacher exactly where `config` asks for one.
+    """
+    if (teacher is not None) != (config.start.distillation > 0):
+        raise ValueError(f"distillation={config.start.distillation}, and the teacher is {teacher}")
+    shardings, where = state_shardings(config, mesh), sharding.batch_sharding(mesh)
+    taught = () if teacher is None else (param_shardings(teacher, mesh),)
+
+    def step(state: TrainState, batch: Batch, *given: Any) -> tuple[TrainState, Metrics]:
         sharding.require(mesh)
-        return train_step(config, state, batch)
+        return train_step(config, state, batch, Teacher(teacher, *given) if teacher else None)
 
     return jax.jit(
         step,
-        in_shardings=(shardings, where),
+        in_shardings=(shardings, where, *taught),
         out_shardings=(shardings, sharding.replicated(mesh)),
         donate_argnums=0,
         compiler_options=_compiler_options(mesh),
@@ -225,7 +296,7 @@ def compile_eval_step(config: TrainConfig, mesh: Mesh) -> Callable[..., Metrics]
         sharding.require(mesh)
 
         def part(sums, part_batch):
-            _, new = batch_loss(config, params, _constrained(part_batch))
+            _, new = batch_loss(config, params, _constrained(part_batch))  # no teacher: plain nll
             return jax.tree.map(jnp.add, sums, new), None
 
         zero = jnp.zeros((), jnp.float32)

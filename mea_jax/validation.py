@@ -10,6 +10,7 @@ from mea_jax.config import (
     POSITIONS,
     REMAT_POLICIES,
     SCHEDULES,
+    TRAINABLE,
     VARIANTS,
     ModelConfig,
     TrainConfig,
@@ -75,6 +76,7 @@ def validate(config: TrainConfig) -> None:
         config.batch_size % config.accumulate == 0,
         f"config.accumulate={config.accumulate} does not divide batch_size={config.batch_size}",
     )
+    _validate_start(config)
     _one_of("config.optimizer.schedule", optim.schedule, SCHEDULES)
     _require(
         0 <= optim.warmup_steps < config.steps or config.steps == 1,
@@ -136,6 +138,22 @@ def validate(config: TrainConfig) -> None:
     _require(
         list(sizes.values()).count(-1) <= 1,
         "config.mesh: only one axis can be -1 (take what the others leave)",
+    )
+
+
+def _validate_start(config: TrainConfig) -> None:
+    start, at = config.start, "config.start"
+    _one_of(f"{at}.trainable", start.trainable, TRAINABLE)
+    share = start.distillation
+    _require(0 <= share <= 1, f"{at}.distillation={share} must lie in [0, 1]")
+    _require(
+        share == 0 or start.teacher != "",
+        f"{at}.distillation={share} needs a model to imitate: set {at}.teacher",
+    )
+    _require(
+        share > 0 or start.teacher == "",
+        f"{at}.teacher={shown(start.teacher)} would teach nothing with distillation=0: set "
+        f"{at}.distillation, up to 1, or leave the teacher out",
     )
 
 

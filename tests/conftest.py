@@ -1,7 +1,10 @@
 """Eight CPU devices and strict broadcasting for every test; one tiny run for those that train."""
 
 import os
+import runpy
 import subprocess
+import sys
+import warnings
 
 import cpu_devices
 
@@ -13,6 +16,7 @@ import hypothesis
 import jax
 import numpy as np
 import pytest
+from absl import flags
 from helpers import change, tiny_model
 from launch_machine import Machine
 
@@ -32,6 +36,10 @@ hypothesis.settings.register_profile(
     "mea_jax", deadline=None, max_examples=10, derandomize=True, database=None
 )
 hypothesis.settings.load_profile("mea_jax")
+
+# Flags of the command besides --config.
+DEFINED = ["workdir", "profile_steps", "startup_timeout"]
+DEFINED += ["distributed", "coordinator", "num_processes", "process_id"]
 
 WORDS = "a quick brown fox jumps over the lazy dog while seven wizards box by moonlight"
 
@@ -96,6 +104,35 @@ def tiny(corpus, tmp_path_factory):
         return change(config, **changes)
 
     return make
+
+
+@pytest.fixture
+def command(monkeypatch, capfd, tmp_path, devices):
+    """`command(*arguments)`: `python -m mea_jax.train` in this process; (status, out, err).
+
+    It sees one device, or `count`.
+    """
+
+    def run(*arguments, count=1):
+        devices(count)
+        monkeypatch.setattr(sys, "argv", ["train", *map(str, arguments)])
+        monkeypatch.chdir(tmp_path)  # a default run directory would go here
+        status = 0
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the module is imported already
+                runpy.run_module("mea_jax.train", run_name="__main__", alter_sys=True)
+        except SystemExit as end:
+            status = end.code if isinstance(end.code, int) else int(end.code is not None)
+        finally:
+            for name in list(flags.FLAGS):  # those the command defines, and one per override
+                if name in DEFINED or name.split(".")[0] == "config":
+                    delattr(flags.FLAGS, name)
+            sys.modules.pop("config_config", None)  # ml_collections' name for a config file
+        out, err = capfd.readouterr()
+        return status, out, err
+
+    return run
 
 
 @pytest.fixture

@@ -135,3 +135,14 @@ def assert_equal(a: Any, b: Any) -> None:
     assert a.keys() == b.keys()
     for path in a:
         np.testing.assert_array_equal(np.asarray(a[path]), np.asarray(b[path]), err_msg=path)
+
+
+def is_one_error(status, err, *parts):
+    """Asserts one line "error: ..." holding `parts`, besides lines of progress."""
+    assert status != 0
+    assert "Traceback" not in err
+    lines = [line for line in err.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1, err
+    assert err.splitlines()[-1] == lines[0], "nothing follows it"
+    for part in parts:
+        assert part in lines[0], (part, lines[0])

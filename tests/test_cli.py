@@ -2,32 +2,15 @@
 
 import json
 import os
-import runpy
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import pytest
-from absl import flags
-from helpers import change
+from helpers import change, is_one_error
 
 ROOT = Path(__file__).parent.parent
-# Flags of the command besides --config.
-DEFINED = ["workdir", "profile_steps", "startup_timeout"]
-DEFINED += ["distributed", "coordinator", "num_processes", "process_id"]
 PROCESS = ("--coordinator=localhost:8476", "--num_processes=2", "--process_id=1")
-
-
-def is_one_error(status, err, *parts):
-    """Asserts one line "error: ..." holding `parts`, besides lines of progress."""
-    assert status != 0
-    assert "Traceback" not in err
-    lines = [line for line in err.splitlines() if line.startswith("error:")]
-    assert len(lines) == 1, err
-    assert err.splitlines()[-1] == lines[0], "nothing follows it"
-    for part in parts:
-        assert part in lines[0], (part, lines[0])
 
 
 @pytest.fixture
@@ -55,35 +38,6 @@ def config_file(tiny, tmp_path):
         return str(path)
 
     return write
-
-
-@pytest.fixture
-def command(monkeypatch, capfd, tmp_path, devices):
-    """`command(*arguments)`: `python -m mea_jax.train` in this process; (status, out, err).
-
-    It sees one device, or `count`.
-    """
-
-    def run(*arguments, count=1):
-        devices(count)
-        monkeypatch.setattr(sys, "argv", ["train", *map(str, arguments)])
-        monkeypatch.chdir(tmp_path)  # a default run directory would go here
-        status = 0
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # the module is imported already
-                runpy.run_module("mea_jax.train", run_name="__main__", alter_sys=True)
-        except SystemExit as end:
-            status = end.code if isinstance(end.code, int) else int(end.code is not None)
-        finally:
-            for name in list(flags.FLAGS):  # those the command defines, and one per override
-                if name in DEFINED or name.split(".")[0] == "config":
-                    delattr(flags.FLAGS, name)
-            sys.modules.pop("config_config", None)  # ml_collections' name for a config file
-        out, err = capfd.readouterr()
-        return status, out, err
-
-    return run
 
 
 def real_command(*arguments, cwd):

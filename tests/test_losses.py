@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding
 from mea_jax import losses, sharding
 from mea_jax.backends import CpuBackend, XlaBackend
 from mea_jax.config import MeshConfig
-from mea_jax.train_step import batch_loss
+from mea_jax.train_step import Teacher, batch_loss
 
 BFLOAT16 = jnp.dtype(jnp.bfloat16)
 FLOAT32 = XlaBackend(jnp.dtype(jnp.float32))
@@ -73,6 +73,46 @@ def test_value_and_gradients_are_those_of_log_softmax(chunk, z_loss, seed):
     assert_close(gradients, [3 * g for g in expected_gradients], rtol=1e-4, atol=1e-5)
 
 
+def distilled_reference(x, kernel, targets, weights, y, teacher, z_loss, share):
+    objective, nll = reference(x, kernel, targets, weights, z_loss)
+    log_p, log_q = jax.nn.log_softmax(y @ teacher), jax.nn.log_softmax(x @ kernel)
+    kl = jnp.sum(weights * jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1))
+    return objective + share * (kl - nll), (nll, kl)
+
+
+# Half the weights are 0 or 0.5, chunks as above, a teacher of another width.
+@given(
+    chunk=st.sampled_from([1, 5, 100, 0]),
+    z_loss=st.sampled_from([0.0, 0.1]),
+    share=st.sampled_from([0.0, 0.3, 1.0]),
+    seed=st.integers(0, 99),
+)
+def test_distillation_is_the_divergence_of_whole_distributions(chunk, z_loss, share, seed):
+    x, kernel, targets, weights = inputs(seed)
+    rng = np.random.default_rng(seed + 1000)
+    y = rng.standard_normal((BATCH, LENGTH, 7)).astype(np.float32)
+    teacher = rng.standard_normal((7, VOCAB)).astype(np.float32)
+    taught = (targets, weights, y, teacher)
+
+    def scaled(x, kernel):  # times 3, so that the cotangent is not one
+        options = (FLOAT32, chunk, z_loss, share)
+        objective, *reports = losses.distilled_cross_entropy(x, kernel, *taught, *options)
+        return 3 * objective, tuple(reports)
+
+    plain = jax.jit(scaled)(x, kernel)
+    (objective, reports), gradients = jax.jit(jax.value_and_grad(scaled, (0, 1), has_aux=True))(
+        x, kernel
+    )
+    (expected, wanted), expected_gradients = jax.value_and_grad(
+        lambda x, k: distilled_reference(x, k, *taught, z_loss, share), (0, 1), has_aux=True
+    )(x, kernel)
+    # 24 float32 terms of up to ten each.
+    for found in (plain, (objective, reports)):
+        np.testing.assert_allclose(found[0] / 3, expected, rtol=1e-5)
+        np.testing.assert_allclose(found[1], wanted, rtol=1e-5)
+    assert_close(gradients, [3 * g for g in expected_gradients], rtol=1e-4, atol=1e-5)
+
+
 def test_weights_of_zero_take_no_part():
     x, kernel, targets, _ = inputs(0)
     weights = np.ones((BATCH, LENGTH), np.float32)
@@ -115,17 +155,21 @@ def largest_array(text: str) -> int:
 
 @pytest.mark.parametrize(("mebibytes", "whole"), [(1, False), (0, True)])
 def test_logits_of_the_whole_batch_never_exist(tiny, mebibytes, whole):
-    """In the compiled gradient of the model's loss; without chunks they do, so the test can see."""
+    """In the compiled gradient of the model's loss, with a teacher too; without chunks they do, so
+    the test can see."""
     options = {"model.n_layers": 1, "model.vocab_size": 4096, "optimizer.z_loss": 0.1}
     config = tiny(**{"model.loss_chunk": mebibytes}, **options)
     batch = random_batch(0, batch=8, length=32, vocab=4096)
     params = params_of(config.model)
-    grad = jax.value_and_grad(lambda p: batch_loss(config, p, batch), has_aux=True)
-    text = jax.jit(grad).lower(params).compile().as_text()
-    assert text is not None
-    logits = 8 * 32 * 4096
-    # All else is smaller: the table has 4096 x 32 elements.
-    assert (largest_array(text) >= logits) == whole
+    for teacher in (None, Teacher(config.model, params)):
+        grad = jax.value_and_grad(
+            lambda p, t=teacher: batch_loss(config, p, batch, t), has_aux=True
+        )
+        text = jax.jit(grad).lower(params).compile().as_text()
+        assert text is not None
+        logits = 8 * 32 * 4096
+        # All else is smaller: the table has 4096 x 32 elements.
+        assert (largest_array(text) >= logits) == whole
 
 
 def test_chunks_fit_into_their_bytes():

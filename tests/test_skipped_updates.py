@@ -33,10 +33,10 @@ def compiled(config):
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
     original, values = train_step._gradients, jnp.array([0.0, *BAD.values()])
 
-    def gradients(config, params, batch):
+    def gradients(config, params, batch, teacher):
         mark = jnp.maximum(-batch["positions"][0, 0], 0)
         batch = dict(batch) | {"positions": jnp.maximum(batch["positions"], 0)}
-        found, nll, tokens = original(config, params, batch)
+        found, nll, tokens = original(config, params, batch, teacher)
         bad = found["embedding"].at[3, 0].set(values[mark])
         return found | {"embedding": jnp.where(mark > 0, bad, found["embedding"])}, nll, tokens
 

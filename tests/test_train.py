@@ -12,50 +12,30 @@ import jax
 import numpy as np
 import pytest
 from helpers import assert_equal, change, params_of
+from whole_runs import MEASURED, Cut, final_state, rows_of, train_on_one_device, train_until
 
 import mea_jax.loop
 import mea_jax.train
 from mea_jax import sharding
-from mea_jax.checkpoint import Checkpoints
 from mea_jax.config import MeshConfig, TrainConfig
 from mea_jax.data.pipeline import train_batches
 from mea_jax.data.prepare import prepare
 from mea_jax.diagnostics import compile_diagnostics, mixing_distance
 from mea_jax.errors import UserError
-from mea_jax.loop import Loop
-from mea_jax.report import read_metrics
 from mea_jax.train import train
 from mea_jax.train_step import (
-    abstract_state,
     compile_train_step,
     create_state,
 )
 
 STEPS = 8
-# What a row says about the machine rather than about the run.
-MEASURED = ("tokens_per_second", "flops_per_second", "mfu")
-
-
-def final_state(config, workdir, step=STEPS):
-    mesh = sharding.make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
-    with Checkpoints(workdir) as checkpoints:
-        return checkpoints.restore(step, abstract_state(config, mesh))
-
-
-def rows_of(workdir, measured=()):
-    rows = read_metrics(workdir / "metrics.jsonl")
-    return [{k: v for k, v in row.items() if k not in measured} for row in rows]
 
 
 @pytest.fixture(scope="module")
 def finished(tiny, tmp_path_factory):
     """(config, run directory, summary) of an uninterrupted run on one device."""
     config, workdir = tiny(), tmp_path_factory.mktemp("runs") / "whole"
-    everything = jax.devices()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "devices", lambda *_: everything[:1])
-        summary = train(config, workdir)
-    return config, workdir, summary
+    return config, workdir, train_on_one_device(config, workdir)
 
 
 # -- what a run leaves ----------------------------------------------------------------------
@@ -159,27 +139,8 @@ def test_mixing_distance_is_relative(tiny):
 # -- resuming -------------------------------------------------------------------------------
 
 
-class Cut(BaseException):
-    """Stands for a kill: no handler of ours may catch it."""
-
-
-def train_until(step, config, workdir):
-    """A run that is cut short when its loop reports this step, before whatever follows."""
-    report = Loop.report_step
-
-    def stop(self, at, *args):
-        if at == step:
-            raise Cut
-        return report(self, at, *args)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Loop, "report_step", stop)
-        with pytest.raises(Cut):
-            train(config, workdir)
-
-
 def assert_same_run(config, workdir, whole):
-    assert_equal(final_state(config, workdir), final_state(config, whole))
+    assert_equal(final_state(config, workdir, STEPS), final_state(config, whole, STEPS))
     assert rows_of(workdir, MEASURED) == rows_of(whole, MEASURED)
 
 

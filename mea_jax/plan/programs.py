@@ -21,7 +21,9 @@ from mea_jax.errors import UserError
 from mea_jax.plan.costs import Costs, count
 from mea_jax.plan.hlo import parse
 from mea_jax.plan.target import Target
-from mea_jax.train_step import abstract_params, abstract_state, compile_train_step
+from mea_jax.start import teacher_model
+from mea_jax.train_step import abstract_params, abstract_state, compile_train_step, placed_params
+from mea_jax.trained import stored_config
 
 
 class DoesNotFit(UserError):
@@ -79,19 +81,24 @@ def train_program(config: TrainConfig, target: Target) -> Compiled:
     model = resolve(model, target.devices, length, shape["tensor"], shape["sequence"])
     config = dataclasses.replace(config, model=model)
     sharding.check_divisible(config, mesh)
-    state = abstract_state(config, mesh)
+    state, teacher = abstract_state(config, mesh), None
+    taught: tuple[Any, ...] = ()
+    if config.start.teacher:
+        stored = stored_config(Path(config.start.teacher), "config.start.teacher")
+        teacher = teacher_model(stored.model, config, mesh)
+        taught = (placed_params(teacher, mesh),)
     rows = jax.ShapeDtypeStruct(
         (config.batch_size, length), jnp.int32, sharding=sharding.batch_sharding(mesh)
     )
     batch = dict.fromkeys(("inputs", "targets", "positions", "segment_ids"), rows)
     with jax.set_mesh(mesh):
-        lowered = compile_train_step(config, mesh).lower(state, batch)
+        lowered = compile_train_step(config, mesh, teacher).lower(state, batch, *taught)
         executable, text, largest, seconds = _compile(lowered, target)
     held = {
         "parameters": per_device_bytes(state.params),
         "optimizer": per_device_bytes(state.opt_state),
         "batch": per_device_bytes(batch),
-    }
+    } | ({"teacher": per_device_bytes(taught)} if taught else {})
     described = f"{model.attention_kernel} attention"
     if model.hlc != "none":
         described += f", HLC {model.hlc_form}"

@@ -20,6 +20,7 @@ from mea_jax.diagnostics import compile_diagnostics
 from mea_jax.errors import UserError
 from mea_jax.generation import Generator
 from mea_jax.sampling import Sampling
+from mea_jax.start import Start
 from mea_jax.train_step import (
     TrainState,
     abstract_state,
@@ -66,7 +67,10 @@ def _resolve(example: Example) -> tuple[TrainConfig, jax.sharding.Mesh]:
     model = backends.resolve(config.model, devices, config.data.context_length, *split)
     config = dataclasses.replace(config, model=model)
     sharding.check_divisible(config, mesh)
-    validate_from_scratch(config.model)
+    start = Start(config, mesh, str)
+    if start.source is None:
+        validate_from_scratch(config.model)
+    _ = start.teacher  # as with the source: named, it must exist
     memory.check_fits(config, mesh)
     return config, mesh
 

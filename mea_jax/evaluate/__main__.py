@@ -1,0 +1,178 @@
+"""Profiles a model, or several side by side: cache, loss, retrieval, arithmetic, speed.
+
+python -m mea_jax.evaluate --checkpoint runs/quickstart --out profiles/quickstart
+python -m mea_jax.evaluate --checkpoint runs/whole --checkpoint runs/half --out profiles/half
+"""
+
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import flags
+
+from mea_jax import cli
+from mea_jax.cpu_kernels import keep_freed_memory
+from mea_jax.errors import UserError, nearest
+from mea_jax.evaluate import figures, profile, table
+from mea_jax.evaluate.models import check_comparable, load, names
+from mea_jax.report import to_json, write_whole
+
+DTYPES = ("auto", "float32", "bfloat16")
+CACHE_DTYPES = ("auto", "float32", "bfloat16", "int8")
+
+
+def say(line: str) -> None:
+    """Progress: to the terminal, not into what is piped on."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def _parts() -> tuple[str, ...]:
+    chosen = tuple(part for part in profile.PARTS if part in PARTS.value)
+    for part in PARTS.value:
+        if part not in profile.PARTS:
+            raise UserError(f"--parts {part}: {nearest(part, profile.PARTS)}")
+    if not chosen:
+        raise UserError(f"--parts names none: choose from {', '.join(profile.PARTS)}")
+    return chosen
+
+
+def _numbers(
+    name: str, words: Sequence[str], kind: type, low: float, high: float, what: str
+) -> tuple[Any, ...]:
+    values = []
+    for word in words:
+        try:
+            value = kind(word)
+        except ValueError as error:
+            raise UserError(f"--{name} {word}: {what}") from error
+        if not (math.isfinite(value) and low <= value <= high):
+            raise UserError(f"--{name} {word}: {what}")
+        values.append(value)
+    if not values:
+        raise UserError(f"--{name} is empty: {what}")
+    return tuple(dict.fromkeys(values))  # each once
+
+
+def _options() -> profile.Options:
+    for name, flag, known in (("dtype", DTYPE, DTYPES), ("cache_dtype", CACHE_DTYPE, CACHE_DTYPES)):
+        if flag.value not in known:
+            raise UserError(f"--{name}={flag.value}: {nearest(flag.value, known)}")
+    if not 0 <= SEED.value < 2**32:
+        raise UserError(f"--seed={SEED.value} must lie in [0, 2^32)")
+    for name, value in (
+        ("batch_size", BATCH_SIZE.value),
+        ("samples", SAMPLES.value),
+        ("rows", ROWS.value),
+        ("repeats", REPEATS.value),
+    ):
+        if value < 1:
+            raise UserError(f"--{name}={value} must be 1 or more")
+    if not 1 <= NEEDLES.value <= 8:
+        raise UserError(f"--needles={NEEDLES.value} must lie in [1, 8]")
+    if MAX_BATCHES.value < 0:
+        raise UserError(f"--max_batches={MAX_BATCHES.value} must be 0 (all) or more")
+    lengths = contexts = None
+    if LENGTHS.value is not None:
+        what = "lengths are multiples of the training window, above 0 and up to 1024"
+        lengths = _numbers("lengths", LENGTHS.value, float, 1e-9, 1024, what)
+    if CONTEXTS.value is not None:
+        what = "contexts are whole numbers of positions, 1 or more"
+        contexts = _numbers("contexts", CONTEXTS.value, int, 1, 2**30, what)
+    return profile.Options(
+        parts=_parts(),
+        seed=SEED.value,
+        batch_size=BATCH_SIZE.value,
+        max_batches=MAX_BATCHES.value or None,
+        lengths=lengths,
+        depths=_numbers("depths", DEPTHS.value, float, 0, 1, "depths lie in [0, 1]"),
+        samples=SAMPLES.value,
+        needles=NEEDLES.value,
+        contexts=contexts,
+        rows=ROWS.value,
+        repeats=REPEATS.value,
+        cache_dtype=None if CACHE_DTYPE.value == "auto" else CACHE_DTYPE.value,
+    )
+
+
+def _folder() -> Path:
+    """The output folder, made and tried before anything is measured."""
+    if not OUT.value:
+        raise UserError("no folder for the report given: add --out profiles/mine")
+    folder = Path(OUT.value)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"--out {folder} cannot be written: {error.strerror}") from error
+    return folder
+
+
+def main() -> None:
+    options, paths = _options(), [Path(path) for path in CHECKPOINT.value]
+    if not paths:
+        raise UserError("no checkpoint given: add --checkpoint runs/quickstart")
+    called = names(paths)
+    cli.enable_compilation_cache()
+    if jax.devices()[0].platform == "cpu":
+        keep_freed_memory()
+    models = [load(path, name, DTYPE.value) for path, name in zip(paths, called, strict=True)]
+    check_comparable(models)
+    options = profile.settle(models, options, say)
+    folder = _folder()
+
+    def save(report: dict[str, Any]) -> None:
+        write_whole(folder / "report.json", to_json(report, indent=1) + "\n")
+
+    try:
+        report = profile.profile(models, options, say, save)
+        text = table.text(report)
+        save(report)
+        (folder / "table.txt").write_text(text + "\n")
+        pictures = figures.draw(report, folder)
+    except OSError as error:
+        raise UserError(
+            f"{error.filename or folder} cannot be written: {error.strerror or error}; free space "
+            "or choose another --out"
+        ) from error
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise UserError(
+            "out of memory: give fewer models at once, or smaller --contexts, --lengths, "
+            f"--batch_size or --rows; what was measured before is in {folder / 'report.json'}"
+        ) from error
+    print(text)
+    written = [folder / "report.json", folder / "table.txt", *pictures]
+    print("\n" + ", ".join(map(str, written)))
+
+
+if __name__ == "__main__":
+    CHECKPOINT = flags.DEFINE_multi_string(
+        "checkpoint", [], "run directory or one of its steps; repeated: compared with the first"
+    )
+    OUT = flags.DEFINE_string("out", None, "folder for report.json, table.txt and figures")
+    PARTS = flags.DEFINE_list("parts", list(profile.PARTS), "what is measured")
+    SEED = flags.DEFINE_integer("seed", 0, "of the tasks")
+    SAMPLES = flags.DEFINE_integer("samples", 20, "pass keys a cell, and problems a kind")
+    LENGTHS = flags.DEFINE_list(
+        "lengths", None, "contexts of pass keys, in windows of training; default 0.5,1,2,4"
+    )
+    DEPTHS = flags.DEFINE_list(
+        "depths", list(map(str, profile.DEPTHS)), "of the keys: 0 beginning, 1 end"
+    )
+    NEEDLES = flags.DEFINE_integer("needles", 1, "keys in a context, one of which is asked for")
+    CONTEXTS = flags.DEFINE_list(
+        "contexts", None, "cached positions of speed; default 256,1024,4096,16384"
+    )
+    ROWS = flags.DEFINE_integer("rows", 1, "sequences at once, of speed")
+    REPEATS = flags.DEFINE_integer("repeats", 5, "rounds of speed, the models in turn")
+    BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "held-out windows at once")
+    MAX_BATCHES = flags.DEFINE_integer("max_batches", 0, "of held-out windows a source; 0: all")
+    DTYPE = flags.DEFINE_string("dtype", "auto", "of products: auto, float32 or bfloat16")
+    CACHE_DTYPE = flags.DEFINE_string("cache_dtype", "auto", "auto, float32, bfloat16 or int8")
+    cli.run(main, "stopped; what was measured is in report.json")

@@ -1,0 +1,100 @@
+"""The checkpoints under evaluation, loaded and known to be comparable."""
+
+import dataclasses
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import SingleDeviceSharding
+
+from mea_jax.backends import resolve
+from mea_jax.config import ModelConfig, TrainConfig
+from mea_jax.data.tokenizers import Tokenizer
+from mea_jax.errors import UserError
+from mea_jax.generation import Generator
+from mea_jax.train_step import abstract_params
+from mea_jax.trained import open_trained, unresolved
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A checkpoint's model on the first device. `model` is not resolved: see `resolved`."""
+
+    name: str  # in tables and figures
+    run: Path
+    step: int
+    config: TrainConfig
+    model: ModelConfig
+    params: Any  # training parameters, float32
+    tokenizer: Tokenizer
+
+    def resolved(self, length: int) -> ModelConfig:
+        """The model with kernels chosen for this machine and `length` positions."""
+        return resolve(self.model, [jax.devices()[0]], length)
+
+    def generator(self, length: int, cache_dtype: str | None = None) -> Generator:
+        """The model served from a cache of `length` positions."""
+        return Generator(self.resolved(length), self.params, length=length, cache_dtype=cache_dtype)
+
+    def longest(self) -> int | None:
+        """Positions that the model has at most; None: any number."""
+        return self.model.max_positions if self.model.positions == "learned" else None
+
+
+def load(path: Path, name: str, dtype: str = "auto") -> Loaded:
+    """The newest good checkpoint of a run directory, or the step that `path` names.
+
+    Only parameters are read. `dtype`: of products. Raises `UserError`.
+    """
+    trained = open_trained(path, lambda line: print(line, file=sys.stderr))
+    model = dataclasses.replace(unresolved(trained.config.model), dtype=dtype)
+    device = jax.devices()[0]
+    resolved = resolve(model, [device], trained.config.data.context_length)
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=SingleDeviceSharding(device)),
+        abstract_params(resolved),
+    )
+    run = trained.checkpoints.directory.parent
+    params = trained.params(abstract)
+    return Loaded(name, run, trained.step, trained.config, model, params, trained.tokenizer)
+
+
+def names(paths: Sequence[Path]) -> list[str]:
+    """A short name for each path: its folder's, with the step where one is given; all different.
+
+    Raises `UserError` for a path given twice.
+    """
+
+    def short(path: Path) -> str:
+        path = path.absolute()
+        if path.name.isdigit() and path.parent.name == "checkpoints":
+            return f"{path.parent.parent.name}@{path.name}"
+        return path.parent.name if path.name == "checkpoints" else path.name
+
+    found = [short(path) for path in paths]
+    counts = Counter(found)
+    found = [n if counts[n] == 1 else str(p) for n, p in zip(found, paths, strict=True)]
+    for name, count in Counter(found).items():
+        if count > 1:
+            raise UserError(f"--checkpoint {name} is given {count} times: each model once")
+    return found
+
+
+def check_comparable(models: Sequence[Loaded]) -> None:
+    """Raises `UserError` unless all models read the same tokens: losses compare nothing else."""
+    first = models[0]
+    for other in models[1:]:
+        if other.tokenizer.content != first.tokenizer.content:
+            raise UserError(
+                f"--checkpoint {other.run} has another tokenizer than {first.run}: their losses "
+                "per token cannot be compared; evaluate them one by one"
+            )
+        if other.model.vocab_size != first.model.vocab_size:
+            raise UserError(
+                f"--checkpoint {other.run} has a vocabulary of {other.model.vocab_size} words, "
+                f"{first.run} one of {first.model.vocab_size}: evaluate them one by one"
+            )

@@ -1,0 +1,103 @@
+"""Pass keys by the length of the context and the key's depth in it."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from mea_jax.config import ModelConfig
+from mea_jax.data.tokenizers import Tokenizer
+from mea_jax.errors import UserError
+from mea_jax.evaluate import scoring, tasks
+from mea_jax.evaluate.tasks import Example
+
+DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+_STREAM = 2  # of random numbers, apart from that of other tasks
+_ROOM = 16  # tokens of a context that are kept for the answer: of five digits, whatever tokenizer
+
+
+def shortest_context(tokenizer: Tokenizer, needles: int = 1) -> int:
+    """Tokens that the shortest context for pass keys takes, about."""
+    size = tasks.shortest_passkey(needles)
+    text = tasks.passkey(np.random.default_rng(0), size=size, depth=0.0, needles=needles).prompt
+    return len(tokenizer.encode_batch([text])[0]) + _ROOM + 4 * needles
+
+
+def passkey_examples(
+    tokenizer: Tokenizer,
+    length: int,
+    depths: Sequence[float] = DEPTHS,
+    samples: int = 20,
+    seed: int = 0,
+    needles: int = 1,
+) -> list[Example]:
+    """`samples` pass keys for each depth, in turn, in contexts of `length` tokens, answer included.
+
+    A function of its arguments alone. Raises `UserError` where `length` is too short.
+    """
+
+    def measure(texts: Sequence[str]) -> list[int]:
+        return [len(ids) for ids in tokenizer.encode_batch(list(texts))]
+
+    examples = []
+    for at, depth in enumerate(depths):
+        for sample in range(samples):
+            rng = np.random.default_rng([seed, _STREAM, length, at, sample])
+            try:
+                example = tasks.passkey(
+                    rng, size=length - _ROOM - 1, depth=depth, needles=needles, measure=measure
+                )
+            except ValueError as error:
+                raise UserError(
+                    f"pass keys in a context of {length} tokens: {error} and {_ROOM + 1} more; "
+                    "take a longer one"
+                ) from error
+            examples.append(example)
+    return examples
+
+
+def retrieval(
+    model: ModelConfig,
+    params: Any,
+    tokenizer: Tokenizer,
+    *,
+    lengths: Sequence[int],
+    depths: Sequence[float] = DEPTHS,
+    samples: int = 20,
+    seed: int = 0,
+    needles: int = 1,
+    cache_dtype: str | None = None,
+    say: Callable[[str], Any] = lambda line: None,
+) -> list[dict[str, Any]]:
+    """Scores of hidden pass keys for each of `lengths` x `depths`.
+
+    Args:
+      model: kernels that are "auto" are chosen for each length.
+      params: training parameters.
+      tokenizer: the model's.
+      lengths: tokens of whole contexts, prompt and answer; beyond the window of training too.
+      depths: 0 at the beginning of the context, 1 just before the question.
+      samples: examples a cell.
+      seed: of the examples; the same ones for every model with this tokenizer.
+      needles: keys of as many names in a context; one is asked for.
+      cache_dtype: of keys and values; None for the model's compute dtype.
+      say: takes a line of progress a length.
+
+    Returns:
+      Rows {"length", "depth", "samples", "exact", "nats", "nats_error"}: the share of keys that
+      greedy decoding writes right, and mean nats of a whole answer (a blind guess: log 90,000 =
+      11.4).
+
+    Raises:
+      UserError: a length too short for the question, or longer than learned positions.
+    """
+    rows = []
+    for length in lengths:
+        examples = passkey_examples(tokenizer, length, depths, samples, seed, needles)
+        scores = scoring.through_cache(model, params, tokenizer, examples, length, cache_dtype)
+        for at, depth in enumerate(depths):
+            cell = scoring.select(scores, range(at * samples, (at + 1) * samples))
+            rows.append({"length": length, "depth": depth, **scoring.summary(cell)})
+        whole = scoring.summary(scores)
+        say(f"{length:,} tokens: {whole['exact']:.0%} right, {whole['nats']:.2f} nats an answer")
+    return rows

@@ -1,0 +1,189 @@
+"""Answers of a model, given through the KV cache in which it is served, and how good they are.
+
+Letters: E examples, A tokens of an answer, P of a prompt.
+"""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mea_jax import decode
+from mea_jax.backends import resolve
+from mea_jax.config import ModelConfig
+from mea_jax.data.tokenizers import Tokenizer
+from mea_jax.evaluate.tasks import Example
+from mea_jax.generation import Generator, continuation
+
+_TOKENS = 1 << 16  # of cache that all rows of a batch take together
+MARGIN = 2  # tokens generated beyond an answer's: a longer number must not pass for a right one
+_NUMBER = re.compile(r"\s*(-?\d+)")
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """An example as tokens; the prompt begins with the separator, as a document in training."""
+
+    prompt: list[int]
+    answer: list[int]
+    text: str  # of the answer
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Of each example, in order."""
+
+    exact_E: np.ndarray  # bool: the number that greedy decoding writes is the answer
+    nats_E: np.ndarray  # float64: negative log-likelihood of the answer, all tokens together
+
+
+class Answerer(Protocol):
+    """What `score` asks of a model."""
+
+    def generate(self, prompts: Sequence[list[int]], count: int) -> list[list[int]]:
+        """At most `count` greedy tokens after each prompt."""
+        ...
+
+    def nats(self, prompts: Sequence[list[int]], answers: Sequence[list[int]]) -> np.ndarray:
+        """Negative log-likelihood in nats of each answer after its prompt, (E,)."""
+        ...
+
+
+def encode(tokenizer: Tokenizer, examples: Sequence[Example]) -> list[Encoded]:
+    """Tokens of examples: the answer's are those that it adds to its prompt.
+
+    Where a tokenizer would merge the two, the answer is encoded by itself: that is what a model can
+    write behind the prompt.
+    """
+    prompts = tokenizer.encode_batch([e.prompt for e in examples])
+    wholes = tokenizer.encode_batch([e.prompt + e.answer for e in examples])
+    alone = tokenizer.encode_batch([e.answer for e in examples])
+    return [
+        Encoded(
+            [tokenizer.separator, *prompt],
+            whole[len(prompt) :] if whole[: len(prompt)] == prompt else single,
+            example.answer,
+        )
+        for example, prompt, whole, single in zip(examples, prompts, wholes, alone, strict=True)
+    ]
+
+
+def number(text: str) -> str | None:
+    """The number that `text` begins with, white space apart; None: it does not."""
+    found = _NUMBER.match(text)
+    return found[1] if found else None
+
+
+def score(tokenizer: Tokenizer, examples: Sequence[Encoded], answerer: Answerer) -> Scores:
+    """Both scores of all examples."""
+    prompts, answers = [e.prompt for e in examples], [e.answer for e in examples]
+    count = max(map(len, answers)) + MARGIN
+    new = answerer.generate(prompts, count)
+    written = [continuation(tokenizer, e.prompt, t) for e, t in zip(examples, new, strict=True)]
+    exact = [number(w) == number(e.text) for w, e in zip(written, examples, strict=True)]
+    return Scores(np.array(exact, bool), answerer.nats(prompts, answers))
+
+
+def _answer_nll(served, length, dtype, params, tokens_BP, lengths_B, answers_BA) -> jax.Array:
+    """Nats of each token of answers that are forced upon the model one by one, (B, A)."""
+    cache = decode.empty_cache(served, tokens_BP.shape[0], length, dtype)
+    positions_BP = jnp.broadcast_to(jnp.arange(tokens_BP.shape[1])[None], tokens_BP.shape)
+    segments_BP = (positions_BP < lengths_B[:, None]).astype(jnp.int32)
+    first = decode.prefill(served, params, cache, tokens_BP, segments_BP, positions_BP)
+
+    def one(carry, answer_B):
+        logits_BV, cache = carry
+        right_B = jnp.take_along_axis(logits_BV, answer_B[:, None], axis=1)[:, 0]
+        nll_B = jax.nn.logsumexp(logits_BV, axis=1) - right_B
+        return decode.step(served, params, cache, answer_B), nll_B
+
+    _, nll_AB = jax.lax.scan(one, first, answers_BA.T)
+    return nll_AB.T
+
+
+class Served:
+    """The `Answerer` of a model behind its cache. One shape is compiled for all batches of a call.
+
+    `rows`: examples at once, at most.
+    """
+
+    def __init__(self, generator: Generator, rows: int):
+        self.generator, self.rows = generator, rows
+        static = (generator.served, generator.length, generator.cache_dtype)
+        self._nll: Any = jax.jit(functools.partial(_answer_nll, *static))
+
+    def _batches(self, total: int) -> list[list[int]]:
+        """Numbers of examples in batches of equal size; the last one's last is repeated."""
+        batches = -(-total // self.rows)
+        size = -(-total // batches)
+        return [
+            [min(i, total - 1) for i in range(b * size, (b + 1) * size)] for b in range(batches)
+        ]
+
+    def generate(self, prompts: Sequence[list[int]], count: int) -> list[list[int]]:
+        new: dict[int, list[int]] = {}
+        for batch in self._batches(len(prompts)):
+            tokens = self.generator.run([prompts[i] for i in batch], count=count)
+            new |= dict(zip(batch, tokens, strict=True))
+        return [new[i] for i in range(len(prompts))]
+
+    def nats(self, prompts: Sequence[list[int]], answers: Sequence[list[int]]) -> np.ndarray:
+        width, longest = max(map(len, answers)), max(map(len, prompts))
+        nats = np.zeros(len(prompts))
+        for batch in self._batches(len(prompts)):
+            tokens_BP = np.zeros((len(batch), longest), np.int32)
+            answers_BA = np.zeros((len(batch), width), np.int32)
+            for row, i in enumerate(batch):
+                tokens_BP[row, : len(prompts[i])] = prompts[i]
+                answers_BA[row, : len(answers[i])] = answers[i]
+            lengths_B = np.array([len(prompts[i]) for i in batch], np.int32)
+            nll_BA = np.asarray(
+                self._nll(self.generator.params, tokens_BP, lengths_B, answers_BA), np.float64
+            )
+            for row, i in enumerate(batch):
+                nats[i] = nll_BA[row, : len(answers[i])].sum()
+        return nats
+
+
+def summary(scores: Scores) -> dict[str, Any]:
+    """{"samples", "exact": share, "nats": mean per answer, "nats_error": its standard error}."""
+    count = len(scores.nats_E)
+    error = float(scores.nats_E.std(ddof=1) / count**0.5) if count > 1 else float("nan")
+    return {
+        "samples": count,
+        "exact": float(scores.exact_E.mean()),
+        "nats": float(scores.nats_E.mean()),
+        "nats_error": error,
+    }
+
+
+def select(scores: Scores, chosen: Sequence[int]) -> Scores:
+    """The scores of some of the examples."""
+    where = np.asarray(chosen, int)
+    return Scores(scores.exact_E[where], scores.nats_E[where])
+
+
+def through_cache(
+    model: ModelConfig,
+    params: Any,
+    tokenizer: Tokenizer,
+    examples: Sequence[Example],
+    length: int,
+    cache_dtype: str | None = None,
+) -> Scores:
+    """Scores of a model that is served from a cache of `length` positions.
+
+    Kernels are chosen for that length. Raises `UserError` where the model has no such positions, or
+    an example no room.
+    """
+    auto = dataclasses.replace(model, attention_kernel="auto")
+    resolved = resolve(auto, [jax.devices()[0]], length)
+    generator = Generator(resolved, params, length=length, cache_dtype=cache_dtype)
+    served = Served(generator, max(1, _TOKENS // length))
+    return score(tokenizer, encode(tokenizer, examples), served)

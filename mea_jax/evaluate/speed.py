@@ -1,0 +1,156 @@
+"""Tokens per second of decoding, and seconds of prefill, against the length of the context.
+
+Models take turns, A B A B, in one process: on a shared machine only their ratios within a round
+mean anything.
+"""
+
+import dataclasses
+import functools
+import gc
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mea_jax import decode
+from mea_jax.backends import resolve
+from mea_jax.cache import RECENT, Cache, flush
+from mea_jax.config import ModelConfig
+
+
+def interleaved(
+    runs: Mapping[str, Callable[[], Any]], repeats: int, warmup: int = 1
+) -> dict[str, list[float]]:
+    """Seconds of `repeats` calls of each run: one of each in turn, then again."""
+    for run in runs.values():
+        for _ in range(warmup):
+            jax.block_until_ready(run())
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(repeats):
+        for name, run in runs.items():
+            began = time.perf_counter()
+            jax.block_until_ready(run())
+            seconds[name].append(time.perf_counter() - began)
+    return seconds
+
+
+def quartiles(values: Sequence[float]) -> dict[str, float]:
+    """{"median", "low", "high"}: the second, first and third quartile."""
+    low, median, high = np.quantile(values, (0.25, 0.5, 0.75))
+    return {"median": float(median), "low": float(low), "high": float(high)}
+
+
+def _fill(served, length, dtype, params, tokens_BT) -> tuple[jax.Array, Cache]:
+    """A cache full of a prompt, and the token after it, as generation makes them."""
+    cache = decode.empty_cache(served, tokens_BT.shape[0], length, dtype)
+    positions_BT = jnp.broadcast_to(jnp.arange(length)[None], tokens_BT.shape)
+    segments_BT = jnp.ones_like(tokens_BT)
+    logits_BV, cache = decode.prefill(served, params, cache, tokens_BT, segments_BT, positions_BT)
+    return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32), cache
+
+
+def _cycle(served, params, cache: Cache, tokens_B: jax.Array) -> tuple[Cache, jax.Array]:
+    """`RECENT` greedy tokens and the flush of them: what generation repeats.
+
+    The last `RECENT` slots are written over, so that the context does not grow while it is timed.
+    """
+    slots = cache.segment_ids_BS.shape[1]
+    before_B = jnp.full_like(cache.lengths_B, max(slots - RECENT, 0))
+    cache = dataclasses.replace(cache, lengths_B=before_B, positions_B=before_B)
+
+    def one(carry, _):
+        cache, tokens_B = carry
+        logits_BV, cache = decode.step(served, params, cache, tokens_B)
+        return (cache, jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)), None
+
+    (cache, tokens_B), _ = jax.lax.scan(one, (cache, tokens_B), None, length=RECENT)
+    return flush(cache), tokens_B
+
+
+def _programs(
+    model: ModelConfig, params: Any, context: int, rows: int, cache_dtype: str | None
+) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """Calls that prefill `rows` prompts of `context` tokens, and that decode `RECENT` more each."""
+    auto = dataclasses.replace(model, attention_kernel="auto")
+    resolved = resolve(auto, [jax.devices()[0]], context)
+    served, params = decode.serve(resolved, params)
+    dtype = jnp.dtype(cache_dtype or resolved.dtype)
+    rng = np.random.default_rng(0)
+    tokens_BT = jnp.asarray(rng.integers(0, resolved.vocab_size, (rows, context)), jnp.int32)
+    fill = jax.jit(functools.partial(_fill, served, context, dtype)).lower(params, tokens_BT)
+    filled = fill.compile()
+    held: dict[str, Any] = {}
+    held["tokens"], held["cache"] = filled(params, tokens_BT)
+    cycle = jax.jit(functools.partial(_cycle, served), donate_argnums=1)
+    compiled = cycle.lower(params, held["cache"], held["tokens"]).compile()
+
+    def prefill() -> jax.Array:
+        return filled(params, tokens_BT)[0]
+
+    def advance() -> jax.Array:
+        held["cache"], held["tokens"] = compiled(params, held["cache"], held["tokens"])
+        return held["tokens"]
+
+    return prefill, advance
+
+
+def speeds(
+    models: Mapping[str, tuple[ModelConfig, Any]],
+    *,
+    contexts: Sequence[int],
+    rows: int = 1,
+    repeats: int = 5,
+    cache_dtype: str | None = None,
+    say: Callable[[str], Any] = lambda line: None,
+) -> dict[str, list[dict[str, Any]]]:
+    """Speed of each model at each context, the models in turn.
+
+    Args:
+      models: (model, training parameters) by name; kernels that are "auto" are chosen for each
+        context.
+      contexts: slots of the cache: a step reads as many, whatever the model.
+      rows: sequences at once.
+      repeats: rounds; each decodes `cache.RECENT` tokens a row, the flush of the cache included.
+      cache_dtype: of keys and values; None for the model's compute dtype.
+      say: takes a line of progress a context.
+
+    Returns:
+      For each name rows {"context", "rows", "tokens_per_second", "over_first",
+      "prefill_seconds", "prefill_over_first"}; but for the first two, quartiles over the rounds:
+      {"median", "low", "high"}. `tokens_per_second` counts all rows, `over_first` divides it by
+      that of the first model in the same round; `prefill_over_first` likewise divides seconds.
+    """
+    result: dict[str, list[dict[str, Any]]] = {name: [] for name in models}
+    first = next(iter(models))
+    for context in contexts:
+        programs = {
+            name: _programs(model, params, context, rows, cache_dtype)
+            for name, (model, params) in models.items()
+        }
+        # Each has been run once, to fill the cache.
+        prefill = interleaved({name: p[0] for name, p in programs.items()}, repeats, warmup=0)
+        decoding = interleaved({name: p[1] for name, p in programs.items()}, repeats)
+        for name in models:
+            rates = [rows * RECENT / seconds for seconds in decoding[name]]
+            ratios = [a / b for a, b in zip(decoding[first], decoding[name], strict=True)]
+            slower = [a / b for a, b in zip(prefill[name], prefill[first], strict=True)]
+            result[name].append(
+                {
+                    "context": context,
+                    "rows": rows,
+                    "tokens_per_second": quartiles(rates),
+                    "over_first": quartiles(ratios),
+                    "prefill_seconds": quartiles(prefill[name]),
+                    "prefill_over_first": quartiles(slower),
+                }
+            )
+            say(
+                f"{name}: {context:,} positions: {np.median(rates):,.1f} tokens/s, "
+                f"prefill {np.median(prefill[name]):.3f} s"
+            )
+        del programs
+        gc.collect()
+    return result

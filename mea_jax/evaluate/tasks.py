@@ -1,0 +1,305 @@
+"""Tasks with right and wrong answers, as text for any tokenizer: pass keys, and small sums.
+
+    python -m mea_jax.evaluate.tasks --out passkeys.jsonl --documents 20000 --seed 1 --length 600
+
+writes training documents ({"text": ...} a line): as one more `jsonl` source of the data they teach
+a model the two forms, without which a small one cannot do them. A document should be well shorter
+than the window, or a key is often cut off from its question; at 3 letters a token, 600 letters suit
+a window of 256.
+
+What is asked in an evaluation never occurs in these documents, whatever the seeds: a hash of a pass
+key, or of a problem (a + b and b + a are one), puts a fifth of all on the side of evaluation
+(`side`), and each side draws from its own.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tqdm
+from absl import flags
+
+from mea_jax import cli
+from mea_jax.data.corpus import unit_hash
+from mea_jax.errors import UserError, nearest
+
+TRAIN, EVALUATION = "train", "evaluation"
+KINDS = ("passkey", "arithmetic")
+OPERATIONS = ("+", "-")
+_EVALUATION_SHARE = 0.2
+_KEYS = (10_000, 100_000)  # all five-digit numbers
+_BLOCK = 64  # sentences drawn and measured at once
+_MOST_NEEDLES = 3  # of a training document
+
+Measure = Callable[[Sequence[str]], Sequence[int]]  # sizes of texts, in letters or tokens
+
+
+def _words(text: str) -> list[str]:
+    return text.split()
+
+
+_NAMES = _words(
+    "Ada Boris Clara David Elena Felix Greta Hugo Irene Jonas Karla Louis Maria Nadia Oscar Paula "
+    "Robin Sonja Thomas Ulla Victor Wanda Yusuf Zora"
+)
+_ADJECTIVES = _words(
+    "old quiet bright small heavy green distant careful narrow golden broken patient early wooden "
+    "silent wide gentle cold"
+)
+_NOUNS = _words(
+    "river farmer garden window teacher mountain letter engine baker village forest captain bridge "
+    "market painter road harbour student clock field doctor tower horse boat"
+)
+_VERBS = _words(
+    "watched found crossed painted followed carried remembered visited left repaired described "
+    "reached"
+)
+_ENDINGS = (
+    "",
+    " in the morning",
+    " after the rain",
+    " near the sea",
+    " without a word",
+    " for many years",
+    " before winter",
+    " once again",
+)
+
+
+@dataclass(frozen=True)
+class Example:
+    """A question: the text before the answer, and the answer with the space before it."""
+
+    prompt: str
+    answer: str
+
+
+def letters(texts: Sequence[str]) -> list[int]:
+    """The measure of texts in letters."""
+    return [len(text) for text in texts]
+
+
+def side(name: str) -> str:
+    """Whether what is asked under `name` belongs to `TRAIN` or `EVALUATION`."""
+    share = unit_hash(f"mea_jax task: {name}")
+    return EVALUATION if share < _EVALUATION_SHARE else TRAIN
+
+
+def key_side(key: int) -> str:
+    """The side of a pass key."""
+    return side(f"pass key {key}")
+
+
+def problem_side(a: int, operation: str, b: int) -> str:
+    """The side of a problem; the same for a + b and b + a."""
+    a, b = (min(a, b), max(a, b)) if operation == "+" else (a, b)
+    return side(f"{a} {operation} {b}")
+
+
+# -- pass keys ----------------------------------------------------------------------------------
+
+
+def _sentence(rng: np.random.Generator) -> str:
+    def pick(words: Sequence[str]) -> str:
+        return words[int(rng.integers(len(words)))]
+
+    return (
+        f"The {pick(_ADJECTIVES)} {pick(_NOUNS)} {pick(_VERBS)} the {pick(_NOUNS)}{pick(_ENDINGS)}."
+    )
+
+
+def _draw_key(rng: np.random.Generator, which: str) -> int:
+    while True:
+        key = int(rng.integers(*_KEYS))
+        if key_side(key) == which:
+            return key
+
+
+def _needle(name: str, key: int) -> str:
+    return f"Remember: the pass key of {name} is {key}."
+
+
+def _question(name: str) -> str:
+    return f"\nQuestion: what is the pass key of {name}?\nAnswer: the pass key of {name} is"
+
+
+def _hide(
+    rng: np.random.Generator,
+    needles: Sequence[tuple[float, str]],
+    end: str,
+    size: int,
+    measure: Measure,
+) -> str:
+    """Filler with `needles` (depth, text) in it and `end` after it, as long as `size` allows.
+
+    Raises `ValueError` where not even needles and end fit.
+    """
+
+    def text(count: int) -> str:
+        pieces = list(filler[:count])
+        # The deepest first, so that those before do not move it.
+        for depth, needle in sorted(needles, reverse=True):
+            pieces.insert(round(depth * count), needle)
+        return " ".join(pieces) + end
+
+    filler: list[str] = []
+    (least,) = measure([text(0)])
+    if least > size:
+        raise ValueError(f"size {size} is too short for a question of {least}")
+    sizes: list[int] = []
+    while sum(sizes) <= size - least:
+        filler += [_sentence(rng) for _ in range(_BLOCK)]
+        sizes += measure([f" {sentence}" for sentence in filler[-_BLOCK:]])
+    count = int(np.searchsorted(np.cumsum(sizes), size - least, side="right"))
+    while (excess := measure([text(count)])[0] - size) > 0:  # pieces may be longer together
+        count = max(0, count - -(-excess // max(max(sizes), 1)))
+    return text(count)
+
+
+def passkey(
+    rng: np.random.Generator,
+    *,
+    size: int,
+    depth: float,
+    needles: int = 1,
+    which: str = EVALUATION,
+    measure: Measure = letters,
+) -> Example:
+    """One pass key hidden in filler, asked for at the end.
+
+    Args:
+      rng: everything is drawn from it.
+      size: of the prompt by `measure`, at most and but for one sentence.
+      depth: where the key stands in the filler: 0 at its beginning, 1 at its end.
+      needles: keys in all; those of other names lie anywhere.
+      which: the side that keys are drawn from.
+      measure: sizes of texts.
+
+    Raises:
+      ValueError: `size` is too short for the question, or `needles` are more than there are names.
+    """
+    if not 1 <= needles <= len(_NAMES):
+        raise ValueError(f"needles={needles} must lie in [1, {len(_NAMES)}]")
+    names = [_NAMES[i] for i in rng.choice(len(_NAMES), needles, replace=False)]
+    keys = [_draw_key(rng, which) for _ in names]
+    depths = [depth, *rng.random(needles - 1).tolist()]
+    hidden = [(d, _needle(n, k)) for d, n, k in zip(depths, names, keys, strict=True)]
+    return Example(_hide(rng, hidden, _question(names[0]), size, measure), f" {keys[0]}")
+
+
+def shortest_passkey(needles: int) -> int:
+    """Letters of the longest prompt of `passkey` without any filler."""
+    name = max(_NAMES, key=len)
+    return needles * len(f"{_needle(name, _KEYS[0])} ") + len(_question(name))
+
+
+def _passkey_document(rng: np.random.Generator, size: int) -> str:
+    """One to three keys, each of them asked for."""
+    names = [_NAMES[i] for i in rng.permutation(len(_NAMES))]
+    for count in range(int(rng.integers(1, _MOST_NEEDLES + 1)), 0, -1):
+        keys = [_draw_key(rng, TRAIN) for _ in range(count)]
+        pairs = list(zip(names, keys, strict=False))
+        hidden = [(float(rng.random()), _needle(name, key)) for name, key in pairs]
+        order = rng.permutation(count)
+        end = "".join(f"{_question(pairs[i][0])} {pairs[i][1]}." for i in order) + "\n"
+        try:
+            return _hide(rng, hidden, end, size, letters)
+        except ValueError:  # fewer keys may fit
+            continue
+    return f"{_needle(names[0], keys[0])}{_question(names[0])} {keys[0]}.\n"
+
+
+# -- sums ---------------------------------------------------------------------------------------
+
+
+def _draw_problem(
+    rng: np.random.Generator, operation: str, digits: int, which: str
+) -> tuple[str, str]:
+    """("23 + 58 =", " 81\\n") of two numbers with `digits` digits each; no result is negative."""
+    low, high = (0 if digits == 1 else 10 ** (digits - 1)), 10**digits
+    while True:
+        a, b = (int(x) for x in rng.integers(low, high, 2))
+        if operation == "-":
+            a, b = max(a, b), min(a, b)
+        if problem_side(a, operation, b) == which:
+            result = a + b if operation == "+" else a - b
+            return f"{a} {operation} {b} =", f" {result}\n"
+
+
+def arithmetic(
+    rng: np.random.Generator,
+    *,
+    operation: str,
+    digits: int,
+    shots: int = 4,
+    which: str = EVALUATION,
+) -> Example:
+    """A problem after `shots` solved ones of its kind, which are always of the training side."""
+    solved = ["".join(_draw_problem(rng, operation, digits, TRAIN)) for _ in range(shots)]
+    question, answer = _draw_problem(rng, operation, digits, which)
+    return Example("".join(solved) + question, answer)
+
+
+def _arithmetic_document(rng: np.random.Generator, size: int) -> str:
+    lines: list[str] = []
+    while True:
+        operation = OPERATIONS[int(rng.integers(len(OPERATIONS)))]
+        line = "".join(_draw_problem(rng, operation, int(rng.integers(1, 4)), TRAIN))
+        if lines and sum(map(len, lines)) + len(line) > size:
+            return "".join(lines)
+        lines.append(line)
+
+
+# -- training documents -------------------------------------------------------------------------
+
+
+def documents(count: int, seed: int, length: int, kinds: Sequence[str] = KINDS) -> Iterator[str]:
+    """`count` training documents of at most `length` letters, the kinds in turn.
+
+    Document i depends on (seed, i) alone. Lengths are drawn evenly from a quarter of `length` on.
+    """
+    makers = {"passkey": _passkey_document, "arithmetic": _arithmetic_document}
+    for i in range(count):
+        rng = np.random.default_rng([seed, i])
+        size = int(rng.integers(max(length // 4, 1), length + 1))
+        yield makers[kinds[i % len(kinds)]](rng, size)
+
+
+def main() -> None:
+    kinds = [kind for kind in KINDS_FLAG.value if kind]
+    for kind in kinds:
+        if kind not in KINDS:
+            raise UserError(f"--tasks {kind}: {nearest(kind, KINDS)}")
+    if not kinds:
+        raise UserError(f"--tasks names none: choose from {', '.join(KINDS)}")
+    if OUT.value is None:
+        raise UserError("no file given: add --out passkeys.jsonl")
+    if DOCUMENTS.value < 1:
+        raise UserError(f"--documents={DOCUMENTS.value} must be 1 or more")
+    shortest = shortest_passkey(1) + len(" 10000.\n")
+    if LENGTH.value < shortest:
+        raise UserError(f"--length={LENGTH.value}: a pass key with its question takes {shortest}")
+    if not 0 <= SEED.value < 2**32:
+        raise UserError(f"--seed={SEED.value} must lie in [0, 2^32)")
+    path, size = Path(OUT.value), 0
+    texts = documents(DOCUMENTS.value, SEED.value, LENGTH.value, kinds)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w", encoding="utf-8") as out:
+            for text in tqdm.tqdm(texts, total=DOCUMENTS.value, disable=None, leave=False):
+                size += len(text)
+                out.write(json.dumps({"text": text}) + "\n")
+    except OSError as error:
+        raise UserError(f"--out {path} cannot be written: {error.strerror}") from error
+    print(f"{DOCUMENTS.value:,} documents, {size:,} letters in {path}")
+
+
+if __name__ == "__main__":
+    OUT = flags.DEFINE_string("out", None, "the .jsonl file to write")
+    DOCUMENTS = flags.DEFINE_integer("documents", 20_000, "how many")
+    LENGTH = flags.DEFINE_integer("length", 600, "letters of a document, at most")
+    SEED = flags.DEFINE_integer("seed", 1, "of everything that is drawn")
+    KINDS_FLAG = flags.DEFINE_list("tasks", list(KINDS), "kinds of documents, in turn")
+    cli.run(main, "stopped")

@@ -127,6 +127,17 @@ def _served_params(served: Served, params: Any) -> Any:
     return jax.tree.map(lambda x: x.astype(dtype) if x.ndim >= 2 else x, tree)
 
 
+def serving(model: ModelConfig, form: str = "auto") -> Served:
+    """How a resolved model is served: `form` as in `serve`."""
+    assert form in FORMS
+    layers = [
+        _serve_layer(model, key, value, form)
+        for _, length, key, value in stretches(model)
+        for _ in range(length)
+    ]
+    return Served(model, tuple(layers))
+
+
 def serve(model: ModelConfig, params: Any, form: str = "auto") -> tuple[Served, Any]:
     """A resolved model and its training parameters, ready for inference.
 
@@ -134,13 +145,7 @@ def serve(model: ModelConfig, params: Any, form: str = "auto") -> tuple[Served, 
     are; "explicit" caches components and rebuilds composites at each step; "auto" is folded where
     C = K and absorbed where C < K, for keys and values apart.
     """
-    assert form in FORMS
-    layers = [
-        _serve_layer(model, key, value, form)
-        for _, length, key, value in stretches(model)
-        for _ in range(length)
-    ]
-    served = Served(model, tuple(layers))
+    served = serving(model, form)
     return served, jax.jit(_served_params, static_argnums=0)(served, params)
 
 

@@ -3,6 +3,9 @@
 One interface for MEA and its rivals (variants.py): `layer(x_BTD, context, index, cache)` returns
 the layer's output (B, T, D) and its cache. Without a cache that is training; with one and no slot
 in the context it is prefill, T positions from slot 0 on; with a slot it is one decode step.
+
+Who applies a layer with the collection "heads" mutable is shown its heads: queries, composite keys
+and values before positions, outputs before the head norm, and what the output projection reads.
 """
 
 import functools
@@ -125,9 +128,11 @@ class AttentionLayer(nn.Module):
         scale = scale or self.config.head_dim**-0.5
         q, k, v = (constrain(x, *HEADS) for x in (q_BTNH, k_BTKH, v_BTKW))
         arrays = (q, k, v, context.segment_ids_BT, scale, slopes_N)
-        if self.is_mutable_collection("statistics"):
+        if self.is_mutable_collection("statistics") or self.is_mutable_collection("heads"):
             o_BTNW = self.backend.attend(*arrays, shards=context.shards)
-            self.watch(q, k, o_BTNW, context, slopes_N, scale)
+            if self.is_mutable_collection("statistics"):
+                self.watch(q, k, o_BTNW, context, slopes_N, scale)
+            self.sow("heads", "output", o_BTNW)
             o_BTNW = o_BTNW if norm is None else norm.apply(o_BTNW)
         else:
             o_BTNW = self.backend.attend(*arrays, norm, shards=context.shards)
@@ -231,6 +236,7 @@ class AttentionLayer(nn.Module):
 
     def write_residual(self, o_BTNW: Array) -> Array:
         """The output projection: (B, T, N, W) to (B, T, D)."""
+        self.sow("heads", "written", o_BTNW)
         n, width = o_BTNW.shape[2:]
         shape, axes = (n, width, self.config.d_model), ("heads", "head_dim", "embed")
         gain = residual_gain(self.config)
@@ -310,6 +316,7 @@ class Attention(AttentionLayer):
         if c.hlc_order == "after":
             return heads.mix(self.cached_keys(heads, x_BTD, gamma_H, context)[0])
         k_BTKH = self.composites("key", heads, x_BTD)
+        self.sow("heads", "key", k_BTKH)
         if gamma_H is not None:
             inverse_BTK1 = self.key_inverse_rms(heads, k_BTKH, gamma_H)
             normed = k_BTKH.astype(jnp.float32) * inverse_BTK1
@@ -354,12 +361,14 @@ class Attention(AttentionLayer):
         if c.qk_norm:
             q_BTNH = norms.RMSNorm(c.head_dim, c.norm_eps, name="query_norm")(q_BTNH)
             gamma_H = norms.Scale(c.head_dim, name="key_norm")()
+        self.sow("heads", "query", q_BTNH)
         q_BTNH, head_norm = self.turn(q_BTNH, context), None
         if c.head_norm:
             head_norm = HeadNorm(norms.Scale(c.head_dim, name="head_norm")(), c.norm_eps)
         if stored is None:
             k_BTKH = self.training_keys(key, x_BTD, gamma_H, context)
             v_BTKH = self.composites("value", value, x_BTD)
+            self.sow("heads", "value", v_BTKH)
             slopes_N = self.slopes(c.n_heads)
             o_BTNH = self.attend(q_BTNH, k_BTKH, v_BTKH, context, slopes_N, norm=head_norm)
         else:

@@ -10,10 +10,13 @@ from helpers import change, flat
 from mea_jax import sharding
 from mea_jax.backends import resolve
 from mea_jax.config import from_config_dict
-from mea_jax.train_step import abstract_state
+from mea_jax.train_step import abstract_params, abstract_state
 from mea_jax.validation import validate_from_scratch
 
 CONFIGS = Path(__file__).parent.parent / "configs"
+
+# Its model is what a checkpoint holds (test_recovery.py); its argument is no variant (below).
+NO_MODELS = ("__init__", "recover", "compression_study")
 
 # Parameters are
 #   V D, once or (untied) twice, + D for the final norm
@@ -53,7 +56,7 @@ def load(name):
 
 
 def test_every_config_is_listed_here():
-    files = {path.stem for path in CONFIGS.glob("*.py") if path.stem != "__init__"}
+    files = {path.stem for path in CONFIGS.glob("*.py") if path.stem not in NO_MODELS}
     variants = {f"{file}{v}" for file in files for v in ("", ":mha", ":gqa", ":no_norm")}
     assert variants == PARAMETERS.keys()
 
@@ -84,3 +87,20 @@ def test_docstring_holds_the_command(name):
     text = (CONFIGS / f"{name}.py").read_text()
     docstring = text.split('"""')[1]
     assert f"python -m mea_jax.train --config configs/{name}.py" in docstring
+
+
+@pytest.mark.parametrize(
+    ("kind", "parameters"),
+    [
+        # V 2,048, D 256, L 6, N 8, K 8 (gqa: 4), H 32, F 704, untied, as quickstart's above;
+        # gqa has two norms of width H a layer.
+        ("mha", 5_868_800),
+        ("mea", 5_869_760),
+        ("gqa", 5_475_968),
+    ],
+)
+def test_the_study_of_compression_has_its_three_models(kind, parameters):
+    config = load(f"compression_study:{kind},1")
+    model = resolve(config.model, jax.devices()[:1], config.data.context_length)
+    assert sum(x.size for x in jax.tree.leaves(abstract_params(model))) == parameters
+    assert config.seed == 1

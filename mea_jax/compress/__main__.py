@@ -1,0 +1,102 @@
+"""Compresses the KV cache of a trained model: fewer key and value heads, found without training.
+
+python -m mea_jax.compress --checkpoint runs/quickstart --keep 0.5 --out runs/half
+python -m mea_jax.compress --checkpoint runs/quickstart --keep 0.5 --budget measured \\
+    --repair layerwise --out runs/half
+"""
+
+import sys
+from pathlib import Path
+
+import jax
+from absl import flags
+
+from mea_jax import cli
+from mea_jax.compress import budgets, methods, repair, report
+from mea_jax.compress.work import Options, Pass
+from mea_jax.cpu_kernels import accelerator_attached, keep_freed_memory
+from mea_jax.errors import UserError, nearest
+
+
+def compress(checkpoint: Path, out: Path, options: Options) -> dict:
+    """Compresses `checkpoint` into the run directory `out`; the summary (`report.summarise`).
+
+    Raises `UserError`.
+    """
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    work = Pass(checkpoint, out, options, say)
+    before = work.calibrate()
+    keys, values, sensitivities = work.divide()
+    writer, rows = work.compress(keys, values)
+    after = work.look(writer)
+    whole = [work.count] * work.model.n_layers
+    summary = report.summarise(
+        options,
+        (work.cache_of(whole, whole), work.cache_of(keys, values)),
+        rows,
+        (before, after),
+        sensitivities,
+        work.count,
+    )
+    work.finish(writer, summary, lambda path: report.draw(summary, path))
+    return summary
+
+
+def _options() -> Options:
+    known = {
+        "method": methods.METHODS,
+        "budget": budgets.BUDGETS,
+        "repair": repair.REPAIRS,
+        "dtype": ("auto", "float32", "bfloat16"),
+    }
+    values = flags.FLAGS.flag_values_dict()
+    for name, choices in known.items():
+        if values[name] not in choices:
+            raise UserError(f"--{name}={values[name]}: {nearest(values[name], choices)}")
+    for name in ("calibration_tokens",):
+        if values[name] < 0:
+            raise UserError(f"--{name}={values[name]} must be 0 or more")
+    for name in ("repair_steps", "measure_tokens", "held_out_windows"):
+        if values[name] < 1:
+            raise UserError(f"--{name}={values[name]} must be 1 or more")
+    return Options(**{name: values[name] for name in Options.__dataclass_fields__})
+
+
+def main() -> None:
+    if not accelerator_attached():
+        keep_freed_memory()
+    if CHECKPOINT.value is None or OUT.value is None:
+        raise UserError(
+            "give --checkpoint RUN and --out FOLDER, such as --checkpoint runs/quickstart"
+        )
+    options = _options()
+    cli.enable_compilation_cache()
+    if not options.calibration_tokens:
+        print("no calibration text: methods see the weights alone", file=sys.stderr)
+    summary = compress(Path(CHECKPOINT.value), Path(OUT.value), options)
+    print(report.table(summary))
+    print(f"\nrun directory {OUT.value}, with compression.json and compression.png")
+    print(f"devices       {len(jax.devices())} x {jax.devices()[0].device_kind}")
+
+
+if __name__ == "__main__":
+    CHECKPOINT = flags.DEFINE_string("checkpoint", None, "run directory, or one of its steps")
+    OUT = flags.DEFINE_string("out", None, "run directory of the compressed model, a new one")
+    flags.DEFINE_float("keep", 0.5, "share of the cache that stays, of the layers chosen")
+    flags.DEFINE_string("method", "aligned", ", ".join(methods.METHODS))
+    flags.DEFINE_string(
+        "budget", "uniform", "of layers, keys and values: uniform, measured, residual"
+    )
+    flags.DEFINE_string("layers", "full", "full, deep, half (as in the paper), or such as 2,4-7")
+    flags.DEFINE_string("repair", "none", "none, output or layerwise")
+    flags.DEFINE_integer("repair_steps", repair.STEPS, "of each layer, with --repair layerwise")
+    flags.DEFINE_integer("calibration_tokens", 65536, "of training text; 0: weights alone")
+    flags.DEFINE_string("calibration_source", "", "other text, such as jsonl:FILE or text:FOLDER")
+    flags.DEFINE_integer("measure_tokens", 16384, "on which --budget measured tries each layer")
+    flags.DEFINE_integer("held_out_windows", 512, "looked at before and after")
+    flags.DEFINE_string("dtype", "auto", "of products: auto, float32 or bfloat16")
+    flags.DEFINE_integer("seed", 0, "of the choice of calibration text")
+    cli.run(main, "stopped; the same command goes on")

@@ -1,0 +1,211 @@
+"""Keys: C component heads from which K composite keys are rebuilt, before or after rotation alike.
+
+With feature f and f + H/2 of a head as one complex number k_gf, a rotary position is a factor
+e^(i t theta_f), and a score is Re sum_f conj(q_gf) k_gf. So any complex mixing per frequency
+
+    k_gf ~ sum_c N_cgf z_cf,    z_cf = sum_g T_gcf k_gf
+
+commutes with positions. The methods differ in the N that they allow (real and alike over
+frequencies, that times one complex number a head and frequency, anything), and all minimise
+
+    sum_f sum_g w_gf E|k_gf - sum_c N_cgf z_cf|^2
+
+of which they need only the complex moments of `moments.complex_blocks`: Gram matrices (F, K, K).
+"""
+
+import dataclasses
+
+import numpy as np
+
+from mea_jax.compress.grouping import one_hot, partition
+from mea_jax.mixing import block_identity
+
+_SWEEPS = 300
+_LOOK = 10  # sweeps between two looks at the residual
+_SETTLED = 1e-6  # relative gain between two looks at which the iteration ends
+
+
+@dataclasses.dataclass(frozen=True)
+class Keys:
+    """A solution. `mix` real (C, K) with `gauge` (K, F): N = mix gauge; else `mix` is N (F, C, K).
+
+    Attributes:
+      combine: T (F, K, C), complex: components from composite heads.
+      mix: (C, K) float64, the paper's W_lc; or (F, C, K) complex.
+      gauge: (K, F) complex, or None: all ones.
+      residual: share of the (weighted) energy of keys that is lost.
+    """
+
+    combine: np.ndarray
+    mix: np.ndarray
+    gauge: np.ndarray | None
+    residual: float
+
+    def full_mix(self) -> np.ndarray:
+        """N (F, C, K), complex."""
+        if self.mix.ndim == 3:
+            return self.mix
+        whole_FCK = np.broadcast_to(self.mix, (self.combine.shape[0], *self.mix.shape))
+        return whole_FCK if self.gauge is None else whole_FCK * self.gauge.T[:, None]
+
+    def components(self, w_DKF: np.ndarray) -> np.ndarray:
+        """Component heads (D, C, F) of complex composite heads."""
+        return np.einsum("dgf,fgc->dcf", w_DKF, self.combine, optimize=True)
+
+    def rebuilt(self, w_DKF: np.ndarray) -> np.ndarray:
+        """What composite heads become: (D, K, F), complex."""
+        return np.einsum("dcf,fcg->dgf", self.components(w_DKF), self.full_mix(), optimize=True)
+
+
+def _loss(gram_FKK: np.ndarray, combine: np.ndarray, mix: np.ndarray) -> float:
+    """tr (1 - T N)^H Gram (1 - T N), of the whole."""
+    rest = np.eye(gram_FKK.shape[-1]) - combine @ mix
+    lost = np.einsum("fhg,fhk,fkg->", rest.conj(), gram_FKK, rest, optimize=True).real
+    return float(lost / np.einsum("fgg->", gram_FKK).real)
+
+
+def _weighted(gram_FKK: np.ndarray, weights_KF: np.ndarray) -> np.ndarray:
+    root_FK = np.sqrt(weights_KF).T
+    return root_FK[:, :, None] * gram_FKK * root_FK[:, None, :]
+
+
+def _solution(gram, weights_KF, combine, mix, gauge) -> Keys:
+    found = Keys(combine, mix, gauge, 0.0)
+    root_FK = np.sqrt(weights_KF).T
+    loss = _loss(
+        _weighted(gram, weights_KF),
+        combine / root_FK[:, :, None],
+        found.full_mix() * root_FK[:, None],
+    )
+    return dataclasses.replace(found, residual=loss)
+
+
+def head_mixing(gram_FKK: np.ndarray, components: int, weights_K: np.ndarray) -> Keys:
+    """One real number for each pair of heads: the leading eigenvectors of the K x K Gram matrix.
+
+    Of moments of weights, with equal `weights_K`, this is the paper's SVD of (D H, K).
+    """
+    frequencies, heads = gram_FKK.shape[:2]
+    weights_KF = np.repeat(weights_K[:, None], frequencies, axis=1)
+    _, vectors = np.linalg.eigh(_weighted(gram_FKK, weights_KF).real.sum(axis=0))
+    leading = vectors[:, ::-1][:, :components]
+    root_K1 = np.sqrt(weights_K)[:, None]
+    combine = np.broadcast_to(leading * root_K1, (frequencies, heads, components))
+    return _solution(gram_FKK, weights_KF, combine, (leading / root_K1).T, None)
+
+
+def mean_groups(gram_FKK: np.ndarray, components: int) -> Keys:
+    """Neighbouring heads share their mean, as GQA is made of MHA in arXiv 2305.13245."""
+    frequencies, heads = gram_FKK.shape[:2]
+    mix = np.asarray(block_identity(components, heads), np.float64)
+    combine = np.broadcast_to(
+        (mix / mix.sum(axis=1, keepdims=True)).T, (frequencies, heads, components)
+    )
+    return _solution(gram_FKK, np.ones((heads, frequencies)), combine, mix, None)
+
+
+def per_frequency(gram_FKK: np.ndarray, components: int, weights_KF: np.ndarray) -> Keys:
+    """Any complex N, in closed form: the leading eigenvectors of each frequency's Gram matrix."""
+    root_FK = np.sqrt(weights_KF).T
+    _, vectors = np.linalg.eigh(_weighted(gram_FKK, weights_KF))
+    leading = vectors[:, :, ::-1][:, :, :components]
+    mix = np.swapaxes(leading.conj(), 1, 2) / root_FK[:, None]
+    return _solution(gram_FKK, weights_KF, leading * root_FK[:, :, None], mix, None)
+
+
+def aligned_groups(gram_FKK, components: int, weights_KF, unit: bool) -> Keys:
+    """Each head is one component times a gauge: GQA with the best groups and gauges."""
+    start = _grouped_start(_weighted(gram_FKK, weights_KF), components)
+    return _alternate(gram_FKK, weights_KF, *start, unit=unit, move_mix=False)
+
+
+def aligned(gram_FKK: np.ndarray, components: int, weights_KF: np.ndarray, unit: bool) -> Keys:
+    """The paper's architecture with a gauge: N_cgf = M_cg b_gf, M real, b complex.
+
+    A gauge changes nothing in the model: its conjugate goes into the queries. Alternating least
+    squares (each step closed, so the loss never rises) from two starts: the eigenvectors of the
+    Gram matrix, and the best groups. Ten random starts differ by few percent.
+
+    Args:
+      gram_FKK: complex moments of the keys.
+      components: C.
+      weights_KF: of each head's and frequency's error.
+      unit: the gauge's numbers have modulus 1, so that norms of heads stay (a key norm).
+    """
+    weighted, heads = _weighted(gram_FKK, weights_KF), gram_FKK.shape[-1]
+    plain = np.linalg.eigh(weighted.real.sum(axis=0))[1][:, ::-1][:, :components].T
+    starts = [(plain, np.sqrt(weights_KF).astype(complex))]
+    if components < heads:
+        mix, gauge = _grouped_start(weighted, components)
+        noise = np.random.default_rng(0).normal(size=mix.shape)
+        starts.append((mix + 0.02 * noise, gauge))
+    found = [_alternate(gram_FKK, weights_KF, *start, unit=unit) for start in starts]
+    return min(found, key=lambda keys: keys.residual)
+
+
+def _grouped_start(weighted_FKK, components: int) -> tuple[np.ndarray, np.ndarray]:
+    """The best groups as a mixing of zeros and ones, and their leading gauges (K, F)."""
+    frequencies, heads = weighted_FKK.shape[:2]
+
+    def cost(group: tuple[int, ...]) -> float:
+        part = weighted_FKK[:, group][:, :, group]
+        return float(
+            np.trace(part, axis1=1, axis2=2).real.sum() - np.linalg.eigvalsh(part)[:, -1].sum()
+        )
+
+    groups = partition(heads, components, cost)
+    gauge = np.ones((heads, frequencies), complex)
+    for group in groups:
+        leading_Fg = np.linalg.eigh(weighted_FKK[:, group][:, :, group])[1][:, :, -1]
+        gauge[list(group)] = leading_Fg.conj().T
+    return one_hot(groups, heads), gauge
+
+
+def _alternate(gram_FKK, weights_KF, mix, gauge, unit: bool, move_mix: bool = True) -> Keys:
+    gram = _weighted(gram_FKK, weights_KF)
+    components = mix.shape[0]
+    root_KF, last = np.sqrt(weights_KF), np.inf
+    if unit:  # the gauge of the weighted keys has the weights' modulus
+        gauge = root_KF * _phase(gauge)
+
+    def combined(mix, gauge):
+        whole = mix * gauge.T[:, None]  # N (F, C, K)
+        adjoint = np.swapaxes(whole.conj(), 1, 2)
+        inner = whole @ adjoint
+        ridge = 1e-10 * np.trace(inner, axis1=1, axis2=2).real / components + 1e-300
+        inverse = np.linalg.inv(inner + ridge[:, None, None] * np.eye(components))
+        return whole, adjoint @ inverse  # N, T (F, K, C)
+
+    for sweep in range(_SWEEPS):
+        whole, combine = combined(mix, gauge)
+        if sweep % _LOOK == 0:
+            now = _loss(gram, combine, whole)
+            if now > last * (1 - _SETTLED) or now < 1e-14:
+                break
+            last = now
+        crossed = gram @ combine  # X^H u (F, K, C)
+        among = np.swapaxes(combine.conj(), 1, 2) @ crossed  # u^H u (F, C, C)
+        numerator = np.einsum("fgc,cg->gf", crossed.conj(), mix)
+        if unit:
+            gauge = root_KF * _phase(numerator)
+        else:
+            energy = np.einsum("cg,fcd,dg->gf", mix, among.real, mix, optimize=True)
+            gauge = numerator / np.maximum(energy, 1e-300)
+        if not move_mix:
+            continue
+        square = np.einsum("gf,fcd->gcd", np.abs(gauge) ** 2, among.real, optimize=True)
+        side = np.einsum("gf,fgc->gc", gauge.conj(), crossed.conj(), optimize=True).real
+        ridge = 1e-12 * np.trace(square, axis1=1, axis2=2) / components + 1e-300
+        square = square + ridge[:, None, None] * np.eye(components)
+        mix = np.linalg.solve(square, side[..., None])[..., 0].T
+        if not unit:
+            length = np.linalg.norm(mix, axis=0) + 1e-300
+            mix, gauge = mix / length, gauge * length[:, None]
+    _, combine = combined(mix, gauge)
+    root_FK1 = root_KF.T[:, :, None]
+    return _solution(gram_FKK, weights_KF, combine * root_FK1, mix, gauge / root_KF)
+
+
+def _phase(x: np.ndarray) -> np.ndarray:
+    size = np.abs(x)
+    return np.where(size > 0, x / np.maximum(size, 1e-300), 1.0)

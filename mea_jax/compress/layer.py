@@ -1,0 +1,142 @@
+"""One layer's attention, from a model's parameters to those of the compressed model.
+
+A layer is taken apart into composite heads (what HLC made is folded), the methods solve for
+components, and gauges go into neighbouring weights: into the queries for keys, into the output
+projection for values. The result is a layer of the project's own attention, nothing else.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from mea_jax import mixing
+from mea_jax.compress.keys import Keys
+from mea_jax.compress.moments import complex_heads, real_heads
+from mea_jax.compress.values import Values
+from mea_jax.config import ModelConfig
+
+Tree = dict[str, Any]
+_ONE = 1e-6  # a gauge so near to 1 is none
+
+
+@dataclasses.dataclass(frozen=True)
+class Heads:
+    """A layer as plain attention; float64. Norm weights are (H,), None where there is no norm."""
+
+    query_DNH: np.ndarray
+    key_DKH: np.ndarray
+    value_DKH: np.ndarray
+    out_NHD: np.ndarray
+    query_norm_H: np.ndarray | None
+    key_norm_H: np.ndarray | None
+    head_norm_H: np.ndarray | None
+
+
+def take_apart(model: ModelConfig, attention: Tree) -> Heads:
+    """The composite heads of a layer with parameters `attention`."""
+
+    def composite(which: str) -> np.ndarray:
+        kernel_DCH = np.asarray(attention[which])
+        if not model.mixes(which):
+            return kernel_DCH.astype(np.float64)
+        kind = model.mixing_kind(which)
+        mix = jnp.asarray(attention[f"{which}_mixing"])
+        folded_DKH = mixing.fold(kind, jnp.asarray(kernel_DCH), mix)
+        return np.asarray(folded_DKH, np.float64)
+
+    def scale(name: str) -> np.ndarray | None:
+        return np.asarray(attention[name]["scale"], np.float64) if name in attention else None
+
+    key_DKH, key_norm_H = composite("key"), scale("key_norm")
+    if key_norm_H is not None and model.mixes("key") and model.key_mixing == "frequency":
+        key_DKH = key_DKH / key_norm_H  # see layers.Attention.key_inverse_rms
+    return Heads(
+        query_DNH=np.asarray(attention["query"], np.float64),
+        key_DKH=key_DKH,
+        value_DKH=composite("value"),
+        out_NHD=np.asarray(attention["out"], np.float64),
+        query_norm_H=scale("query_norm"),
+        key_norm_H=key_norm_H,
+        head_norm_H=scale("head_norm"),
+    )
+
+
+def tied(scale_H: np.ndarray) -> np.ndarray:
+    """A norm's weight made alike within rotary pairs, (F,): the root of their mean square."""
+    pairs = scale_H.reshape(2, -1)
+    return np.sqrt(np.mean(np.square(pairs), axis=0))
+
+
+def twice(x_F: np.ndarray) -> np.ndarray:
+    """(F,) to (H,): alike for both features of a pair."""
+    return np.concatenate([x_F, x_F])
+
+
+def _per_query(x_KX: np.ndarray, queries: int) -> np.ndarray:
+    """What belongs to a composite head, for each query head that reads it."""
+    return np.repeat(x_KX, queries // x_KX.shape[0], axis=0)
+
+
+def with_keys(heads: Heads, keys: Keys, tree: Tree) -> Tree:
+    """`tree` with component keys, their mixing, and the gauge in the queries.
+
+    Under a key norm a gauge (of modulus 1) commutes with the norm's weight only where that is alike
+    within rotary pairs: then both norms' weights are tied, and what they differ by goes into the
+    projections before the norm, which is nearly but not quite the same. Mixing per frequency
+    needs none of that: components carry the weight (layers.Attention.key_inverse_rms).
+    """
+    frequency = keys.mix.ndim == 3
+    gauged = keys.gauge is not None and bool(np.abs(keys.gauge - 1).max() > _ONE)
+    key_DKH, query_DNH, tree = heads.key_DKH, heads.query_DNH, dict(tree)
+    if heads.key_norm_H is not None and frequency:
+        key_DKH = key_DKH * heads.key_norm_H
+    elif heads.key_norm_H is not None and heads.query_norm_H is not None and gauged:
+        for name, scale_H in (("key_norm", heads.key_norm_H), ("query_norm", heads.query_norm_H)):
+            alike_H = twice(tied(scale_H))
+            ratio_H = scale_H / np.where(alike_H == 0, 1, alike_H)
+            if name == "key_norm":
+                key_DKH = key_DKH * ratio_H
+            else:
+                query_DNH = query_DNH * ratio_H
+            tree[name] = {"scale": alike_H}
+    tree["key"] = real_heads(keys.components(complex_heads(key_DKH)))
+    mix = keys.mix
+    if frequency:
+        mix = np.stack([mix.real, mix.imag], axis=-1).transpose(1, 2, 0, 3)  # (C, K, F, 2)
+    tree["key_mixing"] = mix
+    if gauged:
+        assert keys.gauge is not None
+        turn_NF = _per_query(keys.gauge.conj(), query_DNH.shape[1])
+        query_DNH = real_heads(complex_heads(query_DNH) * turn_NF)
+    tree["query"] = query_DNH
+    return tree
+
+
+def with_values(heads: Heads, values: Values, tree: Tree) -> Tree:
+    """`tree` with component values, their mixing, and the gauge in the output projection.
+
+    A rotation commutes with the head norm but not with its weight, which goes into the output
+    projection first.
+    """
+    tree, out_NHD = dict(tree), heads.out_NHD
+    tree["value"] = values.components(heads.value_DKH)
+    tree["value_mixing"] = values.mix
+    if values.gauge is not None:
+        identity = np.eye(values.gauge.shape[-1])
+        if np.abs(values.gauge - identity).max() > _ONE:
+            if heads.head_norm_H is not None:
+                out_NHD = out_NHD * heads.head_norm_H[None, :, None]
+                tree["head_norm"] = {"scale": np.ones_like(heads.head_norm_H)}
+            out_NHD = _per_query(values.gauge, out_NHD.shape[0]) @ out_NHD
+    tree["out"] = out_NHD
+    return tree
+
+
+def as_float32(tree: Tree) -> Tree:
+    """The tree of parameters as they are stored."""
+    return {
+        name: as_float32(leaf) if isinstance(leaf, dict) else np.asarray(leaf, np.float32)
+        for name, leaf in tree.items()
+    }

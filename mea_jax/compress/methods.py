@@ -1,0 +1,195 @@
+"""The methods by name: which keys and which values each of them solves for.
+
+| method | keys | values |
+|---|---|---|
+| svd | the paper's: one number a pair of heads, from the weights | likewise |
+| calibrated | the same, from activations, weighted by queries | by the output projection |
+| aligned | that and a complex gauge, which goes into the queries | a gauge, into the output |
+| frequency | a complex number a pair of heads and frequency | a dense map from one latent |
+| gqa_mean | neighbouring heads share their mean | likewise |
+| gqa_aligned | the best groups share a head, by gauges | likewise |
+| latent | one latent rebuilt before rotation (a bound: it cannot be read as it is) | dense |
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+from threadpoolctl import threadpool_limits
+
+from mea_jax.compress import keys as key_solvers
+from mea_jax.compress import layer as layers
+from mea_jax.compress import values as value_solvers
+from mea_jax.compress.keys import Keys
+from mea_jax.compress.layer import Heads
+from mea_jax.compress.moments import Moments, complex_blocks, of_weights
+from mea_jax.compress.values import Values
+from mea_jax.config import ModelConfig
+from mea_jax.errors import UserError
+
+METHODS = ("svd", "calibrated", "aligned", "frequency", "gqa_mean", "gqa_aligned", "latent")
+_LEAST = 1e-9  # of a frequency's weight, the mean being 1: none is left out altogether
+NEED_TEXT = ("calibrated",)  # which are something else without any
+
+
+@dataclasses.dataclass(frozen=True)
+class Latent:
+    """Keys as a low-rank product, rebuilt before rotation: `project` (K H, K H) of rank C H."""
+
+    project: np.ndarray
+    residual: float
+
+
+def target_model(
+    model: ModelConfig, method: str, keys: list[int], values: list[int]
+) -> ModelConfig:
+    """The compressed model's config. Raises `UserError` for attention that no method fits."""
+    check_model(model, method)
+    if method == "latent":  # keys stay whole heads, of low rank together
+        return dataclasses.replace(
+            model,
+            hlc="v",
+            hlc_order="before",
+            key_mixing="heads",
+            value_mixing="dense",
+            key_components=None,
+            value_components=tuple(values),
+        )
+    wide = method == "frequency"
+    return dataclasses.replace(
+        model,
+        hlc="kv",
+        hlc_order="before",
+        key_mixing="frequency" if wide else "heads",
+        value_mixing="dense" if wide else "heads",
+        key_components=tuple(keys),
+        value_components=tuple(values),
+    )
+
+
+def check_model(model: ModelConfig, method: str) -> None:
+    """Raises `UserError` unless `method` applies to attention like this."""
+    if model.variant != "mea":
+        raise UserError(
+            f"this model's attention is {model.variant!r}: only MEA, MHA, GQA and MQA compress"
+        )
+    if model.qk_norm and model.hlc_order == "after" and model.mixes("key"):
+        raise UserError(
+            "this model mixes keys after their norm (hlc_order='after'): they are no linear "
+            "function of the input, and cannot be rebuilt from fewer heads"
+        )
+    if model.head_dim % 2:
+        raise UserError(f"head_dim={model.head_dim} is odd: keys are taken in pairs of features")
+    if model.gate == "feature" and method in ("aligned", "gqa_aligned"):
+        raise UserError(
+            f"--method {method} turns each head's features, which this model's gate of each "
+            "feature (gate='feature') does not allow: take --method frequency or calibrated"
+        )
+
+
+def _scaled(moment: np.ndarray, scale_H: np.ndarray, heads: int) -> np.ndarray:
+    scale = np.tile(scale_H, heads)
+    return scale[:, None] * moment * scale
+
+
+def _key_problem(heads: Heads, moments: Moments, weigh: str) -> tuple[np.ndarray, np.ndarray]:
+    """Gram matrices (F, K, K) of keys as `layer.with_keys` takes them, and weights (K, F).
+
+    Errors of a key count as much as the queries that read it are long, at each frequency. Under a
+    key norm a head's length does not matter: each head's errors count relative to its power, and
+    `weigh` ("tied", "whole" or "none") says what part of the norm's weight keys carry.
+    """
+    count, moment = heads.key_DKH.shape[1], moments.keys
+    weights_KF = moments.queries
+    if heads.key_norm_H is not None and heads.query_norm_H is not None:
+        if not moments.tokens:  # the norm is not in the queries' weights
+            weights_KF = np.broadcast_to(
+                np.square(layers.tied(heads.query_norm_H)), moments.queries.shape
+            )
+        power_K = np.trace(
+            moment.reshape(count, -1, count, heads.key_DKH.shape[2])[
+                np.arange(count), :, np.arange(count)
+            ],
+            axis1=1,
+            axis2=2,
+        )
+        weights_KF = weights_KF / np.maximum(power_K, 1e-300)[:, None]
+        alike_F = layers.tied(heads.key_norm_H)
+        if weigh == "tied":
+            ratio_H = heads.key_norm_H / layers.twice(np.where(alike_F == 0, 1, alike_F))
+            moment, weights_KF = _scaled(moment, ratio_H, count), weights_KF * np.square(alike_F)
+        elif weigh == "whole":
+            moment = _scaled(moment, heads.key_norm_H, count)
+    weights_KF = weights_KF / weights_KF.mean()
+    return complex_blocks(moment, count), np.maximum(weights_KF, _LEAST)
+
+
+def solve_keys(method: str, heads: Heads, moments: Moments, components: int) -> Keys | Latent:
+    """Component keys by `method`."""
+    count = heads.key_DKH.shape[1]
+    unit = heads.key_norm_H is not None
+    with threadpool_limits(1, "blas"):  # many small products: threads would wait for one another
+        if method == "latent":
+            return _latent(moments.keys, components * heads.key_DKH.shape[2])
+        if method in ("svd", "gqa_mean"):
+            moments = of_weights(heads.query_DNH, heads.key_DKH, heads.value_DKH)
+            gram_FKK, _ = _key_problem(heads, moments, "none")
+            if method == "gqa_mean":
+                return key_solvers.mean_groups(gram_FKK, components)
+            return key_solvers.head_mixing(gram_FKK, components, np.ones(count))
+        if method == "calibrated":
+            gram_FKK, weights_KF = _key_problem(heads, moments, "none")
+            weights_K = weights_KF.mean(axis=1)
+            return key_solvers.head_mixing(gram_FKK, components, weights_K)
+        if method == "frequency":
+            problem = _key_problem(heads, moments, "whole")
+            return key_solvers.per_frequency(problem[0], components, problem[1])
+        problem = _key_problem(heads, moments, "tied")
+        solve = key_solvers.aligned if method == "aligned" else key_solvers.aligned_groups
+        return solve(problem[0], components, problem[1], unit)
+
+
+def _latent(moment: np.ndarray, rank: int) -> Latent:
+    values, vectors = np.linalg.eigh((moment + moment.T) / 2)
+    leading = vectors[:, ::-1][:, :rank]
+    lost = max(float(values[: len(values) - rank].sum() / values.sum()), 0.0)
+    return Latent(leading @ leading.T, lost)
+
+
+def solve_values(method: str, heads: Heads, moments: Moments, components: int) -> Values:
+    """Component values by `method`."""
+    count = heads.value_DKH.shape[1]
+    norm_H = heads.head_norm_H
+    weights_KHH = value_solvers.output_weights(heads.out_NHD, norm_H, moments.outputs, count)
+    with threadpool_limits(1, "blas"):
+        if method in ("svd", "gqa_mean"):
+            moment = of_weights(heads.query_DNH, heads.key_DKH, heads.value_DKH).values
+            if method == "gqa_mean":
+                return value_solvers.mean_groups(moment, components, count)
+            return value_solvers.head_mixing(moment, components, np.ones(count))
+        if method == "calibrated":
+            weights_K = np.trace(weights_KHH, axis1=1, axis2=2) / weights_KHH.shape[-1]
+            return value_solvers.head_mixing(moments.values, components, weights_K)
+        if method in ("frequency", "latent"):
+            return value_solvers.dense(moments.values, components, weights_KHH)
+        solve: Callable = value_solvers.aligned
+        if method == "gqa_aligned":
+            solve = value_solvers.aligned_groups
+        return solve(moments.values, components, weights_KHH, norm_H is not None)
+
+
+def rebuilt_keys(heads: Heads, keys: Keys | Latent) -> np.ndarray:
+    """The composite keys' projection (D, K, H) that the components amount to, in the model's own
+    basis: what a model looks like whose keys alone are compressed."""
+    d, count, width = heads.key_DKH.shape
+    if isinstance(keys, Latent):
+        return (heads.key_DKH.reshape(d, -1) @ keys.project).reshape(d, count, width)
+    carried_H = np.ones(width)
+    if heads.key_norm_H is not None and keys.mix.ndim == 3:
+        carried_H = heads.key_norm_H
+    elif heads.key_norm_H is not None and keys.gauge is not None:
+        alike_F = layers.tied(heads.key_norm_H)
+        carried_H = heads.key_norm_H / layers.twice(np.where(alike_F == 0, 1, alike_F))
+    carried_H = np.where(carried_H == 0, 1, carried_H)
+    from_complex = keys.rebuilt(layers.complex_heads(heads.key_DKH * carried_H))
+    return layers.real_heads(from_complex) / carried_H

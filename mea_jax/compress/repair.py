@@ -1,0 +1,133 @@
+"""Local repair: a compressed layer is brought nearer to the original layer, without labels.
+
+Each layer by itself, on the inputs that the original model gives it: "output" refits the output
+projection in closed form; "layerwise" moves all of the layer's projections by a few hundred small
+steps. No gradient goes through more than one layer.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from mea_jax.compress.sweep import Spec, Stream, apply_attention, progress, run_attention
+
+Tree = dict[str, Any]
+REPAIRS = ("none", "output", "layerwise")
+STEPS, WARMUP = 150, 20
+_RATE = 0.01  # of a parameter's root mean square
+_RIDGE = 1e-4  # of the mean square of the outputs
+_HIGHEST = jax.lax.Precision.HIGHEST
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _normal_equations(spec: Spec, attention: Tree, normed_BTD, target_BTD, batch, index):
+    """Sums of o o^T and o y^T over tokens, o (N H) what the output projection reads."""
+    _, heads = apply_attention(spec, attention, normed_BTD, batch, index, heads=True)
+    o_BTX = heads["written"][0].astype(jnp.float32)
+    weight_BT1 = (batch["segment_ids"] > 0).astype(jnp.float32)[..., None]
+    o = (o_BTX.reshape(*weight_BT1.shape[:2], -1) * weight_BT1).reshape(weight_BT1.size, -1)
+    y = (target_BTD.astype(jnp.float32) * weight_BT1).reshape(weight_BT1.size, -1)
+    dot = functools.partial(jnp.dot, precision=_HIGHEST)
+    return dot(o.T, o), dot(o.T, y), weight_BT1.sum()
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _squares(spec: Spec, attention: Tree, normed_BTD, target_BTD, batch, index):
+    y_BTD = apply_attention(spec, attention, normed_BTD, batch, index).astype(jnp.float32)
+    weight_BT1 = (batch["segment_ids"] > 0).astype(jnp.float32)[..., None]
+    target_BTD = target_BTD.astype(jnp.float32) * weight_BT1
+    return jnp.sum(jnp.square(y_BTD * weight_BT1 - target_BTD)), jnp.sum(jnp.square(target_BTD))
+
+
+def error(
+    original: tuple[Spec, Tree], compressed: tuple[Spec, Tree], stream: Stream, norm_scale
+) -> float:
+    """|attn'(x) - attn(x)|^2 / |attn(x)|^2 of a layer over a stream."""
+    placed, before = stream.place(compressed[1]), stream.place(original[1])
+    scale, index, lost, whole = stream.place(norm_scale), stream.done, 0.0, 0.0
+    with jax.set_mesh(stream.mesh):
+        for number, batch in enumerate(stream.batches):
+            on_mesh, x_BTD = stream.put(batch), stream.residual(number, original[0].model)
+            normed, target = run_attention(original[0], before, scale, x_BTD, on_mesh, index)
+            sums = jax.device_get(_squares(compressed[0], placed, normed, target, on_mesh, index))
+            lost, whole = lost + float(sums[0]), whole + float(sums[1])
+    return lost / max(whole, 1e-30)
+
+
+def refit_output(
+    original: tuple[Spec, Tree], compressed: tuple[Spec, Tree], stream: Stream, norm_scale
+) -> Tree:
+    """The compressed layer with W_O refitted: least squares of the original's outputs.
+
+    A ridge holds what the text leaves open where it was.
+    """
+    spec, attention = compressed
+    placed, before = stream.place(attention), stream.place(original[1])
+    scale, index = stream.place(norm_scale), stream.done
+    totals: list[np.ndarray] = []
+    with jax.set_mesh(stream.mesh):
+        for number, batch in enumerate(stream.batches):
+            on_mesh, x_BTD = stream.put(batch), stream.residual(number, spec.model)
+            normed, target = run_attention(original[0], before, scale, x_BTD, on_mesh, index)
+            sums = _normal_equations(spec, placed, normed, target, on_mesh, index)
+            new = [np.asarray(value, np.float64) for value in jax.device_get(sums)]
+            totals = [a + b for a, b in zip(totals, new, strict=True)] if totals else new
+    square, side = totals[0] / totals[2], totals[1] / totals[2]
+    out_NHD = np.asarray(attention["out"], np.float64)
+    ridge = _RIDGE * np.trace(square) / len(square)
+    flat = out_NHD.reshape(len(square), -1)
+    found = np.linalg.solve(square + ridge * np.eye(len(square)), side + ridge * flat)
+    return attention | {"out": found.reshape(out_NHD.shape).astype(np.float32)}
+
+
+def _optimizer(steps: int) -> optax.GradientTransformation:
+    """Adam's directions times the schedule; what they are shares of comes later."""
+    schedule = optax.warmup_cosine_decay_schedule(0.0, _RATE, min(WARMUP, steps // 2), steps)
+    return optax.chain(optax.scale_by_adam(b1=0.9, b2=0.98), optax.scale_by_learning_rate(schedule))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(2, 3))
+def _step(spec: Spec, steps: int, params, state, sizes, normed_BTD, target_BTD, batch, index):
+    """One step: parameters and state."""
+    weight_BT1 = (batch["segment_ids"] > 0).astype(jnp.float32)[..., None]
+    target_BTD = target_BTD.astype(jnp.float32) * weight_BT1
+
+    def error(params):
+        y_BTD = apply_attention(spec, params, normed_BTD, batch, index)
+        difference = y_BTD.astype(jnp.float32) * weight_BT1 - target_BTD
+        return jnp.sum(jnp.square(difference)) / jnp.sum(jnp.square(target_BTD))
+
+    updates, state = _optimizer(steps).update(jax.grad(error)(params), state, params)
+    updates = jax.tree.map(jnp.multiply, updates, sizes)
+    return optax.apply_updates(params, updates), state
+
+
+def reconstruct(
+    original: tuple[Spec, Tree],
+    compressed: tuple[Spec, Tree],
+    stream: Stream,
+    norm_scale,
+    steps: int = STEPS,
+    words: str = "repair",
+) -> Tree:
+    """The compressed layer after `steps` of Adam on its `error`.
+
+    A step takes one batch of the stream, in turn, and moves each parameter by a share of its own
+    root mean square.
+    """
+    spec, attention = compressed
+    before, scale, index = stream.place(original[1]), stream.place(norm_scale), stream.done
+    with jax.set_mesh(stream.mesh):
+        params = stream.place(jax.tree.map(jnp.array, attention))
+        state = _optimizer(steps).init(params)
+        sizes = jax.tree.map(lambda p: jnp.sqrt(jnp.mean(jnp.square(p))), params)
+        for number in progress(range(steps), words):
+            batch = stream.put(stream.batches[number % len(stream)])
+            x_BTD = stream.residual(number % len(stream), spec.model)
+            normed, target = run_attention(original[0], before, scale, x_BTD, batch, index)
+            params, state = _step(spec, steps, params, state, sizes, normed, target, batch, index)
+        return jax.tree.map(np.asarray, jax.device_get(params))

@@ -1,0 +1,139 @@
+"""What a compression did, as a table, JSON and a picture."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import matplotlib
+
+from mea_jax.compress.measure import Sensitivity
+from mea_jax.compress.work import Options
+from mea_jax.report import disk_errors
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+
+def summarise(
+    options: Options,
+    cache: tuple[list[tuple[int, int]], list[tuple[int, int]]],
+    rows: list[dict[str, Any]],
+    losses: tuple[dict[str, tuple[float, float]], dict[str, tuple[float, float]]],
+    sensitivities: list[Sensitivity],
+    heads: int,
+) -> dict[str, Any]:
+    """Everything about one compression, as JSON values. `cache`, `losses`: before and after."""
+    before, after = ([sum(layer) for layer in side] for side in cache)
+    domains = {}
+    for name in losses[0]:
+        old, new = (side[name][0] / max(side[name][1], 1) for side in losses)
+        domains[name] = {"before": old, "after": new, "increase": new - old}
+    tokens = [sum(n for _, n in side.values()) for side in losses]
+    old, new = (
+        sum(nll for nll, _ in side.values()) / max(n, 1)
+        for side, n in zip(losses, tokens, strict=True)
+    )
+    mean = sum(d["increase"] for d in domains.values()) / len(domains)
+    return {
+        "options": options.__dict__ | {},
+        "versions": {"jax": jax.__version__},
+        "kv_heads": heads,
+        "cache_bytes_per_token": {"before": sum(before), "after": sum(after)},
+        "cache_kept": sum(after) / sum(before),
+        "layers": [
+            row | {"bytes_before": b, "bytes_after": a}
+            for row, b, a in zip(rows, before, after, strict=True)
+        ],
+        "held_out": {
+            "before": old,
+            "after": new,
+            "increase": new - old,
+            "mean_increase": mean,
+            "tokens": int(tokens[0]),
+            "domains": domains,
+        },
+        "sensitivities": [s.__dict__ for s in sensitivities],
+    }
+
+
+def table(summary: dict[str, Any]) -> str:
+    """The table at the end of the command."""
+    k = summary["kv_heads"]
+    repaired = any("repair" in row for row in summary["layers"])
+    head = f"{'layer':>5}  {'keys':>7}  {'values':>7}  {'lost of keys':>12}  {'of values':>9}"
+    head += f"  {'bytes/token':>15}" + (f"  {'repair':>16}" if repaired else "")
+    lines = [head]
+    for row in summary["layers"]:
+        size = f"{row['bytes_before']} > {row['bytes_after']}"
+        line = f"{row['layer']:5d}  {row['keys']:3d}/{k:<3d}  {row['values']:3d}/{k:<3d}"
+        line += f"  {row['key_residual']:12.2%}  {row['value_residual']:9.2%}  {size:>15}"
+        if "repair" in row:
+            line += f"  {row['repair'][0]:7.4f} > {row['repair'][1]:6.4f}"
+        lines.append(line)
+    cache, loss = summary["cache_bytes_per_token"], summary["held_out"]
+    lines += [
+        "",
+        f"cache        {cache['before']:,} > {cache['after']:,} bytes per token, "
+        f"{summary['cache_kept']:.1%} kept",
+        "",
+        f"{'held-out loss (nats per token)':<36}  before   after  increase",
+    ]
+    for name, d in [*loss["domains"].items(), ("all", loss)]:
+        short = name if len(name) <= 36 else "..." + name[-33:]
+        lines.append(f"{short:<36}  {d['before']:6.4f}  {d['after']:6.4f}  {d['increase']:+8.4f}")
+    unseen = sum(row["unseen"] for row in summary["layers"])
+    if unseen:
+        lines.append(
+            f"{unseen} directions of keys and values are not in the calibration text: their "
+            "moments count as 0"
+        )
+    return "\n".join(lines)
+
+
+def draw(summary: dict[str, Any], path: Path) -> None:
+    """Heads kept in each layer; what each layer would cost alone; what the loss became."""
+    rows, heads = summary["layers"], summary["kv_heads"]
+    figure, axes = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
+    left, middle, right = axes
+    places = range(len(rows))
+    left.bar([i - 0.2 for i in places], [r["keys"] for r in rows], 0.4, label="keys")
+    left.bar([i + 0.2 for i in places], [r["values"] for r in rows], 0.4, label="values")
+    left.axhline(heads, color="grey", linewidth=0.8, linestyle=":")
+    left.set(xlabel="layer", ylabel="heads in the cache", title=f"Heads kept of {heads}")
+    left.set_ylim(0, heads * 1.15)
+    left.legend(loc="upper right", ncols=2, frameon=False)
+    measured = [s for s in summary["sensitivities"] if s["losses"]]
+    half = max(heads // 2, 1)
+    for which, marker in (("key", "o"), ("value", "s")):
+        if measured:
+            mine = [s for s in measured if s["which"] == which]
+            xs, ys = [s["layer"] for s in mine], [s["losses"][half - 1] for s in mine]
+        else:
+            xs, ys = list(places), [r[f"{which}_residual"] for r in rows]
+        middle.plot(xs, [max(y, 1e-6) for y in ys], marker=marker, label=f"{which}s")
+    middle.set_yscale("log")
+    if measured:
+        title, label = f"Alone, at {half} of {heads} heads", "increase of loss (nats)"
+    else:
+        title, label = "Share of energy lost", "of keys' or values' energy"
+    middle.set(xlabel="layer", ylabel=label, title=title)
+    middle.legend(frameon=False)
+    for name, d in summary["held_out"]["domains"].items():
+        right.plot(
+            [1.0, summary["cache_kept"]], [0, d["increase"]], marker="o", label=Path(name).name
+        )
+    right.invert_xaxis()
+    right.set(
+        xlabel="share of the cache kept",
+        ylabel="increase of held-out loss (nats)",
+        title="Loss against cache",
+    )
+    right.legend(frameon=False, fontsize=8)
+    figure.suptitle(
+        f"{summary['options']['method']}, {summary['options']['budget']} budgets, "
+        f"repair {summary['options']['repair']}: {summary['held_out']['increase']:+.4f} nats at "
+        f"{summary['cache_kept']:.1%} of the cache"
+    )
+    with disk_errors(path):
+        figure.savefig(path, dpi=130)
+    plt.close(figure)

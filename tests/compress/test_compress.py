@@ -1,0 +1,243 @@
+"""The command: a trained model in, a smaller one out, whatever interrupts it."""
+
+import json
+import runpy
+import sys
+import warnings
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl import flags
+from helpers import PLAIN, assert_close, assert_equal
+
+from mea_jax.checkpoint import Checkpoints
+from mea_jax.compress import work
+from mea_jax.compress.__main__ import compress
+from mea_jax.compress.stored import StoredModel
+from mea_jax.compress.work import Options
+from mea_jax.generate import load
+from mea_jax.generation import Generator
+from mea_jax.train import train
+from mea_jax.transformer import apply_logits
+
+SMALL: dict[str, Any] = {
+    "calibration_tokens": 512,
+    "measure_tokens": 256,
+    "held_out_windows": 16,
+    "dtype": "float32",
+}
+DEFINED = [*Options.__dataclass_fields__, "checkpoint", "out"]
+
+
+@pytest.fixture(scope="module")
+def run(tiny, tmp_path_factory):
+    """A trained MHA model of two layers and four heads."""
+    workdir = tmp_path_factory.mktemp("runs") / "tiny"
+    config = tiny(steps=8, **{f"model.{name}": value for name, value in PLAIN.items()})
+    train(config, workdir)
+    return workdir
+
+
+@pytest.fixture
+def one(devices):
+    devices(1)
+
+
+def options(**changes):
+    return Options(**(SMALL | changes))
+
+
+def params_of(path):
+    model, params, _, _ = load(path, dtype="float32")
+    return model, params
+
+
+def logits(model, params):
+    tokens = np.random.default_rng(0).integers(0, 256, (2, 16), np.int32)
+    places = np.broadcast_to(np.arange(16, dtype=np.int32), tokens.shape)
+    arrays = map(jnp.asarray, (tokens, places, np.ones_like(tokens)))
+    with jax.default_matmul_precision("highest"):
+        return apply_logits(model, params, *arrays)
+
+
+@pytest.mark.parametrize("method", ["svd", "calibrated", "aligned", "frequency", "latent"])
+def test_keeping_all_heads_keeps_the_model(run, one, tmp_path, method):
+    compress(run, tmp_path / "out", options(keep=1.0, method=method))
+    assert_close(logits(*params_of(tmp_path / "out")), logits(*params_of(run)), rtol=0, atol=2e-5)
+
+
+def test_half_the_cache(run, one, tmp_path):
+    """The result serves with half the bytes, and what the table says is so."""
+    out = tmp_path / "out"
+    summary = compress(run, out, options(method="aligned"))
+    model, params, tokenizer, length = load(out, dtype="float32")
+    assert model.components("key") == model.components("value") == (2, 2)
+    generator = Generator(model, params, length=length, cache_dtype="bfloat16")
+    assert generator.cache_bytes_per_token() == summary["cache_bytes_per_token"]["after"]
+    assert summary["cache_kept"] == 0.5
+    stored = json.loads((out / "compression.json").read_text())
+    assert stored["held_out"]["increase"] == summary["held_out"]["increase"]
+    assert (out / "compression.png").stat().st_size > 10_000
+    prompt = [tokenizer.separator, *tokenizer.encode_batch(["fox"])[0]]
+    absorbed = generator.run([prompt], count=8)
+    folded = Generator(model, params, length=length, form="folded").run([prompt], count=8)
+    assert absorbed == folded
+    assert not (tmp_path / "out.part").exists()
+
+
+def test_the_loss_before_is_that_of_the_run(run, one, tmp_path):
+    """The sweep through layers is the model: its held-out loss is what training ended with."""
+    summary = compress(run, tmp_path / "out", options(keep=1.0, held_out_windows=10_000))
+    ended = json.loads((run / "summary.json").read_text())
+    assert summary["held_out"]["before"] == pytest.approx(ended["held_out_loss"], rel=1e-5)
+    assert summary["held_out"]["increase"] == pytest.approx(0, abs=1e-5)
+
+
+def test_measured_budgets_cost_no_more_bytes(run, one, tmp_path):
+    summary = compress(run, tmp_path / "out", options(budget="measured"))
+    assert summary["cache_bytes_per_token"]["after"] <= 128
+    assert summary["cache_bytes_per_token"]["before"] == 256
+    model, params = params_of(tmp_path / "out")
+    with Checkpoints(tmp_path / "out") as checkpoints:
+        config = checkpoints.config(8)
+    assert config.model.components("key") == model.components("key")
+    assert len(summary["sensitivities"]) == 4
+    assert all(s["losses"][-1] == 0 for s in summary["sensitivities"])
+    generator = Generator(model, params, length=32, cache_dtype="bfloat16")
+    assert generator.cache_bytes_per_token() == summary["cache_bytes_per_token"]["after"]
+
+
+def test_residual_budgets_need_no_text(run, one, tmp_path):
+    summary = compress(run, tmp_path / "out", options(budget="residual", calibration_tokens=0))
+    assert summary["cache_bytes_per_token"]["after"] <= 128
+
+
+def test_repair_brings_layers_nearer(run, one, tmp_path):
+    """More with more freedom; from the same start."""
+    output = compress(run, tmp_path / "b", options(method="svd", repair="output"))
+    more = options(method="svd", repair="layerwise", repair_steps=40)
+    layerwise = compress(run, tmp_path / "c", more)
+    for a, b in zip(output["layers"], layerwise["layers"], strict=True):
+        assert a["repair"][0] == b["repair"][0]
+        assert b["repair"][1] < a["repair"][1] < a["repair"][0]
+
+
+def test_some_layers_only(run, one, tmp_path):
+    summary = compress(run, tmp_path / "out", options(layers="1"))
+    assert [row["keys"] for row in summary["layers"]] == [4, 2]
+    source, result = StoredModel(run, print).layer(0), StoredModel(tmp_path / "out", print).layer(0)
+    assert_equal(source["mlp"], result["mlp"])
+
+
+@pytest.mark.parametrize("stage", ["calibrate", "divide", "_compress_layer", "look", "finish"])
+def test_a_killed_pass_goes_on(run, one, tmp_path, monkeypatch, stage):
+    """Killed after each stage (in the midst of the layers): the same bytes as without."""
+    how = options(budget="measured", repair="output")
+    compress(run, tmp_path / "whole", how)
+    original, calls = getattr(work.Pass, stage), []
+
+    def dies(self, *args, **kwargs):
+        result = original(self, *args, **kwargs) if stage != "finish" else None
+        calls.append(stage)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return result
+
+    monkeypatch.setattr(work.Pass, stage, dies)
+    before = sorted((p.name, p.stat().st_mtime_ns) for p in run.rglob("*"))
+    with pytest.raises(KeyboardInterrupt):
+        compress(run, tmp_path / "out", how)
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(work.Pass, stage, original)
+    compress(run, tmp_path / "out", how)
+    assert_equal(params_of(tmp_path / "out")[1], params_of(tmp_path / "whole")[1])
+    assert before == sorted((p.name, p.stat().st_mtime_ns) for p in run.rglob("*"))
+
+
+def test_eight_devices_see_the_same_moments(run, devices, tmp_path):
+    """Of the same windows, split over them."""
+    found = []
+    for count in (1, 8):
+        devices(count)
+        out = tmp_path / str(count)
+        made = work.Pass(run, out, options(calibration_tokens=2048), print)
+        made.calibrate()
+        found.append([vars(made.moments(index)) for index in range(2)])
+    for a, b in zip(*found, strict=True):
+        assert a["tokens"] == b["tokens"] > 1500
+        scale = {name: np.abs(a[name]).max() for name in ("keys", "values", "queries", "outputs")}
+        for name, size in scale.items():
+            np.testing.assert_allclose(a[name], b[name], rtol=0, atol=1e-5 * size)
+
+
+@pytest.fixture
+def shell(monkeypatch, capfd, devices):
+    """`shell(*arguments)`: the command in this process; (status, out, err)."""
+
+    def call(*arguments):
+        devices(1)
+        monkeypatch.setattr(sys, "argv", ["compress", *map(str, arguments)])
+        status = 0
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                runpy.run_module("mea_jax.compress", run_name="__main__", alter_sys=True)
+        except SystemExit as end:
+            status = end.code if isinstance(end.code, int) else int(end.code is not None)
+        finally:
+            for name in list(flags.FLAGS):
+                if name in DEFINED:
+                    delattr(flags.FLAGS, name)
+        out, err = capfd.readouterr()
+        return status, out, err
+
+    return call
+
+
+def test_the_command_prints_a_table(run, shell, tmp_path):
+    flags_ = [f"--{name}={value}" for name, value in SMALL.items()]
+    status, out, _ = shell("--checkpoint", run, "--out", tmp_path / "out", *flags_)
+    assert status == 0
+    assert "256 > 128 bytes per token, 50.0% kept" in out
+    assert "held-out loss" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--keep", "0.1"], "leaves less than one of 4 heads"),
+        (["--method", "alined"], "aligned"),
+        (["--calibration_tokens", "100000000"], "the text has"),
+        (["--method", "calibrated", "--calibration_tokens", "0"], "made of activations"),
+        (["--repair", "output", "--calibration_tokens", "0"], "needs text"),
+        (["--layers", "9"], "the model has layers 0 to 1"),
+        (["--calibration_source", "jsonl:/nowhere.jsonl"], "/nowhere.jsonl"),
+        (["--repair_steps", "0"], "must be 1 or more"),
+    ],
+)
+def test_mistakes_get_one_line(run, shell, tmp_path, arguments, words):
+    status, _, err = shell("--checkpoint", run, "--out", tmp_path / "out", *arguments)
+    lines = [line for line in err.splitlines() if line.startswith("error:")]
+    assert (status, len(lines)) == (2, 1)
+    assert words in lines[0]
+    assert "Traceback" not in err
+
+
+def test_an_output_that_exists_is_kept(run, shell, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("x")
+    status, _, err = shell("--checkpoint", run, "--out", tmp_path / "out")
+    assert status == 2
+    assert "exists: choose another" in err
+    assert (tmp_path / "out" / "mine").read_text() == "x"
+
+
+def test_other_options_do_not_go_on_with_an_unfinished_pass(run, one, tmp_path, monkeypatch):
+    monkeypatch.setattr(work.Pass, "divide", lambda self: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        compress(run, tmp_path / "out", options())
+    with pytest.raises(work.UserError, match="unfinished compression with other options"):
+        compress(run, tmp_path / "out", options(method="svd"))

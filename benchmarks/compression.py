@@ -1,0 +1,133 @@
+"""Compressing a stack of Qwen3-30B-A3B's attention shapes: time and memory, on random weights.
+
+    python -m benchmarks.compression [--methods svd,aligned] [--layers 48] [--folder /scratch]
+
+48 layers, D 2048, 32 query and 4 key/value heads of width 128, queries and keys normed; the
+feed-forward layers are kept small, since compression only reads and writes them. The checkpoint,
+3.8 GB, is made once below the folder. Each method runs as the command that a user types, in a
+process of its own; its memory is looked at while it runs: what is its own (anonymous), without the
+pages of the files that it maps. The loss means nothing here.
+"""
+
+import argparse
+import dataclasses
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.harness import write_json
+from mea_jax.backends import resolve
+from mea_jax.compress.stored import Writer, places
+from mea_jax.config import DataConfig, ModelConfig, TrainConfig
+from mea_jax.data.prepare import prepare
+from mea_jax.train_step import abstract_params
+
+MODEL = ModelConfig(
+    vocab_size=257,
+    d_model=2048,
+    n_layers=48,
+    n_heads=32,
+    n_kv_heads=4,
+    head_dim=128,
+    d_ff=256,
+    hlc="none",
+    head_norm=False,
+    qk_norm=True,
+    tie_embeddings=True,
+)
+TEXT = DataConfig(tokenizer="bytes", context_length=256)
+TOKENS = {"svd": 0, "frequency": 16384, "aligned": 16384}  # of calibration
+
+
+def make_checkpoint(run: Path, layers: int) -> None:
+    """A run directory with random weights, written layer by layer."""
+    import jax
+
+    config = TrainConfig(name="stack", model=dataclasses.replace(MODEL, n_layers=layers), data=TEXT)
+    config = dataclasses.replace(config, model=resolve(config.model, jax.devices(), 256))
+    prepared = prepare(TEXT, MODEL.vocab_size)
+    rng, shapes = np.random.default_rng(0), abstract_params(config.model)
+
+    def values(name: str, shape: tuple[int, ...]) -> np.ndarray:
+        if name == "scale":
+            return np.ones(shape, np.float32)
+        return rng.standard_normal(shape, np.float32) * np.float32(shape[0] ** -0.5)
+
+    def tree(node: Any, skip: int) -> Any:
+        return {
+            name: tree(leaf, skip) if isinstance(leaf, dict) else values(name, leaf.shape[skip:])
+            for name, leaf in node.items()
+        }
+
+    with tempfile.TemporaryDirectory(dir=run.parent) as scratch:
+        writer = Writer(Path(scratch), config.model)
+        writer.write_top(tree({k: v for k, v in shapes.items() if not k.startswith("layers")}, 0))
+        for index, (stack, _) in enumerate(places(config.model)):
+            writer.write_layer(index, tree(shapes[stack], 1))
+        (run / "checkpoints").mkdir(parents=True)
+        (run / "tokenizer").mkdir()
+        prepared.tokenizer.save(run / "tokenizer")
+        writer.save(run / "checkpoints" / "1", config, prepared.digest)
+
+
+def anonymous(pid: int) -> float:
+    """GiB that a process has for itself now."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("RssAnon"):
+            return int(line.split()[1]) / 2**20
+    return 0.0
+
+
+def compress(run: Path, method: str) -> dict[str, Any]:
+    """Seconds and peak memory of the command."""
+    command = [
+        *(sys.executable, "-m", "mea_jax.compress", "--checkpoint", str(run)),
+        *("--out", str(run.parent / f"stack-{method}"), "--method", method),
+        *("--calibration_tokens", str(TOKENS[method]), "--held_out_windows", "8"),
+    ]
+    began, peak = time.monotonic(), 0.0
+    process = subprocess.Popen(command)
+    while process.poll() is None:
+        try:
+            peak = max(peak, anonymous(process.pid))
+        except OSError:  # it has just ended
+            break
+        time.sleep(0.05)
+    if process.wait():
+        sys.exit(f"{method} failed")
+    return {"seconds": time.monotonic() - began, "peak_gib": peak, "tokens": TOKENS[method]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--methods", default="svd,aligned")
+    parser.add_argument("--layers", type=int, default=MODEL.n_layers)
+    parser.add_argument("--folder", type=Path)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as scratch:
+        run = Path(scratch) / "stack"
+        run.parent.mkdir(exist_ok=True)
+        make_checkpoint(run, arguments.layers)
+        size = sum(path.stat().st_size for path in run.rglob("*") if path.is_file())
+        print(f"{arguments.layers} layers, {size / 1e9:.2f} GB")
+        found = {method: compress(run, method) for method in arguments.methods.split(",")}
+    for method, row in found.items():
+        print(
+            f"{method:<10} {row['seconds']:7.0f} s   at most {row['peak_gib']:.2f} GiB of its own, "
+            f"{row['tokens']:,} tokens of calibration"
+        )
+    if arguments.json:
+        rows = [
+            {"method": m, "layers": arguments.layers, "bytes": size} | r for m, r in found.items()
+        ]
+        write_json(arguments.json, rows)
+
+
+if __name__ == "__main__":
+    main()

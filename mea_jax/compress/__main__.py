@@ -6,6 +6,7 @@ python -m mea_jax.compress --checkpoint runs/quickstart --keep 0.5 --budget meas
 """
 
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -27,10 +28,19 @@ def compress(checkpoint: Path, out: Path, options: Options) -> dict:
     def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
+    began = time.monotonic()
+
+    def stage(words: str) -> None:
+        say(f"{time.monotonic() - began:6.0f} s  {words}")
+
     work = Pass(checkpoint, out, options, say)
+    stage(f"calibrating {work.model.n_layers} layers on {options.calibration_tokens:,} tokens")
     before = work.calibrate()
+    stage(f"dividing the cache: {options.budget}")
     keys, values, sensitivities = work.divide()
+    stage(f"compressing: {options.method}, repair {options.repair}")
     writer, rows = work.compress(keys, values)
+    stage("looking at the held-out loss")
     after = work.look(writer)
     whole = [work.count] * work.model.n_layers
     summary = report.summarise(
@@ -41,6 +51,7 @@ def compress(checkpoint: Path, out: Path, options: Options) -> dict:
         sensitivities,
         work.count,
     )
+    stage("writing the checkpoint")
     work.finish(writer, summary, lambda path: report.draw(summary, path))
     return summary
 
@@ -88,7 +99,7 @@ if __name__ == "__main__":
     flags.DEFINE_float("keep", 0.5, "share of the cache that stays, of the layers chosen")
     flags.DEFINE_string("method", "aligned", ", ".join(methods.METHODS))
     flags.DEFINE_string(
-        "budget", "uniform", "of layers, keys and values: uniform, measured, residual"
+        "budget", "uniform", "of layers, keys and values: " + ", ".join(budgets.BUDGETS)
     )
     flags.DEFINE_string("layers", "full", "full, deep, half (as in the paper), or such as 2,4-7")
     flags.DEFINE_string("repair", "none", "none, output or layerwise")

@@ -18,7 +18,7 @@ from mea_jax.config import ModelConfig
 from mea_jax.decode import empty_cache, serving
 from mea_jax.errors import UserError
 
-BUDGETS = ("uniform", "measured", "residual")
+BUDGETS = ("uniform", "measured", "repaired", "residual")
 LAYERS = ("full", "deep", "half")
 _POSITIONS = 128  # of the cache whose arrays are counted
 

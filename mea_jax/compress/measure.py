@@ -7,13 +7,23 @@ import jax
 import numpy as np
 
 from mea_jax.compress import layer as layers
+from mea_jax.compress import repair
+from mea_jax.compress.keys import Keys
 from mea_jax.compress.layer import Heads
-from mea_jax.compress.methods import rebuilt_keys, solve_keys, solve_values
+from mea_jax.compress.methods import (
+    Latent,
+    rebuilt_keys,
+    solve_keys,
+    solve_values,
+    target_model,
+)
 from mea_jax.compress.moments import Moments
 from mea_jax.compress.sweep import Spec, Stream, loss_sums, progress, run_block
+from mea_jax.compress.values import Values
 from mea_jax.config import ModelConfig
 
 Tree = dict[str, Any]
+_PROBE = 40  # steps of repair before a layer is tried, for budgets of a model to be repaired
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,53 +75,93 @@ def residuals(method: str, heads: Heads, moments: Moments, index: int) -> list[S
 class Measurer:
     """The model on the mesh as a whole, and windows of text that each change is tried on."""
 
-    def __init__(self, model: ModelConfig, top: Tree, trees: list[Tree], stream: Stream):
-        """`trees` are the layers' parameters for `plain_spec`; `stream` is embedded already."""
-        self.spec, self.stream = plain_spec(model), stream
+    def __init__(
+        self,
+        model: ModelConfig,
+        top: Tree,
+        trees: list[Tree],
+        stream: Stream,
+        repairing: Stream | None = None,
+    ):
+        """`trees` are the layers' parameters for `plain_spec`; the streams are embedded already.
+        With `repairing` what is tried is repaired first, on that text."""
+        self.model, self.spec, self.stream, self.repairing = (
+            model,
+            plain_spec(model),
+            stream,
+            repairing,
+        )
         self.top = stream.place(top)
         self.trees = [stream.place(tree) for tree in trees]
         self.batches = [stream.put(batch) for batch in stream.batches]
-        self.residuals = [stream.residual(i, model) for i in range(len(stream))]
-        self.done = 0
-        self.base = self._loss(self.trees[0])
+        self._read()
+        self.base = self._loss(self.spec, self.trees[0])
 
-    def _loss(self, tree: Tree) -> float:
+    def _read(self) -> None:
+        self.residuals = [self.stream.residual(i, self.model) for i in range(len(self.stream))]
+
+    def _loss(self, spec: Spec, tree: Tree) -> float:
         """Nats per token with `tree` in the place of the next layer."""
-        nll = tokens = 0.0
+        nll, tokens, done = 0.0, 0.0, self.stream.done
         with jax.set_mesh(self.stream.mesh):
             for x_BTD, batch in zip(self.residuals, self.batches, strict=True):
-                for index, params in enumerate([tree, *self.trees[self.done + 1 :]], self.done):
-                    x_BTD = run_block(self.spec, params, x_BTD, batch, index)
+                x_BTD = run_block(spec, tree, x_BTD, batch, done)
+                for index in range(done + 1, len(self.trees)):
+                    x_BTD = run_block(self.spec, self.trees[index], x_BTD, batch, index)
                 sums = loss_sums(self.spec.model, self.top, x_BTD, batch)
                 nll, tokens = nll + float(sums[0]), tokens + float(sums[1])
         return nll / tokens
 
     def advance(self) -> None:
         """To the next layer."""
-        with jax.set_mesh(self.stream.mesh):
-            self.residuals = [
-                run_block(self.spec, self.trees[self.done], x_BTD, batch, self.done)
-                for x_BTD, batch in zip(self.residuals, self.batches, strict=True)
-            ]
-        self.done += 1
+        tree = self.trees[self.stream.done]
+        for stream in filter(None, (self.repairing, self.stream)):
+            stream.advance(self.spec, tree)
+        self._read()
 
     def sensitivity(self, method: str, heads: Heads, moments: Moments) -> list[Sensitivity]:
         """Of the next layer's keys and values at 1 .. K heads; K heads lose nothing."""
-        count, index = heads.key_DKH.shape[1], self.done
+        count, index = heads.key_DKH.shape[1], self.stream.done
         found = []
-        tree = jax.tree.map(lambda x: x, self.trees[index])
         for which in ("key", "value"):
             lost, worse = [], []
             for c in progress(range(1, count), f"layer {index}, {which}s"):
-                if which == "key":
-                    keys = solve_keys(method, heads, moments, c)
-                    kernel, residual = rebuilt_keys(heads, keys), keys.residual
-                else:
-                    values = solve_values(method, heads, moments, c)
-                    kernel, residual = values.rebuilt(heads.value_DKH), values.residual
-                changed = self.stream.place(np.asarray(kernel, np.float32))
-                attention = tree["attention"] | {which: changed}
-                worse.append(self._loss(tree | {"attention": attention}) - self.base)
-                lost.append(residual)
+                counts = (c, count) if which == "key" else (count, c)
+                keys = solve_keys(method, heads, moments, counts[0])
+                values = solve_values(method, heads, moments, counts[1])
+                spec, tree = self._changed(method, heads, keys, values, which, counts)
+                worse.append(self._loss(spec, tree) - self.base)
+                lost.append((keys if which == "key" else values).residual)
             found.append(Sensitivity(index, which, [*lost, 0.0], [*worse, 0.0]))
         return found
+
+    def _changed(self, method: str, heads: Heads, keys, values, which: str, counts):
+        """The next layer with its keys or values compressed: in place of the originals, so that one
+        program serves all; or, to be repaired, as the compressed layer it would become."""
+        tree = self.trees[self.stream.done]
+        if self.repairing is None:
+            rebuilt = (
+                rebuilt_keys(heads, keys) if which == "key" else values.rebuilt(heads.value_DKH)
+            )
+            placed = self.stream.place(np.asarray(rebuilt, np.float32))
+            return self.spec, tree | {"attention": tree["attention"] | {which: placed}}
+        target = target_model(self.spec.model, method, [counts[0]], [counts[1]])
+        shared = dataclasses.replace(target, key_components=None, value_components=None)
+        spec = Spec(shared, *(target.components(w)[0] for w in ("key", "value")))
+        plain = jax.device_get(tree["attention"])
+        attention = assemble(heads, keys, values, plain)
+        norm_scale = tree["attention_norm"]["scale"]
+        attention = repair.reconstruct(
+            (self.spec, plain), (spec, attention), self.repairing, norm_scale, _PROBE, "trying"
+        )
+        return spec, tree | {"attention": self.stream.place(attention)}
+
+
+def assemble(heads: Heads, keys: Keys | Latent, values: Values, attention: Tree) -> Tree:
+    """A layer's attention, with parameters `attention`, from its compressed keys and values."""
+    kept = {n: v for n, v in attention.items() if n not in ("key_mixing", "value_mixing")}
+    if isinstance(keys, Latent):
+        kept["key"] = rebuilt_keys(heads, keys)
+    else:
+        kept = layers.with_keys(heads, keys, kept)
+    return layers.as_float32(layers.with_values(heads, values, kept))

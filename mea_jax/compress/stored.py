@@ -28,7 +28,8 @@ from mea_jax.transformer import stretches
 Tree = dict[str, Any]
 _STACK = re.compile(r"layers_(\d+)")
 _CHUNK = 64 << 20  # bytes of a chunk of a written array
-_CACHE = 1 << 30  # bytes of decoded chunks that reading may hold: a chunk may span many layers
+_FILE = 128 << 20  # bytes of a data file of the store: what is not in one yet waits in memory
+_CACHE = 256 << 20  # bytes of decoded chunks that reading may hold: a chunk may span many layers
 
 
 def _flat(tree: Tree, prefix: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
@@ -174,7 +175,11 @@ class Writer:
             writer.save(
                 checkpoint.absolute(),
                 args=ocp.args.Composite(
-                    state=ocp.args.PyTreeSave({"params": params}, save_args={"params": chunks}),
+                    state=ocp.args.PyTreeSave(
+                        {"params": params},
+                        save_args={"params": chunks},
+                        ocdbt_target_data_file_size=_FILE,
+                    ),
                     config=ocp.args.JsonSave(config.to_dict()),
                     data=ocp.args.JsonSave(content),
                 ),

@@ -264,5 +264,5 @@ def moments_of(sums: dict[str, np.ndarray], heads: int) -> Moments:
 
 
 def progress(items: Iterable, words: str, total: int | None = None) -> Any:
-    """A bar on stderr."""
-    return tqdm.tqdm(items, desc=words, total=total, leave=False, dynamic_ncols=True)
+    """A bar on stderr, where that is a terminal."""
+    return tqdm.tqdm(items, desc=words, total=total, leave=False, dynamic_ncols=True, disable=None)

@@ -20,15 +20,11 @@ from mea_jax import sharding
 from mea_jax.backends import resolve
 from mea_jax.compress import budgets, methods, repair
 from mea_jax.compress import layer as layers
-from mea_jax.compress.keys import Keys
-from mea_jax.compress.layer import Heads
-from mea_jax.compress.measure import Measurer, Sensitivity, plain_layer, residuals
-from mea_jax.compress.methods import Latent
+from mea_jax.compress.measure import Measurer, Sensitivity, assemble, plain_layer, residuals
 from mea_jax.compress.moments import FLOOR, Moments, of_weights
 from mea_jax.compress.repair import STEPS as REPAIR_STEPS
 from mea_jax.compress.stored import StoredModel, Writer
 from mea_jax.compress.sweep import Stream, moments_of, progress, specs
-from mea_jax.compress.values import Values
 from mea_jax.config import DataConfig, MeshConfig, ModelConfig, SourceConfig
 from mea_jax.data.pipeline import held_out_batches, train_batches
 from mea_jax.data.prepare import Prepared, prepare
@@ -63,9 +59,15 @@ def check(options: Options) -> None:
         raise UserError(
             f"--method {options.method} is made of activations: give --calibration_tokens"
         )
-    if options.budget == "measured" and not options.calibration_tokens:
+    if options.budget in ("measured", "repaired") and not options.calibration_tokens:
         raise UserError(
-            "--budget measured needs text: give --calibration_tokens, or take --budget residual"
+            f"--budget {options.budget} needs text: give --calibration_tokens, or take "
+            "--budget residual"
+        )
+    if options.budget == "repaired" and options.repair != "layerwise":
+        raise UserError(
+            "--budget repaired divides the cache for a model to be repaired: add --repair "
+            "layerwise, or take --budget measured"
         )
     if options.repair != "none" and not options.calibration_tokens:
         raise UserError(f"--repair {options.repair} needs text: give --calibration_tokens")
@@ -243,18 +245,22 @@ class Pass:
                 heads = layers.take_apart(self.model, self.source.layer(index)["attention"])
                 found += residuals(options.method, heads, self.moments(index), index)
             return found
-        stream = self._text("measure", options.measure_tokens)
+        streams = [self._text("measure", options.measure_tokens)]
+        if options.budget == "repaired":
+            streams.append(self._text("trying", options.calibration_tokens))
         top = self.source.top()
-        stream.embed(self.model, top)
+        for stream in streams:
+            stream.embed(self.model, top)
         trees = [self.source.layer(index) for index in range(self.model.n_layers)]
         parts = [layers.take_apart(self.model, tree["attention"]) for tree in trees]
         plain = [plain_layer(heads, tree) for heads, tree in zip(parts, trees, strict=True)]
-        measurer = Measurer(self.model, top, plain, stream)
+        measurer = Measurer(self.model, top, plain, *streams)
         for index in progress(range(self.model.n_layers), "measuring, layers"):
             if index in self.chosen:
                 found += measurer.sensitivity(options.method, parts[index], self.moments(index))
             measurer.advance()
-        shutil.rmtree(self.part / "measure")
+        for stream in streams:
+            shutil.rmtree(stream.folder)
         return found
 
     def cache_of(self, keys: list[int], values: list[int]) -> list[tuple[int, int]]:
@@ -279,8 +285,7 @@ class Pass:
             self.cache_of([c] * layers_of, [c] * layers_of) for c in range(1, self.count + 1)
         ]
         costs = [[row[s.layer][s.which == "value"] for row in by_count] for s in found]
-        measured = self.options.budget == "measured"
-        losses = [s.losses if measured else s.residuals for s in found]
+        losses = [s.losses or s.residuals for s in found]
         for s, option in zip(found, budgets.allot(costs, losses, total), strict=True):
             (keys if s.which == "key" else values)[s.layer] = option + 1
 
@@ -382,16 +387,6 @@ class Pass:
             self.out.parent.mkdir(parents=True, exist_ok=True)
             run.rename(self.out)
             shutil.rmtree(self.part)
-
-
-def assemble(heads: Heads, keys: Keys | Latent, values: Values, attention: Tree) -> Tree:
-    """A layer's attention, with parameters `attention`, from its compressed keys and values."""
-    kept = {n: v for n, v in attention.items() if n not in ("key_mixing", "value_mixing")}
-    if isinstance(keys, Latent):
-        kept["key"] = methods.rebuilt_keys(heads, keys)
-    else:
-        kept = layers.with_keys(heads, keys, kept)
-    return layers.as_float32(layers.with_values(heads, values, kept))
 
 
 def _unseen(moments: Moments) -> int:

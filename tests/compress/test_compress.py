@@ -96,8 +96,10 @@ def test_the_loss_before_is_that_of_the_run(run, one, tmp_path):
     assert summary["held_out"]["increase"] == pytest.approx(0, abs=1e-5)
 
 
-def test_measured_budgets_cost_no_more_bytes(run, one, tmp_path):
-    summary = compress(run, tmp_path / "out", options(budget="measured"))
+@pytest.mark.parametrize("budget", ["measured", "repaired"])
+def test_measured_budgets_cost_no_more_bytes(run, one, tmp_path, budget):
+    repair = {"repair": "layerwise", "repair_steps": 4} if budget == "repaired" else {}
+    summary = compress(run, tmp_path / "out", options(budget=budget, **repair))
     assert summary["cache_bytes_per_token"]["after"] <= 128
     assert summary["cache_bytes_per_token"]["before"] == 256
     model, params = params_of(tmp_path / "out")
@@ -213,6 +215,7 @@ def test_the_command_prints_a_table(run, shell, tmp_path):
         (["--calibration_tokens", "100000000"], "the text has"),
         (["--method", "calibrated", "--calibration_tokens", "0"], "made of activations"),
         (["--repair", "output", "--calibration_tokens", "0"], "needs text"),
+        (["--budget", "repaired"], "add --repair layerwise"),
         (["--layers", "9"], "the model has layers 0 to 1"),
         (["--calibration_source", "jsonl:/nowhere.jsonl"], "/nowhere.jsonl"),
         (["--repair_steps", "0"], "must be 1 or more"),

@@ -14,7 +14,8 @@ from absl import flags
 
 from mea_jax import cli
 from mea_jax.compress import budgets, methods, repair, report
-from mea_jax.compress.work import Options, Pass
+from mea_jax.compress.options import Options
+from mea_jax.compress.work import Pass
 from mea_jax.cpu_kernels import accelerator_attached, keep_freed_memory
 from mea_jax.errors import UserError, nearest
 

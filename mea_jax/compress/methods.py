@@ -28,6 +28,8 @@ from mea_jax.config import ModelConfig
 from mea_jax.errors import UserError
 
 METHODS = ("svd", "calibrated", "aligned", "frequency", "gqa_mean", "gqa_aligned", "latent")
+SHARPENED = ("aligned", "frequency")  # whose queries get a temperature where there is text; the
+# rivals stay as they were published
 _LEAST = 1e-9  # of a frequency's weight, the mean being 1: none is left out altogether
 NEED_TEXT = ("calibrated",)  # which are something else without any
 

@@ -7,7 +7,7 @@ import jax
 import matplotlib
 
 from mea_jax.compress.measure import Sensitivity
-from mea_jax.compress.work import Options
+from mea_jax.compress.options import Options
 from mea_jax.report import disk_errors
 
 matplotlib.use("Agg")
@@ -61,12 +61,13 @@ def table(summary: dict[str, Any]) -> str:
     k = summary["kv_heads"]
     repaired = any("repair" in row for row in summary["layers"])
     head = f"{'layer':>5}  {'keys':>7}  {'values':>7}  {'lost of keys':>12}  {'of values':>9}"
-    head += f"  {'bytes/token':>15}" + (f"  {'repair':>16}" if repaired else "")
+    head += f"  {'bytes/token':>15}  {'sharper':>7}" + (f"  {'repair':>16}" if repaired else "")
     lines = [head]
     for row in summary["layers"]:
         size = f"{row['bytes_before']} > {row['bytes_after']}"
         line = f"{row['layer']:5d}  {row['keys']:3d}/{k:<3d}  {row['values']:3d}/{k:<3d}"
         line += f"  {row['key_residual']:12.2%}  {row['value_residual']:9.2%}  {size:>15}"
+        line += f"  {row.get('temperature', 1.0):7.2f}"
         if "repair" in row:
             line += f"  {row['repair'][0]:7.4f} > {row['repair'][1]:6.4f}"
         lines.append(line)

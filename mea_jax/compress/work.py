@@ -22,7 +22,7 @@ from mea_jax.compress import budgets, methods, repair
 from mea_jax.compress import layer as layers
 from mea_jax.compress.measure import Measurer, Sensitivity, assemble, plain_layer, residuals
 from mea_jax.compress.moments import FLOOR, Moments, of_weights
-from mea_jax.compress.repair import STEPS as REPAIR_STEPS
+from mea_jax.compress.options import Options, check
 from mea_jax.compress.stored import StoredModel, Writer
 from mea_jax.compress.sweep import Stream, moments_of, progress, specs
 from mea_jax.config import DataConfig, MeshConfig, ModelConfig, SourceConfig
@@ -33,44 +33,6 @@ from mea_jax.report import disk_errors, write_json
 from mea_jax.trained import unresolved
 
 Tree = dict[str, Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """What is asked for; see the flags of the command."""
-
-    keep: float = 0.5
-    method: str = "aligned"
-    budget: str = "uniform"
-    layers: str = "full"
-    repair: str = "none"
-    repair_steps: int = REPAIR_STEPS
-    calibration_tokens: int = 65536
-    calibration_source: str = ""
-    measure_tokens: int = 16384
-    held_out_windows: int = 512
-    dtype: str = "auto"
-    seed: int = 0
-
-
-def check(options: Options) -> None:
-    """Raises `UserError` for options that do not belong together."""
-    if options.method in methods.NEED_TEXT and not options.calibration_tokens:
-        raise UserError(
-            f"--method {options.method} is made of activations: give --calibration_tokens"
-        )
-    if options.budget in ("measured", "repaired") and not options.calibration_tokens:
-        raise UserError(
-            f"--budget {options.budget} needs text: give --calibration_tokens, or take "
-            "--budget residual"
-        )
-    if options.budget == "repaired" and options.repair != "layerwise":
-        raise UserError(
-            "--budget repaired divides the cache for a model to be repaired: add --repair "
-            "layerwise, or take --budget measured"
-        )
-    if options.repair != "none" and not options.calibration_tokens:
-        raise UserError(f"--repair {options.repair} needs text: give --calibration_tokens")
 
 
 class Pass:
@@ -298,8 +260,11 @@ class Pass:
         while self._row_file(len(rows)).exists():
             rows.append(json.loads(self._row_file(len(rows)).read_text()))
         text = None
-        if options.repair != "none":
-            text = self._text("repair", options.calibration_tokens)
+        if options.calibration_tokens and (
+            options.repair != "none" or options.method in methods.SHARPENED
+        ):
+            tokens = options.calibration_tokens
+            text = self._text("repair", tokens if options.repair != "none" else min(tokens, 4096))
             self._start(text, len(rows), self.source.layer)
         writer.write_top(self.source.top())
         rest = range(len(rows), self.model.n_layers)
@@ -332,25 +297,30 @@ class Pass:
             "value_residual": values.residual,
             "unseen": _unseen(moments),
         }
-        compressed = counts != (self.count, self.count)
-        if text is not None and compressed:
-            spec = specs(writer.model)[index]
-            original = specs(self.model)[index], tree["attention"]
+        if text is not None and counts != (self.count, self.count):
+            spec, original = (
+                specs(writer.model)[index],
+                (specs(self.model)[index], tree["attention"]),
+            )
             scale = tree["attention_norm"]["scale"]
-            before = repair.error(original, (spec, attention), text, scale)
-            attention = repair.refit_output(original, (spec, attention), text, scale)
-            if options.repair == "layerwise":
-                attention = repair.reconstruct(
-                    original,
-                    (spec, attention),
-                    text,
-                    scale,
-                    options.repair_steps,
-                    f"repairing layer {index}",
-                )
-            row["repair"] = [before, repair.error(original, (spec, attention), text, scale)]
+            if options.method in methods.SHARPENED and counts[0] < self.count:
+                found = repair.temperature(original, (spec, attention), text, scale)
+                attention = repair.sharpened(attention, found)
+                row["temperature"] = found
+            if options.repair != "none":
+                before = repair.error(original, (spec, attention), text, scale)
+                attention = self._repaired(original, (spec, attention), text, scale, index)
+                row["repair"] = [before, repair.error(original, (spec, attention), text, scale)]
         writer.write_layer(index, layers.as_float32(tree | {"attention": attention}))
         return row
+
+    def _repaired(self, original, compressed, text: Stream, scale, index: int) -> Tree:
+        spec, options = compressed[0], self.options
+        attention = repair.refit_output(original, compressed, text, scale)
+        if options.repair == "output":
+            return attention
+        steps, words = options.repair_steps, f"repairing layer {index}"
+        return repair.reconstruct(original, (spec, attention), text, scale, steps, words)
 
     def look(self, writer: Writer) -> dict[str, tuple[float, float]]:
         """The compressed model's held-out loss."""

@@ -1,5 +1,6 @@
 """The command: a trained model in, a smaller one out, whatever interrupts it."""
 
+import dataclasses
 import json
 import runpy
 import sys
@@ -14,10 +15,11 @@ from absl import flags
 from helpers import PLAIN, assert_close, assert_equal
 
 from mea_jax.checkpoint import Checkpoints
-from mea_jax.compress import work
+from mea_jax.compress import repair, work
 from mea_jax.compress.__main__ import compress
+from mea_jax.compress.options import Options
 from mea_jax.compress.stored import StoredModel
-from mea_jax.compress.work import Options
+from mea_jax.compress.sweep import specs
 from mea_jax.generate import load
 from mea_jax.generation import Generator
 from mea_jax.train import train
@@ -125,6 +127,32 @@ def test_repair_brings_layers_nearer(run, one, tmp_path):
     for a, b in zip(output["layers"], layerwise["layers"], strict=True):
         assert a["repair"][0] == b["repair"][0]
         assert b["repair"][1] < a["repair"][1] < a["repair"][0]
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_a_layer_that_is_too_soft_is_sharpened(run, one, tmp_path, qk_norm):
+    """Logits at 1/1.2 of what they were: the temperature that brings them back is 1.2."""
+    made = work.Pass(run, tmp_path / "out", options(), print)
+    model = dataclasses.replace(made.model, qk_norm=qk_norm)
+    tree = made.source.layer(0)
+    attention = tree["attention"] | {"query": 4 * tree["attention"]["query"]}
+    if qk_norm:
+        scale_H = 3 * np.ones(8, np.float32)
+        attention |= {"query_norm": {"scale": scale_H}, "key_norm": {"scale": scale_H}}
+    stream = made._text("text", 512)
+    stream.embed(made.model, made.source.top())
+    spec, scale = specs(model)[0], tree["attention_norm"]["scale"]
+    soft = repair.sharpened(attention, 1 / 1.2)
+    assert repair.temperature((spec, attention), (spec, soft), stream, scale) == 1.2
+    back = repair.sharpened(soft, 1.2)
+    assert repair.error((spec, attention), (spec, back), stream, scale) < 1e-9
+
+
+def test_only_our_methods_are_sharpened(run, one, tmp_path):
+    plain = compress(run, tmp_path / "a", options(method="svd"))
+    ours = compress(run, tmp_path / "b", options(method="aligned"))
+    assert all("temperature" not in row for row in plain["layers"])
+    assert all(row["temperature"] >= 1 for row in ours["layers"])
 
 
 def test_some_layers_only(run, one, tmp_path):

@@ -82,11 +82,11 @@ def poison_gradients() -> None:
     module = mea_jax.train_step
     original = module._gradients
 
-    def gradients(config, params, batch):
+    def gradients(config, params, batch, teacher):
         poison = jnp.where(batch["positions"][0, 0] == _MARK, jnp.nan, 1.0)
         batch = dict(batch) | {"positions": jnp.maximum(batch["positions"], 0)}
-        found, nll, tokens = original(config, params, batch)
-        return jax.tree.map(lambda g: g * poison, found), nll, tokens
+        found, *sums = original(config, params, batch, teacher)
+        return jax.tree.map(lambda g: g * poison, found), *sums
 
     replace(module, "_gradients", gradients)
 

@@ -78,7 +78,13 @@ class Pass:
 
     def _prepare(self, data: DataConfig) -> Prepared:
         """The windows of the checkpoint's own data, by its own tokenizer."""
-        return prepare(data, self.model.vocab_size, log=lambda line: None)
+        found = prepare(data, self.model.vocab_size, log=lambda line: None)
+        if found.digest == self.source.digest:
+            return found
+        # A tokenizer that is trained on the spot would be another one.
+        self.say("the data are not as they were in training: taking what is there now")
+        own = dataclasses.replace(data, tokenizer=str(self.source.run / "tokenizer"))
+        return prepare(own, self.model.vocab_size, log=lambda line: None)
 
     # -- streams ---------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import runpy
+import shutil
 import sys
 import warnings
 from typing import Any
@@ -20,6 +21,8 @@ from mea_jax.compress.__main__ import compress
 from mea_jax.compress.options import Options
 from mea_jax.compress.stored import StoredModel
 from mea_jax.compress.sweep import specs
+from mea_jax.config import SourceConfig
+from mea_jax.data.tokenizers import from_directory
 from mea_jax.generate import load
 from mea_jax.generation import Generator
 from mea_jax.train import train
@@ -88,6 +91,24 @@ def test_half_the_cache(run, one, tmp_path):
     folded = Generator(model, params, length=length, form="folded").run([prompt], count=8)
     assert absorbed == folded
     assert not (tmp_path / "out.part").exists()
+
+
+def test_data_that_changed_are_read_in_the_models_own_tokens(tiny, corpus, one, tmp_path):
+    """A tokenizer trained on the spot would be another on other text."""
+    text = tmp_path / "text"
+    shutil.copytree(corpus, text)
+    changes = {f"model.{name}": value for name, value in PLAIN.items()}
+    source = SourceConfig(source="text", path=str(text))
+    data = {"data.tokenizer": "bpe:260", "data.sources": (source,)}
+    train(tiny(steps=1, **changes, **data, **{"optimizer.warmup_steps": 0}), tmp_path / "run")
+    for path in text.iterdir():
+        path.write_text(path.read_text().replace("o", "zu"))
+    said: list[str] = []
+    made = work.Pass(tmp_path / "run", tmp_path / "out", options(), said.append)
+    trained = from_directory(tmp_path / "run" / "tokenizer")
+    assert made.prepared.tokenizer.encode_batch(["fox"]) == trained.encode_batch(["fox"])
+    assert made.prepared.tokenizer.content == trained.content
+    assert any("not as they were" in line for line in said)
 
 
 def test_the_loss_before_is_that_of_the_run(run, one, tmp_path):

@@ -4,7 +4,6 @@ python -m mea_jax.generate --checkpoint runs/quickstart --prompt "def main("
 python -m mea_jax.generate --checkpoint runs/quickstart --prompts prompts.txt --output out.jsonl
 """
 
-import dataclasses
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -13,10 +12,8 @@ from typing import Any, TextIO
 
 import jax
 from absl import flags
-from jax.sharding import SingleDeviceSharding
 
 from mea_jax import cli, decode
-from mea_jax.backends import resolve
 from mea_jax.cache import RECENT
 from mea_jax.config import ModelConfig
 from mea_jax.cpu_kernels import keep_freed_memory
@@ -25,8 +22,7 @@ from mea_jax.errors import UserError, nearest
 from mea_jax.generation import Generator, Report, continuation
 from mea_jax.report import si
 from mea_jax.sampling import Sampling
-from mea_jax.train_step import abstract_params
-from mea_jax.trained import open_trained, unresolved
+from mea_jax.trained import open_trained
 
 CACHE_DTYPES = ("auto", "float32", "bfloat16", "int8")
 _STREAM = 8  # tokens between two pieces of streamed text
@@ -42,14 +38,8 @@ def load(
     """
     trained = open_trained(path, lambda line: print(line, file=sys.stderr))
     length = length or trained.config.data.context_length
-    model = dataclasses.replace(unresolved(trained.config.model), dtype=dtype)
-    device = jax.devices()[0]
-    model = resolve(model, [device], length)
-    abstract = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=SingleDeviceSharding(device)),
-        abstract_params(model),
-    )
-    return model, trained.params(abstract), trained.tokenizer, length
+    model, params = trained.on_first_device(dtype, length)
+    return model, params, trained.tokenizer, length
 
 
 def read_prompts(path: Path) -> list[str]:

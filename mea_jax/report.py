@@ -29,6 +29,14 @@ def disk_errors(path: Path) -> Iterator[None]:
         ) from error
 
 
+def make_writable(folder: Path) -> None:
+    """Makes a folder, if need be, and tries to write there. Raises `OSError`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    probe = folder / ".writable"
+    probe.write_text("")
+    probe.unlink()
+
+
 def write_whole(path: Path, text: str) -> None:
     """Replaces a file's text, or leaves it as it was."""
     scratch = path.with_name(path.name + ".tmp")

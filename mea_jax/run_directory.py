@@ -12,7 +12,7 @@ from typing import Any
 from mea_jax import distributed, lock
 from mea_jax.config import TrainConfig, differences
 from mea_jax.errors import UserError
-from mea_jax.report import MetricsWriter, NoWriter, disk_errors, write_json
+from mea_jax.report import MetricsWriter, NoWriter, disk_errors, make_writable, write_json
 
 _SHARED_SECONDS = 15.0  # that a shared file system may take to show a new file to other hosts
 
@@ -55,10 +55,7 @@ class RunDirectory:
         self._check_config()
         if self.first:
             try:
-                path.mkdir(parents=True, exist_ok=True)
-                probe = path / ".writable"
-                probe.write_text("")
-                probe.unlink()
+                make_writable(path)
             except OSError as error:
                 raise UserError(
                     f"run directory {path} cannot be written: {error.strerror}; choose another "

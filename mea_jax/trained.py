@@ -6,10 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
+from jax.sharding import SingleDeviceSharding
+
+from mea_jax.backends import resolve
 from mea_jax.checkpoint import Checkpoints, find_checkpoint
 from mea_jax.config import ModelConfig, TrainConfig
 from mea_jax.data.tokenizers import Tokenizer, from_directory
 from mea_jax.errors import UserError
+from mea_jax.train_step import abstract_params
 
 
 @dataclass(frozen=True)
@@ -25,6 +30,20 @@ class Trained:
     def params(self, abstract: Any) -> Any:
         """The parameters alone, laid out as `abstract` says. Raises `UserError`."""
         return self.checkpoints.params(self.step, abstract)
+
+    def on_first_device(self, dtype: str, length: int = 0) -> tuple[ModelConfig, Any]:
+        """The model, resolved for `length` positions (0: its window), and its parameters.
+
+        `dtype` is that of products. Raises `UserError`.
+        """
+        device, length = jax.devices()[0], length or self.config.data.context_length
+        model = dataclasses.replace(unresolved(self.config.model), dtype=dtype)
+        model = resolve(model, [device], length)
+        where = SingleDeviceSharding(device)
+        abstract = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), abstract_params(model)
+        )
+        return model, self.params(abstract)
 
 
 def open_trained(path: Path, say: Callable[[str], Any], option: str = "--checkpoint") -> Trained:

@@ -18,6 +18,7 @@ import dataclasses
 import numpy as np
 
 from mea_jax.compress.grouping import one_hot, partition
+from mea_jax.compress.moments import ridged
 from mea_jax.mixing import block_identity
 
 _SWEEPS = 300
@@ -163,7 +164,6 @@ def _grouped_start(weighted_FKK, components: int) -> tuple[np.ndarray, np.ndarra
 
 def _alternate(gram_FKK, weights_KF, mix, gauge, unit: bool, move_mix: bool = True) -> Keys:
     gram = _weighted(gram_FKK, weights_KF)
-    components = mix.shape[0]
     root_KF, last = np.sqrt(weights_KF), np.inf
     if unit:  # the gauge of the weighted keys has the weights' modulus
         gauge = root_KF * _phase(gauge)
@@ -171,10 +171,7 @@ def _alternate(gram_FKK, weights_KF, mix, gauge, unit: bool, move_mix: bool = Tr
     def combined(mix, gauge):
         whole = mix * gauge.T[:, None]  # N (F, C, K)
         adjoint = np.swapaxes(whole.conj(), 1, 2)
-        inner = whole @ adjoint
-        ridge = 1e-10 * np.trace(inner, axis1=1, axis2=2).real / components + 1e-300
-        inverse = np.linalg.inv(inner + ridge[:, None, None] * np.eye(components))
-        return whole, adjoint @ inverse  # N, T (F, K, C)
+        return whole, adjoint @ np.linalg.inv(ridged(whole @ adjoint, 1e-10))  # N, T (F, K, C)
 
     for sweep in range(_SWEEPS):
         whole, combine = combined(mix, gauge)
@@ -195,9 +192,7 @@ def _alternate(gram_FKK, weights_KF, mix, gauge, unit: bool, move_mix: bool = Tr
             continue
         square = np.einsum("gf,fcd->gcd", np.abs(gauge) ** 2, among.real, optimize=True)
         side = np.einsum("gf,fgc->gc", gauge.conj(), crossed.conj(), optimize=True).real
-        ridge = 1e-12 * np.trace(square, axis1=1, axis2=2) / components + 1e-300
-        square = square + ridge[:, None, None] * np.eye(components)
-        mix = np.linalg.solve(square, side[..., None])[..., 0].T
+        mix = np.linalg.solve(ridged(square, 1e-12), side[..., None])[..., 0].T
         if not unit:
             length = np.linalg.norm(mix, axis=0) + 1e-300
             mix, gauge = mix / length, gauge * length[:, None]

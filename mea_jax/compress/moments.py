@@ -49,14 +49,17 @@ def of_weights(query_DNH, key_DKH, value_DKH) -> Moments:
     )
 
 
-def floored(moment: np.ndarray) -> tuple[np.ndarray, int]:
-    """A symmetric moment with eigenvalues of at least `FLOOR` times the largest; how many rose."""
-    values, vectors = np.linalg.eigh((moment + moment.T) / 2)
-    least = FLOOR * max(values[-1], np.finfo(np.float64).tiny)
-    raised = int((values < least).sum())
-    if not raised:
-        return moment, 0
-    return (vectors * np.maximum(values, least)) @ vectors.T, raised
+def unseen(moment: np.ndarray) -> int:
+    """Directions that the text (nearly) lacks: eigenvalues of a moment under the floor."""
+    values = np.linalg.eigvalsh(moment)
+    return int((values < FLOOR * values[-1]).sum())
+
+
+def ridged(square: np.ndarray, share: float) -> np.ndarray:
+    """Square matrices (.., n, n) with `share` of their mean eigenvalue added to each."""
+    size = square.shape[-1]
+    ridge = share * np.trace(square, axis1=-2, axis2=-1).real / size + 1e-300
+    return square + ridge[..., None, None] * np.eye(size)
 
 
 def root(moment: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

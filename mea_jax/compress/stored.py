@@ -124,7 +124,7 @@ class Writer:
         with disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
 
-    def _array(self, path: tuple[str, ...], mode: str) -> np.ndarray:
+    def _array(self, path: tuple[str, ...], mode: str) -> np.memmap:
         file = self.folder / (".".join(path) + ".npy")
         if not file.exists():
             shape, dtype = self._shapes[path].shape, self._shapes[path].dtype
@@ -138,7 +138,7 @@ class Writer:
             if array[where].shape != value.shape:
                 raise ValueError(f"{path}: {value.shape} for {array[where].shape}")
             array[where] = value
-            array.flush()  # type: ignore[attr-defined]
+            array.flush()
 
     def write_layer(self, index: int, tree: Tree) -> None:
         stack, place = self._places[index]

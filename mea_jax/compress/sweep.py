@@ -170,15 +170,15 @@ class Stream:
     def _file(self, layer: int) -> Path:
         return self.folder / f"residual-{layer}.npy"
 
-    def _new(self, layer: int, x: np.ndarray) -> np.ndarray:
+    def _new(self, layer: int, x: np.ndarray) -> np.memmap:
         shape = (len(self.batches), *x.shape)
         # numpy has no name for bfloat16 in its files: the bits are stored.
         kind = x.dtype if x.dtype == np.float32 else np.dtype(np.uint16)
         path = self._file(layer).with_suffix(".part")
         return np.lib.format.open_memmap(path, "w+", kind, shape)
 
-    def _keep(self, layer: int, array: np.ndarray) -> None:
-        array.flush()  # type: ignore[attr-defined]
+    def _keep(self, layer: int, array: np.memmap) -> None:
+        array.flush()
         self._file(layer).with_suffix(".part").rename(self._file(layer))
         for old in self.folder.glob("residual-*.npy"):
             if old != self._file(layer):

@@ -15,7 +15,7 @@ import dataclasses
 import numpy as np
 
 from mea_jax.compress.grouping import one_hot, partition
-from mea_jax.compress.moments import by_head, root
+from mea_jax.compress.moments import by_head, ridged, root
 from mea_jax.mixing import block_identity
 
 _SWEEPS = 120
@@ -209,9 +209,7 @@ def _alternate(gram, mix, gauge, orthogonal: bool, move_mix: bool):
 
     def combined(mix, gauge):
         back = np.einsum("cg,ghj->chgj", mix, gauge).reshape(size, heads * width)
-        inner = back @ back.T
-        ridge = 1e-10 * np.trace(inner) / size + 1e-300
-        return back, np.linalg.solve(inner + ridge * np.eye(size), back).T
+        return back, np.linalg.solve(ridged(back @ back.T, 1e-10), back).T
 
     for sweep in range(_SWEEPS):
         back, combine = combined(mix, gauge)
@@ -233,16 +231,13 @@ def _alternate(gram, mix, gauge, orthogonal: bool, move_mix: bool):
         else:
             pairs = np.einsum("cg,dg->gcd", mix, mix).reshape(heads, -1)
             square = (pairs @ among).reshape(heads, width, width)
-            ridge = 1e-10 * np.trace(square, axis1=1, axis2=2) / width + 1e-300
-            gauge = np.linalg.solve(square + ridge[:, None, None] * np.eye(width), side)
+            gauge = np.linalg.solve(ridged(square, 1e-10), side)
         if not move_mix:
             continue
         shapes = (gauge @ np.swapaxes(gauge, 1, 2)).reshape(heads, -1)
         square = (shapes @ among.T).reshape(heads, components, components)
         side = np.einsum("chgj,ghj->gc", crossed, gauge, optimize=True)
-        ridge = 1e-12 * np.trace(square, axis1=1, axis2=2) / components + 1e-300
-        square = square + ridge[:, None, None] * np.eye(components)
-        mix = np.linalg.solve(square, side[..., None])[..., 0].T
+        mix = np.linalg.solve(ridged(square, 1e-12), side[..., None])[..., 0].T
         if not orthogonal:
             length = np.linalg.norm(mix, axis=0) + 1e-300
             mix, gauge = mix / length, gauge * length[:, None, None]

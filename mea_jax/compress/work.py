@@ -21,7 +21,7 @@ from mea_jax.backends import resolve
 from mea_jax.compress import budgets, methods, repair
 from mea_jax.compress import layer as layers
 from mea_jax.compress.measure import Measurer, Sensitivity, assemble, plain_layer, residuals
-from mea_jax.compress.moments import FLOOR, Moments, of_weights
+from mea_jax.compress.moments import Moments, of_weights, unseen
 from mea_jax.compress.options import Options, check
 from mea_jax.compress.stored import StoredModel, Writer
 from mea_jax.compress.sweep import Stream, moments_of, progress, specs
@@ -301,7 +301,7 @@ class Pass:
             "values": counts[1],
             "key_residual": keys.residual,
             "value_residual": values.residual,
-            "unseen": _unseen(moments),
+            "unseen": unseen(moments.keys) + unseen(moments.values),
         }
         if text is not None and counts != (self.count, self.count):
             spec, original = (
@@ -363,12 +363,3 @@ class Pass:
             self.out.parent.mkdir(parents=True, exist_ok=True)
             run.rename(self.out)
             shutil.rmtree(self.part)
-
-
-def _unseen(moments: Moments) -> int:
-    """Directions of keys and values that the text (nearly) lacks: eigenvalues under the floor."""
-    count = 0
-    for moment in (moments.keys, moments.values):
-        eigenvalues = np.linalg.eigvalsh(moment)
-        count += int((eigenvalues < FLOOR * eigenvalues[-1]).sum())
-    return count

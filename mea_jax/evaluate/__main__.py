@@ -18,7 +18,7 @@ from mea_jax.cpu_kernels import keep_freed_memory
 from mea_jax.errors import UserError, nearest
 from mea_jax.evaluate import figures, profile, table
 from mea_jax.evaluate.models import check_comparable, load, names
-from mea_jax.report import to_json, write_whole
+from mea_jax.report import make_writable, to_json, write_whole
 
 DTYPES = ("auto", "float32", "bfloat16")
 CACHE_DTYPES = ("auto", "float32", "bfloat16", "int8")
@@ -103,10 +103,7 @@ def _folder() -> Path:
         raise UserError("no folder for the report given: add --out profiles/mine")
     folder = Path(OUT.value)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
-        probe.write_text("")
-        probe.unlink()
+        make_writable(folder)
     except OSError as error:
         raise UserError(f"--out {folder} cannot be written: {error.strerror}") from error
     return folder

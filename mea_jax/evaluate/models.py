@@ -9,14 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.sharding import SingleDeviceSharding
 
 from mea_jax.backends import resolve
 from mea_jax.config import ModelConfig, TrainConfig
 from mea_jax.data.tokenizers import Tokenizer
 from mea_jax.errors import UserError
 from mea_jax.generation import Generator
-from mea_jax.train_step import abstract_params
 from mea_jax.trained import open_trained, unresolved
 
 
@@ -52,14 +50,8 @@ def load(path: Path, name: str, dtype: str = "auto") -> Loaded:
     """
     trained = open_trained(path, lambda line: print(line, file=sys.stderr))
     model = dataclasses.replace(unresolved(trained.config.model), dtype=dtype)
-    device = jax.devices()[0]
-    resolved = resolve(model, [device], trained.config.data.context_length)
-    abstract = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=SingleDeviceSharding(device)),
-        abstract_params(resolved),
-    )
+    _, params = trained.on_first_device(dtype)
     run = trained.checkpoints.directory.parent
-    params = trained.params(abstract)
     return Loaded(name, run, trained.step, trained.config, model, params, trained.tokenizer)
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+import functools
 import os
 import platform
 import subprocess
@@ -191,6 +192,10 @@ def positions_report(losses: dict[str, Losses], base: dict[str, Losses]) -> dict
     return report
 
 
+def _tell(say: Callable[[str], Any], before: str, line: str) -> None:
+    say(f"{before}{line}")
+
+
 def profile(
     models: Sequence[Loaded],
     options: Options,
@@ -256,7 +261,7 @@ def profile(
             lengths=[round(x * window) for x in options.lengths or ()],
             depths=options.depths,
             needles=options.needles,
-            say=lambda line, name=model.name: say(f"{name}: pass keys, {line}"),  # type: ignore[misc]
+            say=functools.partial(_tell, say, f"{model.name}: pass keys, "),
             **common,
         )
         save(report)
@@ -267,7 +272,7 @@ def profile(
             model.model,
             model.params,
             model.tokenizer,
-            say=lambda line, name=model.name: say(f"{name}: {line}"),  # type: ignore[misc]
+            say=functools.partial(_tell, say, f"{model.name}: "),
             **common,
         )
         save(report)

@@ -20,10 +20,13 @@ from mea_jax.cpu_kernels import accelerator_attached, keep_freed_memory
 from mea_jax.errors import UserError, nearest
 
 
-def compress(checkpoint: Path, out: Path, options: Options) -> dict:
+def compress(
+    checkpoint: Path, out: Path, options: Options, measurements: Path | None = None
+) -> dict:
     """Compresses `checkpoint` into the run directory `out`; the summary (`report.summarise`).
 
-    Raises `UserError`.
+    What is measured of the original stays in `measurements`, and is taken from there. Raises
+    `UserError`.
     """
 
     def say(line: str) -> None:
@@ -34,7 +37,7 @@ def compress(checkpoint: Path, out: Path, options: Options) -> dict:
     def stage(words: str) -> None:
         say(f"{time.monotonic() - began:6.0f} s  {words}")
 
-    work = Pass(checkpoint, out, options, say)
+    work = Pass(checkpoint, out, options, say, measurements)
     stage(f"calibrating {work.model.n_layers} layers on {options.calibration_tokens:,} tokens")
     before = work.calibrate()
     stage(f"dividing the cache: {options.budget}")
@@ -88,7 +91,8 @@ def main() -> None:
     cli.enable_compilation_cache()
     if not options.calibration_tokens:
         print("no calibration text: methods see the weights alone", file=sys.stderr)
-    summary = compress(Path(CHECKPOINT.value), Path(OUT.value), options)
+    measurements = Path(MEASUREMENTS.value) if MEASUREMENTS.value else None
+    summary = compress(Path(CHECKPOINT.value), Path(OUT.value), options, measurements)
     print(report.table(summary))
     print(f"\nrun directory {OUT.value}, with compression.json and compression.png")
     print(f"devices       {len(jax.devices())} x {jax.devices()[0].device_kind}")
@@ -97,6 +101,9 @@ def main() -> None:
 if __name__ == "__main__":
     CHECKPOINT = flags.DEFINE_string("checkpoint", None, "run directory, or one of its steps")
     OUT = flags.DEFINE_string("out", None, "run directory of the compressed model, a new one")
+    MEASUREMENTS = flags.DEFINE_string(
+        "measurements", None, "folder for what is measured of the original, shared by compressions"
+    )
     flags.DEFINE_float("keep", 0.5, "share of the cache that stays, of the layers chosen")
     flags.DEFINE_string("method", "aligned", ", ".join(methods.METHODS))
     flags.DEFINE_string(

@@ -11,6 +11,7 @@ from mea_jax.compress import repair
 from mea_jax.compress.keys import Keys
 from mea_jax.compress.layer import Heads
 from mea_jax.compress.methods import (
+    SHARPENED,
     Latent,
     rebuilt_keys,
     solve_keys,
@@ -122,7 +123,9 @@ class Measurer:
     def sensitivity(self, method: str, heads: Heads, moments: Moments) -> list[Sensitivity]:
         """Of the next layer's keys and values at 1 .. K heads; K heads lose nothing."""
         count, index = heads.key_DKH.shape[1], self.stream.done
-        found = []
+        tree, found = self.trees[index], []
+        scale, text = tree["attention_norm"]["scale"], self.repairing or self.stream
+        self.original = repair.Original(self.spec, tree["attention"], scale, text)
         for which in ("key", "value"):
             lost, worse = [], []
             for c in progress(range(1, count), f"layer {index}, {which}s"):
@@ -139,21 +142,24 @@ class Measurer:
         """The next layer with its keys or values compressed: in place of the originals, so that one
         program serves all; or, to be repaired, as the compressed layer it would become."""
         tree = self.trees[self.stream.done]
+        sharpen = which == "key" and method in SHARPENED
         if self.repairing is None:
             rebuilt = (
                 rebuilt_keys(heads, keys) if which == "key" else values.rebuilt(heads.value_DKH)
             )
-            placed = self.stream.place(np.asarray(rebuilt, np.float32))
-            return self.spec, tree | {"attention": tree["attention"] | {which: placed}}
+            attention = tree["attention"] | {which: np.asarray(rebuilt, np.float32)}
+            if sharpen:
+                found = repair.temperature(self.original, (self.spec, attention))
+                attention = repair.sharpened(attention, found)
+            return self.spec, tree | {"attention": self.stream.place(attention)}
         target = target_model(self.spec.model, method, [counts[0]], [counts[1]])
         shared = dataclasses.replace(target, key_components=None, value_components=None)
         spec = Spec(shared, *(target.components(w)[0] for w in ("key", "value")))
-        plain = jax.device_get(tree["attention"])
-        attention = assemble(heads, keys, values, plain)
-        norm_scale = tree["attention_norm"]["scale"]
-        attention = repair.reconstruct(
-            (self.spec, plain), (spec, attention), self.repairing, norm_scale, _PROBE, "trying"
-        )
+        attention = assemble(heads, keys, values, jax.device_get(tree["attention"]))
+        if sharpen:
+            found = repair.temperature(self.original, (spec, attention))
+            attention = repair.sharpened(attention, found)
+        attention = repair.reconstruct(self.original, (spec, attention), _PROBE, "trying")
         return spec, tree | {"attention": self.stream.place(attention)}
 
 

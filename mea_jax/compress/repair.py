@@ -16,12 +16,13 @@ import optax
 from mea_jax.compress.sweep import Spec, Stream, apply_attention, progress, run_attention
 
 Tree = dict[str, Any]
+Layer = tuple[Spec, Tree]  # what is static about an attention layer, and its parameters
 REPAIRS = ("none", "output", "layerwise")
 STEPS, WARMUP = 150, 20
 # What queries are multiplied by. Least squares shrinks keys towards what it can rebuild of them, so
 # logits come out too small by a few percent, more where more is lost.
 _TEMPERATURES = (1.0, 1.03, 1.06, 1.1, 1.15, 1.2, 1.3, 1.4, 1.6)
-_TEMPERED = 4096  # tokens on which one is chosen
+TEMPERED = 4096  # tokens on which one is chosen
 _RATE = 0.01  # of a parameter's root mean square
 _RIDGE = 1e-4  # of the mean square of the outputs
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -47,23 +48,36 @@ def _squares(spec: Spec, attention: Tree, normed_BTD, target_BTD, batch, index):
     return jnp.sum(jnp.square(y_BTD * weight_BT1 - target_BTD)), jnp.sum(jnp.square(target_BTD))
 
 
-def error(
-    original: tuple[Spec, Tree],
-    compressed: tuple[Spec, Tree],
-    stream: Stream,
-    norm_scale,
-    most: int | None = None,
-) -> float:
-    """|attn'(x) - attn(x)|^2 / |attn(x)|^2 of a layer over a stream's first `most` batches."""
-    placed, before = stream.place(compressed[1]), stream.place(original[1])
-    scale, index, lost, whole = stream.place(norm_scale), stream.done, 0.0, 0.0
-    with jax.set_mesh(stream.mesh):
-        for number, batch in enumerate(stream.batches[:most]):
-            on_mesh, x_BTD = stream.put(batch), stream.residual(number, original[0].model)
-            normed, target = run_attention(original[0], before, scale, x_BTD, on_mesh, index)
-            sums = jax.device_get(_squares(compressed[0], placed, normed, target, on_mesh, index))
-            lost, whole = lost + float(sums[0]), whole + float(sums[1])
-    return lost / max(whole, 1e-30)
+class Original:
+    """An original layer on the text of a stream, which has come to that layer.
+
+    What the layer reads and gives is kept once it is known: two arrays (B, T, D) a batch.
+    """
+
+    def __init__(self, spec: Spec, attention: Tree, norm_scale_D, stream: Stream):
+        self.spec, self.stream, self.index = spec, stream, stream.done
+        self._attention, self._scale = stream.place(attention), stream.place(norm_scale_D)
+        self._known: dict[int, tuple] = {}
+
+    def batch(self, number: int) -> tuple:
+        """A batch on the mesh, the layer's normed input and its output. Under the mesh."""
+        if number not in self._known:
+            batch = self.stream.put(self.stream.batches[number])
+            x_BTD = self.stream.residual(number, self.spec.model)
+            inputs = (self.spec, self._attention, self._scale, x_BTD, batch, self.index)
+            self._known[number] = (batch, *run_attention(*inputs))
+        return self._known[number]
+
+    def error(self, compressed: Layer, most: int | None = None) -> float:
+        """|attn'(x) - attn(x)|^2 / |attn(x)|^2 over the first `most` batches."""
+        placed, lost, whole = self.stream.place(compressed[1]), 0.0, 0.0
+        with jax.set_mesh(self.stream.mesh):
+            for number in range(len(self.stream))[:most]:
+                batch, normed, target = self.batch(number)
+                sums = _squares(compressed[0], placed, normed, target, batch, self.index)
+                sums = jax.device_get(sums)
+                lost, whole = lost + float(sums[0]), whole + float(sums[1])
+        return lost / max(whole, 1e-30)
 
 
 def sharpened(attention: Tree, temperature: float) -> Tree:
@@ -74,37 +88,31 @@ def sharpened(attention: Tree, temperature: float) -> Tree:
     return attention | {"query": attention["query"] * np.float32(temperature)}
 
 
-def temperature(
-    original: tuple[Spec, Tree], compressed: tuple[Spec, Tree], stream: Stream, norm_scale
-) -> float:
-    """The one of `_TEMPERATURES` at which the compressed layer's `error` is least."""
-    most = max(_TEMPERED // stream.batches[0]["inputs"].size, 1)
+def temperature(original: Original, compressed: Layer) -> float:
+    """The one of `_TEMPERATURES` at which the compressed layer's error is least, over the first
+    `TEMPERED` tokens."""
+    most = max(TEMPERED // original.stream.batches[0]["inputs"].size, 1)
     best, least = 1.0, np.inf
     for value in _TEMPERATURES:
-        changed = compressed[0], sharpened(compressed[1], value)
-        now = error(original, changed, stream, norm_scale, most)
+        now = original.error((compressed[0], sharpened(compressed[1], value)), most)
         if now >= least:  # one valley
             break
         best, least = value, now
     return best
 
 
-def refit_output(
-    original: tuple[Spec, Tree], compressed: tuple[Spec, Tree], stream: Stream, norm_scale
-) -> Tree:
+def refit_output(original: Original, compressed: Layer) -> Tree:
     """The compressed layer with W_O refitted: least squares of the original's outputs.
 
     A ridge holds what the text leaves open where it was.
     """
-    spec, attention = compressed
-    placed, before = stream.place(attention), stream.place(original[1])
-    scale, index = stream.place(norm_scale), stream.done
+    (spec, attention), stream = compressed, original.stream
+    placed = stream.place(attention)
     totals: list[np.ndarray] = []
     with jax.set_mesh(stream.mesh):
-        for number, batch in enumerate(stream.batches):
-            on_mesh, x_BTD = stream.put(batch), stream.residual(number, spec.model)
-            normed, target = run_attention(original[0], before, scale, x_BTD, on_mesh, index)
-            sums = _normal_equations(spec, placed, normed, target, on_mesh, index)
+        for number in range(len(stream)):
+            batch, normed, target = original.batch(number)
+            sums = _normal_equations(spec, placed, normed, target, batch, original.index)
             new = [np.asarray(value, np.float64) for value in jax.device_get(sums)]
             totals = [a + b for a, b in zip(totals, new, strict=True)] if totals else new
     square, side = totals[0] / totals[2], totals[1] / totals[2]
@@ -138,27 +146,20 @@ def _step(spec: Spec, steps: int, params, state, sizes, normed_BTD, target_BTD, 
 
 
 def reconstruct(
-    original: tuple[Spec, Tree],
-    compressed: tuple[Spec, Tree],
-    stream: Stream,
-    norm_scale,
-    steps: int = STEPS,
-    words: str = "repair",
+    original: Original, compressed: Layer, steps: int = STEPS, words: str = "repair"
 ) -> Tree:
-    """The compressed layer after `steps` of Adam on its `error`.
+    """The compressed layer after `steps` of Adam on its error.
 
     A step takes one batch of the stream, in turn, and moves each parameter by a share of its own
     root mean square.
     """
-    spec, attention = compressed
-    before, scale, index = stream.place(original[1]), stream.place(norm_scale), stream.done
+    (spec, attention), stream = compressed, original.stream
     with jax.set_mesh(stream.mesh):
         params = stream.place(jax.tree.map(jnp.array, attention))
         state = _optimizer(steps).init(params)
         sizes = jax.tree.map(lambda p: jnp.sqrt(jnp.mean(jnp.square(p))), params)
         for number in progress(range(steps), words):
-            batch = stream.put(stream.batches[number % len(stream)])
-            x_BTD = stream.residual(number % len(stream), spec.model)
-            normed, target = run_attention(original[0], before, scale, x_BTD, batch, index)
-            params, state = _step(spec, steps, params, state, sizes, normed, target, batch, index)
+            batch, normed, target = original.batch(number % len(stream))
+            inputs = (normed, target, batch, original.index)
+            params, state = _step(spec, steps, params, state, sizes, *inputs)
         return jax.tree.map(np.asarray, jax.device_get(params))

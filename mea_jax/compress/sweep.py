@@ -7,7 +7,7 @@ parameters are on every device, for as long as it is that layer's turn.
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -192,6 +192,17 @@ class Stream:
             return False
         self.done, self._residuals = layer, np.load(self._file(layer), mmap_mode="r")
         return True
+
+    def start(
+        self, model: ModelConfig, top: Tree, layer: int, layers_done: Callable[[int], Tree]
+    ) -> None:
+        """To after `layer` layers: found from an earlier start, or run anew through
+        `layers_done`."""
+        if self.resume(layer):
+            return
+        self.embed(model, top)
+        for index in range(layer):
+            self.advance(specs(model)[index], layers_done(index))
 
     def residual(self, number: int, model: ModelConfig) -> jax.Array:
         """The residual (B, T, D) of one batch, on the mesh."""

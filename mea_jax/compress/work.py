@@ -6,28 +6,24 @@ goes on after a kill; the result appears at `<out>` by one rename.
 
 import dataclasses
 import json
-import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
-from jax.sharding import Mesh
 
-from mea_jax import sharding
 from mea_jax.backends import resolve
 from mea_jax.compress import budgets, methods, repair
 from mea_jax.compress import layer as layers
-from mea_jax.compress.measure import Measurer, Sensitivity, assemble, plain_layer, residuals
-from mea_jax.compress.moments import Moments, of_weights, unseen
+from mea_jax.compress.findings import Findings, Losses
+from mea_jax.compress.measure import Sensitivity, assemble
+from mea_jax.compress.moments import unseen
 from mea_jax.compress.options import Options, check
 from mea_jax.compress.stored import StoredModel, Writer
-from mea_jax.compress.sweep import Stream, moments_of, progress, specs
-from mea_jax.config import DataConfig, MeshConfig, ModelConfig, SourceConfig
-from mea_jax.data.pipeline import held_out_batches, train_batches
-from mea_jax.data.prepare import Prepared, prepare
+from mea_jax.compress.sweep import Stream, progress, specs
+from mea_jax.compress.texts import Texts
+from mea_jax.config import ModelConfig
 from mea_jax.errors import UserError
 from mea_jax.report import disk_errors, write_json
 from mea_jax.trained import unresolved
@@ -36,9 +32,17 @@ Tree = dict[str, Any]
 
 
 class Pass:
-    """One compression. `say` takes lines for the user."""
+    """One compression. `say` takes lines for the user; `measurements` is the folder of `Findings`
+    that outlive it."""
 
-    def __init__(self, checkpoint: Path, out: Path, options: Options, say: Callable[[str], Any]):
+    def __init__(
+        self,
+        checkpoint: Path,
+        out: Path,
+        options: Options,
+        say: Callable[[str], Any],
+        measurements: Path | None = None,
+    ):
         check(options)
         self.options, self.out, self.say = options, out, say
         self.part = out.with_name(f"{out.name}.part")
@@ -46,17 +50,17 @@ class Pass:
             raise UserError(f"--out {out} exists: choose another, or remove it")
         self.source = StoredModel(checkpoint, say)
         config = self.source.config
-        length = config.data.context_length
         auto = dataclasses.replace(unresolved(config.model), dtype=options.dtype)
+        length = config.data.context_length
         self.model: ModelConfig = resolve(auto, jax.devices(), length)
         methods.check_model(self.model, options.method)
         self.chosen = budgets.choose_layers(options.layers, self.model.n_layers)
         self.count = self.model.n_kv_heads
         self.uniform = budgets.uniform(options.keep, self.count)
-        self.mesh: Mesh = sharding.make_mesh(MeshConfig(), jax.devices())
-        self.batch = 8 * len(jax.devices())
         self._claim()
-        self.prepared = self._prepare(config.data)
+        self.texts = Texts(self.source, options, say)
+        folder = measurements or self.part / "measurements"
+        self.findings = Findings(folder, self.source, self.model, self.texts, options)
 
     def _claim(self) -> None:
         """The work folder: a new one, or one that this very command has left."""
@@ -76,160 +80,23 @@ class Pass:
             self.part.mkdir(parents=True, exist_ok=True)
             write_json(settings, wanted)
 
-    def _prepare(self, data: DataConfig) -> Prepared:
-        """The windows of the checkpoint's own data, by its own tokenizer."""
-        found = prepare(data, self.model.vocab_size, log=lambda line: None)
-        if found.digest == self.source.digest:
-            return found
-        # A tokenizer that is trained on the spot would be another one.
-        self.say("the data are not as they were in training: taking what is there now")
-        own = dataclasses.replace(data, tokenizer=str(self.source.run / "tokenizer"))
-        return prepare(own, self.model.vocab_size, log=lambda line: None)
-
-    # -- streams ---------------------------------------------------------------------------
-
-    def _calibration(self) -> Prepared:
-        words = self.options.calibration_source
-        if not words:
-            return self.prepared
-        kind, _, path = words.partition(":")
-        data = dataclasses.replace(
-            self.source.config.data,
-            sources=(SourceConfig(source=kind, path=path),),
-            tokenizer=str(self.source.run / "tokenizer"),
-        )
-        return prepare(data, self.model.vocab_size, log=lambda line: None)
-
-    def _text(self, name: str, tokens: int) -> Stream:
-        """A stream of so many training tokens, always the same."""
-        prepared, length = self._calibration(), self.source.config.data.context_length
-        windows = sum(source.train_windows for source in prepared.sources)
-        count = max(math.ceil(tokens / (self.batch * length)), 1)
-        if count * self.batch > windows:
-            raise UserError(
-                f"{tokens:,} tokens of calibration need {count * self.batch:,} windows of "
-                f"{length}, the text has {windows:,}: give more text, or at most "
-                f"--calibration_tokens {windows // self.batch * self.batch * length}"
-            )
-        batches = train_batches(
-            prepared, seed=self.options.seed, batch_size=self.batch, threads=0, prefetch=0
-        )
-        found = [next(batches) for _ in range(count)]
-        return Stream(found, ["text"] * count, self.part / name, self.mesh)
-
-    def _held_out(self, name: str) -> Stream:
-        """Held-out windows, a share of each source's, labelled by source."""
-        batches, labels = [], []
-        share = max(self.options.held_out_windows // len(self.prepared.sources), self.batch)
-        for source in self.prepared.sources:
-            one = dataclasses.replace(self.prepared, sources=(source,))
-            most = share // self.batch
-            found = list(held_out_batches(one, batch_size=self.batch, max_batches=most))
-            batches += found
-            labels += [source.name] * len(found)
-        if not batches:
-            raise UserError("the checkpoint's data have no held-out windows to look at")
-        return Stream(batches, labels, self.part / name, self.mesh)
-
-    def _start(self, stream: Stream, done: int, layers_done: Callable[[int], Tree]) -> None:
-        """The residuals of `stream` after `done` layers: found, or made anew."""
-        if stream.resume(done):
-            return
-        stream.embed(self.model, self.source.top())
-        for index in range(done):
-            stream.advance(specs(self.model)[index], layers_done(index))
-
     # -- the stages ------------------------------------------------------------------------
 
-    def calibrate(self) -> dict[str, tuple[float, float]]:
-        """Moments of every layer, into the work folder; the original's held-out loss."""
-        before, total = self.part / "before.json", self.model.n_layers
-        if before.exists():
-            return json.loads(before.read_text())
-        done = 0
-        while self._moments_file(done).exists():
-            done += 1
-        text = None
-        if self.options.calibration_tokens:
-            text = self._text("calibration", self.options.calibration_tokens)
-        held_out = self._held_out("held_out")
-        for stream in filter(None, (text, held_out)):
-            self._start(stream, done, self.source.layer)
-        for index in progress(range(done, total), "calibrating, layers", total - done):
-            tree, spec = self.source.layer(index), specs(self.model)[index]
-            if text is not None:
-                sums = text.advance(spec, tree, watch=True)
-                assert sums is not None
-                moments = moments_of(sums, self.count)
-            else:
-                heads = layers.take_apart(self.model, tree["attention"])
-                moments = of_weights(heads.query_DNH, heads.key_DKH, heads.value_DKH)
-            held_out.advance(spec, tree)
-            self._save_moments(index, moments)
-        losses = held_out.losses(self.model, self.source.top())
-        write_json(before, losses)
-        shutil.rmtree(self.part / "calibration", ignore_errors=True)
-        shutil.rmtree(self.part / "held_out")
-        return losses
-
-    def _moments_file(self, index: int) -> Path:
-        return self.part / f"moments-{index}.npz"
-
-    def _save_moments(self, index: int, moments: Moments) -> None:
-        scratch = self.part / "moments.npz"
-        with disk_errors(scratch):
-            np.savez(scratch, **dataclasses.asdict(moments))
-            scratch.rename(self._moments_file(index))
-
-    def moments(self, index: int) -> Moments:
-        with np.load(self._moments_file(index)) as stored:
-            return Moments(
-                **{n: stored[n] for n in stored.files[:-1]}, tokens=int(stored["tokens"])
-            )
+    def calibrate(self) -> Losses:
+        """The original's held-out loss; the moments of its layers are known after it."""
+        return self.findings.calibrate()
 
     def divide(self) -> tuple[list[int], list[int], list[Sensitivity]]:
         """C_k and C_v of every layer, and what was measured on the way."""
-        file = self.part / "budget.json"
-        if file.exists():
-            stored = json.loads(file.read_text())
-            found = [Sensitivity(**row) for row in stored["sensitivities"]]
-            return stored["keys"], stored["values"], found
         keys, values = [self.count] * self.model.n_layers, [self.count] * self.model.n_layers
         for index in self.chosen:
             keys[index] = values[index] = self.uniform
-        found = self._sensitivities()
-        if self.options.budget != "uniform" and self.uniform < self.count:
+        if self.options.budget == "uniform":
+            return keys, values, []
+        found = self.findings.sensitivities(self.chosen)
+        if self.uniform < self.count:
             self._allot(found, keys, values)
-        rows = [dataclasses.asdict(s) for s in found]
-        write_json(file, {"keys": keys, "values": values, "sensitivities": rows})
         return keys, values, found
-
-    def _sensitivities(self) -> list[Sensitivity]:
-        options, found = self.options, []
-        if options.budget == "uniform":
-            return []
-        if options.budget == "residual":
-            for index in progress(self.chosen, "residuals, layers"):
-                heads = layers.take_apart(self.model, self.source.layer(index)["attention"])
-                found += residuals(options.method, heads, self.moments(index), index)
-            return found
-        streams = [self._text("measure", options.measure_tokens)]
-        if options.budget == "repaired":
-            streams.append(self._text("trying", options.calibration_tokens))
-        top = self.source.top()
-        for stream in streams:
-            stream.embed(self.model, top)
-        trees = [self.source.layer(index) for index in range(self.model.n_layers)]
-        parts = [layers.take_apart(self.model, tree["attention"]) for tree in trees]
-        plain = [plain_layer(heads, tree) for heads, tree in zip(parts, trees, strict=True)]
-        measurer = Measurer(self.model, top, plain, *streams)
-        for index in progress(range(self.model.n_layers), "measuring, layers"):
-            if index in self.chosen:
-                found += measurer.sensitivity(options.method, parts[index], self.moments(index))
-            measurer.advance()
-        for stream in streams:
-            shutil.rmtree(stream.folder)
-        return found
 
     def cache_of(self, keys: list[int], values: list[int]) -> list[tuple[int, int]]:
         """Bytes per position of each layer's keys and values. Under `latent` what the latents would
@@ -270,8 +137,9 @@ class Pass:
             options.repair != "none" or options.method in methods.SHARPENED
         ):
             tokens = options.calibration_tokens
-            text = self._text("repair", tokens if options.repair != "none" else min(tokens, 4096))
-            self._start(text, len(rows), self.source.layer)
+            tokens = tokens if options.repair != "none" else min(tokens, repair.TEMPERED)
+            text = self.texts.training(self.part / "repair", tokens)
+            text.start(self.model, self.source.top(), len(rows), self.source.layer)
         writer.write_top(self.source.top())
         rest = range(len(rows), self.model.n_layers)
         for index in progress(rest, "compressing, layers"):
@@ -290,7 +158,7 @@ class Pass:
     def _compress_layer(
         self, index: int, tree: Tree, counts: tuple[int, int], writer: Writer, text: Stream | None
     ) -> dict[str, Any]:
-        options, moments = self.options, self.moments(index)
+        options, moments = self.options, self.findings.moments(index)
         heads = layers.take_apart(self.model, tree["attention"])
         keys = methods.solve_keys(options.method, heads, moments, counts[0])
         values = methods.solve_values(options.method, heads, moments, counts[1])
@@ -304,36 +172,33 @@ class Pass:
             "unseen": unseen(moments.keys) + unseen(moments.values),
         }
         if text is not None and counts != (self.count, self.count):
-            spec, original = (
-                specs(writer.model)[index],
-                (specs(self.model)[index], tree["attention"]),
-            )
-            scale = tree["attention_norm"]["scale"]
+            spec, scale = specs(writer.model)[index], tree["attention_norm"]["scale"]
+            original = repair.Original(specs(self.model)[index], tree["attention"], scale, text)
             if options.method in methods.SHARPENED and counts[0] < self.count:
-                found = repair.temperature(original, (spec, attention), text, scale)
+                found = repair.temperature(original, (spec, attention))
                 attention = repair.sharpened(attention, found)
                 row["temperature"] = found
             if options.repair != "none":
-                before = repair.error(original, (spec, attention), text, scale)
-                attention = self._repaired(original, (spec, attention), text, scale, index)
-                row["repair"] = [before, repair.error(original, (spec, attention), text, scale)]
+                before = original.error((spec, attention))
+                attention = self._repaired(original, (spec, attention))
+                row["repair"] = [before, original.error((spec, attention))]
         writer.write_layer(index, layers.as_float32(tree | {"attention": attention}))
         return row
 
-    def _repaired(self, original, compressed, text: Stream, scale, index: int) -> Tree:
-        spec, options = compressed[0], self.options
-        attention = repair.refit_output(original, compressed, text, scale)
-        if options.repair == "output":
+    def _repaired(self, original: repair.Original, compressed: repair.Layer) -> Tree:
+        attention = repair.refit_output(original, compressed)
+        if self.options.repair == "output":
             return attention
-        steps, words = options.repair_steps, f"repairing layer {index}"
-        return repair.reconstruct(original, (spec, attention), text, scale, steps, words)
+        words = f"repairing layer {original.index}"
+        steps = self.options.repair_steps
+        return repair.reconstruct(original, (compressed[0], attention), steps, words)
 
-    def look(self, writer: Writer) -> dict[str, tuple[float, float]]:
+    def look(self, writer: Writer) -> Losses:
         """The compressed model's held-out loss."""
         file = self.part / "after.json"
         if file.exists():
             return json.loads(file.read_text())
-        stream, top = self._held_out("held_out"), self.source.top()
+        stream, top = self.texts.held_out(self.part / "held_out"), self.source.top()
         stream.embed(writer.model, top)
         for index in progress(range(writer.model.n_layers), "evaluating, layers"):
             stream.advance(specs(writer.model)[index], writer.layer(index))

@@ -106,8 +106,8 @@ def test_data_that_changed_are_read_in_the_models_own_tokens(tiny, corpus, one, 
     said: list[str] = []
     made = work.Pass(tmp_path / "run", tmp_path / "out", options(), said.append)
     trained = from_directory(tmp_path / "run" / "tokenizer")
-    assert made.prepared.tokenizer.encode_batch(["fox"]) == trained.encode_batch(["fox"])
-    assert made.prepared.tokenizer.content == trained.content
+    assert made.texts.prepared.tokenizer.encode_batch(["fox"]) == trained.encode_batch(["fox"])
+    assert made.texts.prepared.tokenizer.content == trained.content
     assert any("not as they were" in line for line in said)
 
 
@@ -160,13 +160,13 @@ def test_a_layer_that_is_too_soft_is_sharpened(run, one, tmp_path, qk_norm):
     if qk_norm:
         scale_H = 3 * np.ones(8, np.float32)
         attention |= {"query_norm": {"scale": scale_H}, "key_norm": {"scale": scale_H}}
-    stream = made._text("text", 512)
+    stream = made.texts.training(tmp_path / "text", 512)
     stream.embed(made.model, made.source.top())
     spec, scale = specs(model)[0], tree["attention_norm"]["scale"]
     soft = repair.sharpened(attention, 1 / 1.2)
-    assert repair.temperature((spec, attention), (spec, soft), stream, scale) == 1.2
-    back = repair.sharpened(soft, 1.2)
-    assert repair.error((spec, attention), (spec, back), stream, scale) < 1e-9
+    original = repair.Original(spec, attention, scale, stream)
+    assert repair.temperature(original, (spec, soft)) == 1.2
+    assert original.error((spec, repair.sharpened(soft, 1.2))) < 1e-9
 
 
 def test_only_our_methods_are_sharpened(run, one, tmp_path):
@@ -216,7 +216,7 @@ def test_eight_devices_see_the_same_moments(run, devices, tmp_path):
         out = tmp_path / str(count)
         made = work.Pass(run, out, options(calibration_tokens=2048), print)
         made.calibrate()
-        found.append([vars(made.moments(index)) for index in range(2)])
+        found.append([vars(made.findings.moments(index)) for index in range(2)])
     for a, b in zip(*found, strict=True):
         assert a["tokens"] == b["tokens"] > 1500
         scale = {name: np.abs(a[name]).max() for name in ("keys", "values", "queries", "outputs")}

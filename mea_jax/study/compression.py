@@ -1,0 +1,198 @@
+"""The study of compression: every method at several shares of the cache, on several models.
+
+    python -m mea_jax.study.compression --model runs/study/mha-0 --model runs/study/gqa-0 \\
+        --work runs/study/compressed --out docs/studies/compression
+
+A model is a run directory called KIND-SEED (`configs/compression_study.py`). Each compression is a
+row of `rows.jsonl` in `--out`, what was measured of each layer one of `layers.jsonl`; what is there
+already is not made again, so a stopped study goes on. `python -m mea_jax.study.compression_figures`
+draws both.
+"""
+
+import dataclasses
+import json
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from mea_jax import cli
+from mea_jax.compress.__main__ import compress
+from mea_jax.compress.methods import METHODS
+from mea_jax.compress.options import Options
+from mea_jax.compress.stored import StoredModel
+from mea_jax.cpu_kernels import accelerator_attached, keep_freed_memory
+from mea_jax.errors import UserError
+from mea_jax.report import disk_errors, write_whole
+
+KEEPS = (0.5, 0.25, 0.75, 0.125)  # the most asked for first: a stopped study has those
+OURS = ("aligned", "frequency")
+Row = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Name:
+    """What tells a compression of a model from the others."""
+
+    method: str
+    budget: str
+    repair: str
+
+    def folder(self, keep: float) -> str:
+        return f"{self.method}-{self.budget}-{self.repair}-{keep:g}"
+
+
+def variants(keep: float) -> Iterator[Name]:
+    """What is tried at a share of the cache."""
+    yield from (Name(method, "uniform", "none") for method in METHODS)
+    yield from (Name(method, "measured", "none") for method in OURS)
+    yield from (Name(method, "repaired", "layerwise") for method in OURS)
+    yield from (Name(method, "uniform", "layerwise") for method in ("svd", "aligned"))
+    if keep == 0.5:
+        yield Name("aligned", "residual", "none")
+        yield Name("aligned", "uniform", "output")
+        yield Name("aligned", "measured", "layerwise")
+
+
+def row_of(model: str, summary: dict[str, Any], seconds: float) -> Row:
+    """A compression's summary as a line of `rows.jsonl`."""
+    kind, _, seed = model.rpartition("-")
+    options, held_out = summary["options"], summary["held_out"]
+    domains = {Path(name).stem: d for name, d in held_out["domains"].items()}
+    return {
+        "kind": kind,
+        "seed": int(seed),
+        **{name: options[name] for name in ("method", "budget", "repair", "keep")},
+        "cache_kept": round(summary["cache_kept"], 6),
+        "bytes": summary["cache_bytes_per_token"]["after"],
+        "increase": round(held_out["mean_increase"], 6),
+        "domains": {name: round(d["increase"], 6) for name, d in domains.items()},
+        "before": {name: round(d["before"], 6) for name, d in domains.items()},
+        "tokens": held_out["tokens"],
+        "keys": [layer["keys"] for layer in summary["layers"]],
+        "values": [layer["values"] for layer in summary["layers"]],
+        "seconds": round(seconds, 1),
+    }
+
+
+def layers_of(model: str, summary: dict[str, Any]) -> list[Row]:
+    """What a measured compression knows of each layer."""
+    kind, _, seed = model.rpartition("-")
+    options = summary["options"]
+    about = {"kind": kind, "seed": int(seed), "method": options["method"]}
+    about["repaired"] = options["budget"] == "repaired"
+    return [
+        about
+        | {name: s[name] for name in ("layer", "which")}
+        | {name: [round(x, 6) for x in s[name]] for name in ("residuals", "losses")}
+        for s in summary["sensitivities"]
+        if s["losses"]
+    ]
+
+
+class Study:
+    """The rows that are known, and the folders where compressions are made."""
+
+    def __init__(self, work: Path, out: Path):
+        self.work, self.out = work, out
+        with disk_errors(out):
+            out.mkdir(parents=True, exist_ok=True)
+        self.rows, self.layers = read(out / "rows.jsonl"), read(out / "layers.jsonl")
+
+    def done(self, model: str, name: Name, keep: float) -> bool:
+        kind, _, seed = model.rpartition("-")
+        wanted = (kind, int(seed), name.method, name.budget, name.repair, keep)
+        known = ("kind", "seed", "method", "budget", "repair", "keep")
+        return any(tuple(row[k] for k in known) == wanted for row in self.rows)
+
+    def compress(self, run: Path, name: Name, keep: float, options: Options) -> Row:
+        """One row, made anew. The compressed model stays at half the cache only."""
+        folder, began = self.work / run.name, time.monotonic()
+        asked = dataclasses.replace(options, **dataclasses.asdict(name), keep=keep)
+        out = folder / name.folder(keep)
+        if (out / "compression.json").exists():  # stopped before its row was written
+            summary = json.loads((out / "compression.json").read_text())
+        else:
+            summary = compress(run, out, asked, folder / "measurements")
+        if keep != 0.5:
+            shutil.rmtree(out)
+        row = row_of(run.name, summary, time.monotonic() - began)
+        self.rows.append(row)
+        known = ("kind", "seed", "method", "repaired")
+        have = {tuple(layer[k] for k in known) for layer in self.layers}
+        new = layers_of(run.name, summary)
+        self.layers += [layer for layer in new if tuple(layer[k] for k in known) not in have]
+        self._write("rows.jsonl", self.rows)
+        self._write("layers.jsonl", self.layers)
+        return row
+
+    def _write(self, name: str, rows: list[Row]) -> None:
+        lines = sorted(json.dumps(row) for row in rows)
+        with disk_errors(self.out / name):
+            write_whole(self.out / name, "".join(line + "\n" for line in lines))
+
+
+def read(path: Path) -> list[Row]:
+    """The rows of a file, none where there is no file. Raises `UserError` for a damaged one."""
+    if not path.exists():
+        return []
+    try:
+        return [json.loads(line) for line in path.read_text().splitlines()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}): remove it, or mend it") from error
+
+
+def _runs() -> list[Path]:
+    runs = [Path(name) for name in MODEL.value]
+    if not runs:
+        raise UserError("no model given: add --model runs/study/mha-0")
+    for run in runs:
+        if not run.name.rpartition("-")[2].isdigit():
+            raise UserError(f"--model {run}: a run directory called KIND-SEED, such as mha-0")
+    return runs
+
+
+def main() -> None:
+    if not accelerator_attached():
+        keep_freed_memory()
+    cli.enable_compilation_cache()
+    study, runs = Study(Path(WORK.value), Path(OUT.value)), _runs()
+    heads = {run: StoredModel(run, print).config.model.n_kv_heads for run in runs}
+    options = Options(
+        held_out_windows=HELD_OUT.value,
+        calibration_tokens=CALIBRATION.value,
+        measure_tokens=MEASURE.value,
+        repair_steps=STEPS.value,
+    )
+    wanted = [
+        (run, name, keep)
+        for keep in KEEPS
+        for run in runs
+        if keep * heads[run] >= 1
+        for name in variants(keep)
+        if not study.done(run.name, name, keep)
+    ]
+    for number, (run, name, keep) in enumerate(wanted, start=1):
+        print(f"{number}/{len(wanted)}  {run.name}  {name.folder(keep)}", file=sys.stderr)
+        row = study.compress(run, name, keep, options)
+        print(
+            f"{run.name:<8} {name.method:<12} {name.budget:<9} {name.repair:<10} "
+            f"{row['cache_kept']:6.1%} {row['increase']:+.4f} nats, {row['seconds']:.0f} s",
+            flush=True,
+        )
+    print(f"{len(study.rows)} rows in {study.out / 'rows.jsonl'}")
+
+
+if __name__ == "__main__":
+    MODEL = flags.DEFINE_multi_string("model", [], "run directory KIND-SEED; repeated")
+    WORK = flags.DEFINE_string("work", "runs/study/compressed", "folder for compressed models")
+    OUT = flags.DEFINE_string("out", "docs/studies/compression", "folder for rows.jsonl")
+    HELD_OUT = flags.DEFINE_integer("held_out_windows", 100_000, "looked at, at most")
+    CALIBRATION = flags.DEFINE_integer("calibration_tokens", Options.calibration_tokens, "")
+    MEASURE = flags.DEFINE_integer("measure_tokens", Options.measure_tokens, "for budgets")
+    STEPS = flags.DEFINE_integer("repair_steps", Options.repair_steps, "of each layer")
+    cli.run(main, "stopped; the same command goes on")

@@ -15,8 +15,8 @@ from mea_jax.validation import validate_from_scratch
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
-# Its model is what a checkpoint holds (test_recovery.py); its argument is no variant (below).
-NO_MODELS = ("__init__", "recover", "compression_study")
+# Their model is what a checkpoint holds (test_recovery.py), or their argument no variant (below).
+NO_MODELS = ("__init__", "recover", "longer", "compression_study")
 
 # Parameters are
 #   V D, once or (untied) twice, + D for the final norm

@@ -283,6 +283,26 @@ def test_the_config_takes_model_and_data_from_the_checkpoint(source, command, tm
     assert f"{run} is finished: 2 steps are done" in out
 
 
+def test_longer_windows_of_the_same_model(source, command, tmp_path, monkeypatch):
+    """With pass keys, in its own tokens; nothing but lengths and text changes."""
+    (tmp_path / "texts").mkdir()
+    keys = "".join(json.dumps({"text": f"The pass key is {i}. " * 9}) + "\n" for i in range(200))
+    (tmp_path / "texts" / "passkeys.jsonl").write_text(keys)
+    monkeypatch.chdir(tmp_path)
+    path = f"{CONFIG.with_name('longer.py')}:{source[0]}"
+    status, _, err = command("--config", path, *QUICK, "--workdir", tmp_path / "long")
+    assert status == 0, err
+    old, new = (
+        TrainConfig.from_dict(json.loads((run / "config.json").read_text()))
+        for run in (source[0], tmp_path / "long")
+    )
+    assert new.data.context_length == 4 * old.data.context_length
+    assert [s.path for s in new.data.sources[:-1]] == [s.path for s in old.data.sources]
+    assert new.data.sources[-1].weight == sum(s.weight for s in old.data.sources)
+    assert new.batch_size == max(old.batch_size // 4, 1)
+    assert new.start.checkpoint == str(source[0])
+
+
 TEACHER = "--config.start.teacher"
 SHARE = "--config.start.distillation=0.5"
 

@@ -112,7 +112,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("layers", "full", "full, deep, half (as in the paper), or such as 2,4-7")
     flags.DEFINE_string("repair", "none", "none, output or layerwise")
     flags.DEFINE_integer("repair_steps", repair.STEPS, "of each layer, with --repair layerwise")
-    flags.DEFINE_integer("calibration_tokens", 65536, "of training text; 0: weights alone")
+    flags.DEFINE_integer("calibration_tokens", Options.calibration_tokens, "of training text; 0: weights alone")
     flags.DEFINE_string("calibration_source", "", "other text, such as jsonl:FILE or text:FOLDER")
     flags.DEFINE_integer("measure_tokens", 16384, "on which --budget measured tries each layer")
     flags.DEFINE_integer("held_out_windows", 512, "looked at before and after")

@@ -17,7 +17,7 @@ class Options:
     layers: str = "full"  # budgets.choose_layers
     repair: str = "none"  # repair.REPAIRS
     repair_steps: int = REPAIR_STEPS  # of each layer
-    calibration_tokens: int = 65536  # 0: methods see weights alone
+    calibration_tokens: int = 131072  # 0: methods see weights alone
     calibration_source: str = ""  # "kind:path", as config.data.sources; "": the checkpoint's own
     measure_tokens: int = 16384  # on which budgets are measured
     held_out_windows: int = 512  # at most, of all sources together, looked at before and after

@@ -18,7 +18,7 @@ from mea_jax.compress.sweep import Spec, Stream, apply_attention, progress, run_
 Tree = dict[str, Any]
 Layer = tuple[Spec, Tree]  # what is static about an attention layer, and its parameters
 REPAIRS = ("none", "output", "layerwise")
-STEPS, WARMUP = 150, 20
+STEPS, WARMUP = 400, 20
 # What queries are multiplied by. Least squares shrinks keys towards what it can rebuild of them, so
 # logits come out too small by a few percent, more where more is lost.
 _TEMPERATURES = (1.0, 1.03, 1.06, 1.1, 1.15, 1.2, 1.3, 1.4, 1.6)

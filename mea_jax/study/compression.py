@@ -191,7 +191,7 @@ if __name__ == "__main__":
     MODEL = flags.DEFINE_multi_string("model", [], "run directory KIND-SEED; repeated")
     WORK = flags.DEFINE_string("work", "runs/study/compressed", "folder for compressed models")
     OUT = flags.DEFINE_string("out", "docs/studies/compression", "folder for rows.jsonl")
-    HELD_OUT = flags.DEFINE_integer("held_out_windows", 100_000, "looked at, at most")
+    HELD_OUT = flags.DEFINE_integer("held_out_windows", 384, "looked at")
     CALIBRATION = flags.DEFINE_integer("calibration_tokens", Options.calibration_tokens, "")
     MEASURE = flags.DEFINE_integer("measure_tokens", Options.measure_tokens, "for budgets")
     STEPS = flags.DEFINE_integer("repair_steps", Options.repair_steps, "of each layer")

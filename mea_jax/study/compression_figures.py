@@ -1,0 +1,226 @@
+"""Tables and pictures of the study of compression, from its rows alone.
+
+    python -m mea_jax.study.compression_figures --data docs/studies/compression
+
+Reads `rows.jsonl` and `layers.jsonl` (`mea_jax.study.compression`), and `recovery.jsonl` and
+`retrieval.jsonl` where they are (`mea_jax.study.recovery`); writes `tables.md` and a picture of
+each beside them.
+"""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from absl import flags
+
+from mea_jax import cli
+from mea_jax.errors import UserError
+from mea_jax.report import disk_errors, write_whole
+from mea_jax.study.compression import KEEPS, Name, Row, read, variants
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+KINDS = {"mha": "MHA", "mea": "MEA", "gqa": "GQA, QK-norm"}
+PAPER = Name("svd", "uniform", "none")
+_BASE, _OWN = Name("aligned", "uniform", "none"), Name("frequency", "uniform", "none")
+BEST = Name("aligned", "repaired", "layerwise")
+_STYLES = {  # what the picture of losses shows: colour, marker, line
+    PAPER: ("#c0392b", "o", "-"),
+    Name("gqa_mean", "uniform", "none"): ("#e59866", "v", ":"),
+    Name("gqa_aligned", "uniform", "none"): ("#b7950b", "^", ":"),
+    _BASE: ("#1f618d", "s", ":"),
+    Name("aligned", "measured", "none"): ("#1f618d", "s", "--"),
+    BEST: ("#1f618d", "s", "-"),
+    _OWN: ("#117a65", "D", ":"),
+    Name("frequency", "measured", "none"): ("#117a65", "D", "--"),
+    Name("frequency", "repaired", "layerwise"): ("#117a65", "D", "-"),
+    Name("latent", "uniform", "none"): ("#7f8c8d", "x", ":"),
+}
+
+
+def words(name: Name) -> str:
+    """What a compression is called in tables and legends."""
+    budget = {"uniform": "", "measured": ", measured", "residual": ", by residual"}
+    said = name.method + budget.get(name.budget, ", measured repaired")
+    repair = {"none": "", "output": ", W_O refitted", "layerwise": ", repaired"}[name.repair]
+    if name == PAPER:
+        return "svd (the paper)"
+    return said if name.budget == "repaired" else said + repair
+
+
+def name_of(row: Row) -> Name:
+    return Name(row["method"], row["budget"], row["repair"])
+
+
+def select(rows: Iterable[Row], **wanted: Any) -> list[Row]:
+    """The rows with these values, by seed."""
+    found = [r for r in rows if all(r[key] == value for key, value in wanted.items())]
+    return sorted(found, key=lambda r: r["seed"])
+
+
+def ratios(rows: Sequence[Row], kind: str, name: Name, keep: float) -> list[float]:
+    """The increase over that of the paper's method at the same bytes, for each seed."""
+    own = {
+        r["seed"]: r["increase"] for r in select(rows, kind=kind, keep=keep) if name_of(r) == name
+    }
+    paper = {
+        r["seed"]: r["increase"] for r in select(rows, kind=kind, keep=keep) if name_of(r) == PAPER
+    }
+    return [own[seed] / paper[seed] for seed in sorted(own) if seed in paper]
+
+
+def _seeds(values: Sequence[float], form: str) -> str:
+    """One number a seed: "+0.0112, +0.0131"."""
+    return ", ".join(format(value, form) for value in values) or "-"
+
+
+def increases_table(rows: Sequence[Row], keep: float) -> str:
+    """Of every variant and kind of model at a share of the cache."""
+    kinds = [kind for kind in KINDS if select(rows, kind=kind, keep=keep)]
+    lines = [
+        "| | " + " | ".join(f"{KINDS[kind]} | of the paper's" for kind in kinds) + " |",
+        "|---|" + "---|---|" * len(kinds),
+    ]
+    for name in variants(keep):
+        cells = []
+        for kind in kinds:
+            found = [r for r in select(rows, kind=kind, keep=keep) if name_of(r) == name]
+            parts = [1 / r if r > 0 else float("inf") for r in ratios(rows, kind, name, keep)]
+            share = ", ".join(f"1/{part:.3g}" for part in parts) if name != PAPER else ""
+            cells += [_seeds([r["increase"] for r in found], "+.4f"), share]
+        if any(cell not in ("-", "") for cell in cells):
+            lines.append(f"| {words(name)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def domains_table(rows: Sequence[Row], keep: float) -> str:
+    """The increase in each domain, for the paper's method and the best, mean over seeds."""
+    shown = (PAPER, _BASE, Name("aligned", "measured", "none"), BEST)
+    domains = list(rows[0]["domains"])
+    lines = [
+        "| | | " + " | ".join(domains) + " |",
+        "|---|---|" + "---|" * len(domains),
+    ]
+    for kind in KINDS:
+        for name in shown:
+            found = [r for r in select(rows, kind=kind, keep=keep) if name_of(r) == name]
+            if found:
+                means = [np.mean([r["domains"][d] for r in found]) for d in domains]
+                cells = " | ".join(f"{mean:+.4f}" for mean in means)
+                lines.append(f"| {KINDS[kind]} | {words(name)} | {cells} |")
+    return "\n".join(lines)
+
+
+def heads_table(rows: Sequence[Row], keep: float) -> str:
+    """What measured budgets chose."""
+    lines = ["| | seed | | keys | values |", "|---|---|---|---|---|"]
+    for kind in KINDS:
+        for row in select(rows, kind=kind, keep=keep):
+            if row["budget"] in ("measured", "repaired") and row["method"] == "aligned":
+                keys, values = (" ".join(map(str, row[which])) for which in ("keys", "values"))
+                name = words(name_of(row))
+                lines.append(f"| {KINDS[kind]} | {row['seed']} | {name} | {keys} | {values} |")
+    return "\n".join(dict.fromkeys(lines))
+
+
+def draw_losses(rows: Sequence[Row], path: Path) -> None:
+    """Increase of the loss against the cache kept, a panel for each kind of model."""
+    kinds = [kind for kind in KINDS if select(rows, kind=kind)]
+    figure, axes = plt.subplots(
+        1, len(kinds), figsize=(4.6 * len(kinds), 5.4), sharey=True, squeeze=False
+    )
+    for axis, kind in zip(axes[0], kinds, strict=True):
+        for name, (colour, marker, line) in _STYLES.items():
+            points = []
+            for keep in sorted(KEEPS):
+                found = [r for r in select(rows, kind=kind, keep=keep) if name_of(r) == name]
+                if found:
+                    points.append((keep, [r["increase"] for r in found]))
+            if not points:
+                continue
+            xs, many = [p[0] for p in points], [p[1] for p in points]
+            ys = [max(float(np.mean(m)), 1e-4) for m in many]
+            style: dict[str, Any] = {"color": colour, "linestyle": line, "marker": marker}
+            axis.plot(xs, ys, markersize=5, label=words(name), **style)
+            for x, m in zip(xs, many, strict=True):
+                axis.plot([x, x], [max(min(m), 1e-4), max(max(m), 1e-4)], color=colour, lw=1)
+        axis.set(title=KINDS[kind], xlabel="share of the cache kept", yscale="log")
+        axis.set_xticks(sorted(KEEPS), [f"{keep:.3g}".lstrip("0") for keep in sorted(KEEPS)])
+        axis.grid(alpha=0.25)
+    axes[0][0].set_ylabel("increase of held-out loss, nats per token")
+    handles, labels = max((a.get_legend_handles_labels() for a in axes[0]), key=lambda h: len(h[0]))
+    figure.legend(handles, labels, loc="lower center", ncols=4, frameon=False, fontsize=9)
+    figure.suptitle("Loss against cache, without training (bars: seeds)")
+    figure.tight_layout(rect=(0, 0.13, 1, 1))
+    _save(figure, path)
+
+
+def draw_layers(layers: Sequence[Row], path: Path, method: str = "aligned") -> None:
+    """What each layer's keys, and values, cost alone at half of their heads."""
+    kinds = [kind for kind in KINDS if select(layers, kind=kind, method=method)]
+    figure, axes = plt.subplots(
+        1, len(kinds), figsize=(4.6 * len(kinds), 4), sharey=True, squeeze=False
+    )
+    for axis, kind in zip(axes[0], kinds, strict=True):
+        for which, colour in (("key", "#1f618d"), ("value", "#d68910")):
+            for repaired, line in ((False, "-"), (True, ":")):
+                found = select(layers, kind=kind, method=method, which=which, repaired=repaired)
+                for seed in sorted({row["seed"] for row in found}):
+                    mine = sorted(select(found, seed=seed), key=lambda r: r["layer"])
+                    half = len(mine[0]["losses"]) // 2 - 1
+                    ys = [max(row["losses"][half], 1e-5) for row in mine]
+                    label = f"{which}s" + (", after 40 steps of repair" if repaired else "")
+                    style: dict[str, Any] = {"color": colour, "marker": "os"[seed % 2]}
+                    style["label"] = None if seed else label
+                    axis.plot([r["layer"] for r in mine], ys, line, markersize=4, **style)
+        axis.set(title=KINDS[kind], xlabel="layer", yscale="log")
+        axis.grid(alpha=0.25)
+    axes[0][0].set_ylabel("increase of loss, nats per token")
+    axes[0][0].legend(frameon=False, fontsize=8)
+    figure.suptitle("Each layer alone at half of its heads (circles and squares: seeds)")
+    figure.tight_layout()
+    _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> None:
+    with disk_errors(path):
+        figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def sections(data: Path) -> list[tuple[str, str]]:
+    """Titles and tables of what there is."""
+    rows = read(data / "rows.jsonl")
+    if not rows:
+        raise UserError(f"{data} has no rows.jsonl: run python -m mea_jax.study.compression")
+    found = []
+    for keep in sorted(KEEPS, reverse=True):
+        if select(rows, keep=keep):
+            found.append((f"{keep:.3g} of the cache", increases_table(rows, keep)))
+    if select(rows, keep=0.5):
+        found.append(("By domain, half the cache, mean of the seeds", domains_table(rows, 0.5)))
+        found.append(("Heads chosen, half the cache", heads_table(rows, 0.5)))
+    return found
+
+
+def redraw(data: Path) -> str:
+    """Writes the tables and all pictures; the tables' text."""
+    text = "".join(f"## {title}\n\n{table}\n\n" for title, table in sections(data))
+    with disk_errors(data / "tables.md"):
+        write_whole(data / "tables.md", text)
+    draw_losses(read(data / "rows.jsonl"), data / "losses.png")
+    if layers := read(data / "layers.jsonl"):
+        draw_layers(layers, data / "layers.png")
+    return text
+
+
+def main() -> None:
+    print(redraw(Path(DATA.value)))
+
+
+if __name__ == "__main__":
+    DATA = flags.DEFINE_string("data", "docs/studies/compression", "folder of the rows")
+    cli.run(main, "stopped")

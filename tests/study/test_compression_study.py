@@ -1,0 +1,93 @@
+"""The study of compression: a grid that goes on where it stopped, and what is drawn of its rows."""
+
+import json
+from dataclasses import asdict
+
+import pytest
+from helpers import PLAIN
+
+from mea_jax.compress.options import Options
+from mea_jax.study import compression, compression_figures
+from mea_jax.study.compression import Name, Study
+from mea_jax.study.compression_figures import BEST, PAPER
+from mea_jax.train import train
+
+SMALL = Options(calibration_tokens=512, measure_tokens=256, held_out_windows=16, repair_steps=2)
+
+
+@pytest.fixture(scope="module")
+def run(tiny, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("runs") / "mha-0"
+    train(tiny(steps=8, **{f"model.{name}": value for name, value in PLAIN.items()}), workdir)
+    return workdir
+
+
+def test_a_stopped_study_goes_on(run, devices, tmp_path, monkeypatch):
+    """What is in rows.jsonl is not made again; what was made but not written is taken."""
+    devices(1)
+    work, out = tmp_path / "work", tmp_path / "out"
+    study, name = Study(work, out), Name("aligned", "measured", "none")
+    row = study.compress(run, name, 0.5, SMALL)
+    assert Study(work, out).done("mha-0", name, 0.5)
+    assert not Study(work, out).done("mha-0", name, 0.25)
+    assert not Study(work, out).done("mha-1", name, 0.5)
+    layers = compression.read(out / "layers.jsonl")
+    assert [(r["layer"], r["which"]) for r in layers] == [
+        (0, "key"), (0, "value"), (1, "key"), (1, "value"),
+    ]  # fmt: skip
+    (out / "rows.jsonl").unlink()
+    monkeypatch.setattr(compression, "compress", lambda *args: 1 / 0)
+    again = Study(work, out)
+    assert again.compress(run, name, 0.5, SMALL)["increase"] == row["increase"]
+    assert compression.read(out / "layers.jsonl") == layers
+
+
+def test_budgets_measured_once_serve_every_share(run, devices, tmp_path, monkeypatch):
+    devices(1)
+    study, name = Study(tmp_path / "work", tmp_path / "out"), Name("aligned", "measured", "none")
+    half = study.compress(run, name, 0.5, SMALL)
+    monkeypatch.setattr("mea_jax.compress.findings.Measurer", lambda *args: 1 / 0)
+    quarter = study.compress(run, name, 0.25, SMALL)
+    assert quarter["bytes"] <= half["bytes"] / 2
+    assert (tmp_path / "work" / "mha-0" / name.folder(0.5)).exists()
+    assert not (tmp_path / "work" / "mha-0" / name.folder(0.25)).exists()
+
+
+def row(kind, seed, name, keep, increase):
+    domains = {"python": increase, "english": increase / 2}
+    return {"kind": kind, "seed": seed, **asdict(name), "keep": keep, "increase": increase} | {
+        "domains": domains, "keys": [4, 2], "values": [1, 1],
+    }  # fmt: skip
+
+
+ROWS = [
+    row("mha", seed, name, 0.5, increase)
+    for seed, paper, best in ((0, 0.8, 0.01), (1, 0.9, 0.018))
+    for name, increase in ((PAPER, paper), (BEST, best))
+]
+
+
+def test_ratios_are_to_the_papers_method_at_the_same_seed():
+    assert compression_figures.ratios(ROWS, "mha", BEST, 0.5) == pytest.approx([1 / 80, 1 / 50])
+    assert compression_figures.ratios(ROWS[:3], "mha", BEST, 0.5) == pytest.approx([1 / 80])
+    table = compression_figures.increases_table(ROWS, 0.5)
+    assert "| aligned, measured repaired | +0.0100, +0.0180 | 1/80, 1/50 |" in table
+    assert "svd (the paper) | +0.8000, +0.9000 |  |" in table
+
+
+def test_one_command_redraws_all(tmp_path):
+    lines = [json.dumps(r) + "\n" for r in ROWS]
+    (tmp_path / "rows.jsonl").write_text("".join(lines))
+    losses = [0.3, 0.2, 0.1, 0.0]
+    layer = {"kind": "mha", "seed": 0, "method": "aligned", "repaired": False, "losses": losses}
+    layers = [layer | {"layer": i, "which": w} for i in range(2) for w in ("key", "value")]
+    (tmp_path / "layers.jsonl").write_text("".join(json.dumps(r) + "\n" for r in layers))
+    compression_figures.redraw(tmp_path)
+    assert (tmp_path / "losses.png").stat().st_size > 10_000
+    assert (tmp_path / "layers.png").stat().st_size > 10_000
+    assert "+0.0140" in (tmp_path / "tables.md").read_text()  # the mean over seeds, by domain
+
+
+def test_no_rows_no_study(tmp_path):
+    with pytest.raises(compression.UserError, match="has no rows"):
+        compression_figures.redraw(tmp_path)

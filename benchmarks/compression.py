@@ -88,7 +88,7 @@ def compress(run: Path, method: str) -> dict[str, Any]:
     command = [
         *(sys.executable, "-m", "mea_jax.compress", "--checkpoint", str(run)),
         *("--out", str(run.parent / f"stack-{method}"), "--method", method),
-        *("--calibration_tokens", str(TOKENS[method]), "--held_out_windows", "8"),
+        *("--calibration_tokens", str(TOKENS[method]), "--held_out_tokens", "2048"),
     ]
     began, peak = time.monotonic(), 0.0
     process = subprocess.Popen(command)

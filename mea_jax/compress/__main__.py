@@ -74,7 +74,7 @@ def _options() -> Options:
     for name in ("calibration_tokens",):
         if values[name] < 0:
             raise UserError(f"--{name}={values[name]} must be 0 or more")
-    for name in ("repair_steps", "measure_tokens", "held_out_windows"):
+    for name in ("repair_steps", "measure_tokens", "held_out_tokens"):
         if values[name] < 1:
             raise UserError(f"--{name}={values[name]} must be 1 or more")
     return Options(**{name: values[name] for name in Options.__dataclass_fields__})
@@ -112,10 +112,14 @@ if __name__ == "__main__":
     flags.DEFINE_string("layers", "full", "full, deep, half (as in the paper), or such as 2,4-7")
     flags.DEFINE_string("repair", "none", "none, output or layerwise")
     flags.DEFINE_integer("repair_steps", repair.STEPS, "of each layer, with --repair layerwise")
-    flags.DEFINE_integer("calibration_tokens", Options.calibration_tokens, "of training text; 0: weights alone")
+    flags.DEFINE_integer(
+        "calibration_tokens", Options.calibration_tokens, "of training text; 0: weights alone"
+    )
     flags.DEFINE_string("calibration_source", "", "other text, such as jsonl:FILE or text:FOLDER")
     flags.DEFINE_integer("measure_tokens", 16384, "on which --budget measured tries each layer")
-    flags.DEFINE_integer("held_out_windows", 512, "looked at before and after")
+    flags.DEFINE_integer(
+        "held_out_tokens", Options.held_out_tokens, "looked at before and after, at most"
+    )
     flags.DEFINE_string("dtype", "auto", "of products: auto, float32 or bfloat16")
     flags.DEFINE_integer("seed", 0, "of the choice of calibration text")
     cli.run(main, "stopped; the same command goes on")

@@ -24,7 +24,7 @@ from mea_jax.config import ModelConfig
 from mea_jax.errors import UserError
 from mea_jax.report import disk_errors, write_json
 
-SHARED = ("calibration_tokens", "calibration_source", "held_out_windows", "dtype", "seed")
+SHARED = ("calibration_tokens", "calibration_source", "held_out_tokens", "dtype", "seed")
 Losses = dict[str, tuple[float, float]]
 
 

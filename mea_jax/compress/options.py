@@ -20,7 +20,7 @@ class Options:
     calibration_tokens: int = 131072  # 0: methods see weights alone
     calibration_source: str = ""  # "kind:path", as config.data.sources; "": the checkpoint's own
     measure_tokens: int = 16384  # on which budgets are measured
-    held_out_windows: int = 512  # at most, of all sources together, looked at before and after
+    held_out_tokens: int = 131072  # at most, of all sources together, looked at before and after
     dtype: str = "auto"  # of products
     seed: int = 0  # of the choice of calibration text
 

@@ -18,6 +18,13 @@ from mea_jax.data.pipeline import held_out_batches, train_batches
 from mea_jax.data.prepare import Prepared, prepare
 from mea_jax.errors import UserError
 
+WINDOWS = 8  # of a batch, on each device
+
+
+def held_out_share(tokens: int, batch_tokens: int, sources: int) -> int:
+    """Batches of each source that `tokens` in all amount to, at least one."""
+    return max(tokens // (batch_tokens * sources), 1)
+
 
 class Texts:
     """Streams of training and of held-out windows, split over all devices there are.
@@ -29,7 +36,7 @@ class Texts:
     def __init__(self, source: StoredModel, options: Options, say: Callable[[str], Any]):
         self.source, self.options = source, options
         self.mesh: Mesh = sharding.make_mesh(MeshConfig(), jax.devices())
-        self.batch = 8 * len(jax.devices())
+        self.batch = WINDOWS * len(jax.devices())
         self.prepared = self._own(source.config.data, say)
 
     def _prepare(self, data: DataConfig) -> Prepared:
@@ -76,10 +83,10 @@ class Texts:
     def held_out(self, folder: Path) -> Stream:
         """Held-out windows, a share of each source's, labelled by source."""
         batches, labels = [], []
-        share = max(self.options.held_out_windows // len(self.prepared.sources), self.batch)
+        length, sources = self.prepared.context_length, len(self.prepared.sources)
+        most = held_out_share(self.options.held_out_tokens, self.batch * length, sources)
         for source in self.prepared.sources:
             one = dataclasses.replace(self.prepared, sources=(source,))
-            most = share // self.batch
             found = list(held_out_batches(one, batch_size=self.batch, max_batches=most))
             batches += found
             labels += [source.name] * len(found)

@@ -2,8 +2,9 @@
 
     python -m mea_jax.plan --config configs/mea_1b.py --topology v5p:4x4x4
 
-The real step is compiled ahead of time (programs.py) for a described machine (target.py, chips.py);
-the compiled program is read as text (hlo.py) and counted, loops multiplied out (costs.py,
-collectives.py); a roofline turns counts into times (roofline.py), and report.py prints them.
+The real step is compiled ahead of time (programs.py, compiling.py) for a described machine
+(target.py, chips.py); the compiled program is read as text (hlo.py) and counted, loops multiplied
+out (costs.py, collectives.py); a roofline turns counts into times (roofline.py), and report.py
+prints them. A compression is several programs (compression.py, compression_report.py).
 Everything here is an estimate: nothing runs.
 """

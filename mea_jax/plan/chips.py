@@ -25,11 +25,12 @@ class Chip:
     torus: int = 0  # axes of the torus; 0: every device reaches every other through a switch
     wraps_at: int = 0  # an axis of this many chips, or a multiple of it, is closed to a ring
     clock: float = 0.0  # Hz, of the compiler's cycle estimates
+    host: int = 8  # chips of the largest machine that one process drives
 
 
 CHIPS = {
     "v5e": Chip("v5e", "TPU v5 lite", 197e12, 15.75 * GIB, 819e9, 50e9, 3.125e9, 2, 16, 1.5e9),
-    "v5p": Chip("v5p", "TPU v5", 459e12, 95.73 * GIB, 2765e9, 100e9, 6.25e9, 3, 4, 1.75e9),
+    "v5p": Chip("v5p", "TPU v5", 459e12, 95.73 * GIB, 2765e9, 100e9, 6.25e9, 3, 4, 1.75e9, 4),
     "v6e": Chip("v6e", "TPU v6 lite", 918e12, 31.24 * GIB, 1638e9, 100e9, 12.5e9, 2, 16, 1.75e9),
     "a100": Chip("a100", "NVIDIA A100", 312e12, 0.95 * 80e9, 2039e9, 300e9, 25e9),
     "h100": Chip("h100", "NVIDIA H100", 989e12, 0.95 * 80e9, 3350e9, 450e9, 50e9),

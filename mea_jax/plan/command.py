@@ -1,7 +1,9 @@
 """The command: flags, one plan or a sweep, files."""
 
+import dataclasses
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,24 +11,64 @@ import jax
 from absl import flags
 
 from mea_jax import cli
+from mea_jax.compress.methods import METHODS
+from mea_jax.compress.options import Options
 from mea_jax.config import TrainConfig
-from mea_jax.errors import UserError
-from mea_jax.plan import report
+from mea_jax.errors import UserError, nearest
+from mea_jax.plan import compression, compression_report, report
 from mea_jax.plan import target as targets
 from mea_jax.plan.collectives import slices_of
-from mea_jax.plan.programs import Compiled, DoesNotFit, decode_program, train_program
+from mea_jax.plan.compiling import Compiled, DoesNotFit
+from mea_jax.plan.programs import decode_program, train_program
 from mea_jax.plan.roofline import roofline
 from mea_jax.plan.sweep import describe, sweep, what_fits
 
 CONFIG = cli.define_config_flag()
 TOPOLOGY = flags.DEFINE_string("topology", "local", f"what to compile for: {targets.EXAMPLES}")
-STEP = flags.DEFINE_string("step", "train", "train, or decode (one device)")
+STEP = flags.DEFINE_string(
+    "step", "train", "train, decode (one device), or compress (python -m mea_jax.compress)"
+)
+SWEEP = flags.DEFINE_bool("sweep", False, "try meshes, remat policies, microbatches; rank them")
 BATCH = flags.DEFINE_integer("batch", 16, "rows of a decode step")
 CONTEXT = flags.DEFINE_integer("context", None, "cached positions of a decode step; default: T")
-SWEEP = flags.DEFINE_bool("sweep", False, "try meshes, remat policies, microbatches; rank them")
+KEEP = flags.DEFINE_float("keep", Options.keep, "share of the cache that compress keeps")
+METHOD = flags.DEFINE_string("method", Options.method, "of compress: " + ", ".join(METHODS))
+TEXT = flags.DEFINE_integer(
+    "calibration_tokens", Options.calibration_tokens, "of text that compress calibrates on"
+)
+HELD_OUT = flags.DEFINE_integer(
+    "held_out_tokens", Options.held_out_tokens, "that compress looks at before and after"
+)
 OUT = flags.DEFINE_string("out", None, "of .json and .png; default plans/<config>_<topology>")
-HLO = flags.DEFINE_string("hlo", None, "also write the compiled program's text to this file")
+HLO = flags.DEFINE_string(
+    "hlo", None, "also write the compiled program's text to this file (of several: one file each)"
+)
 flags.declare_key_flag("config")
+
+
+@dataclasses.dataclass(frozen=True)
+class Planned:
+    """A plan as JSON values and as text; programs by name, and of each its part of the plan."""
+
+    programs: dict[str, Compiled]
+    plan: dict[str, Any]
+    text: str
+    pictured: dict[str, dict[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One kind of plan.
+
+    Attributes:
+      own: flags that mean something to this step only.
+      plan: compiles and counts.
+      remedy: what would fit, as the end of a line, where the program named does not.
+    """
+
+    own: tuple[str, ...]
+    plan: Callable[[TrainConfig, targets.Target], Planned]
+    remedy: Callable[[TrainConfig, targets.Target, str], str]
 
 
 def say(message: str) -> None:
@@ -39,42 +81,104 @@ def plan_of(compiled: Compiled, target: targets.Target, step: str, tokens: int) 
     return report.summary(compiled, target, roof, step, tokens, compiled.mesh.size)
 
 
-def run(config: TrainConfig, target: targets.Target, out: Path) -> None:
-    """Plans the one step that the flags name. Raises `UserError` where it does not fit."""
-    length = config.data.context_length
-    try:
-        if STEP.value == "decode":
-            context = CONTEXT.value or length
-            say(f"compiling a decode step of {BATCH.value} rows, {context} positions cached")
-            compiled = decode_program(config, target, BATCH.value, context)
-            tokens = BATCH.value
-        else:
-            say(f"compiling the training step for {len(target.devices)} devices")
-            compiled, tokens = train_program(config, target), config.batch_size * length
-    except DoesNotFit as error:
-        raise UserError(f"{target.name}: {error}{_remedy(config, target)}") from error
-    if HLO.value:
-        Path(HLO.value).write_text(compiled.text)
-    plan = plan_of(compiled, target, STEP.value, tokens)
-    print(report.text(plan))
-    files = _write(plan, {target.name: plan}, out)
-    print(f"\n{files}")
-    if report.fits(compiled, target) is False:
-        over = compiled.peak - plan["memory_per_device"]
-        raise UserError(
-            f"{target.name}: does not fit, {over / 1e9:.2f} GB over{_remedy(config, target)}"
-        )
+def _planned(compiled: Compiled, target: targets.Target, step: str, tokens: int) -> Planned:
+    """Of a step that is one program."""
+    plan = plan_of(compiled, target, step, tokens)
+    return Planned({step: compiled}, plan, report.text(plan), {target.name: plan})
 
 
-def _remedy(config: TrainConfig, target: targets.Target) -> str:
-    """What would fit, found by trying, as the end of a line."""
-    if STEP.value == "decode":
-        return "; take fewer rows (--batch) or positions (--context), or an int8 cache"
-    found = what_fits(config, target, say)
+# -- the steps -----------------------------------------------------------------------------
+
+
+def _train(config: TrainConfig, target: targets.Target) -> Planned:
+    say(f"compiling the training step for {len(target.devices)} devices")
+    tokens = config.batch_size * config.data.context_length
+    return _planned(train_program(config, target), target, "train", tokens)
+
+
+def _train_remedy(config: TrainConfig, target: targets.Target, program: str) -> str:
+    found = what_fits(config, target, say)  # by trying
     if found is None:
         return "; neither single windows nor full remat fit: more devices, or more of tensor"
     change = f"--config.accumulate={found.accumulate} --config.model.remat={found.model.remat}"
     return f"; this fits: {change}"
+
+
+def _decode(config: TrainConfig, target: targets.Target) -> Planned:
+    context = CONTEXT.value or config.data.context_length
+    say(f"compiling a decode step of {BATCH.value} rows, {context} positions cached")
+    compiled = decode_program(config, target, BATCH.value, context)
+    return _planned(compiled, target, "decode", BATCH.value)
+
+
+def _decode_remedy(config: TrainConfig, target: targets.Target, program: str) -> str:
+    return "; take fewer rows (--batch) or positions (--context), or an int8 cache"
+
+
+def _compress(config: TrainConfig, target: targets.Target) -> Planned:
+    options = Options(
+        keep=KEEP.value,
+        method=METHOD.value,
+        calibration_tokens=TEXT.value,
+        held_out_tokens=HELD_OUT.value,
+        repair="layerwise",
+    )
+    compression.check_machine(target)
+    config = compression.resolved(config, target)
+    programs: dict[str, Compiled] = {}
+    for name, compiled in compression.compress_programs(config, target, options):
+        say(f"compiled {name}, {len(programs) + 1} of {len(compression.PROGRAMS)}")
+        programs[name] = compiled
+    plan = compression_report.summary(programs, config, target, options)
+    return Planned(programs, plan, compression_report.text(plan), plan["programs"])
+
+
+def _compress_remedy(config: TrainConfig, target: targets.Target, program: str) -> str:
+    if program in compression.REPAIRING:
+        return "; all else fits: fewer --calibration_tokens, or no --repair layerwise"
+    return (
+        f"; a device takes {compression.WINDOWS} windows and a whole layer however many there are: "
+        "take chips with more memory"
+    )
+
+
+STEPS = {
+    "train": Step(("sweep",), _train, _train_remedy),
+    "decode": Step(("batch", "context"), _decode, _decode_remedy),
+    "compress": Step(
+        ("keep", "method", "calibration_tokens", "held_out_tokens"), _compress, _compress_remedy
+    ),
+}
+
+
+# -- one plan, or a sweep ------------------------------------------------------------------
+
+
+def run(config: TrainConfig, target: targets.Target, out: Path) -> None:
+    """Plans the step that the flags name. Raises `UserError` where it does not fit."""
+    step = STEPS[STEP.value]
+    try:
+        planned = step.plan(config, target)
+    except DoesNotFit as error:
+        what = f"{error.program} " if error.program else ""
+        remedy = step.remedy(config, target, error.program)
+        raise UserError(f"{target.name}: {what}{error}{remedy}") from error
+    if HLO.value:
+        _write_programs(planned.programs, Path(HLO.value))
+    print(planned.text)
+    print(f"\n{_write(planned.plan, planned.pictured, out)}")
+    for name, compiled in planned.programs.items():
+        if target.chip is not None and report.fits(compiled, target) is False:
+            what = f"{name} " if len(planned.programs) > 1 else ""
+            over = (compiled.peak - target.chip.memory) / 1e9
+            remedy = step.remedy(config, target, name)
+            raise UserError(f"{target.name}: {what}does not fit, {over:.2f} GB over{remedy}")
+
+
+def _write_programs(programs: dict[str, Compiled], path: Path) -> None:
+    for name, compiled in programs.items():
+        file = path if len(programs) == 1 else path.with_stem(f"{path.stem}_{name}")
+        file.write_text(compiled.text)
 
 
 def _write(plan: Any, pictured: dict[str, dict[str, Any]], out: Path) -> str:
@@ -106,14 +210,31 @@ def run_sweep(config: TrainConfig, target: targets.Target, out: Path) -> None:
     print(f"\n{_write({'plans': plans}, pictured, out)}")
 
 
-def main() -> None:
-    config = cli.parse_config(CONFIG)
-    if STEP.value not in ("train", "decode"):
-        raise UserError(f"--step {STEP.value}: choose train or decode")
+def _check_flags() -> None:
+    """Raises `UserError` for values out of range, and for flags of another step."""
+    if STEP.value not in STEPS:
+        raise UserError(f"--step {STEP.value}: choose {', '.join(STEPS)}")
+    for owner, step in STEPS.items():
+        every = [flags.FLAGS[name] for name in step.own]
+        given = [flag.name for flag in every if flag.present and flag.value is not False]
+        if given and owner != STEP.value:
+            raise UserError(
+                f"--{given[0]} belongs to --step {owner}, not to --step {STEP.value}: leave it out"
+            )
+    if METHOD.value not in METHODS:
+        raise UserError(f"--method {METHOD.value}: {nearest(METHOD.value, METHODS)}")
     if BATCH.value < 1 or (CONTEXT.value or 1) < 1:
         raise UserError("--batch and --context count rows and positions: give at least 1")
-    if SWEEP.value and STEP.value != "train":
-        raise UserError("--sweep tries meshes and remat of training: leave out --step")
+    if TEXT.value < 1 or HELD_OUT.value < 1:
+        raise UserError(
+            "--calibration_tokens and --held_out_tokens count text that goes through the model: "
+            "give at least 1"
+        )
+
+
+def main() -> None:
+    config = cli.parse_config(CONFIG)
+    _check_flags()
     target = targets.find(TOPOLOGY.value)
     name = re.sub(r"\W+", "_", f"{config.name}_{TOPOLOGY.value}")
     suffix = "_sweep" if SWEEP.value else "" if STEP.value == "train" else f"_{STEP.value}"

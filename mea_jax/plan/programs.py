@@ -1,75 +1,29 @@
-"""Compiles the real steps of a config ahead of time, and keeps what the compiler says of them."""
+"""The real training and decode steps of a config, compiled ahead of time."""
 
-import contextlib
 import dataclasses
 import functools
-import re
-import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, SingleDeviceSharding
+from jax.sharding import SingleDeviceSharding
 
 from mea_jax import decode, sharding
 from mea_jax.backends import resolve
 from mea_jax.cache import count_bytes
 from mea_jax.config import ModelConfig, TrainConfig
-from mea_jax.errors import UserError
-from mea_jax.plan.costs import Costs, count
-from mea_jax.plan.hlo import parse
+from mea_jax.plan.compiling import Compiled, measured, per_device_bytes, portable
 from mea_jax.plan.target import Target
 from mea_jax.start import teacher_model
 from mea_jax.train_step import abstract_params, abstract_state, compile_train_step, placed_params
 from mea_jax.trained import stored_config
 
 
-class DoesNotFit(UserError):
-    """The compiler refused: `needed` and `available` bytes of a device's memory."""
-
-    def __init__(self, needed: float, available: float):
-        super().__init__(
-            f"does not fit: it needs {needed / 1e9:.2f} GB a device of {available / 1e9:.2f} GB, "
-            f"{(needed - available) / 1e9:.2f} GB over"
-        )
-        self.needed, self.available = needed, available
-
-
-@dataclasses.dataclass
-class Compiled:
-    """A compiled step. Bytes are those of one device."""
-
-    config: TrainConfig  # resolved
-    mesh: Mesh
-    costs: Costs
-    compile_seconds: float
-    held: dict[str, float]  # what lies there between steps, by name
-    temporaries: float
-    peak: float
-    parameters: int  # of the whole model
-    largest: list[str]  # the largest temporaries, as the compiler lists them
-    describe: str
-    text: str  # of the compiled program
-
-
-def per_device_bytes(abstract: Any) -> float:
-    """Bytes of a tree of abstract arrays with shardings that one device holds."""
-
-    def one(x: jax.ShapeDtypeStruct) -> float:
-        shape = x.sharding.shard_shape(x.shape) if x.sharding is not None else x.shape
-        return functools.reduce(lambda a, b: a * b, shape, 1) * x.dtype.itemsize
-
-    return sum(one(x) for x in jax.tree.leaves(abstract))
-
-
-def _portable(model: ModelConfig, target: Target) -> ModelConfig:
-    """The model as CPU devices compile it in the place of others: their compiler has no plain
-    products in bfloat16, and kernels of our own for CPUs would hide what others run."""
-    if target.exact:
-        return model
-    return dataclasses.replace(model, backend="xla", dtype="float32")
+def described(model: ModelConfig) -> str:
+    """What attention runs as, of a resolved model."""
+    words = f"{model.attention_kernel} attention"
+    return words if model.hlc == "none" else f"{words}, HLC {model.hlc_form}"
 
 
 def train_program(config: TrainConfig, target: Target) -> Compiled:
@@ -77,7 +31,7 @@ def train_program(config: TrainConfig, target: Target) -> Compiled:
     mesh = sharding.make_mesh(config.mesh, target.devices)
     length = config.data.context_length
     shape = dict(mesh.shape)
-    model = _portable(config.model, target)
+    model = portable(config.model, target)
     model = resolve(model, target.devices, length, shape["tensor"], shape["sequence"])
     config = dataclasses.replace(config, model=model)
     sharding.check_divisible(config, mesh)
@@ -93,24 +47,26 @@ def train_program(config: TrainConfig, target: Target) -> Compiled:
     batch = dict.fromkeys(("inputs", "targets", "positions", "segment_ids"), rows)
     with jax.set_mesh(mesh):
         lowered = compile_train_step(config, mesh, teacher).lower(state, batch, *taught)
-        executable, text, largest, seconds = _compile(lowered, target)
     held = {
         "parameters": per_device_bytes(state.params),
         "optimizer": per_device_bytes(state.opt_state),
         "batch": per_device_bytes(batch),
     } | ({"teacher": per_device_bytes(taught)} if taught else {})
-    described = f"{model.attention_kernel} attention"
-    if model.hlc != "none":
-        described += f", HLC {model.hlc_form}"
-    return _measured(
-        config, mesh, executable, text, largest, seconds, held, state.params, described
+    return measured(
+        lowered,
+        target,
+        config=config,
+        mesh=mesh,
+        held=held,
+        params=state.params,
+        describe=described(model),
     )
 
 
 def decode_program(config: TrainConfig, target: Target, batch: int, context: int) -> Compiled:
     """One decode step of `batch` rows with `context` positions cached, on one device."""
     device = target.devices[0]
-    model = resolve(_portable(config.model, target), [device], context)
+    model = resolve(portable(config.model, target), [device], context)
     config = dataclasses.replace(config, model=model)
     where = SingleDeviceSharding(device)
     kept: dict[str, Any] = {}
@@ -129,7 +85,6 @@ def decode_program(config: TrainConfig, target: Target, batch: int, context: int
     cache = placed(jax.eval_shape(empty))
     tokens = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=where)
     step = jax.jit(functools.partial(decode.step, served), donate_argnums=1)
-    executable, text, largest, seconds = _compile(step.lower(params, cache, tokens), target)
     layers = count_bytes(cache.layers)
     held = {
         "weights": per_device_bytes(params),
@@ -137,89 +92,12 @@ def decode_program(config: TrainConfig, target: Target, batch: int, context: int
         "cache, recent": per_device_bytes(cache) - layers,
     }
     mesh = jax.make_mesh((1,), ("device",), devices=[device])
-    return _measured(
-        config, mesh, executable, text, largest, seconds, held, params, served.describe()
-    )
-
-
-def _measured(
-    config, mesh, executable, text, largest, seconds, held, params, described
-) -> Compiled:
-    memory = executable.memory_analysis()
-    arguments, results = memory.argument_size_in_bytes, memory.output_size_in_bytes
-    temporaries = memory.temp_size_in_bytes
-    return Compiled(
+    return measured(
+        step.lower(params, cache, tokens),
+        target,
         config=config,
         mesh=mesh,
-        costs=count(parse(text)),
-        compile_seconds=seconds,
         held=held,
-        temporaries=temporaries,
-        # What is donated is counted once.
-        peak=arguments
-        + results
-        - memory.alias_size_in_bytes
-        + temporaries
-        # Programs lie in the device's memory too.
-        + memory.generated_code_size_in_bytes,
-        parameters=sum(x.size for x in jax.tree.leaves(params)),
-        largest=largest,
-        describe=described,
-        text=text,
+        params=params,
+        describe=served.describe(),
     )
-
-
-_OVER = (
-    r"Used ([\d.]+[KMGT]?) of ([\d.]+[KMGT]?) hbm",
-    r"\(([\d.]+[KMGT]?)\) exceeds available HBM \(([\d.]+[KMGT]?)\)",
-)
-
-
-def _size(text: str) -> float:
-    unit = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-    return float(text.rstrip("KMGT")) * unit.get(text[-1], 1)
-
-
-def _compile(lowered: Any, target: Target) -> tuple[Any, str, list[str], float]:
-    """The executable, its text, its largest temporaries and the seconds it took.
-
-    The text comes from the compiler's own dump: jax's reader of programs knows fewer operations
-    than libtpu writes (asynchronous updates), and cycle estimates are only in the dump.
-    """
-    began = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        stack.callback(jax.clear_caches)  # plans compile many programs, each once
-        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
-        try:
-            executable = lowered.compile(compiler_options=options)
-        except jax.errors.JaxRuntimeError as error:
-            message = str(error)
-            for pattern in _OVER:
-                if found := re.search(pattern, message):
-                    raise DoesNotFit(_size(found.group(1)), _size(found.group(2))) from error
-            if "RESOURCE_EXHAUSTED" in message and target.chip is not None:
-                raise UserError(f"does not fit: {message.splitlines()[0]}") from error
-            raise
-        seconds = time.perf_counter() - began
-        for ending in ("after_codegen.txt", "after_optimizations.txt"):
-            files = sorted(Path(folder).glob(f"*{ending}"), key=lambda f: f.stat().st_size)
-            if files:
-                text = files[-1].read_text()
-                break
-        else:
-            text = executable.as_text()
-        reports = sorted(
-            Path(folder).glob("*memory-usage-report.txt"), key=lambda f: f.stat().st_size
-        )
-        largest = _largest(reports[-1].read_text()) if reports else []
-    return executable, text, largest, seconds
-
-
-def _largest(report: str, count: int = 6) -> list[str]:
-    """The first lines of the compiler's table of buffers: size and shape."""
-    rows = []
-    for line in report.splitlines():
-        cells = [cell.strip() for cell in line.split(";")]
-        if len(cells) == 5 and "(" in cells[0] and cells[0][0].isdigit():
-            rows.append(f"{cells[1]}: {cells[4]}")
-    return rows[:count]

@@ -10,7 +10,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from mea_jax.plan.programs import Compiled
+from mea_jax.plan.compiling import Compiled
 from mea_jax.plan.roofline import Roofline, model_flops
 from mea_jax.plan.target import Target
 from mea_jax.report import si, table
@@ -71,17 +71,17 @@ def summary(
     return result
 
 
-def _bytes(count: float) -> str:
+def in_bytes(count: float) -> str:
     if count >= 1e12:
         return f"{count / 1e12:.2f} TB"
     return f"{count / 1e9:.2f} GB" if count >= 1e7 else f"{count / 1e6:.2f} MB"
 
 
-def _time(seconds: float) -> str:
+def in_time(seconds: float) -> str:
     return f"{seconds:.3f} s" if seconds >= 1 else f"{1e3 * seconds:.2f} ms"
 
 
-def _long(seconds: float) -> str:
+def in_long(seconds: float) -> str:
     """A duration of a run."""
     if seconds >= 86400:
         return f"{seconds / 86400:.2f} days"
@@ -90,32 +90,32 @@ def _long(seconds: float) -> str:
 
 def text(plan: dict[str, Any]) -> str:
     """The table that a person reads."""
-    mesh = " x ".join(f"{axis} {size}" for axis, size in plan["mesh"].items() if size > 1)
     held = dict(plan["bytes_per_device"])
     peak = held.pop("peak")
     rows = [
         ("step", f"{plan['step']}, {plan['tokens_per_step']:,} tokens"),
-        ("machine", f"{plan['topology']}: {plan['devices']} devices, mesh {mesh or 'of one'}"),
+        ("machine", machine(plan)),
         ("compiled", f"{plan['compiled']} in {plan['compile_seconds']:.0f} s"),
         ("parameters", f"{si(plan['parameters'])}"),
-        ("memory a device", f"{_bytes(peak)}" + _of_memory(plan, peak)),
-        *((f"  {name}", _bytes(size)) for name, size in held.items()),
+        ("memory a device", f"{in_bytes(peak)}" + _of_memory(plan, peak)),
+        *((f"  {name}", in_bytes(size)) for name, size in held.items()),
         ("work a device", f"{si(plan['flops_per_device'], 'FLOP')} of products"),
-        ("  bytes accessed", _bytes(plan["bytes_accessed_per_device"])),
-        ("  HBM traffic", _bytes(plan["hbm_bytes_per_device"])),
+        ("  bytes accessed", in_bytes(plan["bytes_accessed_per_device"])),
+        ("  HBM traffic", in_bytes(plan["hbm_bytes_per_device"])),
     ]
     if plan["step"] == "train":
         rows[2] = (
             "compiled",
             f"{rows[2][1]}; remat {plan['remat']}, accumulate {plan['accumulate']}",
         )
-    for row in plan["collectives"]:
-        if row["wire_bytes"] < 1e5:
-            continue
-        took = f", {_time(row['seconds'])}" if row["seconds"] is not None else ""
-        over = "the network of slices" if row["between_slices"] else row["axes"]
+    for row in seen(plan["collectives"]):
+        took = f", {in_time(row['seconds'])}" if row["seconds"] is not None else ""
+        over = where(row)
         rows.append(
-            (f"  {row['kind']}", f"{_bytes(row['wire_bytes'])} over {over}{took}, {row['calls']}x")
+            (
+                f"  {row['kind']}",
+                f"{in_bytes(row['wire_bytes'])} over {over}{took}, {row['calls']}x",
+            )
         )
     if "seconds" in plan:
         rows.append(("time of a step", _roof(plan)))
@@ -123,18 +123,40 @@ def text(plan: dict[str, Any]) -> str:
             if seconds is not None and name != "compute_by_cycles":
                 share = f"{seconds / plan['step_seconds']:.0%}"
                 mark = "  <- binds" if name == plan["binds"] else ""
-                rows.append((f"  {name}", f"{_time(seconds)}, {share}{mark}"))
+                rows.append((f"  {name}", f"{in_time(seconds)}, {share}{mark}"))
         if plan["seconds"]["compute_by_cycles"] is not None:
             cycles = plan["seconds"]["compute_by_cycles"]
-            rows.append(("  compiler's guess", f"{_time(cycles)} of compute, vector work included"))
+            guess = f"{in_time(cycles)} of compute, vector work included"
+            rows.append(("  compiler's guess", guess))
         rows.append(("at most", f"{plan['tokens_per_second']:,.0f} tokens/s" + _mfu(plan)))
     if "days" in plan:
-        long = _long(86400 * plan["days"])
+        long = in_long(86400 * plan["days"])
         rows.append(("the whole run", f"at least {long}, {plan['chip_hours']:,.1f} chip-hours"))
+    return table(rows) + notes(plan)
+
+
+def machine(plan: dict[str, Any]) -> str:
+    """Devices and mesh."""
+    mesh = " x ".join(f"{axis} {size}" for axis, size in plan["mesh"].items() if size > 1)
+    return f"{plan['topology']}: {plan['devices']} devices, mesh {mesh or 'of one'}"
+
+
+def seen(collectives: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those that move more than next to nothing."""
+    return [row for row in collectives if row["wire_bytes"] >= 1e5]
+
+
+def where(row: dict[str, Any]) -> str:
+    """What a collective runs over."""
+    return "the network of slices" if row["between_slices"] else row["axes"]
+
+
+def notes(plan: dict[str, Any]) -> str:
+    """What a reader of the numbers must know, as further lines."""
     note = "" if plan["exact"] else _INEXACT
     if plan["loops_counted_once"]:
         note += f"\nloops of unknown length, counted once: {plan['loops_counted_once']}"
-    return table(rows) + note
+    return note
 
 
 _INEXACT = (
@@ -149,9 +171,9 @@ def _of_memory(plan: dict[str, Any], peak: float) -> str:
     memory = plan["memory_per_device"]
     share = 1 - peak / memory
     if share < 0:
-        return f" of {_bytes(memory)}: {_bytes(peak - memory)} too much"
+        return f" of {in_bytes(memory)}: {in_bytes(peak - memory)} too much"
     tight = "" if share >= _SPARE else f", less than the {_spare()} to keep free"
-    return f" of {_bytes(memory)}, {share:.0%} free{tight}"
+    return f" of {in_bytes(memory)}, {share:.0%} free{tight}"
 
 
 def _spare() -> str:
@@ -159,7 +181,7 @@ def _spare() -> str:
 
 
 def _roof(plan: dict[str, Any]) -> str:
-    return f"at least {_time(plan['step_seconds'])}, if all overlaps"
+    return f"at least {in_time(plan['step_seconds'])}, if all overlaps"
 
 
 def _mfu(plan: dict[str, Any]) -> str:
@@ -187,7 +209,7 @@ def picture(plans: dict[str, dict[str, Any]], path: Path) -> None:
         places = [i + (j - (len(parts) - 1) / 2) * width for i in range(len(names))]
         bars = axes.barh(places, seconds, 0.9 * width, label=part, color=colours[part])
         labels = [
-            _time(s) + (" binds" if plans[n]["binds"] == part else "")
+            in_time(s) + (" binds" if plans[n]["binds"] == part else "")
             for n, s in zip(names, seconds, strict=True)
         ]
         axes.bar_label(bars, labels=labels, padding=3, fontsize=8)

@@ -12,7 +12,7 @@ import dataclasses
 from mea_jax import flops
 from mea_jax.config import TrainConfig
 from mea_jax.plan.collectives import axes_of, groups_of, seconds, slices_of, wire_bytes
-from mea_jax.plan.programs import Compiled
+from mea_jax.plan.compiling import Compiled
 from mea_jax.plan.target import Target
 
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from mea_jax.config import REMAT_POLICIES, MeshConfig, TrainConfig
 from mea_jax.errors import UserError
-from mea_jax.plan.programs import Compiled, DoesNotFit, train_program
+from mea_jax.plan.compiling import Compiled, DoesNotFit
+from mea_jax.plan.programs import train_program
 from mea_jax.plan.roofline import Roofline, roofline
 from mea_jax.plan.target import Target
 

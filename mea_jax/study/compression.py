@@ -163,7 +163,7 @@ def main() -> None:
     study, runs = Study(Path(WORK.value), Path(OUT.value)), _runs()
     heads = {run: StoredModel(run, print).config.model.n_kv_heads for run in runs}
     options = Options(
-        held_out_windows=HELD_OUT.value,
+        held_out_tokens=HELD_OUT.value,
         calibration_tokens=CALIBRATION.value,
         measure_tokens=MEASURE.value,
         repair_steps=STEPS.value,
@@ -191,7 +191,7 @@ if __name__ == "__main__":
     MODEL = flags.DEFINE_multi_string("model", [], "run directory KIND-SEED; repeated")
     WORK = flags.DEFINE_string("work", "runs/study/compressed", "folder for compressed models")
     OUT = flags.DEFINE_string("out", "docs/studies/compression", "folder for rows.jsonl")
-    HELD_OUT = flags.DEFINE_integer("held_out_windows", 384, "looked at")
+    HELD_OUT = flags.DEFINE_integer("held_out_tokens", 98_304, "looked at")
     CALIBRATION = flags.DEFINE_integer("calibration_tokens", Options.calibration_tokens, "")
     MEASURE = flags.DEFINE_integer("measure_tokens", Options.measure_tokens, "for budgets")
     STEPS = flags.DEFINE_integer("repair_steps", Options.repair_steps, "of each layer")

@@ -2,9 +2,8 @@
 
     python -m mea_jax.study.compression_figures --data docs/studies/compression
 
-Reads `rows.jsonl` and `layers.jsonl` (`mea_jax.study.compression`), and `recovery.jsonl` and
-`retrieval.jsonl` where they are (`mea_jax.study.recovery`); writes `tables.md` and a picture of
-each beside them.
+Reads `rows.jsonl` and `layers.jsonl` (`mea_jax.study.compression`), and `recovery.jsonl`
+(`mea_jax.study.recovery`) where it is; writes `tables.md` and a picture of each beside them.
 """
 
 from collections.abc import Iterable, Sequence
@@ -19,6 +18,7 @@ from mea_jax import cli
 from mea_jax.errors import UserError
 from mea_jax.report import disk_errors, write_whole
 from mea_jax.study.compression import KEEPS, Name, Row, read, variants
+from mea_jax.study.recovery import CONTROL
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -185,6 +185,55 @@ def draw_layers(layers: Sequence[Row], path: Path, method: str = "aligned") -> N
     _save(figure, path)
 
 
+def recovery_table(rows: Sequence[Row]) -> str:
+    """Held-out loss before and after training on, and what is left against the control."""
+    lines = ["| | seed | start | before | after | over the control |", "|---|---|---|---|---|---|"]
+    for kind in KINDS:
+        for seed in sorted({row["seed"] for row in rows if row["kind"] == kind}):
+            mine = select(rows, kind=kind, seed=seed)
+            control = last(mine, CONTROL)
+            for start in dict.fromkeys(row["start"] for row in mine):
+                before = min(select(mine, start=start), key=lambda row: row["step"])["loss"]
+                after = last(mine, start)
+                lines.append(
+                    f"| {KINDS[kind]} | {seed} | {start} | {before:.4f} | {after:.4f} | "
+                    f"{after - control:+.4f} |"
+                )
+    return "\n".join(lines)
+
+
+def last(rows: Sequence[Row], start: str) -> float:
+    return max(select(rows, start=start), key=lambda row: row["step"])["loss"]
+
+
+def draw_recovery(rows: Sequence[Row], path: Path) -> None:
+    """What each start loses against the control trained as long, over steps."""
+    kinds = [kind for kind in KINDS if select(rows, kind=kind)]
+    figure, axes = plt.subplots(
+        1, len(kinds), figsize=(max(4.6 * len(kinds), 6.5), 4), sharey=True, squeeze=False
+    )
+    for axis, kind in zip(axes[0], kinds, strict=True):
+        mine = select(rows, kind=kind)
+        first = min(row["seed"] for row in mine)
+        control = {row["step"]: row["loss"] for row in select(mine, seed=first, start=CONTROL)}
+        for start in dict.fromkeys(row["start"] for row in mine if row["start"] != CONTROL):
+            of = sorted(select(mine, seed=first, start=start), key=lambda row: row["step"])
+            axis.plot(
+                [row["step"] for row in of],
+                [row["loss"] - control[row["step"]] for row in of],
+                marker="o", markersize=4, label=start,
+            )  # fmt: skip
+        axis.axhline(0, color="grey", linewidth=0.8)
+        axis.set_yscale("symlog", linthresh=0.01)
+        axis.set(title=f"{KINDS[kind]}, seed {first}", xlabel="steps of training on")
+        axis.grid(alpha=0.25)
+    axes[0][0].set_ylabel("held-out loss over the control's, nats")
+    axes[0][-1].legend(frameon=False, fontsize=8)
+    figure.suptitle("Half the cache, trained on beside the uncompressed model")
+    figure.tight_layout()
+    _save(figure, path)
+
+
 def _save(figure: Any, path: Path) -> None:
     with disk_errors(path):
         figure.savefig(path, dpi=130)
@@ -203,6 +252,8 @@ def sections(data: Path) -> list[tuple[str, str]]:
     if select(rows, keep=0.5):
         found.append(("By domain, half the cache, mean of the seeds", domains_table(rows, 0.5)))
         found.append(("Heads chosen, half the cache", heads_table(rows, 0.5)))
+    if recovery := read(data / "recovery.jsonl"):
+        found.append(("Trained on, half the cache", recovery_table(recovery)))
     return found
 
 
@@ -214,6 +265,8 @@ def redraw(data: Path) -> str:
     draw_losses(read(data / "rows.jsonl"), data / "losses.png")
     if layers := read(data / "layers.jsonl"):
         draw_layers(layers, data / "layers.png")
+    if recovery := read(data / "recovery.jsonl"):
+        draw_recovery(recovery, data / "recovery.png")
     return text
 
 

@@ -31,7 +31,7 @@ from mea_jax.transformer import apply_logits
 SMALL: dict[str, Any] = {
     "calibration_tokens": 512,
     "measure_tokens": 256,
-    "held_out_windows": 16,
+    "held_out_tokens": 512,
     "dtype": "float32",
 }
 DEFINED = [*Options.__dataclass_fields__, "checkpoint", "out"]
@@ -113,7 +113,7 @@ def test_data_that_changed_are_read_in_the_models_own_tokens(tiny, corpus, one, 
 
 def test_the_loss_before_is_that_of_the_run(run, one, tmp_path):
     """The sweep through layers is the model: its held-out loss is what training ended with."""
-    summary = compress(run, tmp_path / "out", options(keep=1.0, held_out_windows=10_000))
+    summary = compress(run, tmp_path / "out", options(keep=1.0, held_out_tokens=1_000_000))
     ended = json.loads((run / "summary.json").read_text())
     assert summary["held_out"]["before"] == pytest.approx(ended["held_out_loss"], rel=1e-5)
     assert summary["held_out"]["increase"] == pytest.approx(0, abs=1e-5)

@@ -2,17 +2,18 @@
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 from helpers import PLAIN
 
 from mea_jax.compress.options import Options
-from mea_jax.study import compression, compression_figures
+from mea_jax.study import compression, compression_figures, recovery
 from mea_jax.study.compression import Name, Study
 from mea_jax.study.compression_figures import BEST, PAPER
 from mea_jax.train import train
 
-SMALL = Options(calibration_tokens=512, measure_tokens=256, held_out_windows=16, repair_steps=2)
+SMALL = Options(calibration_tokens=512, measure_tokens=256, held_out_tokens=512, repair_steps=2)
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +87,38 @@ def test_one_command_redraws_all(tmp_path):
     assert (tmp_path / "losses.png").stat().st_size > 10_000
     assert (tmp_path / "layers.png").stat().st_size > 10_000
     assert "+0.0140" in (tmp_path / "tables.md").read_text()  # the mean over seeds, by domain
+
+
+def test_recovery_starts_from_what_was_compressed(run, devices, tmp_path, monkeypatch):
+    """Each start at its own loss, the control at the model's; what is finished stays."""
+    devices(1)
+    quick = (PAPER, Name("aligned", "uniform", "none"))  # the others differ in nothing here
+    monkeypatch.setattr(recovery, "STARTS", quick)
+    monkeypatch.setattr(recovery, "TAUGHT", quick[1])
+    study = Study(tmp_path / "work", tmp_path / "out")
+    kept = {name: study.compress(run, name, 0.5, SMALL) for name in recovery.STARTS}
+    recipe = str(Path(__file__).parents[2] / "configs" / "recover.py")
+    config = recovery.recovery_config(recipe, run, 4, 1e-3)
+    assert (config.steps, config.optimizer.learning_rate) == (4, 1e-3)
+    rows = recovery.recover(run, tmp_path / "work", recipe, 4, 1e-3)
+    first = {row["start"]: row["loss"] for row in rows if row["step"] == 0}
+    assert len(first) == 2 + len(kept)
+    ended = json.loads((run / "summary.json").read_text())["held_out_loss"]
+    assert first["original"] == pytest.approx(ended, abs=1e-4)
+    best = recovery.TAUGHT.folder(0.5)
+    assert first[best] == first[f"{best}, taught"]
+    after = {row["start"]: row["loss"] for row in rows}
+    assert after[best] != after[f"{best}, taught"]
+    assert recovery.recover(run, tmp_path / "work", recipe, 4, 1e-3) == rows
+    table = compression_figures.recovery_table(rows)
+    assert f"| MHA | 0 | original | {ended:.4f} | {after['original']:.4f} | +0.0000 |" in table
+    compression_figures.draw_recovery(rows, tmp_path / "recovery.png")
+    assert (tmp_path / "recovery.png").stat().st_size > 10_000
+
+
+def test_nothing_compressed_nothing_recovered(tmp_path):
+    with pytest.raises(compression.UserError, match=r"run python -m mea_jax\.study\.compression"):
+        recovery.starts(tmp_path / "mha-0", tmp_path)
 
 
 def test_no_rows_no_study(tmp_path):

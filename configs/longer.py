@@ -7,8 +7,8 @@
 
 The argument is a run directory or one of its steps. A small model that was trained on short windows
 of plain text finds no pass keys; after this it does, so that what compression does to retrieval can
-be measured (`python -m mea_jax.evaluate --parts passkey`). Windows become four times as long,
-batches a quarter as large; half of the text is `texts/passkeys.jsonl`, held out by its documents' names.
+be measured (`python -m mea_jax.evaluate --parts passkey`). Windows become four times as long and
+batches a quarter as large; half of the text is `texts/passkeys.jsonl`.
 """
 
 import dataclasses

@@ -1,5 +1,6 @@
 """What every command shares: flags, one-line errors, where compiled code is kept."""
 
+import functools
 import os
 import re
 import sys
@@ -108,10 +109,11 @@ def _config_file_error(message: str) -> str:
     return f"the config file fails: {message}"
 
 
-def _parse_flags(argv: Sequence[str]) -> list[str]:
+def _parse_flags(argv: Sequence[str], training: bool) -> list[str]:
     """absl's parser, its errors as one line: a flag, a config file or a config key is wrong."""
     try:
-        _check_overrides(argv)
+        if training:
+            _check_overrides(argv)
         return flags.FLAGS(argv)
     except flags.UnrecognizedFlagError as error:
         name = error.flagname
@@ -129,10 +131,12 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
 def run(
     main: Callable[[], None],
     interrupted: str = "stopped; the same command resumes from the last checkpoint",
+    training: bool = True,
 ) -> None:
     """Runs a command: flags parsed, a `UserError` printed as one line with exit status 2.
 
-    `interrupted` is what Ctrl-C prints. With several processes, how one ends the others end too.
+    `interrupted` is what Ctrl-C prints. `training`: its --config, if any, is a `TrainConfig`. With
+    several processes, how one ends the others end too.
     """
 
     def wrapped(argv: Sequence[str]) -> None:
@@ -165,4 +169,4 @@ def run(
                 )
             distributed.end(1, f"{traceback.format_exc()}error: {type(error).__name__}: {reason}")
 
-    app.run(wrapped, flags_parser=_parse_flags)
+    app.run(wrapped, flags_parser=functools.partial(_parse_flags, training=training))

@@ -285,23 +285,28 @@ def compile_train_step(
     )
 
 
-def compile_eval_step(config: TrainConfig, mesh: Mesh) -> Callable[..., Metrics]:
-    """(params, batch) -> {"nll", "tokens"}: sums over the batch, float32.
+def eval_sums(config: TrainConfig, params: Any, batch: Batch) -> Metrics:
+    """{"nll", "tokens"}: sums over a batch, in `accumulate` parts; without any teacher."""
 
-    In `accumulate` parts like the training step, so that it fits wherever that does. To be called
-    under `jax.set_mesh(mesh)` if that has several devices: `RuntimeError` otherwise.
+    def part(sums, part_batch):
+        _, new = batch_loss(config, params, _constrained(part_batch))
+        return jax.tree.map(jnp.add, sums, new), None
+
+    zero = jnp.zeros((), jnp.float32)
+    nll, tokens = jax.lax.scan(part, (zero, zero), split_batch(config, batch))[0]
+    return {"nll": nll, "tokens": tokens}
+
+
+def compile_eval_step(config: TrainConfig, mesh: Mesh) -> Callable[..., Metrics]:
+    """(params, batch) -> `eval_sums`, float32.
+
+    In parts like the training step, so that it fits wherever that does. To be called under
+    `jax.set_mesh(mesh)` if that has several devices: `RuntimeError` otherwise.
     """
 
     def step(params, batch):
         sharding.require(mesh)
-
-        def part(sums, part_batch):
-            _, new = batch_loss(config, params, _constrained(part_batch))  # no teacher: plain nll
-            return jax.tree.map(jnp.add, sums, new), None
-
-        zero = jnp.zeros((), jnp.float32)
-        nll, tokens = jax.lax.scan(part, (zero, zero), split_batch(config, batch))[0]
-        return {"nll": nll, "tokens": tokens}
+        return eval_sums(config, params, batch)
 
     return jax.jit(
         step,

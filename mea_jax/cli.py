@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 from absl import app, flags, logging
-from ml_collections import config_flags
+from ml_collections import config_dict, config_flags
 
 from mea_jax import distributed, preemption
 from mea_jax.config import DataConfig, TrainConfig, flatten, from_config_dict
@@ -28,16 +28,22 @@ def define_config_flag():
     )
 
 
-def parse_config(flag) -> TrainConfig:
-    """The validated config of a `define_config_flag`. Raises `UserError`."""
+def given_config(flag, example: str) -> config_dict.ConfigDict:
+    """The value of a config flag. Raises `UserError` where there is none, or no such file."""
     if flag.value is None:
-        raise UserError("no config given: add --config configs/quickstart.py")
+        raise UserError(f"no config given: add --config {example}")
     try:
-        return from_config_dict(flag.value)
+        flag.value.to_dict()
     except OSError as error:  # ml_collections hands out an object that raises when it is read
         path = getattr(flags.FLAGS["config"], "config_filename", "").split(":")[0]
         reason = str(error).strip().splitlines()[-1].strip()
         raise UserError(f"config file {path} cannot be read: {reason}") from error
+    return flag.value
+
+
+def parse_config(flag) -> TrainConfig:
+    """The validated config of a `define_config_flag`. Raises `UserError`."""
+    return from_config_dict(given_config(flag, "configs/quickstart.py"))
 
 
 def define_process_flags() -> None:

@@ -15,8 +15,9 @@ from mea_jax.validation import validate_from_scratch
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
-# Their model is what a checkpoint holds (test_recovery.py), or their argument no variant (below).
-NO_MODELS = ("__init__", "recover", "longer", "compression_study")
+# Their model is what a checkpoint holds (test_recovery.py), their argument is no variant
+# (below), or they are studies (study/test_sweep.py).
+NO_MODELS = ("__init__", "recover", "longer", "compression_study", "lr_study")
 
 # Parameters are
 #   V D, once or (untied) twice, + D for the final norm

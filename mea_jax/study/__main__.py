@@ -1,6 +1,7 @@
 """Studies of learning rates and sizes, and of what trained models have learned.
 
     python -m mea_jax.study run --config configs/lr_study.py
+    python -m mea_jax.study report --store runs/lr_study
     python -m mea_jax.study heads --checkpoint runs/quickstart
 
 Each word is a module of `mea_jax.study` and has its own --help.
@@ -11,7 +12,16 @@ import sys
 
 from mea_jax.errors import fail, nearest
 
-COMMANDS = ("run", "heads", "compression", "compression_figures", "recovery", "texts")
+COMMANDS = (
+    "run",
+    "fit",
+    "report",
+    "heads",
+    "compression",
+    "compression_figures",
+    "recovery",
+    "texts",
+)
 
 
 def main() -> None:

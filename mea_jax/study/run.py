@@ -205,6 +205,19 @@ def parse_shard(text: str) -> tuple[int, int]:
     return int(index), int(count)
 
 
+def without(words: Sequence[str], names: Sequence[str]) -> list[str]:
+    """A command line without some flags, given as --name=value or as --name value."""
+    kept: list[str] = []
+    skipping = False
+    for word in words:
+        name, equals, _ = word.lstrip("-").partition("=")
+        flag = word.startswith("-") and name in names
+        if not (flag or skipping):
+            kept.append(word)
+        skipping = flag and not equals
+    return kept
+
+
 def _work(workers: int, shard: tuple[int, int]) -> None:
     """Starts the command `workers` times, each with its share of shard and cores, and waits."""
     if accelerator_attached():
@@ -213,7 +226,7 @@ def _work(workers: int, shard: tuple[int, int]) -> None:
     if not 1 <= workers <= len(cores):
         raise UserError(f"--workers {workers}: this machine has {len(cores)} cores")
     index, count = shard
-    kept = [word for word in sys.argv[1:] if not word.startswith(("--workers", "--shard"))]
+    kept = without(sys.argv[1:], ("workers", "shard"))
     command = [sys.executable, "-m", "mea_jax.study", "run", *kept]
     started = []
     for k in range(workers):
@@ -248,9 +261,7 @@ def table(grid: Grid, out: Path) -> str:
 def main() -> None:
     if not accelerator_attached():
         keep_freed_memory()
-    if CONFIG.value is None:
-        raise UserError("no config given: add --config configs/lr_study.py")
-    grid = grid_of(CONFIG.value)
+    grid = grid_of(cli.given_config(CONFIG, "configs/lr_study.py"))
     out, shard = Path(OUT.value or Path("runs") / grid.name), parse_shard(SHARD.value)
     if LIST.value:
         print(table(grid, out))

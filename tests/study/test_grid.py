@@ -7,7 +7,7 @@ import pytest
 
 from mea_jax.errors import UserError
 from mea_jax.study.grid import default_study, grid_of
-from mea_jax.study.run import parse_shard
+from mea_jax.study.run import parse_shard, without
 from mea_jax.study.store import Store
 
 SMALL = {"d_model": 32, "n_layers": 1, "d_ff": 48, "n_heads": 4, "n_kv_heads": 4, "head_dim": 8}
@@ -75,6 +75,11 @@ def test_impossible_grids_are_one_line(changes, words):
 def test_a_shard_is_i_of_n(text):
     with pytest.raises(UserError, match="expected i/n"):
         parse_shard(text)
+
+
+def test_workers_get_the_command_without_their_own_flags():
+    words = ["--config", "x.py", "--workers", "2", "--shard=0/4", "-workers=2", "--list"]
+    assert without(words, ("workers", "shard")) == ["--config", "x.py", "--list"]
 
 
 # -- the store --------------------------------------------------------------------------------

@@ -1,0 +1,103 @@
+"""Fits the laws of the learning rate to a study's rows: `python -m mea_jax.study fit --store DIR`.
+
+Prints a table of every fit, or of why there is none, and writes `fit.json` beside the rows.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from mea_jax import cli
+from mea_jax.errors import UserError
+from mea_jax.report import disk_errors, write_json
+from mea_jax.study import laws
+from mea_jax.study.store import Row, Store
+
+Estimate = dict[str, float | None] | None
+
+
+def fit_store(folder: Path) -> tuple[list[Row], dict[str, Any]]:
+    """The rows of a store and all fits to them. Raises `UserError` where there is none."""
+    rows = Store(folder).rows()
+    if not rows:
+        raise UserError(f"{folder} has no rows: run python -m mea_jax.study run --out {folder}")
+    return rows, laws.fit_all(laws.parse(rows, f"{folder / 'rows.jsonl'}, row"))
+
+
+def words(estimate: Estimate, form: str = ".3g") -> str:
+    """Such as "0.0021 (0.0019 to 0.0024)"; without an interval where there is none."""
+    if estimate is None:
+        return "-"
+    value, low, high = (estimate[name] for name in ("value", "low", "high"))
+    assert value is not None
+    if low is None or high is None:
+        return format(value, form)
+    return f"{value:{form}} ({low:{form}} to {high:{form}})"
+
+
+def markdown(headings: list[str], rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(headings) + " |", "|" + "---|" * len(headings)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def tables(fits: dict[str, Any]) -> list[tuple[str, str]]:
+    """Title and Markdown table of each kind of fit."""
+    level = f"{fits['settings']['level']:.0%} intervals"
+    optima = [
+        [f["variant"], f["size"], f"{f['tokens']:,}", words(f["learning_rate"]),
+         "-" if f["loss"] is None else f"{f['loss']:.4f}", f["reason"] or ""]
+        for f in fits["optimum"]
+    ]  # fmt: skip
+    robust = {(f["variant"], f["size"], f["tokens"]): f for f in fits["stability"]}
+    sensitivities = []
+    for f in fits["sensitivity"]:
+        stable = robust[f["variant"], f["size"], f["tokens"]]
+        rate = "-" if stable["learning_rate"] is None else f"{stable['learning_rate']:.3g}"
+        why = "; ".join(filter(None, (f["reason"], stable["reason"], stable["note"])))
+        name = [f["variant"], f["size"], f"{f['tokens']:,}"]
+        sensitivities.append([*name, words(f["value"]), rate, why])
+    tokens = [
+        [f["variant"], f["size"], f"{f['learning_rate']:.3g}", words(f["alpha"]), words(f["floor"]),
+         "-" if f["held_out_error"] is None else f"{f['held_out_error']:.2%}", f["reason"] or ""]
+        for f in fits["loss_in_tokens"]
+    ]  # fmt: skip
+    over_sizes = [
+        [f["variant"], str(f["runs"]), words(f["parameters_exponent"]), words(f["tokens_exponent"]),
+         f["reason"] or ""]
+        for f in fits["law"]
+    ]  # fmt: skip
+    cell = ["variant", "size", "tokens"]
+    return [
+        (f"Best learning rate ({level})", markdown([*cell, "peak", "loss there", ""], optima)),
+        (
+            f"Robustness ({level})",
+            markdown([*cell, "sensitivity, nats", "largest stable peak", ""], sensitivities),
+        ),
+        (
+            "Loss in tokens, L = (D_c / D)^alpha + L_0",
+            markdown(["variant", "size", "peak", "alpha", "L_0", "held-out error", ""], tokens),
+        ),
+        (
+            "Best learning rate over sizes, log lr = a + b log N + c log D",
+            markdown(["variant", "runs", "b", "c", ""], over_sizes),
+        ),
+    ]
+
+
+def main() -> None:
+    if not STORE.value:
+        raise UserError("no store given: add --store runs/lr_study")
+    folder = Path(STORE.value)
+    _, fits = fit_store(folder)
+    with disk_errors(folder):
+        write_json(folder / "fit.json", fits)
+    for title, table in tables(fits):
+        print(f"## {title}\n\n{table}\n")
+    print(f"{fits['runs']['finished']} runs, {fits['runs']['diverged']} diverged; all numbers in "
+          f"{folder / 'fit.json'}")  # fmt: skip
+
+
+if __name__ == "__main__":
+    STORE = flags.DEFINE_string("store", None, "folder of rows.jsonl")
+    cli.run(main, "stopped")

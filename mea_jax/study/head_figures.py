@@ -1,0 +1,239 @@
+"""Pictures of what W_lc learned (`mea_jax.study.heads`), each as PNG and SVG.
+
+They are grey: a pattern of line and a marker tell apart what colour otherwise would.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+Row = dict[str, Any]
+_COLUMNS = 6  # layers side by side
+_NAMES = {"key": "keys", "value": "values"}
+_MARKERS = "osD^vPX*"
+
+
+def draw(rows: Sequence[Row], folder: Path, text: str) -> list[Path]:
+    """mixing, spectra and redundancy of the newest checkpoint; training, where there are several.
+
+    `text`: what heads were compared on. Raises `OSError` where one cannot be written.
+    """
+    steps = sorted({row["step"] for row in rows})
+    newest = [row for row in rows if row["step"] == steps[-1]]
+    drawings: dict[str, Callable[[], Any]] = {
+        "mixing": lambda: _mixing(newest),
+        "spectra": lambda: _spectra(newest),
+    }
+    if any(row["after"] for row in newest):
+        drawings["redundancy"] = lambda: _redundancy(newest, text)
+    if len(steps) > 1:
+        drawings["training"] = lambda: _training(rows)
+    paths = []
+    for name, drawing in drawings.items():
+        figure = drawing()
+        try:
+            for kind in ("png", "svg"):
+                paths.append(folder / f"{name}.{kind}")
+                figure.savefig(paths[-1], dpi=130)
+        finally:
+            plt.close(figure)
+    return paths
+
+
+def _of(rows: Sequence[Row], which: str) -> list[Row]:
+    return sorted((r for r in rows if r["which"] == which), key=lambda r: r["layer"])
+
+
+def _sides(rows: Sequence[Row]) -> list[str]:
+    return [which for which in _NAMES if _of(rows, which)]
+
+
+def _hinton(axis: Any, mix_CK: np.ndarray) -> None:
+    """Squares whose area is a weight's size: black above zero, white below (a Hinton diagram)."""
+    components, composites = mix_CK.shape
+    largest = np.abs(mix_CK).max() or 1.0
+    axis.set_facecolor("0.72")
+    for (c, k), weight in np.ndenumerate(mix_CK):
+        side = 0.95 * math.sqrt(abs(weight) / largest)
+        axis.add_patch(
+            plt.Rectangle(
+                (k - side / 2, c - side / 2),
+                side,
+                side,
+                facecolor="black" if weight > 0 else "white",
+                linewidth=0,
+            )
+        )
+    axis.set(xlim=(-0.5, composites - 0.5), ylim=(components - 0.5, -0.5), aspect="equal")
+    axis.set_xticks([0, composites - 1])
+    axis.set_yticks([0, components - 1])
+    axis.tick_params(labelsize=7, length=2)
+
+
+def _mixing(rows: Sequence[Row]) -> Any:
+    """The mixing of every layer, keys above values."""
+    sides = _sides(rows)
+    layers = max(len(_of(rows, which)) for which in sides)
+    wide = min(layers, _COLUMNS)
+    lines = math.ceil(layers / wide)
+    high, across = max(r["components"] for r in rows), max(r["composites"] for r in rows)
+    size = 1.5 if across <= 16 else 2.4
+    figure, axes = plt.subplots(
+        lines * len(sides),
+        wide,
+        figsize=(
+            max(size * wide + 0.6, 5.2),
+            (size * max(high / across, 0.3) + 0.3) * lines * len(sides) + 0.8,
+        ),
+        squeeze=False,
+        layout="constrained",
+    )
+    for axis in axes.flat:
+        axis.set_visible(False)
+    for place, which in enumerate(sides):
+        for number, row in enumerate(_of(rows, which)):
+            line, column = divmod(number, wide)
+            axis = axes[line * len(sides) + place][column]
+            axis.set_visible(True)
+            _hinton(axis, np.asarray(row["mixing"], np.float64))
+            axis.set_title(f"{_NAMES[which]}, layer {row['layer']}", fontsize=8)
+    signed = all(row["kind"] == "heads" for row in rows)
+    figure.supxlabel("composite head (what attention reads)", fontsize=9)
+    figure.supylabel("component head (what is cached)", fontsize=9)
+    colours = "black: positive, white: negative" if signed else "frequency and dense: size alone"
+    title = f"Mixing of heads at step {rows[0]['step']}"
+    area = "area: size of the weight, against the largest of its panel"
+    figure.suptitle(f"{title}\n{area}; {colours}", fontsize=10)
+    return figure
+
+
+def _start(row: Row) -> float:
+    """The singular values of block identity, all alike where C divides K."""
+    return math.sqrt(row["composites"] / row["components"])
+
+
+def _shade(number: int, count: int) -> str:
+    """From light grey for the first to black for the last."""
+    return str(0.7 * (1 - number / max(count - 1, 1)))
+
+
+def _panels(sides: Sequence[str], lines: int = 1, height: float = 3.6) -> tuple[Any, Any]:
+    return plt.subplots(
+        lines,
+        len(sides),
+        figsize=(4.4 * len(sides) + 0.4, height * lines + 0.5),
+        sharey="row",
+        squeeze=False,
+        layout="constrained",
+    )
+
+
+def _line(number: int, count: int) -> dict[str, Any]:
+    """How one of `count` layers is drawn."""
+    return {
+        "color": _shade(number, count),
+        "marker": _MARKERS[number % len(_MARKERS)],
+        "markersize": 4,
+        "linewidth": 1.2,
+    }
+
+
+def _spectra(rows: Sequence[Row]) -> Any:
+    """Singular values of every layer's mixing."""
+    sides = _sides(rows)
+    figure, axes = _panels(sides)
+    for axis, which in zip(axes[0], sides, strict=True):
+        found = _of(rows, which)
+        for number, row in enumerate(found):
+            values = np.asarray(row["singular_values"], np.float64)
+            style = _line(number, len(found))
+            if len(values) > 40:  # of a dense mixing: a value for each feature
+                style["marker"] = None
+            axis.plot(np.arange(1, len(values) + 1), values, label=f"{row['layer']}", **style)
+        axis.axhline(_start(found[0]), color="black", linestyle=":", linewidth=1)
+        axis.set(title=f"mixing of {_NAMES[which]}", xlabel="number of the singular value")
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel("singular value")
+    axes[0][0].set_ylim(bottom=0)
+    if len(rows) // len(sides) <= 12:
+        axes[0][-1].legend(title="layer", fontsize=7, title_fontsize=8, frameon=False)
+    shades = "light: first layer, black: last; dotted: block identity"
+    figure.suptitle(
+        f"Singular values of the mixing at step {rows[0]['step']}\n{shades}", fontsize=10
+    )
+    return figure
+
+
+def _redundancy(rows: Sequence[Row], text: str) -> Any:
+    """How alike two heads are before and after mixing, over layers."""
+    sides = [which for which in _sides(rows) if all(r["after"] for r in _of(rows, which))]
+    figure, axes = _panels(sides)
+    styles = {
+        "before": ("components (before mixing)", "o", "--", "0.45"),
+        "after": ("composites (after mixing)", "s", "-", "black"),
+        "chance": ("random projections", "x", ":", "0.45"),
+    }
+    for axis, which in zip(axes[0], sides, strict=True):
+        found = _of(rows, which)
+        layers = [row["layer"] for row in found]
+        for part, (label, marker, line, colour) in styles.items():
+            values = [np.nan if (x := row[part]["cka"]) is None else x for row in found]
+            axis.plot(layers, values, line, marker=marker, color=colour, markersize=5, label=label)
+        axis.set(title=_NAMES[which], xlabel="layer", ylim=(0, 1))
+        axis.set_xticks(layers if len(layers) <= 16 else layers[::4])
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel("mean CKA of two heads (1: alike)")
+    axes[0][-1].legend(fontsize=8, frameon=False)
+    figure.suptitle(f"How alike heads are at step {rows[0]['step']}, {text}", fontsize=10)
+    return figure
+
+
+def _training(rows: Sequence[Row]) -> Any:
+    """Over training, a line for each layer: distance, weights from other heads, rank, likeness."""
+    # What it is at step 0, where that is known, and the top of its axis, where it has one.
+    Measure = tuple[str, Callable[[Row], float | None], float | None, float | None]
+    measured: list[Measure] = [
+        ("distance from\nblock identity", lambda row: row["distance"], 0.0, None),
+        ("share of weight\nfrom other heads", lambda row: row["from_others"], 0.0, None),
+        ("effective rank\nin heads", lambda row: row["effective_rank"], None, _most(rows)),
+        ("mean CKA\nafter mixing", lambda row: row["after"] and row["after"]["cka"], None, 1.0),
+    ]
+    measured = [m for m in measured if any(m[1](row) is not None for row in rows)]
+    sides = _sides(rows)
+    figure, axes = _panels(sides, len(measured), 1.9)
+    for column, which in enumerate(sides):
+        found = _of(rows, which)
+        layers = sorted({row["layer"] for row in found})
+        for line, (name, of, first, top) in enumerate(measured):
+            axis = axes[line][column]
+            for number, layer in enumerate(layers):
+                mine = sorted((r for r in found if r["layer"] == layer), key=lambda r: r["step"])
+                points = [(r["step"], np.nan if of(r) is None else of(r)) for r in mine]
+                if first is not None and mine[0]["distance"] is not None and mine[0]["step"]:
+                    points = [(0, first), *points]
+                axis.plot(
+                    *zip(*points, strict=True), label=f"{layer}", **_line(number, len(layers))
+                )
+            axis.set_ylim(0, top)
+            axis.set_xlim(0, 1.04 * max(row["step"] for row in rows) or 1)
+            if column == 0:
+                axis.set_ylabel(name, fontsize=9)
+            axis.grid(alpha=0.3)
+        axes[0][column].set_title(_NAMES[which])
+        axes[-1][column].set_xlabel("step")
+    if len(layers) <= 12:
+        axes[0][-1].legend(title="layer", fontsize=6, title_fontsize=7, frameon=False, ncols=2)
+    figure.suptitle("Over training (light: first layer, black: last)", fontsize=10)
+    return figure
+
+
+def _most(rows: Sequence[Row]) -> float:
+    """The largest rank a mixing can have, and a little more."""
+    return 1.05 * max(min(row["components"], row["composites"]) for row in rows)

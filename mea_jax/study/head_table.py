@@ -1,0 +1,75 @@
+"""The table of `mea_jax.study.heads`."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+Row = dict[str, Any]
+SIDES = ("rows", "columns")
+LEVEL = 0.01  # of a test that the summary counts
+
+LEGEND = """\
+distance  |M - start| / |start|, Frobenius; start: block identity
+own       mean weight of a head's own component (1 at the start)
+others    share of squared weights on components that are not a head's own
+rank      effective rank (exp of entropy) of the mixing's singular values, in heads
+comp.     the same of the composite heads, each at unit power
+rows p    of clusters among rows (components), by shuffling; cols p: among columns (composites)
+CKA       mean likeness of two heads in [0, 1], before and after mixing, and of random projections
+heads     effective number of heads by CKA: 1 if all are alike"""
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None or not np.isfinite(value) else format(value, form)
+
+
+def _p(side: str) -> Callable[[Row], str]:
+    return lambda row: _number(row[side] and row[side]["p"], ".3f")
+
+
+def _of(part: str, name: str, form: str) -> Callable[[Row], str]:
+    return lambda row: _number(row[part] and row[part][name], form)
+
+
+_COLUMNS: tuple[tuple[str, str, Callable[[Row], str]], ...] = (
+    ("", "layer", lambda row: str(row["layer"])),
+    ("", "", lambda row: f"{row['which']}s"),
+    ("", "C", lambda row: str(row["components"])),
+    ("", "K", lambda row: str(row["composites"])),
+    ("", "distance", lambda row: _number(row["distance"], ".3f")),
+    ("", "own", lambda row: _number(row["own"], ".2f")),
+    ("", "others", lambda row: _number(row["from_others"], ".1%")),
+    ("", "rank", lambda row: _number(row["effective_rank"], ".2f")),
+    ("", "comp.", lambda row: _number(row["composite_rank"], ".2f")),
+    ("rows", "p", _p("rows")),
+    ("cols", "p", _p("columns")),
+    ("CKA", "before", _of("before", "cka", ".3f")),
+    ("", "after", _of("after", "cka", ".3f")),
+    ("", "random", _of("chance", "cka", ".3f")),
+    ("heads", "before", _of("before", "effective_heads", ".2f")),
+    ("", "after", _of("after", "effective_heads", ".2f")),
+)
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Of the rows of one checkpoint."""
+    lines = [[above for above, _, _ in _COLUMNS], [name for _, name, _ in _COLUMNS]]
+    lines += [[cell(row) for _, _, cell in _COLUMNS] for row in rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(_COLUMNS))]
+    return "\n".join(
+        "  ".join(f"{cell:>{width}}" for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )
+
+
+def summary(rows: Sequence[Row]) -> str:
+    """A line about the clusters of one checkpoint."""
+    found = [row[side]["p"] for row in rows for side in SIDES if row[side]]
+    if not found:
+        return "no clusters were looked for: too few heads, or no weight outside the start changed"
+    few = sum(p < LEVEL for p in found)
+    return (
+        f"clusters: {few} of {len(found)} tests at p < {LEVEL} ({LEVEL * len(found):.2g} expected "
+        f"by chance), least p {min(found):.3f}"
+    )

@@ -1,0 +1,34 @@
+"""Laws of the learning rate: what finished runs say of it, with intervals, or why they do not."""
+
+from mea_jax.study.laws.fit import fit_all
+from mea_jax.study.laws.intervals import Estimate
+from mea_jax.study.laws.optimum import Optimum, fit_optima
+from mea_jax.study.laws.results import Result, parse, read
+from mea_jax.study.laws.robustness import (
+    Sensitivity,
+    Stability,
+    fit_sensitivity,
+    fit_stability,
+)
+from mea_jax.study.laws.sizes import LearningRateLaw, deepseek_law, fit_laws, step_law
+from mea_jax.study.laws.tokens import LossInTokens, fit_tokens
+
+__all__ = [
+    "Estimate",
+    "LearningRateLaw",
+    "LossInTokens",
+    "Optimum",
+    "Result",
+    "Sensitivity",
+    "Stability",
+    "deepseek_law",
+    "fit_all",
+    "fit_laws",
+    "fit_optima",
+    "fit_sensitivity",
+    "fit_stability",
+    "fit_tokens",
+    "parse",
+    "read",
+    "step_law",
+]

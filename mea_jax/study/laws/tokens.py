@@ -1,0 +1,365 @@
+"""The loss in tokens at one learning rate (arXiv 2601.19611, eq. 35):
+
+    L(D) = (D_c / D)^alpha + L_0
+
+D in tokens, L and L_0 in nats per token. Fitted robustly (Huber's function of log-residuals, as in
+arXiv 2203.15556), checked on late points that the fit did not see, and left out where it fails.
+
+For a given alpha the law is linear in A = D_c^alpha and L_0, so alpha is searched on a fine grid
+and the other two are solved for (variable projection): one search from every start, without an
+optimiser. Intervals are profiles: all (alpha, A, L_0) whose sum of squares exceeds the least by at
+most t^2 s^2, and the range that a number has among them. L_0 and alpha trade off along a bent
+valley, which intervals from a covariance matrix do not follow.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from mea_jax.study.laws.intervals import Estimate, jackknife, student_t
+from mea_jax.study.laws.results import Result, grouped
+
+ALPHAS = (0.01, 3.0)  # searched; published exponents lie between 0.05 and 0.6
+SKIP = 0.1  # of the horizon, from the start: warmup and the first descent follow no power law
+HELD_OUT = 0.25  # of the token counts, the last ones
+POINTS = 8  # token counts, at least: 6 for three numbers and their errors, 2 held out
+TOLERANCE = 0.01  # root mean square of the log-residuals, seen and held out, above which the fit
+# says nothing: 0.03 nats at a loss of 3, which is more than learning rates differ by
+_HUBER = 1.345  # standard deviations: 95% efficient for normal errors (Huber 1981)
+_COARSE, _ZOOMS = 40, 5  # the search for alpha: to 2e-5 of it
+_ROUNDS = 4  # of reweighting, from the weights of the search before
+_FINE = 200  # alphas of a profile: an interval's ends are met to 1/200 of it
+_ROUNDING = 1e-5  # of the loss: errors are never taken to be smaller
+
+
+@dataclasses.dataclass(frozen=True)
+class LossInTokens:
+    """The fit of one (variant, size, learning rate).
+
+    Attributes:
+      tokens: the horizon, the largest D of a point.
+      source: "curve" (held-out losses along runs) or "horizons" (final losses of runs of several
+        lengths). A curve at a learning rate that decays is no such law: give runs of several
+        lengths, or a constant rate, as the paper does.
+      points, seeds, diverged: what was fitted, and the runs left out because they diverged.
+      alpha, scale, floor: alpha, D_c in tokens, L_0 in nats.
+      over: "seeds" where the intervals are of the mean over seeds (3 or more), "points" where they
+        say how well the points of this one training run are met: another seed may lie outside.
+      error: root mean square of the log-residuals: 0.001 is 0.1% of the loss.
+      held_out_error: the same on the last quarter of the points, by a fit of those before.
+      reason: why there are no numbers, and what to add. None where there are.
+    """
+
+    variant: str
+    size: str
+    parameters: int
+    learning_rate: float
+    tokens: int
+    source: str
+    points: int
+    seeds: int
+    diverged: int
+    alpha: Estimate | None = None
+    scale: Estimate | None = None
+    floor: Estimate | None = None
+    over: str | None = None
+    error: float | None = None
+    held_out_error: float | None = None
+    reason: str | None = None
+
+    def predict(self, tokens: float) -> float:
+        """The loss at `tokens`, in nats. Raises ValueError where the fit abstains."""
+        if self.alpha is None or self.scale is None or self.floor is None:
+            raise ValueError(self.reason)
+        return (self.scale.value / tokens) ** self.alpha.value + self.floor.value
+
+
+def fit_tokens(results: Sequence[Result], skip: float = SKIP) -> list[LossInTokens]:
+    """One fit for each (variant, size, learning rate) of `results`.
+
+    Args:
+      results: of any number of variants.
+      skip: the share of the horizon whose points are left out.
+    """
+    found = []
+    for _, runs in grouped(results, lambda r: (r.variant, r.size, r.learning_rate)):
+        found.append(_fit_group(runs, skip))
+    return found
+
+
+def _fit_group(runs: Sequence[Result], skip: float) -> LossInTokens:
+    whole = [run for run in runs if not run.diverged]
+    source = "curve" if any(len(run.curve) > 1 for run in whole) else "horizons"
+    data = _points(whole, source, skip)
+    first = runs[0]
+    about = LossInTokens(
+        variant=first.variant,
+        size=first.size,
+        parameters=first.parameters,
+        learning_rate=first.learning_rate,
+        tokens=max(run.tokens for run in runs),
+        source=source,
+        points=len(data),
+        seeds=len({run.seed for run in whole}),
+        diverged=len(runs) - len(whole),
+    )
+    if not whole:
+        return _without(
+            about,
+            f"every run diverged ({len(runs)}): there is no loss to fit; add a lower learning rate",
+        )
+    at = np.unique(data[:, 0])
+    if len(at) < POINTS:
+        return _without(
+            about,
+            f"{len(at)} token counts beyond the first {skip:.0%} of the horizon: give {POINTS} or "
+            "more, by more frequent evaluations or by runs of other lengths",
+        )
+    late = at[-max(2, int(len(at) * HELD_OUT))]
+    held_out, early = data[data[:, 0] >= late], data[data[:, 0] < late]
+    fit = _Fit(early)
+    held_out_error = _rms(np.log(fit.loss(held_out[:, 0]) / held_out[:, 1]))
+    fit = _Fit(data)
+    error = _rms(np.log(fit.loss(data[:, 0]) / data[:, 1]))
+    about = dataclasses.replace(about, error=error, held_out_error=held_out_error)
+    if max(error, held_out_error) > TOLERANCE:
+        return _without(
+            about,
+            f"does not fit: log-residuals of {error:.2%}, and {held_out_error:.2%} on held-out "
+            f"late points, where {TOLERANCE:.0%} is allowed: look at the curve for spikes and a "
+            "decaying learning rate, or leave out more of its start",
+        )
+    over = "seeds" if about.seeds >= 3 else "points"
+    estimates = _over_seeds(fit, data) if over == "seeds" else fit.profile()
+    if estimates is None:
+        return _without(
+            about,
+            "the points do not tell alpha from L_0: add runs of more tokens, or more evaluations",
+        )
+    alpha, scale, floor = estimates
+    return dataclasses.replace(about, alpha=alpha, scale=scale, floor=floor, over=over)
+
+
+def _without(about: LossInTokens, reason: str) -> LossInTokens:
+    return dataclasses.replace(about, reason=reason)
+
+
+def _rms(residuals: np.ndarray) -> float:
+    return math.sqrt(float(np.mean(residuals**2)))
+
+
+def _points(runs: Sequence[Result], source: str, skip: float) -> np.ndarray:
+    """Rows of (tokens, loss, series), each series in order of tokens.
+
+    A series is what may be correlated: a run's curve, or the final losses of a seed.
+    """
+    rows: list[tuple[float, float, float]] = []
+    for run in runs:
+        points = run.curve
+        if source == "horizons" or not points:
+            points = ((run.tokens, run.loss or math.nan),)
+        rows += [(float(at), loss, float(run.seed)) for at, loss in points]
+    most = max((row[0] for row in rows), default=0.0)
+    kept = sorted((r for r in rows if r[0] > skip * most), key=lambda r: (r[2], r[0]))
+    return np.array(kept).reshape(-1, 3)
+
+
+def _over_seeds(fit: "_Fit", data: np.ndarray) -> tuple[Estimate, Estimate, Estimate] | None:
+    """Intervals from fits that leave out one seed each, in logarithms where a sign is known.
+
+    None where alpha's leaves the range that is searched.
+    """
+    seeds = np.unique(data[:, 2])
+    others = [_Fit(data[data[:, 2] != seed]) for seed in seeds]
+    alpha = _exp(jackknife(math.log(fit.alpha), [math.log(other.alpha) for other in others]))
+    assert alpha.low is not None
+    assert alpha.high is not None
+    if alpha.low <= ALPHAS[0] or alpha.high >= ALPHAS[1]:
+        return None
+    scale = jackknife(fit.log_scale, [other.log_scale for other in others])
+    floor = jackknife(fit.floor, [other.floor for other in others])
+    floor = Estimate(floor.value, max(0.0, floor.low or 0.0), floor.high)
+    return alpha, _exp(scale), floor
+
+
+def _exp(estimate: Estimate) -> Estimate:
+    low, high = estimate.low, estimate.high
+    return Estimate(
+        _bounded_exp(estimate.value),
+        None if low is None else _bounded_exp(low),
+        None if high is None else _bounded_exp(high),
+    )
+
+
+def _bounded_exp(value: float) -> float:
+    """exp, within what a float holds: D_c is far from any data where alpha is small."""
+    return math.exp(min(max(value, -700.0), 700.0))
+
+
+class _Fit:
+    """The law that fits points best, and the pseudo-observations around it.
+
+    Attributes:
+      alpha, floor: alpha and L_0.
+      log_scale: log D_c.
+    """
+
+    def __init__(self, points: np.ndarray):
+        """`points`: (tokens, loss, series)."""
+        self.tokens, self.losses, self.series = points.T
+        # D against its geometric mean: A is then of the size of the loss, whatever alpha.
+        self.unit = math.exp(float(np.mean(np.log(self.tokens))))
+        self.scale = math.inf  # of the residuals; Huber's function is then the square
+        self.weights = np.ones_like(self.tokens)
+        for _ in range(3):  # the scale belongs to the fit it is taken from
+            self._search()
+            residuals = np.log(self.loss(self.tokens) / self.losses)
+            # 3 of the residuals are fitted away; the median of the rest is of normal errors
+            spread = np.sort(np.abs(residuals))[min(3, len(residuals) - 1) :]
+            self.scale = max(1.4826 * float(np.median(spread)), 1e-9)
+
+    def _search(self) -> None:
+        """Over all of `ALPHAS`, then between the neighbours of the best one, again and again."""
+        alphas = np.geomspace(*ALPHAS, _COARSE)
+        for _ in range(_ZOOMS):
+            amplitudes, floors, costs, weights = self._solve(alphas)
+            best = int(np.argmin(costs))
+            low, high = alphas[max(best - 1, 0)], alphas[min(best + 1, len(alphas) - 1)]
+            self.alpha, self.amplitude = float(alphas[best]), float(amplitudes[best])
+            self.floor = float(floors[best])
+            self.weights = weights[best]
+            alphas = np.geomspace(low, high, 21)
+
+    @property
+    def log_scale(self) -> float:
+        return math.log(self.unit) + math.log(self.amplitude) / self.alpha
+
+    def loss(self, tokens: np.ndarray) -> np.ndarray:
+        return self.amplitude * (tokens / self.unit) ** -self.alpha + self.floor
+
+    def _solve(self, alphas: np.ndarray) -> tuple[np.ndarray, ...]:
+        """The best A and L_0 >= 0 for each alpha, Huber's cost of them, and weights of points.
+
+        Least squares, weighted anew each round so that its fixed point is the minimum of Huber's
+        function of log(predicted / observed).
+        """
+        powers = (self.tokens / self.unit) ** -alphas[:, None]
+        weights = np.broadcast_to(self.weights, powers.shape)
+        for _ in range(1 if self.scale == math.inf else _ROUNDS):
+            amplitudes, floors = _linear(powers, self.losses, weights)
+            predicted = amplitudes[:, None] * powers + floors[:, None]
+            ratios = predicted / self.losses
+            logs = np.log(ratios)
+            near = np.abs(ratios - 1) < 1e-9  # where log(r) / (r - 1) is 0 / 0
+            slope = np.where(near, 1.0, logs / np.where(near, 1.0, ratios - 1))
+            bound = _HUBER * self.scale
+            with np.errstate(divide="ignore"):
+                weights = np.minimum(1.0, bound / np.abs(logs)) * slope / ratios
+        absolute = np.abs(logs)
+        inside = absolute <= bound
+        costs = np.where(inside, logs**2 / 2, np.minimum(bound, 1e9) * (absolute - bound / 2))
+        if self.scale == math.inf:
+            costs = logs**2 / 2
+        return amplitudes, floors, costs.sum(axis=1), weights
+
+    def profile(self) -> tuple[Estimate, Estimate, Estimate] | None:
+        """alpha, D_c and L_0 with their intervals; None where the search's ends are among them.
+
+        Pseudo-observations (Huber 1981, 7.10): residuals psi(r) / mean psi' around the robust fit,
+        whose ordinary least squares are that fit, and whose variance is the robust one.
+        """
+        fitted = self.loss(self.tokens)
+        residuals = np.log(self.losses / fitted)
+        bound = _HUBER * self.scale
+        inside = float(np.mean(np.abs(residuals) <= bound))
+        pseudo = np.clip(residuals, -bound, bound) / max(inside, 0.1)
+        inflation = _correlation(pseudo, self.series)
+        freedom = max(1, int(len(pseudo) / inflation) - 3)
+        least = float((pseudo**2).sum())
+        variance = max(least / (len(pseudo) - 3) * inflation, _ROUNDING**2)
+        most = least + student_t(freedom) ** 2 * variance
+        alphas = np.geomspace(*ALPHAS, _FINE)
+        for _ in range(3):  # all of them, then those within the interval and its ends
+            alphas = np.sort(np.append(alphas, self.alpha))  # or a short interval is missed
+            region = _Region(alphas, self.tokens / self.unit, fitted, 1 + pseudo, most)
+            held = np.flatnonzero(region.held)
+            if len(held) == 0 or held[0] == 0 or held[-1] == len(alphas) - 1:
+                return None
+            alphas = np.geomspace(alphas[held[0] - 1], alphas[held[-1] + 1], _FINE)
+        low, high = region.alphas[held[0]], region.alphas[held[-1]]
+        scales = np.log(region.amplitudes[:, held]) / region.alphas[held] + math.log(self.unit)
+        return (
+            Estimate(self.alpha, float(low), float(high)),
+            _exp(Estimate(self.log_scale, float(scales.min()), float(scales.max()))),
+            Estimate(
+                self.floor,
+                max(0.0, float(region.floors[0, held].min())),
+                float(region.floors[1, held].max()),
+            ),
+        )
+
+
+class _Region:
+    """For each alpha the (A, L_0) whose sum of squares of relative errors is at most `most`.
+
+    They are an ellipse.
+
+    Attributes:
+      held: the alphas for which there are any, with A > 0 and L_0 >= 0.
+      amplitudes, floors: (2, alphas): the ends of the ellipse along A and along L_0.
+    """
+
+    def __init__(
+        self,
+        alphas: np.ndarray,
+        tokens: np.ndarray,
+        fitted: np.ndarray,
+        observed: np.ndarray,
+        most: float,
+    ):
+        x = tokens ** -alphas[:, None] / fitted
+        one = 1 / fitted
+        xx, x1, oo = (x * x).sum(1), (x * one).sum(1), float((one * one).sum())
+        xy, oy = (x * observed).sum(1), float((one * observed).sum())
+        determinant = np.maximum(xx * oo - x1**2, 1e-300)
+        amplitudes, floors = (xy * oo - oy * x1) / determinant, (oy * xx - xy * x1) / determinant
+        predicted = amplitudes[:, None] * x + floors[:, None] * one
+        room = most - ((predicted - observed) ** 2).sum(1)
+        reach = np.sqrt(np.maximum(room, 0) / determinant)
+        ends = np.array([[-1.0], [1.0]])
+        self.alphas = alphas
+        self.amplitudes = np.maximum(amplitudes + ends * reach * math.sqrt(oo), 1e-300)
+        self.floors = floors + ends * reach * np.sqrt(xx)
+        self.held = (room >= 0) & (self.amplitudes[1] > 1e-300) & (self.floors[1] >= 0)
+
+
+def _linear(
+    powers: np.ndarray, losses: np.ndarray, weights: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """A > 0 and L_0 >= 0 of each row of `powers` that minimise weighted relative squares."""
+    weights = weights / losses**2
+    xx, x1 = (weights * powers**2).sum(1), (weights * powers).sum(1)
+    oo, xy = weights.sum(1), (weights * powers * losses).sum(1)
+    oy = (weights * losses).sum(1)
+    determinant = np.maximum(xx * oo - x1**2, 1e-300)
+    amplitudes, floors = (xy * oo - oy * x1) / determinant, (oy * xx - xy * x1) / determinant
+    below = floors < 0
+    amplitudes, floors = np.where(below, xy / xx, amplitudes), np.where(below, 0.0, floors)
+    rising = amplitudes <= 0  # losses that grow with tokens: a constant, nearly
+    return np.where(rising, 1e-12, amplitudes), np.where(rising, oy / oo, floors)
+
+
+def _correlation(residuals: np.ndarray, series: np.ndarray) -> float:
+    """By how much neighbours' correlation widens variances: (1 + rho) / (1 - rho), at least 1."""
+    centred = residuals - residuals.mean()
+    together = series[1:] == series[:-1]
+    total = float((centred**2).sum())
+    if total == 0 or not together.any():
+        return 1.0
+    rho = float((centred[1:] * centred[:-1])[together].sum()) / total
+    rho *= len(residuals) / max(int(together.sum()), 1)
+    rho += 3 / len(residuals)  # what the fit of three numbers takes from it
+    rho = min(max(rho, 0.0), 0.9)
+    return (1 + rho) / (1 - rho)

@@ -1,0 +1,216 @@
+"""A study's rows as a report: `python -m mea_jax.study report --store DIR --out DIR2`.
+
+Writes `report.md` with the tables of `study fit`, and its figures as PNG and SVG, readable without
+colour. A function of the rows alone, in well under a minute.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from absl import flags
+
+from mea_jax import cli
+from mea_jax.errors import UserError
+from mea_jax.report import disk_errors, write_json, write_whole
+from mea_jax.study.fit import fit_store, tables
+from mea_jax.study.store import Row
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+_MARKERS, _LINES = "osD^vPX*", ("-", "--", "-.", ":")
+_GREYS = ("#000000", "#1f5fa8", "#b4441f", "#2f7d4f", "#7a4a9a", "#8a6d00", "#666666", "#0f8b8d")
+Style = dict[str, Any]
+
+
+def styles(rows: Sequence[Row]) -> dict[str, Style]:
+    """A look for each variant, by marker and line first."""
+    names = sorted({row["variant"] for row in rows})
+    return {
+        name: {
+            "marker": _MARKERS[i % len(_MARKERS)],
+            "linestyle": _LINES[i % len(_LINES)],
+            "color": _GREYS[i % len(_GREYS)],
+        }
+        for i, name in enumerate(names)
+    }
+
+
+def cells(rows: Sequence[Row]) -> list[tuple[str, int]]:
+    """(size, steps), the smallest model first."""
+    found = {(row["size"], row["steps"]): row.get("parameters", 0) for row in rows}
+    return sorted(found, key=lambda cell: (found[cell], cell[1]))
+
+
+def _panels(rows: Sequence[Row], label: str) -> tuple[Any, list[tuple[Any, list[Row]]]]:
+    """A figure with an axis for each cell, and the rows of each."""
+    found = cells(rows)
+    figure, axes = plt.subplots(
+        1, len(found), figsize=(max(5.2 * len(found), 6), 4.4), squeeze=False, sharey=True
+    )
+    panels = []
+    for axis, (size, steps) in zip(axes[0], found, strict=True):
+        mine = [row for row in rows if (row["size"], row["steps"]) == (size, steps)]
+        about = mine[0]
+        title = f"{size}: N = {about['parameters'] / 1e6:.2f} M, D = {about['tokens'] / 1e6:.2f} M"
+        axis.set_title(title, fontsize=10)
+        axis.grid(alpha=0.25)
+        panels.append((axis, mine))
+    axes[0][0].set_ylabel(label)
+    return figure, panels
+
+
+def draw_rates(rows: Sequence[Row], fits: dict[str, Any]) -> Any:
+    """Loss against the peak of the learning rate: means, all seeds, divergences on top."""
+    figure, panels = _panels(rows, "held-out loss, nats per token")
+    good = [row["loss"] for row in rows if not row["diverged"]]
+    top = max(np.quantile(good, 0.9), min(good) + 0.3) if good else 1.0
+    look = styles(rows)
+    for axis, mine in panels:
+        for number, (name, style) in enumerate(look.items()):
+            of = [row for row in mine if row["variant"] == name]
+            rates = sorted({row["learning_rate"] for row in of})
+            groups = [[r for r in of if r["learning_rate"] == rate] for rate in rates]
+            kept = [(rate, [r["loss"] for r in g if not r["diverged"]]) for rate, g in
+                    zip(rates, groups, strict=True)]  # fmt: skip
+            whole = [(rate, losses) for rate, losses in kept if losses]
+            if whole:
+                axis.plot([r for r, _ in whole], [np.mean(ls) for _, ls in whole], label=name,
+                          markersize=4, **style)  # fmt: skip
+                low, high = ([f(ls) for _, ls in whole] for f in (min, max))
+                axis.fill_between([r for r, _ in whole], low, high, color=style["color"], alpha=0.1)
+            for rate, group in zip(rates, groups, strict=True):
+                if lost := sum(r["diverged"] for r in group):
+                    height = top * (1 - 0.012 * number)
+                    axis.plot([rate], [height], marker="x", color=style["color"], markersize=7)
+                    if len(group) > 1:
+                        axis.annotate(f"{lost}/{len(group)}", (rate, height), fontsize=6,
+                                      xytext=(5, -2), textcoords="offset points")  # fmt: skip
+        axis.set(xscale="log", xlabel="peak learning rate")
+        axis.set_ylim((min(good) - 0.03) if good else 0, top * 1.01)
+    panels[0][0].legend(fontsize=8, frameon=False)
+    figure.suptitle("Loss against learning rate (bands: seeds; x: diverged, how many of the seeds)")
+    return figure
+
+
+def draw_tokens(rows: Sequence[Row], fits: dict[str, Any]) -> Any:
+    """Held-out loss against tokens at each variant's own best peak, with its law."""
+    figure, panels = _panels(rows, "held-out loss, nats per token")
+    for axis, mine in panels:
+        for name, style in styles(rows).items():
+            of = [row for row in mine if row["variant"] == name and not row["diverged"]]
+            if not of:
+                continue
+            best = min(of, key=lambda row: row["loss"])["learning_rate"]
+            points = [p for r in of if r["learning_rate"] == best for p in r["curve"] if p[0]]
+            xs = sorted({p[0] for p in points})
+            ys = [np.mean([p[1] for p in points if p[0] == x]) for x in xs]
+            look = {k: v for k, v in style.items() if k != "linestyle"}
+            axis.plot(xs, ys, linestyle="", markersize=4, label=f"{name}, peak {best:.3g}", **look)
+            fitted = [
+                f for f in fits["loss_in_tokens"]
+                if (f["variant"], f["size"], f["learning_rate"]) == (name, mine[0]["size"], best)
+                and f["tokens"] == mine[0]["tokens"] and f["alpha"]
+            ]  # fmt: skip
+            for law in fitted:
+                grid = np.geomspace(min(xs), max(xs), 60)
+                alpha, scale = law["alpha"]["value"], law["scale"]["value"]
+                curve = (scale / grid) ** alpha + law["floor"]["value"]
+                axis.plot(grid, curve, linestyle=style["linestyle"], color=style["color"], lw=1)
+        axis.set(xscale="log", xlabel="tokens")
+        axis.legend(fontsize=7, frameon=False)
+    figure.suptitle(
+        "Loss against tokens at each variant's best peak (lines: fits, where they hold)"
+    )
+    return figure
+
+
+def draw_robustness(rows: Sequence[Row], fits: dict[str, Any]) -> Any:
+    """Learning-rate sensitivity of each variant, with its interval."""
+    found = [f for f in fits["sensitivity"] if f["value"]]
+    figure, axis = plt.subplots(figsize=(7, 0.4 * max(len(found), 3) + 1.4))
+    for y, f in enumerate(reversed(found)):
+        value = f["value"]
+        axis.barh(y, value["value"], color="#bbbbbb", edgecolor="black")
+        if value["low"] is not None:
+            axis.plot([value["low"], value["high"]], [y, y], color="black")
+    names = [f"{f['variant']}, {f['size']}" for f in reversed(found)]
+    axis.set_yticks(range(len(found)), names)
+    axis.set(xlabel="mean loss above the best over the grid of peaks, nats")
+    axis.set_title(
+        "Learning-rate sensitivity (lower is more robust; lines: intervals)", fontsize=10
+    )
+    return figure
+
+
+def draw_law(rows: Sequence[Row], fits: dict[str, Any]) -> Any:
+    """Best peak against size, with the law where there is one."""
+    figure, axis = plt.subplots(figsize=(7, 4.4))
+    for name, style in styles(rows).items():
+        found = [f for f in fits["optimum"] if f["variant"] == name and f["learning_rate"]]
+        xs = [f["parameters"] for f in found]
+        ys = [f["learning_rate"]["value"] for f in found]
+        if xs:
+            ends = [(f["learning_rate"]["low"], f["learning_rate"]["high"]) for f in found]
+            errors = np.array(
+                [(0, 0) if None in (low, high) else (y - low, high - y)
+                 for y, (low, high) in zip(ys, ends, strict=True)]
+            ).T  # fmt: skip
+            axis.errorbar(xs, ys, yerr=np.maximum(errors, 0), capsize=2, label=name, **style)
+    axis.set(xscale="log", yscale="log", xlabel="N, parameters without embeddings")
+    axis.set(ylabel="best peak learning rate")
+    axis.grid(alpha=0.25)
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(fontsize=8, frameon=False)
+    figure.suptitle("Best learning rate against size (none shown: at an edge, or no fit)")
+    return figure
+
+
+FIGURES: dict[str, tuple[str, Callable[[Sequence[Row], dict[str, Any]], Any]]] = {
+    "loss_rates": ("Loss against learning rate", draw_rates),
+    "loss_tokens": ("Loss against tokens", draw_tokens),
+    "sensitivity": ("Learning-rate sensitivity", draw_robustness),
+    "best_rates": ("Best learning rate against size", draw_law),
+}
+
+
+def report(store: Path, out: Path) -> str:
+    """Writes report.md, fit.json and the figures into `out`; the Markdown. Raises `UserError`."""
+    rows, fits = fit_store(store)
+    with disk_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / "fit.json", fits)
+    command = f"python -m mea_jax.study report --store {store} --out {out}"
+    text = f"# {store.name}\n\n{len(rows)} runs, {fits['runs']['diverged']} of them diverged. "
+    text += f"Everything below is made of `rows.jsonl` by `{command}`.\n"
+    for name, (title, draw) in FIGURES.items():
+        figure = draw(rows, fits)
+        figure.tight_layout()
+        with disk_errors(out):
+            for kind in ("png", "svg"):
+                figure.savefig(out / f"{name}.{kind}", dpi=130)
+        plt.close(figure)
+        text += f"\n## {title}\n\n![{title}]({name}.png)\n"
+    for title, table in tables(fits):
+        text += f"\n## {title}\n\n{table}\n"
+    with disk_errors(out):
+        write_whole(out / "report.md", text)
+    return text
+
+
+def main() -> None:
+    if not STORE.value:
+        raise UserError("no store given: add --store runs/lr_study")
+    out = Path(OUT.value or STORE.value)
+    report(Path(STORE.value), out)
+    print(f"{out / 'report.md'}, and {', '.join(FIGURES)} as .png and .svg", file=sys.stdout)
+
+
+if __name__ == "__main__":
+    STORE = flags.DEFINE_string("store", None, "folder of rows.jsonl")
+    OUT = flags.DEFINE_string("out", None, "folder of the report; default the store")
+    cli.run(main, "stopped")

@@ -134,12 +134,7 @@ def _compress(config: TrainConfig, target: targets.Target) -> Planned:
 
 
 def _compress_remedy(config: TrainConfig, target: targets.Target, program: str) -> str:
-    if program in compression.REPAIRING:
-        return "; all else fits: fewer --calibration_tokens, or no --repair layerwise"
-    return (
-        f"; a device takes {compression.WINDOWS} windows and a whole layer however many there are: "
-        "take chips with more memory"
-    )
+    return compression.remedy(program)
 
 
 STEPS = {

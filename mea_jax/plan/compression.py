@@ -109,6 +109,16 @@ def check_machine(target: Target) -> None:
         )
 
 
+def remedy(program: str) -> str:
+    """What would fit where `program` does not, as the end of a line."""
+    if program in REPAIRING:
+        return "; all else fits: fewer --calibration_tokens, or no --repair layerwise"
+    return (
+        f"; a device takes {WINDOWS} windows and a whole layer however many there are: "
+        "take chips with more memory"
+    )
+
+
 def resolved(config: TrainConfig, target: Target) -> TrainConfig:
     """`config` with its model as compress runs it."""
     model = dataclasses.replace(unresolved(config.model), dtype="auto", remat="none")

@@ -130,7 +130,7 @@ def draw_losses(rows: Sequence[Row], path: Path) -> None:
     """Increase of the loss against the cache kept, a panel for each kind of model."""
     kinds = [kind for kind in KINDS if select(rows, kind=kind)]
     figure, axes = plt.subplots(
-        1, len(kinds), figsize=(4.6 * len(kinds), 5.4), sharey=True, squeeze=False
+        1, len(kinds), figsize=(max(4.6 * len(kinds), 7), 5.4), sharey=True, squeeze=False
     )
     for axis, kind in zip(axes[0], kinds, strict=True):
         for name, (colour, marker, line) in _STYLES.items():
@@ -162,7 +162,7 @@ def draw_layers(layers: Sequence[Row], path: Path, method: str = "aligned") -> N
     """What each layer's keys, and values, cost alone at half of their heads."""
     kinds = [kind for kind in KINDS if select(layers, kind=kind, method=method)]
     figure, axes = plt.subplots(
-        1, len(kinds), figsize=(4.6 * len(kinds), 4), sharey=True, squeeze=False
+        1, len(kinds), figsize=(max(4.6 * len(kinds), 7), 4), sharey=True, squeeze=False
     )
     for axis, kind in zip(axes[0], kinds, strict=True):
         for which, colour in (("key", "#1f618d"), ("value", "#d68910")):
@@ -180,7 +180,7 @@ def draw_layers(layers: Sequence[Row], path: Path, method: str = "aligned") -> N
         axis.grid(alpha=0.25)
     axes[0][0].set_ylabel("increase of loss, nats per token")
     axes[0][0].legend(frameon=False, fontsize=8)
-    figure.suptitle("Each layer alone at half of its heads (circles and squares: seeds)")
+    figure.suptitle("Each layer alone at half of its heads (markers: seeds)")
     figure.tight_layout()
     _save(figure, path)
 

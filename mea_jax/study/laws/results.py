@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 from mea_jax.errors import UserError, shown
 
-Key = TypeVar("Key")
+Key = TypeVar("Key", bound=tuple[Any, ...] | float | str)
 _KEYS = (
     "variant",
     "learning_rate",
@@ -133,7 +133,7 @@ def grouped(
     found: dict[Key, list[Result]] = defaultdict(list)
     for result in results:
         found[key(result)].append(result)
-    return sorted(found.items(), key=lambda item: item[0])  # type: ignore[arg-type,return-value]
+    return [(which, found[which]) for which in sorted(found)]
 
 
 def finished(results: Sequence[Result]) -> dict[float, list[Result]]:

@@ -51,8 +51,8 @@ def variants(keep: float) -> Iterator[Name]:
     yield from (Name(method, "uniform", "none") for method in METHODS)
     yield from (Name(method, "measured", "none") for method in OURS)
     yield from (Name(method, "repaired", "layerwise") for method in OURS)
-    yield from (Name(method, "uniform", "layerwise") for method in ("svd", "aligned"))
-    if keep == 0.5:
+    if keep == 0.5:  # which part of the best does what
+        yield from (Name(method, "uniform", "layerwise") for method in ("svd", "aligned"))
         yield Name("aligned", "residual", "none")
         yield Name("aligned", "uniform", "output")
         yield Name("aligned", "measured", "layerwise")

@@ -5,6 +5,7 @@
 #   launch/gke_xpk.sh create
 #   launch/gke_xpk.sh storage
 #   launch/gke_xpk.sh run -- --config configs/mea_1b.py
+#   JOBS=4 TPU_TYPE=v6e-8 launch/gke_xpk.sh study -- --config configs/lr_study.py
 #   launch/gke_xpk.sh logs
 #   launch/gke_xpk.sh delete
 #   launch/gke_xpk.sh delete-cluster
@@ -16,6 +17,10 @@
 #   run             makes an image of this checkout and starts a workload; what follows -- are
 #                   VAR=value words for its environment, then arguments of mea_jax.train, after
 #                   --distributed --workdir
+#   study           starts JOBS workloads, WORKLOAD-0, -1, ..., on a slice of one host each, which
+#                   share a grid of runs (docs/studies.md); what follows -- are VAR=value words,
+#                   then arguments of `mea_jax.study run`, after --out and --shard. Started again
+#                   (delete them first), they go on with what is left
 #   list            workloads of the cluster
 #   logs            follows the log of one worker of the workload
 #   delete          deletes the workload
@@ -26,13 +31,15 @@
 # Variables (required unless a default is given; the same for every subcommand):
 #   CLUSTER        name of the cluster
 #   ZONE           its zone, such as us-east5-b
-#   TPU_TYPE       create, run: such as v6e-64, v5litepod-16, v5p-8 or tpu7x-8
-#   WORKLOAD       run, logs, delete: name of the workload: small letters, digits and -
-#   BUCKET         storage, run: Cloud Storage bucket, without gs://, with a hierarchical
+#   TPU_TYPE       create, run, study: such as v6e-64, v5litepod-16, v5p-8 or tpu7x-8
+#   WORKLOAD       run, study, logs, delete: name of the workload: small letters, digits and -
+#   JOBS           study: number of workloads
+#   BUCKET         storage, run, study: Cloud Storage bucket, without gs://, with a hierarchical
 #                  namespace; not required for run if WORKDIR is given
 #   MOUNT          where it is mounted; default /mnt/bucket
 #   BUCKET_SIZE    storage: size of the volume in GB, which Kubernetes asks for; default 1000
-#   WORKDIR        run: run directory, which all hosts must share; default $MOUNT/runs/$WORKLOAD
+#   WORKDIR        run: run directory, which all hosts must share; study: folder of its rows; default
+#                  $MOUNT/runs/$WORKLOAD
 #   PROJECT        default: that of gcloud's configuration
 #   SLICES         number of slices; default 1
 #   SPOT           create: 1 for capacity that may be taken back; default 0: on demand
@@ -48,7 +55,7 @@
 # shellcheck source=common.sh source-path=SCRIPTDIR
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-parse "create storage run list logs delete delete-cluster" "$@"
+parse "create storage run study list logs delete delete-cluster" "$@"
 need CLUSTER "name of the GKE cluster" mea
 need ZONE "zone of the cluster" us-east5-b
 check_bucket
@@ -81,7 +88,7 @@ check_run() {
 }
 
 start() {
-  local install="" image=(--docker-image "${IMAGE:-}") copy=$root/build/image
+  local install="" image=(--docker-image "${IMAGE:-}") copy=$root/build/image i
   if [[ -z ${IMAGE:-} ]]; then
     # XPK copies a folder into the image, where it is the working folder, and installs nothing.
     run rm -rf "$copy"
@@ -90,10 +97,22 @@ start() {
     install="pip install --quiet --editable '.[tpu]' && "
     image=(--base-docker-image "${BASE_IMAGE:-python:3.12}" --script-dir "$copy")
   fi
-  run xpk workload create "${where[@]}" --workload "$WORKLOAD" --tpu-type "$TPU_TYPE" \
-    --num-slices "${SLICES:-1}" --max-restarts "${MAX_RESTARTS:-10}" "${image[@]}" \
+  if [[ $command == run ]]; then
+    workload "$WORKLOAD" "${SLICES:-1}" mea_jax.train --distributed --workdir "$WORKDIR" "${args[@]}"
+    return
+  fi
+  for ((i = 0; i < JOBS; i++)); do
+    workload "$WORKLOAD-$i" 1 mea_jax.study run --out "$WORKDIR" --shard "$i/$JOBS" "${args[@]}"
+  done
+}
+
+# workload NAME SLICES MODULE WORDS: creates one that runs a module of Python; image and install
+# are those of `start`.
+workload() {
+  run xpk workload create "${where[@]}" --workload "$1" --tpu-type "$TPU_TYPE" \
+    --num-slices "$2" --max-restarts "${MAX_RESTARTS:-10}" "${image[@]}" \
     ${BUCKET:+--storage "$storage"} --command "$install$(quote env "${environment[@]}" \
-      python -u -m mea_jax.train --distributed --workdir "$WORKDIR" "${args[@]}")"
+      python -u -m "${@:3}")"
 }
 
 logs() {
@@ -108,10 +127,10 @@ logs() {
 
 # All that can be refused is refused before anything is done.
 case $command in
-  create | run) need TPU_TYPE "type of the slices" v6e-64 ;;
+  create | run | study) need TPU_TYPE "type of the slices" v6e-64 ;;
 esac
 case $command in
-  run | logs | delete) need WORKLOAD "name of the workload" mea-1b ;;
+  run | study | logs | delete) need WORKLOAD "name of the workload" mea-1b ;;
   storage) need BUCKET "Cloud Storage bucket, without gs://" my-bucket ;;
 esac
 case $command in
@@ -119,6 +138,11 @@ case $command in
     if enabled SPOT && [[ -n ${RESERVATION:-} ]]; then die "set SPOT=1 or RESERVATION, not both"; fi
     ;;
   run) check_run ;;
+  study)
+    need JOBS "number of workloads" 4
+    [[ $JOBS =~ ^[1-9][0-9]*$ ]] || die "JOBS=$JOBS must be a number, 1 or more"
+    check_run
+    ;;
   *) no_args ;;
 esac
 if [[ $command == logs ]]; then
@@ -131,7 +155,7 @@ fi
 case $command in
   create) create ;;
   storage) attach ;;
-  run) start ;;
+  run | study) start ;;
   list) run xpk workload list "${where[@]}" ;;
   logs) logs ;;
   delete)

@@ -4,6 +4,7 @@
 #   export NODES=2 GPUS_PER_NODE=8 WORKDIR=/shared/runs/mea_1b
 #   launch/slurm.sh install
 #   launch/slurm.sh submit -- --config configs/mea_1b.py
+#   TASKS=16 GPUS_PER_NODE=1 WORKDIR=/shared/lr launch/slurm.sh study -- --config configs/lr_study.py
 #   JOB=1234 launch/slurm.sh logs
 #   JOB=1234 launch/slurm.sh cancel
 #
@@ -11,15 +12,20 @@
 #   install  makes the environment .venv in the checkout
 #   submit   submits a batch script; what follows -- are VAR=value words for the environment of
 #            training, then arguments of mea_jax.train, after --distributed --workdir
-#   logs     follows the log of a job
+#   study    submits an array of TASKS jobs, which share a grid of runs (docs/studies.md); what
+#            follows -- are VAR=value words, then arguments of `mea_jax.study run`, after --out
+#            and --shard. Submitted again, it goes on with what is left
+#   logs     follows the log of a job, of task 3 of an array with JOB=1234_3
 #   cancel   ends a job
 #
 # Options: --dry-run prints every command, the batch script included, and runs none; --yes cancels
 # without a question; --help.
 #
 # Variables (required unless a default is given):
-#   GPUS_PER_NODE   submit: GPUs taken on each node
-#   WORKDIR         submit: run directory, on the shared file system
+#   GPUS_PER_NODE   submit: GPUs taken on each node; study: on the node of each task, whose runs
+#                   they share
+#   WORKDIR         submit: run directory, on the shared file system; study: folder of its rows
+#   TASKS           study: jobs of the array; more than the grid has cells would idle
 #   JOB             logs, cancel: number of the job, which submit prints
 #   NODES           default 1
 #   CPUS_PER_TASK   cores for each GPU's process and its reading of data; default 4
@@ -41,7 +47,7 @@
 # shellcheck source=common.sh source-path=SCRIPTDIR
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-parse "install submit logs cancel" "$@"
+parse "install submit study logs cancel" "$@"
 export EXTRA=${EXTRA-cuda}
 NODES=${NODES:-1}
 CPUS_PER_TASK=${CPUS_PER_TASK:-4}
@@ -51,17 +57,16 @@ CPUS_PER_TASK=${CPUS_PER_TASK:-4}
 # of the GPUs that it sees, and no other. So each process must see all the GPUs of its node, which
 # --gpus-per-task would prevent.
 batch_script() {
-  cat <<END
-#!/bin/bash
-#SBATCH --job-name=${JOB_NAME:-mea_jax}
-#SBATCH --nodes=$NODES
-#SBATCH --ntasks-per-node=$GPUS_PER_NODE
-#SBATCH --gpus-per-node=$GPUS_PER_NODE
-#SBATCH --cpus-per-task=$CPUS_PER_TASK
-#SBATCH --output=$root/runs/slurm-%j.log
-#SBATCH --open-mode=append
-#SBATCH --requeue
-END
+  printf '#!/bin/bash\n'
+  printf '#SBATCH %s\n' "--job-name=${JOB_NAME:-mea_jax}" --gpus-per-node="$GPUS_PER_NODE" \
+    --cpus-per-task="$CPUS_PER_TASK" --open-mode=append --requeue
+  if [[ $command == study ]]; then
+    printf '#SBATCH %s\n' --nodes=1 --ntasks-per-node=1 --array="0-$((TASKS - 1))" \
+      --output="$root/runs/slurm-%A_%a.log"
+  else
+    printf '#SBATCH %s\n' --nodes="$NODES" --ntasks-per-node="$GPUS_PER_NODE" \
+      --output="$root/runs/slurm-%j.log"
+  fi
   if [[ -n ${PARTITION:-} ]]; then printf '#SBATCH --partition=%s\n' "$PARTITION"; fi
   if [[ -n ${ACCOUNT:-} ]]; then printf '#SBATCH --account=%s\n' "$ACCOUNT"; fi
   if [[ -n ${TIME:-} ]]; then printf '#SBATCH --time=%s\n' "$TIME"; fi
@@ -69,18 +74,30 @@ END
   printf 'cd %s\n' "$(quote "$root")"
   if [[ -n ${SETUP:-} ]]; then printf '%s\n' "$SETUP"; fi
   # srun does not take --cpus-per-task from sbatch since Slurm 22.05.
-  quote srun --kill-on-bad-exit=1 --label --cpus-per-task="$CPUS_PER_TASK" \
-    env "${environment[@]}" "${PYTHON:-.venv/bin/python}" -u -m mea_jax.train --distributed \
-    --workdir "$WORKDIR" "${args[@]}"
-  printf '\n'
+  local start=(srun --kill-on-bad-exit=1 --label --cpus-per-task="$CPUS_PER_TASK"
+    env "${environment[@]}" "${PYTHON:-.venv/bin/python}" -u -m)
+  if [[ $command == study ]]; then
+    # One process has all GPUs of its node.
+    # shellcheck disable=SC2016 # the job expands it
+    printf '%s --shard="$SLURM_ARRAY_TASK_ID/%s" %s\n' \
+      "$(quote "${start[@]}" mea_jax.study run --out "$WORKDIR")" "$TASKS" "$(quote "${args[@]}")"
+  else
+    printf '%s\n' \
+      "$(quote "${start[@]}" mea_jax.train --distributed --workdir "$WORKDIR" "${args[@]}")"
+  fi
 }
 
 check_submit() {
   need GPUS_PER_NODE "GPUs taken on each node" 8
   need WORKDIR "run directory on a file system that all nodes share" /shared/runs/mea_1b
   check_folder WORKDIR
-  local name
-  for name in NODES GPUS_PER_NODE CPUS_PER_TASK; do
+  local name numbers=(NODES GPUS_PER_NODE CPUS_PER_TASK)
+  if [[ $command == study ]]; then
+    need TASKS "jobs of the array" 16
+    numbers+=(TASKS)
+    NODES=1
+  fi
+  for name in "${numbers[@]}"; do
     [[ ${!name} =~ ^[1-9][0-9]*$ ]] || die "$name=${!name} must be a number, 1 or more"
   done
   # sbatch reads its own lines up to blanks, and offers no quoting for all of them.
@@ -101,7 +118,7 @@ submit() {
 
 case $command in
   install) no_args ;;
-  submit)
+  submit | study)
     check_submit
     tool sbatch "run this on a login node of the cluster"
     ;;
@@ -118,7 +135,7 @@ esac
 
 case $command in
   install) local_worker install ;;
-  submit) submit ;;
+  submit | study) submit ;;
   logs) run tail -n 100 -F "$root/runs/slurm-$JOB.log" ;;
   cancel)
     confirm "Cancel job $JOB?"

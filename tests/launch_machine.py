@@ -22,18 +22,19 @@ ASSIGNMENTS = ["XLA_FLAGS=--xla_a=1 --xla_b='2 3'"]
 AFTER = ["--", *ASSIGNMENTS, *TRAINING]
 
 TPU = {"TPU_NAME": "mea", "ZONE": "us-east5-b", "TPU_TYPE": "v6e-64", "BUCKET": "bucket"}
-GKE = {"CLUSTER": "mea", "WORKLOAD": "mea-1b"} | {k: TPU[k] for k in ("ZONE", "TPU_TYPE", "BUCKET")}
-SLURM = {"GPUS_PER_NODE": "8", "NODES": "2", "WORKDIR": "/shared/run 1"}
+GKE = {"CLUSTER": "mea", "WORKLOAD": "mea-1b"} | {"JOBS": "2"}
+GKE |= {k: TPU[k] for k in ("ZONE", "TPU_TYPE", "BUCKET")}
+SLURM = {"GPUS_PER_NODE": "8", "TASKS": "3", "NODES": "2", "WORKDIR": "/shared/run 1"}
 BOX = {"SSH_HOST": "user@box"}
 VARIABLES = {"tpu_pod": TPU, "gke_xpk": GKE, "slurm": SLURM | {"JOB": "12"}, "gpu_box": BOX}
 SUBCOMMANDS = {
     "tpu_pod": "create status install run logs stop delete all",
-    "gke_xpk": "create storage run list logs delete delete-cluster",
-    "slurm": "install submit logs cancel",
+    "gke_xpk": "create storage run study list logs delete delete-cluster",
+    "slurm": "install submit study logs cancel",
     "gpu_box": "install run logs stop",
     "worker": "install start logs stop",
 }
-TRAINS = ("run", "all", "submit", "start")
+TRAINS = ("run", "all", "submit", "study", "start")
 EVERY = [(script, sub) for script, subs in SUBCOMMANDS.items() for sub in subs.split()]
 
 # What launchers run. In a dry run not even mkdir may be called.
@@ -121,11 +122,11 @@ def parse(text: str) -> list[list[str]]:
 def training_words(command: list[str]) -> list[str]:
     """The words from `env` or the worker's `start` on, out of as many shells as they pass."""
     for i, word in enumerate(command):
-        if word in ("mea_jax.train", "start") and i + 1 < len(command):
+        if word in ("mea_jax.train", "mea_jax.study", "start") and i + 1 < len(command):
             return command
-        if word in ("mea_jax.train", "start"):
+        if word in ("mea_jax.train", "mea_jax.study", "start"):
             continue
-        if " mea_jax.train " in word or "worker.sh start" in word:
+        if " mea_jax.train " in word or " mea_jax.study " in word or "worker.sh start" in word:
             text = word.split("&& ")[-1] if "\n" not in word else word.splitlines()[-1]
             return training_words(shlex.split(text.removeprefix("--command=")))
     raise AssertionError(f"no training in {command}")

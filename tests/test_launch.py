@@ -149,11 +149,18 @@ def test_dry_run_prints_commands_and_runs_none(machine, script, subcommand):
             ["rm", "mkdir", "bash", "xpk workload create --base-docker-image --script-dir"],
         ),
         ("gke_xpk", "run", {"IMAGE": "gcr.io/p/i:1"}, ["xpk --docker-image gcr.io/p/i:1"]),
+        (
+            "gke_xpk",
+            "study",
+            {"IMAGE": "i", "TPU_TYPE": "v6e-8"},
+            [f"xpk workload create --workload mea-1b-{i} --num-slices 1 v6e-8" for i in (0, 1)],
+        ),
         ("gke_xpk", "list", {}, ["xpk workload list --cluster mea"]),
         ("gke_xpk", "logs", {}, ["gcloud --location=us-east5", "kubectl logs --follow"]),
         ("gke_xpk", "delete", {}, ["xpk workload delete --workload mea-1b"]),
         ("gke_xpk", "delete-cluster", {}, ["xpk cluster delete --cluster mea"]),
         ("slurm", "submit", {}, ["mkdir", "sbatch --parsable"]),
+        ("slurm", "study", {}, ["mkdir", "sbatch --parsable"]),
         ("slurm", "install", {}, ["bash", "uv venv", "uv pip install .[cuda]"]),
         ("slurm", "cancel", {}, ["scancel 12"]),
         ("gpu_box", "install", {}, ["mkdir", "bash", "scp user@box:mea_jax.tgz", "ssh", "ssh"]),
@@ -219,6 +226,27 @@ def test_the_batch_script_starts_one_process_for_each_gpu(machine):
     )
 
 
+@pytest.mark.parametrize("script", ["gke_xpk", "slurm"])
+def test_the_tasks_of_a_study_share_its_grid(machine, script):
+    """Each takes its own shard of as many, and training words survive beside it."""
+    commands = machine.dry_run(script, "study")
+    if script == "slurm":
+        *_, (*_, text) = commands
+        assert "#SBATCH --array=0-2" in text.splitlines()
+        assert "#SBATCH --ntasks-per-node=1" in text.splitlines()
+        runs = [training_words([text])]
+        shards, store = ["--shard=$SLURM_ARRAY_TASK_ID/3"], SLURM["WORKDIR"]
+    else:
+        runs = [training_words(words) for words in commands if words[0] == "xpk"]
+        shards, store = ["0/2", "1/2"], "/mnt/bucket/runs/mea-1b"
+    for words, shard in zip(runs, shards, strict=True):
+        own = words[words.index("mea_jax.study") + 1 : -len(TRAINING)]
+        assert own[:3] == ["run", "--out", store]
+        assert own[-1] == shard
+        assert words[-len(TRAINING) :] == TRAINING
+        assert ASSIGNMENTS[0] in words
+
+
 def test_jax_takes_the_process_number_in_the_node_as_the_gpu(monkeypatch):
     """What slurm.sh relies on; a jax that changes it fails here."""
     from jax._src.clusters import ClusterEnv
@@ -257,6 +285,8 @@ def test_jax_takes_the_process_number_in_the_node_as_the_gpu(monkeypatch):
         ("gke_xpk", "delete-cluster", "CLUSTER"),
         ("slurm", "submit", "GPUS_PER_NODE"),
         ("slurm", "submit", "WORKDIR"),
+        ("slurm", "study", "TASKS"),
+        ("gke_xpk", "study", "JOBS"),
         ("slurm", "logs", "JOB"),
         ("slurm", "cancel", "JOB"),
     ],
@@ -293,6 +323,8 @@ def test_a_missing_variable_is_one_line(machine, script, subcommand, name, dry):
         ("gke_xpk", ["run", *AFTER], {"BUCKET": ""}, ["missing variable WORKDIR", "BUCKET"]),
         ("gke_xpk", ["create"], {"SPOT": "1", "RESERVATION": "r"}, ["SPOT=1 or RESERVATION"]),
         ("slurm", ["submit", *AFTER], {"NODES": "two"}, ["NODES=two"]),
+        ("slurm", ["study", *AFTER], {"TASKS": "0"}, ["TASKS=0"]),
+        ("gke_xpk", ["study", *AFTER], {"JOBS": "x"}, ["JOBS=x"]),
         ("slurm", ["submit", *AFTER], {"JOB_NAME": "a b"}, ["JOB_NAME=a b"]),
         ("gpu_box", ["install"], {"SSH_HOST": "", "REPO": "r"}, ["REPO=r"]),
         ("worker", ["start"], {}, ["no training arguments"]),

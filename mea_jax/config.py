@@ -204,6 +204,7 @@ class GuardConfig:
     spike_margin: float = 1.0  # nats: a spike is `spike_steps` losses in a row that all lie so far
     # above the lowest loss before them
     spike_steps: int = 5  # 0: no detection
+    spike_smoothing: int = 10  # the lowest loss is the lowest mean of so many
     rewind: bool = False  # at a spike, back to the last checkpoint before it, without its batches
     max_rewinds: int = 3  # of a run, until it stops
 

@@ -3,9 +3,13 @@
 An update whose gradient is not finite has already been left out on the device (`train_step`); here
 it is counted. A spike is defined once for every variant and every study:
 
-    m(t) = min of the losses of steps 1 .. t that were not in a spike,
+    s(t) = mean of the last w losses up to step t that were not above m by the margin,
+    m(t) = min of s(w), .., s(t), infinite before step w,
     a spike begins at step a and is known at step a + n - 1 when
     loss(a), .., loss(a + n - 1) all exceed m(a - 1) + margin.
+
+The mean over w steps is what a lucky batch does not lower: without it small batches of mixed text
+spike all the time.
 
 All decisions are functions of the metrics, which are the same on every process, and of a small
 state that each checkpoint keeps: a run that is killed and resumed decides as if it had not been.
@@ -13,6 +17,7 @@ state that each checkpoint keeps: a run that is killed and resumed decides as if
 
 import dataclasses
 import math
+from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
@@ -43,13 +48,15 @@ class SpikeDetector:
     """The definition above, fed one loss at a time.
 
     Attributes:
-      lowest: m(t), nats; infinite before the first loss.
+      lowest: m(t), nats; infinite before `smoothing` losses.
+      recent: the losses whose mean is s(t).
       above: the steps so far, in a row, that exceed `lowest` by the margin.
       first: the first of them.
     """
 
-    def __init__(self, margin: float, steps: int):
+    def __init__(self, margin: float, steps: int, smoothing: int = 1):
         self.margin, self.steps = margin, steps
+        self.recent: deque[float] = deque(maxlen=smoothing)
         self.lowest, self.above, self.first = math.inf, 0, 0
 
     def feed(self, step: int, loss: float) -> str | None:
@@ -64,7 +71,10 @@ class SpikeDetector:
             self.above += 1
             return "begin" if self.above == self.steps else None
         ended = self.above >= self.steps
-        self.above, self.lowest = 0, min(self.lowest, loss)
+        self.above = 0
+        self.recent.append(loss)
+        if len(self.recent) == self.recent.maxlen:
+            self.lowest = min(self.lowest, sum(self.recent) / len(self.recent))
         return "end" if ended else None
 
 
@@ -79,7 +89,9 @@ class Guards:
     def __init__(self, config: GuardConfig, stored: Mapping[str, Any] | None = None):
         """`stored` is what `state` gave at a checkpoint; None at the start of a run."""
         self.config = config
-        self.detector = SpikeDetector(config.spike_margin, config.spike_steps)
+        self.detector = SpikeDetector(
+            config.spike_margin, config.spike_steps, config.spike_smoothing
+        )
         self.skipped: list[int] = []  # steps left out, the latest that count
         self.left_out: list[tuple[int, int]] = []
         self.rewinds = 0
@@ -95,6 +107,7 @@ class Guards:
     def _restore(self, stored: Mapping[str, Any]) -> None:
         lowest = stored["lowest"]
         self.detector.lowest = math.inf if lowest is None else float(lowest)
+        self.detector.recent.extend(float(loss) for loss in stored.get("recent", ()))
         self.detector.above, self.detector.first = int(stored["above"]), int(stored["first"])
         self.skipped = [int(step) for step in stored["skipped"]]
         self.left_out = merge([(int(first), int(last)) for first, last in stored["left_out"]])
@@ -105,6 +118,7 @@ class Guards:
         lowest = self.detector.lowest
         return {
             "lowest": lowest if math.isfinite(lowest) else None,
+            "recent": list(self.detector.recent),
             "above": self.detector.above,
             "first": self.detector.first,
             "skipped": self.skipped,
@@ -158,7 +172,7 @@ class Guards:
     def _spike(self, step: int, loss: float) -> Event:
         c, first, lowest = self.config, self.detector.first, self.detector.lowest
         what = (
-            f"the loss spiked at step {first}: above its lowest, {lowest:.4f}, by more than "
+            f"the loss spiked at step {first}: above its lowest mean, {lowest:.4f}, by more than "
             f"{c.spike_margin:g} for {c.spike_steps} steps"
         )
         if c.rewind:

@@ -105,6 +105,8 @@ def validate(config: TrainConfig) -> None:
     ):
         value = _value(config, path)
         _require(value >= 0, f"config.{path}={value} must be 0 or more")
+    smoothing = config.guards.spike_smoothing
+    _require(smoothing >= 1, f"config.guards.spike_smoothing={smoothing} must be 1 or more")
     margin = config.guards.spike_margin
     _require(margin > 0, f"config.guards.spike_margin={margin} must be positive")
     _require(

@@ -7,7 +7,6 @@ it, so that it costs the row that was being written and no other.
 
 import fcntl
 import json
-import math
 import os
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 from mea_jax.config import EXECUTION_KEYS, flatten
 from mea_jax.errors import UserError
 from mea_jax.report import disk_errors, write_json
+from mea_jax.study.laws.results import Result
 
 Row = dict[str, Any]
 Key = tuple[str, str, int, float, int]  # variant, size, steps, learning rate, seed
@@ -89,21 +89,13 @@ class Store:
 
 
 def check(row: Any, where: str) -> None:
-    """Raises `UserError` unless `row` has a run's keys and a loss, or says that it diverged."""
-    missing = [name for name in (*KEYS, "loss", "diverged") if not _has(row, name)]
-    if missing:
-        raise UserError(f"{where} has no {missing[0]}: remove the line, and the run is done again")
-    loss = row["loss"]
-    finite = isinstance(loss, int | float) and math.isfinite(loss)
-    if not finite and not row["diverged"]:
-        raise UserError(
-            f"{where}: the loss is {loss} in a run that has not diverged: remove the line, and the "
-            "run is done again"
-        )
-
-
-def _has(row: Any, name: str) -> bool:
-    return isinstance(row, dict) and name in row
+    """Raises `UserError`, which begins with `where`, unless `row` is a run's."""
+    try:
+        Result.from_row(row, where)
+        if "steps" not in row:
+            raise UserError(f"{where}: no steps")
+    except UserError as error:
+        raise UserError(f"{error}; or remove the line, and the run is done again") from error
 
 
 def _differing(stored: Row, wanted: Row) -> list[str]:

@@ -87,6 +87,7 @@ def test_workers_get_the_command_without_their_own_flags():
 
 def row(seed=0, loss=3.0, **more):
     about = {"variant": "mha", "size": "s", "steps": 200, "learning_rate": 1e-3, "seed": seed}
+    about |= {"parameters": 10**6, "tokens": 10**6}
     return about | {"loss": loss, "diverged": False} | more
 
 
@@ -131,9 +132,10 @@ def test_the_last_row_of_a_run_counts(tmp_path):
 @pytest.mark.parametrize(
     ("bad", "words"),
     [
-        ({"seed": 1}, "line 2 has no variant"),
-        (row(1, None), "line 2: the loss is None in a run that has not diverged"),
-        ([1], "line 2 has no variant"),
+        ({"seed": 1}, "line 2: no variant"),
+        (row(1, None), "line 2: loss=None without diverged=true"),
+        ([1], "line 2: [1] is no JSON object"),
+        ({k: v for k, v in row(1).items() if k != "steps"}, "line 2: no steps"),
     ],
 )
 def test_a_row_that_is_no_runs_is_named(tmp_path, bad, words):

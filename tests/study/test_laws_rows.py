@@ -21,7 +21,6 @@ from mea_jax.study.laws import (
     fit_stability,
     fit_tokens,
     parse,
-    read,
 )
 
 ROW = {
@@ -120,23 +119,6 @@ def test_a_run_twice_and_a_size_of_two_kinds_are_refused():
         parse([ROW, ROW | {"loss": 2.6}])
     with pytest.raises(UserError, match="row 2: parameters=7, but size 6m of mea has 5900000"):
         parse([ROW, ROW | {"seed": 1, "parameters": 7}])
-
-
-def test_a_file_is_read_by_lines(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_text(json.dumps(ROW) + "\n")
-    assert read(path) == parse([ROW])
-    path.write_text(json.dumps(ROW) + "\n{")
-    with pytest.raises(UserError, match=r"rows.jsonl line 2: not JSON"):
-        read(path)
-    path.write_text('{"loss": NaN}')
-    with pytest.raises(UserError, match=r"rows.jsonl line 1: no variant"):
-        read(path)
-    path.write_bytes(b"\xff\xfe")
-    with pytest.raises(UserError, match="cannot be read"):
-        read(path)
-    with pytest.raises(UserError, match="cannot be read"):
-        read(tmp_path / "none.jsonl")
 
 
 def test_a_diverged_run_may_have_no_finite_loss():

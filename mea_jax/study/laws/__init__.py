@@ -3,7 +3,7 @@
 from mea_jax.study.laws.fit import fit_all
 from mea_jax.study.laws.intervals import Estimate
 from mea_jax.study.laws.optimum import Optimum, fit_optima
-from mea_jax.study.laws.results import Result, parse, read
+from mea_jax.study.laws.results import Result, parse
 from mea_jax.study.laws.robustness import (
     Sensitivity,
     Stability,
@@ -29,6 +29,5 @@ __all__ = [
     "fit_stability",
     "fit_tokens",
     "parse",
-    "read",
     "step_law",
 ]

@@ -10,11 +10,9 @@ A row is a JSON object, one a line:
 """
 
 import dataclasses
-import json
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 from mea_jax.errors import UserError, shown
@@ -107,23 +105,6 @@ def parse(rows: Iterable[Any], where: str = "row") -> list[Result]:
                 f"{result.variant} has {count} in {first}: give sizes of their own names"
             )
     return [found[run][1] for run in sorted(found)]
-
-
-def read(path: Path) -> list[Result]:
-    """`parse` of a file of JSON lines. Raises `UserError`, with the line's number."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read ({error}): give a file of JSON lines") from error
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            rows.append(json.loads(line))
-        except (ValueError, RecursionError) as error:
-            raise UserError(
-                f"{path} line {number}: not JSON ({error}): remove the line, or run it again"
-            ) from error
-    return parse(rows, f"{path} line")
 
 
 def grouped(

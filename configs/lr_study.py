@@ -2,12 +2,17 @@
 
     python -m mea_jax.study run --config configs/lr_study.py --workers 2
     python -m mea_jax.study run --config configs/lr_study.py --list
+    python -m mea_jax.study run --config configs/lr_study.py:small
+
+The argument "small" leaves MHA and MEA, five learning rates, one size and 200 steps: minutes on a
+laptop.
 
 Variants are what the paper's claim is made of: MHA, the head norm alone, head mixing alone, both
 (MEA), and Differential V1. Learning rates go by factors of 2 up to where runs diverge. The smaller
 size has three seeds, the larger one. Schedule: warmup, then a cosine to a tenth of the peak.
 """
 
+from mea_jax.errors import UserError
 from mea_jax.study.grid import default_study
 
 VARIANTS = {
@@ -18,20 +23,24 @@ VARIANTS = {
     "differential_v1": {"variant": "differential_v1", "hlc": "none", "head_norm": False},
 }
 SIZES = {
-    "1m": {"d_model": 128, "n_layers": 4, "d_ff": 352, "n_heads": 4, "n_kv_heads": 4},
-    "3m": {"d_model": 192, "n_layers": 6, "d_ff": 512, "n_heads": 6, "n_kv_heads": 6},
+    "d128": {"d_model": 128, "n_layers": 4, "d_ff": 352, "n_heads": 4, "n_kv_heads": 4},
+    "d192": {"d_model": 192, "n_layers": 6, "d_ff": 512, "n_heads": 6, "n_kv_heads": 6},
 }
 
 
-def get_config():
-    config = default_study()
-    config.name = "lr_study"
-    config.variants = {name: {"model": changes} for name, changes in VARIANTS.items()}
-    config.sizes = {name: {"model": changes} for name, changes in SIZES.items()}
-    config.learning_rates = tuple(5e-4 * 2**i for i in range(9))
-    config.horizons = (500,)
-    config.seeds = (0, 1, 2)
-    config.per_size = {"3m": {"seeds": (0,)}}
+def get_config(argument: str = ""):
+    if argument not in ("", "small"):
+        raise UserError(f"{argument!r} is no argument of lr_study: nothing, or small")
+    config, small = default_study(), argument == "small"
+    config.name = "lr_study_small" if small else "lr_study"
+    variants = ("mha", "mea") if small else VARIANTS
+    sizes = ("d128",) if small else SIZES
+    config.variants = {name: {"model": VARIANTS[name]} for name in variants}
+    config.sizes = {name: {"model": SIZES[name]} for name in sizes}
+    config.learning_rates = tuple(5e-4 * (4 if small else 2) ** i for i in range(5 if small else 9))
+    config.horizons = (200 if small else 500,)
+    config.seeds = (0,) if small else (0, 1, 2)
+    config.per_size = {} if small else {"d192": {"seeds": (0,)}}
 
     base = config.base
     base.batch_size = 8

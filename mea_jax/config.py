@@ -59,6 +59,9 @@ class ModelConfig:
     value_mixing: str = "heads"  # "heads"; "dense": one map from all C heads' features per head
     hlc_order: str = "before"  # keys are mixed "before" or "after" their norm and rotation: the
     # same function unless qk_norm
+    hlc_init: str = (
+        "identity"  # fresh mixing: a fresh model is MHA or GQA; or "normal": any mixture
+    )
     hlc_form: str = "auto"  # of training: "folded" (W_lc into the projection), "explicit" (per
     # token), "auto": what moves fewer bytes (mixing.choose_form)
     head_norm: bool = True  # RMSNorm on each head's output

@@ -17,7 +17,8 @@ def mixing_distance(config: TrainConfig, params: Any) -> dict[str, jax.Array]:
     """How far each W_lc is from its initialisation: |M - M_0| / |M_0| (Frobenius), per layer.
 
     {"mixing_distance/key": (L,), "mixing_distance/value": (L,)} for what the model mixes. A
-    component count that does not divide K has no initialisation (a compressed model): nan.
+    component count that does not divide K has no initialisation (a compressed model): nan. Of
+    `hlc_init="normal"` it is the distance from the block identity all the same.
     """
     model, result = config.model, {}
     for which in ("key", "value"):

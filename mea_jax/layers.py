@@ -283,8 +283,8 @@ class Attention(AttentionLayer):
             return Heads(kernel_DCH, "heads", None)
         kind = c.mixing_kind(which)
 
-        def init(_, *shape):
-            return mixing.initial(kind, *shape)
+        def init(key, *shape):
+            return mixing.draw(c.hlc_init, key, kind, *shape)
 
         shape = (components, c.n_kv_heads, c.head_dim)
         return Heads(

@@ -51,6 +51,22 @@ def initial(kind: str, components: int, composites: int, head_dim: int) -> Array
     return mix_CK[:, None, :, None] * jnp.eye(head_dim)[None, :, None, :]
 
 
+def draw(
+    init: str, key: Array, kind: str, components: int, composites: int, head_dim: int
+) -> Array:
+    """A fresh mixing of `kind`, float32: "identity" (`initial`), or "normal".
+
+    Normal entries have the variance at which composite heads are as large as component heads that
+    do not correlate: 1/C of a weight of heads, whose two parts share it in a complex one; 1/(C H)
+    of a dense map's.
+    """
+    start = initial(kind, components, composites, head_dim)
+    if init == "identity":
+        return start
+    terms = {"heads": 1, "frequency": 2, "dense": head_dim}[kind] * components
+    return jax.random.normal(key, start.shape) * terms**-0.5
+
+
 AXES = {  # logical axes; the C side is not split: the K side is split like the heads it makes
     "heads": ("mixing", "heads"),
     "frequency": ("mixing", "heads", "head_dim", "complex"),

@@ -227,6 +227,7 @@ def _validate_model(model: ModelConfig) -> None:
     _one_of(f"{at}.key_mixing", model.key_mixing, ("heads", "frequency"))
     _one_of(f"{at}.value_mixing", model.value_mixing, ("heads", "dense"))
     _one_of(f"{at}.hlc_order", model.hlc_order, ("before", "after"))
+    _one_of(f"{at}.hlc_init", model.hlc_init, ("identity", "normal"))
     _one_of(f"{at}.hlc_form", model.hlc_form, ("auto", "folded", "explicit"))
     _one_of(f"{at}.gate", model.gate, ("none", "head", "feature"))
     _one_of(f"{at}.positions", model.positions, POSITIONS)

@@ -17,7 +17,7 @@ CONFIGS = Path(__file__).parent.parent / "configs"
 
 # Their model is what a checkpoint holds (test_recovery.py), their argument is no variant
 # (below), or they are studies (study/test_sweep.py).
-NO_MODELS = ("__init__", "recover", "longer", "compression_study", "lr_study")
+NO_MODELS = ("__init__", "recover", "longer", "compression_study", "lr_study", "ablations")
 
 # Parameters are
 #   V D, once or (untied) twice, + D for the final norm

@@ -28,7 +28,8 @@ def test_the_committed_file_holds_no_results():
 
 
 def execute(folder: Path, corpus: Path) -> dict[str, tuple[str, set[str]]]:
-    """The notebook's outputs by cell, after 20 steps of three tiny models: {id: (text, types)}."""
+    """The notebook's outputs by cell, after 20 steps of three tiny models
+    and a study of four runs: {id: (text, types)}."""
     nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed")
     nbformat = pytest.importorskip("nbformat", reason="nbformat is not installed")
     pytest.importorskip("ipykernel", reason="ipykernel is not installed")
@@ -47,6 +48,14 @@ def execute(folder: Path, corpus: Path) -> dict[str, tuple[str, set[str]]]:
         "MEA_COMPARE": "1",
         "MEA_HALVE_CACHE": "1",
         "MEA_OVERRIDES": " ".join(overrides),
+        "MEA_STUDY": "1",
+        "MEA_STUDY_OVERRIDES": " ".join(
+            [o.replace("--config.", "--config.base.") for o in overrides[:-2]]
+            + ["--config.sizes.d128.model.d_model=32", "--config.sizes.d128.model.n_layers=1"]
+            + ["--config.sizes.d128.model.d_ff=48", "--config.horizons='(12,)'"]
+            + ["--config.learning_rates='(1e-3,1e-2)'", "--config.base.batch_size=2"]
+            + ["--config.base.optimizer.warmup_steps=2", "--config.base.evaluate.every=4"]
+        ),
         "MEA_PROMPT": "a quick brown",
         "IPYTHONDIR": str(folder / "ipython"),
         "MPLCONFIGDIR": str(folder / "matplotlib"),
@@ -86,6 +95,10 @@ def test_it_runs_from_the_first_cell_to_the_last(tmp_path, corpus):
         assert "step 20/20" in text, text
         assert "bits per byte" in text
     assert "image/png" in cells["curves"][1]
+
+    text, shown = cells["study"]
+    assert "4 of 4 runs to do, in 2 programs" in text, text
+    assert {"image/png", "text/markdown"} <= shown
 
     text, _ = cells["sample"]
     assert text.count("\na quick brown") == 3, text

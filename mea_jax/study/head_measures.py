@@ -28,7 +28,7 @@ def as_mixing(kind: str, parameter: np.ndarray) -> np.ndarray:
 
 
 def starting(kind: str, components: int, composites: int, head_dim: int) -> np.ndarray:
-    """Block identity, where training begins."""
+    """Block identity, where training begins unless `hlc_init` says otherwise."""
     return as_mixing(kind, np.asarray(mixing.initial(kind, components, composites, head_dim)))
 
 

@@ -13,6 +13,7 @@ import pytest
 from ml_collections import config_dict
 
 from mea_jax.config import EvalConfig
+from mea_jax.errors import UserError
 from mea_jax.preemption import Preempted, StopRequest
 from mea_jax.study import run as running
 from mea_jax.study.grid import Cell, Grid, Member, default_study, grid_of
@@ -176,13 +177,18 @@ def test_a_history_survives_a_checkpoint():
         assert json.dumps(again.state()) == json.dumps(fed(losses).state())
 
 
-def test_the_committed_study_is_a_grid():
-    path = Path(__file__).parents[2] / "configs" / "lr_study.py"
-    spec = importlib.util.spec_from_file_location("lr_study", path)
+def config_module(name):
+    path = Path(__file__).parents[2] / "configs" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+def test_the_committed_study_is_a_grid():
+    module = config_module("lr_study")
     config = module.get_config()
     assert isinstance(config, config_dict.ConfigDict)
     grid = grid_of(config)
@@ -191,3 +197,20 @@ def test_the_committed_study_is_a_grid():
     assert len(rates) >= 7
     assert all(b / a <= 2.0000001 for a, b in itertools.pairwise(rates))
     assert set(default_study().keys()) == set(config.keys())
+
+
+@pytest.mark.parametrize("group", ["", "parts", "order", "positions", "rivals"])
+def test_ablations_are_grids_of_models_that_differ(group):
+    grid = grid_of(config_module("ablations").get_config(group))
+    models = [cell.config.model for cell in grid.cells]
+    decays = [cell.config.optimizer.decay_mixing for cell in grid.cells]
+    assert len(set(zip(models, decays, strict=True))) == len(models) > 1
+
+
+def test_a_small_study_and_arguments_that_are_none():
+    small = grid_of(config_module("lr_study").get_config("small"))
+    assert [len(cell.members) for cell in small.cells] == [5, 5]
+    with pytest.raises(UserError, match="nothing, or small"):
+        config_module("lr_study").get_config("tiny")
+    with pytest.raises(UserError, match="did you mean 'rivals'"):
+        config_module("ablations").get_config("rival")

@@ -21,6 +21,7 @@ COMMANDS = (
     "compression_figures",
     "recovery",
     "texts",
+    "halve",
 )
 
 

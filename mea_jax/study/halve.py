@@ -1,0 +1,203 @@
+"""The paper's protocol on a pretrained model: import, compress, recover, evaluate, one table.
+
+    python -m mea_jax.study halve --config configs/studies/qwen3_halve.py --model FOLDER
+
+Each stage is a command that a user could type, run one after another as processes of their own, so
+that none holds the memory of another. What is finished is listed in `stages.json` and not done
+again; the same command goes on after a kill. `report.md` and `report.json` land in `--out`.
+"""
+
+import dataclasses
+import json
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from ml_collections import config_flags
+
+from mea_jax import cli
+from mea_jax.config import flatten
+from mea_jax.errors import UserError, nearest
+from mea_jax.report import disk_errors, write_json, write_whole
+from mea_jax.study import halve_table
+
+ORIGINAL, CONTROL, RECOVERED = "original", "control", "_recovered"
+KEYS = {
+    "name": str,
+    "text": str,
+    "context_length": int,
+    "dtype": str,
+    "keep": float,
+    "compressions": dict,
+    "compress": dict,
+    "recover": dict,
+    "recipe": str,
+    "contexts": (list, tuple),
+    "tasks": (list, tuple),
+    "harness": dict,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One command. `module` follows `python -m`."""
+
+    name: str
+    module: str
+    words: tuple[str, ...]
+
+    @property
+    def command(self) -> list[str]:
+        return [sys.executable, "-m", self.module, *self.words]
+
+
+def check(config: Mapping[str, Any]) -> None:
+    """Raises `UserError` for a config that is none of this study's."""
+    for key in config:
+        if key not in KEYS:
+            raise UserError(f"unknown config key config.{key}: {nearest(key, KEYS)}")
+    for key, kind in KEYS.items():
+        if key not in config:
+            raise UserError(f"config.{key} is missing: see configs/studies/qwen3_halve.py")
+        if not isinstance(config[key], kind):
+            raise UserError(f"config.{key}={config[key]!r} is of another type than expected")
+    if not config["compressions"]:
+        raise UserError("config.compressions is empty: nothing would be compressed")
+    for name in config["compressions"]:
+        if name in (ORIGINAL, CONTROL) or name.endswith(RECOVERED) or "/" in name:
+            raise UserError(f"config.compressions.{name}: choose another name")
+    if not 0 < config["keep"] <= 1:
+        raise UserError(f"config.keep={config['keep']} must lie above 0 and up to 1")
+
+
+def stages(config: Mapping[str, Any], model: str, out: Path) -> Iterator[Stage]:
+    """All commands, in an order in which each finds what it reads."""
+    original = out / ORIGINAL
+    given = ("--dtype", config["dtype"], "--context_length", str(config["context_length"]))
+    words = ("from_hf", "--model", model, "--out", str(original), "--text", config["text"], *given)
+    yield Stage(ORIGINAL, "mea_jax.convert", words)
+    names = tuple(config["compressions"])
+    for name in names:
+        options = config["compress"] | config["compressions"][name] | {"keep": config["keep"]}
+        words = ("--checkpoint", str(original), "--out", str(out / name))
+        words += ("--measurements", str(out / "measurements"))
+        words += tuple(f"--{key}={value}" for key, value in sorted(options.items()))
+        yield Stage(name, "mea_jax.compress", words)
+    trained: tuple[str, ...] = ()
+    if config["recover"].get("steps"):
+        trained = (CONTROL, *(name + RECOVERED for name in names))
+    for name in trained:
+        source = original if name == CONTROL else out / name.removesuffix(RECOVERED)
+        words = ("--config", f"{config['recipe']}:{source}", "--workdir", str(out / name))
+        words += tuple(
+            f"--config.{key}={value}" for key, value in flatten(config["recover"]).items()
+        )
+        yield Stage(name, "mea_jax.train", words)
+    for name in (*names, *trained):
+        parts = ["loss"]
+        words = ("--checkpoint", str(original), "--checkpoint", str(out / name))
+        words += ("--out", str(out / "profiles" / name))
+        if config["contexts"] and name in names:
+            parts.append("speed")
+            words += ("--contexts", ",".join(map(str, config["contexts"])))
+        yield Stage(f"profile of {name}", "mea_jax.evaluate", (*words, "--parts", ",".join(parts)))
+    for name in (*names, *trained) if config["tasks"] else ():
+        words = ("--checkpoint", str(out / name), "--baseline", str(original))
+        words += ("--tasks", ",".join(config["tasks"]), "--out", str(out / "tasks" / name))
+        yield Stage(f"tasks of {name}", "mea_jax.evaluate", (*words, *_harness(config["harness"])))
+
+
+def _harness(options: Mapping[str, Any]) -> tuple[str, ...]:
+    none = {"include_path": "", "limit": 0, "num_fewshot": -1}
+    return tuple(f"--{k}={v}" for k, v in sorted(options.items()) if v != none.get(k))
+
+
+class Done:
+    """`stages.json`: the commands that are finished, by stage."""
+
+    def __init__(self, out: Path):
+        self.file = out / "stages.json"
+        with disk_errors(out):
+            out.mkdir(parents=True, exist_ok=True)
+        try:
+            self.commands = json.loads(self.file.read_text()) if self.file.exists() else {}
+        except ValueError as error:
+            raise UserError(f"{self.file} is damaged ({error}): remove it") from error
+
+    def has(self, stage: Stage) -> bool:
+        """Raises `UserError` where the stage was done by another command."""
+        if stage.name not in self.commands:
+            return False
+        words = [stage.module, *stage.words]
+        if self.commands[stage.name] != words:
+            old, new = (set(command) for command in (self.commands[stage.name], words))
+            differing = sorted(old ^ new)
+            raise UserError(
+                f"{self.file.parent} holds {stage.name} of other options ({', '.join(differing)}): "
+                "choose another --out, or remove the folder"
+            )
+        return True
+
+    def add(self, stage: Stage) -> None:
+        self.commands[stage.name] = [stage.module, *stage.words]
+        with disk_errors(self.file):
+            write_json(self.file, self.commands)
+
+
+def run(
+    config: Mapping[str, Any],
+    model: str,
+    out: Path,
+    say: Callable[[str], Any],
+    call: Callable[[list[str]], int] = lambda command: subprocess.run(command).returncode,
+) -> str:
+    """Runs what is not done yet; the report's Markdown. Raises `UserError`."""
+    check(config)
+    done, todo = Done(out), list(stages(config, model, out))
+    left = [stage for stage in todo if not done.has(stage)]
+    for number, stage in enumerate(left, start=1):
+        say(f"[{number}/{len(left)}] {stage.name}: {shlex.join(stage.command[1:])}")
+        began = time.monotonic()
+        if status := call(stage.command):
+            raise UserError(
+                f"{stage.name} failed with status {status}, as said above: mend it, and the same "
+                "command goes on"
+            )
+        done.add(stage)
+        say(f"[{number}/{len(left)}] {stage.name}: {time.monotonic() - began:.0f} s")
+    trained = [stage.name for stage in todo if stage.module == "mea_jax.train"]
+    report = halve_table.collect(out, list(config["compressions"]), trained)
+    text = halve_table.markdown(report, config)
+    with disk_errors(out):
+        write_json(out / "report.json", report)
+        write_whole(out / "report.md", text)
+    return text
+
+
+def main() -> None:
+    config = cli.given_config(CONFIG, "configs/studies/qwen3_halve.py").to_dict()
+    if not MODEL.value:
+        raise UserError("no model given: add --model FOLDER, or a model's name on the hub")
+    out = Path(OUT.value or Path("runs") / config["name"])
+    if LIST.value:
+        check(config)
+        for stage in stages(config, MODEL.value, out):
+            print(shlex.join(["python", *stage.command[1:]]))
+        return
+    text = run(config, MODEL.value, out, lambda line: print(line, file=sys.stderr, flush=True))
+    print(text)
+    print(f"{out / 'report.md'} and report.json")
+
+
+if __name__ == "__main__":
+    CONFIG = config_flags.DEFINE_config_file("config", None, "configs/studies/qwen3_halve.py")
+    MODEL = flags.DEFINE_string("model", None, "folder of a model of transformers, or its name")
+    OUT = flags.DEFINE_string("out", None, "folder of everything; default runs/<config's name>")
+    LIST = flags.DEFINE_bool("list", False, "print the commands, and run none")
+    flags.declare_key_flag("config")
+    cli.run(main, "stopped; the same command goes on", training=False)

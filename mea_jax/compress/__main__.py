@@ -110,8 +110,10 @@ if __name__ == "__main__":
         "budget", "uniform", "of layers, keys and values: " + ", ".join(budgets.BUDGETS)
     )
     flags.DEFINE_string("layers", "full", "full, deep, half (as in the paper), or such as 2,4-7")
-    flags.DEFINE_string("repair", "none", "none, output or layerwise")
-    flags.DEFINE_integer("repair_steps", repair.STEPS, "of each layer, with --repair layerwise")
+    flags.DEFINE_string("repair", "none", "none, output, layerwise or blockwise")
+    flags.DEFINE_integer(
+        "repair_steps", repair.STEPS, "of each layer, with --repair layerwise or blockwise"
+    )
     flags.DEFINE_integer(
         "calibration_tokens", Options.calibration_tokens, "of training text; 0: weights alone"
     )

@@ -4,6 +4,7 @@ import dataclasses
 
 from mea_jax.compress import methods
 from mea_jax.compress.repair import STEPS as REPAIR_STEPS
+from mea_jax.compress.repair import STEPWISE
 from mea_jax.errors import UserError
 
 
@@ -36,10 +37,10 @@ def check(options: Options) -> None:
             f"--budget {options.budget} needs text: give --calibration_tokens, or take "
             "--budget residual"
         )
-    if options.budget == "repaired" and options.repair != "layerwise":
+    if options.budget == "repaired" and options.repair not in STEPWISE:
         raise UserError(
             "--budget repaired divides the cache for a model to be repaired: add --repair "
-            "layerwise, or take --budget measured"
+            "layerwise or blockwise, or take --budget measured"
         )
     if options.repair != "none" and not options.calibration_tokens:
         raise UserError(f"--repair {options.repair} needs text: give --calibration_tokens")

@@ -1,8 +1,11 @@
 """Local repair: a compressed layer is brought nearer to the original layer, without labels.
 
-Each layer by itself, on the inputs that the original model gives it: a temperature makes attention
-as sharp as it was; "output" refits the output projection in closed form; "layerwise" moves all of
-the layer's projections by a few hundred small steps. No gradient goes through more than one layer.
+A temperature makes attention as sharp as it was; "output" refits the output projection in closed
+form; "layerwise" moves all of the attention's projections by a few hundred small steps, so that it
+gives what the original gives on the original model's inputs. "blockwise" then moves all parameters
+of the block, on the inputs that the compressed model gives it, towards the residual that the original
+has after it: what earlier layers have lost is made up for as far as one block can. No gradient
+goes through more than one layer.
 """
 
 import functools
@@ -13,11 +16,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mea_jax.compress.sweep import Spec, Stream, apply_attention, progress, run_attention
+from mea_jax.compress.sweep import (
+    Spec,
+    Stream,
+    apply_attention,
+    progress,
+    run_attention,
+    run_block,
+)
 
 Tree = dict[str, Any]
 Layer = tuple[Spec, Tree]  # what is static about an attention layer, and its parameters
-REPAIRS = ("none", "output", "layerwise")
+REPAIRS = ("none", "output", "layerwise", "blockwise")
+STEPWISE = ("layerwise", "blockwise")  # those by gradient steps
 STEPS, WARMUP = 400, 20
 # What queries are multiplied by. Least squares shrinks keys towards what it can rebuild of them, so
 # logits come out too small by a few percent, more where more is lost.
@@ -129,37 +140,100 @@ def _optimizer(steps: int) -> optax.GradientTransformation:
     return optax.chain(optax.scale_by_adam(b1=0.9, b2=0.98), optax.scale_by_learning_rate(schedule))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(2, 3))
-def _step(spec: Spec, steps: int, params, state, sizes, normed_BTD, target_BTD, batch, index):
-    """One step: parameters and state."""
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(3, 4))
+def _step(
+    whole: bool,
+    spec: Spec,
+    steps: int,
+    params,
+    state,
+    sizes,
+    x_BTD,
+    target_BTD,
+    base_BTD,
+    batch,
+    index,
+):
+    """One step of Adam on |f(x) - target|^2 / |target - base|^2: parameters and state.
+
+    f is the attention (of normed inputs), or the `whole` block.
+    """
     weight_BT1 = (batch["segment_ids"] > 0).astype(jnp.float32)[..., None]
-    target_BTD = target_BTD.astype(jnp.float32) * weight_BT1
+    target_BTD = target_BTD.astype(jnp.float32)
+    change = jnp.sum(jnp.square(target_BTD - base_BTD) * weight_BT1)
+    run = run_block if whole else apply_attention
 
     def error(params):
-        y_BTD = apply_attention(spec, params, normed_BTD, batch, index)
-        difference = y_BTD.astype(jnp.float32) * weight_BT1 - target_BTD
-        return jnp.sum(jnp.square(difference)) / jnp.sum(jnp.square(target_BTD))
+        y_BTD = run(spec, params, x_BTD, batch, index)
+        return jnp.sum(jnp.square(y_BTD.astype(jnp.float32) - target_BTD) * weight_BT1) / change
 
     updates, state = _optimizer(steps).update(jax.grad(error)(params), state, params)
     updates = jax.tree.map(jnp.multiply, updates, sizes)
     return optax.apply_updates(params, updates), state
 
 
+def _descend(
+    whole: bool,
+    spec: Spec,
+    tree: Tree,
+    stream: Stream,
+    steps: int,
+    words: str,
+    read: Any,
+    index: int,
+) -> Tree:
+    """`tree` after `steps`. A step takes one batch of the stream, in turn, as `read(number)` gives
+    it, and moves each parameter by a share of its own root mean square. Under the mesh."""
+    params = stream.place(jax.tree.map(jnp.array, tree))
+    state = _optimizer(steps).init(params)
+    sizes = jax.tree.map(lambda p: jnp.sqrt(jnp.mean(jnp.square(p))), params)
+    for number in progress(range(steps), words):
+        params, state = _step(
+            whole, spec, steps, params, state, sizes, *read(number % len(stream)), index
+        )
+    return jax.tree.map(np.asarray, jax.device_get(params))
+
+
 def reconstruct(
     original: Original, compressed: Layer, steps: int = STEPS, words: str = "repair"
 ) -> Tree:
-    """The compressed layer after `steps` of Adam on its error.
+    """The compressed attention after `steps` towards the original's output on its own inputs."""
+    spec, attention = compressed
+    stream = original.stream
 
-    A step takes one batch of the stream, in turn, and moves each parameter by a share of its own
-    root mean square.
-    """
-    (spec, attention), stream = compressed, original.stream
+    def read(number: int) -> tuple:
+        batch, normed, target = original.batch(number)
+        return normed, target, jnp.float32(0), batch
+
     with jax.set_mesh(stream.mesh):
-        params = stream.place(jax.tree.map(jnp.array, attention))
-        state = _optimizer(steps).init(params)
-        sizes = jax.tree.map(lambda p: jnp.sqrt(jnp.mean(jnp.square(p))), params)
-        for number in progress(range(steps), words):
-            batch, normed, target = original.batch(number % len(stream))
-            inputs = (normed, target, batch, original.index)
-            params, state = _step(spec, steps, params, state, sizes, *inputs)
-        return jax.tree.map(np.asarray, jax.device_get(params))
+        return _descend(False, spec, attention, stream, steps, words, read, original.index)
+
+
+class Followed:
+    """A block on the same text twice: as the original model reads it, and the compressed one.
+
+    `block` is the original's: its spec and all its parameters.
+    """
+
+    def __init__(self, block: Layer, text: Stream, compressed: Stream):
+        assert text.done == compressed.done
+        self.spec, self.text, self.compressed, self.index = block[0], text, compressed, text.done
+        self._tree = text.place(block[1])
+        self._known: dict[int, tuple] = {}
+
+    def batch(self, number: int) -> tuple:
+        """What the compressed block reads, where it is to lead, where the original begins; the
+        batch. Under the mesh."""
+        if number not in self._known:
+            batch = self.text.put(self.text.batches[number])
+            x_BTD = self.text.residual(number, self.spec.model)
+            target_BTD = run_block(self.spec, self._tree, x_BTD, batch, self.index)
+            read_BTD = self.compressed.residual(number, self.spec.model)
+            self._known[number] = (read_BTD, target_BTD, x_BTD, batch)
+        return self._known[number]
+
+    def rebuild(self, compressed: Layer, steps: int, words: str = "repair") -> Tree:
+        """The compressed block, all its parameters, after `steps` towards the original's output."""
+        spec, tree = compressed
+        with jax.set_mesh(self.text.mesh):
+            return _descend(True, spec, tree, self.text, steps, words, self.batch, self.index)

@@ -140,23 +140,40 @@ class Pass:
             tokens = tokens if options.repair != "none" else min(tokens, repair.TEMPERED)
             text = self.texts.training(self.part / "repair", tokens)
             text.start(self.model, self.source.top(), len(rows), self.source.layer)
+        followed = None
+        if options.repair == "blockwise":
+            followed = self.texts.training(self.part / "followed", options.calibration_tokens)
+            followed.start(target, self.source.top(), len(rows), writer.layer)
         writer.write_top(self.source.top())
         rest = range(len(rows), self.model.n_layers)
         for index in progress(rest, "compressing, layers"):
             tree = self.source.layer(index)
-            row = self._compress_layer(index, tree, (keys[index], values[index]), writer, text)
+            counts = keys[index], values[index]
+            # Before the first layer with fewer heads the two models are one.
+            apart = min(*keys[: index + 1], *values[: index + 1]) < self.count
+            behind = followed if apart else None
+            row = self._compress_layer(index, tree, counts, writer, text, behind)
             write_json(self._row_file(index), row)
             rows.append(row)
             if text is not None:
                 text.advance(specs(self.model)[index], tree)
-        shutil.rmtree(self.part / "repair", ignore_errors=True)
+            if followed is not None:
+                followed.advance(specs(target)[index], writer.layer(index))
+        for name in ("repair", "followed"):
+            shutil.rmtree(self.part / name, ignore_errors=True)
         return writer, rows
 
     def _row_file(self, index: int) -> Path:
         return self.part / f"layer-{index}.json"
 
     def _compress_layer(
-        self, index: int, tree: Tree, counts: tuple[int, int], writer: Writer, text: Stream | None
+        self,
+        index: int,
+        tree: Tree,
+        counts: tuple[int, int],
+        writer: Writer,
+        text: Stream | None,
+        followed: Stream | None,
     ) -> dict[str, Any]:
         options, moments = self.options, self.findings.moments(index)
         heads = layers.take_apart(self.model, tree["attention"])
@@ -182,7 +199,13 @@ class Pass:
                 before = original.error((spec, attention))
                 attention = self._repaired(original, (spec, attention))
                 row["repair"] = [before, original.error((spec, attention))]
-        writer.write_layer(index, layers.as_float32(tree | {"attention": attention}))
+        new = tree | {"attention": attention}
+        if text is not None and followed is not None:
+            blocks = repair.Followed((specs(self.model)[index], tree), text, followed)
+            words = f"repairing block {index}"
+            steps = options.repair_steps
+            new = blocks.rebuild((specs(writer.model)[index], layers.as_float32(new)), steps, words)
+        writer.write_layer(index, layers.as_float32(new))
         return row
 
     def _repaired(self, original: repair.Original, compressed: repair.Layer) -> Tree:

@@ -230,7 +230,7 @@ def _programs(inputs: _Arguments, options: Options) -> dict[str, _Program]:
     normed, wanted = x_BTD, x_BTD  # of the residual's shape and dtype
     moved, text = {"layer": layer, "residual": x_BTD}, {"batch": batch}
     attended = (original, attention, scale, x_BTD, batch, 0)
-    stepped = (compressed, steps, params, state, sizes, normed, wanted, batch, 0)
+    stepped = (False, compressed, steps, params, state, sizes, normed, wanted, 0.0, batch, 0)
     own = {"compressed attention": params}
     before = {"original attention": (attention, scale)}
     # What the original layer reads and gives is kept for as long as that layer is repaired.

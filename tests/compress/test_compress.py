@@ -150,6 +150,38 @@ def test_repair_brings_layers_nearer(run, one, tmp_path):
         assert b["repair"][1] < a["repair"][1] < a["repair"][0]
 
 
+def residual_after(run, path, folder):
+    """The residual after the last layer of a model, on the calibration text of the original."""
+    made = work.Pass(run, path.with_name(f"{path.name}-unused"), options(), print)
+    stream = made.texts.training(folder, 512)
+    model = dataclasses.replace(params_of(path)[0], backend="xla", attention_kernel="einsum")
+    stored = StoredModel(path, print)
+    stream.embed(model, stored.top())
+    for index in range(model.n_layers):
+        stream.advance(specs(model)[index], stored.layer(index))
+    return np.stack([np.asarray(stream.residual(i, model)) for i in range(len(stream))])
+
+
+def test_blocks_make_up_for_what_earlier_ones_lost(run, one, tmp_path):
+    """The last residual comes nearer to the original's than by repairing layers by themselves."""
+    lost = {}
+    whole = residual_after(run, run, tmp_path / "whole")
+    for kind in ("layerwise", "blockwise"):
+        asked = options(method="svd", keep=0.25, repair=kind, repair_steps=60)
+        compress(run, tmp_path / kind, asked)
+        lost[kind] = np.square(residual_after(run, tmp_path / kind, tmp_path / "r") - whole).sum()
+    assert lost["blockwise"] < 0.7 * lost["layerwise"]
+
+
+def test_a_block_that_nothing_was_taken_from_stays(run, one, tmp_path):
+    """Before the first layer with fewer heads both models are one: no step may move it."""
+    compress(run, tmp_path / "out", options(repair="blockwise", repair_steps=4, layers="1"))
+    original, compressed = StoredModel(run, print), StoredModel(tmp_path / "out", print)
+    assert_equal(compressed.layer(0)["mlp"], original.layer(0)["mlp"])
+    with pytest.raises(AssertionError):
+        assert_equal(compressed.layer(1)["mlp"], original.layer(1)["mlp"])
+
+
 @pytest.mark.parametrize("qk_norm", [False, True])
 def test_a_layer_that_is_too_soft_is_sharpened(run, one, tmp_path, qk_norm):
     """Logits at 1/1.2 of what they were: the temperature that brings them back is 1.2."""

@@ -3,9 +3,9 @@
 A temperature makes attention as sharp as it was; "output" refits the output projection in closed
 form; "layerwise" moves all of the attention's projections by a few hundred small steps, so that it
 gives what the original gives on the original model's inputs. "blockwise" then moves all parameters
-of the block, on the inputs that the compressed model gives it, towards the residual that the original
-has after it: what earlier layers have lost is made up for as far as one block can. No gradient
-goes through more than one layer.
+of the block, on the inputs that the compressed model gives it, towards the residual that the
+original has after it: what earlier layers have lost is made up for as far as one block can. No
+gradient goes through more than one layer.
 """
 
 import functools

@@ -78,43 +78,41 @@ def check(config: Mapping[str, Any]) -> None:
 def stages(config: Mapping[str, Any], model: str, out: Path) -> Iterator[Stage]:
     """All commands, in an order in which each finds what it reads."""
     original = out / ORIGINAL
-    given = ("--dtype", config["dtype"], "--context_length", str(config["context_length"]))
-    words = ("from_hf", "--model", model, "--out", str(original), "--text", config["text"], *given)
-    yield Stage(ORIGINAL, "mea_jax.convert", words)
+    words = ["from_hf", "--model", model, "--out", str(original), "--text", config["text"]]
+    words += ["--dtype", config["dtype"], "--context_length", str(config["context_length"])]
+    yield Stage(ORIGINAL, "mea_jax.convert", tuple(words))
     names = tuple(config["compressions"])
     for name in names:
         options = config["compress"] | config["compressions"][name] | {"keep": config["keep"]}
-        words = ("--checkpoint", str(original), "--out", str(out / name))
-        words += ("--measurements", str(out / "measurements"))
-        words += tuple(f"--{key}={value}" for key, value in sorted(options.items()))
-        yield Stage(name, "mea_jax.compress", words)
+        words = ["--checkpoint", str(original), "--out", str(out / name)]
+        words += ["--measurements", str(out / "measurements")]
+        words += [f"--{key}={value}" for key, value in sorted(options.items())]
+        yield Stage(name, "mea_jax.compress", tuple(words))
     trained: tuple[str, ...] = ()
     if config["recover"].get("steps"):
         trained = (CONTROL, *(name + RECOVERED for name in names))
     for name in trained:
         source = original if name == CONTROL else out / name.removesuffix(RECOVERED)
-        words = ("--config", f"{config['recipe']}:{source}", "--workdir", str(out / name))
-        words += tuple(
-            f"--config.{key}={value}" for key, value in flatten(config["recover"]).items()
-        )
-        yield Stage(name, "mea_jax.train", words)
+        words = ["--config", f"{config['recipe']}:{source}", "--workdir", str(out / name)]
+        words += [f"--config.{key}={value}" for key, value in flatten(config["recover"]).items()]
+        yield Stage(name, "mea_jax.train", tuple(words))
     for name in (*names, *trained):
-        parts = ["loss"]
-        words = ("--checkpoint", str(original), "--checkpoint", str(out / name))
-        words += ("--out", str(out / "profiles" / name))
+        words = ["--checkpoint", str(original), "--checkpoint", str(out / name)]
+        words += ["--out", str(out / "profiles" / name), "--parts", "loss"]
         if config["contexts"] and name in names:
-            parts.append("speed")
-            words += ("--contexts", ",".join(map(str, config["contexts"])))
-        yield Stage(f"profile of {name}", "mea_jax.evaluate", (*words, "--parts", ",".join(parts)))
+            words[-1] += ",speed"
+            words += ["--contexts", ",".join(map(str, config["contexts"]))]
+        yield Stage(f"profile of {name}", "mea_jax.evaluate", tuple(words))
     for name in (*names, *trained) if config["tasks"] else ():
-        words = ("--checkpoint", str(out / name), "--baseline", str(original))
-        words += ("--tasks", ",".join(config["tasks"]), "--out", str(out / "tasks" / name))
-        yield Stage(f"tasks of {name}", "mea_jax.evaluate", (*words, *_harness(config["harness"])))
+        words = ["--checkpoint", str(out / name), "--baseline", str(original)]
+        words += ["--tasks", ",".join(config["tasks"]), "--out", str(out / "tasks" / name)]
+        words += _harness(config["harness"])
+        yield Stage(f"tasks of {name}", "mea_jax.evaluate", tuple(words))
 
 
-def _harness(options: Mapping[str, Any]) -> tuple[str, ...]:
+def _harness(options: Mapping[str, Any]) -> list[str]:
     none = {"include_path": "", "limit": 0, "num_fewshot": -1}
-    return tuple(f"--{k}={v}" for k, v in sorted(options.items()) if v != none.get(k))
+    return [f"--{k}={v}" for k, v in sorted(options.items()) if v != none.get(k)]
 
 
 class Done:

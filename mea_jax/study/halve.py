@@ -27,7 +27,7 @@ from mea_jax.report import disk_errors, write_json, write_whole
 from mea_jax.study import halve_table
 
 ORIGINAL, CONTROL, RECOVERED = "original", "control", "_recovered"
-KEYS = {
+KEYS: dict[str, Any] = {
     "name": str,
     "text": str,
     "context_length": int,

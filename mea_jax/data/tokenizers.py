@@ -3,8 +3,8 @@
 Text is never searched for special tokens: a document that spells out "<|endoftext|>" is encoded
 as those characters, so the separator's id occurs only where packing puts it.
 
-A published model's tokenizer brings files of its own (`COMPANIONS`): they are kept beside it as they
-are, and say what its model ends a text with.
+A published model's tokenizer brings files of its own (`COMPANIONS`): they are kept beside it as
+they are, and say what its model ends a text with.
 """
 
 import abc
@@ -92,12 +92,12 @@ class Tokenizer(abc.ABC):
 
     def save(self, directory: Path) -> None:
         """Writes the file that `from_directory` finds, and its companions."""
-        for name, content in (self.companions | {self.FILE: self.content}).items():
+        for name, content in (dict(self.companions) | {self.FILE: self.content}).items():
             (directory / name).write_bytes(content)
 
     @property
     def stops(self) -> tuple[int, ...]:
-        """Ids that end what a model writes: the separator, and those its generation config names."""
+        """Ids that end what a model writes: the separator, and those of its generation config."""
         try:
             found = json.loads(self.companions[_GENERATION])["eos_token_id"]
         except (ValueError, LookupError, TypeError, RecursionError):

@@ -127,13 +127,13 @@ class View(NamedTuple):
     """Where the tokens of a call stand and what they may read; shared by all layers.
 
     `mask` (B or 1, 1, T, S) is boolean, or added to logits; None: T tokens read one another,
-    causally. `distance_TS`: how far a slot lies from a token's own, float32. `few`: a cache is read
+    causally. `distance_BTS`: by how many tokens a slot lies ahead, float32. `few`: a cache is read
     by so few tokens that it is read as it lies.
     """
 
     table: tuple[Tensor, Tensor] | None
     mask: Tensor | None
-    distance_TS: Tensor
+    distance_BTS: Tensor
     few: bool
 
     def hide(self, logits_BNTS: Tensor) -> Tensor:
@@ -221,9 +221,9 @@ class MEAAttention(nn.Module):
         return x_BSKH.transpose(1, 2)
 
     def biases(self, view: View) -> Tensor:
-        """ALiBi (1, N, T, S), float32."""
-        slopes_N = torch.tensor(self.slopes, device=view.distance_TS.device)
-        return (slopes_N[:, None, None] * view.distance_TS)[None]
+        """ALiBi (B or 1, N, T, S), float32."""
+        slopes_N = torch.tensor(self.slopes, device=view.distance_BTS.device)
+        return slopes_N[:, None, None] * view.distance_BTS[:, None]
 
     def explicit(self, q_BNTH: Tensor, keys: Tensor, values: Tensor, view: View) -> Tensor:
         """Attention to composite heads, which are built first: (B, N, T, H)."""

@@ -120,15 +120,18 @@ class MEAModel(MEAPreTrainedModel):
             angles_BT1F = position_ids[:, :, None, None].float() * frequencies_F
             table = (angles_BT1F.cos(), angles_BT1F.sin())
         slots_S = torch.arange(past + t if mask is None else mask.shape[-1], device=device)
-        distance_TS = slots_S - slots_S[past : past + t, None]
+        ahead_TS = slots_S - slots_S[past : past + t, None]
+        distance_BTS = ahead_TS[None]
         if mask is None or mask.ndim == 2:
-            seen_TS = distance_TS <= 0
-            padded = mask is not None and not bool(mask.all())
+            seen_BTS = (ahead_TS <= 0)[None]
+            padded = mask is not None and (past > 0 or not bool(mask.all()))
             if padded:  # padding reads itself: a row with nothing to read has no softmax
-                seen_TS = seen_TS & (mask[:, None].bool() | (distance_TS == 0))
+                seen_BTS = seen_BTS & (mask[:, None].bool() | (ahead_TS == 0))
+                places_BS = mask.long().cumsum(-1)
+                distance_BTS = places_BS[:, None] - places_BS[:, past : past + t, None]
             plain = not padded and past == 0 and self.config.positions != "alibi"
-            mask = None if plain else seen_TS.view(-1, 1, t, seen_TS.shape[-1])
-        return View(table, mask, distance_TS.float(), past > 0 and t <= ABSORBED)
+            mask = None if plain else seen_BTS[:, None]
+        return View(table, mask, distance_BTS.float(), past > 0 and t <= ABSORBED)
 
     def forward(
         self,
@@ -143,6 +146,8 @@ class MEAModel(MEAPreTrainedModel):
     ) -> BaseModelOutputWithPast:
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
+        if kwargs.get("output_attentions"):
+            raise ValueError("attention maps are not kept: leave output_attentions out")
         x_BTD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if past_key_values is None and (self.config.use_cache if use_cache is None else use_cache):
             past_key_values = DynamicCache()

@@ -47,7 +47,9 @@ def save(model: ModelConfig, params: Any, folder: Path) -> Path:
 
 def load(folder: Path, **options: Any) -> Any:
     """The model of an exported directory, as anyone loads it; every tensor found its place."""
-    options = {"trust_remote_code": True, "output_loading_info": True} | options
-    model, info = AutoModelForCausalLM.from_pretrained(folder, **options)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        folder, trust_remote_code=True, output_loading_info=True, **options
+    )
+    model, info = loaded
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     return model.eval()

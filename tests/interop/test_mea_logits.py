@@ -93,6 +93,17 @@ def test_a_cache_in_pieces_is_the_whole(case):
 
 
 @torch.no_grad()
+def test_padding_between_tokens_changes_nothing(case):
+    """A prompt padded on the right, continued behind its padding: 6 tokens, 4 empty, 4 tokens."""
+    ids = case.inputs["input_ids"][:1, :10]
+    mask = torch.tensor([[1] * 6 + [0] * 4 + [1] * 4])
+    first = torch.cat([ids[:, :6], torch.zeros(1, 4, dtype=ids.dtype)], dim=1)
+    past = case.torch(first, attention_mask=mask[:, :10]).past_key_values
+    logits = case.torch(ids[:, 6:], attention_mask=mask, past_key_values=past).logits
+    np.testing.assert_allclose(logits[0], case.logits[0, 6:10], rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_cache_holds_components(case, dtype):
     """Its bytes are those of C_k + C_v heads and, where a key norm meets mixed keys, K float32."""

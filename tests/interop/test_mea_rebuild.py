@@ -115,7 +115,11 @@ def run(tiny, tmp_path_factory):
 def test_compressed_models_leave_in_both_forms(run, devices, tmp_path, changes):
     """Half the cache by `mea_jax.compress`: as modeling_mea.py, and as plain attention."""
     devices(1)
-    sizes = {"calibration_tokens": 512, "measure_tokens": 256, "held_out_tokens": 512}
+    sizes: dict[str, Any] = {
+        "calibration_tokens": 512,
+        "measure_tokens": 256,
+        "held_out_tokens": 512,
+    }
     compress(run, tmp_path / "half", Options(**sizes, dtype="float32", **changes))
     model, params, _, _ = load_run(tmp_path / "half", dtype="float32")
     assert sum(model.components("key") + model.components("value")) < 16

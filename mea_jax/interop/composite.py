@@ -126,9 +126,12 @@ def mea_config(model: ModelConfig, context_length: int = 2048) -> dict[str, Any]
 
 
 def _linear(kernel: Any, inputs: int = 1) -> np.ndarray:
-    """A kernel whose first `inputs` axes are contracted, as torch's Linear has it: (out, in)."""
+    """A kernel whose first `inputs` axes are contracted, as torch's Linear has it: (out, in).
+
+    A view: it is written in pieces, and nothing is copied before.
+    """
     kernel = np.asarray(kernel)
-    return np.ascontiguousarray(kernel.reshape(int(np.prod(kernel.shape[:inputs])), -1).T)
+    return kernel.reshape(int(np.prod(kernel.shape[:inputs])), -1).T
 
 
 def mea_tensors(model: ModelConfig, index: int, layer: Tree) -> dict[str, np.ndarray]:

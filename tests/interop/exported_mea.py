@@ -38,6 +38,7 @@ def save(model: ModelConfig, params: Any, folder: Path) -> Path:
     tensors = composite.mea_top_tensors(model, params)
     for index, layer in enumerate(layers_of(model, params)):
         tensors |= composite.mea_tensors(model, index, layer)
+    tensors = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(composite.mea_config(model)))
     for file in composite.MODEL_FILES:

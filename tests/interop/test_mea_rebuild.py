@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from exported_mea import layers_of, load, save
+from exported_mea import layers_of, load
 from helpers import GROUPED, PLAIN, params_of, tiny_model
 
 from mea_jax.compress.__main__ import compress
@@ -15,6 +15,7 @@ from mea_jax.compress.options import Options
 from mea_jax.errors import UserError
 from mea_jax.generate import load as load_run
 from mea_jax.interop import composite
+from mea_jax.interop.exporting import export_model
 from mea_jax.train import train
 from mea_jax.transformer import apply_logits
 
@@ -113,7 +114,7 @@ def run(tiny, tmp_path_factory):
 )
 @torch.no_grad()
 def test_compressed_models_leave_in_both_forms(run, devices, tmp_path, changes):
-    """Half the cache by `mea_jax.compress`: as modeling_mea.py, and as plain attention."""
+    """Half the cache by `mea_jax.compress`: as modeling_mea.py, and as a class of transformers."""
     devices(1)
     sizes: dict[str, Any] = {
         "calibration_tokens": 512,
@@ -125,7 +126,10 @@ def test_compressed_models_leave_in_both_forms(run, devices, tmp_path, changes):
     assert sum(model.components("key") + model.components("value")) < 16
     assert model.key_mixing == ("frequency" if changes["method"] == "frequency" else "heads")
     tokens, ours = logits_of(model, params)
-    exported = load(save(model, params, tmp_path / "model"))
-    theirs = exported(input_ids=torch.tensor(tokens)).logits.numpy()
-    np.testing.assert_allclose(theirs, ours, rtol=0, atol=1e-4)
-    np.testing.assert_allclose(logits_of(*rebuilt(model, params))[1], ours, rtol=0, atol=2e-5)
+    classes = {"mea": "MEAForCausalLM", "stock": "Qwen3ForCausalLM"}
+    for form, name in classes.items():
+        export_model(tmp_path / "half", tmp_path / form, print, form=form)
+        exported = load(tmp_path / form)
+        assert type(exported).__name__ == name
+        theirs = exported(input_ids=torch.tensor(tokens)).logits.numpy()
+        np.testing.assert_allclose(theirs, ours, rtol=0, atol=1e-4)

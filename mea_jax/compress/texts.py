@@ -46,6 +46,8 @@ class Texts:
         return dataclasses.replace(data, tokenizer=str(self.source.run / "tokenizer"))
 
     def _own(self, data: DataConfig, say: Callable[[str], Any]) -> Prepared:
+        if not self.source.digest:  # a published model, which no text of ours has trained
+            return self._prepare(self._in_its_tokens(data))
         found = self._prepare(data)
         if found.digest == self.source.digest:
             return found

@@ -22,7 +22,7 @@ def main() -> None:
     if CONTEXT.value < 0:
         raise UserError(f"--context_length={CONTEXT.value} must be 1 or more, or 0: chosen")
     out = Path(OUT.value)
-    found = import_model(locate(MODEL.value), out, DTYPE.value, CONTEXT.value)
+    found = import_model(locate(MODEL.value), out, DTYPE.value, CONTEXT.value, TEXT.value)
     rows = [
         ("architecture", found["architecture"]),
         ("parameters", f"{found['parameters']:,} in {found['tensors']:,} tensors"),
@@ -43,5 +43,11 @@ if __name__ == "__main__":
     )
     CONTEXT = flags.DEFINE_integer(
         "context_length", 0, "positions of a window of text; 0: at most 2048, as the model takes"
+    )
+    TEXT = flags.DEFINE_string(
+        "text",
+        "python_stdlib",
+        "what evaluate and compress read in place of the model's own training text, such as "
+        "text:FOLDER or jsonl:FILE",
     )
     cli.run(main, "stopped; the same command begins anew", training=False)

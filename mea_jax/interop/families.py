@@ -147,6 +147,7 @@ def model_config(config: Json, where: str) -> ModelConfig:
         **_rope(read),
     }
     if family.experts:
+        del fields["d_ff"]  # of layers without experts, of which there are none
         fields |= _experts(read)
     return ModelConfig(**fields)
 
@@ -248,7 +249,9 @@ def stock_config(model: ModelConfig, dtype: str, kept: Json) -> dict[str, Any]:
         "torch_dtype": dtype,
         "vocab_size": model.vocab_size,
         "hidden_size": model.d_model,
-        "intermediate_size": model.d_ff,
+        "intermediate_size": kept.get("intermediate_size", model.d_ff)
+        if family.experts
+        else model.d_ff,
         "num_hidden_layers": model.n_layers,
         "num_attention_heads": model.n_heads,
         "num_key_value_heads": model.n_kv_heads,

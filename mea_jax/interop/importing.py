@@ -17,8 +17,9 @@ import numpy as np
 import tqdm
 
 from mea_jax.backends import resolve
-from mea_jax.config import DataConfig, ModelConfig, TrainConfig
+from mea_jax.config import DataConfig, ModelConfig, SourceConfig, TrainConfig
 from mea_jax.data import tokenizers
+from mea_jax.data.sources import open_source
 from mea_jax.data.tokenizers import Tokenizer
 from mea_jax.errors import UserError
 from mea_jax.interop import families, folders, shards, tensors
@@ -171,11 +172,10 @@ def _tokenizer(folder: Path, model: ModelConfig) -> Tokenizer:
     return tokenizer
 
 
-def run_config(source: Source, out: Path, context_length: int) -> TrainConfig:
-    """The config inside the checkpoint. `context_length` 0: what suits the model.
+def run_config(source: Source, out: Path, context_length: int, text: str) -> TrainConfig:
+    """The config inside the checkpoint; arguments as those of `import_model`.
 
-    A published model brings no text: its own data are the Python standard library's, which every
-    machine has, in the model's tokens. Raises `UserError`.
+    Raises `UserError` for what cannot be.
     """
     longest = families.context_of(source.config, source.where)
     if context_length > longest:
@@ -183,7 +183,14 @@ def run_config(source: Source, out: Path, context_length: int) -> TrainConfig:
             f"--context_length {context_length} is beyond the model's max_position_embeddings="
             f"{longest}"
         )
+    kind, _, path = text.partition(":")
+    given = SourceConfig(source=kind, path=str(Path(path).expanduser().absolute()) if path else "")
+    try:
+        open_source(given)
+    except UserError as error:
+        raise UserError(f"--text {text}: {error}") from error
     data = DataConfig(
+        sources=(given,),
         tokenizer=str(out.absolute() / "tokenizer"),
         context_length=context_length or min(longest, _WINDOW),
     )
@@ -197,7 +204,11 @@ def run_config(source: Source, out: Path, context_length: int) -> TrainConfig:
 
 
 def import_model(
-    folder: Path, out: Path, dtype: str = "float32", context_length: int = 0
+    folder: Path,
+    out: Path,
+    dtype: str = "float32",
+    context_length: int = 0,
+    text: str = "python_stdlib",
 ) -> Mapping[str, Any]:
     """Makes the run directory `out` of a model's folder; a summary of it.
 
@@ -205,12 +216,14 @@ def import_model(
       folder: as transformers saves a model.
       dtype: of the stored parameters.
       context_length: windows of the checkpoint's config; 0: chosen.
+      text: what stands for the data of its training, which a published model does not bring, such
+        as "text:FOLDER" or "jsonl:FILE"; the default is there on every machine.
 
     Raises `UserError`; then there is no `out`.
     """
     with folders.whole(out) as part:
         source = Source(folder)
-        config = run_config(source, out, context_length)
+        config = run_config(source, out, context_length, text)
         writer = Writer(part / "arrays", config.model, dtype)
         folders.check_space(part, 2 * writer.bytes + _SPARE)  # mapped files, then the checkpoint
         for entry, array in tqdm.tqdm(

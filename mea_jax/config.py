@@ -163,7 +163,9 @@ class OptimizerConfig:
     decay_mixing: bool = False  # weight decay on W_lc as well
     clip_norm: float = 1.0  # of the global gradient; 0: no clipping
     z_loss: float = 0.0  # weight of mean(logsumexp(logits)^2)
-    load_balance: float = 0.0  # weight of E sum_e (share of choices)(mean probability), mean of layers
+    load_balance: float = (
+        0.0  # weight of E sum_e (share of choices)(mean probability), mean of layers
+    )
     router_z_loss: float = 0.0  # weight of mean(logsumexp(router logits)^2), mean of layers
 
 

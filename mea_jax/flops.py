@@ -1,10 +1,10 @@
 """The project's one convention for FLOPs, and the peak rates that MFU divides by.
 
 A multiply-add counts two. Counted: every product of the model, attention over the positions a
-causal mask leaves (half of T x T), the mixing of heads in the form that runs, the router and the experts
-that a token is sent to, and the unembedding; the backward pass as twice the forward. Not counted: norms, softmax, rotary positions, lookups,
-recomputation (remat), the optimizer and a teacher's forward pass; frozen parameters count as if
-they had gradients. So MFU compares useful work, whatever is recomputed.
+causal mask leaves (half of T x T), the mixing of heads in the form that runs, the router and the
+experts that a token is sent to, and the unembedding; the backward pass as twice the forward. Not
+counted: norms, softmax, rotary positions, lookups, recomputation (remat), the optimizer and a
+teacher's forward pass; frozen parameters count as if they had gradients. So MFU compares useful work, whatever is recomputed.
 """
 
 from mea_jax.config import ModelConfig
@@ -65,7 +65,7 @@ def _attention_products(model: ModelConfig, c_key: int, c_value: int) -> tuple[i
 
 
 def _feed_forward_products(model: ModelConfig) -> int:
-    """Multiply-adds per position of one layer's feed-forward half: of the experts those that run."""
+    """Multiply-adds of one layer's feed-forward half; of the experts those that run."""
     if not model.n_experts:
         return 3 * model.d_model * model.d_ff
     router = model.d_model * model.n_experts

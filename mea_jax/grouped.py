@@ -41,21 +41,21 @@ def block_size(rows: int, groups: int) -> int:
     size = _SMALLEST
     while 2 * size <= min(rows // (_SHARE * groups), _LARGEST):
         size *= 2
-    return min(size, rows)
+    return max(min(size, rows), 1)
 
 
-def block_count(rows: int, groups: int) -> int:
-    """How many blocks are enough however the rows fall on the groups."""
-    return min(rows, rows // block_size(rows, groups) + groups)
+def block_count(rows: int, groups: int, size: int) -> int:
+    """How many blocks of `size` rows are enough however the rows fall on the groups."""
+    return min(rows, rows // size + groups)
 
 
-def blocks(sizes_E: Array, rows: int) -> Blocks:
-    """The blocks of groups of sizes (E,), int32, that add up to `rows` or less."""
-    groups, size = sizes_E.shape[0], block_size(rows, sizes_E.shape[0])
+def blocks(sizes_E: Array, rows: int, size: int) -> Blocks:
+    """The blocks of `size` rows of groups of sizes (E,), int32, that add up to `rows` or less."""
+    groups = sizes_E.shape[0]
     last_row_E = jnp.cumsum(sizes_E)
     count_E = -(-sizes_E // size)
     last_block_E = jnp.cumsum(count_E)
-    number_N = jnp.arange(block_count(rows, groups))
+    number_N = jnp.arange(block_count(rows, groups, size))
     group_N = jnp.sum(last_block_E[None] <= number_N[:, None], axis=1)
     group_N = jnp.minimum(group_N, groups - 1)
     within_N = number_N - (last_block_E - count_E)[group_N]
@@ -65,15 +65,13 @@ def blocks(sizes_E: Array, rows: int) -> Blocks:
 
 
 def _over_blocks(
-    sizes_E: Array, rows: int, partial: bool, body: Callable[..., Array], out: Array
+    sizes_E: Array, rows: int, share: int, body: Callable[..., Array], out: Array
 ) -> Array:
     """`body(out, group, place, mask)` for every block: rows `place` to `place` + size, of which the
-    mask (size, 1) says those of the block.
-
-    `partial`: only as many rounds as there are blocks with rows, a number that the compiler does
-    not know; else as many as there may be.
-    """
-    found, size = blocks(sizes_E, rows), block_size(rows, sizes_E.shape[0])
+    mask (size, 1) says those of the block. `share` as in `grouped_product`."""
+    groups = sizes_E.shape[0]
+    size = block_size(rows // share, groups)
+    found = blocks(sizes_E, rows, size)
 
     def one(i, out):
         start, stop = found.start_N[i], found.stop_N[i]
@@ -82,8 +80,11 @@ def _over_blocks(
         row_b1 = place + jnp.arange(size)[:, None]
         return body(out, found.group_N[i], place, (start <= row_b1) & (row_b1 < stop))
 
-    rounds = found.used if partial else block_count(rows, sizes_E.shape[0])
-    return jax.lax.fori_loop(0, rounds, one, out)
+    if share == 1:
+        return jax.lax.fori_loop(0, block_count(rows, groups, size), one, out)
+    # The program says how many rounds an even share takes, for plan.hlo.
+    with jax.named_scope(f"about_{block_count(rows // share, groups, size)}_rounds"):
+        return jax.lax.fori_loop(0, found.used, one, out)
 
 
 def _rows_at(x: Array, place: Array, mask_b1: Array) -> Array:
@@ -97,7 +98,7 @@ def _put_rows(out: Array, y_bF: Array, place: Array, mask_b1: Array) -> Array:
 
 
 def looped(
-    products: Backend, partial: bool, transposed: bool, x_SD: Array, w_EDF: Array, sizes_E: Array
+    products: Backend, share: int, transposed: bool, x_SD: Array, w_EDF: Array, sizes_E: Array
 ) -> Array:
     """Row s times the matrix of its group, or (`transposed`) times its transpose; float32.
 
@@ -111,11 +112,11 @@ def looped(
 
     width = w_EDF.shape[1 if transposed else 2]
     start = jnp.zeros((x_SD.shape[0], width), jnp.float32)
-    return _over_blocks(sizes_E, x_SD.shape[0], partial, body, start)
+    return _over_blocks(sizes_E, x_SD.shape[0], share, body, start)
 
 
 def looped_weights(
-    products: Backend, partial: bool, x_SD: Array, g_SF: Array, sizes_E: Array
+    products: Backend, share: int, x_SD: Array, g_SF: Array, sizes_E: Array
 ) -> Array:
     """The sum over each group's rows of x^T g: (E, D, F), float32."""
 
@@ -124,66 +125,70 @@ def looped_weights(
         return out_EDF.at[group].add(products.weight_gradient(x_bD, g_bF))
 
     start = jnp.zeros((sizes_E.shape[0], x_SD.shape[1], g_SF.shape[1]), jnp.float32)
-    return _over_blocks(sizes_E, x_SD.shape[0], partial, body, start)
+    return _over_blocks(sizes_E, x_SD.shape[0], share, body, start)
 
 
-def ragged(precision, transposed: bool, x_SD: Array, w_EDF: Array, sizes_E: Array) -> Array:
+def _ragged(backend: Backend, share: int, dims: _Dims, a: Array, b: Array, sizes_E: Array) -> Array:
+    precision = jax.lax.Precision.HIGHEST if backend.dtype == jnp.float32 else None
+    with jax.named_scope(f"one_in_{share}"):  # for plan.costs
+        return jax.lax.ragged_dot_general(
+            a, b, sizes_E, dims, precision=precision, preferred_element_type=jnp.float32
+        )
+
+
+def ragged(
+    products: Backend, share: int, transposed: bool, x_SD: Array, w_EDF: Array, sizes_E: Array
+) -> Array:
     """`looped` by `jax.lax.ragged_dot_general`."""
     dims = _Dims((((1,), (2 if transposed else 1,)), ((), ())), [0], [0])
-    y_SF = jax.lax.ragged_dot_general(
-        x_SD, w_EDF, sizes_E, dims, precision=precision, preferred_element_type=jnp.float32
-    )
+    y_SF = _ragged(products, share, dims, x_SD, w_EDF, sizes_E)
     # What the kernel does not visit it leaves as it was.
     member_S1 = jnp.arange(x_SD.shape[0])[:, None] < jnp.sum(sizes_E)
     return jnp.where(member_S1, y_SF, 0.0)
 
 
-def ragged_weights(precision, x_SD: Array, g_SF: Array, sizes_E: Array) -> Array:
+def ragged_weights(
+    products: Backend, share: int, x_SD: Array, g_SF: Array, sizes_E: Array
+) -> Array:
     """`looped_weights` by `jax.lax.ragged_dot_general`."""
     dims = _Dims((((0,), (0,)), ((), ())), [0], [])
-    return jax.lax.ragged_dot_general(
-        x_SD, g_SF, sizes_E, dims, precision=precision, preferred_element_type=jnp.float32
-    )
+    return _ragged(products, share, dims, x_SD, g_SF, sizes_E)
 
 
-def _product(backend, partial, transposed, x_SD, w_EDF, sizes_E) -> Array:
+def _product(backend, share, transposed, x_SD, w_EDF, sizes_E) -> Array:
     return jax.lax.platform_dependent(
         *(x_SD.astype(backend.dtype), w_EDF.astype(backend.dtype), sizes_E),
-        tpu=functools.partial(ragged, _precision(backend), transposed),
-        default=functools.partial(looped, backend, partial, transposed),
+        tpu=functools.partial(ragged, backend, share, transposed),
+        default=functools.partial(looped, backend, share, transposed),
     ).astype(backend.activation)
-
-
-def _precision(backend: Backend) -> jax.lax.Precision | None:
-    return jax.lax.Precision.HIGHEST if backend.dtype == jnp.float32 else None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def grouped_product(
-    x_SD: Array, w_EDF: Array, sizes_E: Array, backend: Backend, partial: bool
+    x_SD: Array, w_EDF: Array, sizes_E: Array, backend: Backend, share: int
 ) -> Array:
     """Row s of `x` times the matrix of its group: (S, F), of the backend's activation dtype.
 
     `sizes_E`, int32: the first sizes[0] rows are of group 0, and so on. Rows past their sum are
     zero, and so are their gradients. Inputs are rounded to the backend's dtype, sums are float32.
-    `partial`: that sum is far below S as a rule, so that a loop should stop there; a compiler then
-    cannot count its rounds.
+    `share`: 1, or that their sum is about one in so many as a rule. Then a loop stops there, and a
+    compiler cannot count its rounds.
     """
-    return _product(backend, partial, False, x_SD, w_EDF, sizes_E)
+    return _product(backend, share, False, x_SD, w_EDF, sizes_E)
 
 
-def _forward(x_SD, w_EDF, sizes_E, backend, partial):
-    y_SF = _product(backend, partial, False, x_SD, w_EDF, sizes_E)
+def _forward(x_SD, w_EDF, sizes_E, backend, share):
+    y_SF = _product(backend, share, False, x_SD, w_EDF, sizes_E)
     return y_SF, (x_SD, w_EDF, sizes_E)
 
 
-def _backward(backend, partial, saved, g_SF):
+def _backward(backend, share, saved, g_SF):
     x_SD, w_EDF, sizes_E = saved
-    d_x_SD = _product(backend, partial, True, g_SF, w_EDF, sizes_E)
+    d_x_SD = _product(backend, share, True, g_SF, w_EDF, sizes_E)
     d_w_EDF = jax.lax.platform_dependent(
         *(x_SD.astype(backend.dtype), g_SF.astype(backend.dtype), sizes_E),
-        tpu=functools.partial(ragged_weights, _precision(backend)),
-        default=functools.partial(looped_weights, backend, partial),
+        tpu=functools.partial(ragged_weights, backend, share),
+        default=functools.partial(looped_weights, backend, share),
     )
     return d_x_SD.astype(x_SD.dtype), d_w_EDF.astype(w_EDF.dtype), None
 

@@ -149,24 +149,26 @@ combine.defvjp(_combine_forward, _combine_backward)
 
 
 def run_experts(
-    backend: Backend, partial: bool, x_TD: Array, routed: Routed, experts: Experts
+    backend: Backend, share: int, x_TD: Array, routed: Routed, experts: Experts
 ) -> Array:
     """What `experts` add for each token: (T, D), of the activation dtype.
 
     `routed.ids_Tk` count from the first of `experts`; numbers past the last are others' affair.
-    `partial`: most of the pairs are.
+    `share`: of how many such parts of all experts these are one.
     """
     count = experts.gate_EDF.shape[0]
     ids_S = jnp.minimum(routed.ids_Tk.reshape(-1), count)
     order_S = jnp.argsort(ids_S, stable=True)
-    place_S = jnp.zeros_like(order_S).at[order_S].set(
-        jnp.arange(len(ids_S), dtype=order_S.dtype), unique_indices=True
+    place_S = (
+        jnp.zeros_like(order_S)
+        .at[order_S]
+        .set(jnp.arange(len(ids_S), dtype=order_S.dtype), unique_indices=True)
     )
     sizes_E = jnp.sum(ids_S[:, None] == jnp.arange(count)[None], axis=0, dtype=jnp.int32)
     rows_SD = dispatch(x_TD, order_S, place_S)
 
     def product(x, w):
-        return grouped_product(x, w, sizes_E, backend, partial)
+        return grouped_product(x, w, sizes_E, backend, share)
 
     gate_SF = checkpoint_name(product(rows_SD, experts.gate_EDF), PRODUCTS)
     up_SF = checkpoint_name(product(rows_SD, experts.up_EDF), PRODUCTS)
@@ -176,29 +178,35 @@ def run_experts(
     return combine(y_SD, order_S, place_S, x_TD[:, :0])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def over_sources(backend: Backend, x_nTD: Array, routed_nTk: Routed, experts: Experts) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def over_sources(
+    backend: Backend, share: int, x_nTD: Array, routed_nTk: Routed, experts: Experts
+) -> Array:
     """`run_experts` for the tokens of n devices, one after another: (n, T, D).
 
     Any of them may ask for these experts only, so memory is set aside for all pairs of one device.
     For the same reason nothing is kept for the gradient but the inputs: it runs the experts again,
     and sums the gradients of their weights in float32.
     """
-    return jax.lax.map(lambda source: run_experts(backend, True, *source, experts), (x_nTD, routed_nTk))
+    return jax.lax.map(
+        lambda source: run_experts(backend, share, *source, experts), (x_nTD, routed_nTk)
+    )
 
 
-def _sources_forward(backend, x_nTD, routed_nTk, experts):
-    return over_sources(backend, x_nTD, routed_nTk, experts), (x_nTD, routed_nTk, experts)
+def _sources_forward(backend, share, x_nTD, routed_nTk, experts):
+    return over_sources(backend, share, x_nTD, routed_nTk, experts), (x_nTD, routed_nTk, experts)
 
 
-def _sources_backward(backend, saved, g_nTD):
+def _sources_backward(backend, share, saved, g_nTD):
     x_nTD, routed_nTk, experts = saved
 
     def one(total, source):
         x_TD, routed, g_TD = source
 
         def run(x_TD, weights_Tk, experts):
-            return run_experts(backend, True, x_TD, routed._replace(weights_Tk=weights_Tk), experts)
+            return run_experts(
+                backend, share, x_TD, routed._replace(weights_Tk=weights_Tk), experts
+            )
 
         _, pull = jax.vjp(run, x_TD, routed.weights_Tk, experts)
         d_x_TD, d_weights_Tk, d_experts = pull(g_TD)
@@ -249,7 +257,7 @@ def _on_a_mesh(model, backend, x_BTD, segment_ids_BT, router_DE, experts):
             x_TD, real_T, router_DE, model.experts_per_token, model.normalise_router
         )
         if not exchange:
-            y_TD = run_experts(backend, False, x_TD, routed, experts)
+            y_TD = run_experts(backend, 1, x_TD, routed, experts)
         else:
             if divided:
                 gather = functools.partial(jax.lax.all_gather, axis_name=exchange)
@@ -259,13 +267,19 @@ def _on_a_mesh(model, backend, x_BTD, segment_ids_BT, router_DE, experts):
             held = experts.gate_EDF.shape[0]
             ids_nTk = routed.ids_Tk - jax.lax.axis_index(exchange) * held
             ids_nTk = jnp.where(ids_nTk < 0, held, ids_nTk)
-            y_nTD = over_sources(backend, x_nTD, routed._replace(ids_Tk=ids_nTk), experts)
+            routed = routed._replace(ids_Tk=ids_nTk)
+            y_nTD = over_sources(backend, ways("experts"), x_nTD, routed, experts)
             y_TD = jax.lax.psum_scatter(y_nTD, exchange) if divided else y_nTD[0]
         return y_TD.reshape(1, *x_BTD.shape), jax.tree.map(lambda s: s[None], sums)
 
     split = jax.shard_map(
         _again(shard),
-        in_specs=(of_x, of_ids, spec(_AXES["router"]), Experts(*map(spec, list(_AXES.values())[1:]))),
+        in_specs=(
+            of_x,
+            of_ids,
+            spec(_AXES["router"]),
+            Experts(*map(spec, list(_AXES.values())[1:])),
+        ),
         out_specs=(PartitionSpec(parts or None, *of_x), PartitionSpec(token_axes or None)),
         check_vma=False,  # it cannot follow loops whose start is alike everywhere
     )
@@ -299,7 +313,7 @@ def mixture(
         routed, sums = route(
             x_TD, real_T, router_DE, model.experts_per_token, model.normalise_router
         )
-        return run_experts(backend, False, x_TD, routed, experts).reshape(x_BTD.shape), sums
+        return run_experts(backend, 1, x_TD, routed, experts).reshape(x_BTD.shape), sums
 
     return _again(local)(x_BTD, router_DE, experts)
 

@@ -145,12 +145,11 @@ def copies(mesh: Mesh) -> int:
 
 
 def _product(mesh: Mesh, *axes: str) -> tuple[str, int]:
-    """Axes as a message names them, without those of one device but the first, and their product."""
+    """The product of axes' sizes, and how a message writes it, without axes of one device."""
     named = [axis for axis in axes if mesh.shape[axis] > 1] or [axes[0]]
     sizes = [mesh.shape[axis] for axis in named]
-    return f"{' x '.join(named)} = {' x '.join(map(str, sizes))}".replace(
-        " = ", "=" if len(named) == 1 else " = "
-    ), math.prod(sizes)
+    equals = "=" if len(named) == 1 else " = "
+    return f"{' x '.join(named)}{equals}{' x '.join(map(str, sizes))}", math.prod(sizes)
 
 
 def _check_length(config: TrainConfig, shards: int) -> None:

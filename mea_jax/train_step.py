@@ -141,7 +141,7 @@ def batch_loss(
 
     With a `teacher` the objective is mixed as `config.start.distillation` says, and the second
     result goes on with KL(teacher || model) in nats. With experts the objective has the routers'
-    losses in it, and the second result ends with what `_with_router` says. `reported` has the names.
+    losses in it, and the second result ends with what `_with_router` adds (names: `reported`).
 
     Where the mesh of `jax.set_mesh` splits the sequence, the batch is laid out for its shards here.
     """
@@ -235,8 +235,8 @@ def train_step(
     """One AdamW update on a global batch; the metrics are float32 scalars.
 
     `loss` is the mean nll in nats per token (without z-loss, without distillation), `kl` the mean
-    KL(teacher || model) if there is a teacher, `load_balance`, `router_z` and `busiest_expert` those
-    of `moe.RouterSums` if there are experts, `grad_norm` that of the gradient before clipping,
+    KL(teacher || model) if there is a teacher, `load_balance`, `router_z` and `busiest_expert` what
+    `moe.RouterSums` says if there are experts, `grad_norm` that of the gradient before clipping,
     `param_norm` that before the update. Where the gradient's norm is not finite the update is left
     out, `skipped` is 1, and only the counters of steps go on: parameters and moments are as if the
     batch had not been. `empty_windows` counts windows without a token, which is what stored windows

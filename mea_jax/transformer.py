@@ -222,7 +222,9 @@ def apply_routed(
         return apply_hidden(model, params, *inputs), None
     method: Any = Decoder.hidden_and_unembedding
     out: Any = Decoder(model).apply({"params": params}, *inputs, method=method, mutable=["router"])
-    stacks = [out[1]["router"][f"layers_{first}"]["mlp"]["sums"][0] for first, *_ in stretches(model)]
+    stacks = [
+        out[1]["router"][f"layers_{first}"]["mlp"]["sums"][0] for first, *_ in stretches(model)
+    ]
     return out[0], jax.tree.map(lambda *parts: jnp.concatenate(parts), *stacks)
 
 

@@ -47,11 +47,6 @@ FAMILIES = (
 )
 
 
-def n_experts(model: ModelConfig) -> int:
-    """0: one feed-forward layer without a router."""
-    return getattr(model, "n_experts", 0)
-
-
 # -- their config -> ours ----------------------------------------------------------------------
 
 
@@ -222,7 +217,7 @@ def stock_family(model: ModelConfig) -> Family:
         if lacking:
             raise UserError(f"no class of transformers has {what}: --form mea exports it")
     for family in FAMILIES:
-        if (family.qk_norm, family.experts) == (model.qk_norm, bool(n_experts(model))):
+        if (family.qk_norm, family.experts) == (model.qk_norm, bool(model.n_experts)):
             break
     else:
         raise UserError(
@@ -266,7 +261,7 @@ def stock_config(model: ModelConfig, dtype: str, kept: Json) -> dict[str, Any]:
     }
     if family.experts:
         config |= {
-            "num_experts": n_experts(model),
+            "num_experts": model.n_experts,
             "num_experts_per_tok": model.experts_per_token,
             "moe_intermediate_size": model.d_expert,
             "norm_topk_prob": model.normalise_router,

@@ -115,11 +115,8 @@ class Source:
             name = base + ("down_proj" if ours == "down" else "gate_up_proj")
             if (tensor := self._tensors.get(name)) is not None:
                 half = {"gate": 0, "up": 1}.get(ours)
-                return name, _Part(tensor, (entry.expert, self.model_experts()), half)
+                return name, _Part(tensor, (entry.expert, self.model.n_experts), half)
         raise UserError(f"{self.folder}: {entry.name} is missing")
-
-    def model_experts(self) -> int:
-        return families.n_experts(self.model)
 
     def arrays(self) -> Iterator[tuple[tensors.Entry, np.ndarray]]:
         """Each entry with its tensor, theirs, mapped."""

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from mea_jax.config import ModelConfig
-from mea_jax.interop.families import n_experts
 
 Path = tuple[str, ...]
 
@@ -100,10 +99,10 @@ def mlp_entries(model: ModelConfig, layer: int) -> list[Entry]:
         for name, shape in (("gate", (d, width)), ("up", (d, width)), ("down", (width, d))):
             yield Entry(f"{prefix}.{name}_proj.weight", ("mlp", name), shape, layer, expert)
 
-    if not n_experts(model):
+    if not model.n_experts:
         return list(swiglu(at, model.d_ff, None))
-    entries = [Entry(f"{at}.gate.weight", ("mlp", "router"), (d, n_experts(model)), layer)]
-    for expert in range(n_experts(model)):
+    entries = [Entry(f"{at}.gate.weight", ("mlp", "router"), (d, model.n_experts), layer)]
+    for expert in range(model.n_experts):
         entries += swiglu(f"{at}.experts.{expert}", model.d_expert, expert)
     return entries
 

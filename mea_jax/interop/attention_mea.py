@@ -245,6 +245,7 @@ class MEAAttention(nn.Module):
         """Attention to a cache as it lies: (B, N, T, H)."""
         b, n, t, h = q_BNTH.shape
         s, grouped = keys.shape[2], (b, self.K, n // self.K * t, -1)
+        q_BNTH = (q_BNTH.float() * h**-0.5).to(q_BNTH.dtype)
         if self.key_mixing is None:
             logits_BKMS = q_BNTH.reshape(grouped) @ keys.transpose(2, 3)
         else:
@@ -252,7 +253,7 @@ class MEAAttention(nn.Module):
             q_BKGTH = q_BNTH.unflatten(1, (self.K, -1))
             q_BMX = self.key_mixing.absorb(q_BKGTH).reshape(b, n * t, width)
             logits_BKMS = (q_BMX @ keys[:, 0, :, :width].transpose(1, 2)).view(grouped)
-        logits_BKMS = logits_BKMS.float() * h**-0.5
+        logits_BKMS = logits_BKMS.float()
         if self.scalars:
             logits_BKMS = logits_BKMS * unpack(keys[:, 0, :, width:]).transpose(1, 2)[:, :, None]
         logits_BNTS = logits_BKMS.view(b, n, t, s)

@@ -54,9 +54,11 @@ def test_hidden_states_and_last_logits(folder):
     torch.testing.assert_close(last, out.logits[:, -2:], rtol=0, atol=2e-6)
 
 
-def test_a_cache_of_fixed_size(folder):
+@pytest.mark.parametrize("changes", [{"qk_norm": True}, {"positions": "alibi"}])
+def test_a_cache_of_fixed_size(tmp_path, changes):
     """generate() with preallocated keys and values, whose masks come ready made."""
-    model = load(folder)
+    ours = tiny_model(**GROUPED, **changes, key_components=(1, 2))
+    model = load(save(ours, params_of(ours, noise=0.3), tmp_path / "model"))
     mask = torch.ones_like(IDS)
     mask[1, :4] = 0
     options = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}

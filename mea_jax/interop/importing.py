@@ -110,9 +110,8 @@ class Source:
         if (tensor := self._tensors.get(entry.name)) is not None:
             return entry.name, _Part(tensor)
         if entry.expert is not None:  # as transformers 5 holds them in memory: all in one
-            base = entry.name[: entry.name.index(f"{entry.expert}.")]
-            ours = entry.path[-1]
-            name = base + ("down_proj" if ours == "down" else "gate_up_proj")
+            base, ours = entry.name.partition(".experts.")[0], entry.path[-1]
+            name = f"{base}.experts.{'down_proj' if ours == 'down' else 'gate_up_proj'}"
             if (tensor := self._tensors.get(name)) is not None:
                 half = {"gate": 0, "up": 1}.get(ours)
                 return name, _Part(tensor, (entry.expert, self.model.n_experts), half)

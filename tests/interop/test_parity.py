@@ -167,11 +167,13 @@ def test_the_way_back_is_bit_exact(pair, kind, tmp_path):
 def test_compressing_to_all_heads_keeps_the_model(pair, kind, devices, tmp_path):
     devices(1)
     model, _, run = pair(kind)
-    small = {"calibration_tokens": 0, "held_out_tokens": 512, "dtype": "float32"}
-    compress(run, tmp_path / "same", Options(keep=1.0, method="svd", **small))
+    options = Options(
+        keep=1.0, method="svd", calibration_tokens=0, held_out_tokens=512, dtype="float32"
+    )
+    compress(run, tmp_path / "same", options)
     tokens_BT = small_models.tokens(4, 2, LENGTH)
     theirs = small_models.logits(model, tokens_BT)
-    assert_same(theirs, our_logits(*loaded(tmp_path / "same"), tokens_BT))
+    assert_same(theirs, our_logits(*loaded(tmp_path / "same"), tokens_BT=tokens_BT))
     # And so does its export, whose heads are mixed: rebuilt, they are those of a stock class.
     export_model(tmp_path / "same", tmp_path / "stock", print, form="stock")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "stock", dtype=torch.float32)

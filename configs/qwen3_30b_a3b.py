@@ -53,7 +53,7 @@ def get_config(variant: str = ""):
 
     config.mesh.data = 1
     config.mesh.fsdp = -1
-    config.mesh.expert = 8
+    config.mesh.expert = 4
     config.evaluate.every = 1_000
     config.evaluate.batches = 1
     config.checkpoint.every = 500

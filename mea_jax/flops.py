@@ -4,7 +4,8 @@ A multiply-add counts two. Counted: every product of the model, attention over t
 causal mask leaves (half of T x T), the mixing of heads in the form that runs, the router and the
 experts that a token is sent to, and the unembedding; the backward pass as twice the forward. Not
 counted: norms, softmax, rotary positions, lookups, recomputation (remat), the optimizer and a
-teacher's forward pass; frozen parameters count as if they had gradients. So MFU compares useful work, whatever is recomputed.
+teacher's forward pass; frozen parameters count as if they had gradients. So MFU compares useful
+work, whatever is recomputed.
 """
 
 from mea_jax.config import ModelConfig

@@ -80,7 +80,11 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     kinds = (AxisType.Auto,) * len(AXES)
     shape = tuple(sizes.values())
     if found is None or found == 1:
-        return jax.make_mesh(shape, AXES, axis_types=kinds, devices=devices)
+        try:
+            return jax.make_mesh(shape, AXES, axis_types=kinds, devices=devices)
+        except NotImplementedError:  # an axis of 8 on a torus of 4x4x4 takes one and a half
+            grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+            return Mesh(grid, AXES, axis_types=kinds)
     inside = (sizes["data"] // found, *shape[1:])
     across = (found,) + (1,) * (len(AXES) - 1)
     grid = mesh_utils.create_hybrid_device_mesh(

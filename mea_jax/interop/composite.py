@@ -118,10 +118,10 @@ def mea_config(model: ModelConfig, context_length: int = 2048) -> dict[str, Any]
         "max_position_embeddings": model.max_positions or context_length,
         "rms_norm_eps": model.norm_eps,
         "tie_word_embeddings": model.tie_embeddings,
-        "n_experts": getattr(model, "n_experts", 0),
-        "experts_per_token": getattr(model, "experts_per_token", 0),
-        "d_expert": getattr(model, "d_expert", 0),
-        "normalise_router": getattr(model, "normalise_router", True),
+        "n_experts": model.n_experts,
+        "experts_per_token": model.experts_per_token,
+        "d_expert": model.d_expert,
+        "normalise_router": model.normalise_router,
     }
 
 
@@ -135,7 +135,11 @@ def _linear(kernel: Any, inputs: int = 1) -> np.ndarray:
 
 
 def mea_tensors(model: ModelConfig, index: int, layer: Tree) -> dict[str, np.ndarray]:
-    """One layer's parameters, without the axis of layers, by their names in `modeling_mea`."""
+    """One layer's parameters, without the axis of layers, by their names in `modeling_mea`.
+
+    Many are transposed views, of which `safetensors.numpy.save_file` would write the wrong bytes:
+    it needs `np.ascontiguousarray`.
+    """
     check_exportable(model)
     attention, mlp, at = layer["attention"], layer["mlp"], f"model.layers.{index}"
     tensors = {

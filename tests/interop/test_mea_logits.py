@@ -35,6 +35,8 @@ CASES: dict[str, dict[str, Any]] = {
     "gate per feature": GROUPED | {"gate": "feature", "value_components": 2},
     "alibi": GROUPED | {"positions": "alibi", "key_components": 2, "qk_norm": True},
     "learned positions": {"positions": "learned", "max_positions": 24, "value_components": 2},
+    "experts": GROUPED
+    | {"n_experts": 6, "experts_per_token": 2, "d_expert": 16, "key_components": 2},
     "no positions": {"positions": "none", "key_components": 2},
 }
 LENGTH = 20

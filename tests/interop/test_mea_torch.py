@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from exported_mea import layers_of, load, save
-from helpers import GROUPED, PLAIN, params_of, tiny_model
+from exported_mea import load, save
+from helpers import GROUPED, params_of, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mea_jax.interop import composite
@@ -117,18 +117,3 @@ def test_experts_are_the_sum_of_the_chosen(normalise):
         hidden = gate * torch.sigmoid(gate) * up
         expected = torch.einsum("btef,efd,bte->btd", hidden, block.down, weights)
         torch.testing.assert_close(block(x), expected, rtol=1e-4, atol=1e-4)
-
-
-def test_a_model_with_experts_finds_its_tensors(tmp_path):
-    """Tensors of a layer with a router go where the block looks for them."""
-    model = tiny_model(**PLAIN)
-    rng = np.random.default_rng(0)
-    shapes = {"router": (32, 4), "gate": (4, 32, 6), "up": (4, 32, 6), "down": (4, 6, 32)}
-    layer = layers_of(model, params_of(model))[0]
-    layer["mlp"] = {k: rng.standard_normal(s, np.float32) for k, s in shapes.items()}
-    experts = {"n_experts": 4, "experts_per_token": 2, "d_expert": 6}
-    built = MEAForCausalLM(MEAConfig(**(composite.mea_config(model) | experts)))
-    names = {name: tuple(p.shape) for name, p in built.named_parameters() if "layers.1." in name}
-    tensors = composite.mea_tensors(model, 1, layer)
-    assert names == {name: tensor.shape for name, tensor in tensors.items()}
-    np.testing.assert_array_equal(tensors["model.layers.1.mlp.gate"], layer["mlp"]["gate"])

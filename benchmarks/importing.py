@@ -4,7 +4,7 @@
 
 48 layers of 128 experts, D 2048, 32 query and 4 key/value heads of width 128, a vocabulary of
 151,936 with a head of its own: all shapes are the published ones but the experts' width, 768 there
-and 8 here. 18,867 tensors of bfloat16, 5.6 GB in shards of 1 GB with an index, are made once below
+and 8 here. 18,867 tensors of bfloat16, 3.7 GB in shards of 1 GB with an index, are made once below
 the folder. The command runs as a user types it, in a process of its own; its memory is looked at
 while it runs: what is its own (anonymous), without the pages of the files that it maps, which the
 system takes back when it needs them.

@@ -30,6 +30,7 @@ from mea_jax.validation import validate
 
 DTYPES = ("float32", "bfloat16")
 _PATTERNS = ("*.safetensors", "*.json", "*.jinja", "merges.txt", "tokenizer.model")
+_HELD_OUT = 0.1  # of the text: none of it trains the model, and there may be little
 _WINDOW = 2048  # positions of a window, of models that take as many
 _UNUSED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")  # a buffer of old
 _SPARE = 1 << 28  # bytes of disk beside the arrays
@@ -189,6 +190,7 @@ def run_config(source: Source, out: Path, context_length: int, text: str) -> Tra
         sources=(given,),
         tokenizer=str(out.absolute() / "tokenizer"),
         context_length=context_length or min(longest, _WINDOW),
+        held_out_fraction=_HELD_OUT,
     )
     config = TrainConfig(name=out.absolute().name, model=source.model, data=data)
     try:

@@ -22,9 +22,9 @@ import numpy as np
 
 from benchmarks.harness import write_json
 from mea_jax.backends import resolve
-from mea_jax.compress.stored import Writer, places
 from mea_jax.config import DataConfig, ModelConfig, TrainConfig
 from mea_jax.data.prepare import prepare
+from mea_jax.stored import Writer, places
 from mea_jax.train_step import abstract_params
 
 MODEL = ModelConfig(

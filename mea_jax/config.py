@@ -48,7 +48,11 @@ class ModelConfig:
     n_heads: int = 8  # N, query heads
     n_kv_heads: int = 8  # K, composite key/value heads; N for MHA, fewer for GQA, 1 for MQA
     head_dim: int = 32  # H
-    d_ff: int = 704  # F
+    d_ff: int = 704  # F; of no effect where there are experts
+    n_experts: int = 0  # E, of a mixture in place of each feed-forward half; 0: dense
+    experts_per_token: int = 0  # k, the most probable ones; every token gets all of them
+    d_expert: int = 0  # F of an expert
+    normalise_router: bool = True  # the k probabilities of a token divided by their sum
     variant: str = "mea"  # with hlc "none" and no head norm: MHA, GQA, MQA. The rivals of
     # variants.py: "differential_v1", "differential_v2", "talking_heads", "collaborative"
     hlc: str = "kv"  # heads mixed by W_lc: "kv", "k", "v", or "none" (plain attention)
@@ -162,6 +166,10 @@ class OptimizerConfig:
     decay_mixing: bool = False  # weight decay on W_lc as well
     clip_norm: float = 1.0  # of the global gradient; 0: no clipping
     z_loss: float = 0.0  # weight of mean(logsumexp(logits)^2)
+    load_balance: float = (
+        0.0  # weight of E sum_e (share of choices)(mean probability), mean of layers
+    )
+    router_z_loss: float = 0.0  # weight of mean(logsumexp(router logits)^2), mean of layers
 
 
 @dataclass(frozen=True)
@@ -175,6 +183,7 @@ class MeshConfig:
     # parameters split too
     slices: int = 1  # TPU slices that only a data-centre network joins: `data` runs over them, and
     # must be a multiple of their number
+    expert: int = 1  # experts split, batch split, tokens exchanged; other parameters split too
 
 
 @dataclass(frozen=True)

@@ -105,7 +105,10 @@ def _serve_layer(model: ModelConfig, key: int, value: int, form: str) -> ServedL
 
 
 def _served_params(served: Served, params: Any) -> Any:
-    """Layers apart, mixing folded where the layer says so, matrices in the compute dtype."""
+    """Layers apart, mixing folded where the layer says so, matrices in the compute dtype.
+
+    Routers stay float32: a choice of experts is no matter of rounding.
+    """
     model, dtype = served.model, make_backend(served.model).dtype
     layers = []
     for first, length, *_ in stretches(model):
@@ -124,7 +127,12 @@ def _served_params(served: Served, params: Any) -> Any:
             layers.append(layer | {"attention": attention})
     top = {name: leaf for name, leaf in params.items() if not name.startswith("layers_")}
     tree = {"top": top, "layers": layers}
-    return jax.tree.map(lambda x: x.astype(dtype) if x.ndim >= 2 else x, tree)
+
+    def leaf(path, x):
+        whole = x.ndim < 2 or path[-1].key == "router"
+        return x if whole else x.astype(dtype)
+
+    return jax.tree_util.tree_map_with_path(leaf, tree)
 
 
 def serving(model: ModelConfig, form: str = "auto") -> Served:

@@ -1,10 +1,11 @@
 """The project's one convention for FLOPs, and the peak rates that MFU divides by.
 
 A multiply-add counts two. Counted: every product of the model, attention over the positions a
-causal mask leaves (half of T x T), the mixing of heads in the form that runs, and the unembedding;
-the backward pass as twice the forward. Not counted: norms, softmax, rotary positions, lookups,
-recomputation (remat), the optimizer and a teacher's forward pass; frozen parameters count as if
-they had gradients. So MFU compares useful work, whatever is recomputed.
+causal mask leaves (half of T x T), the mixing of heads in the form that runs, the router and the
+experts that a token is sent to, and the unembedding; the backward pass as twice the forward. Not
+counted: norms, softmax, rotary positions, lookups, recomputation (remat), the optimizer and a
+teacher's forward pass; frozen parameters count as if they had gradients. So MFU compares useful
+work, whatever is recomputed.
 """
 
 from mea_jax.config import ModelConfig
@@ -64,13 +65,21 @@ def _attention_products(model: ModelConfig, c_key: int, c_value: int) -> tuple[i
     return 2 * d * n * h + gate + keys + values, 2 * n * h
 
 
+def _feed_forward_products(model: ModelConfig) -> int:
+    """Multiply-adds of one layer's feed-forward half; of the experts those that run."""
+    if not model.n_experts:
+        return 3 * model.d_model * model.d_ff
+    router = model.d_model * model.n_experts
+    return router + model.experts_per_token * 3 * model.d_model * model.d_expert
+
+
 def forward_flops_per_token(model: ModelConfig, length: int) -> float:
     """FLOPs of a forward pass over windows of `length` positions, per position."""
     total = 0.0
     for c_key, c_value in zip(model.components("key"), model.components("value"), strict=True):
         position, pair = _attention_products(model, c_key, c_value)
         total += 2 * (position + pair * length / 2)  # causal half
-        total += 3 * 2 * model.d_model * model.d_ff
+        total += 2 * _feed_forward_products(model)
     return total + 2 * model.d_model * model.vocab_size
 
 

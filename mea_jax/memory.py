@@ -17,6 +17,7 @@ from mea_jax.backends import make_backend
 from mea_jax.config import TrainConfig
 from mea_jax.errors import UserError
 from mea_jax.optimizer import trainable
+from mea_jax.sharding import copies
 from mea_jax.train_step import abstract_state
 from mea_jax.validation import least_parameters
 
@@ -56,7 +57,7 @@ def least_bytes(config: TrainConfig, mesh: Mesh) -> tuple[int, int]:
             for leaf in jax.tree.leaves(tree)
         )
 
-    rows = config.batch_size // config.accumulate // (mesh.shape["data"] * mesh.shape["fsdp"])
+    rows = config.batch_size // config.accumulate // copies(mesh)
     tokens = rows * config.data.context_length // mesh.shape["sequence"]
     residual = config.model.d_model * jnp.dtype(make_backend(config.model).activation).itemsize
     gradients = trainable(state.params, config.start.trainable)

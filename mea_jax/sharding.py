@@ -18,13 +18,13 @@ from mea_jax.config import MeshConfig, TrainConfig
 from mea_jax.errors import UserError
 
 # From the outermost, whose devices may be far apart, to the innermost, which talk most.
-AXES = ("data", "fsdp", "sequence", "tensor")
+AXES = ("data", "fsdp", "expert", "sequence", "tensor")
 
 # Logical axis -> mesh axes. None: never split.
 RULES: dict[str, tuple[str, ...] | None] = {
     # parameters
     "layers": None,
-    "embed": ("fsdp", "sequence"),
+    "embed": ("fsdp", "expert", "sequence"),
     "heads": ("tensor",),  # N, or K after folding
     "components": ("tensor",),  # C
     "mixing": None,  # the C side of W_lc: its K side is split like the heads it makes
@@ -32,10 +32,13 @@ RULES: dict[str, tuple[str, ...] | None] = {
     "complex": None,
     "positions": None,
     "mlp": ("tensor",),
+    "experts": ("expert",),  # E
+    "expert_embed": ("fsdp", "sequence"),  # D of an expert's matrices
+    "router": None,  # E of the router, which every token needs whole
     "vocab": ("tensor",),
     "norm": None,
     # activations
-    "batch": ("data", "fsdp"),
+    "batch": ("data", "fsdp", "expert"),
     "length": ("sequence",),
     "activation_embed": None,
     "activation_heads": ("tensor",),
@@ -77,7 +80,11 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     kinds = (AxisType.Auto,) * len(AXES)
     shape = tuple(sizes.values())
     if found is None or found == 1:
-        return jax.make_mesh(shape, AXES, axis_types=kinds, devices=devices)
+        try:
+            return jax.make_mesh(shape, AXES, axis_types=kinds, devices=devices)
+        except NotImplementedError:  # an axis of 8 on a torus of 4x4x4 takes one and a half
+            grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+            return Mesh(grid, AXES, axis_types=kinds)
     inside = (sizes["data"] // found, *shape[1:])
     across = (found,) + (1,) * (len(AXES) - 1)
     grid = mesh_utils.create_hybrid_device_mesh(
@@ -95,11 +102,12 @@ def _slices(devices: Sequence[jax.Device]) -> int | None:
 
 def check_divisible(config: TrainConfig, mesh: Mesh) -> None:
     """Raises `UserError` where an axis of the mesh does not divide what it splits."""
-    model, tensor = config.model, mesh.shape["tensor"]
+    model, tensor, expert = config.model, mesh.shape["tensor"], mesh.shape["expert"]
+    width = "d_expert" if model.n_experts else "d_ff"
     split = {
         "n_heads": model.n_heads,
         "n_kv_heads": model.n_kv_heads,
-        "d_ff": model.d_ff,
+        width: getattr(model, width),
         "vocab_size": model.vocab_size,
         **{f"key_components (layer {i})": c for i, c in enumerate(model.components("key"))},
         **{f"value_components (layer {i})": c for i, c in enumerate(model.components("value"))},
@@ -113,17 +121,39 @@ def check_divisible(config: TrainConfig, mesh: Mesh) -> None:
             raise UserError(
                 f"config.mesh.tensor={tensor} does not divide config.model.{name}={size}"
             )
-    fsdp, sequence = mesh.shape["fsdp"], mesh.shape["sequence"]
-    if model.d_model % (fsdp * sequence):
-        given = f"fsdp={fsdp}" if sequence == 1 else f"fsdp x sequence = {fsdp} x {sequence}"
-        raise UserError(f"config.mesh.{given} does not divide config.model.d_model={model.d_model}")
-    _check_length(config, sequence)
-    rows, copies = config.batch_size // config.accumulate, mesh.shape["data"] * mesh.shape["fsdp"]
-    if rows % copies:
+    if expert > 1 and not model.n_experts:
         raise UserError(
-            f"batch_size / accumulate = {rows} windows cannot be shared evenly by data x fsdp = "
-            f"{copies} devices: change config.batch_size, config.accumulate or config.mesh"
+            f"config.mesh.expert={expert} splits experts, and config.model.n_experts=0 has none: "
+            "use data or fsdp"
         )
+    if model.n_experts % expert:
+        raise UserError(
+            f"config.mesh.expert={expert} does not divide config.model.n_experts={model.n_experts}"
+        )
+    given, ways = _product(mesh, "fsdp", "expert", "sequence")
+    if model.d_model % ways:
+        raise UserError(f"config.mesh.{given} does not divide config.model.d_model={model.d_model}")
+    _check_length(config, mesh.shape["sequence"])
+    rows = config.batch_size // config.accumulate
+    if rows % copies(mesh):
+        names = "data x fsdp" if expert == 1 else "data x fsdp x expert"
+        raise UserError(
+            f"batch_size / accumulate = {rows} windows cannot be shared evenly by {names} = "
+            f"{copies(mesh)} devices: change config.batch_size, config.accumulate or config.mesh"
+        )
+
+
+def copies(mesh: Mesh) -> int:
+    """How many devices have windows of their own, shares of a sequence and of heads apart."""
+    return math.prod(mesh.shape[axis] for axis in RULES["batch"] or ())
+
+
+def _product(mesh: Mesh, *axes: str) -> tuple[str, int]:
+    """The product of axes' sizes, and how a message writes it, without axes of one device."""
+    named = [axis for axis in axes if mesh.shape[axis] > 1] or [axes[0]]
+    sizes = [mesh.shape[axis] for axis in named]
+    equals = "=" if len(named) == 1 else " = "
+    return f"{' x '.join(named)}{equals}{' x '.join(map(str, sizes))}", math.prod(sizes)
 
 
 def _check_length(config: TrainConfig, shards: int) -> None:
@@ -239,7 +269,7 @@ def require(mesh: Mesh) -> None:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Of an array (batch, length, ...) of token numbers: rows over data and fsdp.
+    """Of an array (batch, length, ...) of token numbers: rows over data, fsdp and expert.
 
     Whole along the length, whatever the mesh: integers are small, and a step that splits its
     windows (`train_step.batch_loss`) then takes its chunks from them where they are.

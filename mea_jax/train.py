@@ -70,6 +70,11 @@ def train(
         _check_profile(profile_steps, config.steps, run)
         return summary
 
+    if (workdir / "checkpoints" / "0").exists():  # no run saves before its first step
+        raise UserError(
+            f"{workdir} holds a model that no run has trained yet: to train it, give --config "
+            f"configs/recover.py:{workdir} and a --workdir of the run's own"
+        )
     with run.claim() as held:
         start = Start(config, mesh, run.say)
         if not (workdir / "checkpoints").exists():  # refused before data are prepared for it
@@ -88,7 +93,7 @@ def train(
             if step:
                 run.say(f"resuming from step {step} of {config.steps}")
             _check_profile(profile_steps, step, run)
-            run.write_config(prepared.tokenizer)
+            run.write_config(prepared.tokenizer if step else start.tokenizer(prepared.tokenizer))
             state = loop.run(state, step, profile_steps)
             return finish(loop, state)
 

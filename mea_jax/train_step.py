@@ -15,6 +15,7 @@ from mea_jax import sharding
 from mea_jax.backends import make_backend
 from mea_jax.config import ModelConfig, TrainConfig
 from mea_jax.losses import cross_entropy, distilled_cross_entropy, positions_within
+from mea_jax.moe import RouterSums
 from mea_jax.optimizer import (
     advance_schedule,
     make_optimizer,
@@ -23,7 +24,7 @@ from mea_jax.optimizer import (
     trainable,
 )
 from mea_jax.sequence_parallel import lay_out
-from mea_jax.transformer import Decoder, apply_hidden
+from mea_jax.transformer import Decoder, apply_hidden, apply_routed
 
 Batch = Mapping[str, jax.Array]
 Metrics = dict[str, jax.Array]
@@ -136,10 +137,11 @@ def abstract_state(config: TrainConfig, mesh: Mesh) -> TrainState:
 def batch_loss(
     config: TrainConfig, params: Any, batch: Batch, teacher: Teacher | None = None
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    """Sums over the tokens of a batch: objective, (nll in nats, number of tokens).
+    """Sums over the tokens of a batch: objective, (nll in nats, number of tokens, ...).
 
     With a `teacher` the objective is mixed as `config.start.distillation` says, and the second
-    result is (nll, number of tokens, KL(teacher || model) in nats).
+    result goes on with KL(teacher || model) in nats. With experts the objective has the routers'
+    losses in it, and the second result ends with what `_with_router` adds (names: `reported`).
 
     Where the mesh of `jax.set_mesh` splits the sequence, the batch is laid out for its shards here.
     """
@@ -147,7 +149,7 @@ def batch_loss(
     if shards > 1 and config.model.variant == "talking_heads":
         raise ValueError("talking heads cannot take windows whose positions are split")
     segment_ids_BT, batch = batch["segment_ids"], lay_out(batch, shards)
-    x_BTD, kernel_DV = apply_hidden(
+    (x_BTD, kernel_DV), router = apply_routed(
         config.model, params, batch["inputs"], batch["positions"], segment_ids_BT, shards
     )
     weights_BT = (batch["segment_ids"] > 0).astype(jnp.float32)
@@ -157,14 +159,36 @@ def batch_loss(
     if teacher is None:
         chunk = positions_within(config.model.loss_chunk, words)
         objective, nll = cross_entropy(*arrays, products, chunk, z_loss)
-        return objective, (nll, weights_BT.sum())
+        return _with_router(config, router, objective, (nll, weights_BT.sum()))
     taught = apply_hidden(
         teacher.model, teacher.params, batch["inputs"], batch["positions"], segment_ids_BT, shards
     )
     chunk = positions_within(config.model.loss_chunk, 2 * words)  # the teacher has logits as well
     options = (products, chunk, z_loss, config.start.distillation)
     objective, nll, kl = distilled_cross_entropy(*arrays, *taught, *options)
-    return objective, (nll, weights_BT.sum(), kl)
+    return _with_router(config, router, objective, (nll, weights_BT.sum(), kl))
+
+
+def reported(config: TrainConfig, taught: bool) -> tuple[str, ...]:
+    """Names of the sums that `batch_loss` reports after the nll and the tokens."""
+    router = ("load_balance", "router_z", "busiest_expert") if config.model.n_experts else ()
+    return (("kl",) if taught else ()) + router
+
+
+def _with_router(
+    config: TrainConfig, router: RouterSums | None, objective: jax.Array, sums: tuple
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    """The routers' losses, means of layers over this batch, added to an objective and its sums.
+
+    Like those times the number of tokens, so that a batch in parts has the mean of its parts.
+    The busiest expert is that of the layer where its load is largest over the mean.
+    """
+    if router is None:
+        return objective, sums
+    tokens, optim = sums[1], config.optimizer
+    balance, z = jnp.mean(router.load_balance()), jnp.mean(router.z_loss())
+    objective += tokens * (optim.load_balance * balance + optim.router_z_loss * z)
+    return objective, (*sums, tokens * balance, tokens * z, tokens * jnp.max(router.busiest()))
 
 
 def split_batch(config: TrainConfig, batch: Batch) -> Batch:
@@ -200,7 +224,8 @@ def _gradients(config: TrainConfig, params: Any, batch: Batch, teacher: Teacher 
         return jax.tree.map(jnp.add, carry, (gradients, *sums)), None
 
     zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), moved)
-    start = (zeros, *(jnp.zeros((), jnp.float32) for _ in range(2 if teacher is None else 3)))
+    count = 2 + len(reported(config, teacher is not None))
+    start = (zeros, *(jnp.zeros((), jnp.float32) for _ in range(count)))
     return jax.lax.scan(part, start, split_batch(config, batch))[0]
 
 
@@ -210,7 +235,8 @@ def train_step(
     """One AdamW update on a global batch; the metrics are float32 scalars.
 
     `loss` is the mean nll in nats per token (without z-loss, without distillation), `kl` the mean
-    KL(teacher || model) if there is a teacher, `grad_norm` that of the gradient before clipping,
+    KL(teacher || model) if there is a teacher, `load_balance`, `router_z` and `busiest_expert` what
+    `moe.RouterSums` says if there are experts, `grad_norm` that of the gradient before clipping,
     `param_norm` that before the update. Where the gradient's norm is not finite the update is left
     out, `skipped` is 1, and only the counters of steps go on: parameters and moments are as if the
     batch had not been. `empty_windows` counts windows without a token, which is what stored windows
@@ -218,7 +244,7 @@ def train_step(
 
     What `config.start.trainable` leaves out passes through untouched, bit for bit.
     """
-    gradients, nll, tokens, *kl = _gradients(config, state.params, batch, teacher)
+    gradients, nll, tokens, *others = _gradients(config, state.params, batch, teacher)
     gradients = jax.tree.map(lambda g: g / tokens, gradients)
     optimizer = make_optimizer(config.optimizer, config.steps)
     moved = trainable(state.params, config.start.trainable)
@@ -234,8 +260,8 @@ def train_step(
         "skipped": 1.0 - finite.astype(jnp.float32),
         "empty_windows": jnp.sum(jnp.all(batch["segment_ids"] == 0, axis=1)).astype(jnp.float32),
     }
-    if kl:
-        metrics["kl"] = kl[0] / tokens
+    names = reported(config, teacher is not None)
+    metrics |= {name: x / tokens for name, x in zip(names, others, strict=True)}
     new_params = optax.apply_updates(moved, updates)
     new_params, opt_state = jax.tree.map(
         lambda new, old: jnp.where(finite, new, old),
@@ -290,7 +316,7 @@ def eval_sums(config: TrainConfig, params: Any, batch: Batch) -> Metrics:
 
     def part(sums, part_batch):
         _, new = batch_loss(config, params, _constrained(part_batch))
-        return jax.tree.map(jnp.add, sums, new), None
+        return jax.tree.map(jnp.add, sums, new[:2]), None
 
     zero = jnp.zeros((), jnp.float32)
     nll, tokens = jax.lax.scan(part, (zero, zero), split_batch(config, batch))[0]

@@ -14,6 +14,7 @@ from mea_jax.config import REMAT_POLICIES, ModelConfig
 from mea_jax.embedding import lookup
 from mea_jax.layers import Context
 from mea_jax.mlp import MLP
+from mea_jax.moe import PRODUCTS, MoE, RouterSums
 from mea_jax.norms import RMSNorm
 from mea_jax.parameters import embedding_stddev, kernel
 from mea_jax.sharding import constrain, parameter
@@ -26,18 +27,22 @@ def remat(block: type[nn.Module], policy: str) -> type[nn.Module]:
     """`block` under a rematerialisation policy by name.
 
     "none" saves every intermediate; "dots" saves the results of products without batch axes (the
-    projections) and recomputes the rest; "full" saves only the block's input.
+    projections, those of experts too) and recomputes the rest; "full" saves only the block's input.
     """
     assert policy in REMAT_POLICIES
     if policy == "none":
         return block
-    saved = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if policy == "dots" else None
+    policies, saved = jax.checkpoint_policies, None
+    if policy == "dots":
+        saved = policies.save_from_both_policies(
+            policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(PRODUCTS)
+        )
     # Inside a scan the compiler cannot merge the recomputation with the forward pass anyway.
     return nn.remat(block, policy=saved, prevent_cse=False)
 
 
 class Block(nn.Module):
-    """Pre-norm attention and SwiGLU, each added to the residual.
+    """Pre-norm attention and SwiGLU, or a mixture of such, each added to the residual.
 
     `index` is the layer's, from 0. `stored` as in layers.py: None in training.
     """
@@ -62,7 +67,10 @@ class Block(nn.Module):
         y_BTD, stored = attention(normed_BTD, context, index, stored)
         x_BTD = x_BTD + y_BTD
         normed_BTD = RMSNorm(c.d_model, c.norm_eps, name="mlp_norm")(x_BTD)
-        x_BTD = x_BTD + MLP(c, name="mlp")(normed_BTD)
+        if c.n_experts:
+            x_BTD = x_BTD + MoE(c, name="mlp")(normed_BTD, context)
+        else:
+            x_BTD = x_BTD + MLP(c, name="mlp")(normed_BTD)
         return constrain(x_BTD, *RESIDUAL), stored
 
 
@@ -116,7 +124,7 @@ class Decoder(nn.Module):
         self.stacks = [
             nn.scan(
                 block,
-                variable_axes={"params": 0, "statistics": 0},
+                variable_axes={"params": 0, "statistics": 0, "router": 0},
                 split_rngs={"params": True},
                 in_axes=(nn.broadcast, 0),
                 length=length,
@@ -198,6 +206,26 @@ def apply_hidden(
     method = Decoder.hidden_and_unembedding
     inputs = (tokens_BT, positions_BT, segment_ids_BT, shards)
     return cast(Any, Decoder(model).apply({"params": params}, *inputs, method=method))
+
+
+def apply_routed(
+    model: ModelConfig,
+    params: Any,
+    tokens_BT: jax.Array,
+    positions_BT: jax.Array,
+    segment_ids_BT: jax.Array,
+    shards: int = 1,
+) -> tuple[tuple[jax.Array, jax.Array], RouterSums | None]:
+    """`apply_hidden`, and what the routers of all layers did, (L, ...); None of a dense model."""
+    inputs = (tokens_BT, positions_BT, segment_ids_BT, shards)
+    if not model.n_experts:
+        return apply_hidden(model, params, *inputs), None
+    method: Any = Decoder.hidden_and_unembedding
+    out: Any = Decoder(model).apply({"params": params}, *inputs, method=method, mutable=["router"])
+    stacks = [
+        out[1]["router"][f"layers_{first}"]["mlp"]["sums"][0] for first, *_ in stretches(model)
+    ]
+    return out[0], jax.tree.map(lambda *parts: jnp.concatenate(parts), *stacks)
 
 
 def apply_logits(

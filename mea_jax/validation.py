@@ -85,9 +85,16 @@ def validate(config: TrainConfig) -> None:
     )
     rate = optim.learning_rate
     _require(rate > 0, f"config.optimizer.learning_rate={rate} must be positive")
-    for name in ("weight_decay", "clip_norm", "z_loss"):
+    for name in ("weight_decay", "clip_norm", "z_loss", "load_balance", "router_z_loss"):
         value = getattr(optim, name)
         _require(value >= 0, f"config.optimizer.{name}={value} must be 0 or more")
+    for name in ("load_balance", "router_z_loss"):
+        value = getattr(optim, name)
+        _require(
+            value == 0 or config.model.n_experts > 0,
+            f"config.optimizer.{name}={value} is about a router, and config.model.n_experts=0 has "
+            "none: set it to 0",
+        )
     for name in ("b1", "b2"):
         value = getattr(optim, name)
         _require(0 <= value < 1, f"config.optimizer.{name}={value} must lie in [0, 1)")
@@ -265,6 +272,7 @@ def _validate_model(model: ModelConfig) -> None:
                 f"hlc={model.hlc!r} leaves out for {which}s",
             )
 
+    _validate_experts(model)
     _validate_variant(model)
     count = least_parameters(model)
     # Of float32: parameters, two moments, gradients.
@@ -275,13 +283,31 @@ def _validate_model(model: ModelConfig) -> None:
     )
 
 
+def _validate_experts(model: ModelConfig) -> None:
+    at, experts = "config.model", model.n_experts
+    _require(experts >= 0, f"{at}.n_experts={experts} must be positive, or 0 for a dense model")
+    for name in ("experts_per_token", "d_expert"):
+        value = getattr(model, name)
+        _require(
+            value > 0 if experts else value == 0,
+            f"{at}.{name}={value} must be positive where n_experts={experts}"
+            if experts
+            else f"{at}.{name}={value} is about experts, and n_experts=0 has none: set it to 0",
+        )
+    _require(
+        model.experts_per_token <= experts,
+        f"{at}.experts_per_token={model.experts_per_token} exceeds n_experts={experts}",
+    )
+
+
 def least_parameters(model: ModelConfig) -> int:
     """How many there are without the small ones, such as norms and gates. Builds nothing."""
     d, h, kv, layers = model.d_model, model.head_dim, model.n_kv_heads, model.n_layers
     keys = model.components("key")
     queries = sum(keys) if model.variant == "collaborative" else layers * model.n_heads
     total = (1 if model.tie_embeddings else 2) * model.vocab_size * d + model.max_positions * d
-    total += d * (layers * (3 * model.d_ff + model.n_heads * h) + queries * h)
+    width = model.n_experts * (3 * model.d_expert + 1) if model.n_experts else 3 * model.d_ff
+    total += d * (layers * (width + model.n_heads * h) + queries * h)
     for which in ("key", "value"):
         pair = 0
         if model.mixes(which):
@@ -332,8 +358,14 @@ def validate_from_scratch(model: ModelConfig) -> None:
     """Raises `UserError` where a fresh initialisation is not defined.
 
     Block identity lets each component head serve K/C consecutive composite heads, so C must
-    divide K; a compressed model that is read from a checkpoint may have any C.
+    divide K; a compressed model that is read from a checkpoint may have any C. One expert a token
+    with its weight divided by itself gives a router no gradient.
     """
+    _require(
+        model.experts_per_token != 1 or not model.normalise_router,
+        "config.model.normalise_router=True with experts_per_token=1 makes every weight 1, so the "
+        "router would not learn: set it to False",
+    )
     if model.variant == "collaborative":  # its rows are defined for any number of shared keys
         return
     for which in ("key", "value"):

@@ -16,8 +16,10 @@ from mea_jax.validation import validate_from_scratch
 CONFIGS = Path(__file__).parent.parent / "configs"
 
 # Their model is what a checkpoint holds (test_recovery.py), their argument is no variant
-# (below), or they are studies (study/test_sweep.py).
+# (below), or they are studies (study/test_sweep.py); or it is a published model
+# (interop/test_published.py), whose argument is a checkpoint.
 NO_MODELS = ("__init__", "recover", "longer", "compression_study", "lr_study", "ablations")
+NO_MODELS += ("qwen3_0_6b", "llama3_2_1b")
 
 # Parameters are
 #   V D, once or (untied) twice, + D for the final norm

@@ -17,12 +17,12 @@ from mea_jax.compress import layer as layers
 from mea_jax.compress.measure import Measurer, Sensitivity, plain_layer, residuals
 from mea_jax.compress.moments import Moments, of_weights
 from mea_jax.compress.options import Options
-from mea_jax.compress.stored import StoredModel
 from mea_jax.compress.sweep import moments_of, progress, specs
 from mea_jax.compress.texts import Texts
 from mea_jax.config import ModelConfig
 from mea_jax.errors import UserError
 from mea_jax.report import disk_errors, write_json
+from mea_jax.stored import StoredModel
 
 SHARED = ("calibration_tokens", "calibration_source", "held_out_tokens", "dtype", "seed")
 Losses = dict[str, tuple[float, float]]

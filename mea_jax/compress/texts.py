@@ -11,12 +11,12 @@ from jax.sharding import Mesh
 
 from mea_jax import sharding
 from mea_jax.compress.options import Options
-from mea_jax.compress.stored import StoredModel
 from mea_jax.compress.sweep import Stream
 from mea_jax.config import DataConfig, MeshConfig, SourceConfig
 from mea_jax.data.pipeline import held_out_batches, train_batches
 from mea_jax.data.prepare import Prepared, prepare
 from mea_jax.errors import UserError
+from mea_jax.stored import StoredModel
 
 WINDOWS = 8  # of a batch, on each device
 
@@ -46,6 +46,8 @@ class Texts:
         return dataclasses.replace(data, tokenizer=str(self.source.run / "tokenizer"))
 
     def _own(self, data: DataConfig, say: Callable[[str], Any]) -> Prepared:
+        if not self.source.digest:  # a published model, which no text of ours has trained
+            return self._prepare(self._in_its_tokens(data))
         found = self._prepare(data)
         if found.digest == self.source.digest:
             return found

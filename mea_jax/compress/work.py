@@ -20,12 +20,12 @@ from mea_jax.compress.findings import Findings, Losses
 from mea_jax.compress.measure import Sensitivity, assemble
 from mea_jax.compress.moments import unseen
 from mea_jax.compress.options import Options, check
-from mea_jax.compress.stored import StoredModel, Writer
 from mea_jax.compress.sweep import Stream, progress, specs
 from mea_jax.compress.texts import Texts
 from mea_jax.config import ModelConfig
 from mea_jax.errors import UserError
 from mea_jax.report import disk_errors, write_json
+from mea_jax.stored import StoredModel, Writer
 from mea_jax.trained import unresolved
 
 Tree = dict[str, Any]

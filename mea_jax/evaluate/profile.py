@@ -17,6 +17,7 @@ import jax
 
 import mea_jax
 from mea_jax.data.prepare import Prepared, prepare
+from mea_jax.data.tokenizers import bpe_size
 from mea_jax.errors import UserError
 from mea_jax.evaluate import speed
 from mea_jax.evaluate.arithmetic import arithmetic
@@ -85,6 +86,8 @@ def held_out_text(first: Loaded, say: Say) -> Prepared:
         "needs them: --parts passkey,arithmetic,speed"
     )
     config = first.config.data
+    if not bpe_size(config.tokenizer):  # a file, which may have moved: the run has a copy
+        config = dataclasses.replace(config, tokenizer=str(first.run / "tokenizer"))
     try:
         prepared = prepare(config, first.config.model.vocab_size, log=say)
         if prepared.tokenizer.content != first.tokenizer.content:

@@ -110,8 +110,7 @@ def _count_one(program, computation, instruction, times, costs: Costs, seen: set
         if _is_kernel(instruction):
             name = re.sub(r"[.\d]+$", "", instruction.name)
             costs.kernels[name] = costs.kernels.get(name, 0) + times
-            operands = _operands(computation, instruction)
-            costs.kernel_flops += times * kernel_flops(name, operands, instruction.arrays)
+            costs.kernel_flops += times * _kernel_flops(computation, instruction)
 
 
 def _add(costs: Costs, other: Costs) -> None:
@@ -138,8 +137,7 @@ def _matrix_flops(program: Program, computation: Computation, instruction: Instr
     if opcode == "convolution":
         return _convolution_flops(computation, instruction)
     if _is_kernel(instruction):
-        operands = _operands(computation, instruction)
-        return kernel_flops(instruction.name, operands, instruction.arrays)
+        return _kernel_flops(computation, instruction)
     return 0.0
 
 
@@ -201,14 +199,29 @@ def _is_kernel(instruction: Instruction) -> bool:
     return instruction.opcode == "custom-call" and "tpu_custom_call" in instruction.attributes
 
 
-def kernel_flops(name: str, operands: Sequence[Array], results: Sequence[Array]) -> float:
-    """FLOPs of one call of splash attention, by its name; 0 for a kernel that is not known.
+def _kernel_flops(computation: Computation, instruction: Instruction) -> float:
+    operands = _operands(computation, instruction)
+    # Of grouped products the share of rows that the device's own experts are sent on average.
+    share = instruction.attribute(r'op_name="[^"]*one_in_(\d+)') or "1"
+    return kernel_flops(instruction.name, operands, instruction.arrays) / int(share)
 
-    Causal: half of all pairs of positions. Forward 2 products per pair; backward 5 in one kernel,
-    which leaves a partial dq for each block of keys (one axis more than q), or, as two, 3 for dq
-    and 4 for dk and dv, since both form the probabilities again.
+
+def kernel_flops(name: str, operands: Sequence[Array], results: Sequence[Array]) -> float:
+    """FLOPs of one call of a kernel, by its name; 0 for one that is not known.
+
+    Grouped products (`ragged_dot`): each row with one matrix, or summed into one.
+
+    Splash attention, causal: half of all pairs of positions. Forward 2 products per pair; backward
+    5 in one kernel, which leaves a partial dq for each block of keys (one axis more than q), or, as
+    two, 3 for dq and 4 for dk and dv, since both form the probabilities again.
     """
-    wide = [a for a in operands if len(a.dims) >= 3 and a.dtype in ("bf16", "f32")]
+    floats = [a for a in operands if a.dtype in ("bf16", "f32")]
+    if "ragged-dot" in name and len(floats) == 2 and results:
+        rows, other = floats
+        if len(other.dims) == 3:
+            return 2.0 * results[0].size * rows.dims[-1]
+        return 2.0 * rows.size * other.dims[-1]
+    wide = [a for a in floats if len(a.dims) >= 3]
     if "splash" not in name or len(wide) < 3:
         return 0.0
     q, k, v = wide[:3]

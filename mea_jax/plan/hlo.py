@@ -126,11 +126,14 @@ class Program:
     def trip_count(self, loop: Instruction) -> int | None:
         """How often a `while` runs; None where the text does not tell.
 
-        Either the compiler says it, or the condition compares a counter with a constant, as those
-        of `lax.scan` and `lax.map` do: they count from 0 in steps of 1.
+        Either the compiler or the model says it, or the condition compares a counter with a
+        constant, as those of `lax.scan` and `lax.map` do: they count from 0 in steps of 1.
         """
         if (known := loop.attribute(r'known_trip_count":\{"n":"(\d+)"')) is not None:
             return int(known)
+        # Over as many rows as a device's experts are sent: grouped.py says about how many.
+        if (said := loop.attribute(r'op_name="[^"]*about_(\d+)_rounds')) is not None:
+            return int(said)
         condition = self[loop.called("condition") or ""]
         compared = condition.root
         while compared.opcode in ("fusion", "bitcast", "copy"):

@@ -48,7 +48,7 @@ def candidates(config: TrainConfig, devices: int, slices: int) -> Iterator[Train
     """Every combination, the smallest memory of each mesh and policy first."""
     for mesh, remat in itertools.product(meshes(config, devices, slices), REMAT_POLICIES):
         model = dataclasses.replace(config.model, remat=remat)
-        for accumulate in microbatches(config, mesh.data * mesh.fsdp):
+        for accumulate in microbatches(config, mesh.data * mesh.fsdp * mesh.expert):
             yield dataclasses.replace(config, mesh=mesh, model=model, accumulate=accumulate)
 
 
@@ -101,7 +101,7 @@ def sweep(
 
 def what_fits(config: TrainConfig, target: Target, say: Callable[[str], Any]) -> TrainConfig | None:
     """A change that makes a config fit: smaller microbatches first, then full remat; or None."""
-    copies = config.mesh.data * config.mesh.fsdp
+    copies = config.mesh.data * config.mesh.fsdp * config.mesh.expert
     if copies < 0:
         fixed = config.mesh.tensor * max(config.mesh.sequence, 1)
         copies = len(target.devices) // fixed

@@ -26,7 +26,6 @@ from mea_jax import cli, mixing
 from mea_jax.backends import resolve
 from mea_jax.checkpoint import find_checkpoint
 from mea_jax.compress.options import Options
-from mea_jax.compress.stored import StoredModel
 from mea_jax.compress.sweep import Spec, Stream, progress, specs
 from mea_jax.compress.texts import Texts
 from mea_jax.config import ModelConfig
@@ -34,6 +33,7 @@ from mea_jax.cpu_kernels import accelerator_attached, keep_freed_memory
 from mea_jax.errors import UserError
 from mea_jax.norms import rms_norm
 from mea_jax.report import disk_errors, make_writable, write_json
+from mea_jax.stored import StoredModel
 from mea_jax.study import head_figures, head_table
 from mea_jax.study import head_measures as measures
 from mea_jax.study.clusters import clusters

@@ -19,12 +19,12 @@ from mea_jax.checkpoint import Checkpoints
 from mea_jax.compress import repair, work
 from mea_jax.compress.__main__ import compress
 from mea_jax.compress.options import Options
-from mea_jax.compress.stored import StoredModel
 from mea_jax.compress.sweep import specs
 from mea_jax.config import SourceConfig
 from mea_jax.data.tokenizers import from_directory
 from mea_jax.generate import load
 from mea_jax.generation import Generator
+from mea_jax.stored import StoredModel
 from mea_jax.train import train
 from mea_jax.transformer import apply_logits
 

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import tokenizers as hf
 
 from mea_jax.config import DataConfig, SourceConfig
 from mea_jax.data import packing, sources
@@ -19,6 +20,7 @@ from mea_jax.data import prepare as prepare_lib
 from mea_jax.data.corpus import is_held_out
 from mea_jax.data.windows import builder, reader
 from mea_jax.errors import UserError
+from mea_jax.interop import tokenizer_files
 
 FRACTION = 0.3
 WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa"]
@@ -72,6 +74,22 @@ def test_windows_hold_exactly_the_documents_of_each_side(config):
     for split, held_out in (("train", False), ("held_out", True)):
         expected = "".join(text + "<|endoftext|>" for text in documents(config, held_out))
         assert stored(prepared, split) == expected
+
+
+def test_documents_between_a_beginning_and_an_end(config, tmp_path):
+    """Of a tokenizer that has one token for each, such as Llama 3's."""
+    model = tokenizer_files.of_bytes()  # ids 0 to 255, and 256, the end
+    model.add_special_tokens(["<s>"])
+    model.post_processor = hf.processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 257)]
+    )
+    model.save(str(tmp_path / "tokenizer.json"))
+    prepared = prepare(dataclasses.replace(config, tokenizer=str(tmp_path / "tokenizer.json")))
+    for split, held_out in (("train", False), ("held_out", True)):
+        expected = "".join(text + "<|endoftext|><s>" for text in documents(config, held_out))
+        assert stored(prepared, split) == expected
+    first = reader.open_windows(prepared.sources[0].directory, "train", 64)[0]
+    assert first["tokens"][0] == 257
 
 
 def test_counts(config):

@@ -211,3 +211,32 @@ def test_pieces_that_are_not_utf8(tmp_path):
     (tmp_path / "a.model").write_bytes(model.getvalue().replace("ï".encode(), b"\xc3\xc3"))
     with pytest.raises(UserError, match=r"a\.model: cannot decode .*utf-8"):
         tokenizers.load(str(tmp_path / "a.model"))
+
+
+@pytest.mark.parametrize("template", ["<s> $A", "<s> $A </s>", "$A </s>", None])
+def test_documents_begin_as_the_files_own_template_says(template, tmp_path):
+    model = hf.Tokenizer(hf.models.BPE({"a": 0, "b": 1}, []))
+    model.add_special_tokens(["<s>", "</s>"])
+    if template is not None:
+        special = [(word, model.token_to_id(word)) for word in template.split() if "s>" in word]
+        model.post_processor = hf.processors.TemplateProcessing(
+            single=template, special_tokens=special
+        )
+    model.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = tokenizers.from_directory(tmp_path)
+    assert tokenizer.separator == 3
+    assert tokenizer.start == (2 if template and template.startswith("<s>") else 3)
+    assert tokenizer.encode_batch(["ab"]) == [[0, 1]], "packing puts both where they belong"
+
+
+def test_ids_that_end_a_text(tmp_path):
+    BPE.save(tmp_path)
+    assert tokenizers.from_directory(tmp_path).stops == (BPE.separator,)
+    for content, stops in (
+        ('{"eos_token_id": [7, 5]}', (BPE.separator, 7, 5)),
+        ('{"eos_token_id": 9}', (BPE.separator, 9)),
+        ('{"eos_token_id": [null, -1, "a", 100000, true]}', (BPE.separator,)),
+        ("[", (BPE.separator,)),
+    ):
+        (tmp_path / "generation_config.json").write_text(content)
+        assert tokenizers.from_directory(tmp_path).stops == stops

@@ -13,8 +13,8 @@ from absl import flags
 from helpers import PLAIN, is_one_error, params_of
 
 from mea_jax import mixing
-from mea_jax.compress.stored import StoredModel, Writer
 from mea_jax.compress.sweep import specs
+from mea_jax.stored import StoredModel, Writer
 from mea_jax.study import head_measures as measures
 from mea_jax.study import heads
 from mea_jax.train import train

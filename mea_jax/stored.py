@@ -6,15 +6,18 @@ until then they survive a kill.
 """
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
+from absl import logging as absl_logging
 
 from mea_jax import digests
 from mea_jax.checkpoint import FORMAT
@@ -55,6 +58,10 @@ def places(model: ModelConfig) -> list[tuple[str, int]]:
     return [(f"layers_{first}", i) for first, length, *_ in stretches(model) for i in range(length)]
 
 
+def _float32(read: Any) -> np.ndarray:
+    return np.asarray(read.result()).astype(np.float32, copy=False)
+
+
 class StoredModel:
     """A checkpoint's config, and its parameters one layer at a time.
 
@@ -77,7 +84,7 @@ class StoredModel:
 
     @property
     def digest(self) -> str:
-        """Of the data that it was trained on."""
+        """Of the data that it was trained on; "" where it was not trained here (interop)."""
         return json.loads((self.folder / "data" / "metadata").read_text())["digest"]
 
     def _open(self, path: tuple[str, ...]) -> Any:
@@ -101,35 +108,66 @@ class StoredModel:
             )
         return array
 
+    @property
+    def dtype(self) -> np.dtype:
+        """In which the parameters lie on disk: float32, or bfloat16 after an import."""
+        return self._open(("embedding",)).dtype.numpy_dtype
+
+    def leaf(self, path: tuple[str, ...], layer: int | None = None, item: int | None = None):
+        """One parameter as it lies on disk, or the `item` of its first axis, such as an expert.
+
+        `path` is that within the layer, or from the top where there is no `layer`.
+        """
+        where: tuple[int, ...] = ()
+        if layer is not None:
+            stack, place = self._places[layer]
+            path, where = (stack, *path), (place,)
+        where = where if item is None else (*where, item)
+        return np.asarray(self._open(path)[where].read().result())
+
     def layer(self, index: int) -> Tree:
         """The parameters of one layer, without the axis of layers, float32 on the host."""
         stack, place = self._places[index]
         paths = [path for path in self._shapes if path[0] == stack]
         reads = [(path[1:], self._open(path)[place].read()) for path in paths]
-        return _nested((path, np.asarray(read.result())) for path, read in reads)
+        return _nested((path, _float32(read)) for path, read in reads)
 
     def top(self) -> Tree:
         """The parameters outside the layers: embeddings and the final norm."""
         paths = [path for path in self._shapes if not _STACK.fullmatch(path[0])]
-        return _nested((path, np.asarray(self._open(path).read().result())) for path in paths)
+        return _nested((path, _float32(self._open(path).read())) for path in paths)
 
 
 class Writer:
-    """A checkpoint in the making, in files below `folder`, to be resumed after a kill."""
+    """A checkpoint in the making, in files below `folder`, to be resumed after a kill.
 
-    def __init__(self, folder: Path, model: ModelConfig):
-        self.folder, self.model = folder, model
+    `dtype`: in which the parameters are stored, float32 or bfloat16.
+    """
+
+    def __init__(self, folder: Path, model: ModelConfig, dtype: str = "float32"):
+        self.folder, self.model, self.dtype = folder, model, jnp.dtype(dtype)
         self._shapes = dict(_flat(abstract_params(model)))
         self._places = places(model)
         with disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
 
-    def _array(self, path: tuple[str, ...], mode: str) -> np.memmap:
+    def _array(self, path: tuple[str, ...], mode: str) -> Any:
         file = self.folder / (".".join(path) + ".npy")
         if not file.exists():
-            shape, dtype = self._shapes[path].shape, self._shapes[path].dtype
-            return np.lib.format.open_memmap(file, "w+", dtype, shape)
-        return np.lib.format.open_memmap(file, mode)
+            # NumPy's files know no bfloat16: its bits lie in them as whole numbers.
+            kept = np.dtype(f"u{self.dtype.itemsize}")
+            array = np.lib.format.open_memmap(file, "w+", kept, self._shapes[path].shape)
+        else:
+            array = np.lib.format.open_memmap(file, mode)
+        return array.view(self.dtype)
+
+    def open(self, path: tuple[str, ...], layer: int | None = None) -> np.ndarray:
+        """One parameter to be filled in place; `path` as in `StoredModel.leaf`."""
+        with disk_errors(self.folder):
+            if layer is None:
+                return self._array(path, "r+")
+            stack, place = self._places[layer]
+            return self._array((stack, *path), "r+")[place]
 
     def _write(self, path: tuple[str, ...], place: int | None, value: np.ndarray) -> None:
         with disk_errors(self.folder):
@@ -153,7 +191,13 @@ class Writer:
         """A layer that was written."""
         stack, place = self._places[index]
         paths = [path for path in self._shapes if path[0] == stack]
-        return _nested((path[1:], np.array(self._array(path, "r")[place])) for path in paths)
+        found = ((path, self._array(path, "r")[place]) for path in paths)
+        return _nested((path[1:], np.array(array, np.float32)) for path, array in found)
+
+    @property
+    def bytes(self) -> int:
+        """Of all parameters."""
+        return sum(math.prod(x.shape) for x in self._shapes.values()) * self.dtype.itemsize
 
     def save(self, checkpoint: Path, config: TrainConfig, digest: str) -> None:
         """Writes the checkpoint, sealed. It holds parameters only: no moments, step 0's data."""
@@ -162,6 +206,8 @@ class Writer:
         chunks = jax.tree.map(
             lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK, shard_axes=(0,)), params
         )
+        # Orbax warns that there is no handler of jax's arrays, of which there are none.
+        absl_logging.set_verbosity(absl_logging.FATAL)
         # The default handler would copy all arrays first.
         numpy_handler = ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)
         registry = ocp.type_handlers.create_type_handler_registry((np.ndarray, numpy_handler))

@@ -1,0 +1,186 @@
+"""One decode step in PyTorch on a CPU: a model of half the cache against its uncompressed twin.
+
+    python -m benchmarks.torch_decode [--contexts 4096,16384,32768] [--out bench/torch_decode]
+
+Both are what an export writes: the twin as transformers' own class (Llama: as many heads, plain
+attention), MEA with C = K/2 as modeling_mea.py, and a Llama with K/2 heads as well, whose cache is
+as large as the compressed one. Float32, random weights, steps interleaved in one process. A step
+takes a token through the whole model with `DynamicCache`, which copies the cache to make room; the
+token is cut off again, so that the context stays as it is. "in place" is the same step with
+`StaticCache`, which only writes one slot. Bytes are counted from the tensors of the caches.
+"""
+
+import argparse
+import dataclasses
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
+
+from benchmarks.harness import lines, print_table, ratios, spread, time_interleaved, write_json
+from mea_jax.config import ModelConfig
+from mea_jax.interop.composite import mea_config
+from mea_jax.interop.configuration_mea import MEAConfig
+from mea_jax.interop.modeling_mea import MEAForCausalLM
+
+TWIN, HALF, GROUPED = "stock, K heads", "MEA, C = K/2", "stock, K/2 heads"
+
+
+def base_model(n: int, k: int, h: int, d: int, layers: int) -> ModelConfig:
+    """MEA with C = K/2, without a head norm; a vocabulary so small that the cache dominates."""
+    return ModelConfig(
+        vocab_size=4096,
+        d_model=d,
+        n_layers=layers,
+        n_heads=n,
+        n_kv_heads=k,
+        head_dim=h,
+        d_ff=4 * d * 2 // 3 // 64 * 64,
+        key_components=k // 2,
+        value_components=k // 2,
+        head_norm=False,
+        dtype="float32",
+    )
+
+
+def stock(model: ModelConfig, heads: int) -> Any:
+    """Plain attention of the same widths with `heads` key and value heads."""
+    config = mea_config(dataclasses.replace(model, hlc="none", n_kv_heads=heads))
+    names = LlamaConfig().to_dict().keys() & config.keys()
+    names -= {"architectures", "model_type", "auto_map"}
+    return LlamaForCausalLM(LlamaConfig(**{name: config[name] for name in names}))
+
+
+def models(model: ModelConfig) -> dict[str, Any]:
+    k = model.n_kv_heads
+    made = {
+        TWIN: stock(model, k),
+        HALF: MEAForCausalLM(MEAConfig(**mea_config(model))),
+        GROUPED: stock(model, k // 2),
+    }
+    return {name: module.eval() for name, module in made.items()}
+
+
+def cache_bytes(cache: Any) -> int:
+    """Of the tensors that hold keys and values."""
+    kept = (tensor for layer in cache.layers for tensor in (layer.keys, layer.values))
+    return sum(tensor.numel() * tensor.element_size() for tensor in kept)
+
+
+def filled(module: Any, context: int, batch: int) -> Any:
+    """A cache of `context` positions; random, since what is timed does not depend on them."""
+    cache: Any = DynamicCache()
+    with torch.no_grad():
+        module(torch.zeros(batch, 1, dtype=torch.long), past_key_values=cache, use_cache=True)
+    for layer in cache.layers:
+        layer.keys = torch.randn(batch, layer.keys.shape[1], context, layer.keys.shape[3])
+        layer.values = torch.randn(batch, layer.values.shape[1], context, layer.values.shape[3])
+    return cache
+
+
+def growing(module: Any, cache: Any, batch: int) -> Callable[[], Any]:
+    """A call of one step that copies the cache to make room for its token, and cuts that off."""
+    token = torch.zeros(batch, 1, dtype=torch.long)
+
+    @torch.no_grad()
+    def step() -> None:
+        module(token, past_key_values=cache, use_cache=True)
+        cache.crop(-1)
+
+    return step
+
+
+def in_place(module: Any, cache: Any, batch: int) -> Callable[[], Any]:
+    """A call of one step that writes its token in the last slot of a cache of fixed size."""
+    context = cache.get_seq_length()
+    room: Any = StaticCache(config=module.config, max_cache_len=context + 1)
+    for index, layer in enumerate(cache.layers):
+        room.update(layer.keys, layer.values, index)
+    token = torch.zeros(batch, 1, dtype=torch.long)
+    mask = torch.ones(batch, 1, 1, context + 1, dtype=torch.bool)
+    places = torch.full((batch, 1), context)
+
+    @torch.no_grad()
+    def step() -> None:
+        module(token, attention_mask=mask, position_ids=places, past_key_values=room)
+        for layer in room.layers:
+            layer.cumulative_length.fill_(context)
+
+    return step
+
+
+def timed(made: dict[str, Any], contexts: list[int], batch: int, repeats: int) -> list[Any]:
+    rows: list[dict[str, Any]] = []
+    for context in contexts:
+        for kind, step_of in (("growing", growing), ("in place", in_place)):
+            caches = {name: filled(module, context, batch) for name, module in made.items()}
+            sizes = {name: cache_bytes(cache) for name, cache in caches.items()}
+            steps = {name: step_of(made[name], caches.pop(name), batch) for name in made}
+            times = time_interleaved(steps, repeats)
+            relative = ratios(times, TWIN)
+            here = [
+                {
+                    "context": context,
+                    "cache": kind,
+                    "name": name,
+                    "cache_bytes": sizes[name],
+                    "bytes_ratio": sizes[name] / sizes[TWIN],
+                    **spread(times[name]),
+                    "ratio": statistics.median(relative[name]),
+                    "ratio_min": min(relative[name]),
+                    "ratio_max": max(relative[name]),
+                }
+                for name in made
+            ]
+            print(f"\n{context} positions, batch {batch}, cache {kind}")
+            print_table(
+                here,
+                {
+                    "name": ("", "s"),
+                    "cache_bytes": ("cache bytes", ",d"),
+                    "bytes_ratio": ("x twin", ".3f"),
+                    "median_ms": ("ms", ".1f"),
+                    "min_ms": ("min", ".1f"),
+                    "max_ms": ("max", ".1f"),
+                    "ratio": ("x twin", ".3f"),
+                    "ratio_min": ("min", ".3f"),
+                    "ratio_max": ("max", ".3f"),
+                },
+            )
+            rows += here
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--contexts", default="4096,16384,32768")
+    parser.add_argument("--shape", default="16,8,64,512,4", help="N,K,H,D,layers")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=0, help="of PyTorch; 0: its own choice")
+    parser.add_argument("--out", default="bench/torch_decode")
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    contexts = [int(x) for x in args.contexts.split(",")]
+    made = models(base_model(*(int(x) for x in args.shape.split(","))))
+    rows = timed(made, contexts, args.batch, args.repeats)
+    write_json(f"{args.out}.json", rows)
+    series = {
+        f"{name}, {cache}": [
+            (row["context"], row["ratio"])
+            for row in rows
+            if row["name"] == name and row["cache"] == cache
+        ]
+        for name in (HALF, GROUPED)
+        for cache in ("growing", "in place")
+    }
+    title = "A decode step's time over that of the uncompressed twin, PyTorch on a CPU"
+    lines(f"{args.out}.png", series, title=title, x="positions in the cache", y="ratio", log_x=True)
+
+
+if __name__ == "__main__":
+    main()

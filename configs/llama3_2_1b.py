@@ -1,0 +1,55 @@
+"""Llama-3.2-1B: its shape, and continued training of the published model.
+
+    python -m mea_jax.convert from_hf --model meta-llama/Llama-3.2-1B --out runs/llama
+    python -m mea_jax.train --config configs/llama3_2_1b.py:runs/llama --workdir runs/llama_more
+
+The argument is the run directory of the import (or one that came of it, of the same shape): its
+parameters are the first, its tokenizer reads the text. Without it the same shape starts from fresh
+parameters: `python -m mea_jax.train --config configs/llama3_2_1b.py`, with a tokenizer of your own.
+A compressed model has another shape: configs/recover.py goes on from that. configs/mea_1b.py is
+this shape with MEA and an untied head.
+
+As published: 1,235,814,400 parameters; 16 layers, 32 query and 8 key/value heads of width 64,
+rotary frequencies scaled by 32 from 8,192 positions on, a tied head. The recipe is chosen here, for
+a first look at continued training; it has not been run.
+"""
+
+from mea_jax.config import default_config
+
+
+def get_config(checkpoint: str = ""):
+    config = default_config()
+    config.name = "llama3_2_1b"
+    config.steps = 1_000
+    config.batch_size = 64
+
+    model = config.model
+    model.vocab_size = 128_256
+    model.d_model, model.n_layers, model.d_ff = 2048, 16, 8192
+    model.n_heads, model.n_kv_heads, model.head_dim = 32, 8, 64
+    model.hlc, model.head_norm = "none", False
+    model.norm_eps = 1e-5
+    model.rope_theta = 500_000.0
+    model.rope_scaling.factor = 32.0
+    model.rope_scaling.low_freq_factor = 1.0
+    model.rope_scaling.high_freq_factor = 4.0
+    model.rope_scaling.original_context = 8192
+    model.tie_embeddings = True
+    model.remat = "dots"
+
+    optimizer = config.optimizer
+    optimizer.learning_rate = 1e-5 if checkpoint else 1e-3
+    optimizer.warmup_steps = 50
+
+    config.start.checkpoint = checkpoint
+    # As in mea_1b.py, which says where the files come from.
+    config.data.sources = ({"source": "tfds:c4/en:3.1.0", "weight": 1.0},)
+    config.data.tokenizer = f"{checkpoint}/tokenizer" if checkpoint else "llama3/tokenizer.json"
+    config.data.context_length = 4096
+    config.data.held_out_fraction = 1e-4
+
+    config.mesh.data = 1
+    config.mesh.fsdp = -1
+    config.evaluate.every = 250
+    config.checkpoint.every = 250
+    return config

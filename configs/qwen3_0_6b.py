@@ -1,0 +1,51 @@
+"""Qwen3-0.6B (arXiv 2505.09388): its shape, and continued training of the published model.
+
+    python -m mea_jax.convert from_hf --model Qwen/Qwen3-0.6B --out runs/qwen3
+    python -m mea_jax.train --config configs/qwen3_0_6b.py:runs/qwen3 --workdir runs/qwen3_more
+
+The argument is the run directory of the import (or one that came of it, of the same shape): its
+parameters are the first, its tokenizer reads the text. Without it the same shape starts from fresh
+parameters: `python -m mea_jax.train --config configs/qwen3_0_6b.py`, with a tokenizer of your own.
+A compressed model has another shape: configs/recover.py goes on from that.
+
+As published: 596,049,920 parameters, 440,467,456 of them in the layers; 28 layers, 16 query and 8
+key/value heads of width 128 with QK-norm, a tied head. The recipe is chosen here, for a first look
+at continued training; it has not been run.
+"""
+
+from mea_jax.config import default_config
+
+
+def get_config(checkpoint: str = ""):
+    config = default_config()
+    config.name = "qwen3_0_6b"
+    config.steps = 1_000
+    config.batch_size = 64
+
+    model = config.model
+    model.vocab_size = 151_936
+    model.d_model, model.n_layers, model.d_ff = 1024, 28, 3072
+    model.n_heads, model.n_kv_heads, model.head_dim = 16, 8, 128
+    model.hlc, model.head_norm = "none", False
+    model.qk_norm = True
+    model.norm_eps = 1e-6
+    model.rope_theta = 1_000_000.0
+    model.tie_embeddings = True
+    model.remat = "dots"
+
+    optimizer = config.optimizer
+    optimizer.learning_rate = 1e-5 if checkpoint else 1e-3
+    optimizer.warmup_steps = 50
+
+    config.start.checkpoint = checkpoint
+    # As in mea_1b.py, which says where the files come from.
+    config.data.sources = ({"source": "tfds:c4/en:3.1.0", "weight": 1.0},)
+    config.data.tokenizer = f"{checkpoint}/tokenizer" if checkpoint else "qwen3/tokenizer.json"
+    config.data.context_length = 4096
+    config.data.held_out_fraction = 1e-4
+
+    config.mesh.data = 1
+    config.mesh.fsdp = -1
+    config.evaluate.every = 250
+    config.checkpoint.every = 250
+    return config

@@ -1,0 +1,1 @@
+"""The commands that bring published models in and take models out."""

@@ -1,0 +1,53 @@
+"""Makes a run directory of a model of transformers: Llama 3, Qwen3 or Qwen3-MoE.
+
+python -m mea_jax.convert from_hf --model Qwen3-0.6B --out runs/qwen3
+python -m mea_jax.convert from_hf --model Qwen/Qwen3-0.6B --out runs/qwen3 --dtype bfloat16
+"""
+
+from pathlib import Path
+
+from absl import flags
+
+from mea_jax import cli
+from mea_jax.errors import UserError, nearest
+from mea_jax.interop.importing import DTYPES, import_model, locate
+from mea_jax.report import si, table
+
+
+def main() -> None:
+    if MODEL.value is None or OUT.value is None:
+        raise UserError("give --model FOLDER and --out RUN, such as --out runs/qwen3")
+    if DTYPE.value not in DTYPES:
+        raise UserError(f"--dtype={DTYPE.value}: {nearest(DTYPE.value, DTYPES)}")
+    if CONTEXT.value < 0:
+        raise UserError(f"--context_length={CONTEXT.value} must be 1 or more, or 0: chosen")
+    out = Path(OUT.value)
+    found = import_model(locate(MODEL.value), out, DTYPE.value, CONTEXT.value, TEXT.value)
+    rows = [
+        ("architecture", found["architecture"]),
+        ("parameters", f"{found['parameters']:,} in {found['tensors']:,} tensors"),
+        ("stored", f"{si(found['bytes'], 'B')} of {DTYPE.value}"),
+        ("windows", f"{found['context_length']:,} positions"),
+        ("run directory", f"{out}, for generate, evaluate, compress and configs/recover.py"),
+    ]
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    MODEL = flags.DEFINE_string(
+        "model", None, "folder with config.json and safetensors, or a model's name on the hub"
+    )
+    OUT = flags.DEFINE_string("out", None, "run directory to make, a new one")
+    DTYPE = flags.DEFINE_string(
+        "dtype", "float32", "of the stored parameters: " + ", ".join(DTYPES)
+    )
+    CONTEXT = flags.DEFINE_integer(
+        "context_length", 0, "positions of a window of text; 0: at most 2048, as the model takes"
+    )
+    TEXT = flags.DEFINE_string(
+        "text",
+        "python_stdlib",
+        "what evaluate and compress read in place of the model's own training text, such as "
+        "text:FOLDER or jsonl:FILE",
+    )
+    cli.run(main, "stopped; the same command begins anew", training=False)

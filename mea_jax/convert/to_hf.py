@@ -1,0 +1,66 @@
+"""Writes a checkpoint as a model of transformers: a stock class, or with its own code.
+
+python -m mea_jax.convert to_hf --checkpoint runs/qwen3 --out exported/qwen3
+python -m mea_jax.convert to_hf --checkpoint runs/half --form stock --out exported/half
+"""
+
+import re
+import sys
+from pathlib import Path
+
+from absl import flags
+
+from mea_jax import cli
+from mea_jax.errors import UserError, nearest
+from mea_jax.interop.exporting import FORMS, export_model
+from mea_jax.report import si, table
+
+DTYPES = ("auto", "float32", "bfloat16")
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+def parse_size(text: str) -> int:
+    """Bytes of such as "5GB". Raises `UserError`."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(|KB|MB|GB)", text.strip().upper())
+    size = int(float(match[1]) * _UNITS[match[2]]) if match else 0
+    if size < 1:
+        raise UserError(f"--shard_size={text}: give such as 5GB or 500MB")
+    return size
+
+
+def main() -> None:
+    if CHECKPOINT.value is None or OUT.value is None:
+        raise UserError("give --checkpoint RUN and --out FOLDER, such as --checkpoint runs/half")
+    for name, value, known in (("form", FORM.value, FORMS), ("dtype", DTYPE.value, DTYPES)):
+        if value not in known:
+            raise UserError(f"--{name}={value}: {nearest(value, known)}")
+    found = export_model(
+        Path(CHECKPOINT.value),
+        Path(OUT.value),
+        lambda line: print(line, file=sys.stderr, flush=True),
+        form=FORM.value,
+        dtype=DTYPE.value,
+        shard_size=parse_size(SHARD_SIZE.value),
+    )
+    code = ", loaded with trust_remote_code=True" if found["form"] == "mea" else ""
+    rows = [
+        ("class", f"{found['class']}{code}"),
+        ("parameters", f"{found['parameters']:,}"),
+        ("written", f"{si(found['bytes'], 'B')} of {found['dtype']}"),
+        ("folder", OUT.value),
+    ]
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    CHECKPOINT = flags.DEFINE_string("checkpoint", None, "run directory, or one of its steps")
+    OUT = flags.DEFINE_string("out", None, "folder to make, a new one")
+    FORM = flags.DEFINE_string(
+        "form",
+        "auto",
+        "stock: a class of transformers, composite heads rebuilt; mea: the model with its own "
+        "code, component heads kept; auto: stock where no head is mixed and a class fits",
+    )
+    DTYPE = flags.DEFINE_string("dtype", "auto", "of tensors: " + ", ".join(DTYPES))
+    SHARD_SIZE = flags.DEFINE_string("shard_size", "5GB", "of a file, at most")
+    cli.run(main, "stopped; the same command begins anew", training=False)

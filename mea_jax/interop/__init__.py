@@ -1,0 +1,1 @@
+"""Models in the formats of others: Hugging Face checkpoints in and out."""

@@ -1,0 +1,222 @@
+"""Multi-head Explicit Attention (arXiv 2601.19611) for transformers, self-contained.
+
+This file, attention_mea.py and configuration_mea.py lie beside the weights of an exported model and
+need nothing but torch and transformers:
+
+    AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True)
+
+The KV cache, any of transformers', holds component heads only. Letters as in attention_mea.py.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from .attention_mea import MEAAttention, MEAMixing, MEARMSNorm, View, rope_frequencies
+from .configuration_mea import MEAConfig
+
+Tensor = torch.Tensor
+# New positions up to which a cache is read as it lies. Each costs every query head C products of
+# width H in place of one; mixing the cache first costs a pass over S K H numbers.
+ABSORBED = 8
+
+
+class MEAMLP(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, config: MEAConfig):
+        super().__init__()
+        d, f = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(d, f, bias=False)
+        self.up_proj = nn.Linear(d, f, bias=False)
+        self.down_proj = nn.Linear(f, d, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(functional.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class MEAExperts(nn.Module):
+    """A mixture of SwiGLU experts: the router's softmax in float32, the largest few of it."""
+
+    def __init__(self, config: MEAConfig):
+        super().__init__()
+        e, d, f = config.n_experts, config.hidden_size, config.d_expert
+        self.chosen, self.normalise = config.experts_per_token, config.normalise_router
+        self.router = nn.Linear(d, e, bias=False)
+        self.gate, self.up = nn.Parameter(torch.empty(e, d, f)), nn.Parameter(torch.empty(e, d, f))
+        self.down = nn.Parameter(torch.empty(e, f, d))
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        x_MD = x_BTD.flatten(0, 1)
+        router_ME = functional.linear(x_MD.float(), self.router.weight.float())
+        weight_MA, expert_MA = torch.softmax(router_ME, dim=-1).topk(self.chosen, dim=-1)
+        if self.normalise:
+            weight_MA = weight_MA / weight_MA.sum(-1, keepdim=True)
+        y_MD = torch.zeros_like(x_MD)
+        for expert in expert_MA.unique().tolist():
+            row_R, place_R = torch.where(expert_MA == expert)
+            x_RD = x_MD[row_R]
+            hidden_RF = functional.silu(x_RD @ self.gate[expert]) * (x_RD @ self.up[expert])
+            part_RD = (hidden_RF @ self.down[expert]) * weight_MA[row_R, place_R, None].to(x_RD)
+            y_MD = y_MD.index_add(0, row_R, part_RD)
+        return y_MD.view_as(x_BTD)
+
+
+class MEADecoderLayer(nn.Module):
+    def __init__(self, config: MEAConfig, index: int):
+        super().__init__()
+        self.self_attn = MEAAttention(config, index)
+        self.mlp = MEAExperts(config) if config.n_experts else MEAMLP(config)
+        self.input_layernorm = MEARMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = MEARMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x_BTD: Tensor, view: View, cache: Cache | None) -> Tensor:
+        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), view, cache)
+        return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
+
+
+class MEAPreTrainedModel(PreTrainedModel):
+    config: MEAConfig
+    config_class = MEAConfig
+    base_model_prefix = "model"
+    _no_split_modules = ["MEADecoderLayer"]  # noqa: RUF012 - a list is what transformers takes
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, MEAExperts):
+            for weight in (module.gate, module.up, module.down):
+                nn.init.normal_(weight, std=self.config.initializer_range)
+        # What a checkpoint filled is marked, and torch's own initialisers pass over it.
+        if isinstance(module, MEAMixing) and not hasattr(module.weight, "_is_hf_initialized"):
+            module.weight.copy_(module.start())
+
+
+class MEAModel(MEAPreTrainedModel):
+    def __init__(self, config: MEAConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        if config.positions == "learned":
+            rows = config.max_position_embeddings
+            self.position_embedding = nn.Embedding(rows, config.hidden_size)
+        layers = (MEADecoderLayer(config, index) for index in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(layers)
+        self.norm = MEARMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_init()
+
+    def look(self, x_BTD: Tensor, position_ids: Tensor, attention_mask, past: int) -> View:
+        """What the T newest of past + T tokens may read. `attention_mask` as transformers has it:
+        (B, past + T), 0 at padding, or (B, 1, T, S) ready made."""
+        t, device, mask, table = x_BTD.shape[1], x_BTD.device, attention_mask, None
+        if self.config.positions == "rope":
+            frequencies_F = rope_frequencies(self.config).to(device)
+            angles_BT1F = position_ids[:, :, None, None].float() * frequencies_F
+            table = (angles_BT1F.cos(), angles_BT1F.sin())
+        slots_S = torch.arange(past + t if mask is None else mask.shape[-1], device=device)
+        ahead_TS = slots_S - slots_S[past : past + t, None]
+        distance_BTS = ahead_TS[None]
+        if mask is None or mask.ndim == 2:
+            seen_BTS = (ahead_TS <= 0)[None]
+            padded = mask is not None and (past > 0 or not bool(mask.all()))
+            if padded:  # padding reads itself: a row with nothing to read has no softmax
+                seen_BTS = seen_BTS & (mask[:, None].bool() | (ahead_TS == 0))
+                places_BS = mask.long().cumsum(-1)
+                distance_BTS = places_BS[:, None] - places_BS[:, past : past + t, None]
+            plain = not padded and past == 0 and self.config.positions != "alibi"
+            mask = None if plain else seen_BTS[:, None]
+        return View(table, mask, distance_BTS.float(), past > 0 and t <= ABSORBED)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        if kwargs.get("output_attentions"):
+            raise ValueError("attention maps are not kept: leave output_attentions out")
+        x_BTD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if past_key_values is None and (self.config.use_cache if use_cache is None else use_cache):
+            past_key_values = DynamicCache()
+        past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+        if position_ids is None and attention_mask is not None and attention_mask.ndim == 2:
+            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, past:]
+        elif position_ids is None:
+            position_ids = torch.arange(past, past + x_BTD.shape[1], device=x_BTD.device)[None]
+        if self.config.positions == "learned":
+            added_BTD = self.position_embedding(position_ids).float()
+            x_BTD = (x_BTD.float() + added_BTD).to(x_BTD.dtype)
+        view = self.look(x_BTD, position_ids, attention_mask, past)
+        states = []
+        for layer in self.layers:
+            states.append(x_BTD)
+            x_BTD = layer(x_BTD, view, past_key_values)
+        x_BTD = self.norm(x_BTD)
+        shown = (
+            self.config.output_hidden_states
+            if output_hidden_states is None
+            else output_hidden_states
+        )
+        return BaseModelOutputWithPast(
+            last_hidden_state=x_BTD,
+            past_key_values=past_key_values,
+            hidden_states=(*states, x_BTD) if shown else None,
+        )
+
+
+class MEAForCausalLM(MEAPreTrainedModel, GenerationMixin):
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: MEAConfig):
+        super().__init__(config)
+        self.model = MEAModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        out = self.model(
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            use_cache,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(out.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.vocab_size
+            )
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=out.past_key_values,
+            hidden_states=out.hidden_states,
+        )

@@ -1,0 +1,84 @@
+"""The tokenizer of a run directory as the files that transformers reads."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import tokenizers as hf
+
+from mea_jax.data import tokenizers
+from mea_jax.data.tokenizers import BytesTokenizer, SentencePieceTokenizer, Tokenizer
+
+_CONFIG, _GENERATION = "tokenizer_config.json", "generation_config.json"
+
+
+def kept_config(tokenizer: Tokenizer, context_length: int) -> dict[str, Any]:
+    """Ids and lengths for config.json: those that the model came with, or what follows from here.
+
+    `context_length`: windows that the model was trained on, which may be longer than before.
+    """
+    if (published := tokenizer.companions.get(tokenizers.MODEL_CONFIG)) is not None:
+        own = json.loads(published)
+    else:
+        own = {"bos_token_id": tokenizer.start, "eos_token_id": tokenizer.separator}
+    longest = own.get("max_position_embeddings")
+    longest = max(longest, context_length) if type(longest) is int else context_length
+    return own | {"max_position_embeddings": longest}
+
+
+def write(tokenizer: Tokenizer, folder: Path, context_length: int) -> None:
+    """Writes the tokenizer, and what it came with or, where it was made here, what stands for it.
+
+    Raises `OSError`.
+    """
+    published = tokenizers.MODEL_CONFIG in tokenizer.companions
+    file, content = tokenizer.FILE, tokenizer.content
+    if isinstance(tokenizer, BytesTokenizer):
+        file, content = "tokenizer.json", of_bytes().to_str().encode()
+    (folder / file).write_bytes(content)
+    for name, kept in tokenizer.companions.items():
+        if name != tokenizers.MODEL_CONFIG:
+            (folder / name).write_bytes(kept)
+    if published:
+        return
+    kind = "LlamaTokenizer" if isinstance(tokenizer, SentencePieceTokenizer) else None
+    config = {
+        "tokenizer_class": kind or "PreTrainedTokenizerFast",
+        "bos_token": _text(tokenizer, tokenizer.start),
+        "eos_token": _text(tokenizer, tokenizer.separator),
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": context_length,
+    }
+    generation = {"bos_token_id": tokenizer.start, "eos_token_id": tokenizer.separator}
+    for name, tree in ((_CONFIG, config), (_GENERATION, generation)):
+        if not (folder / name).exists():
+            (folder / name).write_text(json.dumps(tree, indent=2) + "\n")
+
+
+def _text(tokenizer: Tokenizer, token: int) -> str:
+    """How a special token is spelt."""
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        return "</s>" if token == tokenizer.separator else "<s>"
+    return tokenizer.decode([token])
+
+
+def of_bytes() -> hf.Tokenizer:
+    """The bytes tokenizer in the library's terms: the same ids for any text."""
+    letters = _letters()
+    vocabulary = {letter: byte for byte, letter in enumerate(letters)}
+    tokenizer = hf.Tokenizer(hf.models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = hf.decoders.ByteLevel()
+    tokenizer.add_special_tokens([tokenizers.SEPARATOR])
+    return tokenizer
+
+
+def _letters() -> list[str]:
+    """How byte-level tokenizers spell each byte: as it prints, else in letters from 256 on.
+
+    As GPT-2's encoder does it (github.com/openai/gpt-2, src/encoder.py).
+    """
+    printed = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [byte for byte in range(256) if byte not in set(printed)]
+    table = {byte: chr(byte) for byte in printed}
+    return [(table | {byte: chr(256 + i) for i, byte in enumerate(hidden)})[b] for b in range(256)]

@@ -1,0 +1,56 @@
+"""Models in the directories that modeling_mea.py is loaded from, written here by hand."""
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import torch
+from safetensors.numpy import save_file
+from transformers import AutoModelForCausalLM, dynamic_module_utils, utils
+
+from mea_jax.config import ModelConfig
+from mea_jax.interop import composite
+from mea_jax.transformer import stretches
+
+torch.set_num_threads(1)
+utils.logging.disable_progress_bar()
+# Where transformers copies a directory's code; one folder a process, as Python keeps its packages.
+_MODULES = tempfile.TemporaryDirectory()
+dynamic_module_utils.HF_MODULES_CACHE = _MODULES.name
+
+
+def layers_of(model: ModelConfig, params: Any) -> list[Any]:
+    """Each layer's parameters without the axis of layers."""
+    return [
+        jax.tree.map(lambda x, i=i: np.asarray(x[i]), params[f"layers_{first}"])
+        for first, length, *_ in stretches(model)
+        for i in range(length)
+    ]
+
+
+def save(model: ModelConfig, params: Any, folder: Path) -> Path:
+    """The model as an exported directory."""
+    folder.mkdir(parents=True)
+    tensors = composite.mea_top_tensors(model, params)
+    for index, layer in enumerate(layers_of(model, params)):
+        tensors |= composite.mea_tensors(model, index, layer)
+    tensors = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(composite.mea_config(model)))
+    for file in composite.MODEL_FILES:
+        shutil.copy(file, folder)
+    return folder
+
+
+def load(folder: Path, **options: Any) -> Any:
+    """The model of an exported directory, as anyone loads it; every tensor found its place."""
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        folder, trust_remote_code=True, output_loading_info=True, **options
+    )
+    model, info = loaded
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    return model.eval()

@@ -1,0 +1,107 @@
+"""Small models of the real classes of transformers, with random weights that all matter."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+    utils,
+)
+
+from mea_jax.data import tokenizers
+
+torch.set_num_threads(1)
+utils.logging.disable_progress_bar()
+
+VOCABULARY = 280  # the tokenizer has 264 ids: published vocabularies are padded as well
+SHAPE: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,  # N H is not D, as in Qwen3
+    "max_position_embeddings": 256,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+# Acts from position 16 / 4 on.
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10_000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+EXPERTS: dict[str, Any] = {
+    "num_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 24,
+    "norm_topk_prob": True,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    config: Any
+    model: Any
+    changes: dict[str, Any]
+
+
+KINDS = {
+    "llama": Kind(LlamaConfig, LlamaForCausalLM, {"rope_parameters": LLAMA3}),
+    "llama tied": Kind(LlamaConfig, LlamaForCausalLM, {"tie_word_embeddings": True}),
+    "qwen3": Kind(Qwen3Config, Qwen3ForCausalLM, {}),
+    "qwen3 tied": Kind(Qwen3Config, Qwen3ForCausalLM, {"tie_word_embeddings": True}),
+    "qwen3_moe": Kind(Qwen3MoeConfig, Qwen3MoeForCausalLM, EXPERTS),
+    "qwen3_moe tied": Kind(
+        Qwen3MoeConfig,
+        Qwen3MoeForCausalLM,
+        EXPERTS | {"tie_word_embeddings": True, "norm_topk_prob": False},
+    ),
+}
+
+
+def make(kind: str, **changes: Any) -> Any:
+    """A model whose logits have a spread of about one; its norms' weights are random too."""
+    found = KINDS[kind]
+    torch.manual_seed(len(kind))
+    model = found.model(found.config(**(SHAPE | found.changes | changes)))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            noise = torch.randn(weight.shape, generator=generator)
+            if "norm" in name:
+                weight.copy_(1 + 0.3 * noise)
+            else:
+                weight.copy_(noise * weight.shape[-1] ** -0.5)
+    return model.eval()
+
+
+def save(model: Any, folder: Path, **options: Any) -> Path:
+    """As transformers saves it, with a tokenizer of 264 ids."""
+    model.save_pretrained(folder, **options)
+    words = "the quick brown fox jumps over the lazy dog"
+    tokenizers.train_bpe(iter([words]), 264).save(folder)
+    return folder
+
+
+def tokens(seed: int, rows: int, length: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (rows, length), np.int32)
+
+
+def logits(model: Any, tokens_BT: np.ndarray, **arguments: Any) -> np.ndarray:
+    """Float32 logits of a model of transformers."""
+    inputs = {name: torch.tensor(value) for name, value in arguments.items()}
+    with torch.no_grad():
+        return model(input_ids=torch.tensor(tokens_BT).long(), **inputs).logits.numpy()

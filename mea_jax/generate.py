@@ -107,7 +107,7 @@ class Stream:
 def encode(
     generator: Generator, tokenizer: Tokenizer, prompts: list[str], where: str
 ) -> list[list[int]]:
-    """Token ids with the separator before them, as a document starts in training; checked.
+    """Token ids with the start before them, as a document starts in training; checked.
 
     `where` names a prompt for a `UserError`; "{}" in it becomes its number.
     """
@@ -119,7 +119,7 @@ def encode(
             prompt.encode()
         except UnicodeEncodeError as error:
             raise UserError(f"{named} is not valid Unicode: {error.reason}") from error
-    ids = [[tokenizer.separator] + ids for ids in tokenizer.encode_batch(prompts)]
+    ids = [[tokenizer.start] + ids for ids in tokenizer.encode_batch(prompts)]
     for i, prompt_ids in enumerate(ids, start=1):
         generator.check(prompt_ids, where.replace("{}", str(i)))
     return ids
@@ -296,7 +296,7 @@ def main() -> None:
         "count": MAX_TOKENS.value,
         "sampling": sampling,
         "seed": SEED.value,
-        "stop": (tokenizer.separator,),
+        "stop": tokenizer.stops,
         "report": report,
     }
     try:

@@ -114,6 +114,11 @@ class Start:
         if tokenizer is not None:
             _check_tokenizer(self.teacher, _TEACHER, tokenizer)
 
+    def tokenizer(self, own: Tokenizer) -> Tokenizer:
+        """The run's tokenizer, `own`; that of what it starts from, which is the same, has the files
+        with it that a published model brings."""
+        return own if self.source is None else self.source.tokenizer
+
     def state(self) -> TrainState:
         """The state at step 0."""
         if self.source is None:

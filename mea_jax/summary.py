@@ -110,7 +110,7 @@ def _compiled_line(c: TrainConfig) -> str:
 
 def _sample(c: TrainConfig, tokenizer: Tokenizer, params) -> str:
     e = c.evaluate
-    prompt = [tokenizer.separator] + tokenizer.encode_batch([e.sample_prompt])[0]
+    prompt = [tokenizer.start] + tokenizer.encode_batch([e.sample_prompt])[0]
     length = c.data.context_length
     count = min(e.sample_tokens, length - 1)
     # One row: no flash kernel of a mesh takes it.
@@ -122,6 +122,6 @@ def _sample(c: TrainConfig, tokenizer: Tokenizer, params) -> str:
         count=count,
         sampling=Sampling(e.sample_temperature),
         seed=c.seed,
-        stop=(tokenizer.separator,),
+        stop=tokenizer.stops,
     )
     return e.sample_prompt + continuation(tokenizer, prompt, new)

@@ -88,7 +88,7 @@ def train(
             if step:
                 run.say(f"resuming from step {step} of {config.steps}")
             _check_profile(profile_steps, step, run)
-            run.write_config(prepared.tokenizer)
+            run.write_config(prepared.tokenizer if step else start.tokenizer(prepared.tokenizer))
             state = loop.run(state, step, profile_steps)
             return finish(loop, state)
 

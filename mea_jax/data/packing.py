@@ -9,6 +9,9 @@ A window of T positions is a stretch of T + 1 tokens of it: `inputs` are all but
 [t1..tn, sep], a document cut at a window's edge goes on in the next window from the token that
 was the last target, and every target occurs exactly once. Padding exists only at the end of the
 last window. Attention must not cross documents: `segment_ids` keeps them apart.
+
+Where a tokenizer has a beginning of text and an end of text, `sep` is the beginning, and each document
+comes with its end as its last token.
 """
 
 from collections.abc import Iterable, Iterator, Sequence

@@ -277,6 +277,8 @@ def _fingerprint(config: DataConfig, corpora: Sequence[Corpus], given: Tokenizer
         config.context_length,
         config.held_out_fraction,
     ]
+    if given and given.start != given.separator:
+        content.append(["documents begin with", given.start])
     return hashlib.blake2b(json.dumps(content).encode(), digest_size=8).hexdigest()
 
 

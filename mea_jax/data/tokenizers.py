@@ -2,14 +2,18 @@
 
 Text is never searched for special tokens: a document that spells out "<|endoftext|>" is encoded
 as those characters, so the separator's id occurs only where packing puts it.
+
+A published model's tokenizer brings files of its own (`COMPANIONS`): they are kept beside it as they
+are, and say what its model ends a text with.
 """
 
 import abc
 import contextlib
 import functools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, TypeVar
 
 import tokenizers as hf
@@ -24,6 +28,24 @@ _END_TOKENS = (SEPARATOR, "<|end_of_text|>", "</s>", "<|im_end|>", "<eos>")
 # What every tokenizer of a file is tried on when it is read.
 _TRIAL = ["", " ", "The 1st line,\n\tthe 2nd: it's\r\n", "naïve 東京 \U0001f642\x00", SEPARATOR]
 _UNUSED = 1 << 16  # ids below the largest that no token may have
+
+# Files of a published model that travel with its tokenizer, unread but for the ids of its ends.
+MODEL_CONFIG, _GENERATION, _TOKENIZER_CONFIG = (
+    "model_config.json",  # "config.json" where it was published
+    "generation_config.json",
+    "tokenizer_config.json",
+)
+COMPANIONS = (
+    MODEL_CONFIG,
+    _GENERATION,
+    _TOKENIZER_CONFIG,
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "vocab.json",
+    "merges.txt",
+)
 
 # What byte-pair merges may never join, for code and English alike. In order:
 _PRE_TOKENS = "|".join(
@@ -47,14 +69,18 @@ class Tokenizer(abc.ABC):
     Attributes:
       FILE: the name of the file it is saved in, which tells the kind.
       vocab_size: one more than the largest id.
-      separator: the id between documents.
+      separator: the id that a document ends with.
+      start: the id that one begins with: `separator`, unless the tokenizer has another for it.
       content: the bytes of its file.
+      companions: files that came with it (`COMPANIONS`) and are saved with it, by name.
     """
 
     FILE: ClassVar[str]
     vocab_size: int
     separator: int
+    start: int
     content: bytes
+    companions: Mapping[str, bytes] = MappingProxyType({})
 
     @abc.abstractmethod
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
@@ -65,8 +91,20 @@ class Tokenizer(abc.ABC):
         """The text of `ids`. Bytes that are not UTF-8 and ids out of range become U+FFFD."""
 
     def save(self, directory: Path) -> None:
-        """Writes the file that `from_directory` finds."""
-        (directory / self.FILE).write_bytes(self.content)
+        """Writes the file that `from_directory` finds, and its companions."""
+        for name, content in (self.companions | {self.FILE: self.content}).items():
+            (directory / name).write_bytes(content)
+
+    @property
+    def stops(self) -> tuple[int, ...]:
+        """Ids that end what a model writes: the separator, and those its generation config names."""
+        try:
+            found = json.loads(self.companions[_GENERATION])["eos_token_id"]
+        except (ValueError, LookupError, TypeError, RecursionError):
+            found = None
+        given = found if isinstance(found, list) else [found]
+        known = (i for i in given if type(i) is int and 0 <= i < self.vocab_size)
+        return tuple(dict.fromkeys((self.separator, *known)))
 
     @classmethod
     @abc.abstractmethod
@@ -82,7 +120,7 @@ class BytesTokenizer(Tokenizer):
 
     FILE = "tokenizer.bytes.json"
     vocab_size = 257
-    separator = 256
+    separator = start = 256
     content = json.dumps({"kind": "bytes", "vocab_size": 257, "separator": 256}).encode()
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
@@ -136,6 +174,9 @@ class HuggingFaceTokenizer(Tokenizer):
         self.separator = vocabulary[end]
         if list(vocabulary.values()).count(self.separator) > 1:
             raise UserError(f"{where}: another token has the id of the end token {end!r}")
+        # What its own template puts before a text, such as Llama 3's <|begin_of_text|>.
+        before = tokenizer.encode("", add_special_tokens=True).ids
+        self.start = before[0] if before else self.separator
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         with _library_errors(f"{self._where}: cannot encode text"):
@@ -176,6 +217,8 @@ class SentencePieceTokenizer(Tokenizer):
         self.separator = self._processor.eos_id()
         if self.separator < 0:
             raise UserError(f"{where}: has no end token (eos) to separate documents")
+        begin = self._processor.bos_id()
+        self.start = begin if begin >= 0 else self.separator
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         with _library_errors(f"{self._where}: cannot encode text"):
@@ -201,7 +244,10 @@ def from_directory(directory: Path) -> Tokenizer:
     """
     for kind in _KINDS:
         if (directory / kind.FILE).is_file():
-            return kind.read(directory / kind.FILE)
+            tokenizer = kind.read(directory / kind.FILE)
+            present = (name for name in COMPANIONS if (directory / name).is_file())
+            tokenizer.companions = {name: _bytes(directory / name) for name in present}
+            return tokenizer
     raise UserError(
         f"{directory}: holds no tokenizer; expected {' or '.join(kind.FILE for kind in _KINDS)}"
     )

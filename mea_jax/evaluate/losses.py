@@ -179,7 +179,7 @@ def domain_losses(
             leave=False,
         )
         sampled = max_batches is not None and max_batches < total
-        sums = _Sums(edges, prepared.tokenizer.separator, sampled)
+        sums = _Sums(edges, prepared.tokenizer.start, sampled)
         for batch in bar:
             sums.add(batch, np.asarray(_compiled_nll(model, params, batch)))
         found[name] = Losses(name, *sums.arrays(), edges, _bits_per_nat([source]))
@@ -217,21 +217,21 @@ def _bits_per_nat(sources: Sequence[Any]) -> float | None:
 class _Sums:
     """Nats and tokens by document and bucket, of windows that come in the order of the text.
 
-    A document begins at its separator, and goes on in the next window unless windows are `sampled`.
+    A document begins at its `start`, and goes on in the next window unless windows are `sampled`.
     """
 
-    def __init__(self, edges: tuple[int, ...], separator: int, sampled: bool):
-        self.edges, self.separator, self.sampled = edges, separator, sampled
+    def __init__(self, edges: tuple[int, ...], start: int, sampled: bool):
+        self.edges, self.start, self.sampled = edges, start, sampled
         self.documents = 0
         self.parts: list[tuple[np.ndarray, ...]] = []  # cells, their nats, their tokens
 
     def add(self, batch: Mapping[str, np.ndarray], nll_BT: np.ndarray) -> None:
         real_BT = batch["segment_ids"] > 0
-        begins_BT = (batch["inputs"] == self.separator) & real_BT
+        begins_BT = (batch["inputs"] == self.start) & real_BT
         if self.sampled:
             begins_BT[:, 0] |= real_BT[:, 0]
         document = self.documents + np.cumsum(begins_BT.reshape(-1))[real_BT.reshape(-1)] - 1
-        # A stream starts with a separator; should a lost window have held it, what follows counts
+        # A stream starts with it; should a lost window have held it, what follows counts
         # as of the first document.
         document = np.maximum(document, 0)
         self.documents += int(begins_BT.sum())

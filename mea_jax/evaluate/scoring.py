@@ -28,7 +28,7 @@ _NUMBER = re.compile(r"\s*(-?\d+)")
 
 @dataclass(frozen=True)
 class Encoded:
-    """An example as tokens; the prompt begins with the separator, as a document in training."""
+    """An example as tokens; the prompt begins with the start, as a document in training."""
 
     prompt: list[int]
     answer: list[int]
@@ -66,7 +66,7 @@ def encode(tokenizer: Tokenizer, examples: Sequence[Example]) -> list[Encoded]:
     alone = tokenizer.encode_batch([e.answer for e in examples])
     return [
         Encoded(
-            [tokenizer.separator, *prompt],
+            [tokenizer.start, *prompt],
             whole[len(prompt) :] if whole[: len(prompt)] == prompt else single,
             example.answer,
         )

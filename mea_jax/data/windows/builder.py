@@ -187,6 +187,11 @@ def _shard_examples(
     corpus.left_out = LeftOut(task.skip_bad)  # without what the listing has left out this time
     counts = Counts()
 
+    def pieces(texts: list[str]) -> Iterator[list[int]]:
+        # Packing puts the next document's start behind each: that ends it, where it is the same id.
+        end = [tokenizer.separator] if tokenizer.start != tokenizer.separator else []
+        yield from (ids + end for ids in tokenizer.encode_batch(texts))
+
     def encoded() -> Iterator[list[int]]:
         texts: list[str] = []
         waiting = 0
@@ -200,11 +205,11 @@ def _shard_examples(
             texts.append(document.text)
             waiting += size
             if waiting >= _BATCH_BYTES:
-                yield from tokenizer.encode_batch(texts)
+                yield from pieces(texts)
                 texts, waiting = [], 0
-        yield from tokenizer.encode_batch(texts)
+        yield from pieces(texts)
 
-    windows = packing.rows(encoded(), task.context_length, tokenizer.separator)
+    windows = packing.rows(encoded(), task.context_length, tokenizer.start)
     for number, (tokens, segment_ids) in enumerate(windows):
         counts.windows += 1
         counts.tokens += int(np.count_nonzero(segment_ids))

@@ -17,8 +17,8 @@ from mea_jax.config import default_config
 def get_config():
     config = default_config()
     config.name = "suite"
-    config.steps = 3000
-    config.batch_size = 16
+    config.steps = 2500
+    config.batch_size = 8
 
     model = config.model
     model.vocab_size = 1536

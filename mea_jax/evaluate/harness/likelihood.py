@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from mea_jax import distributed, sharding
+from mea_jax import sharding
 from mea_jax.backends import TREE, make_backend, resolve
 from mea_jax.config import ModelConfig
 from mea_jax.evaluate.harness import packing
@@ -194,6 +194,3 @@ class Scorer:
         work.computed += sum(rows.computed for rows in planned)
         work.programs += len(self._compiled) - before
         return found
-
-
-__all__ = ["Request", "Scorer", "Work", "distributed", "shares_beginnings"]

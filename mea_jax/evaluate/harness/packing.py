@@ -20,6 +20,10 @@ _GRAIN = 32  # row lengths are multiples of it
 _LENGTHS = 16  # of rows that are tried for a class of trees
 _SAMPLE = 512  # trees that they are tried on
 _CLASS = 4  # the largest tree of a class over the smallest that opens a row of its own
+_WORTH = 4  # times a common beginning: so large a tree may become for its sake
+_SEVERAL = 3  # of the largest trees of a class: row lengths for up to so many are tried
+_LONGEST = 8192  # of a row for several trees
+_FILLED = 0.93  # of a row's positions, on average
 _FEW = 0.05  # of all tokens: so few left, and they go into rows of the class before
 
 
@@ -117,7 +121,8 @@ class _Growing:
 
 
 def build_trees(requests: Sequence[Request], capacity: int, branches: bool = True) -> list[Tree]:
-    """Trees of at most `capacity` positions (or one request) that hold all of `requests`.
+    """Trees of at most `capacity` positions (or one request) that hold all of `requests`; larger
+    ones, up to `_WORTH` times, for a long beginning that would be computed again in each.
 
     Without `branches` only a request that continues another joins it: each tree is one path.
     """
@@ -127,7 +132,8 @@ def build_trees(requests: Sequence[Request], capacity: int, branches: bool = Tru
         request = requests[i]
         shared, size = common(last.tokens, request.tokens), len(request.tokens)
         joins = shared >= _SHARED * size if branches else shared == len(last.tokens)
-        if tree.tokens and not (joins and len(tree.tokens) + size - shared <= capacity):
+        most = max(capacity, _WORTH * shared)
+        if tree.tokens and not (joins and len(tree.tokens) + size - shared <= most):
             trees.append(tree.done())
             tree, shared = _Growing(), 0
         tree.add(i, request, shared if tree.tokens else 0)
@@ -160,7 +166,8 @@ def fill(sizes: Sequence[int], length: int, opening: int) -> tuple[list[list[int
 
 
 def _best_length(sizes: Sequence[int], opening: int, capacity: int, width: int, ways: int) -> int:
-    """The row length at which `sizes`, which fall, cost least for each of their tokens.
+    """The row length at which `sizes`, which fall, cost least for each of their tokens, of those
+    that are well filled; where none is, the best filled one.
 
     A position costs 1 for products with weights, and length / (12 width) for attention, all of
     whose scores up to the diagonal are computed; a row of padding costs like any other.
@@ -168,14 +175,14 @@ def _best_length(sizes: Sequence[int], opening: int, capacity: int, width: int, 
     stride = max(1, len(sizes) // _SAMPLE)
     sample, multiple = sizes[::stride], ways if stride == 1 else 1
     shortest = -(-sizes[0] // _GRAIN) * _GRAIN
-    longest = max(shortest, capacity)
+    longest = max(shortest, capacity, min(_SEVERAL * shortest, _LONGEST))
     step = max(1, (longest - shortest) // (_GRAIN * _LENGTHS)) * _GRAIN
 
-    def cost(length: int) -> float:
+    def cost(length: int) -> tuple[float, float]:
         rows, _ = fill(sample, length, opening)
         count = -(-len(rows) // multiple) * multiple
-        packed = sum(sample[i] for row in rows for i in row)
-        return count * length * (1 + length / (12 * width)) / packed
+        padding = count * length / sum(sample[i] for row in rows for i in row)
+        return max(padding, 1 / _FILLED), padding * (1 + length / (12 * width))
 
     return min(range(shortest, longest + 1, step), key=cost)
 
@@ -187,7 +194,7 @@ def plan(
 
     Args:
       sizes: positions of each tree.
-      capacity: of a row, unless one tree is longer.
+      capacity: of a row, about: it is longer for trees that are, or that fit it badly.
       width: of the model, which says what attention costs beside the rest.
       budget: positions of a batch, about; the batches of a length are of one size, as few rows of
         padding as possible.

@@ -88,6 +88,10 @@ def _flush(state: State) -> State:
     return dataclasses.replace(state, cache=flush(state.cache))
 
 
+def _part(x: np.ndarray, index: Any) -> np.ndarray:
+    return x[index]
+
+
 def continuation(tokenizer: Tokenizer, prompt: list[int], tokens: list[int]) -> str:
     """The text of `tokens` after `prompt`.
 
@@ -141,7 +145,7 @@ class Generator:
         if self.mesh is None:
             return x
         where = NamedSharding(self.mesh, sharding.spec(("batch", *(None,) * (x.ndim - 1))))
-        return jax.make_array_from_callback(x.shape, where, lambda index: x[index])
+        return jax.make_array_from_callback(x.shape, where, functools.partial(_part, x))
 
     def _program(
         self, name: str, function: Callable, donate: tuple[int, ...], *arguments, out: Any = None
@@ -249,9 +253,10 @@ class Generator:
             report.tokens += int((out[:counted] != _EMPTY).sum())
             if on_tokens is not None:
                 done = done | np.asarray(on_tokens([trimmed(t) for t in new]), bool)
-                where = state.done_B.sharding
-                put = jax.make_array_from_callback(done.shape, where, lambda i, done=done: done[i])
-                state = state.replace(done_B=put)
+                put = functools.partial(_part, done)
+                state = state.replace(
+                    done_B=jax.make_array_from_callback(done.shape, state.done_B.sharding, put)
+                )
             if done.all():
                 break
         return [trimmed(t) for t in new]

@@ -135,7 +135,7 @@ def _check_kind(tasks: bool) -> None:
 def tasks_main() -> None:
     """The command with --tasks."""
     options = command.Options(
-        tasks=tuple(name for name in TASKS.value if name),
+        tasks=tuple(name for name in TASKS.value or () if name),
         num_fewshot=NUM_FEWSHOT.value,
         limit=LIMIT.value,
         include_path=INCLUDE_PATH.value,
@@ -238,8 +238,8 @@ if __name__ == "__main__":
         "batch_tokens", None, "of --tasks, at once on a device; default 4096"
     )
     cli.define_process_flags()
-    OF_TASKS = ("baseline", "include_path", "num_fewshot", "limit", "max_length", "batch_tokens")
-    OF_TASKS += ("distributed", "coordinator", "num_processes", "process_id")
-    OF_PROFILE = ("parts", "seed", "samples", "lengths", "depths", "needles", "contexts", "rows")
-    OF_PROFILE += ("repeats", "batch_size", "max_batches")
+    OF_TASKS = ["baseline", "include_path", "num_fewshot", "limit", "max_length", "batch_tokens"]
+    OF_TASKS += ["distributed", "coordinator", "num_processes", "process_id"]
+    OF_PROFILE = ["parts", "seed", "samples", "lengths", "depths", "needles", "contexts", "rows"]
+    OF_PROFILE += ["repeats", "batch_size", "max_batches"]
     cli.run(main, "stopped; what was measured is in report.json")

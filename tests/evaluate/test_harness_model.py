@@ -55,14 +55,20 @@ def pairs():
     return [*found, ("", "a text"), ("space at the end  ", "x"), ("x" * 90, " far")]
 
 
+APPLY = jax.jit(apply_logits, static_argnums=0)
+
+
+def _plain(model):
+    return dataclasses.replace(model.scorer._resolved(64), attention_kernel="einsum")
+
+
 def logs(model, tokens):
     """log p(token i + 1 | tokens up to i), (T - 1,), and which tokens are the likeliest."""
-    ids = np.array([tokens], np.int32)
-    positions = np.arange(len(tokens), dtype=np.int32)[None]
-    resolved = model.scorer._resolved(64)
-    plain = dataclasses.replace(resolved, attention_kernel="einsum")
-    logits = apply_logits(plain, model.params, ids, positions, np.ones_like(ids))[0, :-1]
-    table = np.asarray(jax.nn.log_softmax(logits, axis=-1))
+    ids = np.zeros((1, 64), np.int32)
+    ids[0, : len(tokens)] = tokens
+    positions = np.arange(64, dtype=np.int32)[None]
+    logits = APPLY(_plain(model), model.params, ids, positions, np.ones_like(ids))[0]
+    table = np.asarray(jax.nn.log_softmax(logits, axis=-1))[: len(tokens) - 1]
     return table[np.arange(len(tokens) - 1), tokens[1:]], table.argmax(1) == tokens[1:]
 
 

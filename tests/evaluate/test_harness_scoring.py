@@ -1,5 +1,7 @@
 """Log-probabilities of packed trees against whole sequences computed one by one."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +16,7 @@ from mea_jax.train_step import init_params
 from mea_jax.trained import unresolved
 from mea_jax.transformer import apply_logits
 
+LONGEST = 68  # tokens of a request
 PLAIN = {"hlc": "none", "head_norm": False}
 
 
@@ -28,13 +31,22 @@ def requests_of(seed, questions=8, choices=3):
     return found
 
 
-def directly(model, params, request):
+def logits_of(model, params, requests):
+    """Logits (T, V) of each request, a row each."""
+    tokens_BT = np.zeros((len(requests), LONGEST), np.int32)
+    for row, request in zip(tokens_BT, requests, strict=True):
+        row[: len(request.tokens)] = request.tokens
+    positions_BT = np.broadcast_to(np.arange(LONGEST, dtype=np.int32), tokens_BT.shape)
+    apply = jax.jit(functools.partial(apply_logits, model))
+    # Padding comes last, where nothing before it looks.
+    return np.asarray(apply(params, tokens_BT, positions_BT, np.ones_like(tokens_BT)))
+
+
+def directly(logits_TV, request):
     """The same from all logits of the one sequence."""
-    tokens = np.array([request.tokens], np.int32)
-    positions = np.arange(tokens.shape[1], dtype=np.int32)[None]
-    logits_TV = apply_logits(model, params, tokens, positions, np.ones_like(tokens))[0]
-    n = len(request.targets)
-    logs_nV = np.asarray(jax.nn.log_softmax(logits_TV, axis=-1))[-n:]
+    n, last = len(request.targets), len(request.tokens)
+    logits_nV = logits_TV[last - n : last].astype(np.float64)
+    logs_nV = logits_nV - np.log(np.exp(logits_nV).sum(1, keepdims=True))
     right_n = logs_nV[np.arange(n), list(request.targets)]
     return right_n.sum(), (logs_nV.argmax(1) == request.targets).all()
 
@@ -59,17 +71,16 @@ def test_packed_requests_score_like_whole_sequences(changes):
     model = tiny_model(**changes)
     params, requests = params_of(model, noise=0.3), requests_of(0)
     greedy = requests[5]  # what the model itself would write next
-    tokens = np.array([greedy.tokens], np.int32)
-    positions = np.arange(tokens.shape[1], dtype=np.int32)[None]
-    top = apply_logits(model, params, tokens, positions, np.ones_like(tokens))[0, -1].argmax()
+    logits = logits_of(model, params, requests)
+    top = logits[5, len(greedy.tokens) - 1].argmax()
     requests.append(Request(greedy.tokens, [int(top)]))
 
     work = Work()
     found = scorer_of(model, params).score(requests, work)
     assert found[-1][1]
     assert found[-1][0] < 0
-    for (log_probability, is_greedy), request in list(zip(found, requests, strict=True))[::4]:
-        expected, expected_greedy = directly(model, params, request)
+    for (log_probability, is_greedy), request, row in zip(found, requests, logits, strict=False):
+        expected, expected_greedy = directly(row, request)
         # Float32 sums in another order, of at most 7 logarithms around 6.
         assert log_probability == pytest.approx(expected, abs=1e-4)
         assert is_greedy == expected_greedy
@@ -84,8 +95,8 @@ def test_shared_beginnings_change_no_score():
     params, requests = params_of(model, noise=0.3), requests_of(1)
     whole, alone = (scorer_of(model, params) for _ in range(2))
     alone.branches = False
-    found = (np.array([x for x, _ in s.score(requests)]) for s in (whole, alone))
-    np.testing.assert_allclose(*found, atol=1e-4)
+    shared, expected = ([x for x, _ in s.score(requests)] for s in (whole, alone))
+    np.testing.assert_allclose(shared, expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("sizes", [(4, 1), (1, 2, 2)], ids=["data 4", "fsdp 2, tensor 2"])
@@ -121,25 +132,25 @@ def test_logits_of_all_positions_never_exist_at_once(monkeypatch):
     assert f"{pairs}x264xf32" not in text
 
 
-@pytest.mark.parametrize("heads", [(4, 4), (4, 2)])
-def test_attention_of_trees(heads):
+def test_attention_of_trees():
     """Both kernels against a mask made by hand: two trees, the first with two branches, padding."""
-    n, k = heads
+    n, k = 4, 2
     rng = np.random.default_rng(4)
     q, kk, v = (jnp.asarray(rng.standard_normal((1, 11, h, 8)), jnp.float32) for h in (n, k, k))
     paths = [[0], [0, 1], [0, 1, 2], [0, 1, 2, 3], [0, 1, 4], [0, 1, 4, 5], [6], [6, 7], [6, 8]]
     reach = np.array([[6, 6, 4, 4, 6, 6, 9, 8, 9, 0, 0]], np.int32)
-    logits = np.einsum("tngh,snh->ngts", q[0].reshape(11, k, n // k, 8), kk[0]) * 0.3
+    logits = 0.3 * np.einsum("tkgh,skh->kgts", np.reshape(q[0], (11, k, n // k, 8)), kk[0])
     expected = np.zeros((11, k, n // k, 8))
     for t, path in enumerate(paths):
-        p = jax.nn.softmax(logits[:, :, t, path], axis=-1)
-        expected[t] = np.einsum("kgs,skh->kgh", p, v[0, jnp.array(path)])
+        p = np.exp(logits[:, :, t, path])
+        p /= p.sum(-1, keepdims=True)
+        expected[t] = np.einsum("kgs,skh->kgh", p, np.asarray(v)[0, path])
     expected = expected.reshape(11, n, 8)[:9]
+    options = {"scale": 0.3, "dtype": jnp.float32, "tree": True}
     for block in (3, 16):
-        found = attention.tree_attention(q, kk, v, reach, 0.3, block=block)
-        np.testing.assert_allclose(found[0, :9], expected, atol=2e-6)
-        assert np.isfinite(found).all()
-        found = cpu_kernels.causal_attention(
-            q, kk, v, reach, scale=0.3, dtype=jnp.float32, block=block, tree=True
-        )
-        np.testing.assert_allclose(found[0, :9], expected, atol=2e-6)
+        plain = functools.partial(attention.tree_attention, scale=0.3, block=block)
+        kernel = functools.partial(cpu_kernels.causal_attention, **options, block=block)
+        for function in (plain, kernel):
+            found = jax.jit(function)(q, kk, v, reach)
+            np.testing.assert_allclose(found[0, :9], expected, atol=2e-6)
+            assert np.isfinite(found).all()

@@ -42,7 +42,7 @@ def twin(config, params):
             num_key_value_heads=c.n_kv_heads,
             head_dim=c.head_dim,
             rms_norm_eps=c.norm_eps,
-            rope_theta=c.rope_theta,
+            rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
             max_position_embeddings=1024,
             tie_word_embeddings=False,
         )

@@ -51,7 +51,7 @@ def questions(count: int, rng: np.random.Generator) -> list[dict[str, Any]]:
             i = places[int(rng.integers(len(places)))]
             asked.append(("\n".join(lines[:i]) + "\n", lines[i], "\n".join(lines)))
     # The same function in two files would be asked twice.
-    asked = list({prompt: (prompt, *rest) for prompt, *rest in asked}.values())
+    asked = list({question[0]: question for question in asked}.values())
     found = []
     for i in rng.permutation(len(asked)):
         prompt, right, text = asked[i]

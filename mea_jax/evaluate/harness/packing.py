@@ -31,8 +31,8 @@ _FEW = 0.05  # of all tokens: so few left, and they go into rows of the class be
 class Request:
     """`tokens` to read; `targets`, as many as are scored, follow the last ones of them."""
 
-    tokens: Sequence[int]
-    targets: Sequence[int]
+    tokens: list[int]
+    targets: list[int]
 
 
 @dataclass(frozen=True)
@@ -114,10 +114,15 @@ class _Growing:
 
     def done(self) -> Tree:
         self._leave(0)
-        lists = (self.tokens, self.positions, self.reach)
         pairs = np.array(list(self.pairs), np.int32).reshape(-1, 2)
-        arrays = (np.array(x, np.int32) for x in lists)
-        return Tree(*arrays, pairs[:, 0], pairs[:, 1], self.scored)
+        return Tree(
+            tokens_n=np.array(self.tokens, np.int32),
+            positions_n=np.array(self.positions, np.int32),
+            reach_n=np.array(self.reach, np.int32),
+            places_m=pairs[:, 0],
+            targets_m=pairs[:, 1],
+            scored=self.scored,
+        )
 
 
 def build_trees(requests: Sequence[Request], capacity: int, branches: bool = True) -> list[Tree]:
@@ -127,7 +132,7 @@ def build_trees(requests: Sequence[Request], capacity: int, branches: bool = Tru
     Without `branches` only a request that continues another joins it: each tree is one path.
     """
     order = sorted(range(len(requests)), key=lambda i: requests[i].tokens)
-    trees, tree, last = [], _Growing(), Request((), ())
+    trees, tree, last = [], _Growing(), Request([], [])
     for i in order:
         request = requests[i]
         shared, size = common(last.tokens, request.tokens), len(request.tokens)

@@ -147,9 +147,11 @@ def recall(count: int, rng: np.random.Generator) -> list[dict[str, Any]]:
     return rows
 
 
-def needle(count: int, rng: np.random.Generator, depth: float, letters: int) -> list[dict]:
+def needle(
+    count: int, rng: np.random.Generator, depth: float, letters: int
+) -> list[dict[str, Any]]:
     """Filler of `letters` with three pass keys in it, the one asked for at `depth`."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     while len(rows) < count:
         example = tasks.passkey(rng, size=letters, depth=depth, needles=_NEEDLES)
         keys = re.findall(r"Remember: the pass key of \w+ is (\d+)\.", example.prompt)

@@ -59,11 +59,20 @@ def load_tasks(options: Options) -> dict[str, Any]:
     none, data that cannot be had."""
     from lm_eval.tasks import TaskManager
 
-    manager = _told("--include_path", TaskManager, include_path=options.include_path)
+    def matching(manager: Any, name: str) -> list[str]:
+        found = manager.match_tasks([name]) if any(c in name for c in "*?[") else [name]
+        return [n for n in found if n in manager.task_index]
+
+    # The harness's own thousands of tasks are read only where they are asked for.
+    folder = {"include_path": options.include_path}
+    alone = options.include_path is not None
+    manager = _told("--include_path", TaskManager, **folder, include_defaults=not alone)
+    if alone and not all(matching(manager, name) for name in options.tasks):
+        manager = _told("--include_path", TaskManager, **folder)
     names: list[str] = []
     for name in options.tasks:
-        found = manager.match_tasks([name]) if any(c in name for c in "*?[") else [name]
-        if not found or found[0] not in manager.task_index:
+        found = matching(manager, name)
+        if not found:
             close = difflib.get_close_matches(name, manager.all_tasks, n=3, cutoff=0.5)
             mend = f"did you mean {', '.join(close)}?" if close else "see lm-eval ls tasks"
             raise UserError(f"--tasks {name}: there is no such task; {mend}")

@@ -1,6 +1,7 @@
 """Lines of the Python standard library's functions: which of four comes next?"""
 
 import ast
+import functools
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,8 +16,13 @@ _FOLDERS = ("test", "tests", "idle_test", "site-packages", "lib2to3")  # not of 
 _DRAWS = 200  # of a wrong line until one fits
 
 
-def library_functions() -> Iterator[list[str]]:
+@functools.cache
+def library_functions() -> tuple[list[str], ...]:
     """Lines of each function of the library, without what stands before its `def`, in order."""
+    return tuple(_read_functions())
+
+
+def _read_functions() -> Iterator[list[str]]:
     root = Path(sysconfig.get_paths()["stdlib"])
     for path in sorted(root.rglob("*.py")):
         if any(part in _FOLDERS for part in path.relative_to(root).parts):

@@ -189,8 +189,10 @@ class Generator:
         report: Report | None = None,
         counted: int | None = None,
         padded: int = 0,
+        ends: Sequence[int] = (),
     ) -> list[list[int]]:
-        """At most `count` new tokens for each prompt, ended before a token of `stop`.
+        """At most `count` new tokens for each prompt, ended before a token of `stop` or with one of
+        `ends`.
 
         A row ends early where its cache is full. `rows` number the prompts for the random keys, so
         that a prompt's text is the same in whatever batch it comes. The loop returns to the host
@@ -231,7 +233,7 @@ class Generator:
         state = jax.block_until_ready(prefill(*inputs))
         report.prefill_seconds += time.perf_counter() - began
 
-        static = (self.served, sampling, tuple(stop) or (_EMPTY,), chunk)
+        static = (self.served, sampling, (*stop, *ends) or (_EMPTY,), chunk)
         loop = functools.partial(_advance, *static)
         same = jax.tree.map(lambda x: x.sharding, state)
         name = f"advance {static[1:]}"

@@ -1,6 +1,7 @@
 """Texts that tasks ask a model to write: prompts of like length together, through its KV cache."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -86,11 +87,11 @@ class Writer:
     ) -> list[str]:
         """The answer to each prompt, in order; sampled ones do not depend on their neighbours."""
         written = Written() if written is None else written
-        groups: dict[tuple[int, Sampling], list[int]] = {}
+        groups: dict[tuple[int, Sampling, tuple[str, ...]], list[int]] = {}
         for i, prompt in enumerate(prompts):
-            groups.setdefault((prompt.count, prompt.sampling), []).append(i)
+            groups.setdefault((prompt.count, prompt.sampling, prompt.until), []).append(i)
         texts = [""] * len(prompts)
-        for (count, sampling), members in groups.items():
+        for (count, sampling, _), members in groups.items():
             longest = max(len(prompts[i].tokens) for i in members)
             length = math.ceil((longest + count) / _GRAIN) * _GRAIN
             if self.model.positions == "learned":
@@ -104,7 +105,7 @@ class Writer:
         return texts
 
     def _group(self, generator, prompts, members, count, sampling, texts, written, on_done):
-        """Answers of one number of tokens and one way to draw them, into `texts`."""
+        """Answers of one number of tokens, one way to draw and end them, into `texts`."""
         members = sorted(members, key=lambda i: -len(prompts[i].tokens))
         most = max(self.ways, self.budget * self.ways // generator.length // self.ways * self.ways)
         batches = math.ceil(len(members) / most)
@@ -139,10 +140,21 @@ class Writer:
             sampling=sampling,
             rows=rows,
             stop=self.tokenizer.stops,
+            ends=self._ends(prompts[batch[0]].until),
             chunk=_LOOK,
             on_tokens=ended,
             padded=padded,
         )
+
+    @functools.cached_property
+    def _words(self) -> list[str]:
+        """The text of each token."""
+        return [self.tokenizer.decode([i]) for i in range(self.tokenizer.vocab_size)]
+
+    def _ends(self, until: tuple[str, ...]) -> list[int]:
+        """Tokens that hold a whole text of `until`: after one nothing need be drawn, which the
+        device sees by itself. What spans several tokens is found when texts are looked at."""
+        return [i for i, word in enumerate(self._words) if any(u and u in word for u in until)]
 
     def _text(self, prompt: Prompt, tokens: list[int]) -> tuple[str, bool]:
         return cut(continuation(self.tokenizer, prompt.tokens, tokens), prompt.until)

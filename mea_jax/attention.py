@@ -83,6 +83,36 @@ def dot_product_attention(
     return o_BTKGW.reshape(q_BTNH.shape[:3] + v_BSKW.shape[-1:])
 
 
+def tree_attention(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKW: jax.Array,
+    reach_BT: jax.Array,
+    scale: float,
+    block: int = 256,
+) -> jax.Array:
+    """Attention of windows that hold trees of tokens in depth-first order: (B, T, N, W).
+
+    `reach_BT`: where the subtree below each position's token ends, one beyond its last position; 0
+    for padding. Position t sees s <= t < reach[s]: the path to it from its root and nothing of
+    other branches, so that what texts have in common is computed once. A document by itself is a
+    tree without branches. Queries are taken `block` at a time, each against the keys up to there.
+    """
+    length, out = q_BTNH.shape[1], []
+    block = max(block, -(-length // 16))  # each is compiled by itself
+    for start in range(0, length, block):
+        stop = min(start + block, length)
+        places_t, places_S = jnp.arange(start, stop), jnp.arange(stop)
+        causal_tS = places_S[None] <= places_t[:, None]
+        seen_BtS = causal_tS[None] & (places_t[None, :, None] < reach_BT[:, None, :stop])
+        arrays = (q_BTNH[:, start:stop], k_BSKH[:, :stop], seen_BtS)
+        p_BKGtS = jax.nn.softmax(attention_logits(*arrays, scale), axis=-1).astype(v_BSKW.dtype)
+        precision = full_precision(v_BSKW.dtype)
+        o_BtKGW = jnp.einsum("bkgts,bskw->btkgw", p_BKGtS, v_BSKW[:, :stop], precision=precision)
+        out.append(o_BtKGW.reshape(*o_BtKGW.shape[:2], -1, o_BtKGW.shape[-1]))
+    return jnp.concatenate(out, axis=1)
+
+
 def mix_logits(x: jax.Array, talk_NN: jax.Array) -> jax.Array:
     """Talking heads (arXiv 2003.02436): logits or probabilities (B, K, G, ...) mixed over heads."""
     b, k, g, *rest = x.shape

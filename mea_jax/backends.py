@@ -25,6 +25,9 @@ from mea_jax.sharding import constrain, ways
 _EINSUM_LENGTH = 1024
 # Above this many cuDNN's mask for segments, 2 B T^2 bytes, outgrows what it is worth: 134 MB a row.
 _CUDNN_LENGTH = 8192
+# What `attend` does with windows of trees (attention.tree_attention), whose positions' reach takes
+# the place of segment ids. No config asks for it: scoring of texts with common beginnings does.
+TREE = "tree"
 # Above this many, the CPU kernel's blocks of queries against all keys outgrow any cache.
 _CPU_KERNEL_LENGTH = 8192
 
@@ -113,6 +116,9 @@ def _attend(
             block=block,
         )
     q, k, v = _whole(q, k, v)
+    if kernel == TREE:
+        assert slopes_N is None
+        return attention.tree_attention(q, k, v, segment_ids_BT, scale)
     if kernel == "auto":  # a config that never met `resolve`: what runs anywhere
         kernel = "einsum" if q.shape[1] <= _EINSUM_LENGTH else "chunked"
     if kernel == "splash":
@@ -210,12 +216,13 @@ class CpuBackend:
     def attend(
         self, q_BTNH, k_BSKH, v_BSKW, segment_ids_BT, scale, slopes_N=None, norm=None, shards=1
     ) -> jax.Array:
-        kernel = self.attention_kernel
-        if kernel in ("auto", "cpu") and slopes_N is None and shards == 1:
+        kernel, tree = self.attention_kernel, self.attention_kernel == TREE
+        short = kernel in ("auto", "cpu") or (tree and q_BTNH.shape[1] <= _CPU_KERNEL_LENGTH)
+        if short and slopes_N is None and shards == 1:
             norm_W, eps = norm or (None, 0.0)
             arrays = (*_whole(q_BTNH, k_BSKH, v_BSKW), segment_ids_BT)
             return cpu_kernels.causal_attention(
-                *arrays, scale=scale, dtype=self.dtype, norm_W=norm_W, eps=eps
+                *arrays, scale=scale, dtype=self.dtype, norm_W=norm_W, eps=eps, tree=tree
             )
         if kernel == "cpu" and shards == 1:  # which takes no slopes
             kernel = "auto"

@@ -6,6 +6,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 from absl import app, flags, logging
@@ -59,8 +60,9 @@ def define_process_flags() -> None:
     flags.DEFINE_float("startup_timeout", 300.0, "seconds until all processes must be there")
 
 
-def join_processes(config: TrainConfig) -> None:
-    """Joins the run's other processes, if it has any, and sees that all have the same `config`.
+def join_processes(same: dict[str, Any]) -> None:
+    """Joins the run's other processes, if it has any, and sees that all have the `same` tree: their
+    config.
 
     Raises `UserError` for flags that do not belong together, and as `distributed.start`.
     """
@@ -72,7 +74,7 @@ def join_processes(config: TrainConfig) -> None:
     if all(value is None for value in given.values()):
         if values.distributed:
             distributed.start(timeout=timeout)
-            distributed.check_same(config.to_dict(), timeout)
+            distributed.check_same(same, timeout)
         return
     if missing := [f"--{name}" for name, value in given.items() if value is None]:
         raise UserError(
@@ -87,7 +89,7 @@ def join_processes(config: TrainConfig) -> None:
             f"--process_id {index}: with --num_processes {count} the numbers are 0 to {count - 1}"
         )
     distributed.start(coordinator=values.coordinator, count=count, index=index, timeout=timeout)
-    distributed.check_same(config.to_dict(), timeout)
+    distributed.check_same(same, timeout)
 
 
 def enable_compilation_cache() -> None:

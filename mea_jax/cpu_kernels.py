@@ -227,16 +227,19 @@ def _blocks(t: int, block: int) -> list[tuple[int, int]]:
     return [(i, min(i + block, t)) for i in range(0, t, block)]
 
 
-def _hidden(s: Array, seg_BT: Array, start: int, stop: int) -> Array:
+def _hidden(s: Array, seg_BT: Array, start: int, stop: int, tree: bool) -> Array:
     """Scores (B, K, S, G * t) of keys :stop and queries start:stop, masked."""
     causal = np.arange(stop)[:, None] <= np.arange(start, stop)[None]
-    seen = (seg_BT[:, :stop, None] == seg_BT[:, None, start:stop]) & causal[None]
+    if tree:
+        seen = (seg_BT[:, :stop, None] > np.arange(start, stop)[None, None]) & causal[None]
+    else:
+        seen = (seg_BT[:, :stop, None] == seg_BT[:, None, start:stop]) & causal[None]
     groups = s.shape[3] // (stop - start)
     seen = jnp.broadcast_to(seen[:, None, :, None], (*s.shape[:3], groups, stop - start))
     return jnp.where(seen.reshape(s.shape), s, _MASKED)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7, 8))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7, 8, 9))
 def _attention(
     q_BTNH: Array,
     k_BTKH: Array,
@@ -247,9 +250,10 @@ def _attention(
     scale: float,
     dtype: DType,
     block: int,
+    tree: bool,
 ) -> Array:
     arrays = (q_BTNH, k_BTKH, v_BTKW, segment_ids_BT, norm_W)
-    return _attention_fwd(*arrays, eps, scale, dtype, block)[0]
+    return _attention_fwd(*arrays, eps, scale, dtype, block, tree)[0]
 
 
 def _attention_fwd(
@@ -262,6 +266,7 @@ def _attention_fwd(
     scale: float,
     dtype: DType,
     block: int,
+    tree: bool,
 ) -> tuple[Array, tuple]:
     t, w = q_BTNH.shape[1], v_BTKW.shape[3]
     groups = q_BTNH.shape[2] // k_BTKH.shape[2]
@@ -272,7 +277,7 @@ def _attention_fwd(
     for start, stop in _blocks(t, block):
         q = _columns(q_BTNH * scale, groups, start, stop, dtype)
         s = product(k_BKSH[:, :, :stop], q, ((3,), (2,)), 2)
-        s = _hidden(s, segment_ids_BT, start, stop)
+        s = _hidden(s, segment_ids_BT, start, stop, tree)
         top = jnp.max(s, 2, keepdims=True)
         p = jnp.exp(s - top).astype(dtype)
         o = product(v1[..., :stop], p, ((3,), (2,)), 2)
@@ -290,7 +295,7 @@ def _inverse_rms(o_BKWt: Array, eps: float) -> Array:
 
 
 def _attention_bwd(
-    eps: float, scale: float, dtype: DType, block: int, saved: tuple, g_BTNW: Array
+    eps: float, scale: float, dtype: DType, block: int, tree: bool, saved: tuple, g_BTNW: Array
 ) -> tuple[Array, Array, Array, None, Array | None]:
     k_BKHS, k_BKSH, v_BKWS, seg_BT, norm_W, per_block = saved
     t, groups = g_BTNW.shape[1], g_BTNW.shape[2] // k_BKHS.shape[1]
@@ -299,7 +304,7 @@ def _attention_bwd(
     d_norm = jnp.zeros((), jnp.float32)
     for (start, stop), (q, o, total, top) in zip(_blocks(t, block), per_block, strict=True):
         s = product(k_BKSH[:, :, :stop], q, ((3,), (2,)), 2)
-        p = jnp.exp(_hidden(s, seg_BT, start, stop) - top).astype(dtype)
+        p = jnp.exp(_hidden(s, seg_BT, start, stop, tree) - top).astype(dtype)
         g = _columns(g_BTNW, groups, start, stop, jnp.float32)
         if norm_W is not None:
             inverse = _inverse_rms(o, eps)
@@ -335,13 +340,15 @@ def causal_attention(
     norm_W: Array | None = None,
     eps: float = 0.0,
     block: int = 0,
+    tree: bool = False,
 ) -> Array:
     """Causal grouped-query attention within segments; float32 o_BTNW.
 
     Query head n reads key/value head n // (N // K). Position t sees the positions s <= t of its own
     segment. Scores, softmax and sums are float32; `dtype` is the format of the products' inputs.
     With `norm_W` each head's output is normed: o / sqrt(mean(o^2) + eps) * norm_W. Done here,
-    features first, the mean is over whole vectors; outside, 3 times as slow.
+    features first, the mean is over whole vectors; outside, 3 times as slow. With `tree` windows
+    hold trees, and `segment_ids_BT` each position's reach (attention.tree_attention).
 
     Queries are taken `block` positions at a time (0: a choice by T), each against the keys up to
     the block's end, so of the scores above the diagonal only those within a block are computed, and
@@ -360,7 +367,7 @@ def causal_attention(
             if b // (2 * parts) * n * block * t * 4 < _SCORE_BYTES:
                 break
             parts *= 2
-    static = (float(eps), float(scale), jnp.dtype(dtype), block)
+    static = (float(eps), float(scale), jnp.dtype(dtype), block, tree)
     split = [jnp.split(x, parts) for x in (q, k, v, segment_ids_BT)]
     rows = [_attention(*part, norm_W, *static) for part in zip(*split, strict=True)]
     return jnp.concatenate(rows)

@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.sharding import Mesh, NamedSharding
 
-from mea_jax import decode
+from mea_jax import decode, sharding
 from mea_jax.cache import RECENT, Cache, count_bytes, flush
 from mea_jax.config import ModelConfig
 from mea_jax.data.tokenizers import Tokenizer
@@ -54,8 +55,11 @@ def _prefill(served, length, dtype, params, tokens_BP, lengths_B, limits_B, rows
     return State(cache, logits_BV, keys_B, limits_B, lengths_B >= limits_B)
 
 
-def _advance(served, sampling, stop, count, params, state: State) -> tuple[State, jax.Array]:
-    """At most `count` <= RECENT more tokens a row, (B, count); fewer if all are done before."""
+def _advance(served, sampling, stop, count, params, state: State) -> tuple[State, tuple]:
+    """At most `count` <= RECENT more tokens a row, (B, count); fewer if all are done before.
+
+    Beside the new state: these tokens, and who is done.
+    """
     rows = state.logits_BV.shape[0]
     stop_S = jnp.asarray(stop, jnp.int32)
 
@@ -77,11 +81,15 @@ def _advance(served, sampling, stop, count, params, state: State) -> tuple[State
 
     start = (jnp.zeros((), jnp.int32), state, jnp.full((rows, count), _EMPTY, jnp.int32))
     _, state, out_BC = jax.lax.while_loop(unfinished, one, start)
-    return state, out_BC
+    return state, (out_BC, state.done_B)
 
 
 def _flush(state: State) -> State:
     return dataclasses.replace(state, cache=flush(state.cache))
+
+
+def _part(x: np.ndarray, index: Any) -> np.ndarray:
+    return x[index]
 
 
 def continuation(tokenizer: Tokenizer, prompt: list[int], tokens: list[int]) -> str:
@@ -100,6 +108,10 @@ class Generator:
     `model` is resolved; `params` are training parameters. `length`: slots of the cache, prompt and
     new tokens together. `cache_dtype`: of keys and values, None for the model's compute dtype.
     `form` as in `decode.serve`. Programs are compiled once a shape of batch.
+
+    With a `mesh`, on which `params` lie, rows are split over its batch axes: their number must
+    divide, `run` is called under `jax.set_mesh(mesh)`, and on several hosts by each of them alike.
+    Without one, rows are whole on every device that holds parameters.
     """
 
     def __init__(
@@ -110,6 +122,7 @@ class Generator:
         length: int,
         cache_dtype: Any = None,
         form: str = "auto",
+        mesh: Mesh | None = None,
     ):
         if model.positions == "learned" and length > model.max_positions:
             raise UserError(
@@ -117,7 +130,7 @@ class Generator:
                 "that the model learned"
             )
         self.served, self.params = decode.serve(model, params, form)
-        self.length = length
+        self.length, self.mesh = length, mesh
         self.cache_dtype = jnp.dtype(cache_dtype or model.dtype)
         self._compiled: dict[Any, Any] = {}
 
@@ -126,6 +139,13 @@ class Generator:
         empty = functools.partial(decode.empty_cache, self.served, 1, self.length)
         shapes = jax.eval_shape(functools.partial(empty, self.cache_dtype))
         return count_bytes(shapes.layers) / self.length
+
+    def _place(self, x: np.ndarray) -> Any:
+        """An array of rows where it is needed; every host has it whole."""
+        if self.mesh is None:
+            return x
+        where = NamedSharding(self.mesh, sharding.spec(("batch", *(None,) * (x.ndim - 1))))
+        return jax.make_array_from_callback(x.shape, where, functools.partial(_part, x))
 
     def _program(
         self, name: str, function: Callable, donate: tuple[int, ...], *arguments, out: Any = None
@@ -168,14 +188,18 @@ class Generator:
         on_tokens: Callable[[list[list[int]]], Sequence[bool]] | None = None,
         report: Report | None = None,
         counted: int | None = None,
+        padded: int = 0,
+        ends: Sequence[int] = (),
     ) -> list[list[int]]:
-        """At most `count` new tokens for each prompt, ended before a token of `stop`.
+        """At most `count` new tokens for each prompt, ended before a token of `stop` or with one of
+        `ends`.
 
         A row ends early where its cache is full. `rows` number the prompts for the random keys, so
         that a prompt's text is the same in whatever batch it comes. The loop returns to the host
         every `chunk` tokens (at most, and by default, `cache.RECENT`) and calls `on_tokens` with
         all tokens so far, which says for each row whether it is done. Timings, and the tokens drawn
         for the first `counted` rows (None: for all), stop tokens among them, are added to `report`.
+        Prompts are filled up to `padded` tokens, 0: to a power of two.
         """
         if count < 1:
             raise ValueError(f"count={count} new tokens: ask for at least one")
@@ -187,28 +211,34 @@ class Generator:
 
         report, count = Report() if report is None else report, min(count, self.length)
         batch, chunk = len(prompts), min(chunk or RECENT, count, RECENT)
-        longest, padded = max(map(len, prompts)), _SHORTEST_PREFILL
-        while padded < longest:
-            padded *= 2
-        padded = min(padded, self.length)
+        longest = max(map(len, prompts))
+        if padded and not longest <= padded <= self.length:
+            raise ValueError(f"padded={padded}: a prompt has {longest} of {self.length} tokens")
+        if not padded:
+            padded = _SHORTEST_PREFILL
+            while padded < longest:
+                padded *= 2
+            padded = min(padded, self.length)
         tokens_BP = np.zeros((batch, padded), np.int32)
         for row, prompt in zip(tokens_BP, prompts, strict=True):
             row[: len(prompt)] = prompt
         lengths = np.array([len(prompt) for prompt in prompts], np.int32)
         limits = np.minimum(lengths + count, self.length).astype(np.int32)
         numbers = np.asarray(range(batch) if rows is None else rows, np.uint32)
-        inputs = (self.params, tokens_BP, lengths, limits, numbers, np.uint32(seed))
+        arrays = (self._place(x) for x in (tokens_BP, lengths, limits, numbers))
+        inputs = (self.params, *arrays, np.uint32(seed))
         fill = functools.partial(_prefill, self.served, self.length, self.cache_dtype)
         prefill = self._program("prefill", fill, (), *inputs)
         began = time.perf_counter()
         state = jax.block_until_ready(prefill(*inputs))
         report.prefill_seconds += time.perf_counter() - began
 
-        static = (self.served, sampling, tuple(stop) or (_EMPTY,), chunk)
+        static = (self.served, sampling, (*stop, *ends) or (_EMPTY,), chunk)
         loop = functools.partial(_advance, *static)
         same = jax.tree.map(lambda x: x.sharding, state)
         name = f"advance {static[1:]}"
-        advance = self._program(name, loop, (1,), self.params, state, out=(same, None))
+        told = sharding.replicated(self.mesh) if self.mesh is not None else None
+        advance = self._program(name, loop, (1,), self.params, state, out=(same, told))
         empty_recent = self._program("flush", _flush, (0,), state, out=same)
         used = 0  # recent slots
         new: list[list[int]] = [[] for _ in prompts]
@@ -217,16 +247,18 @@ class Generator:
             if used + chunk > RECENT:
                 state, used = empty_recent(state), 0
             used += chunk
-            state, out_BC = advance(self.params, state)
-            out = np.asarray(out_BC)
+            state, results = advance(self.params, state)
+            out, done = (np.asarray(x) for x in results)
             report.decode_seconds += time.perf_counter() - began
             for tokens, row in zip(new, out, strict=True):
                 tokens += row[row != _EMPTY].tolist()
             report.tokens += int((out[:counted] != _EMPTY).sum())
-            done = np.asarray(state.done_B)
             if on_tokens is not None:
                 done = done | np.asarray(on_tokens([trimmed(t) for t in new]), bool)
-                state = state.replace(done_B=jax.device_put(done, state.done_B.sharding))
+                put = functools.partial(_part, done)
+                state = state.replace(
+                    done_B=jax.make_array_from_callback(done.shape, state.done_B.sharding, put)
+                )
             if done.all():
                 break
         return [trimmed(t) for t in new]

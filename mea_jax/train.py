@@ -122,7 +122,7 @@ def main() -> None:
         raise UserError(f"--workdir {WORKDIR.value}: give a folder; mount the bucket as a path")
     text = PROFILE.value
     profile_steps = None if text is None else profiling.parse_steps(text, config.steps)
-    cli.join_processes(config)
+    cli.join_processes(config.to_dict())
     cli.enable_compilation_cache()
     with preemption.listen() as stop:
         workdir = Path(WORKDIR.value or Path("runs") / config.name)

@@ -5,5 +5,6 @@
 - losses.py: nats per held-out token, by source of text and by position.
 - tasks.py, scoring.py, retrieval.py, arithmetic.py: tasks with right and wrong answers, answered
   through the KV cache.
+- harness/: tasks of lm-evaluation-harness, with --tasks.
 - speed.py: decoding and prefill against the length of the context.
 """

@@ -2,8 +2,14 @@
 
 python -m mea_jax.evaluate --checkpoint runs/quickstart --out profiles/quickstart
 python -m mea_jax.evaluate --checkpoint runs/whole --checkpoint runs/half --out profiles/half
+
+With --tasks: benchmarks of lm-evaluation-harness instead, of a model or of two.
+
+python -m mea_jax.evaluate --checkpoint runs/half --baseline runs/whole --tasks hellaswag,piqa \
+    --out profiles/tasks
 """
 
+import dataclasses
 import math
 import sys
 from collections.abc import Sequence
@@ -13,10 +19,11 @@ from typing import Any
 import jax
 from absl import flags
 
-from mea_jax import cli
+from mea_jax import cli, distributed
 from mea_jax.cpu_kernels import keep_freed_memory
 from mea_jax.errors import UserError, nearest
 from mea_jax.evaluate import figures, profile, table
+from mea_jax.evaluate.harness import command
 from mea_jax.evaluate.models import check_comparable, load, names
 from mea_jax.report import make_writable, to_json, write_whole
 
@@ -26,7 +33,8 @@ CACHE_DTYPES = ("auto", "float32", "bfloat16", "int8")
 
 def say(line: str) -> None:
     """Progress: to the terminal, not into what is piped on."""
-    print(line, file=sys.stderr, flush=True)
+    if distributed.first():
+        print(line, file=sys.stderr, flush=True)
 
 
 def _parts() -> tuple[str, ...]:
@@ -109,7 +117,53 @@ def _folder() -> Path:
     return folder
 
 
+def _given(names: Sequence[str]) -> list[str]:
+    """Those of `names` that stand on the command line."""
+    return [f"--{name}" for name in names if flags.FLAGS[name].present]
+
+
+def _check_kind(tasks: bool) -> None:
+    """Raises `UserError` for a flag of the profile with --tasks, or one of --tasks without."""
+    if tasks and (others := _given(OF_PROFILE)):
+        raise UserError(
+            f"--tasks runs the harness, and {others[0]} is the profile's: give one or the other"
+        )
+    if not tasks and (others := _given(OF_TASKS)):
+        raise UserError(f"{others[0]} goes with --tasks, and no --tasks are given")
+
+
+def tasks_main() -> None:
+    """The command with --tasks."""
+    options = command.Options(
+        tasks=tuple(name for name in TASKS.value or () if name),
+        num_fewshot=NUM_FEWSHOT.value,
+        limit=LIMIT.value,
+        include_path=INCLUDE_PATH.value,
+        max_length=MAX_LENGTH.value,
+        batch_tokens=BATCH_TOKENS.value,
+        dtype=DTYPE.value,
+        cache_dtype=CACHE_DTYPE.value,
+    )
+    options.check()
+    checkpoint, baseline = command.paths(CHECKPOINT.value, BASELINE.value)
+    command.harness_package()
+    cli.join_processes(dataclasses.asdict(options))
+    cli.enable_compilation_cache()
+    folder = _folder()
+    report = command.run(options, checkpoint, baseline, say)
+    try:
+        text = command.write(report, folder)
+    except OSError as error:
+        raise UserError(f"--out {folder} cannot be written: {error.strerror}") from error
+    if distributed.first():
+        print(f"{text}\n\n{folder / 'results.json'}, {folder / 'table.txt'}")
+
+
 def main() -> None:
+    _check_kind(TASKS.value is not None)
+    if TASKS.value is not None:
+        tasks_main()
+        return
     options, paths = _options(), [Path(path) for path in CHECKPOINT.value]
     if not paths:
         raise UserError("no checkpoint given: add --checkpoint runs/quickstart")
@@ -172,4 +226,20 @@ if __name__ == "__main__":
     MAX_BATCHES = flags.DEFINE_integer("max_batches", 0, "of held-out windows a source; 0: all")
     DTYPE = flags.DEFINE_string("dtype", "auto", "of products: auto, float32 or bfloat16")
     CACHE_DTYPE = flags.DEFINE_string("cache_dtype", "auto", "auto, float32, bfloat16 or int8")
+    TASKS = flags.DEFINE_list("tasks", None, "of lm-evaluation-harness, instead of the profile")
+    BASELINE = flags.DEFINE_string("baseline", None, "checkpoint that --tasks compares with")
+    INCLUDE_PATH = flags.DEFINE_string("include_path", None, "folder with further tasks")
+    NUM_FEWSHOT = flags.DEFINE_integer("num_fewshot", None, "solved examples; default: each task's")
+    LIMIT = flags.DEFINE_integer("limit", None, "documents of a task, at most")
+    MAX_LENGTH = flags.DEFINE_integer(
+        "max_length", None, "tokens of a request of --tasks; default: the window of training"
+    )
+    BATCH_TOKENS = flags.DEFINE_integer(
+        "batch_tokens", None, "of --tasks, at once on a device; default 4096"
+    )
+    cli.define_process_flags()
+    OF_TASKS = ["baseline", "include_path", "num_fewshot", "limit", "max_length", "batch_tokens"]
+    OF_TASKS += ["distributed", "coordinator", "num_processes", "process_id"]
+    OF_PROFILE = ["parts", "seed", "samples", "lengths", "depths", "needles", "contexts", "rows"]
+    OF_PROFILE += ["repeats", "batch_size", "max_batches"]
     cli.run(main, "stopped; what was measured is in report.json")

@@ -1,15 +1,15 @@
-"""Tasks with right and wrong answers, as text for any tokenizer: pass keys, and small sums.
+"""Tasks with right and wrong answers, as text for any tokenizer: pass keys, sums, tables to recall.
 
     python -m mea_jax.evaluate.tasks --out passkeys.jsonl --documents 20000 --seed 1 --length 600
 
 writes training documents ({"text": ...} a line): as one more `jsonl` source of the data they teach
-a model the two forms, without which a small one cannot do them. A document should be well shorter
+a model these forms, without which a small one cannot do them. A document should be well shorter
 than the window, or a key is often cut off from its question; at 3 letters a token, 600 letters suit
 a window of 256.
 
 What is asked in an evaluation never occurs in these documents, whatever the seeds: a hash of a pass
-key, or of a problem (a + b and b + a are one), puts a fifth of all on the side of evaluation
-(`side`), and each side draws from its own.
+key, of a problem (a + b and b + a are one), or of a row of a table puts a fifth of all on the side
+of evaluation (`side`), and each side draws from its own.
 """
 
 import json
@@ -26,10 +26,12 @@ from mea_jax.data.corpus import unit_hash
 from mea_jax.errors import UserError, nearest
 
 TRAIN, EVALUATION = "train", "evaluation"
-KINDS = ("passkey", "arithmetic")
+KINDS = ("passkey", "arithmetic", "recall")
+USUAL_KINDS = KINDS[:2]  # what `mea_jax.evaluate` itself asks
 OPERATIONS = ("+", "-")
 _EVALUATION_SHARE = 0.2
 _KEYS = (10_000, 100_000)  # all five-digit numbers
+_VALUES = (100, 1000)  # of tables
 _BLOCK = 64  # sentences drawn and measured at once
 _MOST_NEEDLES = 3  # of a training document
 
@@ -252,15 +254,69 @@ def _arithmetic_document(rng: np.random.Generator, size: int) -> str:
         lines.append(line)
 
 
+# -- tables -------------------------------------------------------------------------------------
+
+
+def recall(rng: np.random.Generator, *, pairs: int, which: str = EVALUATION) -> Example:
+    """A table of `pairs` names with a number each, and one of them asked for again.
+
+    Raises `ValueError` where there are fewer names.
+    """
+    table = _draw_table(rng, pairs, which)
+    name, value = table[int(rng.integers(pairs))]
+    return Example(f"{_table_text(table)}{name}", f" {value}")
+
+
+def recall_side(name: str, value: int) -> str:
+    """The side of a row of a table."""
+    return side(f"{name} has {value}")
+
+
+def _draw_table(rng: np.random.Generator, pairs: int, which: str) -> list[tuple[str, int]]:
+    """Rows of different names and different numbers."""
+    if not 1 <= pairs <= len(_NAMES):
+        raise ValueError(f"pairs={pairs} must lie in [1, {len(_NAMES)}]")
+    table: dict[int, str] = {}
+    for i in rng.choice(len(_NAMES), pairs, replace=False):
+        while True:
+            value = int(rng.integers(*_VALUES))
+            if value not in table and recall_side(_NAMES[i], value) == which:
+                break
+        table[value] = _NAMES[i]
+    return [(name, value) for value, name in table.items()]
+
+
+def _table_text(table: Sequence[tuple[str, int]]) -> str:
+    return "Table: " + ", ".join(f"{name} {value}" for name, value in table) + ".\n"
+
+
+def _recall_document(rng: np.random.Generator, size: int) -> str:
+    """Tables, each followed by all of its rows in another order."""
+    text = ""
+    while True:
+        table = _draw_table(rng, int(rng.integers(2, 9)), TRAIN)
+        order = rng.permutation(len(table))
+        asked = "".join(f"{table[i][0]} {table[i][1]}\n" for i in order)
+        if text and len(text) + len(asked) + len(_table_text(table)) > size:
+            return text
+        text += _table_text(table) + asked
+
+
 # -- training documents -------------------------------------------------------------------------
 
 
-def documents(count: int, seed: int, length: int, kinds: Sequence[str] = KINDS) -> Iterator[str]:
+def documents(
+    count: int, seed: int, length: int, kinds: Sequence[str] = USUAL_KINDS
+) -> Iterator[str]:
     """`count` training documents of at most `length` letters, the kinds in turn.
 
     Document i depends on (seed, i) alone. Lengths are drawn evenly from a quarter of `length` on.
     """
-    makers = {"passkey": _passkey_document, "arithmetic": _arithmetic_document}
+    makers = {
+        "passkey": _passkey_document,
+        "arithmetic": _arithmetic_document,
+        "recall": _recall_document,
+    }
     for i in range(count):
         rng = np.random.default_rng([seed, i])
         size = int(rng.integers(max(length // 4, 1), length + 1))
@@ -301,5 +357,7 @@ if __name__ == "__main__":
     DOCUMENTS = flags.DEFINE_integer("documents", 20_000, "how many")
     LENGTH = flags.DEFINE_integer("length", 600, "letters of a document, at most")
     SEED = flags.DEFINE_integer("seed", 1, "of everything that is drawn")
-    KINDS_FLAG = flags.DEFINE_list("tasks", list(KINDS), "kinds of documents, in turn")
+    KINDS_FLAG = flags.DEFINE_list(
+        "tasks", list(USUAL_KINDS), f"kinds of documents, in turn: {', '.join(KINDS)}"
+    )
     cli.run(main, "stopped")

@@ -1,0 +1,39 @@
+"""A small model that answers the offline suite of `mea_jax.evaluate --tasks`, in minutes on a CPU.
+
+    python -m mea_jax.evaluate.tasks --out texts/suite.jsonl --documents 60000 --length 600 \\
+        --tasks passkey,arithmetic,recall
+    python -m mea_jax.train --config configs/suite.py
+    python -m mea_jax.evaluate.harness.suite --out suite
+    python -m mea_jax.evaluate --checkpoint runs/suite --include_path suite \\
+        --tasks mea_recall,mea_needle,mea_arithmetic --out profiles/suite
+
+It reads nothing but the suite's own forms; what is asked of it is not in its text. The model is a
+plain one of Llama's shape, so that it can be exported. docs/evaluation.md has what it scores.
+"""
+
+from mea_jax.config import default_config
+
+
+def get_config():
+    config = default_config()
+    config.name = "suite"
+    config.steps = 2500
+    config.batch_size = 8
+
+    model = config.model
+    model.vocab_size = 1536
+    model.d_model, model.n_layers, model.d_ff = 128, 4, 352
+    model.n_heads, model.n_kv_heads, model.head_dim = 4, 4, 32
+    model.hlc, model.head_norm = "none", False
+    model.scan_unroll = 4
+    model.loss_chunk = 0
+
+    config.data.sources = ({"source": "jsonl", "path": "texts/suite.jsonl"},)
+    config.data.tokenizer = "bpe:1536"
+    config.data.context_length = 256
+
+    config.optimizer.learning_rate = 3e-3
+    config.optimizer.warmup_steps = 100
+    config.evaluate.every = 500
+    config.checkpoint.every = 500
+    return config

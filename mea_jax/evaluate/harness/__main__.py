@@ -1,0 +1,27 @@
+"""The harness's own command line, with `--model mea_jax`.
+
+python -m mea_jax.evaluate.harness run --model mea_jax --model_args checkpoint=runs/quickstart \
+    --tasks hellaswag
+
+lm-eval finds the model by itself from the first version on that reads the entry points
+`lm_eval.models`; up to 0.4.13 it does not, and this command tells it. All options are lm-eval's.
+"""
+
+from mea_jax.errors import UserError, fail
+from mea_jax.evaluate.harness.command import harness_package
+
+
+def main() -> None:
+    try:
+        harness_package()
+        from lm_eval.__main__ import cli_evaluate
+
+        from mea_jax.evaluate.harness import model  # noqa: F401 - registers itself
+
+        cli_evaluate()
+    except UserError as error:
+        fail(error)
+
+
+if __name__ == "__main__":
+    main()

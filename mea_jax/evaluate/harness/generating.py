@@ -1,0 +1,168 @@
+"""Texts that tasks ask a model to write: prompts of like length together, through its KV cache."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from mea_jax import sharding
+from mea_jax.backends import resolve
+from mea_jax.config import ModelConfig
+from mea_jax.data.tokenizers import Tokenizer
+from mea_jax.generation import Generator, continuation
+from mea_jax.sampling import Sampling
+
+_GRAIN = 16  # prompts are filled up to a multiple of it
+_FILLED = 0.9  # a batch whose longest prompt fills so much of the last one's length keeps that
+_LOOK = 16  # tokens between two looks at the texts that end an answer
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What to continue, by at most `count` tokens, before any text of `until` begins."""
+
+    tokens: list[int]
+    until: tuple[str, ...]
+    count: int
+    sampling: Sampling
+
+
+@dataclasses.dataclass
+class Written:
+    """What answers took; counts of tokens."""
+
+    requests: int = 0
+    prompt_real: int = 0
+    prompt_computed: int = 0
+    new_real: int = 0  # up to each answer's end
+    new_computed: int = 0  # steps of whole batches, until the last row's end was seen
+    programs: int = 0
+
+
+def cut(text: str, until: Sequence[str]) -> tuple[str, bool]:
+    """`text` before the first of `until`, and whether there was one."""
+    found = [text.index(stop) for stop in until if stop and stop in text]
+    return (text[: min(found)], True) if found else (text, False)
+
+
+class Writer:
+    """A model that answers prompts; arguments as of `likelihood.Scorer`."""
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        params: Any,
+        mesh: Mesh,
+        tokenizer: Tokenizer,
+        budget: int,
+        cache_dtype: str | None = None,
+    ):
+        self.model, self.params, self.mesh, self.budget = model, params, mesh, budget
+        self.tokenizer, self.cache_dtype = tokenizer, cache_dtype
+        with jax.set_mesh(mesh):
+            self.ways = sharding.ways("batch")
+        self._generators: dict[int, Generator] = {}
+
+    def _generator(self, length: int) -> Generator:
+        if length not in self._generators:
+            devices, tensor = list(self.mesh.devices.flat), self.mesh.shape["tensor"]
+            model = resolve(self.model, devices, length, tensor=tensor)
+            self._generators = {  # one at a time: each has its own copy of the parameters
+                length: Generator(
+                    model, self.params, length=length, cache_dtype=self.cache_dtype, mesh=self.mesh
+                )
+            }
+        return self._generators[length]
+
+    def write(
+        self,
+        prompts: Sequence[Prompt],
+        written: Written | None = None,
+        on_done: Callable[[int], Any] = lambda count: None,
+    ) -> list[str]:
+        """The answer to each prompt, in order; sampled ones do not depend on their neighbours."""
+        written = Written() if written is None else written
+        groups: dict[tuple[int, Sampling, tuple[str, ...]], list[int]] = {}
+        for i, prompt in enumerate(prompts):
+            groups.setdefault((prompt.count, prompt.sampling, prompt.until), []).append(i)
+        texts = [""] * len(prompts)
+        for (count, sampling, _), members in groups.items():
+            longest = max(len(prompts[i].tokens) for i in members)
+            length = math.ceil((longest + count) / _GRAIN) * _GRAIN
+            if self.model.positions == "learned":
+                length = min(length, self.model.max_positions)
+            with jax.set_mesh(self.mesh):
+                generator = self._generator(length)
+                before = len(generator._compiled)
+                self._group(generator, prompts, members, count, sampling, texts, written, on_done)
+                written.programs += len(generator._compiled) - before
+        written.requests += len(prompts)
+        return texts
+
+    def _group(self, generator, prompts, members, count, sampling, texts, written, on_done):
+        """Answers of one number of tokens, one way to draw and end them, into `texts`."""
+        members = sorted(members, key=lambda i: -len(prompts[i].tokens))
+        most = max(self.ways, self.budget * self.ways // generator.length // self.ways * self.ways)
+        batches = math.ceil(len(members) / most)
+        size = math.ceil(math.ceil(len(members) / batches) / self.ways) * self.ways
+        padded = generator.length
+        for start in range(0, len(members), size):
+            batch = members[start : start + size]
+            longest = len(prompts[batch[0]].tokens)
+            if longest < _FILLED * padded:
+                padded = min(math.ceil(longest / _GRAIN) * _GRAIN, generator.length)
+            new = self._batch(generator, prompts, batch, size, padded, count, sampling)
+            written.prompt_computed += size * padded
+            written.new_computed += size * max(map(len, new))
+            for i, tokens in zip(batch, new, strict=False):
+                texts[i], used = self._answer(prompts[i], tokens)
+                written.prompt_real += len(prompts[i].tokens)
+                written.new_real += used
+            on_done(len(batch))
+
+    def _batch(self, generator, prompts, batch, size, padded, count, sampling) -> list[list[int]]:
+        rows = batch + batch[-1:] * (size - len(batch))
+
+        def ended(new: list[list[int]]) -> list[bool]:
+            return [
+                row >= len(batch) or self._text(prompts[i], new[row])[1]
+                for row, i in enumerate(rows)
+            ]
+
+        return generator.run(
+            [prompts[i].tokens for i in rows],
+            count=count,
+            sampling=sampling,
+            rows=rows,
+            stop=self.tokenizer.stops,
+            ends=self._ends(prompts[batch[0]].until),
+            chunk=_LOOK,
+            on_tokens=ended,
+            padded=padded,
+        )
+
+    @functools.cached_property
+    def _words(self) -> list[str]:
+        """The text of each token."""
+        return [self.tokenizer.decode([i]) for i in range(self.tokenizer.vocab_size)]
+
+    def _ends(self, until: tuple[str, ...]) -> list[int]:
+        """Tokens that hold a whole text of `until`: after one nothing need be drawn, which the
+        device sees by itself. What spans several tokens is found when texts are looked at."""
+        return [i for i, word in enumerate(self._words) if any(u and u in word for u in until)]
+
+    def _text(self, prompt: Prompt, tokens: list[int]) -> tuple[str, bool]:
+        return cut(continuation(self.tokenizer, prompt.tokens, tokens), prompt.until)
+
+    def _answer(self, prompt: Prompt, tokens: list[int]) -> tuple[str, int]:
+        """The answer in `tokens`, and how many of them it took with what ends it."""
+        text, ended = self._text(prompt, tokens)
+        used = len(tokens)
+        while ended and used and self._text(prompt, tokens[: used - 1])[1]:
+            used -= 1  # drawn after the end, before anyone looked
+        return text, used

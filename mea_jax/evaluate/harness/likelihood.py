@@ -1,0 +1,196 @@
+"""Log-probabilities of what requests score, by one jitted program a shape, on a mesh.
+
+Letters: B rows, T positions, S shards of the batch, P pairs (position, next token) of a shard.
+Rows are split over the mesh's batch axes, on however many hosts: all have the same requests, each
+places its own rows, and results come back whole to every one.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from mea_jax import sharding
+from mea_jax.backends import TREE, make_backend, resolve
+from mea_jax.config import ModelConfig
+from mea_jax.evaluate.harness import packing
+from mea_jax.evaluate.harness.packing import Request, Rows, Tree
+from mea_jax.losses import positions_within
+from mea_jax.transformer import apply_hidden
+
+_LOGITS_MEBIBYTES = 64  # float32 logits of a shard that exist at one time
+_CHUNK = 128  # pairs taken at once, at least
+_PENDING = 2  # batches on their way; more would only hold memory
+_ROWS = (512, 4096)  # positions of a row, unless a request is longer: between these, by width
+
+
+@dataclasses.dataclass
+class Work:
+    """What requests took; counts of tokens that go through the model."""
+
+    requests: int = 0
+    asked: int = 0  # of all requests, each by itself
+    real: int = 0  # after common beginnings were merged
+    computed: int = 0  # with padding
+    programs: int = 0  # shapes that were compiled
+
+    def real_share(self) -> float:
+        return self.real / self.computed if self.computed else float("nan")
+
+
+def shares_beginnings(model: ModelConfig) -> bool:
+    """Whether trees of requests can be attended to: not where attention goes by places in the row
+    (ALiBi), nor where it has a form of its own."""
+    return model.positions != "alibi" and model.variant != "talking_heads"
+
+
+def _log_probabilities(
+    model: ModelConfig, chunk: int, params: Any, tokens_BT, positions_BT, marks_BT, pairs, count
+):
+    """Of `pairs`, int32 (S, P, 2): place in the shard's rows, next token. (S, P) float32 natural
+    logarithms, and whether the token is the most likely one. `count`: chunks that hold any pair.
+    """
+    hidden_BTD, kernel_DV = apply_hidden(
+        model, params, tokens_BT, positions_BT, marks_BT.astype(jnp.int32)
+    )
+    backend = make_backend(model)
+    kernel_DV = kernel_DV.astype(backend.dtype)
+    shards, width = pairs.shape[0], hidden_BTD.shape[-1]
+    hidden_SND = sharding.constrain(hidden_BTD.reshape(shards, -1, width), "batch", None, None)
+    zeros_SP = jnp.zeros(pairs.shape[:2])
+
+    def one(i, results):
+        part_SC2 = jax.lax.dynamic_slice_in_dim(pairs, i * chunk, chunk, axis=1)
+        x_SCD = jnp.take_along_axis(hidden_SND, part_SC2[:, :, :1], axis=1)
+        x_SCD = sharding.constrain(x_SCD, "batch", None, None).astype(backend.dtype)
+        logits_SCV = backend.matmul(x_SCD, kernel_DV)
+        right_SC = jnp.take_along_axis(logits_SCV, part_SC2[:, :, 1:], axis=2)[..., 0]
+        found_SC = right_SC - jax.nn.logsumexp(logits_SCV, axis=2)
+        greedy_SC = jnp.argmax(logits_SCV, axis=2) == part_SC2[:, :, 1]
+        return tuple(
+            jax.lax.dynamic_update_slice_in_dim(whole, new, i * chunk, axis=1)
+            for whole, new in zip(results, (found_SC, greedy_SC), strict=True)
+        )
+
+    return jax.lax.fori_loop(0, count, one, (zeros_SP, zeros_SP > 0))
+
+
+class Scorer:
+    """A model ready to score requests. `model` is not resolved, `params` lie on `mesh` as
+    `train_step.param_shardings` says; `budget` positions of a batch go to each shard, about."""
+
+    def __init__(self, model: ModelConfig, params: Any, mesh: Mesh, budget: int):
+        self.model, self.params, self.mesh, self.budget = model, params, mesh, budget
+        with jax.set_mesh(mesh):
+            self.ways = sharding.ways("batch")
+        self.branches = shares_beginnings(model)
+        self._compiled: dict[Any, Any] = {}
+
+    def _resolved(self, length: int) -> ModelConfig:
+        devices, tensor = list(self.mesh.devices.flat), self.mesh.shape["tensor"]
+        model = resolve(self.model, devices, length, tensor=tensor)
+        return dataclasses.replace(model, attention_kernel=TREE) if self.branches else model
+
+    def _program(self, rows: Rows, pairs: int, chunk: int) -> Any:
+        key = rows.size, rows.length, pairs, chunk
+        if key not in self._compiled:
+            static = self._resolved(rows.length), chunk
+            whole = sharding.replicated(self.mesh)
+            self._compiled[key] = jax.jit(
+                functools.partial(_log_probabilities, *static), out_shardings=(whole, whole)
+            )
+        return self._compiled[key]
+
+    def _place(self, x: np.ndarray) -> jax.Array:
+        """An array with rows over the batch axes, of which this process gives its own."""
+        names = ("batch", *(None,) * (x.ndim - 1))
+        where = jax.sharding.NamedSharding(self.mesh, sharding.spec(names))
+        return jax.make_array_from_callback(x.shape, where, lambda index: x[index])
+
+    def _dispatch(self, rows: Rows, number: int, trees: Sequence[Tree], shape: tuple[int, int]):
+        """Starts one batch: its results, and for each tree (shard, first entry, tree)."""
+        pairs, chunk = shape
+        *arrays, starts = packing.laid_out(
+            rows.batch(number), trees, rows.length, rows.size, self.branches
+        )
+        of_shard = rows.size // self.ways
+        pairs_SP2 = np.zeros((self.ways, pairs, 2), np.int32)
+        filled, where = [0] * self.ways, []
+        for row, start, tree in starts:
+            shard, place = divmod(row, of_shard)
+            first, size = filled[shard], len(tree.places_m)
+            part = pairs_SP2[shard, first : first + size]
+            part[:, 0] = place * rows.length + start + tree.places_m
+            part[:, 1] = tree.targets_m
+            filled[shard] += size
+            where.append((shard, first, tree))
+        placed = [self._place(x) for x in (*arrays, pairs_SP2)]
+        count = np.int32(-(-max(filled) // chunk))
+        with jax.set_mesh(self.mesh):
+            return self._program(rows, pairs, chunk)(self.params, *placed, count), where
+
+    def _shape(self, rows: Rows, trees: Sequence[Tree]) -> tuple[int, int]:
+        """(pairs of a shard, pairs taken at once) that do for all batches of `rows`."""
+        of_shard, most = rows.size // self.ways, 1
+        for number in range(rows.batches):
+            batch = rows.batch(number)
+            for first in range(0, len(batch), of_shard):
+                members = (i for row in batch[first : first + of_shard] for i in row)
+                most = max(most, sum(len(trees[i].places_m) for i in members))
+        within = max(1, positions_within(_LOGITS_MEBIBYTES, self.model.vocab_size))
+        chunk = min(within, max(_CHUNK, -(-most // (8 * _CHUNK)) * _CHUNK))
+        return -(-most // chunk) * chunk, chunk
+
+    def score(
+        self,
+        requests: Sequence[Request],
+        work: Work | None = None,
+        on_done: Callable[[int], Any] = lambda count: None,
+    ) -> list[tuple[float, bool]]:
+        """(log-probability of all targets together in nats, whether each is the most likely
+        token) of each request, in order. `on_done` is told of requests that are done."""
+        work = Work() if work is None else work
+        low, high = _ROWS
+        capacity = min(max(4 * self.model.d_model, low), high)
+        trees = packing.build_trees(requests, capacity, self.branches)
+        planned = packing.plan(
+            [tree.size for tree in trees],
+            capacity=capacity,
+            width=self.model.d_model,
+            budget=self.budget * self.ways,
+            ways=self.ways,
+        )
+        found: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
+
+        def collect(results, where):
+            logs_SP, greedy_SP = (np.asarray(x) for x in results)
+            done = 0
+            for shard, first, tree in where:
+                logs_m = logs_SP[shard, first:].astype(np.float64)
+                for number, entries in tree.scored:
+                    greedy = bool(greedy_SP[shard, first:][entries].all())
+                    found[number] = float(logs_m[entries].sum()), greedy
+                done += len(tree.scored)
+            on_done(done)
+
+        pending: list[Any] = []
+        before = len(self._compiled)
+        for rows in planned:
+            shape = self._shape(rows, trees)
+            for number in range(rows.batches):
+                pending.append(self._dispatch(rows, number, trees, shape))
+                if len(pending) >= _PENDING:
+                    collect(*pending.pop(0))
+        for batch in pending:
+            collect(*batch)
+        work.requests += len(requests)
+        work.asked += sum(len(request.tokens) for request in requests)
+        work.real += sum(tree.size for tree in trees)
+        work.computed += sum(rows.computed for rows in planned)
+        work.programs += len(self._compiled) - before
+        return found

@@ -1,0 +1,310 @@
+"""A checkpoint as a model of lm-evaluation-harness, in its process; no torch is needed.
+
+The harness hands over all requests of a kind at once. On several hosts every process runs the same
+harness over the same documents and calls the same methods: the work of each batch is split over
+all devices, and all of them get all results.
+"""
+
+import dataclasses
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import tqdm
+from lm_eval import utils
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+
+from mea_jax import distributed
+from mea_jax.cpu_kernels import keep_freed_memory
+from mea_jax.errors import UserError, nearest
+from mea_jax.evaluate.harness.generating import Prompt, Writer, Written
+from mea_jax.evaluate.harness.likelihood import Request, Scorer, Work
+from mea_jax.evaluate.harness.placing import placed
+from mea_jax.sampling import Sampling
+from mea_jax.trained import open_trained, unresolved
+
+BATCH_TOKENS = 4096
+MAX_NEW = 256  # tokens of an answer where a task does not say: the harness's own number
+_DTYPES = ("auto", "float32", "bfloat16")
+_CACHE_DTYPES = (*_DTYPES, "int8")
+
+
+@register_model("mea_jax")
+class HarnessModel(TemplateLM):
+    """A checkpoint of this project.
+
+    Args:
+      checkpoint: run directory, or one of its steps.
+      max_length: tokens that a request may have at most, context and answer; None: the window of
+        training. Contexts that are longer lose their beginning.
+      dtype: of products; cache_dtype: of keys and values when text is written.
+      batch_tokens: positions of a batch on each device, about.
+      add_bos_token: whether a text begins with the tokenizer's begin token. None: if the
+        tokenizer's own template says so, or no published model's files came with it: in training
+        here each document does.
+      batch_size, max_batch_size, device: the harness's command line gives them to every model.
+        Batches here are so many positions, not texts, on all devices of jax.
+
+    Raises `UserError`: as `trained.open_trained`; an option out of range; a tokenizer whose ids the
+    model lacks.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str,
+        max_length: int | None = None,
+        dtype: str = "auto",
+        cache_dtype: str = "auto",
+        batch_tokens: int = BATCH_TOKENS,
+        add_bos_token: bool | None = None,
+        batch_size: Any = None,
+        max_batch_size: Any = None,
+        device: Any = None,
+    ):
+        super().__init__()
+        for name, value, known in (
+            ("dtype", dtype, _DTYPES),
+            ("cache_dtype", cache_dtype, _CACHE_DTYPES),
+        ):
+            if value not in known:
+                raise UserError(f"{name}={value}: {nearest(str(value), known)}")
+        for name, number in (("max_length", max_length), ("batch_tokens", batch_tokens)):
+            if number is not None and (not isinstance(number, int) or number < 2):
+                raise UserError(f"{name}={number} must be a whole number, 2 or more")
+        if jax.devices()[0].platform == "cpu":
+            keep_freed_memory()
+        trained = open_trained(Path(str(checkpoint)), _say)
+        self.run, self.step = trained.checkpoints.directory.parent, trained.step
+        config, self._tokens = trained.config, trained.tokenizer
+        self.model = dataclasses.replace(unresolved(config.model), dtype=dtype)
+        if self._tokens.vocab_size > self.model.vocab_size:
+            raise UserError(
+                f"{self.run / 'tokenizer'} has {self._tokens.vocab_size} tokens, and the model's "
+                f"vocabulary {self.model.vocab_size}: it is another model's"
+            )
+        self.max_length = max_length or config.data.context_length
+        if self.model.positions == "learned" and self.max_length > self.model.max_positions:
+            raise UserError(
+                f"max_length={self.max_length}: the model learned {self.model.max_positions} "
+                "positions and has no more"
+            )
+        self.mesh, self.params = placed(trained, self.model, _say)
+        if add_bos_token is None:
+            own = self._tokens.start != self._tokens.separator
+            add_bos_token = own or not self._tokens.companions
+        self._before = [self._tokens.start] if add_bos_token else []
+        self.scorer = Scorer(self.model, self.params, self.mesh, batch_tokens)
+        self.writer = Writer(
+            self.model,
+            self.params,
+            self.mesh,
+            self._tokens,
+            batch_tokens,
+            None if cache_dtype == "auto" else cache_dtype,
+        )
+        self.work, self.written, self.truncated, self.seconds = Work(), Written(), 0, 0.0
+
+    # -- what the harness asks of a model ---------------------------------------------------------
+
+    @property
+    def eot_token_id(self) -> int:
+        return self._tokens.separator
+
+    @property
+    def prefix_token_id(self) -> int:
+        return self._tokens.start
+
+    @property
+    def max_gen_toks(self) -> int:
+        return MAX_NEW
+
+    @property
+    def tokenizer_name(self) -> str:
+        return str(self.run / "tokenizer")
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
+    ) -> list[int]:
+        """Token ids of one text; with its begin token unless `add_special_tokens` is False."""
+        return self._encode([string], add_special_tokens is not False)[0]
+
+    def loglikelihood(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
+        """(log-probability in nats of the continuation after the context, whether it is what
+        greedy decoding would write) of each request's (context, continuation)."""
+        pairs = self._encode_pairs([request.args for request in requests])
+        for request, (_, continuation) in zip(requests, pairs, strict=True):
+            if len(continuation) > self.max_length:
+                raise UserError(
+                    f"task {request.task_name}: a continuation of {len(continuation)} tokens "
+                    f"cannot fit into {self.max_length} (--max_length)"
+                )
+        whole = [(r.args, *pair) for r, pair in zip(requests, pairs, strict=True)]
+        return self._loglikelihood_tokens(whole, disable_tqdm=disable_tqdm)
+
+    def _loglikelihood_tokens(
+        self,
+        requests: list[tuple[tuple[str, str], list[int], list[int]]],
+        disable_tqdm: bool = False,
+        **kwargs: Any,
+    ) -> list[tuple[float, bool]]:
+        scored = [self._request(context, new) for _, context, new in requests]
+        found = self._score(scored, disable_tqdm, "log-likelihoods")
+        for (given, *_), answer in zip(requests, found, strict=True):
+            if given is not None:
+                self.cache_hook.add_partial("loglikelihood", given, answer)
+        return found
+
+    def loglikelihood_rolling(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[float]:
+        """The log-probability in nats of each whole text, in windows of `max_length` tokens, each
+        of them scored once with as much before it as its window has."""
+        texts = [request.args[0] for request in requests]
+        # A begin token of the tokenizer's own counts as text, as in the harness's other models;
+        # the one that we set before texts is what the first window begins with anyway.
+        own = self._before if self._tokens.start != self._tokens.separator else []
+        windows, owners = [], []
+        for i, ids in enumerate(self._encode(texts, begin=False)):
+            rolled = utils.get_rolling_token_windows(
+                own + ids, self.prefix_token_id, self.max_length, context_len=1
+            )
+            for context, new in map(utils.make_disjoint_window, rolled):
+                windows.append(self._request(context, new))
+                owners.append(i)
+        sums = [0.0] * len(texts)
+        found = self._score(windows, disable_tqdm, "rolling log-likelihoods")
+        for i, (log_probability, _) in zip(owners, found, strict=True):
+            sums[i] += log_probability
+        for text, total in zip(texts, sums, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", (text,), total)
+        self.work.requests += len(texts) - len(windows)
+        return sums
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """What the model writes after each request's context, before any text of "until"."""
+        began = time.perf_counter()
+        contexts = self._encode([request.args[0] for request in requests], begin=True)
+        prompts = [
+            self._prompt(request, ids) for request, ids in zip(requests, contexts, strict=True)
+        ]
+        with _progress(len(prompts), disable_tqdm, "answers") as bar:
+            texts = self.writer.write(prompts, self.written, bar.update)
+        for request, text in zip(requests, texts, strict=True):
+            self.cache_hook.add_partial("generate_until", request.args, text)
+        self.seconds += time.perf_counter() - began
+        return texts
+
+    # -- tokens -----------------------------------------------------------------------------------
+
+    def _encode(self, texts: Sequence[str], begin: bool) -> list[list[int]]:
+        before = self._before if begin else []
+        return [before + ids for ids in self._tokens.encode_batch(list(texts))]
+
+    def _encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
+        """Contexts and continuations, as `TemplateLM` splits them, all texts encoded at once.
+
+        Space at a context's end goes to the continuation. An empty context is the begin token. A
+        continuation that its context swallows in the tokenizer is encoded by itself.
+        """
+        moved = []
+        for context, continuation in pairs:
+            kept = context.rstrip()
+            if kept or not context:
+                moved.append((kept, context[len(kept) :] + continuation))
+            else:  # nothing but space
+                moved.append(("", context + continuation))
+        contexts = list(dict.fromkeys(context for context, _ in moved))
+        encoded = dict(zip(contexts, self._encode(contexts, begin=True), strict=True))
+        wholes = self._encode([context + new for context, new in moved], begin=True)
+        found = []
+        for (context, new), whole in zip(moved, wholes, strict=True):
+            if context:
+                first = encoded[context]
+                rest = whole[len(first) :]
+                if not rest and new:
+                    rest = self._encode([new], begin=False)[0]
+            else:
+                first, rest = [self.prefix_token_id], whole[len(self._before) :]
+            found.append((first, rest))
+        return found
+
+    def _request(self, context: list[int], new: list[int]) -> Request:
+        whole = context + new
+        if len(whole) > self.max_length + 1:
+            self.truncated += 1
+            whole = whole[-(self.max_length + 1) :]
+        return Request(whole[:-1], new)
+
+    def _prompt(self, request: Instance, ids: list[int]) -> Prompt:
+        options = dict(request.args[1])
+        until = options.get("until") or []
+        names = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+        count = next((int(options[n]) for n in names if options.get(n) is not None), MAX_NEW)
+        if not 1 <= count < self.max_length:
+            raise UserError(
+                f"task {request.task_name} asks for {count} new tokens, which leaves no room for a "
+                f"prompt in {self.max_length}: give a --max_length above {count}"
+            )
+        temperature = float(options.get("temperature") or 0)
+        if options.get("do_sample") is False:
+            temperature = 0.0
+        sampling = Sampling(
+            temperature, int(options.get("top_k") or 0), float(options.get("top_p") or 1)
+        )
+        if len(ids) > self.max_length - count:
+            self.truncated += 1
+            ids = ids[-(self.max_length - count) :]
+        if not ids:
+            ids = [self.prefix_token_id]
+        until = (until,) if isinstance(until, str) else tuple(until)
+        return Prompt(ids, until, count, sampling)
+
+    # -- work -------------------------------------------------------------------------------------
+
+    def _score(self, requests: list[Request], quiet: bool, what: str) -> list[tuple[float, bool]]:
+        began = time.perf_counter()
+        with _progress(len(requests), quiet, what) as bar:
+            # Nothing to score has probability one.
+            found = [(0.0, True)] * len(requests)
+            asked = [i for i, request in enumerate(requests) if request.targets]
+            scores = self.scorer.score([requests[i] for i in asked], self.work, bar.update)
+            for i, score in zip(asked, scores, strict=True):
+                found[i] = score
+        self.seconds += time.perf_counter() - began
+        return found
+
+    def report(self) -> dict[str, Any]:
+        """Counts of requests and tokens so far, shares of real tokens, speeds."""
+        work, written = self.work, self.written
+        requests = work.requests + written.requests
+        real = work.real + written.prompt_real + written.new_real
+        computed = work.computed + written.prompt_computed + written.new_computed
+        return {
+            "requests": requests,
+            "truncated": self.truncated,
+            "max_length": self.max_length,
+            "seconds": self.seconds,
+            "requests_per_second": requests / self.seconds if self.seconds else None,
+            "tokens_per_second": real / self.seconds if self.seconds else None,
+            "real_share": real / computed if computed else None,
+            "programs": work.programs + written.programs,
+            "log_likelihoods": dataclasses.asdict(work),
+            "answers": dataclasses.asdict(written),
+        }
+
+
+def _say(line: str) -> None:
+    if distributed.first():
+        print(line, file=sys.stderr, flush=True)
+
+
+def _progress(total: int, quiet: bool, what: str) -> Any:
+    disable = True if quiet or not distributed.first() else None  # None: where no terminal is
+    return tqdm.tqdm(total=total, desc=what, disable=disable, leave=False)

@@ -1,0 +1,47 @@
+"""A checkpoint's parameters on all devices there are."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from jax.sharding import Mesh
+
+from mea_jax import sharding
+from mea_jax.backends import resolve
+from mea_jax.config import MeshConfig, ModelConfig
+from mea_jax.errors import UserError
+from mea_jax.train_step import placed_params
+from mea_jax.trained import Trained
+
+
+def mesh_for(model: ModelConfig, trained_on: MeshConfig) -> tuple[Mesh, str | None]:
+    """The mesh of the training, as far as it fits the devices of this machine: rows over all of
+    them, parameters split as they were.
+
+    Where that does not fit, each device has all parameters: then a line says so.
+    """
+    sizes = {axis: getattr(trained_on, axis) for axis in ("data", "fsdp", "tensor")}
+    if -1 not in sizes.values():
+        sizes["data"] = -1
+    slices = trained_on.slices
+    try:
+        mesh = sharding.make_mesh(MeshConfig(**sizes, sequence=1, slices=slices))
+        if model.d_model % mesh.shape["fsdp"]:
+            raise UserError(f"fsdp={mesh.shape['fsdp']} does not divide d_model={model.d_model}")
+    except UserError as error:
+        whole = sharding.make_mesh(MeshConfig(data=-1, fsdp=1, tensor=1, sequence=1, slices=slices))
+        return whole, f"all parameters on every device: {error}"
+    return mesh, None
+
+
+def placed(trained: Trained, model: ModelConfig, say: Callable[[str], Any]) -> tuple[Mesh, Any]:
+    """(mesh, parameters on it), float32 as they were trained. `say` is told where they could not
+    be split as in training. Raises `UserError`."""
+    mesh, problem = mesh_for(model, trained.config.mesh)
+    if problem:
+        say(problem)
+    length = trained.config.data.context_length
+    resolved = resolve(
+        dataclasses.replace(model, attention_kernel="auto"), list(mesh.devices.flat), length
+    )
+    return mesh, trained.params(placed_params(resolved, mesh))

@@ -1,0 +1,216 @@
+"""Writes tasks of our own in the harness's format: a folder that needs no network.
+
+    python -m mea_jax.evaluate.harness.suite --out suite
+    python -m mea_jax.evaluate --checkpoint runs/suite --include_path suite --tasks mea_suite \\
+        --out profiles/suite
+
+- mea_arithmetic: sums after four solved ones, written; exact match. An untrained model gets none.
+- mea_arithmetic_choice: the same, chosen of four results that are near; by chance a quarter.
+- mea_code: the next line of a function of Python's library, of four; a quarter. Read acc_norm, by
+  letters: lines differ in length.
+- mea_recall: the number beside a name in a table of six; a sixth.
+- mea_needle: which of three hidden pass keys is asked for, by its depth; a third.
+
+A small model learns all but code from the documents of `mea_jax.evaluate.tasks`; what is asked here
+is not among them.
+"""
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import flags
+
+from mea_jax import cli
+from mea_jax.errors import UserError
+from mea_jax.evaluate import tasks
+from mea_jax.evaluate.harness import functions
+from mea_jax.report import make_writable
+
+DEPTHS = (0, 25, 50, 75, 100)  # per cent
+_PAIRS = 6  # rows of a table
+_NEEDLES = 3
+_LOAD = "load.py"
+
+# Read by the harness, beside the task files: the folder can be moved as a whole.
+_LOADER = '''"""Documents of the tasks beside this file."""
+
+import json
+from pathlib import Path
+
+import datasets
+
+
+def documents(file, **_):
+    lines = (Path(__file__).parent / file).read_text(encoding="utf-8").splitlines()
+    return {"test": datasets.Dataset.from_list([json.loads(line) for line in lines])}
+'''
+
+_COMMON = """task: {name}
+tag: mea_suite
+custom_dataset: !function load.documents
+dataset_kwargs:
+  file: {name}.jsonl
+test_split: test
+num_fewshot: 0
+doc_to_text: "{{{{prompt}}}}"
+target_delimiter: ""
+metadata:
+  version: 1.0
+"""
+
+_CHOICE = """output_type: multiple_choice
+doc_to_choice: choices
+doc_to_target: answer
+metric_list:
+  - metric: acc
+    aggregation: mean
+    higher_is_better: true
+  - metric: acc_norm
+    aggregation: mean
+    higher_is_better: true
+"""
+
+_WRITE = """output_type: generate_until
+doc_to_target: answer
+generation_kwargs:
+  until: ["\\n"]
+  max_gen_toks: 12
+  do_sample: false
+filter_list:
+  - name: number
+    filter:
+      - function: regex
+        regex_pattern: "(-?[0-9]+)"
+      - function: take_first
+metric_list:
+  - metric: exact_match
+    aggregation: mean
+    higher_is_better: true
+"""
+
+_GROUP = """group: mea_needle
+task: [{members}]
+aggregate_metric_list:
+  - metric: acc
+    aggregation: mean
+    weight_by_size: true
+metadata:
+  version: 1.0
+"""
+
+
+def _chosen(rng: np.random.Generator, prompt: str, right: str, wrong: list[str]) -> dict[str, Any]:
+    answer = int(rng.integers(len(wrong) + 1))
+    choices = wrong[:answer] + [right] + wrong[answer:]
+    return {"prompt": prompt, "choices": choices, "answer": answer}
+
+
+def _sums(count: int, rng: np.random.Generator) -> list[tuple[str, int]]:
+    """`count` different problems of one and two digits after four solved ones, and results."""
+    found: dict[str, tuple[str, int]] = {}
+    while len(found) < count:
+        operation = tasks.OPERATIONS[int(rng.integers(2))]
+        digits = 1 if rng.random() < 0.1 else 2  # few problems of one digit are asked
+        example = tasks.arithmetic(rng, operation=operation, digits=digits)
+        question = example.prompt.rsplit("\n", 1)[-1]
+        found.setdefault(question, (example.prompt, int(example.answer)))
+    return list(found.values())
+
+
+def arithmetic(count: int, rng: np.random.Generator) -> list[dict[str, Any]]:
+    """Sums whose result is to be written."""
+    return [{"prompt": prompt, "answer": f"{result}"} for prompt, result in _sums(count, rng)]
+
+
+def arithmetic_choice(count: int, rng: np.random.Generator) -> list[dict[str, Any]]:
+    """Sums with four results of at most 12 apart, the right one anywhere among them by size."""
+    rows = []
+    for prompt, result in _sums(count, rng):
+        near = [n for n in range(max(result - 12, 0), result + 13) if n != result]
+        wrong = [f" {near[i]}\n" for i in rng.choice(len(near), 3, replace=False)]
+        rows.append(_chosen(rng, prompt, f" {result}\n", wrong))
+    return rows
+
+
+def recall(count: int, rng: np.random.Generator) -> list[dict[str, Any]]:
+    """Tables, and a name of them; to choose from: all their numbers."""
+    rows = []
+    for _ in range(count):
+        example = tasks.recall(rng, pairs=_PAIRS)
+        values = [f" {value}" for value in re.findall(r" (\d+)[,.]", example.prompt)]
+        wrong = [value for value in values if value != example.answer]
+        rows.append(_chosen(rng, example.prompt, example.answer, wrong))
+    return rows
+
+
+def needle(
+    count: int, rng: np.random.Generator, depth: float, letters: int
+) -> list[dict[str, Any]]:
+    """Filler of `letters` with three pass keys in it, the one asked for at `depth`."""
+    rows: list[dict[str, Any]] = []
+    while len(rows) < count:
+        example = tasks.passkey(rng, size=letters, depth=depth, needles=_NEEDLES)
+        keys = re.findall(r"Remember: the pass key of \w+ is (\d+)\.", example.prompt)
+        wrong = [f" {key}" for key in keys if f" {key}" != example.answer]
+        if len(wrong) == _NEEDLES - 1:  # no key twice
+            rows.append(_chosen(rng, example.prompt, example.answer, wrong))
+    return rows
+
+
+def write(folder: Path, count: int, seed: int, letters: int) -> list[str]:
+    """Writes all tasks, `count` documents each; their names. A function of its arguments, and for
+    mea_code of this Python's library."""
+    choices: dict[str, Callable[[np.random.Generator], list[dict[str, Any]]]] = {
+        "mea_arithmetic_choice": lambda rng: arithmetic_choice(count, rng),
+        "mea_code": lambda rng: functions.questions(count, rng),
+        "mea_recall": lambda rng: recall(count, rng),
+    }
+    needles = [f"mea_needle_{depth}" for depth in DEPTHS]
+    for name, depth in zip(needles, DEPTHS, strict=True):
+        choices[name] = lambda rng, depth=depth: needle(  # type: ignore[misc]
+            max(count // len(DEPTHS), 1), rng, depth / 100, letters
+        )
+    (folder / _LOAD).write_text(_LOADER)
+    (folder / "mea_needle.yaml").write_text(_GROUP.format(members=", ".join(needles)))
+    kinds: Mapping[str, tuple[Callable, str]] = {
+        **{name: (make, _CHOICE) for name, make in choices.items()},
+        "mea_arithmetic": (lambda rng: arithmetic(count, rng), _WRITE),
+    }
+    for number, name in enumerate(sorted(kinds)):
+        make, form = kinds[name]
+        rows = make(np.random.default_rng([seed, number]))
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+        (folder / f"{name}.yaml").write_text(_COMMON.format(name=name) + form)
+    return sorted(kinds)
+
+
+def main() -> None:
+    if not OUT.value:
+        raise UserError("no folder given: add --out suite")
+    if not 1 <= DOCUMENTS.value <= 2000:
+        raise UserError(f"--documents={DOCUMENTS.value} must lie in [1, 2000]")
+    if not 0 <= SEED.value < 2**32:
+        raise UserError(f"--seed={SEED.value} must lie in [0, 2^32)")
+    shortest = tasks.shortest_passkey(_NEEDLES)
+    if LETTERS.value < shortest:
+        raise UserError(f"--letters={LETTERS.value}: {_NEEDLES} pass keys take {shortest}")
+    folder = Path(OUT.value)
+    try:
+        make_writable(folder)
+        names = write(folder, DOCUMENTS.value, SEED.value, LETTERS.value)
+    except OSError as error:
+        raise UserError(f"--out {folder} cannot be written: {error.strerror}") from error
+    print(f"{len(names)} tasks in {folder}: {', '.join(names)}; all of them: mea_suite")
+
+
+if __name__ == "__main__":
+    OUT = flags.DEFINE_string("out", None, "the folder to write, for --include_path")
+    DOCUMENTS = flags.DEFINE_integer("documents", 500, "of each task")
+    SEED = flags.DEFINE_integer("seed", 0, "of everything that is drawn")
+    LETTERS = flags.DEFINE_integer("letters", 600, "of a text with pass keys")
+    cli.run(main, "stopped")

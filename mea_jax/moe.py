@@ -188,7 +188,7 @@ class _Chunks(NamedTuple):
 
     pair_R: Callable[[Array], Array]  # of a chunk's number; past the last pair, any
     sizes_E: Callable[[Array], Array]  # how many rows of the chunk each expert has
-    count: Array  # of chunks; depends on the router
+    number: Array  # of chunks; depends on the router
 
 
 def _chunks(ids_Ak: Array, experts: int, share: int) -> _Chunks:
@@ -215,7 +215,7 @@ def _each_chunk(chunks: _Chunks, body: Callable[..., Any], start: Any) -> Any:
     with jax.named_scope("about_1_rounds"):  # for plan.hlo, which cannot know the count
         return jax.lax.fori_loop(
             0,
-            chunks.count,
+            chunks.number,
             lambda i, carry: body(chunks.pair_R(i), chunks.sizes_E(i), carry),
             start,
         )
@@ -270,7 +270,9 @@ def _share_backward(backend, share, saved, g_AD):
     chunks = _chunks(routed.ids_Tk, experts.gate_EDF.shape[0], share)
     sums = _each_chunk(chunks, body, zeros)
     d_x_AD, d_weight_S, d_experts = jax.tree.map(lambda d, x: d.astype(x.dtype), sums, whole)
-    return d_x_AD, Routed(d_weight_S.reshape(routed.weights_Tk.shape), None), d_experts
+    nothing: Any = None  # the gradient of integers
+    d_routed = Routed(d_weight_S.reshape(routed.weights_Tk.shape), nothing)
+    return d_x_AD, d_routed, d_experts
 
 
 run_share.defvjp(_share_forward, _share_backward)
@@ -324,14 +326,11 @@ def _on_a_mesh(model, backend, x_BTD, segment_ids_BT, router_DE, experts):
                 y_TD = jax.lax.psum_scatter(y_TD, exchange, tiled=True)
         return y_TD.reshape(1, *x_BTD.shape), jax.tree.map(lambda s: s[None], sums)
 
+    specs: list[Any] = [spec(_AXES[name]) for name in ("gate", "up", "down")]
+    of_experts = Experts(*specs)
     split = jax.shard_map(
         _again(shard),
-        in_specs=(
-            of_x,
-            of_ids,
-            spec(_AXES["router"]),
-            Experts(*map(spec, list(_AXES.values())[1:])),
-        ),
+        in_specs=(of_x, of_ids, spec(_AXES["router"]), of_experts),
         out_specs=(PartitionSpec(parts or None, *of_x), PartitionSpec(token_axes or None)),
         check_vma=False,  # it cannot follow loops whose start is alike everywhere
     )

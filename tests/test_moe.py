@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from helpers import assert_close, change, flat, params_of, random_batch, tiny_model
 
-from mea_jax import flops, grouped, moe, sharding
+from mea_jax import decode, flops, grouped, moe, sharding
 from mea_jax.backends import make_backend
 from mea_jax.errors import UserError
 from mea_jax.generation import Generator
@@ -169,6 +169,45 @@ def test_a_mixture_is_the_dense_sum(changes, normalise, backend):
     # Sums over 24 to 60 numbers in another order.
     assert_close(found, expected, rtol=2e-5, atol=2e-5)
     assert np.all(np.asarray(found[0])[2] == 0), "padding gets nothing"
+
+
+@pytest.mark.parametrize("held", ["all", "few", "none"])
+def test_a_share_of_the_experts_takes_whatever_it_is_sent(held):
+    """What one device of four adds, however many rounds of its chunks that takes."""
+    model = tiny_model(**EXPERTS)
+    _, experts = arrays_of(model)
+    rng = np.random.default_rng(0)
+    low, high = {"all": (0, 4), "few": (0, 16), "none": (4, 16)}[held]
+    ids = np.stack([rng.permutation(np.arange(low, high))[:2] for _ in range(48)])
+    routed = moe.Routed(jnp.asarray(rng.random((48, 2)), jnp.float32), jnp.asarray(ids))
+    x, cotangent = jnp.asarray(random(48, 32)), jnp.asarray(random(48, 32, seed=1))
+
+    def run(function):
+        def of(x, weights, experts):
+            return function(x, routed._replace(weights_Tk=weights), experts)
+
+        def whole(*arrays):
+            y, pull = jax.vjp(of, *arrays)
+            return y, pull(cotangent)
+
+        return jax.jit(whole)(x, routed.weights_Tk, experts)
+
+    expected = run(functools.partial(moe.run_experts, XLA))
+    assert_close(run(functools.partial(moe.run_share, XLA, 4)), expected, rtol=1e-5, atol=1e-5)
+    assert np.any(np.asarray(expected[0])) == (held != "none")
+
+
+def test_routers_are_served_in_float32():
+    """And experts in the dtype of products, like all matrices."""
+    model = tiny_model(**EXPERTS, dtype="bfloat16")
+    params = jax.eval_shape(lambda p: decode.serve(model, p)[1], params_of(model))
+    mlp = params["layers"][0]["mlp"]
+    assert {k: str(v.dtype) for k, v in mlp.items()} == {
+        "router": "float32",
+        "gate": "bfloat16",
+        "up": "bfloat16",
+        "down": "bfloat16",
+    }
 
 
 def test_the_router_is_float32_below_bfloat16():

@@ -13,6 +13,7 @@ log-likelihood.
 """
 
 import argparse
+import logging
 import os
 import statistics
 import time
@@ -52,6 +53,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
 
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     torch.set_num_threads(os.cpu_count() or 1)
     ours = HarnessModel(
         args.checkpoint, max_length=args.max_length, dtype="float32", add_bos_token=False

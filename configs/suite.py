@@ -5,7 +5,7 @@
     python -m mea_jax.train --config configs/suite.py
     python -m mea_jax.evaluate.harness.suite --out suite
     python -m mea_jax.evaluate --checkpoint runs/suite --include_path suite \\
-        --tasks mea_recall,mea_needle,mea_arithmetic --out profiles/suite
+        --tasks mea_suite --out profiles/suite
 
 It reads nothing but the suite's own forms; what is asked of it is not in its text. The model is a
 plain one of Llama's shape, so that it can be exported. docs/evaluation.md has what it scores.

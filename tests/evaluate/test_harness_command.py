@@ -97,7 +97,6 @@ def test_the_suite_from_end_to_end(run, folder, evaluate, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        (["--tasks", "mea_recal"], ["no such task", "mea_recall"]),
         (["--tasks", "hellaswg"], ["no such task", "hellaswag"]),
         (["--tasks", "hellaswag"], ["hellaswag", "data cannot be had"]),
         (["--tasks", "mea_gone"], ["mea_gone", "data cannot be had", "mea_gone.jsonl"]),

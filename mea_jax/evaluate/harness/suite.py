@@ -212,5 +212,5 @@ if __name__ == "__main__":
     OUT = flags.DEFINE_string("out", None, "the folder to write, for --include_path")
     DOCUMENTS = flags.DEFINE_integer("documents", 500, "of each task")
     SEED = flags.DEFINE_integer("seed", 0, "of everything that is drawn")
-    LETTERS = flags.DEFINE_integer("letters", 600, "of a text with pass keys")
+    LETTERS = flags.DEFINE_integer("letters", 450, "of a text with pass keys")
     cli.run(main, "stopped")

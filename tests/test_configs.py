@@ -16,8 +16,8 @@ from mea_jax.validation import validate_from_scratch
 CONFIGS = Path(__file__).parent.parent / "configs"
 
 # Their model is what a checkpoint holds (test_recovery.py), their argument is no variant
-# (below), or they are studies (study/test_sweep.py); or it is a published model (below, and
-# interop/test_published.py), whose argument is a checkpoint or none.
+# (below), they are studies (study/test_sweep.py), it is fixed (suite), or a published model (below,
+# and interop/test_published.py), whose argument is a checkpoint or none.
 NO_MODELS: tuple[str, ...] = (
     "__init__",
     "recover",
@@ -25,6 +25,7 @@ NO_MODELS: tuple[str, ...] = (
     "compression_study",
     "lr_study",
     "ablations",
+    "suite",
     "qwen3_0_6b",
     "qwen3_30b_a3b",
     "llama3_2_1b",

@@ -33,7 +33,6 @@ class Blocks(NamedTuple):
     group_N: Array
     start_N: Array  # the first row
     stop_N: Array  # past the last
-    used: Array  # how many blocks have rows
 
 
 def block_size(rows: int, groups: int) -> int:
@@ -61,16 +60,14 @@ def blocks(sizes_E: Array, rows: int, size: int) -> Blocks:
     within_N = number_N - (last_block_E - count_E)[group_N]
     start_N = (last_row_E - sizes_E)[group_N] + within_N * size
     stop_N = jnp.minimum(start_N + size, last_row_E[group_N])
-    return Blocks(group_N, start_N, stop_N, last_block_E[-1])
+    return Blocks(group_N, start_N, stop_N)
 
 
-def _over_blocks(
-    sizes_E: Array, rows: int, share: int, body: Callable[..., Array], out: Array
-) -> Array:
+def _over_blocks(sizes_E: Array, rows: int, body: Callable[..., Array], out: Array) -> Array:
     """`body(out, group, place, mask)` for every block: rows `place` to `place` + size, of which the
-    mask (size, 1) says those of the block. `share` as in `grouped_product`."""
+    mask (size, 1) says those of the block."""
     groups = sizes_E.shape[0]
-    size = block_size(rows // share, groups)
+    size = block_size(rows, groups)
     found = blocks(sizes_E, rows, size)
 
     def one(i, out):
@@ -80,11 +77,8 @@ def _over_blocks(
         row_b1 = place + jnp.arange(size)[:, None]
         return body(out, found.group_N[i], place, (start <= row_b1) & (row_b1 < stop))
 
-    if share == 1:
-        return jax.lax.fori_loop(0, block_count(rows, groups, size), one, out)
-    # The program says how many rounds an even share takes, for plan.hlo.
-    with jax.named_scope(f"about_{block_count(rows // share, groups, size)}_rounds"):
-        return jax.lax.fori_loop(0, found.used, one, out)
+    # As many rounds as there may be, which a compiler can count.
+    return jax.lax.fori_loop(0, block_count(rows, groups, size), one, out)
 
 
 def _rows_at(x: Array, place: Array, mask_b1: Array) -> Array:
@@ -97,9 +91,7 @@ def _put_rows(out: Array, y_bF: Array, place: Array, mask_b1: Array) -> Array:
     return jax.lax.dynamic_update_slice_in_dim(out, jnp.where(mask_b1, y_bF, old_bF), place, 0)
 
 
-def looped(
-    products: Backend, share: int, transposed: bool, x_SD: Array, w_EDF: Array, sizes_E: Array
-) -> Array:
+def looped(products: Backend, transposed: bool, x_SD: Array, w_EDF: Array, sizes_E: Array) -> Array:
     """Row s times the matrix of its group, or (`transposed`) times its transpose; float32.
 
     Rows that belong to no group are zero. `x` and `w` are of the products' dtype.
@@ -112,12 +104,10 @@ def looped(
 
     width = w_EDF.shape[1 if transposed else 2]
     start = jnp.zeros((x_SD.shape[0], width), jnp.float32)
-    return _over_blocks(sizes_E, x_SD.shape[0], share, body, start)
+    return _over_blocks(sizes_E, x_SD.shape[0], body, start)
 
 
-def looped_weights(
-    products: Backend, share: int, x_SD: Array, g_SF: Array, sizes_E: Array
-) -> Array:
+def looped_weights(products: Backend, x_SD: Array, g_SF: Array, sizes_E: Array) -> Array:
     """The sum over each group's rows of x^T g: (E, D, F), float32."""
 
     def body(out_EDF, group, place, mask_b1):
@@ -125,70 +115,61 @@ def looped_weights(
         return out_EDF.at[group].add(products.weight_gradient(x_bD, g_bF))
 
     start = jnp.zeros((sizes_E.shape[0], x_SD.shape[1], g_SF.shape[1]), jnp.float32)
-    return _over_blocks(sizes_E, x_SD.shape[0], share, body, start)
+    return _over_blocks(sizes_E, x_SD.shape[0], body, start)
 
 
-def _ragged(backend: Backend, share: int, dims: _Dims, a: Array, b: Array, sizes_E: Array) -> Array:
+def _ragged(backend: Backend, dims: _Dims, a: Array, b: Array, sizes_E: Array) -> Array:
     precision = jax.lax.Precision.HIGHEST if backend.dtype == jnp.float32 else None
-    with jax.named_scope(f"one_in_{share}"):  # for plan.costs
-        return jax.lax.ragged_dot_general(
-            a, b, sizes_E, dims, precision=precision, preferred_element_type=jnp.float32
-        )
+    return jax.lax.ragged_dot_general(
+        a, b, sizes_E, dims, precision=precision, preferred_element_type=jnp.float32
+    )
 
 
-def ragged(
-    products: Backend, share: int, transposed: bool, x_SD: Array, w_EDF: Array, sizes_E: Array
-) -> Array:
+def ragged(products: Backend, transposed: bool, x_SD: Array, w_EDF: Array, sizes_E: Array) -> Array:
     """`looped` by `jax.lax.ragged_dot_general`."""
     dims = _Dims((((1,), (2 if transposed else 1,)), ((), ())), [0], [0])
-    y_SF = _ragged(products, share, dims, x_SD, w_EDF, sizes_E)
+    y_SF = _ragged(products, dims, x_SD, w_EDF, sizes_E)
     # What the kernel does not visit it leaves as it was.
     member_S1 = jnp.arange(x_SD.shape[0])[:, None] < jnp.sum(sizes_E)
     return jnp.where(member_S1, y_SF, 0.0)
 
 
-def ragged_weights(
-    products: Backend, share: int, x_SD: Array, g_SF: Array, sizes_E: Array
-) -> Array:
+def ragged_weights(products: Backend, x_SD: Array, g_SF: Array, sizes_E: Array) -> Array:
     """`looped_weights` by `jax.lax.ragged_dot_general`."""
     dims = _Dims((((0,), (0,)), ((), ())), [0], [])
-    return _ragged(products, share, dims, x_SD, g_SF, sizes_E)
+    return _ragged(products, dims, x_SD, g_SF, sizes_E)
 
 
-def _product(backend, share, transposed, x_SD, w_EDF, sizes_E) -> Array:
+def _product(backend, transposed, x_SD, w_EDF, sizes_E) -> Array:
     return jax.lax.platform_dependent(
         *(x_SD.astype(backend.dtype), w_EDF.astype(backend.dtype), sizes_E),
-        tpu=functools.partial(ragged, backend, share, transposed),
-        default=functools.partial(looped, backend, share, transposed),
+        tpu=functools.partial(ragged, backend, transposed),
+        default=functools.partial(looped, backend, transposed),
     ).astype(backend.activation)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def grouped_product(
-    x_SD: Array, w_EDF: Array, sizes_E: Array, backend: Backend, share: int
-) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def grouped_product(x_SD: Array, w_EDF: Array, sizes_E: Array, backend: Backend) -> Array:
     """Row s of `x` times the matrix of its group: (S, F), of the backend's activation dtype.
 
     `sizes_E`, int32: the first sizes[0] rows are of group 0, and so on. Rows past their sum are
     zero, and so are their gradients. Inputs are rounded to the backend's dtype, sums are float32.
-    `share`: 1, or that their sum is about one in so many as a rule. Then a loop stops there, and a
-    compiler cannot count its rounds.
     """
-    return _product(backend, share, False, x_SD, w_EDF, sizes_E)
+    return _product(backend, False, x_SD, w_EDF, sizes_E)
 
 
-def _forward(x_SD, w_EDF, sizes_E, backend, share):
-    y_SF = _product(backend, share, False, x_SD, w_EDF, sizes_E)
+def _forward(x_SD, w_EDF, sizes_E, backend):
+    y_SF = _product(backend, False, x_SD, w_EDF, sizes_E)
     return y_SF, (x_SD, w_EDF, sizes_E)
 
 
-def _backward(backend, share, saved, g_SF):
+def _backward(backend, saved, g_SF):
     x_SD, w_EDF, sizes_E = saved
-    d_x_SD = _product(backend, share, True, g_SF, w_EDF, sizes_E)
+    d_x_SD = _product(backend, True, g_SF, w_EDF, sizes_E)
     d_w_EDF = jax.lax.platform_dependent(
         *(x_SD.astype(backend.dtype), g_SF.astype(backend.dtype), sizes_E),
-        tpu=functools.partial(ragged_weights, backend, share),
-        default=functools.partial(looped_weights, backend, share),
+        tpu=functools.partial(ragged_weights, backend),
+        default=functools.partial(looped_weights, backend),
     )
     return d_x_SD.astype(x_SD.dtype), d_w_EDF.astype(w_EDF.dtype), None
 

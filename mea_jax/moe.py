@@ -15,10 +15,12 @@ gathers its neighbours' tokens along that axis, computes what its own experts ad
 scattered back: exact whatever the router does, and on every backend. See docs/scaling.md for what
 that moves. Padding, segment 0, is sent to no expert and counts in no loss.
 
-Letters as in STYLE.md; T here all tokens of a device, S = T k.
+Letters as in STYLE.md; T here all tokens of a device, A those gathered from its neighbours too,
+S = T k or A k pairs of a token and an expert, R of them in a chunk.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -148,80 +150,132 @@ dispatch.defvjp(_dispatch_forward, _dispatch_backward)
 combine.defvjp(_combine_forward, _combine_backward)
 
 
-def run_experts(
-    backend: Backend, share: int, x_TD: Array, routed: Routed, experts: Experts
+def experts_of(
+    backend: Backend, rows_SD: Array, weight_S: Array, sizes_E: Array, experts: Experts
 ) -> Array:
-    """What `experts` add for each token: (T, D), of the activation dtype.
-
-    `routed.ids_Tk` count from the first of `experts`; numbers past the last are others' affair.
-    `share`: of how many such parts of all experts these are one.
-    """
-    count = experts.gate_EDF.shape[0]
-    ids_S = jnp.minimum(routed.ids_Tk.reshape(-1), count)
-    order_S = jnp.argsort(ids_S, stable=True)
-    place_S = (
-        jnp.zeros_like(order_S)
-        .at[order_S]
-        .set(jnp.arange(len(ids_S), dtype=order_S.dtype), unique_indices=True)
-    )
-    sizes_E = jnp.sum(ids_S[:, None] == jnp.arange(count)[None], axis=0, dtype=jnp.int32)
-    rows_SD = dispatch(x_TD, order_S, place_S)
+    """Each row's expert times its weight: (S, D), of the activation dtype. Rows sorted by expert,
+    of which `sizes_E` says how many each has; rows past them are zero."""
 
     def product(x, w):
-        return grouped_product(x, w, sizes_E, backend, share)
+        return grouped_product(x, w, sizes_E, backend)
 
     gate_SF = checkpoint_name(product(rows_SD, experts.gate_EDF), PRODUCTS)
     up_SF = checkpoint_name(product(rows_SD, experts.up_EDF), PRODUCTS)
-    weight_S1 = routed.weights_Tk.reshape(-1)[order_S][:, None]
-    hidden_SF = backend.swiglu(gate_SF, up_SF).astype(jnp.float32) * weight_S1
-    y_SD = product(hidden_SF.astype(backend.activation), experts.down_EFD)
+    hidden_SF = backend.swiglu(gate_SF, up_SF).astype(jnp.float32) * weight_S[:, None]
+    return product(hidden_SF.astype(backend.activation), experts.down_EFD)
+
+
+def _sorted(ids_S: Array, experts: int) -> tuple[Array, Array]:
+    """The pairs of tokens and experts in the order of their experts (S,), and how many each expert
+    has (E,). Pairs whose expert is not one of the first `experts` come last."""
+    sizes_E = jnp.sum(ids_S[:, None] == jnp.arange(experts)[None], axis=0, dtype=jnp.int32)
+    return jnp.argsort(jnp.minimum(ids_S, experts), stable=True), sizes_E
+
+
+def run_experts(backend: Backend, x_TD: Array, routed: Routed, experts: Experts) -> Array:
+    """What `experts`, all there are, add for each token: (T, D), of the activation dtype."""
+    order_S, sizes_E = _sorted(routed.ids_Tk.reshape(-1), experts.gate_EDF.shape[0])
+    numbers_S = jnp.arange(order_S.shape[0], dtype=order_S.dtype)
+    place_S = jnp.zeros_like(order_S).at[order_S].set(numbers_S, unique_indices=True)
+    weight_S = routed.weights_Tk.reshape(-1)[order_S]
+    rows_SD = dispatch(x_TD, order_S, place_S)
+    y_SD = experts_of(backend, rows_SD, weight_S, sizes_E, experts)
     return combine(y_SD, order_S, place_S, x_TD[:, :0])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def over_sources(
-    backend: Backend, share: int, x_nTD: Array, routed_nTk: Routed, experts: Experts
-) -> Array:
-    """`run_experts` for the tokens of n devices, one after another: (n, T, D).
+class _Chunks(NamedTuple):
+    """The pairs that a device's experts are sent, sorted, in chunks of R."""
 
-    Any of them may ask for these experts only, so memory is set aside for all pairs of one device.
-    For the same reason nothing is kept for the gradient but the inputs: it runs the experts again,
-    and sums the gradients of their weights in float32.
-    """
-    return jax.lax.map(
-        lambda source: run_experts(backend, share, *source, experts), (x_nTD, routed_nTk)
+    pair_R: Callable[[Array], Array]  # of a chunk's number; past the last pair, any
+    sizes_E: Callable[[Array], Array]  # how many rows of the chunk each expert has
+    number: Array  # of chunks; depends on the router
+
+
+def _chunks(ids_Ak: Array, experts: int, share: int) -> _Chunks:
+    """Chunks of an even share and an eighth: as a rule one of them is enough."""
+    order_S, sizes_E = _sorted(ids_Ak.reshape(-1), experts)
+    rows = len(order_S)
+    size = min(-(-rows * 9 // (8 * share)), rows)
+    order_S = jnp.pad(order_S, (0, -rows % size))
+    last_E = jnp.cumsum(sizes_E)
+
+    def sizes_of(i):
+        stop_E, start_E = (jnp.clip(x - i * size, 0, size) for x in (last_E, last_E - sizes_E))
+        return stop_E - start_E
+
+    return _Chunks(
+        lambda i: jax.lax.dynamic_slice_in_dim(order_S, i * size, size),
+        sizes_of,
+        -(-last_E[-1] // size),
     )
 
 
-def _sources_forward(backend, share, x_nTD, routed_nTk, experts):
-    return over_sources(backend, share, x_nTD, routed_nTk, experts), (x_nTD, routed_nTk, experts)
-
-
-def _sources_backward(backend, share, saved, g_nTD):
-    x_nTD, routed_nTk, experts = saved
-
-    def one(total, source):
-        x_TD, routed, g_TD = source
-
-        def run(x_TD, weights_Tk, experts):
-            return run_experts(
-                backend, share, x_TD, routed._replace(weights_Tk=weights_Tk), experts
-            )
-
-        _, pull = jax.vjp(run, x_TD, routed.weights_Tk, experts)
-        d_x_TD, d_weights_Tk, d_experts = pull(g_TD)
-        return jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, d_experts), (
-            d_x_TD,
-            d_weights_Tk,
+def _each_chunk(chunks: _Chunks, body: Callable[..., Any], start: Any) -> Any:
+    """`body(pairs (R,), sizes (E,), carry)` for each chunk."""
+    with jax.named_scope("about_1_rounds"):  # for plan.hlo, which cannot know the count
+        return jax.lax.fori_loop(
+            0,
+            chunks.number,
+            lambda i, carry: body(chunks.pair_R(i), chunks.sizes_E(i), carry),
+            start,
         )
 
-    zeros = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), experts)
-    total, (d_x_nTD, d_weights_nTk) = jax.lax.scan(one, zeros, (x_nTD, routed_nTk, g_nTD))
-    d_experts = jax.tree.map(lambda d, w: d.astype(w.dtype), total, experts)
-    return d_x_nTD, Routed(d_weights_nTk, None), d_experts
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def run_share(backend: Backend, share: int, x_AD: Array, routed: Routed, experts: Experts) -> Array:
+    """What one part in `share` of all experts adds for each token: (A, D), float32.
+
+    `routed.ids_Ak` count from the first of `experts`; numbers past the last are others' affair.
+
+    Any number of the A k pairs may ask for these experts, and memory for all of them would be
+    `share` times what an even load needs. So they come in chunks, in a loop that stops after the
+    last. For the same reason nothing is kept for the gradient but the inputs: it runs the experts
+    again. Gradients are summed in float32.
+    """
+    k = routed.ids_Tk.shape[1]
+
+    def body(pair_R, sizes_E, y_AD):
+        weight_R = routed.weights_Tk.reshape(-1)[pair_R]
+        y_RD = experts_of(backend, x_AD[pair_R // k], weight_R, sizes_E, experts)
+        return y_AD.at[pair_R // k].add(y_RD.astype(jnp.float32))
+
+    chunks = _chunks(routed.ids_Tk, experts.gate_EDF.shape[0], share)
+    return _each_chunk(chunks, body, jnp.zeros(x_AD.shape, jnp.float32))
 
 
-over_sources.defvjp(_sources_forward, _sources_backward)
+def _share_forward(backend, share, x_AD, routed, experts):
+    return run_share(backend, share, x_AD, routed, experts), (x_AD, routed, experts)
+
+
+def _share_backward(backend, share, saved, g_AD):
+    x_AD, routed, experts = saved
+    k = routed.ids_Tk.shape[1]
+
+    def body(pair_R, sizes_E, sums):
+        token_R = pair_R // k
+        _, pull = jax.vjp(
+            lambda x_RD, weight_R, experts: experts_of(backend, x_RD, weight_R, sizes_E, experts),
+            *(x_AD[token_R], routed.weights_Tk.reshape(-1)[pair_R], experts),
+        )
+        d_x_RD, d_weight_R, d_experts = pull(g_AD[token_R].astype(backend.activation))
+        d_x_AD, d_weight_S, total = sums
+        return (
+            d_x_AD.at[token_R].add(d_x_RD.astype(jnp.float32)),
+            d_weight_S.at[pair_R].add(d_weight_R),
+            jax.tree.map(lambda a, b: a + b.astype(jnp.float32), total, d_experts),
+        )
+
+    whole = (x_AD, routed.weights_Tk.reshape(-1), experts)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), whole)
+    chunks = _chunks(routed.ids_Tk, experts.gate_EDF.shape[0], share)
+    sums = _each_chunk(chunks, body, zeros)
+    d_x_AD, d_weight_S, d_experts = jax.tree.map(lambda d, x: d.astype(x.dtype), sums, whole)
+    nothing: Any = None  # the gradient of integers
+    d_routed = Routed(d_weight_S.reshape(routed.weights_Tk.shape), nothing)
+    return d_x_AD, d_routed, d_experts
+
+
+run_share.defvjp(_share_forward, _share_backward)
 
 
 def _tokens(x_BTD: Array, segment_ids_BT: Array) -> tuple[Array, Array]:
@@ -257,29 +311,26 @@ def _on_a_mesh(model, backend, x_BTD, segment_ids_BT, router_DE, experts):
             x_TD, real_T, router_DE, model.experts_per_token, model.normalise_router
         )
         if not exchange:
-            y_TD = run_experts(backend, 1, x_TD, routed, experts)
+            y_TD = run_experts(backend, x_TD, routed, experts)
         else:
             if divided:
-                gather = functools.partial(jax.lax.all_gather, axis_name=exchange)
-            else:
-                gather = functools.partial(jnp.expand_dims, axis=0)
-            x_nTD, routed = jax.tree.map(gather, (x_TD, routed))
+                x_TD, routed = jax.tree.map(
+                    lambda x: jax.lax.all_gather(x, exchange, tiled=True), (x_TD, routed)
+                )
             held = experts.gate_EDF.shape[0]
-            ids_nTk = routed.ids_Tk - jax.lax.axis_index(exchange) * held
-            ids_nTk = jnp.where(ids_nTk < 0, held, ids_nTk)
-            routed = routed._replace(ids_Tk=ids_nTk)
-            y_nTD = over_sources(backend, ways("experts"), x_nTD, routed, experts)
-            y_TD = jax.lax.psum_scatter(y_nTD, exchange) if divided else y_nTD[0]
+            ids_Ak = routed.ids_Tk - jax.lax.axis_index(exchange) * held
+            routed = routed._replace(ids_Tk=jnp.where(ids_Ak < 0, held, ids_Ak))
+            y_TD = run_share(backend, ways("experts"), x_TD, routed, experts)
+            y_TD = y_TD.astype(backend.activation)
+            if divided:
+                y_TD = jax.lax.psum_scatter(y_TD, exchange, tiled=True)
         return y_TD.reshape(1, *x_BTD.shape), jax.tree.map(lambda s: s[None], sums)
 
+    specs: list[Any] = [spec(_AXES[name]) for name in ("gate", "up", "down")]
+    of_experts = Experts(*specs)
     split = jax.shard_map(
         _again(shard),
-        in_specs=(
-            of_x,
-            of_ids,
-            spec(_AXES["router"]),
-            Experts(*map(spec, list(_AXES.values())[1:])),
-        ),
+        in_specs=(of_x, of_ids, spec(_AXES["router"]), of_experts),
         out_specs=(PartitionSpec(parts or None, *of_x), PartitionSpec(token_axes or None)),
         check_vma=False,  # it cannot follow loops whose start is alike everywhere
     )
@@ -313,7 +364,7 @@ def mixture(
         routed, sums = route(
             x_TD, real_T, router_DE, model.experts_per_token, model.normalise_router
         )
-        return run_experts(backend, 1, x_TD, routed, experts).reshape(x_BTD.shape), sums
+        return run_experts(backend, x_TD, routed, experts).reshape(x_BTD.shape), sums
 
     return _again(local)(x_BTD, router_DE, experts)
 

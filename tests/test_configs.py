@@ -16,9 +16,9 @@ from mea_jax.validation import validate_from_scratch
 CONFIGS = Path(__file__).parent.parent / "configs"
 
 # Their model is what a checkpoint holds (test_recovery.py), their argument is no variant
-# (below), or they are studies (study/test_sweep.py); or it is a published model
-# (interop/test_published.py), whose argument is a checkpoint.
-NO_MODELS = ("__init__", "recover", "longer", "compression_study", "lr_study")
+# (below), they are studies (study/test_sweep.py), or published models (below, and
+# interop/test_published.py).
+NO_MODELS = ("__init__", "qwen3_30b_a3b", "recover", "longer", "compression_study", "lr_study")
 NO_MODELS += ("qwen3_0_6b", "llama3_2_1b")
 
 # Parameters are
@@ -32,6 +32,12 @@ PARAMETERS = {
     "quickstart:mha": 6_917_376,
     "quickstart:gqa": 6_327_552,
     "quickstart:no_norm": 6_918_144,
+    # V 2,048, D 128, L 4, N 4, K 4 (gqa: 1), H 32, E 8, F 192, untied:
+    # 524,288 + 128 + 4 (32,768 + 32,768 + 1,024 + 589,824 + 256) + 4 (32 + 32)
+    "moe_quickstart": 3_151_232,
+    "moe_quickstart:mha": 3_150_976,
+    "moe_quickstart:gqa": 3_052_672,
+    "moe_quickstart:no_norm": 3_151_104,
     # V 50,304, D 768, L 12, N 12, K 12 (gqa: 3), H 64, F 2048, tied:
     # 38,633,472 + 768 + 12 (1,179,648 + 1,179,648 + 4,718,592 + 1,536) + 12 (288 + 64)
     "mea_125m": 123_591_552,
@@ -83,6 +89,27 @@ def test_parameter_count(name):
     assert has_mixing == (variant in ("", "no_norm"))
     assert has_norm == (variant == "")
     assert config.name == name.replace(":", "_"), "variants do not share a run directory"
+
+
+def test_qwen3_30b_a3b_is_the_published_model():
+    """30.5B parameters, 29.9B without embeddings, 3.3B of them active (its card, rounded so)."""
+    config = load("qwen3_30b_a3b")
+    model = resolve(config.model, jax.devices(), config.data.context_length)
+    validate_from_scratch(model)
+    config = change(config, model=model)
+    sharding.check_divisible(config, sharding.make_mesh(config.mesh))  # 8 devices
+    leaves = flat(abstract_params(model))
+    whole = sum(leaf.size for leaf in leaves.values())
+    # 2 V D + D + 48 (D (2 N + 2 K) H + 2 H + 2 D + D E + 3 E D F)
+    assert whole == 30_532_122_624
+    assert round((whole - leaves["embedding"].size) / 1e9, 1) == 30.2, "the head is counted"
+    outside = leaves["embedding"].size + leaves["head"].size
+    assert round((whole - outside) / 1e9, 1) == 29.9
+    experts = sum(leaves[f"layers_0/mlp/{name}"].size for name in ("gate", "up", "down"))
+    active = whole - experts * (1 - model.experts_per_token / model.n_experts)
+    assert round(active / 1e9, 2) == 3.35
+    mea = load("qwen3_30b_a3b:mea").model
+    assert (mea.hlc, mea.head_norm, mea.n_experts) == ("kv", True, 128)
 
 
 @pytest.mark.parametrize("name", [name for name in PARAMETERS if ":" not in name])

@@ -112,7 +112,7 @@ def normalised(spec, ndim):
     return axes + [()] * (ndim - len(axes))
 
 
-EMBED = ("fsdp", "sequence")
+EMBED = ("fsdp", "expert", "sequence")
 SPECS = {
     "embedding": P("tensor", EMBED),
     "final_norm/scale": P(),
@@ -290,19 +290,21 @@ def test_a_program_without_its_mesh_is_refused(config):
 
 
 def test_minus_one_takes_what_is_left():
-    """data, fsdp, tensor, sequence in a config; tensor, which talks most, innermost in a mesh."""
+    """data, fsdp, tensor, sequence, slices, expert in a config; tensor, which talks most, innermost
+    in a mesh."""
     shapes = {
-        (-1, 1, 1): (8, 1, 1, 1),
-        (2, -1, 1): (2, 4, 1, 1),
-        (1, 2, -1): (1, 2, 1, 4),
-        (8, 1, -1): (8, 1, 1, 1),
-        (1, 2, 2, -1): (1, 2, 2, 2),
-        (-1, 1, 1, 4, 2): (2, 1, 4, 1),
+        (-1, 1, 1): (8, 1, 1, 1, 1),
+        (2, -1, 1): (2, 4, 1, 1, 1),
+        (1, 2, -1): (1, 2, 1, 1, 4),
+        (8, 1, -1): (8, 1, 1, 1, 1),
+        (1, 2, 2, -1): (1, 2, 1, 2, 2),
+        (-1, 1, 1, 4, 2): (2, 1, 1, 4, 1),
+        (2, -1, 1, 1, 1, 2): (2, 2, 2, 1, 1),
     }
     for sizes, expected in shapes.items():
         mesh = sharding.make_mesh(MeshConfig(*sizes))
         assert tuple(mesh.shape.values()) == expected
-        assert mesh.axis_names == ("data", "fsdp", "sequence", "tensor")
+        assert mesh.axis_names == ("data", "fsdp", "expert", "sequence", "tensor")
 
 
 def test_data_runs_over_slices_outermost():
@@ -346,6 +348,7 @@ def test_mesh_that_does_not_fit_the_devices(sizes):
 @pytest.mark.parametrize(
     ("mesh", "changes", "message"),
     [
+        ((4, 1, 1, 1, 1, 2), {}, r"expert=2 splits experts, and .*n_experts=0 has none: use data"),
         ((1, 1, 8), {"model.n_heads": 4}, r"tensor=8 does not divide .*n_heads=4"),
         ((2, 1, 4), {"model.n_kv_heads": 2}, r"tensor=4 does not divide .*n_kv_heads=2"),
         ((2, 1, 4), {"model.key_components": 2}, r"key_components \(layer 0\)=2"),

@@ -110,7 +110,8 @@ def _count_one(program, computation, instruction, times, costs: Costs, seen: set
         if _is_kernel(instruction):
             name = re.sub(r"[.\d]+$", "", instruction.name)
             costs.kernels[name] = costs.kernels.get(name, 0) + times
-            costs.kernel_flops += times * _kernel_flops(computation, instruction)
+            operands = _operands(computation, instruction)
+            costs.kernel_flops += times * kernel_flops(name, operands, instruction.arrays)
 
 
 def _add(costs: Costs, other: Costs) -> None:
@@ -137,7 +138,8 @@ def _matrix_flops(program: Program, computation: Computation, instruction: Instr
     if opcode == "convolution":
         return _convolution_flops(computation, instruction)
     if _is_kernel(instruction):
-        return _kernel_flops(computation, instruction)
+        operands = _operands(computation, instruction)
+        return kernel_flops(instruction.name, operands, instruction.arrays)
     return 0.0
 
 
@@ -197,13 +199,6 @@ def _taps(size: int, taps: int, outputs: int, stride: int, low: int, spread: int
 
 def _is_kernel(instruction: Instruction) -> bool:
     return instruction.opcode == "custom-call" and "tpu_custom_call" in instruction.attributes
-
-
-def _kernel_flops(computation: Computation, instruction: Instruction) -> float:
-    operands = _operands(computation, instruction)
-    # Of grouped products the share of rows that the device's own experts are sent on average.
-    share = instruction.attribute(r'op_name="[^"]*one_in_(\d+)') or "1"
-    return kernel_flops(instruction.name, operands, instruction.arrays) / int(share)
 
 
 def kernel_flops(name: str, operands: Sequence[Array], results: Sequence[Array]) -> float:
@@ -338,16 +333,19 @@ def _written(
 # -- collectives ---------------------------------------------------------------------------
 
 
-def _collectives(program, computation, instruction, times, costs: Costs, seen: set[str]) -> None:
+def _collectives(
+    program, computation, instruction, times, costs: Costs, seen: set[str], overlapped: bool = False
+) -> None:
     """Adds an instruction's collectives, those inside fusions included.
 
     One that is overlapped with other work appears in its start, in the fusions between and in its
-    end; they share a channel, by which it is counted once.
+    end; they share a channel, by which it is counted once. One that stands for itself is another
+    each time: those that a model asks for by name share a channel before the TPU's compiler.
     """
     if instruction.opcode == "fusion":
         inner = program[instruction.called("calls") or ""]
         for i in inner:
-            _collectives(program, inner, i, times, costs, seen)
+            _collectives(program, inner, i, times, costs, seen, overlapped=True)
         return
     # What TPU slices exchange is handed to the hosts, each chip's own share of it.
     between = instruction.attribute(r'_xla_megascale_transfer_type="(\w+)"')
@@ -362,7 +360,7 @@ def _collectives(program, computation, instruction, times, costs: Costs, seen: s
         return
     channel = instruction.attribute(r"channel_id=(\d+)")
     if channel is not None:
-        if channel in seen:
+        if channel in seen and (overlapped or instruction.opcode.endswith("-start")):
             return
         seen.add(channel)
     results = instruction.arrays

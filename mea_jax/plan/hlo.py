@@ -131,9 +131,14 @@ class Program:
         """
         if (known := loop.attribute(r'known_trip_count":\{"n":"(\d+)"')) is not None:
             return int(known)
-        # Over as many rows as a device's experts are sent: grouped.py says about how many.
-        if (said := loop.attribute(r'op_name="[^"]*about_(\d+)_rounds')) is not None:
-            return int(said)
+        if (counted := self._compared_with(loop)) is not None:
+            return counted
+        # Over what a device's experts are sent: moe.py says how many rounds that takes as a rule.
+        said = loop.attribute(r'op_name="[^"]*about_(\d+)_rounds')
+        return None if said is None else int(said)
+
+    def _compared_with(self, loop: Instruction) -> int | None:
+        """The constant below which a loop's counter runs, or None."""
         condition = self[loop.called("condition") or ""]
         compared = condition.root
         while compared.opcode in ("fusion", "bitcast", "copy"):

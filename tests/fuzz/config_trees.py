@@ -51,9 +51,9 @@ def _one(draw, *values):
 
 @st.composite
 def _meshes(draw, devices: int):
-    """(mesh tree, ways of data x fsdp, fsdp x sequence, tensor, sequence)."""
+    """(mesh tree, sizes of its axes)."""
     sizes, left = {}, devices
-    for axis in draw(st.permutations(("tensor", "sequence", "fsdp"))):
+    for axis in draw(st.permutations(("tensor", "sequence", "fsdp", "expert"))):
         sizes[axis] = draw(st.sampled_from(_divisors(left)))
         left //= sizes[axis]
     sizes["data"] = left
@@ -86,8 +86,12 @@ def _models(draw, sizes: dict[str, int], context: int, devices: int):
     unit = tensor * (2 if variant == "differential_v1" else 1)
     kv = unit * draw(st.integers(1, max(8 // unit, 1)))
     heads = kv * draw(st.integers(1, max(8 // kv, 1)))
-    split = sizes["fsdp"] * sequence
+    split = sizes["fsdp"] * sizes["expert"] * sequence
     layers = draw(st.integers(1, 3))
+    experts = 0
+    if sizes["expert"] > 1 or draw(st.booleans()):
+        experts = sizes["expert"] * draw(st.integers(1, 3))
+    chosen = draw(st.integers(1, min(experts, 3))) if experts else 0
     hlc = _one(draw, "kv", "k", "v", "none") if mea else "none"
     positions = draw(st.sampled_from(POSITIONS))
     key_mixing = _one(draw, "heads", "frequency") if "k" in hlc else "heads"
@@ -112,6 +116,10 @@ def _models(draw, sizes: dict[str, int], context: int, devices: int):
         "n_kv_heads": kv,
         "head_dim": 2 * draw(st.integers(1, 8)) if even else draw(st.integers(1, 16)),
         "d_ff": tensor * draw(st.integers(1, 6)),
+        "n_experts": experts,
+        "experts_per_token": chosen,
+        "d_expert": tensor * draw(st.integers(1, 6)) if experts else 0,
+        "normalise_router": chosen != 1 and draw(st.booleans()),
         "variant": variant,
         "hlc": hlc,
         "key_components": draw(
@@ -146,7 +154,10 @@ def _coherent(draw, devices: int):
     context = 2 * sizes["sequence"] * draw(st.integers(1, 32 // (2 * sizes["sequence"])))
     if sizes["sequence"] == 1 and draw(st.booleans()):
         context -= 1
-    accumulate, copies = draw(st.integers(1, 3)), sizes["data"] * sizes["fsdp"]
+    accumulate, copies = (
+        draw(st.integers(1, 3)),
+        math.prod(sizes[axis] for axis in ("data", "fsdp", "expert")),
+    )
     steps = draw(st.integers(2, 50))
     prompt = "" if context == 1 else draw(st.sampled_from(["", "def ", "\n", "é"]))
     return {

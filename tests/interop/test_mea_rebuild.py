@@ -7,10 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from exported_mea import layers_of, load
+from exported_mea import layers_of, load, save
 from helpers import GROUPED, PLAIN, params_of, tiny_model
 
+from mea_jax.compress import methods
 from mea_jax.compress.__main__ import compress
+from mea_jax.compress.layer import take_apart
+from mea_jax.compress.measure import assemble
+from mea_jax.compress.moments import of_weights
 from mea_jax.compress.options import Options
 from mea_jax.errors import UserError
 from mea_jax.generate import load as load_run
@@ -41,13 +45,17 @@ def logits_of(model, params):
     return tokens, np.asarray(LOGITS(model, params, *arrays))
 
 
+def stacked(params, layers):
+    """The whole model with these layers in place of its own, all alike."""
+    top = {name: leaf for name, leaf in params.items() if not name.startswith("layers_")}
+    return top | {"layers_0": jax.tree.map(lambda *leaves: np.stack(leaves), *layers)}
+
+
 def rebuilt(model, params):
     """The whole model through `composite.rebuild`."""
     pairs = [composite.rebuild(model, layer) for layer in layers_of(model, params)]
-    top = {name: leaf for name, leaf in params.items() if not name.startswith("layers_")}
-    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *(layer for _, layer in pairs))
     assert len({target for target, _ in pairs}) == 1
-    return pairs[0][0], top | {"layers_0": stacked}
+    return pairs[0][0], stacked(params, [layer for _, layer in pairs])
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -107,13 +115,8 @@ def run(tiny, tmp_path_factory):
     return workdir
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [{"method": "aligned", "budget": "measured"}, {"method": "frequency"}],
-    ids=["aligned, measured budgets", "frequency"],
-)
 @torch.no_grad()
-def test_compressed_models_leave_in_both_forms(run, devices, tmp_path, changes):
+def test_a_compressed_model_leaves_in_both_forms(run, devices, tmp_path):
     """Half the cache by `mea_jax.compress`: as modeling_mea.py, and as a class of transformers."""
     devices(1)
     sizes: dict[str, Any] = {
@@ -121,10 +124,10 @@ def test_compressed_models_leave_in_both_forms(run, devices, tmp_path, changes):
         "measure_tokens": 256,
         "held_out_tokens": 512,
     }
-    compress(run, tmp_path / "half", Options(**sizes, dtype="float32", **changes))
+    options = Options(**sizes, dtype="float32", method="aligned", budget="measured")
+    compress(run, tmp_path / "half", options)
     model, params, _, _ = load_run(tmp_path / "half", dtype="float32")
     assert sum(model.components("key") + model.components("value")) < 16
-    assert model.key_mixing == ("frequency" if changes["method"] == "frequency" else "heads")
     tokens, ours = logits_of(model, params)
     classes = {"mea": "MEAForCausalLM", "stock": "Qwen3ForCausalLM"}
     for form, name in classes.items():
@@ -133,3 +136,23 @@ def test_compressed_models_leave_in_both_forms(run, devices, tmp_path, changes):
         assert type(exported).__name__ == name
         theirs = exported(input_ids=torch.tensor(tokens)).logits.numpy()
         np.testing.assert_allclose(theirs, ours, rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+def test_complex_keys_of_a_compressed_model(tmp_path):
+    """The method "frequency" under a key norm: in torch, and rebuilt."""
+    model = tiny_model(**PLAIN, qk_norm=True)
+    params = params_of(model, noise=0.3)
+    layers = layers_of(model, params)
+    for layer in layers:
+        heads = take_apart(model, layer["attention"])
+        moments = of_weights(heads.query_DNH, heads.key_DKH, heads.value_DKH)
+        keys = methods.solve_keys("frequency", heads, moments, 2)
+        values = methods.solve_values("frequency", heads, moments, 1)
+        layer["attention"] = assemble(heads, keys, values, layer["attention"])
+    half, params = methods.target_model(model, "frequency", [2, 2], [1, 1]), stacked(params, layers)
+    tokens, ours = logits_of(half, params)
+    exported = load(save(half, params, tmp_path / "model"))
+    theirs = exported(input_ids=torch.tensor(tokens)).logits.numpy()
+    np.testing.assert_allclose(theirs, ours, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(logits_of(*rebuilt(half, params))[1], ours, rtol=0, atol=2e-5)

@@ -42,13 +42,6 @@ def pair(corpus, tmp_path_factory):
     return make
 
 
-@pytest.fixture(params=small_models.KINDS)
-def theirs_and_ours(request, pair, devices):
-    devices(1)
-    model, _, run = pair(request.param)
-    return model, *loaded(run)
-
-
 def loaded(run):
     config, params, _, _ = load(run, dtype="float32")
     return config, params
@@ -78,16 +71,22 @@ def assert_same(a, b):
     assert kl(a, b) < LIMIT
 
 
-def test_logits(theirs_and_ours):
-    model, config, params = theirs_and_ours
+@pytest.mark.parametrize("kind", small_models.KINDS)
+def test_logits(pair, kind, devices):
+    devices(1)
+    model, _, run = pair(kind)
+    config, params = loaded(run)
     tokens_BT = small_models.tokens(0, 2, LENGTH)
     assert_same(small_models.logits(model, tokens_BT), our_logits(config, params, tokens_BT))
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_padding(theirs_and_ours, side):
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_padding(pair, kind, side, devices):
     """Their mask and positions are our segments and positions."""
-    model, config, params = theirs_and_ours
+    devices(1)
+    model, _, run = pair(kind)
+    config, params = loaded(run)
     tokens_BT = small_models.tokens(1, 3, LENGTH)
     real_BT = np.arange(LENGTH)[None] < np.array([[LENGTH], [31], [1]])
     real_BT = real_BT[:, ::-1] if side == "left" else real_BT
@@ -173,7 +172,8 @@ def test_compressing_to_all_heads_keeps_the_model(pair, kind, devices, tmp_path)
     compress(run, tmp_path / "same", options)
     tokens_BT = small_models.tokens(4, 2, LENGTH)
     theirs = small_models.logits(model, tokens_BT)
-    assert_same(theirs, our_logits(*loaded(tmp_path / "same"), tokens_BT=tokens_BT))
+    config, params = loaded(tmp_path / "same")
+    assert_same(theirs, our_logits(config, params, tokens_BT))
     # And so does its export, whose heads are mixed: rebuilt, they are those of a stock class.
     export_model(tmp_path / "same", tmp_path / "stock", print, form="stock")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "stock", dtype=torch.float32)

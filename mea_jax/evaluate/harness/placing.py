@@ -20,16 +20,17 @@ def mesh_for(model: ModelConfig, trained_on: MeshConfig) -> tuple[Mesh, str | No
 
     Where that does not fit, each device has all parameters: then a line says so.
     """
-    sizes = {axis: getattr(trained_on, axis) for axis in ("data", "fsdp", "tensor")}
+    sizes = {axis: getattr(trained_on, axis) for axis in ("data", "fsdp", "expert", "tensor")}
     if -1 not in sizes.values():
         sizes["data"] = -1
     slices = trained_on.slices
     try:
         mesh = sharding.make_mesh(MeshConfig(**sizes, sequence=1, slices=slices))
-        if model.d_model % mesh.shape["fsdp"]:
-            raise UserError(f"fsdp={mesh.shape['fsdp']} does not divide d_model={model.d_model}")
+        ways = mesh.shape["fsdp"] * mesh.shape["expert"]
+        if model.d_model % ways:
+            raise UserError(f"fsdp x expert = {ways} does not divide d_model={model.d_model}")
     except UserError as error:
-        whole = sharding.make_mesh(MeshConfig(data=-1, fsdp=1, tensor=1, sequence=1, slices=slices))
+        whole = sharding.make_mesh(MeshConfig(slices=slices))
         return whole, f"all parameters on every device: {error}"
     return mesh, None
 

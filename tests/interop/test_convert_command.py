@@ -17,13 +17,16 @@ from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mea_jax import config as configs
+from mea_jax import sharding
 from mea_jax.checkpoint import Checkpoints
 from mea_jax.data import tokenizers
 from mea_jax.generate import load
 from mea_jax.interop import exporting, families, folders, importing, shards
 from mea_jax.interop.exporting import export_model
 from mea_jax.interop.importing import import_model
+from mea_jax.start import Start
 from mea_jax.stored import StoredModel, Writer
+from mea_jax.train import train
 from mea_jax.transformer import apply_logits
 
 DEFINED = ["model", "out", "dtype", "context_length", "text", "checkpoint", "form", "shard_size"]
@@ -451,3 +454,21 @@ def test_parameters_of_every_path_have_their_tensor():
         entries = importing.tensors.entries(model)
         ours = sum(x.size for x in jax.tree.leaves(params_of(model)))
         assert sum(int(np.prod(entry.theirs)) for entry in entries) == ours
+
+
+def test_no_run_is_started_in_an_imported_folder(tiny, imported):
+    """It would begin with fresh parameters, beside those that were brought here."""
+    before = sorted(path.name for path in imported.rglob("*"))
+    with pytest.raises(importing.UserError, match=r"configs/recover\.py:.*llama and a --workdir"):
+        train(tiny(), imported)
+    assert before == sorted(path.name for path in imported.rglob("*"))
+
+
+def test_a_run_that_starts_from_an_import_keeps_what_came_with_the_tokenizer(
+    tiny, imported, tmp_path, devices
+):
+    mesh = sharding.make_mesh(configs.MeshConfig(1, 1, 1), devices(1))
+    start = Start(tiny(**{"start.checkpoint": str(imported)}), mesh, print)
+    own = tokenizers.from_directory(imported / "tokenizer")
+    own.companions = {}  # as prepared data may have it
+    assert tokenizers.MODEL_CONFIG in start.tokenizer(own).companions

@@ -35,7 +35,7 @@ def get_config():
             "recover": {  # what configs/recover.py is changed in; steps of 0: none is trained on
                 "steps": 500,
                 "batch_size": 8,
-                "optimizer": {"learning_rate": 1.6e-5},
+                "optimizer": {"learning_rate": 1.6e-5, "warmup_steps": 20},
             },
             "recipe": "configs/recover.py",
             "contexts": (4096, 32768),  # slots of the cache at which decoding is timed; (): none

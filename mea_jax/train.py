@@ -70,15 +70,16 @@ def train(
         _check_profile(profile_steps, config.steps, run)
         return summary
 
-    if (workdir / "checkpoints" / "0").exists():  # no run saves before its first step
-        raise UserError(
-            f"{workdir} holds a model that no run has trained yet: to train it, give --config "
-            f"configs/recover.py:{workdir} and a --workdir of the run's own"
-        )
     with run.claim() as held:
         start = Start(config, mesh, run.say)
-        if not (workdir / "checkpoints").exists():  # refused before data are prepared for it
-            start.check(workdir)
+        untrained = (workdir / "checkpoints" / "0").exists()  # no run saves before its first step
+        if untrained or not (workdir / "checkpoints").exists():
+            start.check(workdir)  # refused before data are prepared for it
+        if untrained:
+            raise UserError(
+                f"{workdir} holds a model that no run has trained yet: to train it, give --config "
+                f"configs/recover.py:{workdir} and a --workdir of the run's own"
+            )
         prepared = prepare_together(config.data, config.model.vocab_size, log=run.say)
         keeping = (workdir, config.checkpoint, rewindable(config.guards))
         with jax.set_mesh(mesh), Checkpoints(*keeping) as checkpoints:

@@ -96,7 +96,11 @@ def markdown(report: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     heads += [f"decode at {s['context']:,}" for s in rows[1]["speed"]]
     lines = [heads]
     for row in rows:
-        cells = [row["name"].replace("_", " "), f"{row['bytes_per_token']:,.0f}", f"{row['kept']:.1%}"]
+        cells = [
+            row["name"].replace("_", " "),
+            f"{row['bytes_per_token']:,.0f}",
+            f"{row['kept']:.1%}",
+        ]
         increase = _signed(row["increase"], row["increase_error"])
         cells += [f"{row['loss']:.4f}", "" if row is rows[0] else increase]
         speeds = [f"{s['over_original']['median']:.2f}x" for s in row["speed"]]

@@ -52,6 +52,7 @@ def variants(keep: float) -> Iterator[Name]:
     yield from (Name(method, "measured", "none") for method in OURS)
     yield from (Name(method, "repaired", "layerwise") for method in OURS)
     if keep == 0.5:  # which part of the best does what
+        yield from (Name(method, "repaired", "blockwise") for method in OURS)
         yield from (Name(method, "uniform", "layerwise") for method in ("svd", "aligned"))
         yield Name("aligned", "residual", "none")
         yield Name("aligned", "uniform", "output")

@@ -45,10 +45,12 @@ def words(name: Name) -> str:
     """What a compression is called in tables and legends."""
     budget = {"uniform": "", "measured": ", measured", "residual": ", by residual"}
     said = name.method + budget.get(name.budget, ", measured repaired")
-    repair = {"none": "", "output": ", W_O refitted", "layerwise": ", repaired"}[name.repair]
+    repair = {"output": ", W_O refitted", "layerwise": ", repaired", "blockwise": ", in blocks"}
     if name == PAPER:
         return "svd (the paper)"
-    return said if name.budget == "repaired" else said + repair
+    if name.budget == "repaired" and name.repair == "layerwise":
+        return said
+    return said + repair.get(name.repair, "")
 
 
 def name_of(row: Row) -> Name:

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
@@ -111,6 +112,18 @@ def test_a_sweep_ranks_what_fits(monkeypatch):
     steps = [roof.step or 0.0 for _, _, roof in results]
     assert steps == sorted(steps)
     assert {c.mesh.tensor for c, _, _ in results} == {1, 2, 4}
+
+
+@pytest.mark.parametrize(("experts", "ways"), [(0, {1}), (8, {1, 4}), (128, {1, 4, 16})])
+def test_a_sweep_divides_experts(experts, ways):
+    """Every mesh takes all devices, and its axis of experts divides them."""
+    moe = {"n_experts": experts, "experts_per_token": 2, "d_expert": 64}
+    found = sweep.meshes(config_of(batch=64, **moe), 64, 2)
+    assert {mesh.expert for mesh in found} == ways
+    assert len(set(found)) == len(found)
+    for mesh in found:
+        sizes = (mesh.data, mesh.fsdp, mesh.expert, mesh.sequence, mesh.tensor)
+        assert math.prod(sizes) == 64, mesh
 
 
 def test_a_sweep_leaves_out_what_does_not_fit(monkeypatch):

@@ -15,18 +15,20 @@ from mea_jax.plan.target import Target
 
 def meshes(config: TrainConfig, devices: int, slices: int) -> list[MeshConfig]:
     """Meshes worth a compilation: all of fsdp x tensor with tensor up to 8, copies only between
-    slices, or where fsdp alone would leave less than a tile of the residual to a device."""
+    slices, or where fsdp alone would leave less than a tile of the residual to a device; experts,
+    if there are any, together or over 4 or 16 devices."""
     found = []
-    per_slice = devices // slices
+    per_slice, experts = devices // slices, config.model.n_experts
     tensor = 1
     while tensor <= min(8, config.model.n_kv_heads, per_slice):
         rest = per_slice // tensor
-        for data in (1, 4):
-            if rest % data == 0 and rest // data >= 1 and (data == 1 or rest >= 16):
+        for expert, data in itertools.product((1, 4, 16) if experts else (1,), (1, 4)):
+            if rest % (data * expert) == experts % expert == 0 and (data == 1 or rest >= 16):
                 mesh = dataclasses.replace(
                     config.mesh,
                     data=data * slices,
-                    fsdp=rest // data,
+                    fsdp=rest // data // expert,
+                    expert=expert,
                     tensor=tensor,
                     slices=slices,
                 )
@@ -55,8 +57,9 @@ def candidates(config: TrainConfig, devices: int, slices: int) -> Iterator[Train
 def describe(config: TrainConfig) -> str:
     """What a candidate changes, as one types it."""
     mesh = config.mesh
+    expert = f"--config.mesh.expert={mesh.expert} " if config.model.n_experts else ""
     return (
-        f"--config.mesh.data={mesh.data} --config.mesh.fsdp={mesh.fsdp} "
+        f"--config.mesh.data={mesh.data} --config.mesh.fsdp={mesh.fsdp} {expert}"
         f"--config.mesh.tensor={mesh.tensor} --config.model.remat={config.model.remat} "
         f"--config.accumulate={config.accumulate}"
     )

@@ -26,7 +26,7 @@ from mea_jax.train_step import abstract_state
 
 ROOT = Path(__file__).parent.parent.parent
 STEPS, EVERY = 60, 5  # as in config.py
-LIMIT = 180.0  # seconds that a process may take before it counts as hanging
+LIMIT = 400.0  # seconds that a process may take before it counts as hanging
 REFERENCES = threading.Lock()  # trials that run at the same time share the runs without a fault
 SLOW = "wait=0.01"  # so that moments inside the loop are as likely as those before it
 _MEASURED = ("tokens_per_second", "flops_per_second", "mfu")

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
+from benchmarks import decode_step
 from benchmarks.harness import lines, print_table, ratios, spread, time_interleaved, write_json
 from mea_jax.config import ModelConfig
 from mea_jax.interop.composite import mea_config
@@ -29,20 +30,9 @@ TWIN, HALF, GROUPED = "stock, K heads", "MEA, C = K/2", "stock, K/2 heads"
 
 
 def base_model(n: int, k: int, h: int, d: int, layers: int) -> ModelConfig:
-    """MEA with C = K/2, without a head norm; a vocabulary so small that the cache dominates."""
-    return ModelConfig(
-        vocab_size=4096,
-        d_model=d,
-        n_layers=layers,
-        n_heads=n,
-        n_kv_heads=k,
-        head_dim=h,
-        d_ff=4 * d * 2 // 3 // 64 * 64,
-        key_components=k // 2,
-        value_components=k // 2,
-        head_norm=False,
-        dtype="float32",
-    )
+    """That of `benchmarks.decode_step`, without a head norm and tied, as a Llama may be."""
+    base = decode_step.base_model(n, k, h, d, layers, "float32")
+    return dataclasses.replace(base, head_norm=False, tie_embeddings=True)
 
 
 def stock(model: ModelConfig, heads: int) -> Any:

@@ -13,14 +13,13 @@ key/value heads of width 128 with QK-norm, a tied head. The recipe is chosen her
 at continued training; it has not been run.
 """
 
+from mea_jax.baselines import continued
 from mea_jax.config import default_config
 
 
 def get_config(checkpoint: str = ""):
     config = default_config()
     config.name = "qwen3_0_6b"
-    config.steps = 1_000
-    config.batch_size = 64
 
     model = config.model
     model.vocab_size = 151_936
@@ -33,19 +32,4 @@ def get_config(checkpoint: str = ""):
     model.tie_embeddings = True
     model.remat = "dots"
 
-    optimizer = config.optimizer
-    optimizer.learning_rate = 1e-5 if checkpoint else 1e-3
-    optimizer.warmup_steps = 50
-
-    config.start.checkpoint = checkpoint
-    # As in mea_1b.py, which says where the files come from.
-    config.data.sources = ({"source": "tfds:c4/en:3.1.0", "weight": 1.0},)
-    config.data.tokenizer = f"{checkpoint}/tokenizer" if checkpoint else "qwen3/tokenizer.json"
-    config.data.context_length = 4096
-    config.data.held_out_fraction = 1e-4
-
-    config.mesh.data = 1
-    config.mesh.fsdp = -1
-    config.evaluate.every = 250
-    config.checkpoint.every = 250
-    return config
+    return continued(config, checkpoint, "qwen3/tokenizer.json")

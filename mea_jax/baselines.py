@@ -1,4 +1,4 @@
-"""The arguments that every config takes: `configs/quickstart.py:mha` is its MHA baseline."""
+"""What configs share: baselines by argument (`configs/quickstart.py:mha`), continued training."""
 
 from ml_collections import config_dict
 
@@ -42,4 +42,28 @@ def apply_variant(config: config_dict.ConfigDict, variant: str) -> config_dict.C
         model.variant = variant
     if variant:
         config.name = f"{config.name}_{variant}"
+    return config
+
+
+def continued(
+    config: config_dict.ConfigDict, checkpoint: str, tokenizer: str
+) -> config_dict.ConfigDict:
+    """The recipe for a published model's shape: from the run directory `checkpoint` of its import,
+    whose tokenizer reads the text, or ("") fresh with the file `tokenizer`."""
+    config.steps = 1_000
+    config.batch_size = 64
+    config.optimizer.learning_rate = 1e-5 if checkpoint else 1e-3
+    config.optimizer.warmup_steps = 50
+
+    config.start.checkpoint = checkpoint
+    # As in configs/mea_1b.py, which says where the files come from.
+    config.data.sources = ({"source": "tfds:c4/en:3.1.0", "weight": 1.0},)
+    config.data.tokenizer = f"{checkpoint}/tokenizer" if checkpoint else tokenizer
+    config.data.context_length = 4096
+    config.data.held_out_fraction = 1e-4
+
+    config.mesh.data = 1
+    config.mesh.fsdp = -1
+    config.evaluate.every = 250
+    config.checkpoint.every = 250
     return config

@@ -82,7 +82,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     if found is None or found == 1:
         try:
             return jax.make_mesh(shape, AXES, axis_types=kinds, devices=devices)
-        except NotImplementedError:  # an axis of 8 on a torus of 4x4x4 takes one and a half
+        except NotImplementedError:  # no whole axes of the torus, as for 8 of 4x4x4: split one
             grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
             return Mesh(grid, AXES, axis_types=kinds)
     inside = (sizes["data"] // found, *shape[1:])

@@ -86,7 +86,7 @@ class MEAPreTrainedModel(PreTrainedModel):
     config_class = MEAConfig
     base_model_prefix = "model"
     _no_split_modules = ["MEADecoderLayer"]  # noqa: RUF012 - a list is what transformers takes
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012 - likewise
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -178,7 +178,7 @@ class MEAModel(MEAPreTrainedModel):
 
 
 class MEAForCausalLM(MEAPreTrainedModel, GenerationMixin):
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 - likewise
 
     def __init__(self, config: MEAConfig):
         super().__init__(config)

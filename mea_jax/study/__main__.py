@@ -7,10 +7,7 @@
 Each word is a module of `mea_jax.study` and has its own --help.
 """
 
-import runpy
-import sys
-
-from mea_jax.errors import fail, nearest
+from mea_jax.words import run_word
 
 COMMANDS = (
     "run",
@@ -25,16 +22,5 @@ COMMANDS = (
 )
 
 
-def main() -> None:
-    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
-        print(__doc__)
-        print(f"commands: {', '.join(COMMANDS)}")
-        sys.exit(0 if sys.argv[1:] in (["--help"], ["-h"]) else 2)
-    command = sys.argv.pop(1)
-    if command not in COMMANDS:
-        fail(f"study {command}: {nearest(command, COMMANDS)}")
-    runpy.run_module(f"mea_jax.study.{command}", run_name="__main__", alter_sys=True)
-
-
 if __name__ == "__main__":
-    main()
+    run_word("study", COMMANDS, __doc__)

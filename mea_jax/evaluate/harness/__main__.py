@@ -7,6 +7,8 @@ lm-eval finds the model by itself from the first version on that reads the entry
 `lm_eval.models`; up to 0.4.13 it does not, and this command tells it. All options are lm-eval's.
 """
 
+import importlib
+
 from mea_jax.errors import UserError, fail
 from mea_jax.evaluate.harness.command import harness_package
 
@@ -16,8 +18,7 @@ def main() -> None:
         harness_package()
         from lm_eval.__main__ import cli_evaluate
 
-        from mea_jax.evaluate.harness import model  # noqa: F401 - registers itself
-
+        importlib.import_module("mea_jax.evaluate.harness.model")  # which registers itself
         cli_evaluate()
     except UserError as error:
         fail(error)

@@ -15,6 +15,7 @@ A small model learns all but code from the documents of `mea_jax.evaluate.tasks`
 is not among them.
 """
 
+import functools
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -171,9 +172,8 @@ def write(folder: Path, count: int, seed: int, letters: int) -> list[str]:
     }
     needles = [f"mea_needle_{depth}" for depth in DEPTHS]
     for name, depth in zip(needles, DEPTHS, strict=True):
-        choices[name] = lambda rng, depth=depth: needle(  # type: ignore[misc]
-            max(count // len(DEPTHS), 1), rng, depth / 100, letters
-        )
+        each = max(count // len(DEPTHS), 1)
+        choices[name] = functools.partial(needle, each, depth=depth / 100, letters=letters)
     (folder / _LOAD).write_text(_LOADER)
     (folder / "mea_needle.yaml").write_text(_GROUP.format(members=", ".join(needles)))
     kinds: Mapping[str, tuple[Callable, str]] = {

@@ -17,12 +17,13 @@ from mea_jax.study.store import Row, Store
 Estimate = dict[str, float | None] | None
 
 
-def fit_store(folder: Path) -> tuple[list[Row], dict[str, Any]]:
-    """The rows of a store and all fits to them. Raises `UserError` where there is none."""
+def fit_store(folder: Path, baseline: str | None = None) -> tuple[list[Row], dict[str, Any]]:
+    """The rows of a store and all fits to them. Raises `UserError` where there is none, or none of
+    the variant `baseline`."""
     rows = Store(folder).rows()
     if not rows:
         raise UserError(f"{folder} has no rows: run python -m mea_jax.study run --out {folder}")
-    return rows, laws.fit_all(laws.parse(rows, f"{folder / 'rows.jsonl'}, row"))
+    return rows, laws.fit_all(laws.parse(rows, f"{folder / 'rows.jsonl'}, row"), baseline=baseline)
 
 
 def words(estimate: Estimate, form: str = ".3g") -> str:
@@ -39,6 +40,19 @@ def words(estimate: Estimate, form: str = ".3g") -> str:
 def markdown(headings: list[str], rows: list[list[str]]) -> str:
     lines = ["| " + " | ".join(headings) + " |", "|" + "---|" * len(headings)]
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def _gain_words(gain: dict[str, Any]) -> list[str]:
+    if gain["loss"] is None:
+        return ["-", "0", "-", "-", "-", gain["reason"]]
+    return [
+        f"{gain['learning_rate']:.3g}",
+        str(gain["seeds"]),
+        f"{gain['loss']:.4f}",
+        "-" if gain["spread"] is None else f"{gain['spread']:.4f}",
+        words(gain["gain"], "+.4f"),
+        gain["reason"] or ("at the edge of its grid" if gain["at_edge"] else ""),
+    ]
 
 
 def tables(fits: dict[str, Any]) -> list[tuple[str, str]]:
@@ -67,8 +81,15 @@ def tables(fits: dict[str, Any]) -> list[tuple[str, str]]:
          f["reason"] or ""]
         for f in fits["law"]
     ]  # fmt: skip
+    gains = [[g["variant"], g["size"], f"{g['tokens']:,}", *_gain_words(g)] for g in fits["gain"]]
     cell = ["variant", "size", "tokens"]
+    baseline = fits["gain"][0]["baseline"]
+    columns = ["peak", "seeds", "loss", "std over seeds", f"better than {baseline} by", ""]
     return [
+        (
+            f"Each variant at its own best learning rate of the grid ({level})",
+            markdown([*cell, *columns], gains),
+        ),
         (f"Best learning rate ({level})", markdown([*cell, "peak", "loss there", ""], optima)),
         (
             f"Robustness ({level})",
@@ -89,7 +110,7 @@ def main() -> None:
     if not STORE.value:
         raise UserError("no store given: add --store runs/lr_study")
     folder = Path(STORE.value)
-    _, fits = fit_store(folder)
+    _, fits = fit_store(folder, BASELINE.value)
     with disk_errors(folder):
         write_json(folder / "fit.json", fits)
     for title, table in tables(fits):
@@ -100,4 +121,5 @@ def main() -> None:
 
 if __name__ == "__main__":
     STORE = flags.DEFINE_string("store", None, "folder of rows.jsonl")
+    BASELINE = flags.DEFINE_string("baseline", None, "variant to compare with; default mha")
     cli.run(main, "stopped")

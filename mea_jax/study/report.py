@@ -178,13 +178,14 @@ FIGURES: dict[str, tuple[str, Callable[[Sequence[Row], dict[str, Any]], Any]]] =
 }
 
 
-def report(store: Path, out: Path) -> str:
+def report(store: Path, out: Path, baseline: str | None = None) -> str:
     """Writes report.md, fit.json and the figures into `out`; the Markdown. Raises `UserError`."""
-    rows, fits = fit_store(store)
+    rows, fits = fit_store(store, baseline)
     with disk_errors(out):
         out.mkdir(parents=True, exist_ok=True)
         write_json(out / "fit.json", fits)
     command = f"python -m mea_jax.study report --store {store} --out {out}"
+    command += f" --baseline {baseline}" if baseline else ""
     text = f"# {store.name}\n\n{len(rows)} runs, {fits['runs']['diverged']} of them diverged. "
     text += f"Everything below is made of `rows.jsonl` by `{command}`.\n"
     for name, (title, draw) in FIGURES.items():
@@ -206,11 +207,12 @@ def main() -> None:
     if not STORE.value:
         raise UserError("no store given: add --store runs/lr_study")
     out = Path(OUT.value or STORE.value)
-    report(Path(STORE.value), out)
+    report(Path(STORE.value), out, BASELINE.value)
     print(f"{out / 'report.md'}, and {', '.join(FIGURES)} as .png and .svg", file=sys.stdout)
 
 
 if __name__ == "__main__":
     STORE = flags.DEFINE_string("store", None, "folder of rows.jsonl")
     OUT = flags.DEFINE_string("out", None, "folder of the report; default the store")
+    BASELINE = flags.DEFINE_string("baseline", None, "variant to compare with; default mha")
     cli.run(main, "stopped")

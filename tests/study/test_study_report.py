@@ -44,6 +44,10 @@ def test_the_report_finds_what_the_rows_were_made_of(store, tmp_path):
         assert high / low < 2
     assert "64 runs, 4 of them diverged" in text
     assert (tmp_path / "report.md").read_text() == text
+    assert "better than mha by" in text, "the only variant of that name is the baseline"
+    other = report.report(store.folder, tmp_path / "other", "mea")
+    assert "better than mea by" in other
+    assert "--baseline mea`" in other, "the command that makes it again"
     for name in report.FIGURES:
         assert f"]({name}.png)" in text
         assert (tmp_path / f"{name}.png").stat().st_size > 5_000

@@ -1,6 +1,7 @@
 """Laws of the learning rate: what finished runs say of it, with intervals, or why they do not."""
 
 from mea_jax.study.laws.fit import fit_all
+from mea_jax.study.laws.gains import Gain, fit_gains
 from mea_jax.study.laws.intervals import Estimate
 from mea_jax.study.laws.optimum import Optimum, fit_optima
 from mea_jax.study.laws.results import Result, parse
@@ -15,6 +16,7 @@ from mea_jax.study.laws.tokens import LossInTokens, fit_tokens
 
 __all__ = [
     "Estimate",
+    "Gain",
     "LearningRateLaw",
     "LossInTokens",
     "Optimum",
@@ -23,6 +25,7 @@ __all__ = [
     "Stability",
     "deepseek_law",
     "fit_all",
+    "fit_gains",
     "fit_laws",
     "fit_optima",
     "fit_sensitivity",

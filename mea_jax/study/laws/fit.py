@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from mea_jax.errors import UserError
-from mea_jax.study.laws import optimum, robustness, sizes, tokens
+from mea_jax.study.laws import gains, optimum, robustness, sizes, tokens
 from mea_jax.study.laws.intervals import LEVEL
 from mea_jax.study.laws.results import Result
 
@@ -13,6 +13,7 @@ from mea_jax.study.laws.results import Result
 def fit_all(
     results: Iterable[Result],
     *,
+    baseline: str | None = None,
     initial_loss: float | None = None,
     skip: float = tokens.SKIP,
     seed: int = 0,
@@ -23,17 +24,19 @@ def fit_all(
 
     Args:
       results: as `parse` or `read` gives them.
+      baseline: the variant that others are compared with; None: "mha", or the first one.
       initial_loss: nats, for the sensitivity, where no curve begins at 0 tokens.
       skip: the share of the horizon left out of the loss in tokens, from the start.
       seed: of the bootstraps.
 
     Returns:
       "settings", "runs" (counts), and a list of records for each of "loss_in_tokens", "optimum",
-      "law", "sensitivity" and "stability". A record is that dataclass with lists for tuples; an
-      estimate is {"value", "low", "high"}; "reason" says why a record has no number.
+      "law", "sensitivity", "stability" and "gain". A record is that dataclass with lists for
+      tuples; an estimate is {"value", "low", "high"}; "reason" says why a record has no number.
 
     Raises:
-      UserError: there are no results; `skip` or `initial_loss` is out of range.
+      UserError: there are no results, or none of the baseline; `skip` or `initial_loss` is out of
+        range.
     """
     found = sorted(
         results, key=lambda r: (r.variant, r.parameters, r.size, r.tokens, r.learning_rate, r.seed)
@@ -62,6 +65,7 @@ def fit_all(
         "law": sizes.fit_laws(found, seed),
         "sensitivity": robustness.fit_sensitivity(found, initial_loss),
         "stability": robustness.fit_stability(found),
+        "gain": gains.fit_gains(found, baseline),
     }
     return {
         "settings": settings,

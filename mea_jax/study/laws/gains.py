@@ -1,0 +1,107 @@
+"""What a variant gains over a baseline when each has the learning rate that suits it best.
+
+A comparison at one learning rate tells which variant that rate suits. Here each takes the value
+of the grid with its lowest mean loss. Runs of one seed share their data and the start of what they
+have in common, so differences are taken seed by seed; their interval is Student's over seeds.
+
+The best of noisy values is a little too good, for the baseline as for the others: with equal grids
+that cancels as far as their noise is alike.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from mea_jax.errors import UserError
+from mea_jax.study.laws.intervals import Estimate, student_t
+from mea_jax.study.laws.results import Result, finished, grouped
+
+LEAST = 3  # seeds of an interval: with two it would be 13 standard errors wide
+
+
+@dataclasses.dataclass(frozen=True)
+class Gain:
+    """Of one (variant, size, tokens).
+
+    Attributes:
+      learning_rate: the value of the grid with the lowest mean loss. None where all diverged.
+      at_edge: no larger or no smaller value was tried, or every one of them diverged.
+      seeds: of the runs at it.
+      loss: their mean, nats.
+      spread: their standard deviation over seeds, nats. None for one seed.
+      gain: the baseline's loss at its own best less this one's, nats, over the seeds of both: what
+        the variant is better by. None for the baseline.
+      reason: why there is no gain. None where there is, and for the baseline.
+    """
+
+    variant: str
+    size: str
+    tokens: int
+    baseline: str
+    learning_rate: float | None = None
+    at_edge: bool = False
+    seeds: int = 0
+    loss: float | None = None
+    spread: float | None = None
+    gain: Estimate | None = None
+    reason: str | None = None
+
+
+def choose_baseline(results: Sequence[Result], baseline: str | None) -> str:
+    """`baseline`, or "mha", or the first variant. Raises `UserError` where it has no runs."""
+    names = sorted({run.variant for run in results})
+    if baseline is None:
+        return "mha" if "mha" in names else names[0]
+    if baseline not in names:
+        raise UserError(f"no runs of the baseline {baseline!r}: there are {', '.join(names)}")
+    return baseline
+
+
+def fit_gains(results: Sequence[Result], baseline: str | None = None) -> list[Gain]:
+    """One for each (variant, size, tokens) of `results`. Raises `UserError`, as above."""
+    name = choose_baseline(results, baseline)
+    found = []
+    for (size, tokens), runs in grouped(results, lambda r: (r.size, r.tokens)):
+        of = dict(grouped(runs, lambda run: run.variant))
+        theirs = _at_best(of.get(name, []))
+        found += [_gain(Gain(v, size, tokens, name), some, theirs) for v, some in of.items()]
+    return sorted(found, key=lambda g: (g.variant, g.size, g.tokens))
+
+
+def _at_best(runs: Sequence[Result]) -> list[Result]:
+    """The runs at the learning rate with the lowest mean loss; none where all diverged."""
+    kept = finished(runs)
+    return min(kept.values(), key=lambda some: np.mean([r.loss for r in some]), default=[])
+
+
+def _gain(about: Gain, runs: Sequence[Result], theirs: Sequence[Result]) -> Gain:
+    mine = _at_best(runs)
+    if not mine:
+        return dataclasses.replace(about, reason="runs diverged at every learning rate")
+    losses = {run.seed: float(run.loss or 0.0) for run in mine}
+    rate, kept = mine[0].learning_rate, list(finished(runs))
+    about = dataclasses.replace(
+        about,
+        learning_rate=rate,
+        at_edge=rate in (kept[0], kept[-1]),
+        seeds=len(losses),
+        loss=float(np.mean(list(losses.values()))),
+        spread=float(np.std(list(losses.values()), ddof=1)) if len(losses) > 1 else None,
+    )
+    if about.variant == about.baseline:
+        return about
+    better = [float(run.loss or 0.0) - losses[run.seed] for run in theirs if run.seed in losses]
+    if not better:
+        why = f"no seed has a run of {about.baseline} at its best learning rate too: add one"
+        return dataclasses.replace(about, reason=why)
+    return dataclasses.replace(about, gain=_mean(better))
+
+
+def _mean(values: Sequence[float]) -> Estimate:
+    mean, count = float(np.mean(values)), len(values)
+    if count < LEAST:
+        return Estimate(mean)
+    reach = student_t(count - 1) * float(np.std(values, ddof=1)) / math.sqrt(count)
+    return Estimate(mean, mean - reach, mean + reach)

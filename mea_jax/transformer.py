@@ -12,9 +12,10 @@ from mea_jax.backends import make_backend
 from mea_jax.cache import Stored
 from mea_jax.config import REMAT_POLICIES, ModelConfig
 from mea_jax.embedding import lookup
+from mea_jax.experts import PRODUCTS
 from mea_jax.layers import Context
 from mea_jax.mlp import MLP
-from mea_jax.moe import PRODUCTS, MoE, RouterSums
+from mea_jax.moe import MoE, RouterSums
 from mea_jax.norms import RMSNorm
 from mea_jax.parameters import embedding_stddev, kernel
 from mea_jax.sharding import constrain, parameter

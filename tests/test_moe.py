@@ -13,6 +13,7 @@ from helpers import assert_close, change, flat, params_of, random_batch, tiny_mo
 from mea_jax import decode, flops, grouped, moe, sharding
 from mea_jax.backends import make_backend
 from mea_jax.errors import UserError
+from mea_jax.experts import Experts, Routed, run_experts, run_share
 from mea_jax.generation import Generator
 from mea_jax.optimizer import decayed
 from mea_jax.plan.costs import count
@@ -135,7 +136,7 @@ def dense(x_TD, real_T, router_DE, gate_EDF, up_EDF, down_EFD, k, normalise):
 def arrays_of(model, seed=0):
     """(router, experts) of a layer."""
     mlp = jax.tree.map(lambda x: x[0], params_of(model, seed)["layers_0"]["mlp"])
-    return mlp["router"], moe.Experts(mlp["gate"], mlp["up"], mlp["down"])
+    return mlp["router"], Experts(mlp["gate"], mlp["up"], mlp["down"])
 
 
 @pytest.mark.parametrize(
@@ -179,7 +180,7 @@ def test_a_share_of_the_experts_takes_whatever_it_is_sent(held):
     rng = np.random.default_rng(0)
     low, high = {"all": (0, 4), "few": (0, 16), "none": (4, 16)}[held]
     ids = np.stack([rng.permutation(np.arange(low, high))[:2] for _ in range(48)])
-    routed = moe.Routed(jnp.asarray(rng.random((48, 2)), jnp.float32), jnp.asarray(ids))
+    routed = Routed(jnp.asarray(rng.random((48, 2)), jnp.float32), jnp.asarray(ids))
     x, cotangent = jnp.asarray(random(48, 32)), jnp.asarray(random(48, 32, seed=1))
 
     def run(function):
@@ -192,8 +193,8 @@ def test_a_share_of_the_experts_takes_whatever_it_is_sent(held):
 
         return jax.jit(whole)(x, routed.weights_Tk, experts)
 
-    expected = run(functools.partial(moe.run_experts, XLA))
-    assert_close(run(functools.partial(moe.run_share, XLA, 4)), expected, rtol=1e-5, atol=1e-5)
+    expected = run(functools.partial(run_experts, XLA))
+    assert_close(run(functools.partial(run_share, XLA, 4)), expected, rtol=1e-5, atol=1e-5)
     assert np.any(np.asarray(expected[0])) == (held != "none")
 
 

@@ -1,5 +1,6 @@
 """Eight CPU devices and strict broadcasting for every test; one tiny run for those that train."""
 
+import functools
 import os
 import runpy
 import subprocess
@@ -16,7 +17,7 @@ import hypothesis
 import jax
 import numpy as np
 import pytest
-from absl import flags
+from absl import app, flags
 from helpers import change, tiny_model
 from launch_machine import Machine
 
@@ -36,10 +37,6 @@ hypothesis.settings.register_profile(
     "mea_jax", deadline=None, max_examples=10, derandomize=True, database=None
 )
 hypothesis.settings.load_profile("mea_jax")
-
-# Flags of the command besides --config.
-DEFINED = ["workdir", "profile_steps", "startup_timeout"]
-DEFINED += ["distributed", "coordinator", "num_processes", "process_id"]
 
 WORDS = "a quick brown fox jumps over the lazy dog while seven wizards box by moonlight"
 
@@ -107,32 +104,38 @@ def tiny(corpus, tmp_path_factory):
 
 
 @pytest.fixture
-def command(monkeypatch, capfd, tmp_path, devices):
-    """`command(*arguments)`: `python -m mea_jax.train` in this process; (status, out, err).
+def in_process(monkeypatch, capfd, devices):
+    """`in_process(module, *arguments)`: `python -m module` in this process; (status, out, err).
 
-    It sees one device, or `count`.
+    It sees one device, or the first `count`.
     """
 
-    def run(*arguments, count=1):
+    def run(module, *arguments, count=1):
         devices(count)
-        monkeypatch.setattr(sys, "argv", ["train", *map(str, arguments)])
-        monkeypatch.chdir(tmp_path)  # a default run directory would go here
-        status = 0
+        app.define_help_flags()  # which absl does once, and the first command would take away
+        before, status = set(flags.FLAGS), 0
+        monkeypatch.setattr(sys, "argv", [module, *map(str, arguments)])
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the module is imported already
-                runpy.run_module("mea_jax.train", run_name="__main__", alter_sys=True)
+                runpy.run_module(module, run_name="__main__", alter_sys=True)
         except SystemExit as end:
             status = end.code if isinstance(end.code, int) else int(end.code is not None)
         finally:
-            for name in list(flags.FLAGS):  # those the command defines, and one per override
-                if name in DEFINED or name.split(".")[0] == "config":
-                    delattr(flags.FLAGS, name)
+            for name in set(flags.FLAGS) - before:  # of the command, and one per override
+                delattr(flags.FLAGS, name)
             sys.modules.pop("config_config", None)  # ml_collections' name for a config file
         out, err = capfd.readouterr()
         return status, out, err
 
     return run
+
+
+@pytest.fixture
+def command(in_process, monkeypatch, tmp_path):
+    """`command(*arguments)`: `python -m mea_jax.train` in this process; (status, out, err)."""
+    monkeypatch.chdir(tmp_path)  # a default run directory would go here
+    return functools.partial(in_process, "mea_jax.train")
 
 
 @pytest.fixture

@@ -1,18 +1,15 @@
 """The command: a trained model in, a smaller one out, whatever interrupts it."""
 
 import dataclasses
+import functools
 import json
-import runpy
 import shutil
-import sys
-import warnings
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from absl import flags
 from helpers import PLAIN, assert_close, assert_equal
 
 from mea_jax.checkpoint import Checkpoints
@@ -34,7 +31,6 @@ SMALL: dict[str, Any] = {
     "held_out_tokens": 512,
     "dtype": "float32",
 }
-DEFINED = [*Options.__dataclass_fields__, "checkpoint", "out"]
 
 
 @pytest.fixture(scope="module")
@@ -257,27 +253,9 @@ def test_eight_devices_see_the_same_moments(run, devices, tmp_path):
 
 
 @pytest.fixture
-def shell(monkeypatch, capfd, devices):
+def shell(in_process):
     """`shell(*arguments)`: the command in this process; (status, out, err)."""
-
-    def call(*arguments):
-        devices(1)
-        monkeypatch.setattr(sys, "argv", ["compress", *map(str, arguments)])
-        status = 0
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                runpy.run_module("mea_jax.compress", run_name="__main__", alter_sys=True)
-        except SystemExit as end:
-            status = end.code if isinstance(end.code, int) else int(end.code is not None)
-        finally:
-            for name in list(flags.FLAGS):
-                if name in DEFINED:
-                    delattr(flags.FLAGS, name)
-        out, err = capfd.readouterr()
-        return status, out, err
-
-    return call
+    return functools.partial(in_process, "mea_jax.compress")
 
 
 def test_the_command_prints_a_table(run, shell, tmp_path):

@@ -1,17 +1,14 @@
 """The command: two checkpoints side by side from end to end, and its bad input."""
 
 import dataclasses
+import functools
 import json
 import math
-import runpy
 import shutil
-import sys
-import warnings
 from pathlib import Path
 
 import jax
 import pytest
-from absl import flags
 from helpers import is_one_error, tiny_model
 
 from mea_jax.data.tokenizers import BytesTokenizer
@@ -48,25 +45,9 @@ def runs(tiny, tmp_path_factory):
 
 
 @pytest.fixture
-def evaluate(monkeypatch, capfd):
-    """`evaluate(*arguments)`: the command in this process; (status, out, err)."""
-
-    def run(*arguments):
-        before, status = set(flags.FLAGS), 0
-        monkeypatch.setattr(sys, "argv", ["evaluate", *map(str, arguments)])
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # the module may be imported already
-                runpy.run_module("mea_jax.evaluate", run_name="__main__", alter_sys=True)
-        except SystemExit as end:
-            status = end.code if isinstance(end.code, int) else int(end.code is not None)
-        finally:
-            for name in set(flags.FLAGS) - before:
-                delattr(flags.FLAGS, name)
-        out, err = capfd.readouterr()
-        return status, out, err
-
-    return run
+def evaluate(in_process):
+    """`evaluate(*arguments)`: the command in this process, on 8 devices; (status, out, err)."""
+    return functools.partial(in_process, "mea_jax.evaluate", count=8)
 
 
 def both(runs):

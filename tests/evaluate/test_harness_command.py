@@ -3,13 +3,10 @@
 import json
 import math
 import re
-import runpy
 import sys
-import warnings
 
 import numpy as np
 import pytest
-from absl import flags
 from helpers import is_one_error
 from whole_runs import train_on_one_device
 
@@ -27,24 +24,11 @@ def run(tiny, tmp_path_factory):
 
 
 @pytest.fixture
-def evaluate(monkeypatch, capfd, devices):
-    """`evaluate(*arguments)`: a module's command in this process; (status, out, err)."""
+def evaluate(in_process):
+    """`evaluate(*arguments)`: the command, or that of `module`, in this process."""
 
     def run(*arguments, module="mea_jax.evaluate"):
-        devices(1)
-        before, status = set(flags.FLAGS), 0
-        monkeypatch.setattr(sys, "argv", ["evaluate", *map(str, arguments)])
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                runpy.run_module(module, run_name="__main__", alter_sys=True)
-        except SystemExit as end:
-            status = end.code if isinstance(end.code, int) else int(end.code is not None)
-        finally:
-            for name in set(flags.FLAGS) - before:
-                delattr(flags.FLAGS, name)
-        out, err = capfd.readouterr()
-        return status, out, err
+        return in_process(module, *arguments)
 
     return run
 

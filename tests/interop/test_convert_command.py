@@ -1,17 +1,14 @@
 """python -m mea_jax.convert: what users do wrong, what a kill leaves, what travels along."""
 
+import functools
 import json
-import runpy
 import shutil
-import sys
-import warnings
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import small_models
-from absl import flags
 from helpers import PLAIN, assert_equal, is_one_error, params_of
 from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -29,7 +26,6 @@ from mea_jax.stored import StoredModel, Writer
 from mea_jax.train import train
 from mea_jax.transformer import apply_logits
 
-DEFINED = ["model", "out", "dtype", "context_length", "text", "checkpoint", "form", "shard_size"]
 SHARD = "model-00002-of-00003.safetensors"
 
 
@@ -55,27 +51,9 @@ def copy(original, tmp_path):
 
 
 @pytest.fixture
-def shell(monkeypatch, capfd, devices):
+def shell(in_process):
     """`shell(*arguments)`: the command in this process; (status, out, err)."""
-
-    def call(*arguments):
-        devices(1)
-        monkeypatch.setattr(sys, "argv", ["convert", *map(str, arguments)])
-        status = 0
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                runpy.run_module("mea_jax.convert", run_name="__main__", alter_sys=True)
-        except SystemExit as end:
-            status = end.code if isinstance(end.code, int) else int(end.code is not None)
-        finally:
-            for name in list(flags.FLAGS):
-                if name in DEFINED:
-                    delattr(flags.FLAGS, name)
-        out, err = capfd.readouterr()
-        return status, out, err
-
-    return call
+    return functools.partial(in_process, "mea_jax.convert")
 
 
 def edit(path, **changes):

@@ -1,15 +1,12 @@
 """What W_lc learned: the measures on mixings and heads that are known, and the command."""
 
+import functools
 import json
-import runpy
 import shutil
-import sys
-import warnings
 
 import jax
 import numpy as np
 import pytest
-from absl import flags
 from helpers import PLAIN, is_one_error, params_of
 
 from mea_jax import mixing
@@ -52,26 +49,9 @@ def runs(tiny, tmp_path_factory):
 
 
 @pytest.fixture
-def command(monkeypatch, capfd, devices):
+def command(in_process):
     """`command(*arguments)`: the command in this process; (status, out, err)."""
-
-    def run(*arguments):
-        devices(1)
-        before, status = set(flags.FLAGS), 0
-        monkeypatch.setattr(sys, "argv", ["heads", *map(str, arguments)])
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # the module is imported already
-                runpy.run_module("mea_jax.study.heads", run_name="__main__", alter_sys=True)
-        except SystemExit as end:
-            status = end.code if isinstance(end.code, int) else int(end.code is not None)
-        finally:
-            for name in set(flags.FLAGS) - before:
-                delattr(flags.FLAGS, name)
-        out, err = capfd.readouterr()
-        return status, out, err
-
-    return run
+    return functools.partial(in_process, "mea_jax.study.heads")
 
 
 QUICK = ("--held_out_tokens", 512, "--shuffles", 19)

@@ -1,4 +1,4 @@
-"""The learning-rate study: five variants, nine learning rates, two sizes, on Python's library.
+"""The learning-rate study: five variants, ten learning rates, two sizes, on Python's library.
 
     python -m mea_jax.study run --config configs/lr_study.py --workers 2
     python -m mea_jax.study run --config configs/lr_study.py --list
@@ -8,8 +8,8 @@ The argument "small" leaves MHA and MEA, five learning rates, one size and 200 s
 laptop.
 
 Variants are what the paper's claim is made of: MHA, the head norm alone, head mixing alone, both
-(MEA), and Differential V1. Learning rates go by factors of 2 up to where runs diverge. The smaller
-size has three seeds, the larger one. Schedule: warmup, then a cosine to a tenth of the peak.
+(MEA), and Differential V1. Learning rates go by factors of 2 up to where the baseline no longer
+learns. The smaller size has three seeds, the larger one, and fewer learning rates. Schedule: warmup, then a cosine to a tenth of the peak.
 """
 
 from mea_jax.errors import UserError
@@ -37,10 +37,11 @@ def get_config(argument: str = ""):
     sizes = ("d128",) if small else SIZES
     config.variants = {name: {"model": VARIANTS[name]} for name in variants}
     config.sizes = {name: {"model": SIZES[name]} for name in sizes}
-    config.learning_rates = tuple(5e-4 * (4 if small else 2) ** i for i in range(5 if small else 9))
+    rates = tuple(5e-4 * (4 if small else 2) ** i for i in range(5 if small else 10))
+    config.learning_rates = rates
     config.horizons = (200 if small else 500,)
     config.seeds = (0,) if small else (0, 1, 2)
-    config.per_size = {} if small else {"d192": {"seeds": (0,)}}
+    config.per_size = {} if small else {"d192": {"seeds": (0,), "learning_rates": rates[1:-1]}}
 
     base = config.base
     base.batch_size = 8

@@ -37,7 +37,7 @@ def get_config(variant: str = ""):
     model.tie_embeddings = False
     model.hlc = "kv" if variant else "none"
     model.head_norm = bool(variant)
-    model.remat = "full"
+    model.remat = "dots"
 
     optimizer = config.optimizer
     optimizer.learning_rate = 1e-3

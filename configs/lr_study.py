@@ -9,7 +9,8 @@ laptop.
 
 Variants are what the paper's claim is made of: MHA, the head norm alone, head mixing alone, both
 (MEA), and Differential V1. Learning rates go by factors of 2 up to where the baseline no longer
-learns. The smaller size has three seeds, the larger one, and fewer learning rates. Schedule: warmup, then a cosine to a tenth of the peak.
+learns. The smaller size has three seeds, the larger one, and fewer learning rates. Schedule:
+warmup, then a cosine to a tenth of the peak. docs/studies/learning_rate.md is what came out.
 """
 
 from mea_jax.errors import UserError

@@ -55,6 +55,26 @@ def _gain_words(gain: dict[str, Any]) -> list[str]:
     ]
 
 
+def _in_tokens(found: list[dict[str, Any]]) -> list[list[str]]:
+    """A row for each law that holds; one for those of a variant that for one reason do not."""
+    rows = []
+    none: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for f in found:
+        if f["reason"]:
+            what = f["reason"].split(": ")
+            short = what[0] if len(what) == 1 else f"{what[0]}: {what[-1]}"
+            none.setdefault((f["variant"], f["size"], short), []).append(f)
+        else:
+            law = [words(f["alpha"]), words(f["floor"]), f"{f['held_out_error']:.2%}", ""]
+            rows.append([f["variant"], f["size"], f"{f['learning_rate']:.3g}", *law])
+    for (variant, size, reason), some in none.items():
+        peaks = ", ".join(f"{f['learning_rate']:.3g}" for f in some)
+        errors = [f["held_out_error"] for f in some if f["held_out_error"] is not None]
+        error = f"{min(errors):.2%} to {max(errors):.2%}" if errors else "-"
+        rows.append([variant, size, peaks, "-", "-", error, reason])
+    return sorted(rows, key=lambda row: row[:2])
+
+
 def tables(fits: dict[str, Any]) -> list[tuple[str, str]]:
     """Title and Markdown table of each kind of fit."""
     level = f"{fits['settings']['level']:.0%} intervals"
@@ -71,11 +91,6 @@ def tables(fits: dict[str, Any]) -> list[tuple[str, str]]:
         why = "; ".join(filter(None, (f["reason"], stable["reason"], stable["note"])))
         name = [f["variant"], f["size"], f"{f['tokens']:,}"]
         sensitivities.append([*name, words(f["value"]), rate, why])
-    tokens = [
-        [f["variant"], f["size"], f"{f['learning_rate']:.3g}", words(f["alpha"]), words(f["floor"]),
-         "-" if f["held_out_error"] is None else f"{f['held_out_error']:.2%}", f["reason"] or ""]
-        for f in fits["loss_in_tokens"]
-    ]  # fmt: skip
     over_sizes = [
         [f["variant"], str(f["runs"]), words(f["parameters_exponent"]), words(f["tokens_exponent"]),
          f["reason"] or ""]
@@ -97,7 +112,10 @@ def tables(fits: dict[str, Any]) -> list[tuple[str, str]]:
         ),
         (
             "Loss in tokens, L = (D_c / D)^alpha + L_0",
-            markdown(["variant", "size", "peak", "alpha", "L_0", "held-out error", ""], tokens),
+            markdown(
+                ["variant", "size", "peak", "alpha", "L_0", "held-out error", ""],
+                _in_tokens(fits["loss_in_tokens"]),
+            ),
         ),
         (
             "Best learning rate over sizes, log lr = a + b log N + c log D",

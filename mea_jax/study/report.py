@@ -21,6 +21,7 @@ from mea_jax.study.store import Row
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import NullLocator
 
 _MARKERS, _LINES = "osD^vPX*", ("-", "--", "-.", ":")
 _GREYS = ("#000000", "#1f5fa8", "#b4441f", "#2f7d4f", "#7a4a9a", "#8a6d00", "#666666", "#0f8b8d")
@@ -65,35 +66,45 @@ def _panels(rows: Sequence[Row], label: str) -> tuple[Any, list[tuple[Any, list[
 
 
 def draw_rates(rows: Sequence[Row], fits: dict[str, Any]) -> Any:
-    """Loss against the peak of the learning rate: means, all seeds, divergences on top."""
+    """Loss against the peak of the learning rate: means, all seeds, and lost runs above."""
     figure, panels = _panels(rows, "held-out loss, nats per token")
     good = [row["loss"] for row in rows if not row["diverged"]]
     top = max(np.quantile(good, 0.9), min(good) + 0.3) if good else 1.0
-    look = styles(rows)
+    look, low = styles(rows), min(good) - 0.03 if good else 0.0
+    strip = 0.04 * len(look) * (top - low)  # above the losses, for runs without one
+    high = top + strip
+    limits = {(f["size"], f["tokens"]): f["learned_below"] or np.inf for f in fits["stability"]}
+
+    def lost(row: Row) -> bool:
+        limit = limits[row["size"], row["tokens"]]
+        return row["diverged"] or row["loss"] > limit
+
     for axis, mine in panels:
         for number, (name, style) in enumerate(look.items()):
             of = [row for row in mine if row["variant"] == name]
             rates = sorted({row["learning_rate"] for row in of})
             groups = [[r for r in of if r["learning_rate"] == rate] for rate in rates]
-            kept = [(rate, [r["loss"] for r in g if not r["diverged"]]) for rate, g in
+            kept = [(rate, [r["loss"] for r in g if not lost(r)]) for rate, g in
                     zip(rates, groups, strict=True)]  # fmt: skip
             whole = [(rate, losses) for rate, losses in kept if losses]
             if whole:
                 axis.plot([r for r, _ in whole], [np.mean(ls) for _, ls in whole], label=name,
                           markersize=4, **style)  # fmt: skip
-                low, high = ([f(ls) for _, ls in whole] for f in (min, max))
-                axis.fill_between([r for r, _ in whole], low, high, color=style["color"], alpha=0.1)
+                ends = ([f(ls) for _, ls in whole] for f in (min, max))
+                axis.fill_between([r for r, _ in whole], *ends, color=style["color"], alpha=0.1)
             for rate, group in zip(rates, groups, strict=True):
-                if lost := sum(r["diverged"] for r in group):
-                    height = top * (1 - 0.012 * number)
-                    axis.plot([rate], [height], marker="x", color=style["color"], markersize=7)
+                if count := sum(map(lost, group)):
+                    height = high - (number + 0.5) * strip / len(look)
+                    axis.plot([rate], [height], marker="x", color=style["color"], zorder=4)
                     if len(group) > 1:
-                        axis.annotate(f"{lost}/{len(group)}", (rate, height), fontsize=6,
+                        axis.annotate(f"{count}/{len(group)}", (rate, height), fontsize=6, zorder=4,
                                       xytext=(5, -2), textcoords="offset points")  # fmt: skip
-        axis.set(xscale="log", xlabel="peak learning rate")
-        axis.set_ylim((min(good) - 0.03) if good else 0, top * 1.01)
+        axis.set(xscale="log", xlabel="peak learning rate", ylim=(low, high))
+        if any(map(lost, mine)):
+            axis.axhspan(top, high, facecolor="white", edgecolor="#999999", zorder=3)
     panels[0][0].legend(fontsize=8, frameon=False)
-    figure.suptitle("Loss against learning rate (bands: seeds; x: diverged, how many of the seeds)")
+    title = "Loss against learning rate (bands: seeds; x: seeds that diverged or did not learn)"
+    figure.suptitle(title, fontsize=10)
     return figure
 
 
@@ -123,9 +134,8 @@ def draw_tokens(rows: Sequence[Row], fits: dict[str, Any]) -> Any:
                 axis.plot(grid, curve, linestyle=style["linestyle"], color=style["color"], lw=1)
         axis.set(xscale="log", xlabel="tokens")
         axis.legend(fontsize=7, frameon=False)
-    figure.suptitle(
-        "Loss against tokens at each variant's best peak (lines: fits, where they hold)"
-    )
+    title = "Loss against tokens at each variant's best peak (lines: fits, where they hold)"
+    figure.suptitle(title, fontsize=10)
     return figure
 
 
@@ -148,11 +158,13 @@ def draw_robustness(rows: Sequence[Row], fits: dict[str, Any]) -> Any:
 
 
 def draw_law(rows: Sequence[Row], fits: dict[str, Any]) -> Any:
-    """Best peak against size, with the law where there is one."""
+    """Best peak against size, variants side by side."""
     figure, axis = plt.subplots(figsize=(7, 4.4))
-    for name, style in styles(rows).items():
+    look = styles(rows)
+    for number, (name, style) in enumerate(look.items()):
         found = [f for f in fits["optimum"] if f["variant"] == name and f["learning_rate"]]
-        xs = [f["parameters"] for f in found]
+        beside = 1.04 ** (number - (len(look) - 1) / 2)  # sizes of a name differ by less
+        xs = [f["parameters"] * beside for f in found]
         ys = [f["learning_rate"]["value"] for f in found]
         if xs:
             ends = [(f["learning_rate"]["low"], f["learning_rate"]["high"]) for f in found]
@@ -162,11 +174,19 @@ def draw_law(rows: Sequence[Row], fits: dict[str, Any]) -> Any:
             ).T  # fmt: skip
             axis.errorbar(xs, ys, yerr=np.maximum(errors, 0), capsize=2, label=name, **style)
     axis.set(xscale="log", yscale="log", xlabel="N, parameters without embeddings")
+    sizes: dict[str, list[int]] = {}
+    for row in rows:
+        sizes.setdefault(row["size"], []).append(row["parameters"])
+    ticks = {size: float(np.mean(some)) for size, some in sizes.items()}
+    axis.set_xticks(list(ticks.values()), [f"{s}\n{n / 1e6:.2f} M" for s, n in ticks.items()])
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.set_xlim(min(ticks.values()) / 1.3, max(ticks.values()) * 1.3)
     axis.set(ylabel="best peak learning rate")
     axis.grid(alpha=0.25)
     if axis.get_legend_handles_labels()[0]:
         axis.legend(fontsize=8, frameon=False)
-    figure.suptitle("Best learning rate against size (none shown: at an edge, or no fit)")
+    title = "Best learning rate against size (none shown: at an edge, or no fit)"
+    figure.suptitle(title, fontsize=10)
     return figure
 
 

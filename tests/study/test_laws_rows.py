@@ -326,6 +326,21 @@ def test_a_spike_at_the_end_is_unstable(tail, stable):
     assert (fit.learning_rate == 1e-3) is stable
 
 
+def test_a_run_that_stays_at_the_frequencies_of_words_is_unstable():
+    """It has no spike. Half way from 7.6 to the best, 2.8 of another variant, is 5.2."""
+    found = []
+    for variant, losses in (("mea", (3.0, 2.8, 5.1)), ("mha", (3.0, 3.1, 5.3))):
+        for rate, loss in zip(GRID, losses, strict=False):
+            line = ((0, 7.6), (10, 5.5), (30, loss))
+            found.append(Result(variant, rate, "s", 10**7, 30, 0, loss, False, line))
+    mea, mha = fit_stability(found)
+    assert mea.learned_below == mha.learned_below == pytest.approx(5.2)
+    assert (mea.learning_rate, mea.limit_found) == (1e-3, False)
+    assert (mha.learning_rate, mha.limit_found, mha.unstable) == (3e-4, True, (1e-3,))
+    (alone,) = fit_stability([run for run in found if run.variant == "mha"])
+    assert alone.learned_below == pytest.approx(5.3), "5.3 is not above"
+
+
 def test_everything_as_json_whatever_the_order():
     found = cells([(10**7 * k, d) for k in (1, 2, 4) for d in (10**9, 10**10)])
     found += [dataclasses.replace(run, variant="mha") for run in found[:-1]]
@@ -336,6 +351,7 @@ def test_everything_as_json_whatever_the_order():
     assert tree == json.loads(json.dumps(tree))
     assert set(tree) == {
         "settings", "runs", "loss_in_tokens", "optimum", "law", "sensitivity", "stability",
+        "gain",
     }  # fmt: skip
     assert tree["runs"] == {"finished": len(found) - 10, "diverged": 10}
     assert [law["variant"] for law in tree["law"]] == ["mea", "mha"]

@@ -5,8 +5,11 @@ Learning-rate sensitivity (arXiv 2309.14322): the mean, over learning rates draw
 robust. A diverged run counts at the loss at initialisation.
 
 Largest stable learning rate: the largest value of the grid at which no seed has an unrecovered
-spike. A spike is that of `mea_jax.guards`: losses above the lowest before them by a margin. It is
-unrecovered where it lasts until the end.
+spike, and every seed learns. A spike is that of `mea_jax.guards`: losses above the lowest before
+them by a margin. It is unrecovered where it lasts until the end. A run has not learned that ends
+above the middle between the loss at initialisation and the best loss of any variant at its size
+and horizon: too large a learning rate may leave a model early at the frequencies of words, and
+there it has no spike.
 """
 
 import dataclasses
@@ -52,7 +55,9 @@ class Stability:
 
     Attributes:
       grid: the learning rates that were tried.
-      unstable: those at which a seed diverged or ended in a spike.
+      unstable: those at which a seed diverged, ended in a spike, or has not learned.
+      learned_below: nats, the most that a run which has learned ends with. None where no curve
+        begins at 0 tokens.
       learning_rate: the largest other one.
       limit_found: a larger one is unstable. Otherwise `learning_rate` is only a lower bound.
       note: what to add to the grid, or that stability does not grow monotonically.
@@ -64,6 +69,7 @@ class Stability:
     tokens: int
     grid: tuple[float, ...]
     unstable: tuple[float, ...]
+    learned_below: float | None = None
     learning_rate: float | None = None
     limit_found: bool = False
     note: str | None = None
@@ -80,14 +86,38 @@ def unrecovered(result: Result) -> bool:
     return result.diverged or detector.above >= SPIKE_POINTS
 
 
+def initial_loss_of(runs: Sequence[Result]) -> float | None:
+    """The mean of the losses at 0 tokens; None where no curve begins there."""
+    starts = [run.curve[0][1] for run in runs if run.curve and run.curve[0][0] == 0]
+    return float(np.mean(starts)) if starts else None
+
+
+def learned_below(runs: Sequence[Result]) -> float | None:
+    """The middle between the loss at initialisation and the best one.
+
+    Of runs of all variants at one size and horizon. None where no curve begins at 0 tokens, or no
+    run has a loss.
+    """
+    initial = initial_loss_of(runs)
+    ends = [run.loss for run in runs if run.loss is not None and not run.diverged]
+    return None if initial is None or not ends else (initial + min(ends)) / 2
+
+
 def fit_stability(results: Sequence[Result]) -> list[Stability]:
-    """One for each (variant, size, tokens) of `results`."""
+    """One for each (variant, size, tokens) of `results`, which are of all variants compared."""
     found = []
-    for (variant, size, tokens), runs in grouped(results, lambda r: (r.variant, r.size, r.tokens)):
-        grid = tuple(sorted({run.learning_rate for run in runs}))
-        unstable = tuple(sorted({run.learning_rate for run in runs if unrecovered(run)}))
-        found.append(_stability(Stability(variant, size, tokens, grid, unstable)))
-    return found
+    for (size, tokens), cell in grouped(results, lambda r: (r.size, r.tokens)):
+        limit = learned_below(cell)
+        for variant, runs in grouped(cell, lambda r: r.variant):
+            grid = tuple(sorted({run.learning_rate for run in runs}))
+            bad = {run.learning_rate for run in runs if unrecovered(run) or _unlearned(run, limit)}
+            about = Stability(variant, size, tokens, grid, tuple(sorted(bad)), limit)
+            found.append(_stability(about))
+    return sorted(found, key=lambda s: (s.variant, s.size, s.tokens))
+
+
+def _unlearned(run: Result, limit: float | None) -> bool:
+    return limit is not None and run.loss is not None and run.loss > limit
 
 
 def _stability(about: Stability) -> Stability:
@@ -148,8 +178,8 @@ def _sensitivity(
     about: Sensitivity, runs: Sequence[Result], initial_loss: float | None
 ) -> Sensitivity:
     runs = [run for run in runs if run.learning_rate in about.learning_rates]
-    starts = [run.curve[0][1] for run in runs if run.curve and run.curve[0][0] == 0]
-    initial = float(np.mean(starts)) if starts else initial_loss
+    measured = initial_loss_of(runs)
+    initial = initial_loss if measured is None else measured
     if initial is None and any(run.diverged for run in runs):
         return dataclasses.replace(
             about,

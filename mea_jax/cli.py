@@ -109,8 +109,15 @@ def _check_overrides(argv: Sequence[str]) -> None:
                 raise UserError(f"unknown config key {key}: {nearest(key, known)}")
 
 
-def _config_file_error(message: str) -> str:
+def _config_file_error(message: str, argv: Sequence[str]) -> str:
     """A config file's own exception as one line; a misspelt key with the nearest real one."""
+    if match := re.match(r"(?:Attribute|Key)Error: \W*(\w+)", message):
+        for argument in argv:  # ml_collections' word for an override of what is not there
+            key = argument.lstrip("-").split("=")[0]
+            if key.startswith("config.") and match[1] in re.split(r"[.\[\]]", key):
+                near = re.search(r'Did you mean "(\w+)"', message)
+                mend = f"did you mean {near[1]!r}?" if near else "mend the name, or the file"
+                return f"--{key}: the config sets no {match[1]!r} there: {mend}"
     if match := re.search(r'Key "(\w+)" does not exist', message):
         names = {part for key in flatten(TrainConfig().to_dict()) for part in key.split(".")}
         return f"the config file sets the unknown key {match[1]!r}: {nearest(match[1], names)}"
@@ -130,10 +137,10 @@ def _parse_flags(argv: Sequence[str], training: bool) -> list[str]:
         fail(error)
     except flags.Error as error:
         if "Error whilst parsing config file" in str(error):  # with the file's whole traceback
-            fail(_config_file_error(str(error).strip().splitlines()[-1]))
+            fail(_config_file_error(str(error).strip().splitlines()[-1], argv))
         fail(error)
     except Exception as error:  # whatever the user's config file raises
-        fail(_config_file_error(f"{type(error).__name__}: {error}"))
+        fail(_config_file_error(f"{type(error).__name__}: {error}", argv))
 
 
 def run(

@@ -2,8 +2,10 @@
 
 import json
 import multiprocessing
+from pathlib import Path
 
 import pytest
+from helpers import is_one_error
 
 from mea_jax.errors import UserError
 from mea_jax.study.grid import default_study, grid_of
@@ -164,3 +166,20 @@ def test_a_store_is_of_one_grid(tmp_path):
     again.variants.gated = {"model": {"gate": "feature"}}
     with pytest.raises(UserError, match=r"variants\.gated\.model\.gate"):
         Store(tmp_path).claim(grid_of(again).identity)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("sizes.d128.model.head_dim=31", "the config sets no 'head_dim' there: mend the name"),
+        ("sizes.d129.model.d_model=64", "no 'd129' there: did you mean 'd192'?"),
+        ("base.optimizer.learning_rat=1", "no 'learning_rat' there: did you mean 'learning_rate'?"),
+    ],
+)
+def test_an_override_of_what_is_not_there_is_named(override, words, in_process):
+    config = Path(__file__).parent.parent.parent / "configs" / "lr_study.py"
+    status, _, err = in_process(
+        "mea_jax.study.run", "--config", config, f"--config.{override}", "--list"
+    )
+    is_one_error(status, err, words)
+    assert f"--config.{override.split('=')[0]}: " in err

@@ -1,7 +1,7 @@
 """A small model that answers the offline suite of `mea_jax.evaluate --tasks`, in minutes on a CPU.
 
     python -m mea_jax.evaluate.tasks --out texts/suite.jsonl --documents 60000 --length 600 \\
-        --tasks passkey,arithmetic,recall
+        --tasks passkey,arithmetic,recall,repeat
     python -m mea_jax.train --config configs/suite.py
     python -m mea_jax.evaluate.harness.suite --out suite
     python -m mea_jax.evaluate --checkpoint runs/suite --include_path suite \\

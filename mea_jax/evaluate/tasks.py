@@ -26,7 +26,7 @@ from mea_jax.data.corpus import unit_hash
 from mea_jax.errors import UserError, nearest
 
 TRAIN, EVALUATION = "train", "evaluation"
-KINDS = ("passkey", "arithmetic", "recall")
+KINDS = ("passkey", "arithmetic", "recall", "repeat")
 USUAL_KINDS = KINDS[:2]  # what `mea_jax.evaluate` itself asks
 OPERATIONS = ("+", "-")
 _EVALUATION_SHARE = 0.2
@@ -302,6 +302,31 @@ def _recall_document(rng: np.random.Generator, size: int) -> str:
         text += _table_text(table) + asked
 
 
+# -- lists, twice -------------------------------------------------------------------------------
+
+
+def _repeat_document(rng: np.random.Generator, size: int) -> str:
+    """Lists of words or of numbers, each said again.
+
+    Half of their tokens can be known from what stood after the same token before. That is what pass
+    keys and tables ask for too, but a few tokens a document teach it slowly. No row of a table, no
+    pass key and no sum occurs in them.
+    """
+    words = (*_NAMES, *_ADJECTIVES, *_NOUNS)
+    text = ""
+    while True:
+        count = int(rng.integers(4, 13))
+        if rng.random() < 0.5:
+            items = [words[i] for i in rng.choice(len(words), count, replace=False)]
+        else:
+            items = [str(x) for x in rng.integers(*_VALUES, count)]
+        line = ", ".join(items) + ".\n"
+        part = f"List: {line}Again: {line}"
+        if text and len(text) + len(part) > size:
+            return text
+        text += part
+
+
 # -- training documents -------------------------------------------------------------------------
 
 
@@ -316,6 +341,7 @@ def documents(
         "passkey": _passkey_document,
         "arithmetic": _arithmetic_document,
         "recall": _recall_document,
+        "repeat": _repeat_document,
     }
     for i in range(count):
         rng = np.random.default_rng([seed, i])

@@ -140,6 +140,35 @@ def test_training_documents_hold_answers_and_keep_their_length(length):
             assert len(answers) == len(pairs) >= 1
 
 
+ROW = re.compile(r"\b([A-Z][a-z]+) (\d{3})\b")
+
+
+def test_tables_are_recalled_whole_and_none_of_their_rows_is_asked_in_an_evaluation():
+    taught = "".join(tasks.documents(200, 1, 600, ["recall"]))
+    for block in taught.split("Table: ")[1:]:
+        table, *asked = block.splitlines()
+        rows = ROW.findall(table)
+        assert len(rows) >= 2
+        assert sorted(rows) == sorted(pair for line in asked for pair in ROW.findall(line))
+        assert all(tasks.recall_side(name, int(value)) == tasks.TRAIN for name, value in rows)
+    e = tasks.recall(np.random.default_rng(0), pairs=6)
+    asked = ROW.findall(e.prompt.splitlines()[0])
+    assert len(asked) == 6
+    assert all(tasks.recall_side(name, int(value)) == tasks.EVALUATION for name, value in asked)
+
+
+def test_lists_are_said_twice_and_hold_nothing_that_is_asked():
+    for text in tasks.documents(100, 2, 600, ["repeat"]):
+        lines = text.splitlines()
+        assert len(lines) >= 2
+        for first, again in zip(lines[::2], lines[1::2], strict=True):
+            assert first.startswith("List: ")
+            assert again == first.replace("List: ", "Again: ")
+        assert len(text) <= 600
+        assert not ROW.search(text), "no row of a table"
+        assert not re.search(r"\d{4}|[-+]", text), "no pass key and no sum"
+
+
 def run(*arguments):
     command = [sys.executable, "-m", "mea_jax.evaluate.tasks", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False)

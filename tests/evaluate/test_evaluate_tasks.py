@@ -152,9 +152,9 @@ def test_tables_are_recalled_whole_and_none_of_their_rows_is_asked_in_an_evaluat
         assert sorted(rows) == sorted(pair for line in asked for pair in ROW.findall(line))
         assert all(tasks.recall_side(name, int(value)) == tasks.TRAIN for name, value in rows)
     e = tasks.recall(np.random.default_rng(0), pairs=6)
-    asked = ROW.findall(e.prompt.splitlines()[0])
-    assert len(asked) == 6
-    assert all(tasks.recall_side(name, int(value)) == tasks.EVALUATION for name, value in asked)
+    rows = ROW.findall(e.prompt.splitlines()[0])
+    assert len(rows) == 6
+    assert all(tasks.recall_side(name, int(value)) == tasks.EVALUATION for name, value in rows)
 
 
 def test_lists_are_said_twice_and_hold_nothing_that_is_asked():

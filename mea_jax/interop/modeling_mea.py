@@ -85,7 +85,7 @@ class MEAPreTrainedModel(PreTrainedModel):
     config: MEAConfig
     config_class = MEAConfig
     base_model_prefix = "model"
-    _no_split_modules = ["MEADecoderLayer"]  # noqa: RUF012 - a list is what transformers takes
+    _no_split_modules = ["MEADecoderLayer"]  # noqa: RUF012 - the base has no ClassVar
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012 - likewise
 
     @torch.no_grad()

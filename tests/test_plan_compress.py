@@ -98,7 +98,7 @@ def test_repair_keeps_its_text_on_the_devices(whole):
     program = whole[2]["repair"]
     held = sum(program.held.values()) - program.held["batch"]  # of which a part is not read
     assert program.peak >= held + program.temporaries
-    options = dataclasses.replace(OPTIONS, calibration_tokens=2 * OPTIONS.calibration_tokens)
+    options = dataclasses.replace(OPTIONS, repair_tokens=2 * OPTIONS.calibration_tokens)
     more = planned(names=("repair", "calibrate"), options=options)[2]
     each = 2 * B * T * D * 4 + 4 * B * T * 4  # and four arrays of integers (B, T)
     assert more["repair"].peak - program.peak == 16 * each
@@ -130,12 +130,13 @@ def test_runs_are_those_of_a_real_compression(tiny, devices, tmp_path, monkeypat
         repair="layerwise",
         repair_steps=5,
         calibration_tokens=1500,
+        repair_tokens=3000,
         held_out_tokens=256,
         dtype="float32",
     )
     compress(tmp_path / "run", tmp_path / "out", options)
     work = compression.work_of(compression.resolved(config, here), here, options)
-    assert (work.windows, work.text, work.held_out) == (16, 3, 1)
+    assert (work.windows, work.text, work.repair_text, work.held_out) == (16, 3, 6, 1)
     expected: Counter[str] = Counter()
     for stage in work.stages:
         expected.update(stage.runs)
@@ -173,7 +174,7 @@ def test_which_program_does_not_fit_is_said(monkeypatch):
     monkeypatch.setattr(compression, "measured", refuse)
     for name, words in (
         ("calibrate", "chips with more memory"),
-        ("repair", "fewer --calibration_tokens"),
+        ("repair", "fewer --repair_tokens"),
     ):
         with pytest.raises(DoesNotFit) as refused:
             planned(names=(name,))

@@ -71,7 +71,7 @@ def _options() -> Options:
     for name, choices in known.items():
         if values[name] not in choices:
             raise UserError(f"--{name}={values[name]}: {nearest(values[name], choices)}")
-    for name in ("calibration_tokens",):
+    for name in ("calibration_tokens", "repair_tokens"):
         if values[name] < 0:
             raise UserError(f"--{name}={values[name]} must be 0 or more")
     for name in ("repair_steps", "measure_tokens", "held_out_tokens"):
@@ -113,6 +113,9 @@ if __name__ == "__main__":
     flags.DEFINE_string("repair", "none", "none, output, layerwise or blockwise")
     flags.DEFINE_integer(
         "repair_steps", repair.STEPS, "of each layer, with --repair layerwise or blockwise"
+    )
+    flags.DEFINE_integer(
+        "repair_tokens", 0, "of training text for --repair; 0: as many as --calibration_tokens"
     )
     flags.DEFINE_integer(
         "calibration_tokens", Options.calibration_tokens, "of training text; 0: weights alone"

@@ -18,6 +18,7 @@ class Options:
     layers: str = "full"  # budgets.choose_layers
     repair: str = "none"  # repair.REPAIRS
     repair_steps: int = REPAIR_STEPS  # of each layer
+    repair_tokens: int = 0  # of text for them; 0: as many as for calibration
     calibration_tokens: int = 131072  # 0: methods see weights alone
     calibration_source: str = ""  # "kind:path", as config.data.sources; "": the checkpoint's own
     measure_tokens: int = 16384  # on which budgets are measured
@@ -44,3 +45,12 @@ def check(options: Options) -> None:
         )
     if options.repair != "none" and not options.calibration_tokens:
         raise UserError(f"--repair {options.repair} needs text: give --calibration_tokens")
+    if options.repair_tokens and options.repair == "none":
+        raise UserError(
+            f"--repair_tokens={options.repair_tokens} is text for a repair: add --repair layerwise"
+        )
+
+
+def repair_text(options: Options) -> int:
+    """Tokens on which layers are repaired."""
+    return options.repair_tokens or options.calibration_tokens

@@ -19,7 +19,7 @@ from mea_jax.compress import layer as layers
 from mea_jax.compress.findings import Findings, Losses
 from mea_jax.compress.measure import Sensitivity, assemble
 from mea_jax.compress.moments import unseen
-from mea_jax.compress.options import Options, check
+from mea_jax.compress.options import Options, check, repair_text
 from mea_jax.compress.sweep import Stream, progress, specs
 from mea_jax.compress.texts import Texts
 from mea_jax.config import ModelConfig
@@ -136,13 +136,13 @@ class Pass:
         if options.calibration_tokens and (
             options.repair != "none" or options.method in methods.SHARPENED
         ):
-            tokens = options.calibration_tokens
+            tokens = repair_text(options)
             tokens = tokens if options.repair != "none" else min(tokens, repair.TEMPERED)
             text = self.texts.training(self.part / "repair", tokens)
             text.start(self.model, self.source.top(), len(rows), self.source.layer)
         followed = None
         if options.repair == "blockwise":
-            followed = self.texts.training(self.part / "followed", options.calibration_tokens)
+            followed = self.texts.training(self.part / "followed", repair_text(options))
             followed.start(target, self.source.top(), len(rows), writer.layer)
         writer.write_top(self.source.top())
         rest = range(len(rows), self.model.n_layers)

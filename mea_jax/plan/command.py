@@ -36,6 +36,9 @@ METHOD = flags.DEFINE_string("method", Options.method, "of compress: " + ", ".jo
 TEXT = flags.DEFINE_integer(
     "calibration_tokens", Options.calibration_tokens, "of text that compress calibrates on"
 )
+REPAIR_TEXT = flags.DEFINE_integer(
+    "repair_tokens", 0, "of text that compress repairs on; 0: as many as it calibrates on"
+)
 HELD_OUT = flags.DEFINE_integer(
     "held_out_tokens", Options.held_out_tokens, "that compress looks at before and after"
 )
@@ -120,6 +123,7 @@ def _compress(config: TrainConfig, target: targets.Target) -> Planned:
         keep=KEEP.value,
         method=METHOD.value,
         calibration_tokens=TEXT.value,
+        repair_tokens=REPAIR_TEXT.value,
         held_out_tokens=HELD_OUT.value,
         repair="layerwise",
     )
@@ -141,7 +145,9 @@ STEPS = {
     "train": Step(("sweep",), _train, _train_remedy),
     "decode": Step(("batch", "context"), _decode, _decode_remedy),
     "compress": Step(
-        ("keep", "method", "calibration_tokens", "held_out_tokens"), _compress, _compress_remedy
+        ("keep", "method", "calibration_tokens", "repair_tokens", "held_out_tokens"),
+        _compress,
+        _compress_remedy,
     ),
 }
 
@@ -225,6 +231,8 @@ def _check_flags() -> None:
             "--calibration_tokens and --held_out_tokens count text that goes through the model: "
             "give at least 1"
         )
+    if REPAIR_TEXT.value < 0:
+        raise UserError(f"--repair_tokens={REPAIR_TEXT.value} must be 0 or more")
 
 
 def main() -> None:

@@ -29,7 +29,7 @@ from mea_jax import sharding
 from mea_jax.backends import resolve
 from mea_jax.compress import budgets, methods, repair, sweep
 from mea_jax.compress.measure import plain_spec
-from mea_jax.compress.options import Options
+from mea_jax.compress.options import Options, repair_text
 from mea_jax.compress.texts import WINDOWS, held_out_share
 from mea_jax.config import MeshConfig, ModelConfig, TrainConfig
 from mea_jax.errors import UserError
@@ -66,6 +66,7 @@ class Work:
     windows: int
     length: int
     text: int  # batches to calibrate on
+    repair_text: int  # batches to repair on
     held_out: int  # batches, at most: the data may have fewer held-out windows
     repair_steps: int
     window_bytes: float  # of a window's residual, on disk between two layers
@@ -78,18 +79,20 @@ class Work:
     @property
     def stages(self) -> list[Stage]:
         layers, looked = self.layers, {"pass": self.layers * self.held_out, "loss": self.held_out}
-        text = layers * self.text
+        text = layers * self.repair_text
         repairs = {"pass": text, "target": text, "repair": layers * self.repair_steps}
         return [
-            Stage("calibrating", {"calibrate": text} | looked),
+            Stage("calibrating", {"calibrate": layers * self.text} | looked),
             Stage("repairing", repairs, optional=True),
             Stage("looking at the loss", looked),
         ]
 
     @property
     def disk(self) -> float:
-        """Bytes at most: residuals of both texts, one of them before and after a layer."""
-        batches = self.text + self.held_out + max(self.text, self.held_out)
+        """Bytes at most: residuals of calibration and held-out text, one of them before and after a
+        layer; or those of a repair's text."""
+        calibrating = self.text + self.held_out + max(self.text, self.held_out)
+        batches = max(calibrating, 2 * self.repair_text)
         return batches * self.windows * self.window_bytes
 
     def moved(self, stage: Stage) -> float:
@@ -112,7 +115,7 @@ def check_machine(target: Target) -> None:
 def remedy(program: str) -> str:
     """What would fit where `program` does not, as the end of a line."""
     if program in REPAIRING:
-        return "; all else fits: fewer --calibration_tokens, or no --repair layerwise"
+        return "; all else fits: fewer --repair_tokens, or no --repair layerwise"
     return (
         f"; a device takes {WINDOWS} windows and a whole layer however many there are: "
         "take chips with more memory"
@@ -132,13 +135,18 @@ def work_of(config: TrainConfig, target: Target, options: Options) -> Work:
     windows = WINDOWS * len(target.devices)
     sources = max(len(config.data.sources), 1)
     share = held_out_share(options.held_out_tokens, windows * length, sources)
+
+    def batches(tokens: int) -> int:
+        return max(math.ceil(tokens / (windows * length)), 1)
+
     # In the place of others, CPU devices compile in float32 what is bfloat16 there.
     item = sweep.make_backend(model).activation.itemsize if target.exact else 2
     return Work(
         layers=model.n_layers,
         windows=windows,
         length=length,
-        text=max(math.ceil(options.calibration_tokens / (windows * length)), 1),
+        text=batches(options.calibration_tokens),
+        repair_text=batches(repair_text(options)),
         held_out=sources * share,
         repair_steps=options.repair_steps,
         window_bytes=float(length * model.d_model * item),
@@ -234,7 +242,7 @@ def _programs(inputs: _Arguments, options: Options) -> dict[str, _Program]:
     own = {"compressed attention": params}
     before = {"original attention": (attention, scale)}
     # What the original layer reads and gives is kept for as long as that layer is repaired.
-    others = {"other batches": [(normed, wanted, batch)] * (inputs.work.text - 1)}
+    others = {"other batches": [(normed, wanted, batch)] * (inputs.work.repair_text - 1)}
     return {
         "calibrate": _Program(
             lambda: sweep.watch_block.lower(original, layer, x_BTD, batch, 0), moved | text

@@ -45,6 +45,7 @@ def summary(
         "tokens_per_step": work.tokens,
         "windows_per_batch": work.windows,
         "calibration_batches": work.text,
+        "repair_batches": work.repair_text,
         "held_out_batches": work.held_out,
         "repair_steps": work.repair_steps,
         "disk_bytes": work.disk,

@@ -5,8 +5,8 @@
 
 A model is a run directory called KIND-SEED (`configs/compression_study.py`). Each compression is a
 row of `rows.jsonl` in `--out`, what was measured of each layer one of `layers.jsonl`; what is there
-already is not made again, so a stopped study goes on. `python -m mea_jax.study.compression_figures`
-draws both.
+already is not made again, so a stopped study goes on. `--keep`, `--method`, `--budget`, `--repair`
+and `--effort` choose a part of it. `python -m mea_jax.study.compression_figures` draws both.
 """
 
 import dataclasses
@@ -41,9 +41,23 @@ class Name:
     method: str
     budget: str
     repair: str
+    effort: int = 1  # times the usual steps of repair, and text for them
 
     def folder(self, keep: float) -> str:
-        return f"{self.method}-{self.budget}-{self.repair}-{keep:g}"
+        effort = f"-x{self.effort}" if self.effort > 1 else ""
+        return f"{self.method}-{self.budget}-{self.repair}{effort}-{keep:g}"
+
+    def of(self, options: Options, keep: float) -> Options:
+        """`options` of this compression."""
+        return dataclasses.replace(
+            options,
+            method=self.method,
+            budget=self.budget,
+            repair=self.repair,
+            keep=keep,
+            repair_steps=self.effort * options.repair_steps,
+            repair_tokens=0 if self.effort == 1 else self.effort * options.calibration_tokens,
+        )
 
 
 def variants(keep: float) -> Iterator[Name]:
@@ -52,6 +66,7 @@ def variants(keep: float) -> Iterator[Name]:
     yield from (Name(method, "measured", "none") for method in OURS)
     yield from (Name(method, "repaired", "layerwise") for method in OURS)
     if keep == 0.5:  # which part of the best does what
+        yield from (Name(method, "repaired", "layerwise", effort=4) for method in OURS)
         yield from (Name(method, "repaired", "blockwise") for method in OURS)
         yield from (Name(method, "uniform", "layerwise") for method in ("svd", "aligned"))
         yield Name("aligned", "residual", "none")
@@ -59,7 +74,7 @@ def variants(keep: float) -> Iterator[Name]:
         yield Name("aligned", "measured", "layerwise")
 
 
-def row_of(model: str, summary: dict[str, Any], seconds: float) -> Row:
+def row_of(model: str, name: Name, summary: dict[str, Any], seconds: float) -> Row:
     """A compression's summary as a line of `rows.jsonl`."""
     kind, _, seed = model.rpartition("-")
     options, held_out = summary["options"], summary["held_out"]
@@ -67,7 +82,8 @@ def row_of(model: str, summary: dict[str, Any], seconds: float) -> Row:
     return {
         "kind": kind,
         "seed": int(seed),
-        **{name: options[name] for name in ("method", "budget", "repair", "keep")},
+        **dataclasses.asdict(name),
+        **{key: options[key] for key in ("keep", "repair_steps", "repair_tokens")},
         "cache_kept": round(summary["cache_kept"], 6),
         "bytes": summary["cache_bytes_per_token"]["after"],
         "increase": round(held_out["mean_increase"], 6),
@@ -106,14 +122,13 @@ class Study:
 
     def done(self, model: str, name: Name, keep: float) -> bool:
         kind, _, seed = model.rpartition("-")
-        wanted = (kind, int(seed), name.method, name.budget, name.repair, keep)
-        known = ("kind", "seed", "method", "budget", "repair", "keep")
-        return any(tuple(row[k] for k in known) == wanted for row in self.rows)
+        wanted = {"kind": kind, "seed": int(seed), "keep": keep, **dataclasses.asdict(name)}
+        return any(all(row[k] == value for k, value in wanted.items()) for row in self.rows)
 
     def compress(self, run: Path, name: Name, keep: float, options: Options) -> Row:
         """One row, made anew. The compressed model stays at half the cache only."""
         folder, began = self.work / run.name, time.monotonic()
-        asked = dataclasses.replace(options, **dataclasses.asdict(name), keep=keep)
+        asked = name.of(options, keep)
         out = folder / name.folder(keep)
         if (out / "compression.json").exists():  # stopped before its row was written
             summary = json.loads((out / "compression.json").read_text())
@@ -121,7 +136,7 @@ class Study:
             summary = compress(run, out, asked, folder / "measurements")
         if keep != 0.5:
             shutil.rmtree(out)
-        row = row_of(run.name, summary, time.monotonic() - began)
+        row = row_of(run.name, name, summary, time.monotonic() - began)
         self.rows.append(row)
         known = ("kind", "seed", "method", "repaired")
         have = {tuple(layer[k] for k in known) for layer in self.layers}
@@ -157,6 +172,27 @@ def _runs() -> list[Path]:
     return runs
 
 
+def _chosen() -> list[tuple[float, Name]]:
+    """Shares and variants that the command line asks for. Raises `UserError` where none is left."""
+    asked: dict[str, list[Any]] = {
+        "method": METHOD.value,
+        "budget": BUDGET.value,
+        "repair": REPAIR.value,
+        "effort": EFFORT.value,
+    }
+    found = [
+        (keep, name)
+        for keep in KEEPS
+        if not KEEP.value or keep in KEEP.value
+        for name in variants(keep)
+        if all(not of or getattr(name, field) in of for field, of in asked.items())
+    ]
+    if not found:
+        said = " ".join(f"--{k} {x}" for k, of in {"keep": KEEP.value, **asked}.items() for x in of)
+        raise UserError(f"{said}: nothing in the study is like that")
+    return found
+
+
 def main() -> None:
     if not accelerator_attached():
         keep_freed_memory()
@@ -171,10 +207,9 @@ def main() -> None:
     )
     wanted = [
         (run, name, keep)
-        for keep in KEEPS
+        for keep, name in _chosen()
         for run in runs
         if keep * heads[run] >= 1
-        for name in variants(keep)
         if not study.done(run.name, name, keep)
     ]
     for number, (run, name, keep) in enumerate(wanted, start=1):
@@ -196,4 +231,9 @@ if __name__ == "__main__":
     CALIBRATION = flags.DEFINE_integer("calibration_tokens", Options.calibration_tokens, "")
     MEASURE = flags.DEFINE_integer("measure_tokens", Options.measure_tokens, "for budgets")
     STEPS = flags.DEFINE_integer("repair_steps", Options.repair_steps, "of each layer")
+    KEEP = flags.DEFINE_multi_float("keep", [], "shares of the cache; all of them without")
+    METHOD = flags.DEFINE_multi_string("method", [], "methods; all of them without")
+    BUDGET = flags.DEFINE_multi_string("budget", [], "kinds of budgets; all of them without")
+    EFFORT = flags.DEFINE_multi_integer("effort", [], "times the repair; all of them without")
+    REPAIR = flags.DEFINE_multi_string("repair", [], "kinds of repair; all of them without")
     cli.run(main, "stopped; the same command goes on")

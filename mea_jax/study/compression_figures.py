@@ -48,13 +48,15 @@ def words(name: Name) -> str:
     repair = {"output": ", W_O refitted", "layerwise": ", repaired", "blockwise": ", in blocks"}
     if name == PAPER:
         return "svd (the paper)"
+    if name.effort > 1:
+        said += f", {name.effort} times the repair"
     if name.budget == "repaired" and name.repair == "layerwise":
         return said
     return said + repair.get(name.repair, "")
 
 
 def name_of(row: Row) -> Name:
-    return Name(row["method"], row["budget"], row["repair"])
+    return Name(row["method"], row["budget"], row["repair"], row["effort"])
 
 
 def select(rows: Iterable[Row], **wanted: Any) -> list[Row]:

@@ -278,6 +278,8 @@ def test_the_command_prints_a_table(run, shell, tmp_path):
         (["--layers", "9"], "the model has layers 0 to 1"),
         (["--calibration_source", "jsonl:/nowhere.jsonl"], "/nowhere.jsonl"),
         (["--repair_steps", "0"], "must be 1 or more"),
+        (["--repair_tokens", "64"], "add --repair layerwise"),
+        (["--repair_tokens", "-1", "--repair", "output"], "must be 0 or more"),
     ],
 )
 def test_mistakes_get_one_line(run, shell, tmp_path, arguments, words):

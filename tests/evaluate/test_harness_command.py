@@ -214,7 +214,7 @@ def test_what_is_asked_is_right_and_not_in_the_training_text(folder):
         assert int(row["answer"]) == result
         assert tasks.problem_side(int(a), operation, int(b)) == tasks.EVALUATION
     for row in rows(folder, "mea_recall"):
-        table, name = row["prompt"].split("\n")
+        table, name = row["prompt"].rsplit("\n", 1)
         (value,) = (int(v) for n, v in re.findall(r"(\w+) (\d+)", table) if n == name)
         assert row["choices"][row["answer"]] == f" {value}"
         assert tasks.recall_side(name, value) == tasks.EVALUATION

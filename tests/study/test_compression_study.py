@@ -54,6 +54,29 @@ def test_budgets_measured_once_serve_every_share(run, devices, tmp_path, monkeyp
     assert not (tmp_path / "work" / "mha-0" / name.folder(0.25)).exists()
 
 
+def test_more_effort_is_more_steps_on_more_text():
+    usual = Options(repair_steps=100, calibration_tokens=1000)
+    name = Name("aligned", "repaired", "layerwise", effort=4)
+    asked = name.of(usual, 0.5)
+    assert (asked.repair_steps, asked.repair_tokens) == (400, 4000)
+    assert asked.calibration_tokens == 1000  # else budgets would be measured anew
+    assert name.folder(0.5) != Name("aligned", "repaired", "layerwise").folder(0.5)
+
+
+def test_a_part_of_the_study_by_its_flags(run, devices, tmp_path, in_process):
+    devices(1)
+    few = [f"--{name}_tokens=512" for name in ("calibration", "measure", "held_out")]
+    out = ["--work", tmp_path / "work", "--out", tmp_path / "out"]
+    part = ["--keep=0.5", "--keep=0.25", "--budget=uniform", "--repair=none", "--method=svd"]
+    arguments = ["--model", run, *out, *few, *part]
+    status, _, err = in_process("mea_jax.study.compression", *arguments)
+    assert status == 0, err
+    rows = compression.read(tmp_path / "out" / "rows.jsonl")
+    assert [(r["method"], r["keep"]) for r in rows] == [("svd", 0.25), ("svd", 0.5)]
+    status, _, err = in_process("mea_jax.study.compression", *arguments, "--effort=4")
+    assert (status, "nothing in the study is like that" in err) == (2, True)
+
+
 def row(kind, seed, name, keep, increase):
     domains = {"python": increase, "english": increase / 2}
     return {"kind": kind, "seed": seed, **asdict(name), "keep": keep, "increase": increase} | {

@@ -142,7 +142,7 @@ def recall(count: int, rng: np.random.Generator) -> list[dict[str, Any]]:
     rows = []
     for _ in range(count):
         example = tasks.recall(rng, pairs=_PAIRS)
-        values = [f" {value}" for value in re.findall(r" (\d+)[,.]", example.prompt)]
+        values = [f" {value}" for value in re.findall(r" (\d+)\n", example.prompt)]
         wrong = [value for value in values if value != example.answer]
         rows.append(_chosen(rng, example.prompt, example.answer, wrong))
     return rows

@@ -97,6 +97,10 @@ def test_ratios_are_to_the_papers_method_at_the_same_seed():
     table = compression_figures.increases_table(ROWS, 0.5)
     assert "| aligned, measured repaired | +0.0100, +0.0180 | 1/80, 1/50 |" in table
     assert "svd (the paper) | +0.8000, +0.9000 |  |" in table
+    short = compression_figures.short_table(ROWS)
+    assert "| aligned, measured repaired | +0.0140, 1/61.5 |" in short  # of 1/80 and 1/50
+    assert "| svd (the paper) | +0.8500 |" in short
+    assert compression_figures.share(1.104) == "1.10"
 
 
 def test_one_command_redraws_all(tmp_path):

@@ -31,7 +31,6 @@ USUAL_KINDS = KINDS[:2]  # what `mea_jax.evaluate` itself asks
 OPERATIONS = ("+", "-")
 _EVALUATION_SHARE = 0.2
 _KEYS = (10_000, 100_000)  # all five-digit numbers
-_VALUES = (100, 1000)  # of tables
 _BLOCK = 64  # sentences drawn and measured at once
 _MOST_NEEDLES = 3  # of a training document
 
@@ -68,6 +67,9 @@ _ENDINGS = (
     " before winter",
     " once again",
 )
+
+
+_VALUES = (*_ADJECTIVES, *_NOUNS, *_VERBS)  # of tables
 
 
 @dataclass(frozen=True)
@@ -258,7 +260,7 @@ def _arithmetic_document(rng: np.random.Generator, size: int) -> str:
 
 
 def recall(rng: np.random.Generator, *, pairs: int, which: str = EVALUATION) -> Example:
-    """A table of `pairs` names with a number each, and one of them asked for again.
+    """A table of `pairs` names with a word each, and one of them asked for again.
 
     Raises `ValueError` where there are fewer names.
     """
@@ -267,28 +269,29 @@ def recall(rng: np.random.Generator, *, pairs: int, which: str = EVALUATION) -> 
     return Example(f"{_table_text(table)}{name}", f" {value}")
 
 
-def recall_side(name: str, value: int) -> str:
+def recall_side(name: str, value: str) -> str:
     """The side of a row of a table."""
     return side(f"{name} has {value}")
 
 
-def _draw_table(rng: np.random.Generator, pairs: int, which: str) -> list[tuple[str, int]]:
-    """Rows of different names and different numbers."""
+def _draw_table(rng: np.random.Generator, pairs: int, which: str) -> list[tuple[str, str]]:
+    """Rows of different names and different words."""
     if not 1 <= pairs <= len(_NAMES):
         raise ValueError(f"pairs={pairs} must lie in [1, {len(_NAMES)}]")
-    table: dict[int, str] = {}
+    table: dict[str, str] = {}
     for i in rng.choice(len(_NAMES), pairs, replace=False):
         while True:
-            value = int(rng.integers(*_VALUES))
+            value = _VALUES[int(rng.integers(len(_VALUES)))]
             if value not in table and recall_side(_NAMES[i], value) == which:
                 break
         table[value] = _NAMES[i]
     return [(name, value) for value, name in table.items()]
 
 
-def _table_text(table: Sequence[tuple[str, int]]) -> str:
-    """A row a line: a name that is asked for begins a line as well, so that its tokens are those in
-    the table. With " Ada" there and "Ada" here a small model finds nothing.
+def _table_text(table: Sequence[tuple[str, str]]) -> str:
+    """A row a line, as it is asked for, so that tokens are the same: with " Ada" in the table and
+    "Ada" in the question a small model finds nothing. Nor does it where something stands between
+    name and value, as the token of the space before a number.
     """
     return "Table:\n" + "".join(f"{name} {value}\n" for name, value in table) + "Again:\n"
 
@@ -309,22 +312,20 @@ def _recall_document(rng: np.random.Generator, size: int) -> str:
 
 
 def _repeat_document(rng: np.random.Generator, size: int) -> str:
-    """Lists of words or of numbers, each said again.
+    """Lists of words, the end of each said twice more, from anywhere on.
 
-    Half of their tokens can be known from what stood after the same token before. That is what pass
-    keys and tables ask for too, but a few tokens a document teach it slowly. No row of a table, no
-    pass key and no sum occurs in them.
+    Half of their tokens can be known from what stood after the same word before, and from nothing
+    else: not from places, and with no comma between. That is what pass keys and tables ask for too,
+    but a few tokens a document teach it slowly. No row of a table, no pass key and no sum occurs in
+    them.
     """
-    words = (*_NAMES, *_ADJECTIVES, *_NOUNS)
     text = ""
     while True:
         count = int(rng.integers(4, 13))
-        if rng.random() < 0.5:
-            items = [words[i] for i in rng.choice(len(words), count, replace=False)]
-        else:
-            items = [str(x) for x in rng.integers(*_VALUES, count)]
-        line = ", ".join(items) + ".\n"
-        part = f"List: {line}Again: {line}"
+        items = [_VALUES[i] for i in rng.choice(len(_VALUES), count, replace=False)]
+        part = f"List: {' '.join(items)}.\n"
+        for start in rng.integers(count - 2, size=2):
+            part += f"Again: {' '.join(items[start:])}.\n"
         if text and len(text) + len(part) > size:
             return text
         text += part

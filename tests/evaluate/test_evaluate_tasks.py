@@ -140,7 +140,7 @@ def test_training_documents_hold_answers_and_keep_their_length(length):
             assert len(answers) == len(pairs) >= 1
 
 
-ROW = re.compile(r"\b([A-Z][a-z]+) (\d{3})\b")
+ROW = re.compile(r"\b([A-Z][a-z]+) ([a-z]+)\b")
 
 
 def test_tables_are_recalled_whole_and_none_of_their_rows_is_asked_in_an_evaluation():
@@ -152,23 +152,26 @@ def test_tables_are_recalled_whole_and_none_of_their_rows_is_asked_in_an_evaluat
         rows = ROW.findall(table)
         assert len(rows) >= 2
         assert sorted(table.splitlines()) == sorted(asked.splitlines())  # the very same lines
-        assert all(tasks.recall_side(name, int(value)) == tasks.TRAIN for name, value in rows)
+        assert all(tasks.recall_side(name, value) == tasks.TRAIN for name, value in rows)
     e = tasks.recall(np.random.default_rng(0), pairs=6)
     rows = ROW.findall(e.prompt)
     assert len(rows) == 6
-    assert all(tasks.recall_side(name, int(value)) == tasks.EVALUATION for name, value in rows)
+    assert all(tasks.recall_side(name, value) == tasks.EVALUATION for name, value in rows)
 
 
 def test_lists_are_said_twice_and_hold_nothing_that_is_asked():
     for text in tasks.documents(100, 2, 600, ["repeat"]):
         lines = text.splitlines()
         assert len(lines) >= 2
-        for first, again in zip(lines[::2], lines[1::2], strict=True):
+        for first, *again in zip(lines[::3], lines[1::3], lines[2::3], strict=True):
             assert first.startswith("List: ")
-            assert again == first.replace("List: ", "Again: ")
+            for line in again:
+                assert line.startswith("Again: ")
+                assert first.endswith(f" {line.removeprefix('Again: ')}")
+                assert len(line.split()) >= 4  # three words, so two can be known
         assert len(text) <= 600
         assert not ROW.search(text), "no row of a table"
-        assert not re.search(r"\d{4}|[-+]", text), "no pass key and no sum"
+        assert not re.search(r"\d", text), "no pass key and no sum"
 
 
 def run(*arguments):

@@ -8,7 +8,7 @@
 - mea_arithmetic_choice: the same, chosen of four results that are near; by chance a quarter.
 - mea_code: the next line of a function of Python's library, of four; a quarter. Read acc_norm, by
   letters: lines differ in length.
-- mea_recall: the number beside a name in a table of six; a sixth.
+- mea_recall: the word beside a name in a table of six; a sixth.
 - mea_needle: which of three hidden pass keys is asked for, by its depth; a third.
 
 A small model learns all but code from the documents of `mea_jax.evaluate.tasks`; what is asked here
@@ -138,11 +138,11 @@ def arithmetic_choice(count: int, rng: np.random.Generator) -> list[dict[str, An
 
 
 def recall(count: int, rng: np.random.Generator) -> list[dict[str, Any]]:
-    """Tables, and a name of them; to choose from: all their numbers."""
+    """Tables, and a name of them; to choose from: all their words."""
     rows = []
     for _ in range(count):
         example = tasks.recall(rng, pairs=_PAIRS)
-        values = [f" {value}" for value in re.findall(r" (\d+)\n", example.prompt)]
+        values = [f" {value}" for value in re.findall(r" (\w+)\n", example.prompt)]
         wrong = [value for value in values if value != example.answer]
         rows.append(_chosen(rng, example.prompt, example.answer, wrong))
     return rows

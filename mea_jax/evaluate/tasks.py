@@ -33,6 +33,7 @@ _EVALUATION_SHARE = 0.2
 _KEYS = (10_000, 100_000)  # all five-digit numbers
 _BLOCK = 64  # sentences drawn and measured at once
 _MOST_NEEDLES = 3  # of a training document
+_NUMBERS = 0.25  # of a list's items
 
 Measure = Callable[[Sequence[str]], Sequence[int]]  # sizes of texts, in letters or tokens
 
@@ -312,7 +313,7 @@ def _recall_document(rng: np.random.Generator, size: int) -> str:
 
 
 def _repeat_document(rng: np.random.Generator, size: int) -> str:
-    """Lists of words, the end of each said twice more, from anywhere on.
+    """Lists of words and a few numbers, the end of each said twice more, from anywhere on.
 
     Half of their tokens can be known from what stood after the same word before, and from nothing
     else: not from places, and with no comma between. That is what pass keys and tables ask for too,
@@ -323,6 +324,8 @@ def _repeat_document(rng: np.random.Generator, size: int) -> str:
     while True:
         count = int(rng.integers(4, 13))
         items = [_VALUES[i] for i in rng.choice(len(_VALUES), count, replace=False)]
+        for i in np.flatnonzero(rng.random(count) < _NUMBERS):
+            items[i] = str(rng.integers(100, 1000))
         part = f"List: {' '.join(items)}.\n"
         for start in rng.integers(count - 2, size=2):
             part += f"Again: {' '.join(items[start:])}.\n"

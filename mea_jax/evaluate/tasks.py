@@ -123,11 +123,12 @@ def _draw_key(rng: np.random.Generator, which: str) -> int:
 
 
 def _needle(name: str, key: int) -> str:
-    return f"Remember: the pass key of {name} is {key}."
+    return f"Remember the pass key: {name} {key}."
 
 
 def _question(name: str) -> str:
-    return f"\nQuestion: what is the pass key of {name}?\nAnswer: the pass key of {name} is"
+    """The key stands right after the name here as it does in the needle: see `_table_text`."""
+    return f"\nQuestion: what is the pass key of {name}?\nAnswer: {name}"
 
 
 def _hide(

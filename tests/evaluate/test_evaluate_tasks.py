@@ -11,7 +11,7 @@ import pytest
 from mea_jax.evaluate import tasks
 from mea_jax.evaluate.arithmetic import arithmetic_examples
 
-KEY = re.compile(r"Remember: the pass key of (\w+) is (\d{5})\.")
+KEY = re.compile(r"Remember the pass key: (\w+) (\d{5})\.")
 PROBLEM = re.compile(r"(\d+) ([+-]) (\d+) = (\d+)\n")
 
 
@@ -33,7 +33,7 @@ def test_the_key_lies_at_its_depth_and_the_text_is_as_long_as_it_may_be(depth, s
         (match,) = KEY.finditer(found.prompt)
         name, key = match.groups()
         assert found.answer == f" {key}"
-        assert found.prompt.endswith(f"Answer: the pass key of {name} is")
+        assert found.prompt.endswith(f"Answer: {name}")
         story = found.prompt[: found.prompt.index("\nQuestion")]
         filler = len(story) - len(match[0])
         # Half a sentence (about 60 letters) either way.
@@ -57,11 +57,11 @@ def test_several_keys_of_which_one_is_asked_for():
     assert len(set(pairs.values())) == 4
     (asked,) = re.findall(r"what is the pass key of (\w+)\?", found.prompt)
     assert found.answer == f" {pairs[asked]}"
-    assert found.prompt.startswith(f"Remember: the pass key of {asked}")
+    assert found.prompt.startswith(f"Remember the pass key: {asked}")
 
 
 def test_a_text_too_short_for_its_question_is_refused():
-    with pytest.raises(ValueError, match="size 60 is too short for a question of 1"):
+    with pytest.raises(ValueError, match="size 60 is too short for a question of 93"):
         example(size=60)
     for needles in (1, 3):
         size = tasks.shortest_passkey(needles)
@@ -135,7 +135,7 @@ def test_training_documents_hold_answers_and_keep_their_length(length):
             assert PROBLEM.sub("", text) == ""
         else:
             pairs = _keys(text)
-            answers = re.findall(r"Answer: the pass key of (\w+) is (\d{5})\.\n?", text)
+            answers = re.findall(r"Answer: (\w+) (\d{5})\.\n?", text)
             assert dict(answers) == pairs
             assert len(answers) == len(pairs) >= 1
 

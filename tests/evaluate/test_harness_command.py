@@ -222,7 +222,7 @@ def test_what_is_asked_is_right_and_not_in_the_training_text(folder):
         for row in rows(folder, f"mea_needle_{depth}"):
             key = row["choices"][row["answer"]].strip()
             (name,) = re.findall(r"the pass key of (\w+)\?", row["prompt"])
-            place = row["prompt"].index(f"Remember: the pass key of {name} is {key}.")
+            place = row["prompt"].index(f"Remember the pass key: {name} {key}.")
             assert place / row["prompt"].index("\n") == pytest.approx(depth / 100, abs=0.35)
             assert tasks.key_side(int(key)) == tasks.EVALUATION
 

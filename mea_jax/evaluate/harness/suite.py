@@ -155,7 +155,7 @@ def needle(
     rows: list[dict[str, Any]] = []
     while len(rows) < count:
         example = tasks.passkey(rng, size=letters, depth=depth, needles=_NEEDLES)
-        keys = re.findall(r"Remember: the pass key of \w+ is (\d+)\.", example.prompt)
+        keys = re.findall(r"Remember the pass key: \w+ (\d+)\.", example.prompt)
         wrong = [f" {key}" for key in keys if f" {key}" != example.answer]
         if len(wrong) == _NEEDLES - 1:  # no key twice
             rows.append(_chosen(rng, example.prompt, example.answer, wrong))

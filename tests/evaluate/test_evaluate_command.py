@@ -224,15 +224,17 @@ def test_defaults_are_what_the_models_can_take(runs):
     found = settle([whole, learned], Options(parts=("speed",)), said.append)
     assert found.contexts == (40,)
     assert "a model learned 40" in said[0]
+
+    def with_window(length: int) -> models.Loaded:
+        data = dataclasses.replace(whole.config.data, context_length=length)
+        return dataclasses.replace(whole, config=dataclasses.replace(whole.config, data=data))
+
     with pytest.raises(UserError, match="no default context for pass keys fits"):
-        settle([whole], Options(parts=("passkey",)), said.append)
-    wide = dataclasses.replace(whole.config.data, context_length=256)
-    wide_config = dataclasses.replace(whole.config, data=wide)
-    wide_model = dataclasses.replace(whole, config=wide_config)
-    found = settle([wide_model], Options(), said.append)
+        settle([with_window(16)], Options(parts=("passkey",)), said.append)
+    found = settle([with_window(200)], Options(), said.append)
     assert (found.lengths, found.contexts) == ((1.0, 2.0, 4.0), profile.CONTEXTS)
-    with pytest.raises(UserError, match="a window of 256 is longer than the 40 positions"):
-        settle([wide_model, learned], Options(parts=("loss",)), said.append)
+    with pytest.raises(UserError, match="a window of 200 is longer than the 40 positions"):
+        settle([with_window(200), learned], Options(parts=("loss",)), said.append)
 
 
 def test_names_are_short_and_different():

@@ -17,7 +17,7 @@ from mea_jax.config import default_config
 def get_config():
     config = default_config()
     config.name = "suite"
-    config.steps = 2500
+    config.steps = 8000
     config.batch_size = 8
 
     model = config.model
@@ -34,6 +34,6 @@ def get_config():
 
     config.optimizer.learning_rate = 3e-3
     config.optimizer.warmup_steps = 100
-    config.evaluate.every = 500
-    config.checkpoint.every = 500
+    config.evaluate.every = 1000
+    config.checkpoint.every = 1000
     return config

@@ -225,24 +225,28 @@ def draw_layers(layers: Sequence[Row], path: Path, method: str = "aligned") -> N
 
 
 def recovery_table(rows: Sequence[Row]) -> str:
-    """Held-out loss before and after training on, and what is left against the control."""
-    lines = ["| | seed | start | before | after | over the control |", "|---|---|---|---|---|---|"]
+    """What is lost against the control before training on and after it, on all held-out text."""
+    lines = [
+        "| | seed | start | over the control before | after | loss after |",
+        "|---|---|---|---|---|---|",
+    ]
     for kind in KINDS:
         for seed in sorted({row["seed"] for row in rows if row["kind"] == kind}):
             mine = select(rows, kind=kind, seed=seed)
-            control = last(mine, CONTROL)
             for start in dict.fromkeys(row["start"] for row in mine):
-                before = min(select(mine, start=start), key=lambda row: row["step"])["loss"]
-                after = last(mine, start)
+                losses, control = ends(mine, start), ends(mine, CONTROL)
+                before, after = (a - b for a, b in zip(losses, control, strict=True))
                 lines.append(
-                    f"| {KINDS[kind]} | {seed} | {start} | {before:.4f} | {after:.4f} | "
-                    f"{after - control:+.4f} |"
+                    f"| {KINDS[kind]} | {seed} | {start} | {before:+.4f} | {after:+.4f} | "
+                    f"{losses[1]:.4f} |"
                 )
     return "\n".join(lines)
 
 
-def last(rows: Sequence[Row], start: str) -> float:
-    return max(select(rows, start=start), key=lambda row: row["step"])["loss"]
+def ends(rows: Sequence[Row], start: str) -> tuple[float, float]:
+    """A start's first and last loss."""
+    of = sorted(select(rows, start=start), key=lambda row: row["step"])
+    return of[0]["loss"], of[-1]["loss"]
 
 
 def draw_recovery(rows: Sequence[Row], path: Path) -> None:

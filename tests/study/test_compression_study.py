@@ -138,7 +138,9 @@ def test_recovery_starts_from_what_was_compressed(run, devices, tmp_path, monkey
     assert after[best] != after[f"{best}, taught"]
     assert recovery.recover(run, tmp_path / "work", recipe, 4, 1e-3) == rows
     table = compression_figures.recovery_table(rows)
-    assert f"| MHA | 0 | original | {ended:.4f} | {after['original']:.4f} | +0.0000 |" in table
+    assert f"| MHA | 0 | original | +0.0000 | +0.0000 | {after['original']:.4f} |" in table
+    lost = first[best] - first["original"]
+    assert f"| MHA | 0 | {best} | {lost:+.4f} | " in table
     compression_figures.draw_recovery(rows, tmp_path / "recovery.png")
     assert (tmp_path / "recovery.png").stat().st_size > 10_000
 

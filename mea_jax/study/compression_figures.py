@@ -18,7 +18,7 @@ from mea_jax import cli
 from mea_jax.errors import UserError
 from mea_jax.report import disk_errors, write_whole
 from mea_jax.study.compression import KEEPS, Name, Row, read, variants
-from mea_jax.study.recovery import CONTROL
+from mea_jax.study.recovery import CONTROL, KEEP, STARTS
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -187,6 +187,7 @@ def draw_losses(rows: Sequence[Row], path: Path) -> None:
             for x, m in zip(xs, many, strict=True):
                 axis.plot([x, x], [max(min(m), 1e-4), max(max(m), 1e-4)], color=colour, lw=1)
         axis.set(title=KINDS[kind], xlabel="share of the cache kept", yscale="log")
+        axis.set_xlim(0.1, 0.78)
         axis.set_xticks(sorted(KEEPS), [f"{keep:.3g}".lstrip("0") for keep in sorted(KEEPS)])
         axis.grid(alpha=0.25)
     axes[0][0].set_ylabel("increase of held-out loss, nats per token")
@@ -236,11 +237,16 @@ def recovery_table(rows: Sequence[Row]) -> str:
             for start in dict.fromkeys(row["start"] for row in mine):
                 losses, control = ends(mine, start), ends(mine, CONTROL)
                 before, after = (a - b for a, b in zip(losses, control, strict=True))
-                lines.append(
-                    f"| {KINDS[kind]} | {seed} | {start} | {before:+.4f} | {after:+.4f} | "
-                    f"{losses[1]:.4f} |"
-                )
+                said = f"| {KINDS[kind]} | {seed} | {start_words(start)} | "
+                lines.append(said + f"{before:+.4f} | {after:+.4f} | {losses[1]:.4f} |")
     return "\n".join(lines)
+
+
+def start_words(start: str) -> str:
+    """A start of `recovery.jsonl` as it is called in tables and legends."""
+    folder, *taught = start.split(", ")
+    known = {name.folder(KEEP): words(name) for name in STARTS}
+    return ", ".join([known.get(folder, folder), *taught])
 
 
 def ends(rows: Sequence[Row], start: str) -> tuple[float, float]:
@@ -264,7 +270,7 @@ def draw_recovery(rows: Sequence[Row], path: Path) -> None:
             axis.plot(
                 [row["step"] for row in of],
                 [row["loss"] - control[row["step"]] for row in of],
-                marker="o", markersize=4, label=start,
+                marker="o", markersize=4, label=start_words(start),
             )  # fmt: skip
         axis.axhline(0, color="grey", linewidth=0.8)
         axis.set_yscale("symlog", linthresh=0.01)

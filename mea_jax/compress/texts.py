@@ -72,9 +72,10 @@ class Texts:
         count = max(math.ceil(tokens / (self.batch * length)), 1)
         if count * self.batch > windows:
             raise UserError(
-                f"{tokens:,} tokens of calibration need {count * self.batch:,} windows of "
+                f"{tokens:,} tokens of training text are {count * self.batch:,} windows of "
                 f"{length}, the text has {windows:,}: give more text, or at most "
-                f"--calibration_tokens {windows // self.batch * self.batch * length}"
+                f"{windows // self.batch * self.batch * length} as --calibration_tokens and "
+                "--repair_tokens"
             )
         batches = train_batches(
             prepared, seed=self.options.seed, batch_size=self.batch, threads=0, prefetch=0

@@ -279,6 +279,7 @@ def test_the_command_prints_a_table(run, shell, tmp_path):
         (["--calibration_source", "jsonl:/nowhere.jsonl"], "/nowhere.jsonl"),
         (["--repair_steps", "0"], "must be 1 or more"),
         (["--repair_tokens", "64"], "add --repair layerwise"),
+        (["--repair_tokens", "100000000", "--repair", "layerwise"], "the text has"),
         (["--repair_tokens", "-1", "--repair", "output"], "must be 0 or more"),
     ],
 )

@@ -9,12 +9,15 @@ gradient goes through more than one layer.
 """
 
 import functools
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
+from optax.contrib import MuonDimensionNumbers
 
 from mea_jax.compress.sweep import (
     Spec,
@@ -34,7 +37,7 @@ STEPS, WARMUP = 400, 20
 # logits come out too small by a few percent, more where more is lost.
 _TEMPERATURES = (1.0, 1.03, 1.06, 1.1, 1.15, 1.2, 1.3, 1.4, 1.6)
 TEMPERED = 4096  # tokens on which one is chosen
-_RATE = 0.01  # of a parameter's root mean square
+_RATE = 0.02  # of a parameter's root mean square
 _RIDGE = 1e-4  # of the mean square of the outputs
 _HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -134,10 +137,44 @@ def refit_output(original: Original, compressed: Layer) -> Tree:
     return attention | {"out": found.reshape(out_NHD.shape).astype(np.float32)}
 
 
+def _matrix(path: tuple, leaf: Any) -> MuonDimensionNumbers | None:
+    """Which axes of a parameter are a matrix's rows and columns; None: it is no matrix.
+
+    Each head of a projection is one, as is each expert.
+    """
+    name = path[-1].key
+    if name.endswith("_mixing") or leaf.ndim < 2:
+        return None
+    if name in ("query", "key", "value"):  # (D, heads, H)
+        return MuonDimensionNumbers(0, 2)
+    return MuonDimensionNumbers(leaf.ndim - 2, leaf.ndim - 1)
+
+
+def _even(path: tuple, leaf: jax.Array) -> jax.Array:
+    """A matrix of equal singular values 1, to a root mean square of 1."""
+    matrix = _matrix(path, leaf)
+    assert matrix is not None
+    return leaf * math.sqrt(max(leaf.shape[axis] for axis in matrix))
+
+
 def _optimizer(steps: int) -> optax.GradientTransformation:
-    """Adam's directions times the schedule; what they are shares of comes later."""
+    """Muon's directions for matrices and Adam's for the rest, each of a root mean square near 1,
+    times the schedule; what they are shares of comes later."""
+    over = jax.tree_util.tree_map_with_path
+
+    def kinds(params):
+        return over(lambda *leaf: "matrix" if _matrix(*leaf) else "other", params)
+
+    muon = optax.chain(
+        optax.contrib.scale_by_muon(weight_dimension_numbers=functools.partial(over, _matrix)),
+        optax.stateless(lambda updates, _: over(_even, updates)),
+    )
+    adam = optax.scale_by_adam(b1=0.9, b2=0.98)
     schedule = optax.warmup_cosine_decay_schedule(0.0, _RATE, min(WARMUP, steps // 2), steps)
-    return optax.chain(optax.scale_by_adam(b1=0.9, b2=0.98), optax.scale_by_learning_rate(schedule))
+    return optax.chain(
+        optax.partition({"matrix": muon, "other": adam}, kinds),
+        optax.scale_by_learning_rate(schedule),
+    )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(3, 4))

@@ -1,0 +1,97 @@
+"""Directions of repair's steps: what a step is, whatever the gradient's size and shape."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from mea_jax.compress import repair
+
+D, HEADS, H, F, EXPERTS = 48, 6, 8, 64, 4
+BLOCK = {
+    "attention": {
+        "query": (D, HEADS, H),
+        "key": (D, 2, H),
+        "value": (D, 2, H),
+        "out": (HEADS, H, D),
+        "key_mixing": (2, HEADS, H // 2, 2),
+        "value_mixing": (2, HEADS),
+        "head_norm": {"scale": (H,)},
+    },
+    "mlp": {"router": (D, EXPERTS), "gate": (EXPERTS, D, F), "down": (EXPERTS, F, D)},
+}
+STEPS = 10
+
+
+def gradients(seed=0):
+    """Of a block's shapes, of very different sizes."""
+    rng = np.random.default_rng(seed)
+    leaves, tree = jax.tree.flatten(BLOCK, is_leaf=lambda x: isinstance(x, tuple))
+    sizes = 10.0 ** rng.integers(-6, 3, len(leaves))
+    made = [size * rng.normal(size=shape) for size, shape in zip(sizes, leaves, strict=True)]
+    return jax.tree.unflatten(tree, [jnp.asarray(leaf, jnp.float32) for leaf in made])
+
+
+@jax.jit
+def update(*each):
+    """The last update after these gradients, over the schedule's rate."""
+    optimizer = repair._optimizer(STEPS)
+    params = jax.tree.map(jnp.ones_like, each[0])
+    state = optimizer.init(params)
+    for gradient in each:
+        found, state = optimizer.update(gradient, state, params)
+    rates = repair._RATE * np.linspace(0, 1, min(repair.WARMUP, STEPS // 2), endpoint=False)
+    return optax.tree.scale(1 / rates[len(each) - 1], found)
+
+
+def rms(leaf):
+    return float(jnp.sqrt(jnp.mean(jnp.square(leaf))))
+
+
+def test_steps_are_shares_of_a_parameter_whatever_its_gradient():
+    first, second = gradients(), gradients()
+    sizes = jax.tree.map(rms, update(first, second))
+    for path, size in jax.tree_util.tree_leaves_with_path(sizes):
+        assert 0.6 < size < 1.3, jax.tree_util.keystr(path)
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "one"),
+    [
+        ("attention", "query", np.s_[:, 1]),
+        ("attention", "out", np.s_[1]),
+        ("mlp", "gate", np.s_[1]),
+    ],
+)
+def test_each_head_and_each_expert_is_a_matrix(where, name, one):
+    """A gradient that is large in one of them moves the others no less, and that one no more."""
+    plain = gradients()
+    large = jax.tree.map(lambda x: x, plain)
+    large[where][name] = large[where][name].at[one].multiply(1e4)
+    a, b = (update(each, each)[where][name] for each in (plain, large))
+    np.testing.assert_allclose(a, b, rtol=0.02, atol=0.02)
+
+
+def test_all_directions_of_a_matrix_move_alike():
+    """Of a gradient with singular values from 1 to 1/100: theirs differ by a factor of 3 at most.
+
+    Adam would follow the largest.
+    """
+    both = gradients()
+    rng = np.random.default_rng(1)
+    left, right = (np.linalg.qr(rng.normal(size=(rows, H)))[0] for rows in (D, H))
+    gradient_DH = (left * np.geomspace(1, 0.01, H)) @ right.T
+    both["attention"]["query"] = jnp.tile(jnp.float32(gradient_DH[:, None]), (1, HEADS, 1))
+    moved = np.linalg.svd(update(both, both)["attention"]["query"][:, 0], compute_uv=False)
+    assert moved.max() / moved.min() < 3
+
+
+def test_repair_moves_nothing_at_the_end():
+    """The schedule falls to 0: the last steps do not shake what was found."""
+    optimizer = repair._optimizer(40)
+    gradient = gradients()
+    state = optimizer.init(gradient)
+    for _ in range(40):
+        moved, state = optimizer.update(gradient, state, gradient)
+    assert max(map(rms, jax.tree.leaves(moved))) < 0.01 * repair._RATE

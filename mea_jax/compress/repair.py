@@ -37,7 +37,10 @@ STEPS, WARMUP = 400, 20
 # logits come out too small by a few percent, more where more is lost.
 _TEMPERATURES = (1.0, 1.03, 1.06, 1.1, 1.15, 1.2, 1.3, 1.4, 1.6)
 TEMPERED = 4096  # tokens on which one is chosen
-_RATE = 0.02  # of a parameter's root mean square
+# Steps are shares of a parameter's root mean square: `_MOST` where much is lost, less where little
+# is. Directions have a size of their own: at one rate a layer that is nearly whole would be shaken.
+# Fewer steps than usual are smaller ones.
+_MOST, _RATE = 0.02, 0.05  # the second times the root of the share of the output that is lost
 _RIDGE = 1e-4  # of the mean square of the outputs
 _HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -170,43 +173,31 @@ def _optimizer(steps: int) -> optax.GradientTransformation:
         optax.stateless(lambda updates, _: over(_even, updates)),
     )
     adam = optax.scale_by_adam(b1=0.9, b2=0.98)
-    schedule = optax.warmup_cosine_decay_schedule(0.0, _RATE, min(WARMUP, steps // 2), steps)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, 1.0, min(WARMUP, steps // 2), steps)
     return optax.chain(
         optax.partition({"matrix": muon, "other": adam}, kinds),
         optax.scale_by_learning_rate(schedule),
     )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(3, 4))
-def _step(
-    whole: bool,
-    spec: Spec,
-    steps: int,
-    params,
-    state,
-    sizes,
-    x_BTD,
-    target_BTD,
-    base_BTD,
-    batch,
-    index,
-):
-    """One step of Adam on |f(x) - target|^2 / |target - base|^2: parameters and state.
-
-    f is the attention (of normed inputs), or the `whole` block.
-    """
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _lost(whole: bool, spec: Spec, params, x_BTD, target_BTD, base_BTD, batch, index):
+    """|f(x) - target|^2 / |target - base|^2; f is the attention (of normed inputs), or the `whole`
+    block."""
     weight_BT1 = (batch["segment_ids"] > 0).astype(jnp.float32)[..., None]
     target_BTD = target_BTD.astype(jnp.float32)
-    change = jnp.sum(jnp.square(target_BTD - base_BTD) * weight_BT1)
     run = run_block if whole else apply_attention
+    y_BTD = run(spec, params, x_BTD, batch, index).astype(jnp.float32)
+    lost = jnp.sum(jnp.square(y_BTD - target_BTD) * weight_BT1)
+    return lost / jnp.sum(jnp.square(target_BTD - base_BTD) * weight_BT1)
 
-    def error(params):
-        y_BTD = run(spec, params, x_BTD, batch, index)
-        return jnp.sum(jnp.square(y_BTD.astype(jnp.float32) - target_BTD) * weight_BT1) / change
 
-    updates, state = _optimizer(steps).update(jax.grad(error)(params), state, params)
-    updates = jax.tree.map(jnp.multiply, updates, sizes)
-    return optax.apply_updates(params, updates), state
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(3, 4))
+def _step(whole: bool, spec: Spec, steps: int, params, state, sizes, *read):
+    """One step down `_lost` of what `read` holds: parameters and state."""
+    gradient = jax.grad(_lost, argnums=2)(whole, spec, params, *read)
+    updates, state = _optimizer(steps).update(gradient, state, params)
+    return optax.apply_updates(params, jax.tree.map(jnp.multiply, updates, sizes)), state
 
 
 def _descend(
@@ -222,8 +213,10 @@ def _descend(
     """`tree` after `steps`. A step takes one batch of the stream, in turn, as `read(number)` gives
     it, and moves each parameter by a share of its own root mean square. Under the mesh."""
     params = stream.place(jax.tree.map(jnp.array, tree))
+    lost = float(_lost(whole, spec, params, *read(0), index))
+    rate = min(_MOST, _RATE * math.sqrt(lost)) * min(1.0, math.sqrt(steps / STEPS))
     state = _optimizer(steps).init(params)
-    sizes = jax.tree.map(lambda p: jnp.sqrt(jnp.mean(jnp.square(p))), params)
+    sizes = jax.tree.map(lambda p: rate * jnp.sqrt(jnp.mean(jnp.square(p))), params)
     for number in progress(range(steps), words):
         params, state = _step(
             whole, spec, steps, params, state, sizes, *read(number % len(stream)), index

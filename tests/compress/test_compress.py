@@ -178,23 +178,42 @@ def test_a_block_that_nothing_was_taken_from_stays(run, one, tmp_path):
         assert_equal(compressed.layer(1)["mlp"], original.layer(1)["mlp"])
 
 
+def first_layer(run, folder, **changes):
+    """The run's first layer on text: its spec, its parameters, and what makes an `Original`."""
+    made = work.Pass(run, folder / "out", options(), print)
+    stream = made.texts.training(folder / "text", 512)
+    stream.embed(made.model, made.source.top())
+    tree = made.source.layer(0)
+    spec = specs(dataclasses.replace(made.model, **changes))[0]
+    return spec, tree["attention"], (tree["attention_norm"]["scale"], stream)
+
+
 @pytest.mark.parametrize("qk_norm", [False, True])
 def test_a_layer_that_is_too_soft_is_sharpened(run, one, tmp_path, qk_norm):
     """Logits at 1/1.2 of what they were: the temperature that brings them back is 1.2."""
-    made = work.Pass(run, tmp_path / "out", options(), print)
-    model = dataclasses.replace(made.model, qk_norm=qk_norm)
-    tree = made.source.layer(0)
-    attention = tree["attention"] | {"query": 4 * tree["attention"]["query"]}
+    spec, attention, rest = first_layer(run, tmp_path, qk_norm=qk_norm)
+    attention = attention | {"query": 4 * attention["query"]}
     if qk_norm:
         scale_H = 3 * np.ones(8, np.float32)
         attention |= {"query_norm": {"scale": scale_H}, "key_norm": {"scale": scale_H}}
-    stream = made.texts.training(tmp_path / "text", 512)
-    stream.embed(made.model, made.source.top())
-    spec, scale = specs(model)[0], tree["attention_norm"]["scale"]
     soft = repair.sharpened(attention, 1 / 1.2)
-    original = repair.Original(spec, attention, scale, stream)
+    original = repair.Original(spec, attention, *rest)
     assert repair.temperature(original, (spec, soft)) == 1.2
     assert original.error((spec, repair.sharpened(soft, 1.2))) < 1e-9
+
+
+def test_a_layer_that_is_nearly_whole_is_not_shaken(run, one, tmp_path):
+    """Few steps bring a layer nearer however little it has lost."""
+    spec, attention, rest = first_layer(run, tmp_path)
+    original = repair.Original(spec, attention, *rest)
+    rng = np.random.default_rng(0)
+    for size in (0.1, 0.01, 0.001):
+        moved = {
+            name: leaf * (1 + size * rng.normal(size=leaf.shape)).astype(np.float32)
+            for name, leaf in attention.items()
+        }
+        before = original.error((spec, moved))
+        assert original.error((spec, repair.reconstruct(original, (spec, moved), 20))) < before
 
 
 def test_only_our_methods_are_sharpened(run, one, tmp_path):

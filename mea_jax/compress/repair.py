@@ -37,10 +37,11 @@ STEPS, WARMUP = 400, 20
 # logits come out too small by a few percent, more where more is lost.
 _TEMPERATURES = (1.0, 1.03, 1.06, 1.1, 1.15, 1.2, 1.3, 1.4, 1.6)
 TEMPERED = 4096  # tokens on which one is chosen
-# Steps are shares of a parameter's root mean square: `_MOST` where much is lost, less where little
-# is. Directions have a size of their own: at one rate a layer that is nearly whole would be shaken.
-# Fewer steps than usual are smaller ones.
+# Steps are shares of a parameter's root mean square: of Muon `_MOST` where much is lost, less where
+# little is (directions have a size of their own: at one rate a layer that is nearly whole would be
+# shaken). Fewer than `_FEW` are Adam's: orthogonal directions need more to average their noise out.
 _MOST, _RATE = 0.02, 0.05  # the second times the root of the share of the output that is lost
+_FEW, _FEW_RATE = 100, 0.01
 _RIDGE = 1e-4  # of the mean square of the outputs
 _HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -174,10 +175,10 @@ def _optimizer(steps: int) -> optax.GradientTransformation:
     )
     adam = optax.scale_by_adam(b1=0.9, b2=0.98)
     schedule = optax.warmup_cosine_decay_schedule(0.0, 1.0, min(WARMUP, steps // 2), steps)
-    return optax.chain(
-        optax.partition({"matrix": muon, "other": adam}, kinds),
-        optax.scale_by_learning_rate(schedule),
-    )
+    directions = adam
+    if steps >= _FEW:
+        directions = optax.partition({"matrix": muon, "other": adam}, kinds)
+    return optax.chain(directions, optax.scale_by_learning_rate(schedule))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -213,8 +214,10 @@ def _descend(
     """`tree` after `steps`. A step takes one batch of the stream, in turn, as `read(number)` gives
     it, and moves each parameter by a share of its own root mean square. Under the mesh."""
     params = stream.place(jax.tree.map(jnp.array, tree))
-    lost = float(_lost(whole, spec, params, *read(0), index))
-    rate = min(_MOST, _RATE * math.sqrt(lost)) * min(1.0, math.sqrt(steps / STEPS))
+    rate = _FEW_RATE
+    if steps >= _FEW:
+        lost = float(_lost(whole, spec, params, *read(0), index))
+        rate = min(_MOST, _RATE * math.sqrt(lost))
     state = _optimizer(steps).init(params)
     sizes = jax.tree.map(lambda p: rate * jnp.sqrt(jnp.mean(jnp.square(p))), params)
     for number in progress(range(steps), words):

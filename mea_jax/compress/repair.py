@@ -162,8 +162,8 @@ def _even(path: tuple, leaf: jax.Array) -> jax.Array:
 
 
 def _optimizer(steps: int) -> optax.GradientTransformation:
-    """Muon's directions for matrices and Adam's for the rest, each of a root mean square near 1,
-    times the schedule; what they are shares of comes later."""
+    """Muon's directions for matrices and Adam's for the rest (of few steps for all), each of a root
+    mean square near 1, times the schedule; what they are shares of comes later."""
     over = jax.tree_util.tree_map_with_path
 
     def kinds(params):

@@ -74,9 +74,9 @@ def test_compression_keeps_the_experts_and_with_all_heads_the_model(run, devices
 def test_blocks_with_experts_are_repaired(run, devices, tmp_path):
     """By Muon, an expert a matrix: the model comes nearer to the original's losses."""
     devices(1)
-    how = {"keep": 0.25, "method": "svd", "dtype": "float32", **SMALL}
+    how: dict[str, Any] = {"keep": 0.25, "method": "svd", "dtype": "float32", **SMALL}
     plain = compress(run, tmp_path / "plain", Options(**how))
-    steps = {"repair": "blockwise", "repair_steps": repair._FEW}
+    steps: dict[str, Any] = {"repair": "blockwise", "repair_steps": repair._FEW}
     repaired = compress(run, tmp_path / "repaired", Options(**how, **steps))
     assert abs(repaired["held_out"]["increase"]) < 0.5 * abs(plain["held_out"]["increase"])
     before, after = (StoredModel(path, print).layer(0) for path in (run, tmp_path / "repaired"))

@@ -59,13 +59,14 @@ def test_moments_are_added_up_over_devices_once(whole):
 
 
 def test_the_compressed_layer_is_what_is_repaired(whole):
-    """Half of the K heads stay, as components with a mixing each; two moments beside them."""
+    """Half of the K heads stay, as components with a mixing each; beside it two moments (Adam), and
+    one beside each projection (Muon)."""
     for keep, components in ((0.5, 2), (0.25, 1)):
         options = dataclasses.replace(OPTIONS, keep=keep)
         program = planned(names=("repair",), options=options)[2]["repair"]
-        size = 2 * D * N * H + 2 * (D * components * H + components * K)
-        assert program.held["compressed attention"] == 4 * size
-        assert program.held["optimizer"] == pytest.approx(2 * 4 * size, abs=16)
+        projections, mixing = 2 * D * N * H + 2 * D * components * H, 2 * components * K
+        assert program.held["compressed attention"] == 4 * (projections + mixing)
+        assert program.held["optimizer"] == pytest.approx(4 * (projections + 2 * mixing), abs=32)
         assert program.held["original attention"] == 4 * (2 * D * N * H + 2 * D * K * H + D)
 
 

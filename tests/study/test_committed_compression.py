@@ -42,3 +42,18 @@ def test_its_tables_are_what_its_rows_give(tmp_path):
 @pytest.mark.parametrize("page", [PAGE, ROOT / "README.md"])
 def test_pages_show_the_table_of_the_rows(page):
     assert figures.short_table(read(DATA / "rows.jsonl")) in page.read_text()
+
+
+def test_the_page_tells_what_was_retrieved():
+    """Means over depths of `retrieval.jsonl`, at each length."""
+    rows, page = read(DATA / "retrieval.jsonl"), PAGE.read_text()
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    assert len(models) == 5
+    for model in models:
+        cells = []
+        for length in (256, 512, 1024):
+            of = [r for r in rows if (r["model"], r["length"]) == (model, length)]
+            assert sum(r["samples"] for r in of) == 100
+            right, nats = (sum(r[name] for r in of) / len(of) for name in ("exact", "nats"))
+            cells.append(f"{right:.0%}, {nats:.2f}")
+        assert f"| {model} | {' | '.join(cells)} |" in page

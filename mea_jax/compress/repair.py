@@ -58,12 +58,19 @@ def _normal_equations(spec: Spec, attention: Tree, normed_BTD, target_BTD, batch
     return dot(o.T, o), dot(o.T, y), weight_BT1.sum()
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _squares(spec: Spec, attention: Tree, normed_BTD, target_BTD, batch, index):
-    y_BTD = apply_attention(spec, attention, normed_BTD, batch, index).astype(jnp.float32)
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _squares(whole: bool, spec: Spec, params, x_BTD, target_BTD, base_BTD, batch, index):
+    """|f(x) - target|^2 and |target - base|^2; f is the attention (of normed inputs), or the
+    `whole` block."""
     weight_BT1 = (batch["segment_ids"] > 0).astype(jnp.float32)[..., None]
-    target_BTD = target_BTD.astype(jnp.float32) * weight_BT1
-    return jnp.sum(jnp.square(y_BTD * weight_BT1 - target_BTD)), jnp.sum(jnp.square(target_BTD))
+    target_BTD = target_BTD.astype(jnp.float32)
+    run = run_block if whole else apply_attention
+    y_BTD = run(spec, params, x_BTD, batch, index).astype(jnp.float32)
+
+    def total(difference_BTD):
+        return jnp.sum(jnp.square(difference_BTD) * weight_BT1)
+
+    return total(y_BTD - target_BTD), total(target_BTD - base_BTD)
 
 
 class Original:
@@ -92,8 +99,8 @@ class Original:
         with jax.set_mesh(self.stream.mesh):
             for number in range(len(self.stream))[:most]:
                 batch, normed, target = self.batch(number)
-                sums = _squares(compressed[0], placed, normed, target, batch, self.index)
-                sums = jax.device_get(sums)
+                read = (normed, target, 0.0, batch, self.index)
+                sums = jax.device_get(_squares(False, compressed[0], placed, *read))
                 lost, whole = lost + float(sums[0]), whole + float(sums[1])
         return lost / max(whole, 1e-30)
 
@@ -181,16 +188,10 @@ def _optimizer(steps: int) -> optax.GradientTransformation:
     return optax.chain(directions, optax.scale_by_learning_rate(schedule))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _lost(whole: bool, spec: Spec, params, x_BTD, target_BTD, base_BTD, batch, index):
-    """|f(x) - target|^2 / |target - base|^2; f is the attention (of normed inputs), or the `whole`
-    block."""
-    weight_BT1 = (batch["segment_ids"] > 0).astype(jnp.float32)[..., None]
-    target_BTD = target_BTD.astype(jnp.float32)
-    run = run_block if whole else apply_attention
-    y_BTD = run(spec, params, x_BTD, batch, index).astype(jnp.float32)
-    lost = jnp.sum(jnp.square(y_BTD - target_BTD) * weight_BT1)
-    return lost / jnp.sum(jnp.square(target_BTD - base_BTD) * weight_BT1)
+def _lost(*inputs):
+    """The ratio of `_squares`."""
+    lost, change = _squares(*inputs)
+    return lost / change
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(3, 4))

@@ -79,7 +79,7 @@ def test_memory_is_that_of_one_layer(whole):
     assert six.disk == two.disk
     for stage, more in zip(two.stages, six.stages, strict=True):
         for name, count in stage.runs.items():
-            assert more.runs[name] == count * (1 if name == "loss" else 3)
+            assert more.runs[name] == count * (1 if name in ("loss", "compare") else 3)
     wider = planned(names=("calibrate",), d_ff=4 * F)[2]["calibrate"]
     assert wider.peak >= programs["calibrate"].peak + 3 * 4 * 3 * D * F
 
@@ -125,6 +125,7 @@ def test_runs_are_those_of_a_real_compression(tiny, devices, tmp_path, monkeypat
     count(sweep, "watch_block", "calibrate")
     count(sweep, "run_block", "pass")
     count(sweep, "loss_sums", "loss")
+    count(sweep, "compared_sums", "compare")
     count(repair, "run_attention", "target")
     count(repair, "_step", "repair")
     options = Options(

@@ -17,7 +17,7 @@ from mea_jax.compress import layer as layers
 from mea_jax.compress.measure import Measurer, Sensitivity, plain_layer, residuals
 from mea_jax.compress.moments import Moments, of_weights
 from mea_jax.compress.options import Options
-from mea_jax.compress.sweep import moments_of, progress, specs
+from mea_jax.compress.sweep import Losses, Stream, moments_of, progress, specs
 from mea_jax.compress.texts import Texts
 from mea_jax.config import ModelConfig
 from mea_jax.errors import UserError
@@ -25,7 +25,6 @@ from mea_jax.report import disk_errors, write_json
 from mea_jax.stored import StoredModel
 
 SHARED = ("calibration_tokens", "calibration_source", "held_out_tokens", "dtype", "seed")
-Losses = dict[str, tuple[float, float]]
 
 
 class Findings:
@@ -56,15 +55,15 @@ class Findings:
             )
 
     def calibrate(self) -> Losses:
-        """Moments of every layer, into the folder; the held-out loss: nats and tokens by source."""
-        before, total = self.folder / "before.json", self.model.n_layers
+        """Moments of every layer, into the folder; the held-out loss of its batches."""
+        before, total = self.folder / "losses.json", self.model.n_layers
         if before.exists():
             return json.loads(before.read_text())
         done = 0
         while self._moments_file(done).exists():
             done += 1
         text = None
-        if tokens := self.options.calibration_tokens:
+        if (tokens := self.options.calibration_tokens) and done < total:
             text = self.texts.training(self.folder / "calibration", tokens)
         held_out = self.texts.held_out(self.folder / "held_out")
         for stream in filter(None, (text, held_out)):
@@ -82,9 +81,15 @@ class Findings:
             self._save_moments(index, moments)
         losses = held_out.losses(self.model, self.source.top())
         write_json(before, losses)
-        for stream in filter(None, (text, held_out)):
-            shutil.rmtree(stream.folder)
+        if text is not None:
+            shutil.rmtree(text.folder)
         return losses
+
+    def held_out(self) -> Stream:
+        """The held-out text behind the original's last layer, where `calibrate` has left it."""
+        stream = self.texts.held_out(self.folder / "held_out")
+        stream.start(self.model, self.source.top(), self.model.n_layers, self.source.layer)
+        return stream
 
     def _moments_file(self, index: int) -> Path:
         return self.folder / f"moments-{index}.npz"
@@ -116,8 +121,8 @@ class Findings:
 
     def _sensitivity_file(self, index: int) -> Path:
         asked = self.options
-        tokens = "" if asked.budget == "residual" else f"-{asked.measure_tokens}"
-        return self.folder / f"{asked.budget}{tokens}-{asked.method}-{index}.json"
+        text = "" if asked.budget == "residual" else f"-divergence-{asked.measure_tokens}"
+        return self.folder / f"{asked.budget}{text}-{asked.method}-{index}.json"
 
     def _keep(self, found: list[Sensitivity]) -> None:
         rows = [dataclasses.asdict(row) for row in found]

@@ -1,39 +1,45 @@
 """What a compression did, as a table, JSON and a picture."""
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import matplotlib
+import numpy as np
 
 from mea_jax.compress.measure import Sensitivity
 from mea_jax.compress.options import Options
+from mea_jax.compress.sweep import Losses
 from mea_jax.report import disk_errors
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+
+Batches = Sequence[Sequence[float]]  # of `Losses`
 
 
 def summarise(
     options: Options,
     cache: tuple[list[tuple[int, int]], list[tuple[int, int]]],
     rows: list[dict[str, Any]],
-    losses: tuple[dict[str, tuple[float, float]], dict[str, tuple[float, float]]],
+    losses: tuple[Losses, Losses],
     sensitivities: list[Sensitivity],
     heads: int,
 ) -> dict[str, Any]:
     """Everything about one compression, as JSON values. `cache`, `losses`: before and after."""
     before, after = ([sum(layer) for layer in side] for side in cache)
-    domains = {}
-    for name in losses[0]:
-        old, new = (side[name][0] / max(side[name][1], 1) for side in losses)
-        domains[name] = {"before": old, "after": new, "increase": new - old}
-    tokens = [sum(n for _, n in side.values()) for side in losses]
-    old, new = (
-        sum(nll for nll, _ in side.values()) / max(n, 1)
-        for side, n in zip(losses, tokens, strict=True)
-    )
-    mean = sum(d["increase"] for d in domains.values()) / len(domains)
+    domains = {name: _compared(losses[0][name], losses[1][name]) for name in losses[0]}
+    everything = [[batch for side in found.values() for batch in side] for found in losses]
+
+    def mean(name: str, error: str) -> dict[str, float]:
+        """Of all domains, which count alike."""
+        return {
+            f"mean_{name}": sum(d[name] for d in domains.values()) / len(domains),
+            f"mean_{error}": math.hypot(*(d[error] for d in domains.values())) / len(domains),
+        }
+
     return {
         "options": options.__dict__ | {},
         "versions": {"jax": jax.__version__},
@@ -45,15 +51,36 @@ def summarise(
             for row, b, a in zip(rows, before, after, strict=True)
         ],
         "held_out": {
-            "before": old,
-            "after": new,
-            "increase": new - old,
-            "mean_increase": mean,
-            "tokens": int(tokens[0]),
+            **_compared(*everything),
+            **mean("increase", "error"),
+            **mean("divergence", "divergence_error"),
+            "tokens": int(sum(n for _, n in everything[0])),
             "domains": domains,
         },
         "sensitivities": [s.__dict__ for s in sensitivities],
     }
+
+
+def _ratio(sums: Sequence[float], tokens: Sequence[float]) -> tuple[float, float]:
+    """Sums over tokens, and its standard error: of a ratio, batches being the units; 0 where there
+    is but one."""
+    x, n = np.asarray(sums, float), np.asarray(tokens, float)
+    total, units = max(n.sum(), 1.0), len(n)
+    ratio = x.sum() / total
+    spread = np.square(x - ratio * n).sum() * units / max(units - 1, 1)
+    return float(ratio), float(np.sqrt(spread) / total)
+
+
+def _compared(before: Batches, after: Batches) -> dict[str, float]:
+    """Losses in nats a token, the increase and the divergence, each with its standard error. An
+    increase is that of each batch over itself."""
+    old, tokens = zip(*before, strict=True)
+    new, _, moved = zip(*after, strict=True)
+    found = {"before": _ratio(old, tokens)[0], "after": _ratio(new, tokens)[0]}
+    more = [b - a for a, b in zip(old, new, strict=True)]
+    found["increase"], found["error"] = _ratio(more, tokens)
+    found["divergence"], found["divergence_error"] = _ratio(moved, tokens)
+    return found
 
 
 def table(summary: dict[str, Any]) -> str:
@@ -77,11 +104,17 @@ def table(summary: dict[str, Any]) -> str:
         f"cache        {cache['before']:,} > {cache['after']:,} bytes per token, "
         f"{summary['cache_kept']:.1%} kept",
         "",
-        f"{'held-out loss (nats per token)':<36}  before   after  increase",
+        f"{'held-out loss (nats per token)':<36}  before   after  {'increase':<16}  divergence",
     ]
     for name, d in [*loss["domains"].items(), ("all", loss)]:
         short = name if len(name) <= 36 else "..." + name[-33:]
-        lines.append(f"{short:<36}  {d['before']:6.4f}  {d['after']:6.4f}  {d['increase']:+8.4f}")
+        line = f"{short:<36}  {d['before']:6.4f}  {d['after']:6.4f}"
+        for value, error in (
+            (f"{d['increase']:+.4f}", "error"),
+            (f"{d['divergence']:.4f}", "divergence_error"),
+        ):
+            line += "  " + (f"{value} ±{d[error]:.4f}" if d[error] else value).ljust(16)
+        lines.append(line.rstrip())
     unseen = sum(row["unseen"] for row in summary["layers"])
     if unseen:
         lines.append(
@@ -114,7 +147,7 @@ def draw(summary: dict[str, Any], path: Path) -> None:
         middle.plot(xs, [max(y, 1e-6) for y in ys], marker=marker, label=f"{which}s")
     middle.set_yscale("log")
     if measured:
-        title, label = f"Alone, at {half} of {heads} heads", "increase of loss (nats)"
+        title, label = f"Alone, at {half} of {heads} heads", "divergence of predictions (nats)"
     else:
         title, label = "Share of energy lost", "of keys' or values' energy"
     middle.set(xlabel="layer", ylabel=label, title=title)

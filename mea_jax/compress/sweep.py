@@ -23,13 +23,15 @@ from mea_jax.compress.moments import Moments
 from mea_jax.config import ModelConfig
 from mea_jax.embedding import lookup
 from mea_jax.layers import Context
-from mea_jax.losses import cross_entropy, positions_within
+from mea_jax.losses import cross_entropy, distilled_cross_entropy, positions_within
 from mea_jax.norms import rms_norm
 from mea_jax.transformer import Block, rope_of
 from mea_jax.variants import make_attention
 
 Tree = dict[str, Any]
 Batch = dict[str, np.ndarray]
+# Of each batch, by label: nats, tokens, and where two models are compared KL(original || changed).
+Losses = dict[str, list[list[float]]]
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
@@ -124,16 +126,38 @@ def _embed(model: ModelConfig, top: Tree, batch):
     return x_BTD.astype(activation)
 
 
+def _unembedding(model: ModelConfig, top: Tree) -> tuple[jax.Array, int]:
+    """The kernel (D, V) from hidden states to logits, and positions of which they exist at once."""
+    kernel_DV = top["embedding"].T if model.tie_embeddings else top["head"]
+    return kernel_DV, positions_within(model.loss_chunk, kernel_DV.shape[1])
+
+
+def _hidden(model: ModelConfig, top: Tree, x_BTD) -> jax.Array:
+    return rms_norm(x_BTD, top["final_norm"]["scale"], model.norm_eps)
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def loss_sums(model: ModelConfig, top: Tree, x_BTD, batch) -> tuple[jax.Array, jax.Array]:
     """Sum of nats and number of tokens of a batch whose last residual is `x_BTD`."""
-    kernel_DV = top["embedding"].T if model.tie_embeddings else top["head"]
-    x_BTD = rms_norm(x_BTD, top["final_norm"]["scale"], model.norm_eps)
+    kernel_DV, chunk = _unembedding(model, top)
     weights_BT = (batch["segment_ids"] > 0).astype(jnp.float32)
-    chunk = positions_within(model.loss_chunk, kernel_DV.shape[1])
-    backend = make_backend(model)
-    _, nll = cross_entropy(x_BTD, kernel_DV, batch["targets"], weights_BT, backend, chunk, 0.0)
+    read = (_hidden(model, top, x_BTD), kernel_DV, batch["targets"], weights_BT)
+    _, nll = cross_entropy(*read, make_backend(model), chunk, 0.0)
     return nll, weights_BT.sum()
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def compared_sums(
+    model: ModelConfig, top: Tree, x_BTD, original_BTD, batch
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`loss_sums` of a changed model, and the sum over tokens of KL(original || changed), nats;
+    `x_BTD` and `original_BTD` are the last residuals of the two."""
+    kernel_DV, chunk = _unembedding(model, top)
+    weights_BT = (batch["segment_ids"] > 0).astype(jnp.float32)
+    changed, original = (_hidden(model, top, x) for x in (x_BTD, original_BTD))
+    read = (changed, kernel_DV, batch["targets"], weights_BT, original, kernel_DV)
+    _, nll, divergence = distilled_cross_entropy(*read, make_backend(model), chunk, 0.0, 1.0)
+    return nll, weights_BT.sum(), divergence
 
 
 class Stream:
@@ -248,14 +272,20 @@ class Stream:
             self._store(index + 1, results())
         return sums if watch else None
 
-    def losses(self, model: ModelConfig, top: Tree) -> dict[str, tuple[float, float]]:
-        """Sum of nats and number of tokens for each label, after the last layer."""
-        placed, found = self.place(top), dict.fromkeys(self.labels, (0.0, 0.0))
+    def losses(self, model: ModelConfig, top: Tree, original: "Stream | None" = None) -> Losses:
+        """Nats and tokens of each batch after the last layer; with the `original` model's stream,
+        after its last, also by how many nats predictions have moved from that model's."""
+        placed = self.place(top)
+        found: Losses = {label: [] for label in self.labels}
         with jax.set_mesh(self.mesh):
             for number, (batch, label) in enumerate(zip(self.batches, self.labels, strict=True)):
-                x_BTD = self.residual(number, model)
-                nll, tokens = jax.device_get(loss_sums(model, placed, x_BTD, self.put(batch)))
-                found[label] = (found[label][0] + float(nll), found[label][1] + float(tokens))
+                x_BTD, on = self.residual(number, model), self.put(batch)
+                if original is None:
+                    sums = loss_sums(model, placed, x_BTD, on)
+                else:
+                    before_BTD = original.residual(number, model)
+                    sums = compared_sums(model, placed, x_BTD, before_BTD, on)
+                found[label].append([float(value) for value in jax.device_get(sums)])
         return found
 
 

@@ -16,11 +16,11 @@ import jax
 from mea_jax.backends import resolve
 from mea_jax.compress import budgets, methods, repair
 from mea_jax.compress import layer as layers
-from mea_jax.compress.findings import Findings, Losses
+from mea_jax.compress.findings import Findings
 from mea_jax.compress.measure import Sensitivity, assemble
 from mea_jax.compress.moments import unseen
 from mea_jax.compress.options import Options, check, repair_text
-from mea_jax.compress.sweep import Stream, progress, specs
+from mea_jax.compress.sweep import Losses, Stream, progress, specs
 from mea_jax.compress.texts import Texts
 from mea_jax.config import ModelConfig
 from mea_jax.errors import UserError
@@ -217,7 +217,7 @@ class Pass:
         return repair.reconstruct(original, (compressed[0], attention), steps, words)
 
     def look(self, writer: Writer) -> Losses:
-        """The compressed model's held-out loss."""
+        """The compressed model's held-out loss, and how far it has moved from the original."""
         file = self.part / "after.json"
         if file.exists():
             return json.loads(file.read_text())
@@ -225,7 +225,7 @@ class Pass:
         stream.embed(writer.model, top)
         for index in progress(range(writer.model.n_layers), "evaluating, layers"):
             stream.advance(specs(writer.model)[index], writer.layer(index))
-        losses = stream.losses(writer.model, top)
+        losses = stream.losses(writer.model, top, self.findings.held_out())
         write_json(file, losses)
         shutil.rmtree(self.part / "held_out")
         return losses

@@ -101,6 +101,7 @@ def _options() -> profile.Options:
         contexts=contexts,
         rows=ROWS.value,
         repeats=REPEATS.value,
+        prefill=PREFILL.value,
         cache_dtype=None if CACHE_DTYPE.value == "auto" else CACHE_DTYPE.value,
     )
 
@@ -222,6 +223,9 @@ if __name__ == "__main__":
     )
     ROWS = flags.DEFINE_integer("rows", 1, "sequences at once, of speed")
     REPEATS = flags.DEFINE_integer("repeats", 5, "rounds of speed, the models in turn")
+    PREFILL = flags.DEFINE_boolean(
+        "prefill", True, "of speed: read and time prompts; --noprefill: only decode"
+    )
     BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "held-out windows at once")
     MAX_BATCHES = flags.DEFINE_integer("max_batches", 0, "of held-out windows a source; 0: all")
     DTYPE = flags.DEFINE_string("dtype", "auto", "of products: auto, float32 or bfloat16")
@@ -241,5 +245,5 @@ if __name__ == "__main__":
     OF_TASKS = ["baseline", "include_path", "num_fewshot", "limit", "max_length", "batch_tokens"]
     OF_TASKS += ["distributed", "coordinator", "num_processes", "process_id"]
     OF_PROFILE = ["parts", "seed", "samples", "lengths", "depths", "needles", "contexts", "rows"]
-    OF_PROFILE += ["repeats", "batch_size", "max_batches"]
+    OF_PROFILE += ["repeats", "prefill", "batch_size", "max_batches"]
     cli.run(main, "stopped; what was measured is in report.json")

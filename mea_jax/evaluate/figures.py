@@ -192,11 +192,12 @@ def _passkey(report: Report) -> Any:
 
 def _speed(report: Report) -> Any:
     models = report["models"]
-    figure, panels = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    kinds = (
-        ("tokens_per_second", "tokens per second", "Decoding"),
-        ("prefill_seconds", "seconds", "Prefill"),
-    )
+    kinds = [("tokens_per_second", "tokens per second", "Decoding")]
+    if "prefill_seconds" in models[0]["speed"][0]:
+        kinds.append(("prefill_seconds", "seconds", "Prefill"))
+    size = (1 + 5 * len(kinds), 4.2)
+    figure, grid = plt.subplots(1, len(kinds), figsize=size, layout="constrained", squeeze=False)
+    panels = grid[0]
     for axes, (key, unit, title) in zip(panels, kinds, strict=True):
         for i, model in enumerate(models):
             contexts = [row["context"] for row in model["speed"]]
@@ -220,13 +221,16 @@ def _speed(report: Report) -> Any:
         axes.set_title(title)
         axes.grid(alpha=0.3)
     panels[0].set_ylim(bottom=0)
-    panels[1].set_yscale("log")
+    for axes in panels[1:]:
+        axes.set_yscale("log")
     panels[0].legend(frameon=False, fontsize=8)
     rows, repeats = models[0]["speed"][0]["rows"], report["options"]["repeats"]
     device, dtype = report["machine"]["device"], models[0]["dtype"]
     together = f"{rows} sequences" if rows > 1 else "one sequence"
+    between = " " if len(kinds) > 1 else "\n"
     figure.suptitle(
-        f"Speed of {together} on {device}, {dtype}: medians and quartiles of {repeats} rounds",
+        f"Speed of {together} on {device}, {dtype}:{between}"
+        f"medians and quartiles of {repeats} rounds",
         fontsize=11,
     )
     return figure

@@ -46,6 +46,7 @@ class Options:
     contexts: tuple[int, ...] | None = None  # of speed; None: `CONTEXTS`
     rows: int = 1  # sequences at once, of speed
     repeats: int = 5  # rounds of speed
+    prefill: bool = True  # whether speed reads and times prompts
     cache_dtype: str | None = None  # None: the compute dtype
 
 
@@ -286,6 +287,7 @@ def profile(
             rows=options.rows,
             repeats=options.repeats,
             cache_dtype=options.cache_dtype,
+            prefill=options.prefill,
             say=say,
         )
         for name, speeds in found.items():

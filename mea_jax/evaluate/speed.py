@@ -70,25 +70,49 @@ def _cycle(served, params, cache: Cache, tokens_B: jax.Array) -> tuple[Cache, ja
     return flush(cache), tokens_B
 
 
+def _taken_as_full(served, rows: int, length: int, dtype) -> tuple[jax.Array, Cache]:
+    """What `_fill` gives, but for what is in it: all keys and values are 0."""
+    cache = decode.empty_cache(served, rows, length, dtype)
+    full_B = jnp.full_like(cache.lengths_B, length)
+    owned_BS = jnp.ones_like(cache.segment_ids_BS)
+    cache = dataclasses.replace(
+        cache, segment_ids_BS=owned_BS, lengths_B=full_B, positions_B=full_B
+    )
+    return jnp.zeros(rows, jnp.int32), cache
+
+
 def _programs(
-    model: ModelConfig, params: Any, context: int, rows: int, cache_dtype: str | None
-) -> tuple[Callable[[], Any], Callable[[], Any]]:
-    """Calls that prefill `rows` prompts of `context` tokens, and that decode `RECENT` more each."""
+    model: ModelConfig,
+    params: Any,
+    context: int,
+    rows: int,
+    cache_dtype: str | None,
+    prompts: bool,
+) -> tuple[Callable[[], Any] | None, Callable[[], Any]]:
+    """Calls that prefill `rows` prompts of `context` tokens, and that decode `RECENT` more each.
+
+    Without `prompts` nothing is prefilled, and the first is None.
+    """
     auto = dataclasses.replace(model, attention_kernel="auto")
     resolved = resolve(auto, [jax.devices()[0]], context)
     served, params = decode.serve(resolved, params)
     dtype = jnp.dtype(cache_dtype or resolved.dtype)
     rng = np.random.default_rng(0)
     tokens_BT = jnp.asarray(rng.integers(0, resolved.vocab_size, (rows, context)), jnp.int32)
-    fill = jax.jit(functools.partial(_fill, served, context, dtype)).lower(params, tokens_BT)
-    filled = fill.compile()
     held: dict[str, Any] = {}
-    held["tokens"], held["cache"] = filled(params, tokens_BT)
+    prefill = None
+    if prompts:
+        fill = jax.jit(functools.partial(_fill, served, context, dtype)).lower(params, tokens_BT)
+        filled = fill.compile()
+        held["tokens"], held["cache"] = filled(params, tokens_BT)
+
+        def prefill() -> jax.Array:
+            return filled(params, tokens_BT)[0]
+
+    else:
+        held["tokens"], held["cache"] = _taken_as_full(served, rows, context, dtype)
     cycle = jax.jit(functools.partial(_cycle, served), donate_argnums=1)
     compiled = cycle.lower(params, held["cache"], held["tokens"]).compile()
-
-    def prefill() -> jax.Array:
-        return filled(params, tokens_BT)[0]
 
     def advance() -> jax.Array:
         held["cache"], held["tokens"] = compiled(params, held["cache"], held["tokens"])
@@ -104,6 +128,7 @@ def speeds(
     rows: int = 1,
     repeats: int = 5,
     cache_dtype: str | None = None,
+    prefill: bool = True,
     say: Callable[[str], Any] = lambda line: None,
 ) -> dict[str, list[dict[str, Any]]]:
     """Speed of each model at each context, the models in turn.
@@ -115,6 +140,8 @@ def speeds(
       rows: sequences at once.
       repeats: rounds; each decodes `cache.RECENT` tokens a row, the flush of the cache included.
       cache_dtype: of keys and values; None for the model's compute dtype.
+      prefill: whether prompts are read and timed, which takes most of the time of long contexts;
+        if not, caches are taken as full of zeros, which a step reads as fast.
       say: takes a line of progress a context.
 
     Returns:
@@ -122,35 +149,36 @@ def speeds(
       "prefill_seconds", "prefill_over_first"}; but for the first two, quartiles over the rounds:
       {"median", "low", "high"}. `tokens_per_second` counts all rows, `over_first` divides it by
       that of the first model in the same round; `prefill_over_first` likewise divides seconds.
+      Without `prefill` those two are not there.
     """
     result: dict[str, list[dict[str, Any]]] = {name: [] for name in models}
     first = next(iter(models))
     for context in contexts:
         programs = {
-            name: _programs(model, params, context, rows, cache_dtype)
+            name: _programs(model, params, context, rows, cache_dtype, prefill)
             for name, (model, params) in models.items()
         }
         # Each has been run once, to fill the cache.
-        prefill = interleaved({name: p[0] for name, p in programs.items()}, repeats, warmup=0)
+        fills = {name: p[0] for name, p in programs.items() if p[0] is not None}
+        filling = interleaved(fills, repeats, warmup=0)
         decoding = interleaved({name: p[1] for name, p in programs.items()}, repeats)
         for name in models:
             rates = [rows * RECENT / seconds for seconds in decoding[name]]
             ratios = [a / b for a, b in zip(decoding[first], decoding[name], strict=True)]
-            slower = [a / b for a, b in zip(prefill[name], prefill[first], strict=True)]
-            result[name].append(
-                {
-                    "context": context,
-                    "rows": rows,
-                    "tokens_per_second": quartiles(rates),
-                    "over_first": quartiles(ratios),
-                    "prefill_seconds": quartiles(prefill[name]),
-                    "prefill_over_first": quartiles(slower),
-                }
-            )
-            say(
-                f"{name}: {context:,} positions: {np.median(rates):,.1f} tokens/s, "
-                f"prefill {np.median(prefill[name]):.3f} s"
-            )
-        del programs
+            row: dict[str, Any] = {
+                "context": context,
+                "rows": rows,
+                "tokens_per_second": quartiles(rates),
+                "over_first": quartiles(ratios),
+            }
+            said = f"{name}: {context:,} positions: {np.median(rates):,.1f} tokens/s"
+            if name in filling:
+                slower = [a / b for a, b in zip(filling[name], filling[first], strict=True)]
+                row["prefill_seconds"] = quartiles(filling[name])
+                row["prefill_over_first"] = quartiles(slower)
+                said += f", prefill {np.median(filling[name]):.3f} s"
+            result[name].append(row)
+            say(said)
+        del programs, fills
         gc.collect()
     return result

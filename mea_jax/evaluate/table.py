@@ -60,8 +60,10 @@ def text(report: Report) -> str:
             cells = [m["speed"][i] for m in models]
             values = [f"{c['tokens_per_second']['median']:,.1f}" for c in cells]
             add(f"  {row['context']:,} positions", _times(values, cells, "over_first"))
-        add(f"prefill, seconds{batch}", [""] * len(models))
-        for i, row in enumerate(first["speed"]):
+        timed = first["speed"] if "prefill_seconds" in first["speed"][0] else []
+        if timed:
+            add(f"prefill, seconds{batch}", [""] * len(models))
+        for i, row in enumerate(timed):
             cells = [m["speed"][i] for m in models]
             values = [f"{c['prefill_seconds']['median']:.3f}" for c in cells]
             add(f"  {row['context']:,} tokens", _times(values, cells, "prefill_over_first"))

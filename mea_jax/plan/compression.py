@@ -40,7 +40,7 @@ from mea_jax.plan.target import Target
 from mea_jax.train_step import abstract_params
 from mea_jax.trained import unresolved
 
-PROGRAMS = ("calibrate", "pass", "loss", "target", "repair")
+PROGRAMS = ("calibrate", "pass", "loss", "target", "repair", "compare")
 REPAIRING = ("target", "repair")  # those that only --repair layerwise runs
 
 
@@ -78,26 +78,28 @@ class Work:
 
     @property
     def stages(self) -> list[Stage]:
-        layers, looked = self.layers, {"pass": self.layers * self.held_out, "loss": self.held_out}
+        layers, looked = self.layers, {"pass": self.layers * self.held_out}
         text = layers * self.repair_text
         repairs = {"pass": text, "target": text, "repair": layers * self.repair_steps}
         return [
-            Stage("calibrating", {"calibrate": layers * self.text} | looked),
+            Stage(
+                "calibrating", {"calibrate": layers * self.text, **looked, "loss": self.held_out}
+            ),
             Stage("repairing", repairs, optional=True),
-            Stage("looking at the loss", looked),
+            Stage("looking at the loss", looked | {"compare": self.held_out}),
         ]
 
     @property
     def disk(self) -> float:
         """Bytes at most: residuals of calibration and held-out text, one of them before and after a
-        layer; or those of a repair's text."""
+        layer; or those of a repair's text or of held-out text, beside what the original gave."""
         calibrating = self.text + self.held_out + max(self.text, self.held_out)
-        batches = max(calibrating, 2 * self.repair_text)
+        batches = max(calibrating, self.held_out + 2 * max(self.repair_text, self.held_out))
         return batches * self.windows * self.window_bytes
 
     def moved(self, stage: Stage) -> float:
         """Bytes of residuals that a stage reads from and writes to the disk."""
-        times = {"calibrate": 2, "pass": 2, "loss": 1, "target": 1}
+        times = {"calibrate": 2, "pass": 2, "loss": 1, "target": 1, "compare": 2}
         batches = sum(times.get(name, 0) * count for name, count in stage.runs.items())
         return batches * self.windows * self.window_bytes
 
@@ -253,6 +255,10 @@ def _programs(inputs: _Arguments, options: Options) -> dict[str, _Program]:
         "loss": _Program(
             lambda: sweep.loss_sums.lower(model, top, x_BTD, batch),
             {"embeddings": top, "residual": x_BTD} | text,
+        ),
+        "compare": _Program(
+            lambda: sweep.compared_sums.lower(model, top, x_BTD, x_BTD, batch),
+            {"embeddings": top, "residuals": (x_BTD, x_BTD)} | text,
         ),
         "target": _Program(
             lambda: sweep.run_attention.lower(*attended),

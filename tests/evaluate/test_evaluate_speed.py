@@ -1,5 +1,6 @@
 """Speed: what is timed is what generation runs, in turns. No time is asserted."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -48,6 +49,24 @@ def test_a_cycle_does_not_lengthen_the_context(context):
         assert cache.segment_ids_BS.shape == (2, context)
         assert int(cache.lengths_B[0]) == context
         assert int(cache.recent_count) == 0
+
+
+@pytest.mark.parametrize("cache_dtype", ["float32", "int8"])
+def test_a_cache_taken_as_full_is_read_as_one_that_prompts_filled(cache_dtype):
+    """Alike in everything but what is in it, so one program serves both, and reads as much."""
+    served, params = decode.serve(MODEL, PARAMS)
+    of, dtype = (2, 40), jnp.dtype(cache_dtype)
+    _, filled = speed._fill(served, of[1], dtype, params, np.ones(of, np.int32))
+    _, taken = speed._taken_as_full(served, *of, dtype)
+    jax.tree.map(lambda a, b: np.testing.assert_equal(a.shape, b.shape), filled, taken)
+    for name in ("segment_ids_BS", "lengths_B", "recent_count", "positions_B"):
+        np.testing.assert_array_equal(getattr(filled, name), getattr(taken, name))
+
+
+def test_decoding_alone():
+    (rows,) = speed.speeds({"whole": (MODEL, PARAMS)}, contexts=[16], prefill=False).values()
+    assert rows[0].keys() == {"context", "rows", "tokens_per_second", "over_first"}
+    assert rows[0]["tokens_per_second"]["low"] > 0
 
 
 def test_rows_of_each_model_and_context():

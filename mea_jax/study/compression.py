@@ -70,7 +70,7 @@ def variants(keep: float) -> Iterator[Name]:
         yield from (Name(method, "repaired", "blockwise") for method in OURS)
         yield from (Name(method, "uniform", "layerwise") for method in ("svd", "aligned"))
         yield Name("aligned", "residual", "none")
-        yield Name("aligned", "uniform", "output")
+        yield from (Name("aligned", budget, "output") for budget in ("uniform", "measured"))
         yield Name("aligned", "measured", "layerwise")
 
 

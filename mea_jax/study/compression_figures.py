@@ -34,6 +34,7 @@ SHORT = (
     _OWN,
     Name("aligned", "measured", "none"),
     Name("frequency", "measured", "none"),
+    Name("aligned", "measured", "output"),
     BEST,
     Name("frequency", "repaired", "layerwise"),
 )
@@ -75,14 +76,19 @@ def select(rows: Iterable[Row], **wanted: Any) -> list[Row]:
     return sorted(found, key=lambda r: r["seed"])
 
 
-def ratios(rows: Sequence[Row], kind: str, name: Name, keep: float) -> list[float]:
-    """The increase over that of the paper's method at the same bytes, for each seed."""
-    own = {
-        r["seed"]: r["increase"] for r in select(rows, kind=kind, keep=keep) if name_of(r) == name
-    }
-    paper = {
-        r["seed"]: r["increase"] for r in select(rows, kind=kind, keep=keep) if name_of(r) == PAPER
-    }
+def of_name(rows: Iterable[Row], kind: str, name: Name, keep: float) -> list[Row]:
+    """One compression of one kind of model, by seed."""
+    return [r for r in select(rows, kind=kind, keep=keep) if name_of(r) == name]
+
+
+def ratios(
+    rows: Sequence[Row], kind: str, name: Name, keep: float, value: str = "increase"
+) -> list[float]:
+    """`value` over that of the paper's method at the same bytes, for each seed."""
+    own, paper = (
+        {r["seed"]: r[value] for r in of_name(rows, kind, n, keep) if value in r}
+        for n in (name, PAPER)
+    )
     return [own[seed] / paper[seed] for seed in sorted(own) if seed in paper]
 
 
@@ -106,7 +112,7 @@ def increases_table(rows: Sequence[Row], keep: float) -> str:
     for name in variants(keep):
         cells = []
         for kind in kinds:
-            found = [r for r in select(rows, kind=kind, keep=keep) if name_of(r) == name]
+            found = of_name(rows, kind, name, keep)
             parts = ", ".join(share(ratio) for ratio in ratios(rows, kind, name, keep))
             cells.append(_seeds([r["increase"] for r in found], "+.4f"))
             cells.append(parts if name != PAPER else "")
@@ -117,21 +123,34 @@ def increases_table(rows: Sequence[Row], keep: float) -> str:
 
 def short_table(rows: Sequence[Row], keep: float = 0.5) -> str:
     """README's: means over seeds, and how much smaller than the paper's they are."""
+    return _means(rows, keep, "increase of held-out loss, nats", "increase", "error", "+.4f")
+
+
+def divergence_table(rows: Sequence[Row], keep: float = 0.5) -> str:
+    """Likewise of how far predictions moved."""
+    title = "KL(original, compressed), held out, nats"
+    return _means(rows, keep, title, "divergence", "divergence_error", ".4f")
+
+
+def _means(rows: Sequence[Row], keep: float, title: str, value: str, error: str, form: str) -> str:
     kinds = [kind for kind in KINDS if select(rows, kind=kind, keep=keep)]
     lines = [
-        "| increase of held-out loss, nats | " + " | ".join(KINDS[kind] for kind in kinds) + " |",
+        f"| {title} | " + " | ".join(KINDS[kind] for kind in kinds) + " |",
         "|---|" + "---|" * len(kinds),
     ]
     for name in SHORT:
         cells = []
         for kind in kinds:
-            found = [r for r in select(rows, kind=kind, keep=keep) if name_of(r) == name]
-            parts = ratios(rows, kind, name, keep)
-            cell = f"+{np.mean([r['increase'] for r in found]):.4f}" if found else "-"
+            found = [r for r in of_name(rows, kind, name, keep) if value in r]
+            parts = ratios(rows, kind, name, keep, value)
+            cell = format(np.mean([r[value] for r in found]), form) if found else "-"
+            if found and all(error in r for r in found):
+                cell += f" ±{np.linalg.norm([r[error] for r in found]) / len(found):.4f}"
             if found and parts and name != PAPER:
                 cell += f", {share(float(np.mean(parts)))}"
             cells.append(cell)
-        lines.append(f"| {words(name)} | " + " | ".join(cells) + " |")
+        if set(cells) != {"-"}:
+            lines.append(f"| {words(name)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -145,7 +164,7 @@ def domains_table(rows: Sequence[Row], keep: float) -> str:
     ]
     for kind in KINDS:
         for name in shown:
-            found = [r for r in select(rows, kind=kind, keep=keep) if name_of(r) == name]
+            found = of_name(rows, kind, name, keep)
             if found:
                 means = [np.mean([r["domains"][d] for r in found]) for d in domains]
                 cells = " | ".join(f"{mean:+.4f}" for mean in means)
@@ -175,7 +194,7 @@ def draw_losses(rows: Sequence[Row], path: Path) -> None:
         for name, (colour, marker, line) in _STYLES.items():
             points = []
             for keep in sorted(KEEPS):
-                found = [r for r in select(rows, kind=kind, keep=keep) if name_of(r) == name]
+                found = of_name(rows, kind, name, keep)
                 if found:
                     points.append((keep, [r["increase"] for r in found]))
             if not points:
@@ -218,7 +237,7 @@ def draw_layers(layers: Sequence[Row], path: Path, method: str = "aligned") -> N
                     axis.plot([r["layer"] for r in mine], ys, line, markersize=4, **style)
         axis.set(title=KINDS[kind], xlabel="layer", yscale="log")
         axis.grid(alpha=0.25)
-    axes[0][0].set_ylabel("increase of loss, nats per token")
+    axes[0][0].set_ylabel("divergence of predictions, nats per token")
     axes[0][0].legend(frameon=False, fontsize=8)
     figure.suptitle("Each layer alone at half of its heads (markers: seeds)")
     figure.tight_layout()
@@ -300,6 +319,7 @@ def sections(data: Path) -> list[tuple[str, str]]:
             found.append((f"{keep:.3g} of the cache", increases_table(rows, keep)))
     if select(rows, keep=0.5):
         found.insert(0, ("In short, half the cache, means of the seeds", short_table(rows)))
+        found.insert(1, ("How far predictions move", divergence_table(rows)))
         found.append(("By domain, half the cache, mean of the seeds", domains_table(rows, 0.5)))
         found.append(("Heads chosen, half the cache", heads_table(rows, 0.5)))
     if recovery := read(data / "recovery.jsonl"):

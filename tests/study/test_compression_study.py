@@ -103,6 +103,27 @@ def test_ratios_are_to_the_papers_method_at_the_same_seed():
     assert compression_figures.share(1.104) == "1.10"
 
 
+def test_means_of_seeds_have_the_error_of_a_mean():
+    """Independent errors add as squares; a row without one, and a share without the paper's row,
+    leave theirs out."""
+    known = [
+        r | {"error": e, "divergence": r["increase"] / 2}
+        for r, e in zip(ROWS, (3e-2, 3e-3, 4e-2, 4e-3), strict=True)
+    ]
+    short = compression_figures.short_table(known)
+    assert "| svd (the paper) | +0.8500 ±0.0250 |" in short
+    assert "| aligned, measured repaired | +0.0140 ±0.0025, 1/61.5 |" in short
+    mixed = compression_figures.short_table([*known[:2], *ROWS[2:]])
+    assert "| aligned, measured repaired | +0.0140, 1/61.5 |" in mixed
+    assert (
+        "| aligned, measured repaired | 0.0070, 1/61.5 |"
+        in compression_figures.divergence_table(known)
+    )
+    assert "| aligned, measured repaired | 0.0050 |" in compression_figures.divergence_table(
+        [*ROWS[2:], known[1]]
+    )
+
+
 def test_one_command_redraws_all(tmp_path):
     lines = [json.dumps(r) + "\n" for r in ROWS]
     (tmp_path / "rows.jsonl").write_text("".join(lines))

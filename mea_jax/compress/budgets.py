@@ -1,9 +1,9 @@
 """How many heads each layer keeps, of keys and of values, at one total of cache bytes.
 
 Keys need far more heads than values, and the first layer more than the others, by how much differs
-from model to model: so it is measured. For each layer, and for its keys and values apart, the loss
-is measured with that one thing compressed to each number of heads; the best choice at a total of
-bytes is then a knapsack, solved exactly.
+from model to model: so it is measured. For each layer, and for its keys and values apart, it is
+measured how far predictions move with that one thing compressed to each number of heads; the best
+choice at a total of bytes is then a knapsack, solved exactly.
 """
 
 import functools

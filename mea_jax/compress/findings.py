@@ -1,8 +1,9 @@
 """What is learned about the original model before anything is compressed.
 
-Moments of every layer, the held-out loss, and what each layer's keys and values cost at each number
-of heads. All of it lies in a folder, a file as soon as it is known, so a killed pass goes on, and
-several compressions of a checkpoint can share it: none of it depends on how much is kept.
+Moments of every layer, the held-out loss and the last residuals behind it, and what each layer's
+keys and values cost at each number of heads. All of it lies in a folder, a file as soon as it is
+known, so a killed pass goes on, and several compressions of a checkpoint can share it: none of it
+depends on how much is kept.
 """
 
 import dataclasses
@@ -41,6 +42,7 @@ class Findings:
         asked = dataclasses.asdict(self.options)
         wanted = {name: asked[name] for name in SHARED}
         wanted |= {"checkpoint": str(self.source.folder.absolute())}
+        wanted |= {"text": self.texts.prepared.digest}
         settings = self.folder / "settings.json"
         if not settings.exists():
             with disk_errors(self.folder):
@@ -56,16 +58,19 @@ class Findings:
 
     def calibrate(self) -> Losses:
         """Moments of every layer, into the folder; the held-out loss of its batches."""
-        before, total = self.folder / "losses.json", self.model.n_layers
+        # Which windows are held out goes by the batch, and so by the number of devices.
+        before = self.folder / f"losses-{self.texts.batch}.json"
+        total, calibration = self.model.n_layers, self.folder / "calibration"
         if before.exists():
+            shutil.rmtree(calibration, ignore_errors=True)  # a kill may have left it
             return json.loads(before.read_text())
         done = 0
         while self._moments_file(done).exists():
             done += 1
         text = None
         if (tokens := self.options.calibration_tokens) and done < total:
-            text = self.texts.training(self.folder / "calibration", tokens)
-        held_out = self.texts.held_out(self.folder / "held_out")
+            text = self.texts.training(calibration, tokens)
+        held_out = self.texts.held_out(self._held_out_folder())
         for stream in filter(None, (text, held_out)):
             stream.start(self.model, self.source.top(), done, self.source.layer)
         for index in progress(range(done, total), "calibrating, layers", total - done):
@@ -81,13 +86,15 @@ class Findings:
             self._save_moments(index, moments)
         losses = held_out.losses(self.model, self.source.top())
         write_json(before, losses)
-        if text is not None:
-            shutil.rmtree(text.folder)
+        shutil.rmtree(calibration, ignore_errors=True)
         return losses
+
+    def _held_out_folder(self) -> Path:
+        return self.folder / f"held_out-{self.texts.batch}"
 
     def held_out(self) -> Stream:
         """The held-out text behind the original's last layer, where `calibrate` has left it."""
-        stream = self.texts.held_out(self.folder / "held_out")
+        stream = self.texts.held_out(self._held_out_folder())
         stream.start(self.model, self.source.top(), self.model.n_layers, self.source.layer)
         return stream
 

@@ -118,7 +118,7 @@ class Measurer:
             x_BTD = run_block(self.spec, self.trees[index], x_BTD, batch, index)
         return x_BTD
 
-    def _loss(self, spec: Spec, tree: Tree) -> float:
+    def _moved(self, spec: Spec, tree: Tree) -> float:
         """Nats per token by which predictions move with `tree` in the place of the next layer."""
         moved, tokens, done = 0.0, 0.0, self.stream.done
         with jax.set_mesh(self.stream.mesh):
@@ -148,7 +148,7 @@ class Measurer:
                 keys = solve_keys(method, heads, moments, counts[0])
                 values = solve_values(method, heads, moments, counts[1])
                 spec, tree = self._changed(method, heads, keys, values, which, counts)
-                worse.append(self._loss(spec, tree))
+                worse.append(self._moved(spec, tree))
                 lost.append((keys if which == "key" else values).residual)
             found.append(Sensitivity(index, which, [*lost, 0.0], [*worse, 0.0]))
         return found

@@ -12,6 +12,7 @@ import numpy as np
 from mea_jax.compress.measure import Sensitivity
 from mea_jax.compress.options import Options
 from mea_jax.compress.sweep import Losses
+from mea_jax.evaluate.losses import ratio_of_sums
 from mea_jax.report import disk_errors
 
 matplotlib.use("Agg")
@@ -31,7 +32,7 @@ def summarise(
     """Everything about one compression, as JSON values. `cache`, `losses`: before and after."""
     before, after = ([sum(layer) for layer in side] for side in cache)
     domains = {name: _compared(losses[0][name], losses[1][name]) for name in losses[0]}
-    everything = [[batch for side in found.values() for batch in side] for found in losses]
+    tokens = [sum(n for _, n in batches) for batches in losses[0].values()]
 
     def mean(name: str, error: str) -> dict[str, float]:
         """Of all domains, which count alike."""
@@ -51,35 +52,37 @@ def summarise(
             for row, b, a in zip(rows, before, after, strict=True)
         ],
         "held_out": {
-            **_compared(*everything),
+            **_overall(list(domains.values()), tokens),
             **mean("increase", "error"),
             **mean("divergence", "divergence_error"),
-            "tokens": int(sum(n for _, n in everything[0])),
+            "tokens": int(sum(tokens)),
             "domains": domains,
         },
         "sensitivities": [s.__dict__ for s in sensitivities],
     }
 
 
-def _ratio(sums: Sequence[float], tokens: Sequence[float]) -> tuple[float, float]:
-    """Sums over tokens, and its standard error: of a ratio, batches being the units; 0 where there
-    is but one."""
-    x, n = np.asarray(sums, float), np.asarray(tokens, float)
-    total, units = max(n.sum(), 1.0), len(n)
-    ratio = x.sum() / total
-    spread = np.square(x - ratio * n).sum() * units / max(units - 1, 1)
-    return float(ratio), float(np.sqrt(spread) / total)
-
-
 def _compared(before: Batches, after: Batches) -> dict[str, float]:
-    """Losses in nats a token, the increase and the divergence, each with its standard error. An
-    increase is that of each batch over itself."""
-    old, tokens = zip(*before, strict=True)
-    new, _, moved = zip(*after, strict=True)
-    found = {"before": _ratio(old, tokens)[0], "after": _ratio(new, tokens)[0]}
-    more = [b - a for a, b in zip(old, new, strict=True)]
-    found["increase"], found["error"] = _ratio(more, tokens)
-    found["divergence"], found["divergence_error"] = _ratio(moved, tokens)
+    """Losses in nats a token, the increase and the divergence, each with its standard error, of
+    which batches are the units. An increase is that of each batch over itself."""
+    old_U, tokens_U = np.transpose(before)
+    new_U, _, moved_U = np.transpose(after)
+    found = {
+        "before": ratio_of_sums(old_U, tokens_U)[0],
+        "after": ratio_of_sums(new_U, tokens_U)[0],
+    }
+    found["increase"], found["error"] = ratio_of_sums(new_U - old_U, tokens_U)
+    found["divergence"], found["divergence_error"] = ratio_of_sums(moved_U, tokens_U)
+    return found
+
+
+def _overall(domains: Sequence[dict[str, float]], tokens: Sequence[float]) -> dict[str, float]:
+    """Of all text. Domains are what they are: what differs between them is no error."""
+    share = np.array(tokens) / sum(tokens)
+    found = {}
+    for name in domains[0]:
+        of = share * np.array([d[name] for d in domains])
+        found[name] = float(np.linalg.norm(of) if "error" in name else of.sum())
     return found
 
 
@@ -113,7 +116,8 @@ def table(summary: dict[str, Any]) -> str:
             (f"{d['increase']:+.4f}", "error"),
             (f"{d['divergence']:.4f}", "divergence_error"),
         ):
-            line += "  " + (f"{value} ±{d[error]:.4f}" if d[error] else value).ljust(16)
+            known = math.isfinite(d[error])
+            line += "  " + (f"{value} ±{d[error]:.4f}" if known else value).ljust(16)
         lines.append(line.rstrip())
     unseen = sum(row["unseen"] for row in summary["layers"])
     if unseen:

@@ -218,7 +218,7 @@ class Pass:
 
     def look(self, writer: Writer) -> Losses:
         """The compressed model's held-out loss, and how far it has moved from the original."""
-        file = self.part / "after.json"
+        file = self.part / "look.json"
         if file.exists():
             return json.loads(file.read_text())
         stream, top = self.texts.held_out(self.part / "held_out"), self.source.top()

@@ -99,12 +99,12 @@ class Losses:
     @property
     def loss(self) -> float:
         """Nats per token."""
-        return _mean(self.nats_UP.sum(1), self.tokens_UP.sum(1))[0]
+        return ratio_of_sums(self.nats_UP.sum(1), self.tokens_UP.sum(1))[0]
 
     @property
     def error(self) -> float:
         """Standard error of `loss`, nats per token, over documents; nan for a single one."""
-        return _mean(self.nats_UP.sum(1), self.tokens_UP.sum(1))[1]
+        return ratio_of_sums(self.nats_UP.sum(1), self.tokens_UP.sum(1))[1]
 
     @property
     def bits_per_byte(self) -> float | None:
@@ -116,16 +116,17 @@ class Losses:
         Differences are taken document by document, so what makes one document harder than another
         is not in the error.
         """
-        return _mean((self.nats_UP - base.nats_UP).sum(1), self.tokens_UP.sum(1))
+        return ratio_of_sums((self.nats_UP - base.nats_UP).sum(1), self.tokens_UP.sum(1))
 
     def by_position(self, base: "Losses | None" = None) -> list[tuple[float, float]]:
         """(nats per token, standard error) of each bucket; above those of `base`, if given."""
         nats_UP = self.nats_UP if base is None else self.nats_UP - base.nats_UP
-        return [_mean(n, t) for n, t in zip(nats_UP.T, self.tokens_UP.T, strict=True)]
+        return [ratio_of_sums(n, t) for n, t in zip(nats_UP.T, self.tokens_UP.T, strict=True)]
 
 
-def _mean(nats_U: np.ndarray, tokens_U: np.ndarray) -> tuple[float, float]:
-    """Nats per token, and its standard error as a ratio of sums over independent documents."""
+def ratio_of_sums(nats_U: np.ndarray, tokens_U: np.ndarray) -> tuple[float, float]:
+    """Nats per token, and its standard error as a ratio of sums over independent units: documents,
+    or batches. The error is nan for a single one."""
     total, count = tokens_U.sum(), int((tokens_U > 0).sum())
     if not total:
         return float("nan"), float("nan")

@@ -73,10 +73,11 @@ def _cycle(served, params, cache: Cache, tokens_B: jax.Array) -> tuple[Cache, ja
 def _taken_as_full(served, rows: int, length: int, dtype) -> tuple[jax.Array, Cache]:
     """What `_fill` gives, but for what is in it: all keys and values are 0."""
     cache = decode.empty_cache(served, rows, length, dtype)
-    full_B = jnp.full_like(cache.lengths_B, length)
-    owned_BS = jnp.ones_like(cache.segment_ids_BS)
     cache = dataclasses.replace(
-        cache, segment_ids_BS=owned_BS, lengths_B=full_B, positions_B=full_B
+        cache,
+        segment_ids_BS=jnp.ones_like(cache.segment_ids_BS),
+        lengths_B=jnp.full_like(cache.lengths_B, length),
+        positions_B=jnp.full_like(cache.positions_B, length),
     )
     return jnp.zeros(rows, jnp.int32), cache
 
@@ -141,7 +142,7 @@ def speeds(
       repeats: rounds; each decodes `cache.RECENT` tokens a row, the flush of the cache included.
       cache_dtype: of keys and values; None for the model's compute dtype.
       prefill: whether prompts are read and timed, which takes most of the time of long contexts;
-        if not, caches are taken as full of zeros, which a step reads as fast.
+        if not, caches are taken as full of zeros: the same program, the same bytes.
       say: takes a line of progress a context.
 
     Returns:
@@ -158,7 +159,7 @@ def speeds(
             name: _programs(model, params, context, rows, cache_dtype, prefill)
             for name, (model, params) in models.items()
         }
-        # Each has been run once, to fill the cache.
+        # Each of these has been run once, to fill its cache.
         fills = {name: p[0] for name, p in programs.items() if p[0] is not None}
         filling = interleaved(fills, repeats, warmup=0)
         decoding = interleaved({name: p[1] for name, p in programs.items()}, repeats)

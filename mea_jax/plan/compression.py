@@ -9,6 +9,7 @@ the sum over programs of how often each runs. Only repair keeps all of its text 
 | calibrate | a layer's forward pass over a batch, with second moments of its keys and values |
 | pass | the same without moments: text to repair with, and held-out text before and after |
 | loss | the held-out loss of a batch, behind the last layer |
+| compare | the compressed model's loss, and how far its predictions are from the original's |
 | target | the original layer's attention, which the compressed one is to equal |
 | repair | a step of `--repair layerwise` towards it |
 
@@ -40,7 +41,7 @@ from mea_jax.plan.target import Target
 from mea_jax.train_step import abstract_params
 from mea_jax.trained import unresolved
 
-PROGRAMS = ("calibrate", "pass", "loss", "target", "repair", "compare")
+PROGRAMS = ("calibrate", "pass", "loss", "compare", "target", "repair")
 REPAIRING = ("target", "repair")  # those that only --repair layerwise runs
 
 
@@ -92,7 +93,8 @@ class Work:
     @property
     def disk(self) -> float:
         """Bytes at most: residuals of calibration and held-out text, one of them before and after a
-        layer; or those of a repair's text or of held-out text, beside what the original gave."""
+        layer; or those of a repair's text or of held-out text, beside what the original gave.
+        Without those of measured budgets' text, which come and go between."""
         calibrating = self.text + self.held_out + max(self.text, self.held_out)
         batches = max(calibrating, self.held_out + 2 * max(self.repair_text, self.held_out))
         return batches * self.windows * self.window_bytes
@@ -168,7 +170,8 @@ def layer_bytes(config: TrainConfig) -> tuple[int, float]:
 
 
 def measuring_bytes(config: TrainConfig) -> float:
-    """Bytes of what `--budget measured` puts on each device: every layer, and the top."""
+    """Bytes of the parameters that `--budget measured` puts on each device: every layer, and the
+    top. Two residuals of each window that it measures on come on top."""
     layer, top = _one_layer(plain_spec(config.model)), _top(config.model)
     size = {"layer": 0.0, "top": 0.0}
     for name, tree in (("layer", layer), ("top", top)):

@@ -11,6 +11,7 @@ and `--effort` choose a part of it. `python -m mea_jax.study.compression_figures
 
 import dataclasses
 import json
+import math
 import shutil
 import sys
 import time
@@ -74,6 +75,11 @@ def variants(keep: float) -> Iterator[Name]:
         yield Name("aligned", "measured", "layerwise")
 
 
+def _rounded(value: float | None) -> float | None:
+    """To a millionth; None for what is not known, such as the error of a single batch."""
+    return None if value is None or not math.isfinite(value) else round(value, 6)
+
+
 def row_of(model: str, name: Name, summary: dict[str, Any], seconds: float) -> Row:
     """A compression's summary as a line of `rows.jsonl`."""
     kind, _, seed = model.rpartition("-")
@@ -86,10 +92,10 @@ def row_of(model: str, name: Name, summary: dict[str, Any], seconds: float) -> R
         **{key: options[key] for key in ("keep", "repair_steps", "repair_tokens")},
         "cache_kept": round(summary["cache_kept"], 6),
         "bytes": summary["cache_bytes_per_token"]["after"],
-        "increase": round(held_out["mean_increase"], 6),
-        "error": round(held_out["mean_error"], 6),
-        "divergence": round(held_out["mean_divergence"], 6),
-        "divergence_error": round(held_out["mean_divergence_error"], 6),
+        **{
+            name: _rounded(held_out[f"mean_{name}"])
+            for name in ("increase", "error", "divergence", "divergence_error")
+        },
         "domains": {name: round(d["increase"], 6) for name, d in domains.items()},
         "before": {name: round(d["before"], 6) for name, d in domains.items()},
         "tokens": held_out["tokens"],

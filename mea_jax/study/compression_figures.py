@@ -144,7 +144,7 @@ def _means(rows: Sequence[Row], keep: float, title: str, value: str, error: str,
             found = [r for r in of_name(rows, kind, name, keep) if value in r]
             parts = ratios(rows, kind, name, keep, value)
             cell = format(np.mean([r[value] for r in found]), form) if found else "-"
-            if found and all(error in r for r in found):
+            if found and all(r.get(error) is not None for r in found):
                 cell += f" ±{np.linalg.norm([r[error] for r in found]) / len(found):.4f}"
             if found and parts and name != PAPER:
                 cell += f", {share(float(np.mean(parts)))}"
@@ -319,7 +319,8 @@ def sections(data: Path) -> list[tuple[str, str]]:
             found.append((f"{keep:.3g} of the cache", increases_table(rows, keep)))
     if select(rows, keep=0.5):
         found.insert(0, ("In short, half the cache, means of the seeds", short_table(rows)))
-        found.insert(1, ("How far predictions move", divergence_table(rows)))
+        if any("divergence" in row for row in rows):
+            found.insert(1, ("How far predictions move", divergence_table(rows)))
         found.append(("By domain, half the cache, mean of the seeds", domains_table(rows, 0.5)))
         found.append(("Heads chosen, half the cache", heads_table(rows, 0.5)))
     if recovery := read(data / "recovery.jsonl"):

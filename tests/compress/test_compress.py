@@ -19,6 +19,7 @@ from mea_jax.compress.options import Options
 from mea_jax.compress.sweep import specs
 from mea_jax.config import SourceConfig
 from mea_jax.data.tokenizers import from_directory
+from mea_jax.errors import UserError
 from mea_jax.generate import load
 from mea_jax.generation import Generator
 from mea_jax.stored import StoredModel
@@ -113,6 +114,33 @@ def test_the_loss_before_is_that_of_the_run(run, one, tmp_path):
     ended = json.loads((run / "summary.json").read_text())
     assert summary["held_out"]["before"] == pytest.approx(ended["held_out_loss"], rel=1e-5)
     assert summary["held_out"]["increase"] == pytest.approx(0, abs=1e-5)
+    assert summary["held_out"]["divergence"] == pytest.approx(0, abs=1e-6)
+
+
+def test_what_was_measured_serves_other_devices_too(run, devices, tmp_path):
+    """A folder of measurements: of one device, taken up by two and by one again, and by one without
+    the residuals. Held-out windows go by the batch, and so do what is kept of them."""
+    found = []
+    for number, count in enumerate((1, 2, 1, 1)):
+        devices(count)
+        if number == 3:
+            shutil.rmtree(next((tmp_path / "known").glob("held_out-*")))
+        out = tmp_path / f"out-{number}"
+        found.append(compress(run, out, options(budget="measured"), tmp_path / "known"))
+    first, two, again, without = (summary["held_out"] for summary in found)
+    assert first["divergence"] > 1e-4
+    assert again == without == first
+    assert two["divergence"] == pytest.approx(first["divergence"], rel=0.5)
+    assert not (tmp_path / "known" / "calibration").exists()
+
+
+def test_measurements_of_other_text_are_refused(run, one, tmp_path):
+    compress(run, tmp_path / "out", options(), tmp_path / "known")
+    settings = tmp_path / "known" / "settings.json"
+    stored = json.loads(settings.read_text())
+    settings.write_text(json.dumps(stored | {"text": "of another day"}))
+    with pytest.raises(UserError, match="holds those of another text"):
+        compress(run, tmp_path / "again", options(keep=0.25), tmp_path / "known")
 
 
 @pytest.mark.parametrize("budget", ["measured", "repaired"])

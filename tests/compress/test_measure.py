@@ -1,5 +1,7 @@
 """What a change of one layer costs: the divergence of predictions; and the errors of increases."""
 
+import math
+
 import jax
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ from mea_jax import sharding
 from mea_jax.compress.layer import take_apart
 from mea_jax.compress.measure import Measurer, plain_layer
 from mea_jax.compress.moments import of_weights
-from mea_jax.compress.report import _compared
+from mea_jax.compress.report import _compared, _overall
 from mea_jax.compress.sweep import Stream
 from mea_jax.config import MeshConfig
 from mea_jax.transformer import Decoder
@@ -50,7 +52,7 @@ def test_a_change_costs_the_divergence_of_predictions(measurer, which):
     kernel = LAYERS[which]["attention"]["value"]
     moved = kernel * np.linspace(0.2, 1.5, kernel.shape[1])[:, None].astype(np.float32)
     tree = measurer.trees[which]
-    found = measurer._loss(
+    found = measurer._moved(
         measurer.spec, tree | {"attention": tree["attention"] | {"value": moved}}
     )
     stack = jax.tree.map(np.array, PARAMS["layers_0"])
@@ -69,7 +71,7 @@ def test_all_heads_cost_nothing_and_fewer_cost_something(measurer):
         assert row.losses[-1] == 0
         assert all(loss > 1e-4 for loss in row.losses[:-1]), row
         assert row.losses[0] > 2 * row.losses[-2]
-    same = measurer._loss(measurer.spec, measurer.trees[0])
+    same = measurer._moved(measurer.spec, measurer.trees[0])
     assert abs(same) < 1e-6
 
 
@@ -100,4 +102,18 @@ def test_one_batch_has_no_error_to_speak_of():
     found = _compared([(3.0, 2.0)], [(4.0, 2.0, 0.5)])
     assert found["increase"] == 0.5
     assert found["divergence"] == 0.25
-    assert found["error"] == found["divergence_error"] == 0
+    assert math.isnan(found["error"])
+    assert math.isnan(found["divergence_error"])
+
+
+def test_of_all_domains_errors_are_those_within():
+    """Two domains far apart, each without any spread: the mean of both is known exactly."""
+    one = _compared([(3.0, 2.0), (6.0, 4.0)], [(4.0, 2.0, 0.2), (8.0, 4.0, 0.4)])
+    other = _compared([(2.0, 2.0), (2.0, 2.0)], [(12.0, 2.0, 2.0), (12.0, 2.0, 2.0)])
+    assert (one["error"], other["error"]) == pytest.approx((0, 0), abs=1e-12)
+    both = _overall([one, other], [6.0, 4.0])
+    assert both["increase"] == pytest.approx((3 + 20) / 10)
+    assert both["divergence"] == pytest.approx((0.6 + 4) / 10)
+    assert both["error"] == pytest.approx(0, abs=1e-12)
+    apart = [{"error": 0.3, "increase": 1.0}, {"error": 0.4, "increase": 3.0}]
+    assert _overall(apart, [5.0, 5.0]) == pytest.approx({"error": 0.25, "increase": 2.0})

@@ -121,6 +121,18 @@ def check_schema(report):
             assert all(row[key].keys() == {"median", "low", "high"} for key in ratios)
 
 
+def test_decoding_without_prompts(runs, tmp_path, evaluate):
+    only = ("--parts", "speed", "--noprefill", "--contexts", "16,300", "--repeats", "2")
+    status, out, err = evaluate(*both(runs), "--out", tmp_path, *only, "--dtype", "float32")
+    assert status == 0, err
+    for model in json.loads((tmp_path / "report.json").read_text())["models"]:
+        assert [row["context"] for row in model["speed"]] == [16, 300]
+        assert all("prefill_seconds" not in row for row in model["speed"])
+    assert "tokens/s" in out
+    assert "prefill" not in out
+    assert (tmp_path / "speed.png").stat().st_size > 10_000
+
+
 def test_one_checkpoint_and_some_parts(runs, tmp_path, evaluate):
     step = runs / "whole" / "checkpoints" / "4"
     arguments = ("--checkpoint", step, "--out", tmp_path, "--parts", "positions,loss")

@@ -31,6 +31,7 @@ from mea_jax.compress.values import Values
 from mea_jax.config import ModelConfig
 
 Tree = dict[str, Any]
+_SOLVERS: dict[str, Any] = {"key": solve_keys, "value": solve_values}
 _PROBE = 40  # steps of repair before a layer is tried, for budgets of a model to be repaired
 
 
@@ -141,15 +142,17 @@ class Measurer:
         tree, found = self.trees[index], []
         scale, text = tree["attention_norm"]["scale"], self.repairing or self.stream
         self.original = repair.Original(self.spec, tree["attention"], scale, text)
-        for which in ("key", "value"):
+        whole = {which: solve(method, heads, moments, count) for which, solve in _SOLVERS.items()}
+        for which, solve in _SOLVERS.items():
             lost, worse = [], []
             for c in progress(range(1, count), f"layer {index}, {which}s"):
+                solved = whole | {which: solve(method, heads, moments, c)}
                 counts = (c, count) if which == "key" else (count, c)
-                keys = solve_keys(method, heads, moments, counts[0])
-                values = solve_values(method, heads, moments, counts[1])
-                spec, tree = self._changed(method, heads, keys, values, which, counts)
+                spec, tree = self._changed(
+                    method, heads, solved["key"], solved["value"], which, counts
+                )
                 worse.append(self._moved(spec, tree))
-                lost.append((keys if which == "key" else values).residual)
+                lost.append(solved[which].residual)
             found.append(Sensitivity(index, which, [*lost, 0.0], [*worse, 0.0]))
         return found
 

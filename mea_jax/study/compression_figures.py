@@ -238,9 +238,10 @@ def draw_layers(layers: Sequence[Row], path: Path, method: str = "aligned") -> N
         axis.set(title=KINDS[kind], xlabel="layer", yscale="log")
         axis.grid(alpha=0.25)
     axes[0][0].set_ylabel("divergence of predictions, nats per token")
-    axes[0][0].legend(frameon=False, fontsize=8)
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower center", ncols=4, frameon=False, fontsize=9)
     figure.suptitle("Each layer alone at half of its heads (markers: seeds)")
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0.07, 1, 1))
     _save(figure, path)
 
 

@@ -33,14 +33,7 @@ def summarise(
     before, after = ([sum(layer) for layer in side] for side in cache)
     domains = {name: _compared(losses[0][name], losses[1][name]) for name in losses[0]}
     tokens = [sum(n for _, n in batches) for batches in losses[0].values()]
-
-    def mean(name: str, error: str) -> dict[str, float]:
-        """Of all domains, which count alike."""
-        return {
-            f"mean_{name}": sum(d[name] for d in domains.values()) / len(domains),
-            f"mean_{error}": math.hypot(*(d[error] for d in domains.values())) / len(domains),
-        }
-
+    alike = _overall(list(domains.values()), [1.0] * len(domains))
     return {
         "options": options.__dict__ | {},
         "versions": {"jax": jax.__version__},
@@ -53,8 +46,10 @@ def summarise(
         ],
         "held_out": {
             **_overall(list(domains.values()), tokens),
-            **mean("increase", "error"),
-            **mean("divergence", "divergence_error"),
+            **{
+                f"mean_{name}": alike[name]
+                for name in ("increase", "error", "divergence", "divergence_error")
+            },
             "tokens": int(sum(tokens)),
             "domains": domains,
         },
@@ -76,9 +71,10 @@ def _compared(before: Batches, after: Batches) -> dict[str, float]:
     return found
 
 
-def _overall(domains: Sequence[dict[str, float]], tokens: Sequence[float]) -> dict[str, float]:
-    """Of all text. Domains are what they are: what differs between them is no error."""
-    share = np.array(tokens) / sum(tokens)
+def _overall(domains: Sequence[dict[str, float]], weights: Sequence[float]) -> dict[str, float]:
+    """Of all text, domains weighted by their tokens or alike. Domains are what they are: what
+    differs between them is no error."""
+    share = np.array(weights) / sum(weights)
     found = {}
     for name in domains[0]:
         of = share * np.array([d[name] for d in domains])

@@ -84,6 +84,20 @@ class _Reader:
     def __init__(self, config: Json, where: str):
         self.config, self.where = config, where
 
+    def fact(self, *spellings: str, of: Json | None = None) -> Any:
+        """Return the value that a config gives under any of `spellings`, or None.
+
+        Versions 4 and 5 of transformers spell some keys differently, and files that were edited by
+        hand have both. Raises `UserError` where two spellings give different values.
+        """
+        config = self.config if of is None else of
+        found = {key: config[key] for key in spellings if config.get(key) is not None}
+        values = list(found.values())
+        if any(value != values[0] for value in values):
+            given = " and ".join(f"{key}={shown(value)}" for key, value in found.items())
+            raise UserError(f"{self.where}: {given} disagree: remove the one that is wrong")
+        return values[0] if values else None
+
     def whole(self, key: str, default: int | None = None) -> int:
         value = self.config.get(key)
         value = default if value is None else value
@@ -138,7 +152,7 @@ def model_config(config: Json, where: str) -> ModelConfig:
         "qk_norm": family.qk_norm,
         "norm_eps": read.number("rms_norm_eps"),
         "tie_embeddings": bool(config.get("tie_word_embeddings", False)),
-        "dtype": _products(config),
+        "dtype": _products(read),
         **_rope(read),
     }
     if family.experts:
@@ -148,17 +162,20 @@ def model_config(config: Json, where: str) -> ModelConfig:
 
 
 def _rope(read: _Reader) -> dict[str, Any]:
-    """Of `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before)."""
-    config = read.config
-    given = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(given, dict):
-        read.refuse("rope_parameters", given, "expected an object")
+    """Return the rotary fields of `rope_parameters` (transformers 5) or `rope_scaling` (before)."""
+    given = _rope_object(read)
+    inner, outer = given.get("rope_theta"), read.config.get("rope_theta")
+    if None not in (inner, outer) and inner != outer:
+        raise UserError(
+            f"{read.where}: rope_theta={shown(outer)} at the top and rope_theta={shown(inner)} "
+            "inside rope_parameters or rope_scaling disagree: remove the one that is wrong"
+        )
     theta = read.number("rope_theta", read.number("rope_theta", THETA), of=given)
-    for rope in (config, given):
+    for rope in (read.config, given):
         part = rope.get("partial_rotary_factor")
         if part not in (None, 1, 1.0):
             read.refuse("partial_rotary_factor", part, "all features of a head are rotated here")
-    kind = given.get("rope_type") or given.get("type") or "default"
+    kind = read.fact("rope_type", "type", of=given) or "default"
     fields: dict[str, Any] = {"rope_theta": theta}
     if kind == "llama3":
         fields["rope_scaling"] = RopeScaling(
@@ -172,24 +189,45 @@ def _rope(read: _Reader) -> dict[str, Any]:
     return fields
 
 
+def _rope_object(read: _Reader) -> dict[str, Any]:
+    """Return `rope_parameters` and `rope_scaling` as one object; each may lack keys of the other.
+
+    transformers lets `rope_scaling` replace the other as a whole. Where both are given and differ,
+    one of them is a leftover, and which one cannot be known: that raises `UserError`.
+    """
+    merged: dict[str, Any] = {}
+    for name in ("rope_parameters", "rope_scaling"):
+        given = read.config.get(name) or {}
+        if not isinstance(given, dict):
+            read.refuse(name, given, "expected an object")
+        if given:
+            given = given | {"rope_type": read.fact("rope_type", "type", of=given) or "default"}
+        for key, value in given.items():
+            if merged.setdefault(key, value) != value:
+                raise UserError(
+                    f"{read.where}: rope_parameters has {key}={shown(merged[key])} and "
+                    f"rope_scaling {key}={shown(value)}: remove the one that is wrong"
+                )
+    return merged
+
+
 def _experts(read: _Reader) -> dict[str, Any]:
     config = read.config
     dense = "every layer has experts here"
     read.only("decoder_sparse_step", (None, 1), dense)
     read.only("mlp_only_layers", (None, []), dense)
-    # transformers 5 writes the second name.
-    count = "num_experts" if "num_experts" in config else "num_local_experts"
+    count = read.fact("num_experts", "num_local_experts")  # transformers 5 writes the second
     return {
-        "n_experts": read.whole(count),
+        "n_experts": _Reader({"num_experts": count}, read.where).whole("num_experts"),
         "experts_per_token": read.whole("num_experts_per_tok"),
         "d_expert": read.whole("moe_intermediate_size"),
         "normalise_router": bool(config.get("norm_topk_prob", False)),
     }
 
 
-def _products(config: Json) -> str:
-    """Of what dtype the model's products were: float16 is none of ours."""
-    given = config.get("dtype") or config.get("torch_dtype")
+def _products(read: _Reader) -> str:
+    """Return the dtype of the model's products: bfloat16 for float16, which we do not have."""
+    given = read.fact("dtype", "torch_dtype")
     return "bfloat16" if given in ("bfloat16", "float16") else "float32"
 
 

@@ -32,7 +32,11 @@ DTYPES = ("float32", "bfloat16")
 _PATTERNS = ("*.safetensors", "*.json", "*.jinja", "merges.txt", "tokenizer.model")
 _HELD_OUT = 0.1  # of the text: none of it trains the model, and there may be little
 _WINDOW = 2048  # positions of a window, of models that take as many
-_UNUSED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")  # a buffer of old
+# Buffers that old versions of transformers wrote: constants, made anew from the config.
+_UNUSED = re.compile(
+    r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\."
+    r"(inv_freq|original_inv_freq|cos_cached|sin_cached)"
+)
 _SPARE = 1 << 28  # bytes of disk beside the arrays
 
 

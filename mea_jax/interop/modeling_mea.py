@@ -184,7 +184,8 @@ class MEAModel(MEAPreTrainedModel):
             angles_BT1F = position_ids[:, :, None, None].float() * frequencies_F
             table = (angles_BT1F.cos(), angles_BT1F.sin())
         slots_S = torch.arange(past + t if mask is None else mask.shape[-1], device=device)
-        ahead_TS = slots_S - slots_S[past : past + t, None]
+        slots_T = slots_S[past : past + t]
+        ahead_TS = slots_S - slots_T[:, None]
         distance_BTS = ahead_TS[None]
         if mask is None or mask.ndim == 2:
             seen_BTS = (ahead_TS <= 0)[None]
@@ -195,7 +196,8 @@ class MEAModel(MEAPreTrainedModel):
                 distance_BTS = places_BS[:, None] - places_BS[:, past : past + t, None]
             plain = not padded and past == 0 and self.config.positions != "alibi"
             mask = None if plain else seen_BTS[:, None]
-        return View(table, mask, distance_BTS.float(), past > 0 and t <= ABSORBED)
+        few = past > 0 and t <= ABSORBED
+        return View(table, mask, distance_BTS.float(), few, slots_T)
 
     def cache_for(self, given: Cache | None, use_cache: bool | None) -> Cache | None:
         """Return the cache to write to: the given one, a new one or, where layers are run again

@@ -32,7 +32,6 @@ Tensor = torch.Tensor
 # New positions up to which a cache is read as it lies. Each costs every query head C products of
 # width H in place of one; mixing the cache first costs a pass over S K H numbers.
 ABSORBED = 8
-# The name under which the installed transformers looks for the cache in what a model returns.
 _RETURNED = next(
     name
     for name in ("cache", "past_key_values")
@@ -52,6 +51,11 @@ def untested_versions(tested_with: dict[str, list[str]] | None) -> str:
             tested = newest if oldest == newest else f"{oldest} to {newest}"
             found.append(f"{name} {installed[name]} (tested with {tested})")
     return " and ".join(found)
+
+
+def returned(cache: Cache | None) -> dict[str, Any]:
+    """Return `cache` under the name that the installed transformers looks for in an output."""
+    return {_RETURNED: cache}
 
 
 def find_cache(
@@ -258,7 +262,7 @@ class MEAModel(MEAPreTrainedModel):
         return BaseModelOutputWithPast(
             last_hidden_state=x_BTD,
             hidden_states=(*states, x_BTD) if shown else None,
-            **{_RETURNED: cache},
+            **returned(cache),
         )
 
 
@@ -307,5 +311,5 @@ class MEAForCausalLM(MEAPreTrainedModel, GenerationMixin):
             loss=loss,
             logits=logits,
             hidden_states=out.hidden_states,
-            **{_RETURNED: out.get(_RETURNED)},
+            **returned(out.get(_RETURNED)),
         )

@@ -52,6 +52,7 @@ def write(tokenizer: Tokenizer, folder: Path, context_length: int) -> None:
         "add_eos_token": False,
         "split_special_tokens": True,  # text that spells out a special token stays text, as here
         "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "attention_mask"],  # `generate` refuses others
         "model_max_length": context_length,
     }
     generation = {"bos_token_id": tokenizer.start, "eos_token_id": tokenizer.separator}
@@ -78,7 +79,7 @@ def with_start(content: bytes, start: int) -> bytes:
     if found == [start, *text]:
         return content
     token = tokenizer.id_to_token(start)
-    template = hf.processors.TemplateProcessing(
+    template: Any = hf.processors.TemplateProcessing(
         single=f"{token} $A", pair=f"{token} $A {token}:1 $B:1", special_tokens=[(token, start)]
     )
     if tokenizer.post_processor is not None and found == text:  # it only moves offsets

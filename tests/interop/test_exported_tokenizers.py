@@ -72,6 +72,7 @@ def test_each_text_begins_with_the_start_token(kind, tmp_path):
     assert theirs(TEXTS)["input_ids"] == fed(ours, TEXTS)
     assert theirs("")["input_ids"] == [ours.start]
     assert theirs.bos_token_id == ours.start
+    assert set(theirs(TEXTS)) == {"input_ids", "attention_mask"}, "what generate() takes"
     assert theirs.eos_token_id == ours.separator
     assert [theirs.decode(ids[1:]) for ids in theirs(TEXTS)["input_ids"]] == TEXTS
     assert theirs(TEXTS[1], add_special_tokens=False)["input_ids"] == fed(ours, TEXTS)[1][1:]

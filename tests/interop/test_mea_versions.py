@@ -4,6 +4,7 @@ import copy
 import re
 import sys
 import warnings
+from typing import Any
 
 import numpy as np
 import pytest
@@ -171,7 +172,7 @@ def test_gradient_checkpointing_changes_no_gradient(folder, warned, options):
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing")
 def test_caches_under_gradient_checkpointing(folder):
     """As a stock class: no cache in training, one in evaluation; a filled cache is not dropped."""
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
+    sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
     stock = LlamaForCausalLM(LlamaConfig(vocab_size=264, num_hidden_layers=2, **sizes))
     filled = DynamicCache()
     for model in (load(folder), stock):

@@ -44,15 +44,16 @@ def call(function: Callable[..., T], *args: Any, bar: tqdm.tqdm | None = None) -
             outcome.extend((None, error))
 
     thread = threading.Thread(target=work, daemon=True)
-    thread.start()
     try:
+        thread.start()
         while thread.is_alive():
             thread.join(_REFRESH_SECONDS)
             if bar is not None:
                 bar.refresh()
     except BaseException:
         abandoned.set()
-        thread.join(_GRACE_SECONDS)
+        if thread.is_alive():
+            thread.join(_GRACE_SECONDS)
         raise
     result, error = outcome
     if error is not None:

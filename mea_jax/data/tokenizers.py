@@ -18,6 +18,7 @@ from typing import Any, ClassVar, TypeVar
 
 import tokenizers as hf
 
+from mea_jax.data import pre_tokens
 from mea_jax.data.bad_input import detail
 from mea_jax.errors import UserError
 
@@ -45,21 +46,6 @@ COMPANIONS = (
     "chat_template.json",
     "vocab.json",
     "merges.txt",
-)
-
-# What byte-pair merges may never join, for code and English alike. In order:
-_PRE_TOKENS = "|".join(
-    (
-        r"'(?i:s|t|d|m|ll|re|ve)(?!\p{L})",  # contractions
-        r"(?: |[^\s\p{L}\p{N}])?[\p{L}\p{M}]+",  # a word, with one space or sign before it
-        r"\p{N}{1,3}",  # digits by threes
-        # Signs with the line's end and the next line's indentation, as in "):\n    ". The last
-        # space of the indentation stays with the word that follows.
-        r" ?[^\s\p{L}\p{N}]+(?:[\r\n]+(?:[ \t]+(?!\S))?)?",
-        r"\s*[\r\n]+(?:[ \t]+(?!\S))?",  # line ends and indentation
-        r"\s+(?!\S)",  # other white space, its last character left to the next word
-        r"\s+",
-    )
 )
 
 
@@ -309,12 +295,7 @@ def train_bpe(texts: Iterator[str], vocab_size: int) -> HuggingFaceTokenizer:
         are too small for as many merges.
     """
     tokenizer = hf.Tokenizer(hf.models.BPE())
-    tokenizer.pre_tokenizer = hf.pre_tokenizers.Sequence(
-        [
-            hf.pre_tokenizers.Split(hf.Regex(_PRE_TOKENS), "isolated"),
-            hf.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    tokenizer.pre_tokenizer = pre_tokens.splitter(bounded=True)
     tokenizer.decoder = hf.decoders.ByteLevel()
     trainer = hf.trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -322,7 +303,9 @@ def train_bpe(texts: Iterator[str], vocab_size: int) -> HuggingFaceTokenizer:
         special_tokens=[SEPARATOR],
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    watched = pre_tokens.Watched(texts)
+    tokenizer.train_from_iterator(iter(watched), trainer)
+    tokenizer.pre_tokenizer = pre_tokens.splitter(bounded=watched.long_runs)
     return HuggingFaceTokenizer(tokenizer, "the trained tokenizer")
 
 

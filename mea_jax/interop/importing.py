@@ -19,7 +19,7 @@ import tqdm
 from mea_jax.backends import resolve
 from mea_jax.config import DataConfig, ModelConfig, SourceConfig, TrainConfig
 from mea_jax.data import tokenizers
-from mea_jax.data.sources import open_source
+from mea_jax.data.sources import documents
 from mea_jax.data.tokenizers import Tokenizer
 from mea_jax.errors import UserError
 from mea_jax.interop import families, folders, shards, tensors
@@ -187,7 +187,7 @@ def run_config(source: Source, out: Path, context_length: int, text: str) -> Tra
     kind, _, path = text.partition(":")
     given = SourceConfig(source=kind, path=str(Path(path).expanduser().absolute()) if path else "")
     try:
-        open_source(given)
+        next(documents(given))  # it has text, and the field that is asked for
     except UserError as error:
         raise UserError(f"--text {text}: {error}") from error
     data = DataConfig(

@@ -185,8 +185,11 @@ def test_neutral_and_equivalent_generation_options_change_nothing(model):
     ("arguments", "parts"),
     [
         ("foo=1,checkpoint=runs/a", ["foo=", "known arguments: checkpoint, max_length", "dtype"]),
-        ("max_length=8", ["needs checkpoint=", "known arguments: checkpoint, max_length"]),
-        ("", ["needs checkpoint="]),
+        (
+            "max_length=8",
+            ["has no checkpoint: add checkpoint=", "known arguments: checkpoint, max_length"],
+        ),
+        ("", ["has no checkpoint: add checkpoint="]),
     ],
 )
 def test_bad_model_arguments_are_one_line(arguments, parts, capsys):

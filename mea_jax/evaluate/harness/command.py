@@ -148,7 +148,8 @@ def run(
     os.environ["DISABLE_MULTIPROC"] = "1"  # a process with jax's threads must not be forked
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     tasks = load_tasks(options)
-    measured, models = [], []
+    measured: list[dict[str, Any]] = []
+    models: list[dict[str, Any]] = []
     for path in (checkpoint, baseline) if baseline else (checkpoint,):
         model = _model(path, options)
         found = _measure(model, tasks, options)

@@ -295,7 +295,7 @@ class HarnessModel(TemplateLM):
         sampling = Sampling(
             temperature,
             read_number(task, options, "top_k", int, 0),
-            read_number(task, options, "top_p", float, 1),
+            read_number(task, options, "top_p", float, 1) or 1.0,  # some tasks say 0: all
         )
         if len(ids) > self.max_length - count:
             self.truncated += 1
@@ -347,7 +347,7 @@ def check_arguments(given: Mapping[str, Any]) -> None:
         if name not in known:
             raise UserError(f"--model_args {name}=...: unknown argument; {listed}")
     if not given.get("checkpoint"):
-        raise UserError(f"--model_args needs checkpoint=runs/quickstart, say; {listed}")
+        raise UserError(f"--model_args has no checkpoint: add checkpoint=runs/quickstart; {listed}")
 
 
 def _say(line: str) -> None:

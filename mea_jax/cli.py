@@ -1,5 +1,6 @@
 """What every command shares: flags, one-line errors, where compiled code is kept."""
 
+import errno
 import functools
 import io
 import os
@@ -7,6 +8,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,6 +21,7 @@ from mea_jax.config import DataConfig, TrainConfig, flatten, from_config_dict
 from mea_jax.data.prepare import cache_root
 from mea_jax.errors import UserError, fail, nearest
 from mea_jax.preemption import Preempted
+from mea_jax.shipped import find_shipped, is_shipped
 
 _OVERRIDE = re.compile(r"--?(config\.[\w.\[\]]+)")
 # jax's words, without its advice at the end. For example "ABORTED: The TPU is already in use by
@@ -26,6 +29,7 @@ _OVERRIDE = re.compile(r"--?(config\.[\w.\[\]]+)")
 _NO_BACKEND = re.compile(
     r"Unable to initialize backend '(\w+)': (.*?)\.?( \([^()]*\))?$", re.DOTALL
 )
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 _HELD = re.compile("already in use|resource busy", re.IGNORECASE)
 
 
@@ -34,7 +38,8 @@ def define_config_flag():
     return config_flags.DEFINE_config_file(
         "config",
         None,
-        "config file with an optional variant, such as configs/quickstart.py:mha; "
+        "config file with an optional variant, such as configs/quickstart.py:mha, or the name of "
+        "an installed one, such as quickstart:mha; "
         "--config.key=value overrides one of its keys (all of them: mea_jax/config.py)",
     )
 
@@ -48,7 +53,8 @@ def given_config(flag, example: str) -> config_dict.ConfigDict:
     except OSError as error:  # ml_collections hands out an object that raises when it is read
         path = getattr(flags.FLAGS["config"], "config_filename", "").split(":")[0]
         reason = str(error).strip().splitlines()[-1].strip()
-        raise UserError(f"config file {path} cannot be read: {reason}") from error
+        hint = f"; --config {Path(path).stem} takes the installed one" if is_shipped(path) else ""
+        raise UserError(f"config file {path} cannot be read: {reason}{hint}") from error
     return flag.value
 
 
@@ -211,7 +217,7 @@ def _parse_flags(argv: Sequence[str], training: bool) -> list[str]:
     try:
         if training:
             _check_overrides(argv)
-        return flags.FLAGS(_last_overrides(argv))
+        return flags.FLAGS(find_shipped(_last_overrides(argv)))
     except flags.UnrecognizedFlagError as error:
         name = error.flagname
         fail(f"unknown flag --{name}: {nearest(name, flags.FLAGS)}")
@@ -231,15 +237,19 @@ def _discard_output() -> None:
 
 
 def _output_problem(error: Exception) -> str | None:
-    """Return what to print if `error` comes from a stdout that takes nothing more, else None."""
-    if not isinstance(error, OSError):
+    """Return what to print if `error` comes from an output that takes nothing more, else None.
+
+    Such an error of stdout names no file. Errors of files that do are no surprise to the commands.
+    """
+    if not isinstance(error, OSError) or error.filename is not None or error.errno not in _FULL:
         return None
-    try:
-        sys.stdout.flush()  # which tries again to write what could not be written
-    except OSError:
-        _discard_output()
-        return f"the output cannot be written: {error.strerror}; free space, or print elsewhere"
-    return None
+    _discard_output()
+    return f"the output cannot be written: {error.strerror}; free space, or send it elsewhere"
+
+
+def outside_problem(error: Exception) -> str | None:
+    """Return what to print if no defect but the machine is behind `error`, else None."""
+    return no_devices(error) or _output_problem(error)
 
 
 def run(
@@ -257,6 +267,9 @@ def run(
         if len(argv) > 1:
             fail(f"unexpected argument {argv[1]!r}: every option is a --flag; see --help")
         logging.set_verbosity(logging.WARNING)  # libraries report each of their steps at INFO
+        preemption.resend_ignored()
+        if sys.stdout is None:  # closed by whoever started this
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="backslashreplace")  # where the encoding lacks a letter
         try:
@@ -275,7 +288,7 @@ def run(
         except KeyboardInterrupt:
             distributed.end(130, f"\n{interrupted}", by_signal=True)
         except Exception as error:
-            if (problem := no_devices(error) or _output_problem(error)) is not None:
+            if (problem := outside_problem(error)) is not None:
                 distributed.end(2, f"error: {problem}")
             if not distributed.several():
                 raise

@@ -10,15 +10,11 @@ seals that with digests and renames it to `<step>`. So a folder whose name is a 
 whatever killed the run; and what happened to it later shows when it is read.
 """
 
-import functools
 import json
-import logging
 import os
 import re
 import shutil
-import sys
 import threading
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +27,7 @@ from absl import logging as absl_logging
 from mea_jax import digests, distributed
 from mea_jax.config import CheckpointConfig, TrainConfig
 from mea_jax.errors import UserError
+from mea_jax.orbax_store import missing, names_of, plain_path, quiet_threads
 from mea_jax.train_step import TrainState
 
 FORMAT = 2
@@ -45,33 +42,6 @@ class Position:
     next_batch: int  # number of the first batch not yet trained on
     digest: str  # `Prepared.digest` of the data that the run reads
     guards: Mapping[str, Any] | None = None  # `Guards.state`; None in checkpoints of format 1
-
-
-@functools.cache  # once a process: each call would wrap the hooks once more
-def _quiet_threads() -> None:
-    """Keeps orbax's threads and coroutines from printing tracebacks of their own after a failure.
-
-    When a write or read fails, orbax closes its event loop while others are under way; each of them
-    then complains, of the closed loop or of a failure of its own. The failure itself is raised.
-    """
-    hook, unraisable = sys.excepthook, sys.unraisablehook
-    known = ("Event loop is closed", "Encountered error while reading array")
-
-    def is_known(value: BaseException | None) -> bool:
-        return any(words in str(value) for words in known)
-
-    def quiet_hook(kind, value, trace) -> None:
-        if not is_known(value):
-            hook(kind, value, trace)
-
-    def quiet_unraisable(args) -> None:
-        if not is_known(args.exc_value):
-            unraisable(args)
-
-    # Not restored at the end: a failure's threads may outlive the run that started them.
-    sys.excepthook, sys.unraisablehook = quiet_hook, quiet_unraisable
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-    warnings.filterwarnings("ignore", message="coroutine '.*' was never awaited")
 
 
 def find_checkpoint(path: Path, option: str = "--checkpoint") -> tuple[Path, int | None]:
@@ -112,6 +82,7 @@ class Checkpoints:
         if there was one.
         """
         self.directory = (workdir / "checkpoints").absolute()
+        self._plain = plain_path(self.directory)  # as orbax takes it
         self.aside = (workdir / "damaged").absolute()
         self.options, self.rewindable = options, rewindable
         self.pending: int | None = None  # the step whose write may still be under way
@@ -119,7 +90,7 @@ class Checkpoints:
         self._failure: BaseException | None = None
         # Orbax logs each phase of each save, and each failure with tracebacks: ours is one line.
         absl_logging.set_verbosity(absl_logging.FATAL)
-        _quiet_threads()
+        quiet_threads()
         self._writer: ocp.AsyncCheckpointer | None = None
         if options is not None:
             if distributed.first():
@@ -267,7 +238,6 @@ class Checkpoints:
         assert self._writer is not None
         self.wait()  # for the write before, so that an error is told of the step that it belongs to
         self.pending = step
-        part = self.directory / f"{step}.part"
         content = {
             "format": FORMAT,
             "next_batch": position.next_batch,
@@ -276,7 +246,7 @@ class Checkpoints:
         }
         try:
             self._writer.save(
-                part,
+                self._plain / f"{step}.part",
                 args=ocp.args.Composite(
                     state=ocp.args.StandardSave(state),
                     config=ocp.args.JsonSave(config.to_dict()),
@@ -285,15 +255,19 @@ class Checkpoints:
             )
         except Exception as error:
             raise self._write_error(error) from error
-        self._thread = threading.Thread(target=self._complete, args=(part, step), daemon=True)
+        what = (step, names_of(state))
+        self._thread = threading.Thread(target=self._complete, args=what, daemon=True)
         self._thread.start()
 
-    def _complete(self, part: Path, step: int) -> None:
-        """Waits for orbax; then seals, renames and removes what is no longer kept."""
+    def _complete(self, step: int, shapes: dict[str, tuple[int, ...]]) -> None:
+        """Waits for orbax; then checks, seals, renames and removes what is no longer kept."""
+        part = self.directory / f"{step}.part"
         try:
             assert self._writer is not None
             self._writer.wait_until_finished()
             if distributed.first():
+                if problem := missing(part / "state", shapes):
+                    raise OSError(f"what was written cannot be read back: {problem}")
                 digests.seal(part)
                 os.rename(part, self.directory / str(step))
                 digests.sync_folder(self.directory)
@@ -359,7 +333,7 @@ class Checkpoints:
     def _arrays(self, step: int, handler: Any, how: Any) -> Any:
         try:
             with ocp.Checkpointer(handler) as reader:
-                return reader.restore(self.directory / str(step) / "state", args=how)
+                return reader.restore(self._plain / str(step) / "state", args=how)
         except Exception as error:
             raise self._unreadable(step, "state", error) from error
 

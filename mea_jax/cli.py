@@ -1,15 +1,19 @@
 """What every command shares: flags, one-line errors, where compiled code is kept."""
 
+import errno
 import functools
+import io
 import os
 import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 from absl import app, flags, logging
+from jax._src import xla_bridge  # for the reasons of a fallback to the CPU
 from ml_collections import config_dict, config_flags
 
 from mea_jax import distributed, preemption
@@ -17,6 +21,16 @@ from mea_jax.config import DataConfig, TrainConfig, flatten, from_config_dict
 from mea_jax.data.prepare import cache_root
 from mea_jax.errors import UserError, fail, nearest
 from mea_jax.preemption import Preempted
+from mea_jax.shipped import find_shipped, is_shipped
+
+_OVERRIDE = re.compile(r"--?(config\.[\w.\[\]]+)")
+# jax's words, without its advice at the end. For example "ABORTED: The TPU is already in use by
+# process with pid 1. Not attempting to load libtpu.so in this process." comes from libtpu.
+_NO_BACKEND = re.compile(
+    r"Unable to initialize backend '(\w+)': (.*?)\.?( \([^()]*\))?$", re.DOTALL
+)
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+_HELD = re.compile("already in use|resource busy", re.IGNORECASE)
 
 
 def define_config_flag():
@@ -24,7 +38,8 @@ def define_config_flag():
     return config_flags.DEFINE_config_file(
         "config",
         None,
-        "config file with an optional variant, such as configs/quickstart.py:mha; "
+        "config file with an optional variant, such as configs/quickstart.py:mha, or the name of "
+        "an installed one, such as quickstart:mha; "
         "--config.key=value overrides one of its keys (all of them: mea_jax/config.py)",
     )
 
@@ -38,7 +53,8 @@ def given_config(flag, example: str) -> config_dict.ConfigDict:
     except OSError as error:  # ml_collections hands out an object that raises when it is read
         path = getattr(flags.FLAGS["config"], "config_filename", "").split(":")[0]
         reason = str(error).strip().splitlines()[-1].strip()
-        raise UserError(f"config file {path} cannot be read: {reason}") from error
+        hint = f"; --config {Path(path).stem} takes the installed one" if is_shipped(path) else ""
+        raise UserError(f"config file {path} cannot be read: {reason}{hint}") from error
     return flag.value
 
 
@@ -97,16 +113,88 @@ def enable_compilation_cache() -> None:
     if getattr(jax.config, "jax_compilation_cache_dir", None) is None:
         jax.config.update("jax_compilation_cache_dir", str(cache_root(DataConfig()) / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    _check_fallback()
+
+
+def _check_fallback() -> None:
+    """Raise `UserError` if jax runs on the CPU only because another process holds the TPU.
+
+    jax itself says so only at its log level INFO.
+    """
+    jax.devices()
+    reason = xla_bridge._backend_errors.get("tpu", "")
+    if not jax.config.jax_platforms and _HELD.search(reason):
+        raise UserError(_held_by_another("tpu", reason))
+
+
+def _held_by_another(platform: str, reason: str) -> str:
+    return (
+        f"another process holds the {platform.upper()} ({reason}): wait for it or end it, or set "
+        "JAX_PLATFORMS=cpu to run without"
+    )
+
+
+def no_devices(error: BaseException) -> str | None:
+    """Return what to print if `error` is jax's failure to start a device platform, else None."""
+    asked = jax.config.jax_platforms
+    if isinstance(error, RuntimeError) and (match := _NO_BACKEND.match(str(error))):
+        platform, reason = match[1], " ".join(match[2].split())
+        if _HELD.search(reason):
+            return _held_by_another(platform, reason)
+    elif isinstance(error, AssertionError) and asked:
+        frames = traceback.extract_tb(error.__traceback__)
+        if not frames or not frames[-1].filename.endswith("xla_bridge.py"):
+            return None
+        reason = "jax found no such device"
+    else:
+        return None
+    wanted = f"JAX_PLATFORMS={asked}" if asked else f"the {platform} platform of jax"
+    return (
+        f"{wanted} cannot be used on this machine: {reason}; install jax for your accelerator "
+        "(pip install 'jax[tpu]' or 'jax[cuda13]'), or set JAX_PLATFORMS=cpu"
+    )
 
 
 def _check_overrides(argv: Sequence[str]) -> None:
-    """Raises `UserError` for a `--config.key` that names no option."""
+    """Raise `UserError` for a `--config.key` that names no option, or one without a --config."""
     known = [f"config.{key}" for key in flatten(TrainConfig().to_dict())]
-    for argument in argv:
-        if match := re.match(r"--?(config\.[\w.\[\]]+)", argument):
-            key = match[1].split("[")[0]
-            if key not in known:
-                raise UserError(f"unknown config key {key}: {nearest(key, known)}")
+    overrides = [match[1] for argument in argv if (match := _OVERRIDE.match(argument))]
+    for override in overrides:
+        key = override.split("[")[0]
+        if key not in known:
+            raise UserError(f"unknown config key {key}: {nearest(key, known)}")
+    if overrides and not any(re.match(r"--?config(=|$)", argument) for argument in argv):
+        raise UserError(
+            f"--{overrides[0]} overrides a key of a config, and no config is given: add --config "
+            "quickstart, or a config file"
+        )
+
+
+def _last_overrides(argv: Sequence[str]) -> list[str]:
+    """Return `argv` with only the last value of each `--config.key`.
+
+    ml_collections concatenates the values of a key that holds a tuple. Here the last one wins, as
+    for all other flags.
+    """
+    kept: list[str] = []
+    seen = set()
+    end = argv.index("--") if "--" in argv else len(argv)
+    values: list[str] = []  # what follows the flag that comes before it, as we walk backwards
+    for argument in reversed(argv[:end]):
+        match = _OVERRIDE.fullmatch(argument.partition("=")[0])
+        if match is None and not argument.startswith("-"):
+            values.insert(0, argument)
+            continue
+        if match is None or match[1] not in seen:
+            kept[:0] = [argument, *values]
+        elif "=" in argument:  # its value is not one of `values`
+            kept[:0] = values
+        else:
+            kept[:0] = values[1:]
+        if match is not None:
+            seen.add(match[1])
+        values = []
+    return [*values, *kept, *argv[end:]]
 
 
 def _config_file_error(message: str, argv: Sequence[str]) -> str:
@@ -129,7 +217,7 @@ def _parse_flags(argv: Sequence[str], training: bool) -> list[str]:
     try:
         if training:
             _check_overrides(argv)
-        return flags.FLAGS(argv)
+        return flags.FLAGS(find_shipped(_last_overrides(argv)))
     except flags.UnrecognizedFlagError as error:
         name = error.flagname
         fail(f"unknown flag --{name}: {nearest(name, flags.FLAGS)}")
@@ -141,6 +229,27 @@ def _parse_flags(argv: Sequence[str], training: bool) -> list[str]:
         fail(error)
     except Exception as error:  # whatever the user's config file raises
         fail(_config_file_error(f"{type(error).__name__}: {error}", argv))
+
+
+def _discard_output() -> None:
+    """Send the rest of stdout to nowhere, so that Python's shutdown does not fail to write it."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _output_problem(error: Exception) -> str | None:
+    """Return what to print if `error` comes from an output that takes nothing more, else None.
+
+    Such an error of stdout names no file. Errors of files that do are no surprise to the commands.
+    """
+    if not isinstance(error, OSError) or error.filename is not None or error.errno not in _FULL:
+        return None
+    _discard_output()
+    return f"the output cannot be written: {error.strerror}; free space, or send it elsewhere"
+
+
+def outside_problem(error: Exception) -> str | None:
+    """Return what to print if no defect but the machine is behind `error`, else None."""
+    return no_devices(error) or _output_problem(error)
 
 
 def run(
@@ -158,21 +267,29 @@ def run(
         if len(argv) > 1:
             fail(f"unexpected argument {argv[1]!r}: every option is a --flag; see --help")
         logging.set_verbosity(logging.WARNING)  # libraries report each of their steps at INFO
+        preemption.resend_ignored()
+        if sys.stdout is None:  # closed by whoever started this
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")  # where the encoding lacks a letter
         try:
             main()
+            sys.stdout.flush()
             distributed.finish()
         except UserError as error:
             distributed.end(2, f"error: {' '.join(str(error).split())}")
         except Preempted as error:
-            distributed.end(preemption.EXIT_STATUS, str(error))
+            distributed.end(preemption.EXIT_STATUS, str(error), by_signal=True)
         except BrokenPipeError:  # whoever read the output has seen enough, as `head` does
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _discard_output()
             if distributed.several():
                 distributed.end(141, "error: whoever read the output has gone")
             sys.exit(141)
         except KeyboardInterrupt:
-            distributed.end(130, f"\n{interrupted}")
+            distributed.end(130, f"\n{interrupted}", by_signal=True)
         except Exception as error:
+            if (problem := outside_problem(error)) is not None:
+                distributed.end(2, f"error: {problem}")
             if not distributed.several():
                 raise
             reason = str(error).strip().partition("\n")[0]

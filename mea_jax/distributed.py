@@ -303,13 +303,19 @@ def _watch() -> None:
         time.sleep(_POLL_SECONDS)
 
 
-def end(status: int, line: str) -> NoReturn:
-    """Prints `line` on stderr and exits with `status`; with several processes, all of them do."""
+def end(status: int, line: str, by_signal: bool = False) -> NoReturn:
+    """Print `line` on stderr and exit with `status`; with several processes, all of them do.
+
+    Use `by_signal` where a signal's exception has interrupted the program. XLA then may still be
+    compiling in a thread of its own, which crashes when Python shuts down and takes the devices
+    away. So the process ends without that shutdown.
+    """
     if _client() is None and threading.current_thread() is threading.main_thread():
         sys.stderr.write(f"{line}\n")
+        if by_signal:
+            leave(status)
         sys.exit(status)
     _ending.acquire()  # never released: whoever comes second waits here for the end
-    sys.stdout.flush()
     sys.stderr.write(f"{line}\n")
     sys.stderr.flush()
     if several():
@@ -321,7 +327,14 @@ def end(status: int, line: str) -> NoReturn:
             _client().wait_at_barrier("mea_jax/farewell", int(_FAREWELL_SECONDS * 1000))
         if first():  # it holds the service: jax aborts whoever is still there when that goes
             time.sleep(1.0)
-    # Not sys.exit: jax waits at exit for processes that wait for this one.
+    leave(status)  # not sys.exit: jax waits at exit for processes that wait for this one
+
+
+def leave(status: int) -> NoReturn:
+    """Exit with `status` after writing what was printed, without Python's shutdown."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):  # a full disk, a reader that has gone
+            stream.flush()
     os._exit(status)
 
 

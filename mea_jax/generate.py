@@ -238,8 +238,9 @@ def _check_flags() -> None:
 
 
 def _write_records(records: Iterator[dict[str, Any]], out: TextIO, total: int) -> None:
+    escaped = not (out.encoding or "").lower().startswith("utf")  # for a terminal without UTF-8
     for done, record in enumerate(records, start=1):
-        out.write(json.dumps(record, ensure_ascii=False) + "\n")
+        out.write(json.dumps(record, ensure_ascii=escaped) + "\n")
         out.flush()
         if out is not sys.stdout and sys.stderr.isatty():
             print(f"\r{done} of {total} prompts", end="", file=sys.stderr)

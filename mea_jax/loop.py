@@ -106,8 +106,7 @@ class Loop:
                 self._evaluate(0, state, everything, writer, self.run_directory.say)
             while True:
                 try:
-                    with self.stop.deferred():
-                        state = self._stretch(state, start, writer, profile_steps)
+                    state = self._stretch(state, start, writer, profile_steps)
                     break
                 except Spike as caught:
                     spike = caught.with_traceback(None)  # whose frames hold the state
@@ -181,7 +180,7 @@ class Loop:
         pending: tuple[int, Any] | None = None
         clock = time.perf_counter()
         try:
-            with jax.transfer_guard("disallow"), profile:
+            with jax.transfer_guard("disallow"), profile, self.stop.deferred():
                 for step in range(start + 1, c.steps + 1):
                     with profile.step(step, (state, batch)):
                         state, metrics = step_fn(state, batch, *self.taught)

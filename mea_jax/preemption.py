@@ -5,11 +5,17 @@ with `EXIT_STATUS`; the same command goes on from there. That is a bonus: what a
 the checkpoint of every so many minutes, since a machine may also vanish without a word.
 """
 
+import _thread
 import contextlib
+import functools
+import os
 import signal
+import sys
 import threading
+import time
 from collections.abc import Iterator
 
+_AGAIN_SECONDS = 0.01  # until an ignored signal is sent again
 EXIT_STATUS = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, run it again
 
 
@@ -18,7 +24,12 @@ class Preempted(BaseException):
 
     Like KeyboardInterrupt no `Exception`: it may come anywhere, and is no failure of what it
     interrupts.
+
+    Attributes:
+      request: the request whose signal raised it, or None.
     """
+
+    request: "StopRequest | None" = None
 
 
 class StopRequest:
@@ -44,7 +55,38 @@ class StopRequest:
     def _receive(self, *_: object) -> None:
         first, self.requested = not self.requested, True
         if first and not self._deferred:
-            raise Preempted("stopped by SIGTERM; the same command goes on from the last checkpoint")
+            error = Preempted(
+                "stopped by SIGTERM; the same command goes on from the last checkpoint"
+            )
+            error.request = self
+            raise error
+
+
+@functools.cache  # once a process: each call would wrap the hook once more
+def resend_ignored() -> None:
+    """Send SIGINT and SIGTERM again where Python had to ignore the exception of their handler.
+
+    Python raises it wherever the main thread is. In a callback of the garbage collector, and jax
+    has one, or in `__del__`, it prints the exception and goes on, and Ctrl-C would do nothing.
+    """
+    before = sys.unraisablehook
+
+    def hook(args) -> None:
+        error = args.exc_value
+        if isinstance(error, Preempted) and error.request is not None:
+            error.request.requested = False
+            _thread.start_new_thread(_send_soon, (signal.SIGTERM,))
+        elif isinstance(error, KeyboardInterrupt):
+            _thread.start_new_thread(_send_soon, (signal.SIGINT,))
+        else:
+            before(args)
+
+    sys.unraisablehook = hook
+
+
+def _send_soon(number: int) -> None:
+    time.sleep(_AGAIN_SECONDS)
+    os.kill(os.getpid(), number)
 
 
 @contextlib.contextmanager

@@ -90,9 +90,15 @@ class RunDirectory:
     def _check_config(self) -> None:
         old = stored_config(self.path)
         if old is not None and (lines := differences(old.to_dict(), self.config.to_dict())):
+            more = old.steps < self.config.steps and self.finished() is not None
+            remedy = (
+                f"this run is finished; to train on from it, give --config.start.checkpoint="
+                f"{self.path} and another --workdir"
+                if more
+                else "choose another --workdir, or set these keys back to resume"
+            )
             raise UserError(
-                f"{self.path} holds a run of another config ({'; '.join(lines)}): choose another "
-                "--workdir, or set these keys back to resume"
+                f"{self.path} holds a run of another config ({'; '.join(lines)}): {remedy}"
             )
 
     @contextlib.contextmanager

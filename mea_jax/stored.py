@@ -23,6 +23,7 @@ from mea_jax import digests
 from mea_jax.checkpoint import FORMAT
 from mea_jax.config import ModelConfig, TrainConfig
 from mea_jax.errors import UserError
+from mea_jax.orbax_store import missing, names_of, plain_path
 from mea_jax.report import disk_errors
 from mea_jax.train_step import abstract_params
 from mea_jax.trained import open_trained
@@ -90,7 +91,7 @@ class StoredModel:
     def _open(self, path: tuple[str, ...]) -> Any:
         store = {
             "driver": "ocdbt",
-            "base": f"file://{self.folder.absolute()}/state",
+            "base": {"driver": "file", "path": f"{self.folder.absolute()}/state/"},
             "path": ".".join(("params", *path)) + "/",
         }
         spec = {"driver": "zarr", "kvstore": store, "recheck_cached_data": False}
@@ -148,6 +149,7 @@ class Writer:
         self.folder, self.model, self.dtype = folder, model, jnp.dtype(dtype)
         self._shapes = dict(_flat(abstract_params(model)))
         self._places = places(model)
+        plain_path(folder)  # refused now rather than when all is done
         with disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
 
@@ -218,8 +220,9 @@ class Writer:
         )
         content = {"format": FORMAT, "next_batch": 0, "digest": digest, "guards": None}
         with disk_errors(checkpoint), ocp.Checkpointer(handler) as writer:
+            checkpoint.parent.mkdir(parents=True, exist_ok=True)
             writer.save(
-                checkpoint.absolute(),
+                plain_path(checkpoint.parent) / checkpoint.name,
                 args=ocp.args.Composite(
                     state=ocp.args.PyTreeSave(
                         {"params": params},
@@ -231,4 +234,6 @@ class Writer:
                 ),
                 force=True,
             )
+            if problem := missing(checkpoint / "state", names_of({"params": params})):
+                raise UserError(f"what was written to {checkpoint} cannot be read back: {problem}")
             digests.seal(checkpoint)

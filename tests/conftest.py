@@ -21,6 +21,7 @@ from absl import app, flags
 from helpers import change, tiny_model
 from launch_machine import Machine
 
+from mea_jax import distributed
 from mea_jax.config import (
     CheckpointConfig,
     DataConfig,
@@ -115,6 +116,7 @@ def in_process(monkeypatch, capfd, devices):
         app.define_help_flags()  # which absl does once, and the first command would take away
         before, status = set(flags.FLAGS), 0
         monkeypatch.setattr(sys, "argv", [module, *map(str, arguments)])
+        monkeypatch.setattr(distributed, "leave", sys.exit)  # not out of the tests as well
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the module is imported already

@@ -4,11 +4,16 @@ import json
 import os
 import subprocess
 import sys
+import tomllib
+import types
+from importlib import metadata
 from pathlib import Path
 
+import jax
 import pytest
 from helpers import change, is_one_error
 
+from mea_jax import cli, shipped
 from mea_jax.checkpoint import find_checkpoint
 from mea_jax.errors import UserError
 
@@ -162,6 +167,47 @@ def test_bad_arguments(command, config_file, arguments, parts):
     is_one_error(status, err, *parts)
 
 
+def test_the_last_value_of_a_key_counts(command, config_file, tmp_path):
+    """Of those that hold a tuple too, which the flag library would join."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    for folder in (one, two):
+        folder.mkdir()
+        (folder / "text.txt").write_text("a quick brown fox " * 40)
+    source = '({{"source": "text", "path": "{}"}},)'
+    status, _, err = command(
+        "--config",
+        config_file(steps=1, **{"optimizer.warmup_steps": 0}),
+        "--workdir",
+        tmp_path / "run",
+        f"--config.data.sources={source.format(one)}",
+        "--config.model.key_components=(4, 4)",
+        "--config.data.sources",
+        source.format(two),
+        "--config.model.key_components",
+        "(2, 4)",
+    )
+    assert status == 0, err
+    stored = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert [source["path"] for source in stored["data"]["sources"]] == [str(two)]
+    assert stored["model"]["key_components"] == [2, 4]
+
+
+@pytest.mark.parametrize(
+    ("argv", "kept"),
+    [
+        (["x", "--config.a=1", "--config.b", "2", "--config.a", "3"], [0, 2, 3, 4, 5]),
+        (["x", "--config.a", "1", "rest", "--config.a=2", "--other=1"], [0, 3, 4, 5]),
+        (["x", "--config.a[0]=1", "--config.a=2", "--", "--config.a=3"], [0, 1, 2, 3, 4]),
+    ],
+)
+def test_which_overrides_are_dropped(argv, kept):
+    assert cli._last_overrides(argv) == [argv[i] for i in kept]
+
+
+def test_an_override_without_a_config(command):
+    is_one_error(*command("--config.steps=2")[::2], "--config.steps", "add --config quickstart")
+
+
 def test_mesh_that_does_not_fit_the_heads(command, config_file):
     path = config_file(**{"mesh.data": 1, "mesh.tensor": 8})
     status, _, err = command("--config", path, count=8)
@@ -202,6 +248,96 @@ def test_config_file_that_is_not_python(command, tmp_path):
 def test_config_file_without_a_config(command, tmp_path):
     (tmp_path / "conf.py").write_text("x = 1\n")
     is_one_error(*command("--config", tmp_path / "conf.py")[::2], "get_config")
+
+
+def test_a_shipped_config_by_its_name(command, monkeypatch, tmp_path):
+    """Its variants too; not where a file has that name; in a clone and where a wheel put it."""
+    names = cli.find_shipped(["x", "--config", "quickstart:mha", "--config=recover:runs/a"])
+    assert names[2] == f"{ROOT / 'configs' / 'quickstart.py'}:mha"
+    assert names[3] == f"--config={ROOT / 'configs' / 'recover.py'}:runs/a"
+    status, _, err = command("--config", "quikstart")
+    is_one_error(status, err, "quikstart", "ablations, ", "quickstart, ")
+    status, _, err = command("--config", "configs/quickstart.py")
+    is_one_error(status, err, "configs/quickstart.py", "--config quickstart takes the installed")
+    (tmp_path / "quickstart").write_text("")
+    assert cli.find_shipped(["x", "--config=quickstart"]) == ["x", "--config=quickstart"]
+
+
+def test_a_wheel_holds_the_configs(monkeypatch, tmp_path):
+    """As its record lists them, beside the folder of packages."""
+    data = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["data-files"]
+    (tmp_path / "share" / "mea_jax" / "configs").mkdir(parents=True)
+    (tmp_path / "lib" / "mea_jax").mkdir(parents=True)
+    record = metadata.PackagePath("../share/mea_jax/configs/quickstart.py")
+    record.dist = metadata.Distribution.at(tmp_path / "lib" / "mea_jax.dist-info")
+    monkeypatch.setattr(shipped, "__file__", str(tmp_path / "lib" / "mea_jax" / "shipped.py"))
+    monkeypatch.setattr(metadata, "files", lambda name: [record])
+    found = shipped.shipped_configs()["quickstart"].resolve()
+    assert data == {"share/mea_jax/configs": ["configs/*.py"]}
+    assert found == tmp_path / "share" / "mea_jax" / "configs" / "quickstart.py"
+
+
+# -- the machine ----------------------------------------------------------------------------
+
+
+def refuses(error):
+    def devices(*_):
+        raise error
+
+    return devices
+
+
+HELD = "ABORTED: The TPU is already in use by process with pid 17. Not attempting to load libtpu.so"
+
+
+@pytest.mark.parametrize(
+    ("reason", "parts"),
+    [
+        (f"{HELD} in this process. (set JAX_PLATFORMS='' to ...)", ["holds the TPU", "pid 17"]),
+        (
+            "INTERNAL: Failed to open libtpu.so: no such file (set ...)",
+            ["cannot be used", "libtpu"],
+        ),
+        ("UNKNOWN: open(/dev/accel0): Device or resource busy", ["another process holds the TPU"]),
+    ],
+)
+def test_no_such_accelerator(command, config_file, monkeypatch, reason, parts):
+    error = RuntimeError(f"Unable to initialize backend 'tpu': {reason}")
+    monkeypatch.setattr(cli.xla_bridge, "backends", refuses(error))
+    monkeypatch.setattr(cli.xla_bridge, "get_backend", refuses(error))
+    path = config_file()
+    monkeypatch.setattr("mea_jax.train.sharding.make_mesh", refuses(error))
+    status, _, err = command("--config", path)
+    is_one_error(status, err, *parts)
+    assert "(set " not in err
+    assert status == 2
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu", "gpu", "nonsense"])
+def test_process_no_such_accelerator(monkeypatch, tmp_path, platform):
+    monkeypatch.setenv("JAX_PLATFORMS", platform)
+    status, err = real_command("--config", "quickstart", cwd=tmp_path)
+    is_one_error(status, err, f"JAX_PLATFORMS={platform} cannot be used", "JAX_PLATFORMS=cpu")
+
+
+def test_no_silent_fallback_from_a_tpu_that_another_process_holds(monkeypatch):
+    jax.devices()
+    monkeypatch.setitem(cli.xla_bridge._backend_errors, "tpu", HELD)
+    cli._check_fallback()  # the tests ask for the CPU
+    monkeypatch.setattr(cli.jax, "config", types.SimpleNamespace(jax_platforms=None))
+    with pytest.raises(UserError, match="another process holds the TPU"):
+        cli._check_fallback()
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_process_output_to_a_full_device(unbuffered):
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": unbuffered}
+    command = [sys.executable, "-m", "mea_jax.study", "run", "--config", "lr_study", "--list"]
+    with open("/dev/full", "w") as full:
+        finished = subprocess.run(
+            command, env=environment, stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    is_one_error(finished.returncode, finished.stderr, "output", "No space left on device")
 
 
 def test_unknown_variant(command, config_file):
@@ -261,6 +397,14 @@ def test_directory_of_another_config(command, config_file, tmp_path):
     status, _, err = command(*run, "--config.seed=7", "--config.model.d_ff=64")
     is_one_error(status, err, "seed: 0 -> 7", "model.d_ff: 48 -> 64", "--workdir")
     assert (tmp_path / "run" / "config.json").read_bytes() == before
+
+
+def test_a_finished_run_asked_for_more_steps(command, config_file, tmp_path):
+    config = config_file(steps=1, **{"optimizer.warmup_steps": 0})
+    run = ["--config", config, "--workdir", tmp_path / "run"]
+    assert command(*run)[0] == 0
+    status, _, err = command(*run, "--config.steps=2")
+    is_one_error(status, err, "steps: 1 -> 2", f"--config.start.checkpoint={tmp_path / 'run'}")
 
 
 def test_directory_that_cannot_be_written(command, config_file, tmp_path):

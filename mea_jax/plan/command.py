@@ -183,11 +183,14 @@ def _write_programs(programs: dict[str, Compiled], path: Path) -> None:
 
 
 def _write(plan: Any, pictured: dict[str, dict[str, Any]], out: Path) -> str:
-    report.write(plan, out.with_suffix(".json"))
+    # Not with_suffix: "lr=1.5" has none.
+    name = out.name.removesuffix(".json").removesuffix(".png")
+    numbers, picture = out.with_name(f"{name}.json"), out.with_name(f"{name}.png")
+    report.write(plan, numbers)
     if all("seconds" in p for p in pictured.values()):
-        report.picture(pictured, out.with_suffix(".png"))
-        return f"{out.with_suffix('.json')} and {out.with_suffix('.png')}"
-    return str(out.with_suffix(".json"))
+        report.picture(pictured, picture)
+        return f"{numbers} and {picture}"
+    return str(numbers)
 
 
 def run_sweep(config: TrainConfig, target: targets.Target, out: Path) -> None:

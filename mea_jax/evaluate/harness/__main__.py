@@ -9,6 +9,7 @@ lm-eval finds the model by itself from the first version on that reads the entry
 
 import importlib
 
+from mea_jax import cli, distributed
 from mea_jax.errors import UserError, fail
 from mea_jax.evaluate.harness.command import harness_package
 
@@ -22,6 +23,12 @@ def main() -> None:
         cli_evaluate()
     except UserError as error:
         fail(error)
+    except KeyboardInterrupt:
+        distributed.end(130, "\nstopped", by_signal=True)
+    except Exception as error:
+        if (problem := cli.outside_problem(error)) is not None:
+            fail(problem)
+        raise
 
 
 if __name__ == "__main__":

@@ -17,6 +17,8 @@ from mea_jax.errors import UserError, shown
 Json = Mapping[str, Any]
 
 THETA = 10_000.0  # transformers' own default
+_WINDOW = 4096  # likewise, of the Qwen3 classes
+_ROPE = "rope_parameters"
 # Keys that no number of the model depends on: those of the config that it came with are given back.
 KEPT = (
     "max_position_embeddings",
@@ -91,6 +93,22 @@ class _Reader:
             raise UserError(f"{self.where}: {key}={shown(value)} must be a positive whole number")
         return value
 
+    def agreed(self, values: Json) -> Any:
+        """Return the value of a fact that has several spellings; None if no key gives it.
+
+        `values` holds what each key gives. transformers 4 and 5 spell some facts differently, and
+        which of two values wins depends on the version. So this raises `UserError`, which names the
+        keys, if the values differ.
+        """
+        given = [(key, value) for key, value in values.items() if value is not None]
+        for key, value in given[1:]:
+            if value != given[0][1]:
+                raise UserError(
+                    f"{self.where}: {given[0][0]}={shown(given[0][1])} and {key}={shown(value)} "
+                    "disagree: remove the wrong one"
+                )
+        return given[0][1] if given else None
+
     def number(self, key: str, default: float | None = None, of: Json | None = None) -> float:
         value = (self.config if of is None else of).get(key)
         value = default if value is None else value
@@ -118,11 +136,16 @@ def model_config(config: Json, where: str) -> ModelConfig:
     read.only("mlp_bias", (None, False), no_bias)
     read.only("hidden_act", (None, "silu", "swish"), "the feed-forward layers are SwiGLU here")
     read.only("quantization_config", (None,), "give the model in float32, float16 or bfloat16")
-    if config.get("use_sliding_window") and config.get("sliding_window") is not None:
+    # The Qwen3 classes have a window by default, which only `use_sliding_window` turns on.
+    window = config.get("sliding_window", _WINDOW if family.qk_norm else None)
+    if config.get("use_sliding_window") and window is not None:
         read.refuse("use_sliding_window", True, "attention sees all positions here")
-    for kind in config.get("layer_types") or ():
+    kinds = config.get("layer_types") or ()
+    for kind in kinds:
         if kind != "full_attention":
             read.refuse("layer_types", kind, "attention sees all positions here")
+    named = {"the length of layer_types": len(kinds) or None}
+    read.agreed({"num_hidden_layers": read.whole("num_hidden_layers"), **named})
     heads, width = read.whole("num_attention_heads"), read.whole("hidden_size")
     llama = not family.qk_norm
     fields: dict[str, Any] = {
@@ -138,7 +161,7 @@ def model_config(config: Json, where: str) -> ModelConfig:
         "qk_norm": family.qk_norm,
         "norm_eps": read.number("rms_norm_eps"),
         "tie_embeddings": bool(config.get("tie_word_embeddings", False)),
-        "dtype": _products(config),
+        "dtype": _products(read),
         **_rope(read),
     }
     if family.experts:
@@ -148,28 +171,56 @@ def model_config(config: Json, where: str) -> ModelConfig:
 
 
 def _rope(read: _Reader) -> dict[str, Any]:
-    """Of `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before)."""
-    config = read.config
-    given = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(given, dict):
-        read.refuse("rope_parameters", given, "expected an object")
-    theta = read.number("rope_theta", read.number("rope_theta", THETA), of=given)
-    for rope in (config, given):
-        part = rope.get("partial_rotary_factor")
-        if part not in (None, 1, 1.0):
-            read.refuse("partial_rotary_factor", part, "all features of a head are rotated here")
-    kind = given.get("rope_type") or given.get("type") or "default"
-    fields: dict[str, Any] = {"rope_theta": theta}
-    if kind == "llama3":
+    """Return the fields of rotary positions.
+
+    transformers 5 writes them into `rope_parameters`, transformers 4 into `rope_theta` and
+    `rope_scaling`. Of two objects, transformers 5 reads `rope_scaling` alone.
+    """
+    keys = [key for key in ("rope_parameters", "rope_scaling") if read.config.get(key)]
+    found = [_rope_facts(read, key) for key in keys or [_ROPE]]
+    for fact in found[0] | found[-1]:
+        read.agreed({f"{key}.{fact}": of.get(fact) for key, of in zip(keys, found, strict=False)})
+    facts = found[0]
+    if facts["partial_rotary_factor"] != 1:
+        why = "all features of a head are rotated here"
+        read.refuse("partial_rotary_factor", facts["partial_rotary_factor"], why)
+    fields: dict[str, Any] = {"rope_theta": read.number("rope_theta", of=facts)}
+    if facts["rope_type"] == "llama3":
         fields["rope_scaling"] = RopeScaling(
-            factor=read.number("factor", of=given),
-            low_freq_factor=read.number("low_freq_factor", of=given),
-            high_freq_factor=read.number("high_freq_factor", of=given),
-            original_context=int(read.number("original_max_position_embeddings", of=given)),
+            factor=read.number("factor", of=facts),
+            low_freq_factor=read.number("low_freq_factor", of=facts),
+            high_freq_factor=read.number("high_freq_factor", of=facts),
+            original_context=int(read.number("original_max_position_embeddings", of=facts)),
         )
-    elif kind != "default":
-        read.refuse("rope_type", kind, "known: default, llama3")
+    elif facts["rope_type"] != "default":
+        read.refuse("rope_type", facts["rope_type"], "known: default, llama3")
     return fields
+
+
+def _rope_facts(read: _Reader, key: str) -> dict[str, Any]:
+    """Return what the object `key` of a config says, with what stands outside it, or defaults."""
+    config, given = read.config, read.config.get(key) or {}
+    if not isinstance(given, dict):
+        read.refuse(key, given, "expected an object")
+    for name, value in given.items():
+        if isinstance(value, dict):
+            read.refuse(f"{key}.{name}", value, "all layers have the same positions here")
+
+    def fact(name: str, default: Any, other: str | None = None) -> Any:
+        outer = {other or name: (given if other else config).get(other or name)}
+        value = read.agreed({f"{key}.{name}": given.get(name), **outer})
+        return default if value is None else value
+
+    facts = {name: value for name, value in given.items() if name != "type"}
+    facts["rope_type"] = fact("rope_type", "default", "type")
+    facts["rope_theta"] = fact("rope_theta", THETA)
+    facts["partial_rotary_factor"] = fact("partial_rotary_factor", 1)
+    if facts["rope_type"] == "llama3":
+        # transformers takes the model's own context if the object names none.
+        name = "original_max_position_embeddings"
+        inner = given.get(name) or context_of(config, read.where)
+        facts[name] = read.agreed({f"{key}.{name}": inner, name: config.get(name)})
+    return facts
 
 
 def _experts(read: _Reader) -> dict[str, Any]:
@@ -178,19 +229,23 @@ def _experts(read: _Reader) -> dict[str, Any]:
     read.only("decoder_sparse_step", (None, 1), dense)
     read.only("mlp_only_layers", (None, []), dense)
     # transformers 5 writes the second name.
-    count = "num_experts" if "num_experts" in config else "num_local_experts"
+    counts = {key: config.get(key) for key in ("num_experts", "num_local_experts")}
+    read.agreed(counts)
     return {
-        "n_experts": read.whole(count),
+        "n_experts": read.whole(
+            next((k for k, n in counts.items() if n is not None), "num_experts")
+        ),
         "experts_per_token": read.whole("num_experts_per_tok"),
         "d_expert": read.whole("moe_intermediate_size"),
         "normalise_router": bool(config.get("norm_topk_prob", False)),
     }
 
 
-def _products(config: Json) -> str:
-    """Of what dtype the model's products were: float16 is none of ours."""
-    given = config.get("dtype") or config.get("torch_dtype")
-    return "bfloat16" if given in ("bfloat16", "float16") else "float32"
+def _products(read: _Reader) -> str:
+    """Return the dtype of the model's products. Models in float16 run in bfloat16."""
+    keys = ("dtype", "torch_dtype")
+    names = {k: str(v).removeprefix("torch.") for k in keys if (v := read.config.get(k))}
+    return "bfloat16" if read.agreed(names) in ("bfloat16", "float16") else "float32"
 
 
 def context_of(config: Json, where: str) -> int:

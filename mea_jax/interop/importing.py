@@ -158,14 +158,13 @@ class _Part:
 
 def _tokenizer(folder: Path, model: ModelConfig) -> Tokenizer:
     """The model's, with its companions. Raises `UserError` where it cannot be the model's."""
-    tokenizer = tokenizers.from_directory(folder)
+    config = {tokenizers.MODEL_CONFIG: (folder / "config.json").read_bytes()}
+    tokenizer = tokenizers.from_directory(folder, config)
     if tokenizer.vocab_size > model.vocab_size:
         raise UserError(
             f"{folder}: the tokenizer does not match: it has ids up to {tokenizer.vocab_size - 1}, "
             f"config.json has vocab_size={model.vocab_size}"
         )
-    config = {tokenizers.MODEL_CONFIG: (folder / "config.json").read_bytes()}
-    tokenizer.companions = dict(tokenizer.companions) | config
     return tokenizer
 
 

@@ -112,9 +112,11 @@ class SourceConfig:
 
     source: str = "python_stdlib"  # or "text", "jsonl" (also .gz, .zst), "parquet", "tfds:<name>"
     path: str = ""  # file, folder or glob of files; data_dir of "tfds:"
-    field: str = "text"  # the field of "jsonl" and "tfds:", or column of "parquet", with the text
+    field: str = "text"  # the field of "jsonl" and "tfds:", or column of "parquet", with the text;
+    # "meta.text" is the field "text" inside the field "meta"
     split: str = "train"  # of "tfds:"
     weight: float = 1.0  # share of training windows drawn from this source, relative to the others
+    held_out: bool = False  # the entire source is held-out text; the others are then for training
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,8 @@ class DataConfig:
     sources: tuple[SourceConfig, ...] = (SourceConfig(),)
     tokenizer: str = "bpe:2048"  # "bytes", "bpe:<size>" (trained on the spot), *.json, *.model
     context_length: int = 256  # T, positions of a window
-    held_out_fraction: float = 0.03  # of documents, chosen by a hash of their names
+    held_out_fraction: float = 0.03  # of each source's text; 0: none. No part of it where a source
+    # is named as held_out
     cache_dir: str = ""  # of prepared windows; "": $MEA_JAX_CACHE, else ~/.cache/mea_jax
     prefetch: int = 8  # batches read ahead
     read_threads: int = 1  # per host

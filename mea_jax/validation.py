@@ -69,8 +69,12 @@ def validate(config: TrainConfig) -> None:
         path = f"config.data.sources[{i}].weight"
         _require(0 < source.weight < math.inf, f"{path}={source.weight} must be positive")
     _require(
-        0 < data.held_out_fraction < 1,
-        f"config.data.held_out_fraction={data.held_out_fraction} must lie between 0 and 1",
+        0 <= data.held_out_fraction < 1,
+        f"config.data.held_out_fraction={data.held_out_fraction} must be 0 or more and below 1",
+    )
+    _require(
+        not all(source.held_out for source in data.sources),
+        "config.data.sources: every source is held_out; add one for training",
     )
     _require(
         config.batch_size % config.accumulate == 0,

@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 from helpers import change, is_one_error
 
+from mea_jax.checkpoint import find_checkpoint
+from mea_jax.errors import UserError
+
 ROOT = Path(__file__).parent.parent
 PROCESS = ("--coordinator=localhost:8476", "--num_processes=2", "--process_id=1")
 
@@ -273,3 +276,17 @@ def test_loss_that_is_not_finite(command, config_file, tmp_path):
     )
     is_one_error(status, err, "loss", "after step", "last good checkpoint")
     assert not (tmp_path / "run" / "summary.json").exists()
+
+
+def test_a_model_of_transformers_as_checkpoint_is_sent_to_the_import(tmp_path):
+    folder = tmp_path / "SmolLM2-135M"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_text("")
+    with pytest.raises(UserError, match=rf"convert from_hf --model {folder} --out RUN"):
+        find_checkpoint(folder)
+    with pytest.raises(UserError, match=r"convert from_hf --model Qwen/Qwen3-0\.6B --out RUN"):
+        find_checkpoint(Path("Qwen/Qwen3-0.6B"))
+    with pytest.raises(UserError, match=r"runs/gone: no such folder; give a run") as caught:
+        find_checkpoint(Path("runs/gone"))
+    assert "from_hf" not in str(caught.value)

@@ -21,6 +21,7 @@ from mea_jax.errors import UserError
 BUDGETS = ("uniform", "measured", "repaired", "residual")
 LAYERS = ("full", "deep", "half")
 _POSITIONS = 128  # of the cache whose arrays are counted
+_ROUNDING = 0.005  # of a share: as whole heads count those that are so close to them
 
 
 def cache_bytes(model: ModelConfig) -> list[tuple[int, int]]:
@@ -61,16 +62,38 @@ def choose_layers(words: str, n_layers: int) -> list[int]:
     return sorted(chosen)
 
 
-def uniform(keep: float, heads: int) -> int:
-    """Component heads of every layer at `keep` of the cache. Raises `UserError` below one."""
+def heads_kept(keep: float, heads: int) -> float:
+    """Return the component heads of a layer that make up `keep` of its cache, maybe not whole.
+
+    Shares such as 0.333 of three heads count as whole heads. Raises `UserError` for less than one.
+    """
     if not 0 < keep <= 1:
         raise UserError(f"--keep={keep} must lie in (0, 1]: the share of the cache that stays")
-    found = math.floor(keep * heads + 1e-9)
+    found = keep * heads
+    if abs(found - round(found)) <= _ROUNDING * found:
+        found = float(round(found))
     if found < 1:
         raise UserError(
             f"--keep={keep} leaves less than one of {heads} heads: keep {1 / heads:.3g} or more"
         )
     return found
+
+
+def uniform(keep: float, heads: int) -> int:
+    """Return the component heads of every layer at `keep` of the cache.
+
+    Raises `UserError` where `keep` is no whole number of heads, with the shares that are.
+    """
+    found = heads_kept(keep, heads)
+    if found != int(found):
+        below = math.floor(found)
+        raise UserError(
+            f"--keep={keep} cannot be met by the same number of heads in every layer: of {heads} "
+            f"key/value heads, {below} are {below / heads:.3g} of the cache and {below + 1} are "
+            f"{(below + 1) / heads:.3g}; give one of these, or --budget measured, which gives "
+            "layers different numbers"
+        )
+    return int(found)
 
 
 def allot(

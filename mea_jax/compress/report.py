@@ -101,7 +101,7 @@ def table(summary: dict[str, Any]) -> str:
     lines += [
         "",
         f"cache        {cache['before']:,} > {cache['after']:,} bytes per token, "
-        f"{summary['cache_kept']:.1%} kept",
+        f"{summary['cache_kept']:.1%} kept (--keep={summary['options']['keep']:g})",
         "",
         f"{'held-out loss (nats per token)':<36}  before   after  {'increase':<16}  divergence",
     ]

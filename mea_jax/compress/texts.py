@@ -13,6 +13,7 @@ from mea_jax import sharding
 from mea_jax.compress.options import Options
 from mea_jax.compress.sweep import Stream
 from mea_jax.config import DataConfig, MeshConfig, SourceConfig
+from mea_jax.data import split
 from mea_jax.data.pipeline import held_out_batches, train_batches
 from mea_jax.data.prepare import Prepared, prepare
 from mea_jax.errors import UserError
@@ -37,7 +38,17 @@ class Texts:
         self.source, self.options = source, options
         self.mesh: Mesh = sharding.make_mesh(MeshConfig(), jax.devices())
         self.batch = WINDOWS * len(jax.devices())
-        self.prepared = self._own(source.config.data, say)
+        data = source.config.data
+        none = UserError(
+            f"the data of {source.run} have no held-out text to measure the loss on "
+            f"(config.data.held_out_fraction={data.held_out_fraction}): train with a larger "
+            "fraction, or convert the model with more text"
+        )
+        if not split.has_held_out(data):  # known before anything is read
+            raise none
+        self.prepared = self._own(data, say)
+        if not any(part.held_out_windows for part in self.prepared.sources):
+            raise none
 
     def _prepare(self, data: DataConfig) -> Prepared:
         return prepare(data, self.source.config.model.vocab_size, log=lambda line: None)
@@ -86,13 +97,12 @@ class Texts:
     def held_out(self, folder: Path) -> Stream:
         """Held-out windows, a share of each source's, labelled by source."""
         batches, labels = [], []
-        length, sources = self.prepared.context_length, len(self.prepared.sources)
-        most = held_out_share(self.options.held_out_tokens, self.batch * length, sources)
-        for source in self.prepared.sources:
+        length = self.prepared.context_length
+        sources = [source for source in self.prepared.sources if source.held_out_windows]
+        most = held_out_share(self.options.held_out_tokens, self.batch * length, len(sources))
+        for source in sources:
             one = dataclasses.replace(self.prepared, sources=(source,))
             found = list(held_out_batches(one, batch_size=self.batch, max_batches=most))
             batches += found
             labels += [source.name] * len(found)
-        if not batches:
-            raise UserError("the checkpoint's data have no held-out windows to look at")
         return Stream(batches, labels, folder, self.mesh)

@@ -56,7 +56,9 @@ class Pass:
         methods.check_model(self.model, options.method)
         self.chosen = budgets.choose_layers(options.layers, self.model.n_layers)
         self.count = self.model.n_kv_heads
-        self.uniform = budgets.uniform(options.keep, self.count)
+        self.kept = budgets.heads_kept(options.keep, self.count)  # a layer's, on average
+        if options.budget == "uniform":
+            self.kept = budgets.uniform(options.keep, self.count)
         self._claim()
         self.texts = Texts(self.source, options, say)
         folder = measurements or self.part / "measurements"
@@ -89,12 +91,12 @@ class Pass:
     def divide(self) -> tuple[list[int], list[int], list[Sensitivity]]:
         """C_k and C_v of every layer, and what was measured on the way."""
         keys, values = [self.count] * self.model.n_layers, [self.count] * self.model.n_layers
-        for index in self.chosen:
-            keys[index] = values[index] = self.uniform
         if self.options.budget == "uniform":
+            for index in self.chosen:
+                keys[index] = values[index] = int(self.kept)
             return keys, values, []
         found = self.findings.sensitivities(self.chosen)
-        if self.uniform < self.count:
+        if self.kept < self.count:
             self._allot(found, keys, values)
         return keys, values, found
 
@@ -113,12 +115,20 @@ class Pass:
         )
 
     def _allot(self, found: list[Sensitivity], keys: list[int], values: list[int]) -> None:
-        """Puts the best division at the bytes of the uniform one into `keys` and `values`."""
-        total = sum(map(sum, (self.cache_of(keys, values)[i] for i in self.chosen)))
+        """Put the best division at the bytes that were asked for into `keys` and `values`.
+
+        Those are the bytes of the uniform division; between two of them where a layer's share is
+        no whole number of heads.
+        """
         layers_of = self.model.n_layers
         by_count = [
             self.cache_of([c] * layers_of, [c] * layers_of) for c in range(1, self.count + 1)
         ]
+        totals = [sum(sum(row[index]) for index in self.chosen) for row in by_count]
+        below = int(self.kept)
+        part = self.kept - below  # of one more head
+        total = totals[below - 1]
+        total += round(part * (totals[min(below, self.count - 1)] - total))
         costs = [[row[s.layer][s.which == "value"] for row in by_count] for s in found]
         losses = [s.losses or s.residuals for s in found]
         for s, option in zip(found, budgets.allot(costs, losses, total), strict=True):

@@ -7,18 +7,17 @@ always fall on one side).
 """
 
 import abc
-import glob
+import codecs
 import hashlib
-import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mea_jax.config import SourceConfig
 from mea_jax.data.bad_input import BadInputError, LeftOut, some
-from mea_jax.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -55,14 +54,30 @@ class Corpus(abc.ABC):
       units: the pieces that are read one after another, or by several workers.
       size: bytes of all units, about; progress bars count with it.
       left_out: the pieces of input that could not be read so far.
+      read_documents: the number of documents with text that were read so far.
+      empty: the number of documents without text that were read so far.
+      kind: what `amount` counts, in the singular.
+      amount: the number of files or records.
+      passed_over: what lies in the source's folders and is not read, with its number.
     """
 
     units: Sequence[Any]
     size: int
+    kind = "file"
 
     def __init__(self, source: SourceConfig, left_out: LeftOut):
         self.source = source
         self.left_out = left_out
+        self.passed_over: Counter[str] = Counter()
+        self.read_documents = self.empty = 0
+
+    @property
+    def amount(self) -> int:
+        return len(self.units)
+
+    def document_sizes(self) -> dict[str, int] | None:
+        """Return the bytes of each document by its name, or None if reading is needed for that."""
+        return None
 
     @abc.abstractmethod
     def read(self, unit: Any) -> Iterator[Document]:
@@ -82,13 +97,22 @@ class Corpus(abc.ABC):
             try:
                 for document in self.read(unit):
                     if document.text:
+                        self.read_documents += 1
                         yield document
+                    else:
+                        self.empty += 1
             except BadInputError as error:
                 self.left_out.add(error)
 
 
 class FileCorpus(Corpus):
-    """Files below a root; the units are their paths relative to it."""
+    """Files below a root; the units are their paths relative to it.
+
+    Attributes:
+      ONE_DOCUMENT: whether each file is a document, named by its path.
+    """
+
+    ONE_DOCUMENT = False
 
     def __init__(self, source: SourceConfig, left_out: LeftOut, root: Path, names: list[str]):
         super().__init__(source, left_out)
@@ -108,6 +132,11 @@ class FileCorpus(Corpus):
         files = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
         return [self.source.source, self.source.field, files]
 
+    def document_sizes(self) -> dict[str, int] | None:
+        if not self.ONE_DOCUMENT:
+            return None
+        return {n: s.st_size for n, s in zip(self.units, self._stats, strict=True) if s.st_size}
+
     def _bytes(self, name: str) -> bytes:
         try:
             return (self.root / name).read_bytes()
@@ -125,43 +154,28 @@ def _stat(root: Path, name: str) -> os.stat_result:
         raise BadInputError(f"{root / name}: cannot be read: {error.strerror}") from error
 
 
-def find_files(source: SourceConfig, suffixes: tuple[str, ...] = ("",)) -> tuple[Path, list[str]]:
-    """The root folder of `source.path` and the sorted relative names of its files.
+def field_path(field: str, record: Any, inside: Callable[[Any], Any]) -> list[str] | None:
+    """Return the names that lead from `record` to `field`, or None if they lead nowhere.
 
-    Of a folder those whose names end in one of `suffixes`; of a glob all.
-
-    Raises:
-      UserError: there are none, or they cannot be listed.
+    Args:
+      field: a name, or several joined by dots. A name that itself has a dot goes first.
+      record: a mapping from names.
+      inside: returns the mapping inside a value of `record`, or None if it has none.
     """
-    try:
-        return _find_files(source, suffixes)
-    except OSError as error:
-        raise UserError(f"{source.path}: cannot be read: {error.strerror}") from error
+    if field in record:
+        return [field]
+    for at in [i for i, letter in enumerate(field) if letter == "."][::-1]:
+        name = field[:at]
+        inner = inside(record[name]) if name in record else None
+        rest = field_path(field[at + 1 :], inner, inside) if inner is not None else None
+        if rest is not None:
+            return [name, *rest]
+    return None
 
 
-def _find_files(source: SourceConfig, suffixes: tuple[str, ...]) -> tuple[Path, list[str]]:
-    if not source.path:
-        raise UserError(
-            f"config.data.sources: source {source.source!r} needs a path: a file, folder or glob"
-        )
-    pattern = os.path.expanduser(source.path)
-    path, what = Path(pattern), "files"
-    if path.is_file():
-        return path.parent, [path.name]
-    if path.is_dir():
-        root, what = path, " or ".join(f"*{suffix} files" for suffix in suffixes if suffix) or what
-        found = [p for p in path.rglob("*") if p.name.endswith(suffixes) and p.is_file()]
-    elif glob.has_magic(pattern):
-        # The root of a glob is its leading part without wildcards.
-        root = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), path.parts))
-        found = [Path(p) for p in glob.glob(pattern, recursive=True) if Path(p).is_file()]
-    else:
-        raise UserError(f"{source.path}: no such file or folder; mend the path of the data source")
-    names = [p.relative_to(root) for p in found]
-    names = [name for name in names if not any(part.startswith(".") for part in name.parts)]
-    if not names:
-        raise UserError(f"{source.path}: matches no {what}; mend the path of the data source")
-    return root, sorted(name.as_posix() for name in names)
+def without_mark(data: bytes) -> bytes:
+    """Return `data`, the beginning of a file, without the byte-order mark of UTF-8."""
+    return data.removeprefix(codecs.BOM_UTF8)
 
 
 def decode(data: bytes, where: str) -> str:
@@ -175,13 +189,19 @@ def decode(data: bytes, where: str) -> str:
 
 
 def text_field(record: dict[str, Any], field: str, where: str) -> str:
-    """The text in `record[field]`, a string or UTF-8 bytes. Raises `BadInputError`."""
-    if field not in record:
+    """The text in `record[field]`, a string or UTF-8 bytes. Raises `BadInputError`.
+
+    A field "a.b" is looked for as it is, then as the field "b" of the record's field "a".
+    """
+    path = field_path(field, record, lambda value: value if isinstance(value, dict) else None)
+    if path is None:
         raise BadInputError(
             f"{where}: no field {field!r} (it has: {some(record)}); "
             "set the field of the data source"
         )
-    value = record[field]
+    value: Any = record
+    for name in path:
+        value = value[name]
     if isinstance(value, bytes):
         return decode(value, where)
     if not isinstance(value, str):

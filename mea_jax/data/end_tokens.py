@@ -47,15 +47,15 @@ def separator_of(
 ) -> int | None:
     """Return the id that ends a document; None if the files and the vocabulary name none.
 
-    It is the end that the tokenizer's own files or the model's config name. If they name the end
-    of a turn only, a known end of documents in the vocabulary comes first. The generation config is
-    not asked: it says where to stop, and lists what else may come.
+    It is the end that the tokenizer's own files or the model's config name. A known end of
+    documents in the vocabulary comes first if one of the files names it, or if they name the end of
+    a turn only.
     """
     ends = named_ends(companions, vocabulary, size)
-    named = [i for name in (*_TEXTS, MODEL_CONFIG) for i in ends[name]]
     known = known_separator(vocabulary)
-    if known in named:
+    if any(known in ids for ids in ends.values()):
         return known
+    named = [i for name in (*_TEXTS, MODEL_CONFIG) for i in ends[name]]
     turns = {vocabulary[token] for token in _TURNS if token in vocabulary}
     documents = [i for i in named if i not in turns]
     return next(iter([*documents, *([] if known is None else [known]), *named]), None)

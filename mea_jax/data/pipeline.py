@@ -137,9 +137,9 @@ def _training_sequence(prepared: Prepared, seed: int, skip_bad: bool) -> Any:
         .shuffle(seed=_hash32(f"{seed}/{index}"))
         .repeat()
         for index, source in enumerate(prepared.sources)
-        if source.weight > 0
+        if source.weight > 0 and source.train_windows
     ]
-    weights = [source.weight for source in prepared.sources if source.weight > 0]
+    weights = [s.weight for s in prepared.sources if s.weight > 0 and s.train_windows]
     if not parts:
         raise UserError("config.data.sources: no source has a positive weight; set one")
     return grain.MapDataset.mix(parts, weights)

@@ -10,36 +10,32 @@ other.
 As a command: python -m mea_jax.data.prepare --config configs/quickstart.py
 """
 
-import contextlib
 import dataclasses
-import gzip
 import hashlib
 import itertools
 import json
-import lzma
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import tensorflow_datasets as tfds
-import tqdm
-from absl import logging
-
 from mea_jax.config import DataConfig
-from mea_jax.data import bad_input, cache, sources, tokenizers
-from mea_jax.data.bad_input import LeftOut
+from mea_jax.data import bad_input, cache, files, passes, sources, split, tokenizers, waiting
 from mea_jax.data.cache import cache_root
-from mea_jax.data.corpus import Corpus, is_held_out, unit_hash
+from mea_jax.data.corpus import Corpus
+from mea_jax.data.split import Split
 from mea_jax.data.tokenizers import Tokenizer
 from mea_jax.data.windows import builder
 from mea_jax.errors import UserError
 
 _FORMAT = 1  # of the cache; a new number makes all old ones unused
 _SUMMARY = "prepared.json"
-_BPE_SAMPLE = 32 << 20  # bytes of training text that merges are learned from
+_SHARES = "-shares"  # ends the names of data that are not split by the documents' names alone
+_SPLITS = (builder.HELD_OUT, builder.TRAIN)
+_PASSED_OVER = "; passed over: "
 _BASELINE_LIMIT = 8 << 20  # bytes of held-out text up to which the compressors run
 
 
@@ -74,6 +70,7 @@ class Prepared:
     # there is too much text, or none.
     baselines: dict[str, int] | None
     digest: str  # of the tokenizer and the amounts of text and tokens of each source
+    inputs: tuple[str, ...] = ()  # one line a source: what was read and what was passed over
 
 
 def prepare(
@@ -89,7 +86,8 @@ def prepare(
     Args:
       config: the data options.
       vocab_size: the model's; None skips the check that the tokenizer fits.
-      log: takes the lines for the user: what was left out, and the one that sums up.
+      log: takes the lines for the user: what each source gave, what was left out, and the one
+        that sums up.
       beam_runner: as in `builder.write`. What Beam wrote serves later calls without it as well;
         the windows' edges lie elsewhere than they would without Beam.
       beam_options: as in `builder.write`.
@@ -102,40 +100,61 @@ def prepare(
     bpe_size = tokenizers.bpe_size(config.tokenizer)
     given = tokenizers.load(config.tokenizer) if bpe_size is None else None
     _check_size(config.tokenizer, given.vocab_size if given else bpe_size, vocab_size)
-    corpora = [sources.open_source(source, _left_out(config)) for source in config.sources]
+    corpora = [sources.open_source(s, passes.left_out(config)) for s in config.sources]
     root = cache_root(config)
     whole = root / _fingerprint(config, corpora, given)
-    # Data with gaps have a name of their own, which `bad_input` "stop" does not look for. What has
-    # none is the same under both, so a run may go over to "skip" when its windows are damaged.
-    gaps = root / f"{whole.name}-skip"
-    places = [whole, gaps] if config.bad_input == "skip" else [whole]
-    final = _find(places)
+    # Data that are not split by names alone have another name: an older version may have split
+    # the same text by names. So have data with gaps, which `bad_input` "stop" does not look for.
+    # What has none is the same under both, so a run may go over to "skip" when its windows are
+    # damaged.
+    tails = ["", "-skip"] if config.bad_input == "skip" else [""]
+    places = [root / f"{whole.name}{s}{t}" for s in ("", _SHARES) for t in tails]
+    final, made = _find(places, config, corpora), False
     if final is None:
         with cache.write_errors(root), cache.lock(root / f"{whole.name}.lock", log):
-            final = _find(places)
+            final = _find(places, config, corpora)
             if final is None:  # else another process made it meanwhile
                 scratch = root / f"{whole.name}.incomplete-{uuid.uuid4().hex[:8]}"
                 scratch.mkdir(parents=True)
+                made = True
                 try:
-                    beam = (beam_runner, beam_options)
-                    lines, count = _make(config, corpora, given, scratch, beam, on_progress)
-                    final = gaps if count and config.bad_input == "skip" else whole
+                    splits = [split.decide(config, corpus, on_progress) for corpus in corpora]
+                    job = _Job(config, corpora, splits, scratch, log, on_progress)
+                    lines, count = _make(job, given, beam_runner, beam_options)
+                    name = whole.name + ("" if all(s.by_names for s in splits) else _SHARES)
+                    final = root / (name + ("-skip" if count and len(tails) > 1 else ""))
                     _rename(scratch, final)
                 finally:
                     shutil.rmtree(scratch, ignore_errors=True)
                 for line in bad_input.report(lines, count):
                     log(line)
     prepared = _load(config, final)
+    for line in prepared.inputs:
+        if made or _PASSED_OVER in line:
+            log(line)
     log(summary(prepared))
+    if not sum(part.held_out_windows for part in prepared.sources):
+        why = "there is too little text" if split.has_held_out(config) else "held_out_fraction is 0"
+        log(f"data: no held-out text ({why}), so no held-out loss is measured")
     return prepared
 
 
-def _find(places: Sequence[Path]) -> Path | None:
-    return next((place for place in places if (place / _SUMMARY).is_file()), None)
+def _find(places: Sequence[Path], config: DataConfig, corpora: Sequence[Corpus]) -> Path | None:
+    """Return the first of `places` with prepared data, split as they would be now."""
+    found = (place for place in places if (place / _SUMMARY).is_file())
+    return next((place for place in found if _is_current(place, config, corpora)), None)
 
 
-def _left_out(config: DataConfig) -> LeftOut:
-    return LeftOut(config.bad_input == "skip")
+def _is_current(place: Path, config: DataConfig, corpora: Sequence[Corpus]) -> bool:
+    try:
+        content = json.loads((place / _SUMMARY).read_bytes())
+        if "splits" in content:  # else an older version wrote it
+            return True
+        sizes = [[table[s]["bytes"] for s in _SPLITS] for table in content["sources"]]
+        pairs = zip(corpora, sizes, strict=True)
+        return all(split.is_current(config, corpus, *size) for corpus, size in pairs)
+    except (OSError, ValueError, LookupError, TypeError):
+        return True  # damaged, which reading it says
 
 
 def summary(prepared: Prepared) -> str:
@@ -153,24 +172,34 @@ def summary(prepared: Prepared) -> str:
     )
 
 
+@dataclass(frozen=True)
+class _Job:
+    """What `_make` makes, and where. `log` and `on_progress` as in `prepare`."""
+
+    config: DataConfig
+    corpora: Sequence[Corpus]
+    splits: Sequence[Split]  # of each source
+    directory: Path
+    log: Callable[[str], Any]
+    on_progress: Callable[[int], Any]
+
+
 def _make(
-    config: DataConfig,
-    corpora: Sequence[Corpus],
-    given: Tokenizer | None,
-    directory: Path,
-    beam: tuple[str | None, Sequence[str]],
-    on_progress: Callable[[int], Any],
+    job: _Job, given: Tokenizer | None, beam_runner: str | None, beam_options: Sequence[str]
 ) -> tuple[list[str], int]:
-    """Fills `directory` with everything that `_load` reads; the summary file comes last.
+    """Fills the job's directory with everything that `_load` reads; the summary file comes last.
 
     Returns:
       The messages of the first pieces of input that were left out, and how many there were.
     """
-    tokenizer = given or _train_tokenizer(config, corpora, on_progress)
+    config, corpora, directory = job.config, job.corpora, job.directory
+    tokenizer = given or passes.train_tokenizer(
+        config, corpora, job.splits, job.log, job.on_progress
+    )
     tokenizer.save(directory)
     counts_directory = directory / "counts"
-    tables, messages = [], []
-    for index, corpus in enumerate(corpora):
+    tables, messages, inputs = [], [], []
+    for index, (corpus, how) in enumerate(zip(corpora, job.splits, strict=True)):
         counts = counts_directory / str(index)
         counts.mkdir(parents=True)
         task = builder.Task(
@@ -179,27 +208,31 @@ def _make(
             size=corpus.size,
             tokenizer=str(directory),
             context_length=config.context_length,
-            held_out_fraction=config.held_out_fraction,
+            split=how,
             counts=str(counts),
             skip_bad=config.bad_input == "skip",
         )
         size = 2 * corpus.size  # read once for each split
         title = f"windows of {sources.describe(corpus.source)}"
-        with _progress(title, size, on_progress) as advance:
-            by_split, lines = builder.write(
-                task, _source_directory(directory, index), advance, *beam
-            )
-        for split_counts in by_split.values():
-            split_counts.skipped += corpus.left_out.count  # of the listing, so far
-        messages.append([*corpus.left_out.lines, *lines][: bad_input.KEPT])
-        tables.append({split: dataclasses.asdict(counts) for split, counts in by_split.items()})
+        with waiting.progress(title, size, job.on_progress) as (advance, _):
+            place = _source_directory(directory, index)
+            written = builder.write(task, place, advance, beam_runner, beam_options)
+        for counts_of_split in written.counts.values():
+            counts_of_split.skipped += corpus.left_out.count  # of the listing, so far
+        messages.append([*corpus.left_out.lines, *written.left_out][: bad_input.KEPT])
+        tables.append({name: dataclasses.asdict(c) for name, c in written.counts.items()})
+        inputs.append(_input_line(corpus, written, _skipped(tables[-1])))
     shutil.rmtree(counts_directory)
     held_out_bytes = sum(table[builder.HELD_OUT]["bytes"] for table in tables)
     content = {
         "sources": tables,
-        "baselines": _baselines(config, on_progress)
+        "baselines": passes.baselines(
+            config, job.splits, sum(corpus.size for corpus in corpora), job.on_progress
+        )
         if 0 < held_out_bytes <= _BASELINE_LIMIT
         else None,
+        "inputs": inputs,
+        "splits": [dataclasses.asdict(how) for how in job.splits],
         # For the reader of the file; not read back.
         "data": dataclasses.asdict(config),
         "left_out": messages,
@@ -208,6 +241,25 @@ def _make(
     cache.write_checksums(directory, (_SUMMARY, text.encode()))
     (directory / _SUMMARY).write_text(text)
     return list(itertools.chain(*messages)), sum(map(_skipped, tables))
+
+
+def _input_line(corpus: Corpus, written: builder.Written, unreadable: int) -> str:
+    """Return one line on what a source gave, and what of it was skipped."""
+    held_out, train = (written.counts[name].bytes for name in _SPLITS)
+    size = f"{corpus.size / 1e6:,.1f} MB" if corpus.size >= 1e5 else f"{corpus.size:,} bytes"
+    skipped = Counter(
+        {"empty documents": written.empty, "unreadable lines, rows or files": unreadable}
+    )
+    tail = files.counted(+skipped + corpus.passed_over)
+    return (
+        f"data: {sources.describe(corpus.source)}: {_some(corpus.amount, corpus.kind)}, "
+        f"{size}, {_some(written.documents, 'document')}, "
+        f"{held_out / (held_out + train):.2%} held out" + (f"{_PASSED_OVER}{tail}" if tail else "")
+    )
+
+
+def _some(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def _skipped(table: dict[str, dict[str, int]]) -> int:
@@ -236,6 +288,7 @@ def _load(config: DataConfig, directory: Path) -> Prepared:
         sources=parts,
         baselines=baselines,
         digest=digest.hexdigest(),
+        inputs=tuple(map(str, content.get("inputs", ()))),
     )
 
 
@@ -279,58 +332,13 @@ def _fingerprint(config: DataConfig, corpora: Sequence[Corpus], given: Tokenizer
         config.context_length,
         config.held_out_fraction,
     ]
+    if any(source.held_out for source in config.sources):
+        content.append(["held out", [source.held_out for source in config.sources]])
     if given and given.start != given.separator:
         content.append(["documents begin with", given.start])
     if given and given.separator_is_named:
         content.append(["documents end with", given.separator])
     return hashlib.blake2b(json.dumps(content).encode(), digest_size=8).hexdigest()
-
-
-def _train_tokenizer(
-    config: DataConfig, corpora: Sequence[Corpus], on_progress: Callable[[int], Any]
-) -> Tokenizer:
-    """Byte-pair merges from a sample of the training side."""
-    size = tokenizers.bpe_size(config.tokenizer)
-    assert size is not None
-    total = sum(corpus.size for corpus in corpora)
-    fraction = _BPE_SAMPLE / max(total, 1)
-
-    def pieces() -> Iterator[str]:
-        for source in config.sources:
-            for document in sources.documents(source, _left_out(config)):
-                advance(len(document.text.encode()))
-                if is_held_out(document.name, config.held_out_fraction):
-                    continue
-                if fraction >= 1:
-                    yield document.text
-                    continue
-                # By pieces, because a few documents may be most of the text.
-                for start in range(0, len(document.text), 1 << 16):
-                    if unit_hash(f"{document.name}#{start}") < fraction:
-                        yield document.text[start : start + (1 << 16)]
-
-    with _progress(f"tokenizer {config.tokenizer}", total, on_progress) as advance:
-        return tokenizers.train_bpe(pieces(), size)
-
-
-def _baselines(config: DataConfig, on_progress: Callable[[int], Any]) -> dict[str, int]:
-    """Bytes of the held-out documents, each compressed by itself."""
-    total = {"gzip_bytes": 0, "xz_bytes": 0}
-    for source in config.sources:
-        for document in sources.documents(source, _left_out(config)):
-            on_progress(len(document.text))
-            if is_held_out(document.name, config.held_out_fraction):
-                text = document.text.encode()
-                total["gzip_bytes"] += len(gzip.compress(text, compresslevel=9))
-                # `xz -9e`, except that the dictionary is no larger than the text: the preset's
-                # 64 MB change nothing about the result and take longer to allocate than to use.
-                lzma2 = {
-                    "id": lzma.FILTER_LZMA2,
-                    "preset": 9 | lzma.PRESET_EXTREME,
-                    "dict_size": min(max(len(text), 4096), 64 << 20),
-                }
-                total["xz_bytes"] += len(lzma.compress(text, filters=[lzma2]))
-    return total
 
 
 def _check_size(spec: str, size: int | None, vocab_size: int | None) -> None:
@@ -348,28 +356,6 @@ def _rename(scratch: Path, final: Path) -> None:
         # Another process may have been first; its result is as good.
         if not (final / _SUMMARY).is_file():
             raise
-
-
-@contextlib.contextmanager
-def _progress(
-    title: str, size: int, on_progress: Callable[[int], Any]
-) -> Iterator[Callable[[int], Any]]:
-    """A bar on stderr over `size` bytes, if that is a terminal; yields what advances it."""
-
-    def advance(count: int) -> None:
-        bar.update(count)
-        on_progress(count)
-
-    tfds.disable_progress_bar()  # TFDS's own show numbers of examples without an end
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.WARNING)  # and its log is of no use to the reader
-    try:
-        with tqdm.tqdm(
-            total=size, desc=title, unit="B", unit_scale=True, disable=None, leave=False
-        ) as bar:
-            yield advance
-    finally:
-        logging.set_verbosity(verbosity)
 
 
 def main() -> None:

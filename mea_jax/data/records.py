@@ -16,9 +16,11 @@ from mea_jax.data.corpus import (
     FileCorpus,
     content_name,
     decode,
-    find_files,
+    field_path,
     text_field,
+    without_mark,
 )
+from mea_jax.data.files import find_files
 from mea_jax.errors import UserError, nearest
 
 _TFDS_UNIT = 4096  # records per unit of a TFDS source
@@ -46,7 +48,9 @@ class JsonlCorpus(FileCorpus):
 
     def __init__(self, source: SourceConfig, left_out: LeftOut):
         suffixes = (".jsonl", ".jsonl.gz", ".jsonl.zst")
-        super().__init__(source, left_out, *find_files(source, suffixes))
+        root, names, passed_over = find_files(source, suffixes)
+        super().__init__(source, left_out, root, names)
+        self.passed_over = passed_over
 
     def read(self, unit: str) -> Iterator[Document]:
         path, number = self.root / unit, 0
@@ -85,7 +89,7 @@ class JsonlCorpus(FileCorpus):
         if not line.strip():
             return None
         try:
-            record = json.loads(decode(line, where))
+            record = json.loads(decode(without_mark(line), where))
         except json.JSONDecodeError as error:
             raise BadInputError(
                 f"{where}: not JSON ({error.msg} at column {error.colno}); "
@@ -114,12 +118,15 @@ def _lines(stream: io.BufferedIOBase) -> Iterator[bytes | None]:
 class ParquetCorpus(FileCorpus):
     """Rows of Parquet files, one of their columns the text of a document.
 
-    Only that column is read, some rows at a time: a file is never whole in memory.
+    Only that column, or one field of it, is read, some rows at a time: a file is never whole in
+    memory.
     """
 
     def __init__(self, source: SourceConfig, left_out: LeftOut):
         _pyarrow("source 'parquet'")
-        super().__init__(source, left_out, *find_files(source, (".parquet",)))
+        root, names, passed_over = find_files(source, (".parquet",))
+        super().__init__(source, left_out, root, names)
+        self.passed_over = passed_over
 
     def read(self, unit: str) -> Iterator[Document]:
         pyarrow, path, field = _pyarrow("source 'parquet'"), self.root / unit, self.source.field
@@ -128,32 +135,56 @@ class ParquetCorpus(FileCorpus):
             file = pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20)
         with file:
             with _parquet_errors(f"{path}"):
-                names, groups = file.schema_arrow.names, file.num_row_groups
-            if field not in names:
+                columns, groups = _columns(file.schema_arrow), file.num_row_groups
+            names = field_path(field, columns, _fields)
+            if names is None:
                 raise BadInputError(
-                    f"{path}: no column {field!r} (it has: {some(names)}); "
+                    f"{path}: no column {field!r} (it has: {some(columns)}); "
                     "set the field of the data source"
                 )
             for group in range(groups):
                 try:
-                    yield from self._read_group(file, group, f"{path}, row group {group}")
+                    yield from self._read_group(file, names, group, f"{path}, row group {group}")
                 except BadInputError as error:
                     self.left_out.add(error)
 
-    def _read_group(self, file: Any, group: int, where: str) -> Iterator[Document]:
-        field, row = self.source.field, 0
+    def _read_group(
+        self, file: Any, names: list[str], group: int, where: str
+    ) -> Iterator[Document]:
+        row = 0
         with _parquet_errors(where):
             for batch in file.iter_batches(
-                _PARQUET_ROWS, row_groups=[group], columns=[field], use_threads=False
+                _PARQUET_ROWS, row_groups=[group], columns=[".".join(names)], use_threads=False
             ):
-                for value in _values(batch.column(0)):
+                for value in _values(_column(batch, names)):
                     try:
+                        field = self.source.field
                         text = text_field({field: value}, field, f"{where}, row {row}")
                     except BadInputError as error:
                         self.left_out.add(error)
                     else:
                         yield Document(content_name(text), text)
                     row += 1
+
+
+def _columns(fields: Any) -> dict[str, Any]:
+    """Return the types of a schema's columns, or of a struct's fields, by their names."""
+    return {field.name: field.type for field in fields}
+
+
+def _fields(kind: Any) -> dict[str, Any] | None:
+    """Return the fields inside a column's type, or None if it is no struct."""
+    return _columns(kind) if _pyarrow("source 'parquet'").types.is_struct(kind) else None
+
+
+def _column(batch: Any, names: list[str]) -> Any:
+    """Return the column `names[0]` of `batch`, or the field inside it that `names` lead to."""
+    column = batch.column(batch.schema.get_field_index(names[0]))
+    if len(names) == 1:
+        return column
+    from pyarrow import compute  # whose `struct_field` gives null where a struct is null
+
+    return compute.struct_field(column, names[1:])
 
 
 def _values(column: Any) -> list[Any]:
@@ -177,6 +208,8 @@ def _parquet_errors(where: str) -> Iterator[None]:
 
 class TfdsCorpus(Corpus):
     """Records of a dataset that TFDS has prepared in a format with random access."""
+
+    kind = "record"
 
     def __init__(self, source: SourceConfig, left_out: LeftOut):
         super().__init__(source, left_out)
@@ -225,6 +258,10 @@ class TfdsCorpus(Corpus):
             range(start, min(start + _TFDS_UNIT, total)) for start in range(0, total, _TFDS_UNIT)
         ]
         self.size = splits[split].num_bytes * total // splits[split].num_examples
+
+    @property
+    def amount(self) -> int:
+        return len(self._records)
 
     def identity(self) -> Any:
         info = self._builder.info

@@ -9,7 +9,8 @@ from typing import Any
 
 from mea_jax.config import SourceConfig
 from mea_jax.data.bad_input import BadInputError, LeftOut
-from mea_jax.data.corpus import Corpus, Document, FileCorpus, decode, find_files
+from mea_jax.data.corpus import Corpus, Document, FileCorpus, decode, without_mark
+from mea_jax.data.files import find_files
 from mea_jax.data.records import JsonlCorpus, ParquetCorpus, TfdsCorpus
 from mea_jax.errors import UserError, nearest
 
@@ -70,6 +71,8 @@ def documents(source: SourceConfig, left_out: LeftOut | None = None) -> Iterator
 class _StdlibCorpus(FileCorpus):
     """The modules of the running Python, available offline everywhere."""
 
+    ONE_DOCUMENT = True
+
     def __init__(self, source: SourceConfig, left_out: LeftOut):
         if source.path:
             raise UserError(
@@ -97,7 +100,7 @@ class _StdlibCorpus(FileCorpus):
     def read(self, unit: str) -> Iterator[Document]:
         data = self._bytes(unit)
         try:
-            text = decode(data, f"{self.root / unit}")
+            text = decode(without_mark(data), f"{self.root / unit}")
         except BadInputError as error:  # not the user's to mend
             self.left_out.add(error, tolerated=True)
         else:
@@ -107,8 +110,13 @@ class _StdlibCorpus(FileCorpus):
 class _TextCorpus(FileCorpus):
     """Each file is a document."""
 
+    ONE_DOCUMENT = True
+
     def __init__(self, source: SourceConfig, left_out: LeftOut):
-        super().__init__(source, left_out, *find_files(source))
+        root, names, passed_over = find_files(source)
+        super().__init__(source, left_out, root, names)
+        self.passed_over = passed_over
 
     def read(self, unit: str) -> Iterator[Document]:
-        yield Document(unit, decode(self._bytes(unit), f"{self.root / unit}"))
+        data = without_mark(self._bytes(unit))
+        yield Document(unit, decode(data, f"{self.root / unit}"))

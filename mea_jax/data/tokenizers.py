@@ -18,7 +18,7 @@ from typing import Any, ClassVar, TypeVar
 
 import tokenizers as hf
 
-from mea_jax.data import end_tokens
+from mea_jax.data import end_tokens, pre_tokens
 from mea_jax.data.bad_input import detail
 from mea_jax.data.end_tokens import END_TOKENS, GENERATION, MODEL_CONFIG, TOKENIZER_CONFIG
 from mea_jax.errors import UserError
@@ -40,21 +40,6 @@ COMPANIONS = (
     "chat_template.json",
     "vocab.json",
     "merges.txt",
-)
-
-# What byte-pair merges may never join, for code and English alike. In order:
-_PRE_TOKENS = "|".join(
-    (
-        r"'(?i:s|t|d|m|ll|re|ve)(?!\p{L})",  # contractions
-        r"(?: |[^\s\p{L}\p{N}])?[\p{L}\p{M}]+",  # a word, with one space or sign before it
-        r"\p{N}{1,3}",  # digits by threes
-        # Signs with the line's end and the next line's indentation, as in "):\n    ". The last
-        # space of the indentation stays with the word that follows.
-        r" ?[^\s\p{L}\p{N}]+(?:[\r\n]+(?:[ \t]+(?!\S))?)?",
-        r"\s*[\r\n]+(?:[ \t]+(?!\S))?",  # line ends and indentation
-        r"\s+(?!\S)",  # other white space, its last character left to the next word
-        r"\s+",
-    )
 )
 
 
@@ -96,9 +81,10 @@ class Tokenizer(abc.ABC):
     @property
     def stops(self) -> tuple[int, ...]:
         """Ids that end what a model writes: the separator, and all that its files name as ends."""
-        ends = end_tokens.named_ends(self.companions, self.vocabulary(), self.vocab_size)
+        ends = end_tokens.named_ends(self.companions, self.vocabulary, self.vocab_size)
         return tuple(dict.fromkeys((self.separator, *(i for ids in ends.values() for i in ids))))
 
+    @property
     def vocabulary(self) -> Mapping[str, int]:
         """Return the ids of the tokens by their texts."""
         return {}
@@ -162,9 +148,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
     FILE = "tokenizer.json"
 
-    def __init__(
-        self, tokenizer: hf.Tokenizer, where: str, companions: Mapping[str, bytes] = NONE
-    ):
+    def __init__(self, tokenizer: hf.Tokenizer, where: str, companions: Mapping[str, bytes] = NONE):
         """`where` names the tokenizer in the errors raised when it is of no use."""
         self._where, self.companions = where, companions
         vocabulary = tokenizer.get_vocab(with_added_tokens=True)
@@ -183,18 +167,20 @@ class HuggingFaceTokenizer(Tokenizer):
         if end is None:
             raise _no_end(where, f"it has none of {', '.join(END_TOKENS)}")
         self.separator = end
-        if len(same := [token for token, i in vocabulary.items() if i == end]) > 1:
-            raise UserError(f"{where}: two tokens have the id of the end token: {same[:2]}")
+        if list(vocabulary.values()).count(end) > 1:
+            text = next((token for token in END_TOKENS if vocabulary.get(token) == end), end)
+            raise UserError(f"{where}: another token has the id of the end token {text!r}")
         # What its own template puts before a text, such as Llama 3's <|begin_of_text|>.
         before = tokenizer.encode("", add_special_tokens=True).ids
         self.start = before[0] if before else self.separator
 
+    @functools.cached_property
     def vocabulary(self) -> Mapping[str, int]:
         return self._tokenizer.get_vocab(with_added_tokens=True)
 
     @property
     def separator_is_named(self) -> bool:
-        return self.separator != end_tokens.known_separator(self.vocabulary())
+        return self.separator != end_tokens.known_separator(self.vocabulary)
 
     @property
     def added(self) -> frozenset[int]:
@@ -238,7 +224,7 @@ class SentencePieceTokenizer(Tokenizer):
             self.vocab_size = self._processor.vocab_size()
         self.separator = self._processor.eos_id()
         if self.separator < 0:
-            found = end_tokens.separator_of(companions, self.vocabulary(), self.vocab_size)
+            found = end_tokens.separator_of(companions, self.vocabulary, self.vocab_size)
             if found is None:
                 raise _no_end(where, "its model has no eos")
             self.separator = found
@@ -249,6 +235,7 @@ class SentencePieceTokenizer(Tokenizer):
     def separator_is_named(self) -> bool:
         return self._processor.eos_id() < 0
 
+    @functools.cached_property
     def vocabulary(self) -> Mapping[str, int]:
         return {self._processor.id_to_piece(i): i for i in range(self.vocab_size)}
 
@@ -347,12 +334,7 @@ def train_bpe(texts: Iterator[str], vocab_size: int) -> HuggingFaceTokenizer:
         are too small for as many merges.
     """
     tokenizer = hf.Tokenizer(hf.models.BPE())
-    tokenizer.pre_tokenizer = hf.pre_tokenizers.Sequence(
-        [
-            hf.pre_tokenizers.Split(hf.Regex(_PRE_TOKENS), "isolated"),
-            hf.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    tokenizer.pre_tokenizer = pre_tokens.splitter(bounded=True)
     tokenizer.decoder = hf.decoders.ByteLevel()
     trainer = hf.trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -360,7 +342,9 @@ def train_bpe(texts: Iterator[str], vocab_size: int) -> HuggingFaceTokenizer:
         special_tokens=[SEPARATOR],
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    watched = pre_tokens.Watched(texts)
+    tokenizer.train_from_iterator(iter(watched), trainer)
+    tokenizer.pre_tokenizer = pre_tokens.splitter(bounded=watched.long_runs)
     return HuggingFaceTokenizer(tokenizer, "the trained tokenizer")
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 
 import mea_jax
+from mea_jax.data import split
 from mea_jax.data.prepare import Prepared, prepare
 from mea_jax.data.tokenizers import bpe_size
 from mea_jax.errors import UserError
@@ -87,6 +88,12 @@ def held_out_text(first: Loaded, say: Say) -> Prepared:
         "needs them: --parts passkey,arithmetic,speed"
     )
     config = first.config.data
+    none = UserError(
+        f"the data of {first.run} hold no held-out text (held_out_fraction is "
+        f"{config.held_out_fraction}): leave out loss and positions with --parts"
+    )
+    if not split.has_held_out(config):  # known before anything is read
+        raise none
     if not bpe_size(config.tokenizer):  # a file, which may have moved: the run has a copy
         config = dataclasses.replace(config, tokenizer=str(first.run / "tokenizer"))
     try:
@@ -98,10 +105,7 @@ def held_out_text(first: Loaded, say: Say) -> Prepared:
     except UserError as error:
         raise UserError(f"the texts of {first.run} cannot be read: {error}{remedy}") from error
     if not sum(source.held_out_windows for source in prepared.sources):
-        raise UserError(
-            f"the data of {first.run} hold no held-out text (held_out_fraction is "
-            f"{config.held_out_fraction}): leave out loss and positions with --parts"
-        )
+        raise none
     return prepared
 
 

@@ -128,13 +128,14 @@ class View(NamedTuple):
 
     `mask` (B or 1, 1, T, S) is boolean, or added to logits; None: T tokens read one another,
     causally. `distance_BTS`: by how many tokens a slot lies ahead, float32. `few`: a cache is read
-    by so few tokens that it is read as it lies.
+    by so few tokens that it is read as it lies. `slots_T`: where in a cache the T tokens belong.
     """
 
     table: tuple[Tensor, Tensor] | None
     mask: Tensor | None
     distance_BTS: Tensor
     few: bool
+    slots_T: Tensor
 
     def hide(self, logits_BNTS: Tensor) -> Tensor:
         if self.mask is None or self.mask.dtype != torch.bool:
@@ -274,7 +275,9 @@ class MEAAttention(nn.Module):
         keys = self.stored(k_BTCH, self.key_mixing is not None, inverse_BTK)
         values = self.stored(v_BTCH, self.value_mixing is not None)
         if cache is not None:
-            keys, values = cache.update(keys, values, self.index)
+            # Preallocated caches of transformers before 5.4 would write to slot 0 without these.
+            slots = {"cache_position": view.slots_T}
+            keys, values = cache.update(keys, values, self.index, slots)
         attend = self.absorbed if view.few else self.explicit
         o_BTNH = attend(q_BNTH, keys, values, view).transpose(1, 2)
         o_BTNH = o_BTNH if self.head_norm is None else self.head_norm(o_BTNH)

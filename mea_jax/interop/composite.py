@@ -19,6 +19,9 @@ from mea_jax.errors import UserError
 
 Tree = dict[str, Any]
 _HERE = Path(__file__).parent
+# The oldest and the newest versions that MODEL_FILES were run with. config.json records them, and
+# the model warns when it is loaded with others.
+TESTED_WITH = {"transformers": ["5.4", "5.24"], "torch": ["2.13", "2.13"]}
 # What `from_pretrained(..., trust_remote_code=True)` reads beside the weights.
 MODEL_FILES = tuple(_HERE / f"{name}_mea.py" for name in ("configuration", "attention", "modeling"))
 _NORMS = {"query_norm": "q_norm", "key_norm": "k_norm", "head_norm": "head_norm"}
@@ -96,6 +99,7 @@ def mea_config(model: ModelConfig, context_length: int = 2048) -> dict[str, Any]
         "architectures": ["MEAForCausalLM"],
         "auto_map": classes,
         "model_type": "mea",
+        "tested_with": TESTED_WITH,
         "dtype": "float32" if model.dtype == "auto" else model.dtype,
         "vocab_size": model.vocab_size,
         "hidden_size": model.d_model,

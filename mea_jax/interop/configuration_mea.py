@@ -39,3 +39,5 @@ class MEAConfig(PretrainedConfig):
     bos_token_id: int | None = None
     eos_token_id: int | list | None = None
     pad_token_id: int | None = None
+    # The oldest and newest versions that this code was run with: {"torch": ["2.13", "2.13"], ...}
+    tested_with: dict | None = None

@@ -19,7 +19,7 @@ import tqdm
 from mea_jax.backends import resolve
 from mea_jax.config import DataConfig, ModelConfig, SourceConfig, TrainConfig
 from mea_jax.data import tokenizers
-from mea_jax.data.sources import open_source
+from mea_jax.data.sources import documents
 from mea_jax.data.tokenizers import Tokenizer
 from mea_jax.errors import UserError
 from mea_jax.interop import families, folders, shards, tensors
@@ -32,7 +32,11 @@ DTYPES = ("float32", "bfloat16")
 _PATTERNS = ("*.safetensors", "*.json", "*.jinja", "merges.txt", "tokenizer.model")
 _HELD_OUT = 0.1  # of the text: none of it trains the model, and there may be little
 _WINDOW = 2048  # positions of a window, of models that take as many
-_UNUSED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")  # a buffer of old
+# Buffers that old versions of transformers wrote: constants, made anew from the config.
+_UNUSED = re.compile(
+    r"(.*\.)?rotary_emb\.(inv_freq|original_inv_freq|cos_cached|sin_cached)"
+    r"|(.*\.)?self_attn\.masked_bias"
+)
 _SPARE = 1 << 28  # bytes of disk beside the arrays
 
 
@@ -182,7 +186,7 @@ def run_config(source: Source, out: Path, context_length: int, text: str) -> Tra
     kind, _, path = text.partition(":")
     given = SourceConfig(source=kind, path=str(Path(path).expanduser().absolute()) if path else "")
     try:
-        open_source(given)
+        next(documents(given))  # it has text, and the field that is asked for
     except UserError as error:
         raise UserError(f"--text {text}: {error}") from error
     data = DataConfig(

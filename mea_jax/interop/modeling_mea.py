@@ -5,26 +5,84 @@ need nothing but torch and transformers:
 
     AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True)
 
-The KV cache, any of transformers', holds component heads only. Letters as in attention_mea.py.
+The KV cache, any of transformers', holds component heads only. transformers up to 5.23 calls it
+`past_key_values`, later versions call it `cache`; both names work here with every version. Letters
+as in attention_mea.py.
 """
 
 from typing import Any
 
 import torch
+import transformers
+from packaging import version
 from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import can_return_tuple, logging
 
 from .attention_mea import MEAAttention, MEAMixing, MEARMSNorm, View, rope_frequencies
 from .configuration_mea import MEAConfig
 
+logger = logging.get_logger(__name__)
 Tensor = torch.Tensor
 # New positions up to which a cache is read as it lies. Each costs every query head C products of
 # width H in place of one; mixing the cache first costs a pass over S K H numbers.
 ABSORBED = 8
+_RETURNED = next(
+    name
+    for name in ("cache", "past_key_values")
+    if name in CausalLMOutputWithPast.__dataclass_fields__
+)
+
+
+def untested_versions(tested_with: dict[str, list[str]] | None) -> str:
+    """Return what to warn about if an installed version is outside of the range that was tested,
+    else "". Patch releases count as the minor release that they belong to.
+    """
+    installed = {"transformers": transformers.__version__, "torch": torch.__version__}
+    found = []
+    for name, (oldest, newest) in (tested_with or {}).items():
+        minor = version.parse(installed[name]).release[:2]
+        if not version.parse(oldest).release <= minor <= version.parse(newest).release:
+            tested = newest if oldest == newest else f"{oldest} to {newest}"
+            found.append(f"{name} {installed[name]} (tested with {tested})")
+    return " and ".join(found)
+
+
+def returned(cache: Cache | None) -> dict[str, Any]:
+    """Return `cache` under the name that the installed transformers looks for in an output."""
+    return {_RETURNED: cache}
+
+
+def find_cache(
+    past_key_values: Cache | None, cache: Cache | None, others: dict[str, Any]
+) -> Cache | None:
+    """Return the cache that was given under either name.
+
+    `others` are the keywords that the model does not know. Raises `TypeError` if one of them looks
+    like a cache, since ignoring it would lose the context without a word.
+    """
+    for name, value in others.items():
+        # transformers 4 passes `cache_position`, which follows from the cache itself.
+        looks = isinstance(value, Cache) or "cache" in name or "past" in name
+        if looks and value is not None and name != "cache_position":
+            raise TypeError(
+                f"MEA models do not know the keyword {name!r}, which looks like a KV cache: "
+                "pass the cache as `cache` or `past_key_values`"
+            )
+    if past_key_values is not None and cache is not None and past_key_values is not cache:
+        raise ValueError("give the KV cache as either `cache` or `past_key_values`, not as both")
+    given = past_key_values if cache is None else cache
+    if not isinstance(given, Cache | None):
+        raise TypeError(
+            f"the KV cache must be a Cache of transformers such as DynamicCache, not "
+            f"{type(given).__name__}"
+        )
+    return given
 
 
 class MEAMLP(nn.Module):
@@ -68,7 +126,7 @@ class MEAExperts(nn.Module):
         return y_MD.view_as(x_BTD)
 
 
-class MEADecoderLayer(nn.Module):
+class MEADecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: MEAConfig, index: int):
         super().__init__()
         self.self_attn = MEAAttention(config, index)
@@ -85,8 +143,17 @@ class MEAPreTrainedModel(PreTrainedModel):
     config: MEAConfig
     config_class = MEAConfig
     base_model_prefix = "model"
+    supports_gradient_checkpointing = True
     _no_split_modules = ["MEADecoderLayer"]  # noqa: RUF012 - the base has no ClassVar
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012 - likewise
+    _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012 - likewise
+
+    def __init__(self, config: MEAConfig, *args: Any, **kwargs: Any):
+        super().__init__(config, *args, **kwargs)
+        if untested := untested_versions(config.tested_with):
+            logger.warning_once(
+                f"The code of this MEA model has not been tested with {untested}: install a tested "
+                "version if its output looks wrong"
+            )
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -109,6 +176,7 @@ class MEAModel(MEAPreTrainedModel):
         layers = (MEADecoderLayer(config, index) for index in range(config.num_hidden_layers))
         self.layers = nn.ModuleList(layers)
         self.norm = MEARMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.gradient_checkpointing = False
         self.post_init()
 
     def look(self, x_BTD: Tensor, position_ids: Tensor, attention_mask, past: int) -> View:
@@ -120,7 +188,8 @@ class MEAModel(MEAPreTrainedModel):
             angles_BT1F = position_ids[:, :, None, None].float() * frequencies_F
             table = (angles_BT1F.cos(), angles_BT1F.sin())
         slots_S = torch.arange(past + t if mask is None else mask.shape[-1], device=device)
-        ahead_TS = slots_S - slots_S[past : past + t, None]
+        slots_T = slots_S[past : past + t]
+        ahead_TS = slots_S - slots_T[:, None]
         distance_BTS = ahead_TS[None]
         if mask is None or mask.ndim == 2:
             seen_BTS = (ahead_TS <= 0)[None]
@@ -131,8 +200,28 @@ class MEAModel(MEAPreTrainedModel):
                 distance_BTS = places_BS[:, None] - places_BS[:, past : past + t, None]
             plain = not padded and past == 0 and self.config.positions != "alibi"
             mask = None if plain else seen_BTS[:, None]
-        return View(table, mask, distance_BTS.float(), past > 0 and t <= ABSORBED)
+        few = past > 0 and t <= ABSORBED
+        return View(table, mask, distance_BTS.float(), few, slots_T)
 
+    def cache_for(self, given: Cache | None, use_cache: bool | None) -> Cache | None:
+        """Return the cache to write to: the given one, a new one or, where layers are run again
+        for their gradients, none. Raises `ValueError` if that would lose a filled cache."""
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            if given is not None and given.get_seq_length():
+                raise ValueError(
+                    "gradient checkpointing cannot continue from a filled KV cache: leave the "
+                    "cache out, or call model.gradient_checkpointing_disable() first"
+                )
+            if use_cache:
+                logger.warning_once(
+                    "`use_cache=True` is incompatible with gradient checkpointing. Setting "
+                    "`use_cache=False`."
+                )
+            return None
+        return DynamicCache() if given is None and use_cache else given
+
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -142,6 +231,7 @@ class MEAModel(MEAPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         if (input_ids is None) == (inputs_embeds is None):
@@ -149,9 +239,8 @@ class MEAModel(MEAPreTrainedModel):
         if kwargs.get("output_attentions"):
             raise ValueError("attention maps are not kept: leave output_attentions out")
         x_BTD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if past_key_values is None and (self.config.use_cache if use_cache is None else use_cache):
-            past_key_values = DynamicCache()
-        past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+        cache = self.cache_for(find_cache(past_key_values, cache, kwargs), use_cache)
+        past = 0 if cache is None else int(cache.get_seq_length())
         if position_ids is None and attention_mask is not None and attention_mask.ndim == 2:
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, past:]
         elif position_ids is None:
@@ -163,7 +252,7 @@ class MEAModel(MEAPreTrainedModel):
         states = []
         for layer in self.layers:
             states.append(x_BTD)
-            x_BTD = layer(x_BTD, view, past_key_values)
+            x_BTD = layer(x_BTD, view, cache)
         x_BTD = self.norm(x_BTD)
         shown = (
             self.config.output_hidden_states
@@ -172,8 +261,8 @@ class MEAModel(MEAPreTrainedModel):
         )
         return BaseModelOutputWithPast(
             last_hidden_state=x_BTD,
-            past_key_values=past_key_values,
             hidden_states=(*states, x_BTD) if shown else None,
+            **returned(cache),
         )
 
 
@@ -186,6 +275,7 @@ class MEAForCausalLM(MEAPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -196,6 +286,7 @@ class MEAForCausalLM(MEAPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         out = self.model(
@@ -205,6 +296,8 @@ class MEAForCausalLM(MEAPreTrainedModel, GenerationMixin):
             past_key_values,
             inputs_embeds,
             use_cache,
+            cache=cache,
+            return_dict=True,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -212,11 +305,11 @@ class MEAForCausalLM(MEAPreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.vocab_size
+                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
             )
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=out.past_key_values,
             hidden_states=out.hidden_states,
+            **returned(out.get(_RETURNED)),
         )

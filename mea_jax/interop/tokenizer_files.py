@@ -35,6 +35,8 @@ def write(tokenizer: Tokenizer, folder: Path, context_length: int) -> None:
     file, content = tokenizer.FILE, tokenizer.content
     if isinstance(tokenizer, BytesTokenizer):
         file, content = "tokenizer.json", of_bytes().to_str().encode()
+    if file == "tokenizer.json" and not tokenizer.companions:
+        content = with_start(content, tokenizer.start)
     (folder / file).write_bytes(content)
     for name, kept in tokenizer.companions.items():
         if name != tokenizers.MODEL_CONFIG:
@@ -46,7 +48,11 @@ def write(tokenizer: Tokenizer, folder: Path, context_length: int) -> None:
         "tokenizer_class": kind or "PreTrainedTokenizerFast",
         "bos_token": _text(tokenizer, tokenizer.start),
         "eos_token": _text(tokenizer, tokenizer.separator),
+        "add_bos_token": True,  # for a SentencePiece model; a tokenizer.json has its own template
+        "add_eos_token": False,
+        "split_special_tokens": True,  # text that spells out a special token stays text, as here
         "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "attention_mask"],  # `generate` refuses others
         "model_max_length": context_length,
     }
     generation = {"bos_token_id": tokenizer.start, "eos_token_id": tokenizer.separator}
@@ -60,6 +66,26 @@ def _text(tokenizer: Tokenizer, token: int) -> str:
     if isinstance(tokenizer, SentencePieceTokenizer):
         return "</s>" if token == tokenizer.separator else "<s>"
     return tokenizer.decode([token])
+
+
+def with_start(content: bytes, start: int) -> bytes:
+    """Return a tokenizer.json that puts the token `start` before each text, and nothing else.
+
+    One that does so already is returned unchanged.
+    """
+    tokenizer = hf.Tokenizer.from_str(content.decode())
+    text = tokenizer.encode("a", add_special_tokens=False).ids
+    found = tokenizer.encode("a").ids
+    if found == [start, *text]:
+        return content
+    token = tokenizer.id_to_token(start)
+    template: Any = hf.processors.TemplateProcessing(
+        single=f"{token} $A", pair=f"{token} $A {token}:1 $B:1", special_tokens=[(token, start)]
+    )
+    if tokenizer.post_processor is not None and found == text:  # it only moves offsets
+        template = hf.processors.Sequence([tokenizer.post_processor, template])
+    tokenizer.post_processor = template
+    return tokenizer.to_str().encode()
 
 
 def of_bytes() -> hf.Tokenizer:

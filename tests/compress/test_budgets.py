@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from helpers import PLAIN, params_of, tiny_model
 
-from mea_jax.compress.budgets import allot, cache_bytes, choose_layers, uniform
+from mea_jax.compress.budgets import allot, cache_bytes, choose_layers, heads_kept, uniform
 from mea_jax.compress.methods import target_model
 from mea_jax.decode import empty_cache, serve
 from mea_jax.errors import UserError
@@ -72,3 +72,11 @@ def test_a_layer_keeps_a_head():
     for keep in (0.0, -1.0, 1.5):
         with pytest.raises(UserError, match="must lie in"):
             uniform(keep, 4)
+
+
+def test_a_share_between_whole_heads_is_refused_with_the_shares_beside_it():
+    with pytest.raises(UserError, match=r"1 are 0\.333 of the cache and 2 are 0\.667.*measured"):
+        uniform(0.5, 3)
+    assert uniform(0.333, 3) == 1
+    assert uniform(0.667, 3) == 2
+    assert heads_kept(0.5, 3) == 1.5

@@ -300,6 +300,13 @@ def test_eight_devices_see_the_same_moments(run, devices, tmp_path):
             np.testing.assert_allclose(a[name], b[name], rtol=0, atol=1e-5 * size)
 
 
+@pytest.mark.parametrize("keep", [0.625, 0.375])
+def test_a_division_over_layers_meets_shares_between_whole_heads(run, one, tmp_path, keep):
+    """Two layers of four heads: 0.625 is five heads of keys and five of values, and so on."""
+    summary = compress(run, tmp_path / "out", options(budget="measured", keep=keep))
+    assert summary["cache_kept"] == keep
+
+
 @pytest.fixture
 def shell(in_process):
     """`shell(*arguments)`: the command in this process; (status, out, err)."""
@@ -310,7 +317,7 @@ def test_the_command_prints_a_table(run, shell, tmp_path):
     flags_ = [f"--{name}={value}" for name, value in SMALL.items()]
     status, out, _ = shell("--checkpoint", run, "--out", tmp_path / "out", *flags_)
     assert status == 0
-    assert "256 > 128 bytes per token, 50.0% kept" in out
+    assert "256 > 128 bytes per token, 50.0% kept (--keep=0.5)" in out
     assert "held-out loss" in out
 
 
@@ -318,6 +325,7 @@ def test_the_command_prints_a_table(run, shell, tmp_path):
     ("arguments", "words"),
     [
         (["--keep", "0.1"], "leaves less than one of 4 heads"),
+        (["--keep", "0.6"], "2 are 0.5 of the cache and 3 are 0.75; give one of these"),
         (["--method", "alined"], "aligned"),
         (["--calibration_tokens", "100000000"], "the text has"),
         (["--method", "calibrated", "--calibration_tokens", "0"], "made of activations"),

@@ -164,7 +164,7 @@ def test_bpe_is_trained_on_the_training_side_only(config, tmp_path):
 
 def test_bpe_learns_from_a_sample_of_much_text(config, monkeypatch):
     whole = prepare(dataclasses.replace(config, tokenizer="bpe:300")).tokenizer
-    monkeypatch.setattr(prepare_lib, "_BPE_SAMPLE", 3000)
+    monkeypatch.setattr(prepare_lib.passes, "_BPE_SAMPLE", 3000)
     other = dataclasses.replace(config, tokenizer="bpe:300", cache_dir=config.cache_dir + "2")
     sample = prepare(other).tokenizer
     assert sample.content != whole.content
@@ -184,7 +184,7 @@ def test_an_interrupted_preparation_leaves_nothing(config, monkeypatch, where):
         if where == "windows":
             patch.setattr(packing, "_cut", killed)
         else:
-            patch.setattr(prepare_lib, "_baselines", killed)
+            patch.setattr(prepare_lib.passes, "baselines", killed)
         with pytest.raises(Killed):
             prepare(config)
     assert entries(config) == []
@@ -333,7 +333,13 @@ def test_splits_without_documents(config):
 def test_summary_line(config):
     lines: list[str] = []
     prepared = prepare_lib.prepare(config, log=lines.append)
-    (line,) = lines
+    read, line = lines
+    (source,) = prepared.sources
+    size = source.train_bytes + source.held_out_bytes
+    assert read == (
+        f"data: text:{config.sources[0].path}: 30 files, {size:,} bytes, 30 documents, "
+        f"{source.held_out_bytes / size:.2%} held out"
+    )
     assert f"{prepared.sources[0].train_windows:,} training" in line
     assert str(prepared.directory) in line
     assert "left out" not in line

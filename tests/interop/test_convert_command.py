@@ -383,8 +383,8 @@ def test_a_model_trained_here_gets_a_tokenizer_that_transformers_reads(tiny, tmp
     theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
     ours = tokenizers.BytesTokenizer()
     text = "def f(x):\n\treturn 'naïve 東京 \U0001f642'  # \x00\x7f\xa0\xad"
-    assert theirs(text)["input_ids"] == ours.encode_batch([text])[0]
-    assert theirs.decode(theirs(text)["input_ids"]) == text
+    assert theirs(text)["input_ids"] == [ours.separator, *ours.encode_batch([text])[0]]
+    assert theirs.decode(theirs(text)["input_ids"], skip_special_tokens=True) == text
     assert theirs.eos_token_id == ours.separator
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.eos_token_id == 256
 

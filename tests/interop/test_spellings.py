@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 import small_models
 import torch
+from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from mea_jax.errors import UserError
 from mea_jax.generate import load
 from mea_jax.interop import families
-from mea_jax.interop.importing import import_model
+from mea_jax.interop.importing import Source, import_model
+from mea_jax.interop.shards import SINGLE
 from mea_jax.transformer import apply_logits
 
 LIMIT = 1e-4  # of the largest difference of float32 logits, whose spread is about one
@@ -62,6 +64,10 @@ DISAGREED = {
     "theta of the object that is not read": (
         {"rope_parameters": DEFAULT | {"rope_theta": 1e6}, "rope_scaling": DEFAULT},
         ["rope_parameters.rope_theta=1000000.0", "rope_scaling.rope_theta=10000.0"],
+    ),
+    "theta that only the object that is not read has": (
+        {"rope_parameters": LLAMA3 | {"rope_theta": 2e4}, "rope_scaling": LLAMA3},
+        ["rope_parameters.rope_theta=20000.0", "rope_scaling.rope_theta=10000.0"],
     ),
     "theta": (
         {"rope_parameters": DEFAULT | {"rope_theta": 1e6}, "rope_theta": 1e4},
@@ -177,3 +183,22 @@ def test_a_dtype_that_both_keys_name_is_read(llama):
     ):
         plain = {key: value for key, value in config.items() if "dtype" not in key}
         assert families.model_config(plain | names, "").dtype == "bfloat16"
+
+
+BUFFERS = (
+    "model.layers.0.self_attn.rotary_emb.inv_freq",
+    "model.rotary_emb.inv_freq",
+    "rotary_emb.original_inv_freq",
+    "model.layers.0.self_attn.rotary_emb.cos_cached",
+    "model.layers.0.self_attn.masked_bias",
+)
+
+
+def test_buffers_of_old_versions_are_passed_over(llama, tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for path in llama.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    file = folder / SINGLE
+    save_file(load_file(file) | {name: np.ones(8, np.float32) for name in BUFFERS}, file)
+    Source(folder)

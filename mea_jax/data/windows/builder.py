@@ -16,9 +16,9 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from mea_jax.config import SourceConfig
-from mea_jax.data import packing, sources, tokenizers
+from mea_jax.data import packing, sources, tokenizers, waiting
 from mea_jax.data.bad_input import KEPT, LeftOut
-from mea_jax.data.corpus import is_held_out
+from mea_jax.data.split import Split
 from mea_jax.errors import UserError
 
 TRAIN, HELD_OUT = "train", "held_out"
@@ -36,7 +36,7 @@ class Task:
     size: int  # bytes of them
     tokenizer: str  # the folder it is saved in
     context_length: int  # T
-    held_out_fraction: float
+    split: Split
     counts: str  # the folder that each shard's counts go to
     skip_bad: bool = False  # leave out input that cannot be read
 
@@ -52,13 +52,30 @@ class Counts:
     skipped: int = 0  # pieces of the source, of whatever split, that cannot be read
 
 
+@dataclasses.dataclass
+class Written:
+    """What `write` has met and made.
+
+    Attributes:
+      counts: of each split; those of an empty one are zero, and it is not written.
+      documents: the number of documents with text.
+      empty: the number of documents without text.
+      left_out: messages of the first pieces of input that were left out.
+    """
+
+    counts: dict[str, Counts]
+    documents: int
+    empty: int
+    left_out: list[str]
+
+
 def write(
     task: Task,
     directory: Path,
     progress: Callable[[int], Any] = lambda size: None,
     beam_runner: str | None = None,
     beam_options: Sequence[str] = (),
-) -> tuple[dict[str, Counts], list[str]]:
+) -> Written:
     """Writes the windows of both splits below `directory`.
 
     Args:
@@ -67,10 +84,6 @@ def write(
       progress: called with the bytes of each document read; not by Beam workers.
       beam_runner: name of a Beam runner, such as "DirectRunner"; None writes without Beam.
       beam_options: command-line options of Beam. Workers must share this machine's paths.
-
-    Returns:
-      Counts of each split; those of an empty held-out split are zero, and it is not written.
-      Messages of the first pieces of input that were left out.
 
     Raises:
       UserError: unreadable documents; no text at all, or none in the training split; Beam asked
@@ -99,7 +112,12 @@ def write(
         )
     )
     counts = {split: _sum_counts(Path(task.counts), split) for split in (TRAIN, HELD_OUT)}
-    return counts, _messages(Path(task.counts))
+    shards = [json.loads(path.read_text()) for path in sorted(Path(task.counts).iterdir())]
+    # The passes for both splits meet the same pieces and documents.
+    messages = dict.fromkeys(itertools.chain(*(shard["left_out"] for shard in shards)))
+    first = [shard for shard in shards if shard["split"] == shards[0]["split"]]
+    documents, empty = (sum(shard[key] for shard in first) for key in ("documents", "empty"))
+    return Written(counts, documents, empty, list(messages)[:KEPT])
 
 
 def dataset_directory(directory: Path) -> Path:
@@ -159,18 +177,20 @@ class Windows(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type:
 
 
 def _splits(task: Task) -> list[str]:
-    """The splits that have documents: TFDS cannot write an empty one."""
-    sides = set()
+    """Return the splits that have text: TFDS cannot write an empty one."""
+    fraction, found = task.split.fraction, set()
+    wanted = 2 if 0 < fraction < 1 else 1
     for document in sources.documents(task.source, LeftOut(task.skip_bad)):
-        sides.add(is_held_out(document.name, task.held_out_fraction))
-        if len(sides) == 2 or (task.held_out_fraction == 0 and sides):
+        parts = zip((TRAIN, HELD_OUT), task.split.parts(document), strict=True)
+        found |= {split for split, text in parts if text}
+        if len(found) == wanted:
             break
-    if False not in sides:
+    if TRAIN not in found and not task.source.held_out:
         raise UserError(
             f"source {sources.describe(task.source)}: every document is held out at "
-            f"held_out_fraction {task.held_out_fraction}; lower --config.data.held_out_fraction"
+            f"held_out_fraction {fraction}; lower --config.data.held_out_fraction"
         )
-    return [TRAIN, HELD_OUT] if True in sides else [TRAIN]
+    return [split for split in (TRAIN, HELD_OUT) if split in found]
 
 
 def _shard_examples(
@@ -190,23 +210,24 @@ def _shard_examples(
     def pieces(texts: list[str]) -> Iterator[list[int]]:
         # Packing puts the next document's start behind each: that ends it, where it is the same id.
         end = [tokenizer.separator] if tokenizer.start != tokenizer.separator else []
-        yield from (ids + end for ids in tokenizer.encode_batch(texts))
+        yield from (ids + end for ids in waiting.call(tokenizer.encode_batch, texts))
 
     def encoded() -> Iterator[list[int]]:
         texts: list[str] = []
-        waiting = 0
+        gathered = 0
         for document in corpus.documents(shard, shards):
-            size = len(document.text.encode())
-            progress(size)
-            if is_held_out(document.name, task.held_out_fraction) != (split == HELD_OUT):
+            progress(len(document.text.encode()))
+            text = task.split.parts(document)[split == HELD_OUT]
+            if not text:
                 continue
+            size = len(text.encode())
             counts.documents += 1
             counts.bytes += size
-            texts.append(document.text)
-            waiting += size
-            if waiting >= _BATCH_BYTES:
+            texts.append(text)
+            gathered += size
+            if gathered >= _BATCH_BYTES:
                 yield from pieces(texts)
-                texts, waiting = [], 0
+                texts, gathered = [], 0
         yield from pieces(texts)
 
     windows = packing.rows(encoded(), task.context_length, tokenizer.start)
@@ -216,7 +237,13 @@ def _shard_examples(
         yield (shard << 32) + number, {"tokens": tokens, "segment_ids": segment_ids}
     counts.skipped = corpus.left_out.count
     path = Path(task.counts) / f"{split}-{shard:05d}.json"
-    content = {"counts": dataclasses.asdict(counts), "left_out": corpus.left_out.lines}
+    content = {
+        "split": split,
+        "counts": dataclasses.asdict(counts),
+        "documents": corpus.read_documents,
+        "empty": corpus.empty,
+        "left_out": corpus.left_out.lines,
+    }
     path.write_text(json.dumps(content))
 
 
@@ -226,9 +253,3 @@ def _sum_counts(directory: Path, split: str) -> Counts:
         for key, value in json.loads(path.read_text())["counts"].items():
             setattr(total, key, getattr(total, key) + value)
     return total
-
-
-def _messages(directory: Path) -> list[str]:
-    """Each once, though the passes for both splits meet the same pieces."""
-    shards = [json.loads(path.read_text())["left_out"] for path in sorted(directory.iterdir())]
-    return list(dict.fromkeys(itertools.chain(*shards)))[:KEPT]

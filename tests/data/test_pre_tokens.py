@@ -1,0 +1,77 @@
+"""Pieces of bounded length where text has long runs, and today's tokenizer where it has none."""
+
+import hashlib
+import json
+import random
+
+import pytest
+
+from mea_jax.config import SourceConfig
+from mea_jax.data import pre_tokens, sources, tokenizers
+
+LONGEST = pre_tokens.LONGEST
+RUNS = {"letters": "a", "marks": "\u0301", "signs": "#", "spaces": " ", "tabs": "\t", "lines": "\n"}
+
+
+def pieces(text, bounded):
+    return [piece for piece, _ in pre_tokens.splitter(bounded).pre_tokenize_str(text)]
+
+
+@pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
+@pytest.mark.parametrize("length", [1, 2, LONGEST - 1, LONGEST])
+def test_runs_up_to_the_bound_are_cut_as_without_it(run, length):
+    text = f"a1{run * length}1a"
+    assert pieces(text, True) == pieces(text, False)
+    watched = pre_tokens.Watched(iter([text]))
+    assert list(watched)
+    assert not watched.long_runs
+
+
+@pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
+def test_longer_runs_are_noticed_and_cut(run):
+    text = f"a1{run * 10_000}1a"
+    watched = pre_tokens.Watched(iter(["first", text, "last"]))
+    assert list(watched) == ["first", text, "last"]
+    assert watched.long_runs
+    # A piece may have a sign or space before its letters, or a line's end behind its signs.
+    assert max(map(len, pieces(text, True))) <= 2 * LONGEST + 2  # bytes: a mark has two
+    assert max(map(len, pieces(text, False))) >= 9_999
+
+
+def test_digits_and_signs_without_space_are_no_long_run():
+    watched = pre_tokens.Watched(iter(["abc123+/" * 10_000]))
+    assert list(watched)
+    assert not watched.long_runs
+
+
+@pytest.mark.parametrize("letters", ["ACGT", "".join(map(chr, range(0x4E00, 0x4E80)))])
+def test_a_line_without_end_trains_and_encodes(letters):
+    """Without the bound these 200,000 letters take minutes."""
+    text = "".join(random.Random(0).choices(letters, k=200_000))
+    tokenizer = tokenizers.train_bpe(iter([text]), 1000)
+    (ids,) = tokenizer.encode_batch([text])
+    assert tokenizer.decode(ids) == text
+    assert len(ids) < len(text.encode()) / 2
+    again = tokenizers.HuggingFaceTokenizer(
+        tokenizers.hf.Tokenizer.from_str(tokenizer.content.decode()), "the saved one"
+    )
+    assert again.encode_batch([text]) == [ids]
+    # Each piece by itself gives the same ids: training and encoding cut alike.
+    assert (
+        f"{{1,{LONGEST}}}"
+        in json.loads(tokenizer.content)["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"]
+    )
+
+
+def test_ordinary_text_gives_the_tokenizer_that_it_gave_without_a_bound(monkeypatch):
+    texts = [d.text for _, d in zip(range(60), sources.documents(SourceConfig()), strict=False)]
+    found = tokenizers.train_bpe(iter(texts), 600)
+    splitter = pre_tokens.splitter
+    monkeypatch.setattr(pre_tokens, "splitter", lambda bounded: splitter(False))
+    assert tokenizers.train_bpe(iter(texts), 600).content == found.content
+
+
+def test_the_unbounded_pattern_is_the_one_of_earlier_versions():
+    """Tokenizers, and so the digests of prepared data, stay as they were."""
+    found = hashlib.sha256(pre_tokens._UNBOUNDED.encode()).hexdigest()
+    assert found == "caf2f0d944cd1a66cdb5aeccc68bb93b00fbcab8837bf5893577c114bd34777a"

@@ -252,7 +252,7 @@ class SentencePieceTokenizer(Tokenizer):
         return _tried(cls(_bytes(path), str(path), companions), path)
 
 
-_KINDS: tuple[type[Tokenizer], ...] = (BytesTokenizer, HuggingFaceTokenizer, SentencePieceTokenizer)
+KINDS: tuple[type[Tokenizer], ...] = (BytesTokenizer, HuggingFaceTokenizer, SentencePieceTokenizer)
 
 
 def companions_of(directory: Path) -> dict[str, bytes]:
@@ -270,11 +270,11 @@ def from_directory(directory: Path, more: Mapping[str, bytes] = NONE) -> Tokeniz
     Raises:
       UserError: there is none, or its file is malformed.
     """
-    for kind in _KINDS:
+    for kind in KINDS:
         if (directory / kind.FILE).is_file():
             return kind.read(directory / kind.FILE, companions_of(directory) | dict(more))
     raise UserError(
-        f"{directory}: holds no tokenizer; expected {' or '.join(kind.FILE for kind in _KINDS)}"
+        f"{directory}: holds no tokenizer; expected {' or '.join(kind.FILE for kind in KINDS)}"
     )
 
 
@@ -292,7 +292,7 @@ def load(spec: str) -> Tokenizer:
     path = Path(spec).expanduser()
     if path.is_dir():
         return from_directory(path)
-    kinds = {kind.FILE: kind for kind in _KINDS}
+    kinds = {kind.FILE: kind for kind in KINDS}
     suffixes: dict[str, type[Tokenizer]] = {
         ".json": HuggingFaceTokenizer,
         ".model": SentencePieceTokenizer,

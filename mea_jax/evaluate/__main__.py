@@ -135,15 +135,19 @@ def _check_kind(tasks: bool) -> None:
 
 def tasks_main() -> None:
     """The command with --tasks."""
+    limit = LIMIT.value
+    if limit is not None and limit.is_integer():
+        limit = int(limit)
     options = command.Options(
         tasks=tuple(name for name in TASKS.value or () if name),
         num_fewshot=NUM_FEWSHOT.value,
-        limit=LIMIT.value,
+        limit=limit,
         include_path=INCLUDE_PATH.value,
         max_length=MAX_LENGTH.value,
         batch_tokens=BATCH_TOKENS.value,
         dtype=DTYPE.value,
         cache_dtype=CACHE_DTYPE.value,
+        log_samples=LOG_SAMPLES.value,
     )
     options.check()
     checkpoint, baseline = command.paths(CHECKPOINT.value, BASELINE.value)
@@ -151,13 +155,14 @@ def tasks_main() -> None:
     cli.join_processes(dataclasses.asdict(options))
     cli.enable_compilation_cache()
     folder = _folder()
-    report = command.run(options, checkpoint, baseline, say)
+    report = command.run(options, checkpoint, baseline, say, folder)
     try:
         text = command.write(report, folder)
     except OSError as error:
         raise UserError(f"--out {folder} cannot be written: {error.strerror}") from error
     if distributed.first():
-        print(f"{text}\n\n{folder / 'results.json'}, {folder / 'table.txt'}")
+        samples = f", {folder / 'samples'}" if options.log_samples else ""
+        print(f"{text}\n\n{folder / 'results.json'}, {folder / 'table.txt'}{samples}")
 
 
 def main() -> None:
@@ -234,7 +239,12 @@ if __name__ == "__main__":
     BASELINE = flags.DEFINE_string("baseline", None, "checkpoint that --tasks compares with")
     INCLUDE_PATH = flags.DEFINE_string("include_path", None, "folder with further tasks")
     NUM_FEWSHOT = flags.DEFINE_integer("num_fewshot", None, "solved examples; default: each task's")
-    LIMIT = flags.DEFINE_integer("limit", None, "documents of a task, at most")
+    LIMIT = flags.DEFINE_float(
+        "limit", None, "documents of each task, at most; below 1: this share of them"
+    )
+    LOG_SAMPLES = flags.DEFINE_boolean(
+        "log_samples", False, "of --tasks: write each document's request, answer and metrics"
+    )
     MAX_LENGTH = flags.DEFINE_integer(
         "max_length", None, "tokens of a request of --tasks; default: the window of training"
     )
@@ -243,6 +253,7 @@ if __name__ == "__main__":
     )
     cli.define_process_flags()
     OF_TASKS = ["baseline", "include_path", "num_fewshot", "limit", "max_length", "batch_tokens"]
+    OF_TASKS += ["log_samples"]
     OF_TASKS += ["distributed", "coordinator", "num_processes", "process_id"]
     OF_PROFILE = ["parts", "seed", "samples", "lengths", "depths", "needles", "contexts", "rows"]
     OF_PROFILE += ["repeats", "prefill", "batch_size", "max_batches"]

@@ -68,8 +68,8 @@ def test_the_last_part_of_one_file_is_held_out(prepared, tmp_path):
 def test_a_few_documents_none_of_which_falls_to_held_out_by_name(prepared, tmp_path):
     texts = numbered(60, 20)
     fraction = 0.03
-    names = ([f"{batch}-{i}" for i in range(60)] for batch in itertools.count())
-    names = next(some for some in names if min(map(unit_hash, some)) >= fraction)
+    candidates = ([f"{batch}-{i}" for i in range(60)] for batch in itertools.count())
+    names = next(some for some in candidates if min(map(unit_hash, some)) >= fraction)
     (tmp_path / "few").mkdir()
     for name, text in zip(names, texts, strict=True):
         (tmp_path / "few" / name).write_text(text)

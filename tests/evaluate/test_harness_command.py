@@ -76,6 +76,7 @@ def test_the_suite_from_end_to_end(run, folder, evaluate, tmp_path):
     assert table in out
     assert "+0.0000 ±0.0000" in table
     assert "requests in" in err
+    assert not (tmp_path / "out" / "samples").exists()
 
 
 @pytest.mark.parametrize(
@@ -87,7 +88,11 @@ def test_the_suite_from_end_to_end(run, folder, evaluate, tmp_path):
         (["--tasks", ""], ["--tasks names none"]),
         (["--tasks", "mea_recall", "--parts", "loss"], ["--tasks", "--parts", "one or the other"]),
         (["--limit", "3"], ["--limit goes with --tasks"]),
-        (["--tasks", "mea_recall", "--limit", "0"], ["--limit=0 must be 1"]),
+        (["--tasks", "mea_recall", "--limit", "0"], ["--limit=0 must be a whole"]),
+        (["--tasks", "mea_recall", "--limit", "1.5"], ["--limit=1.5 must be a whole number"]),
+        (["--tasks", "mea_recall", "--limit", "-0.1"], ["--limit=-0.1", "share"]),
+        (["--tasks", "mea_recall", "--limit", "nan"], ["--limit=nan", "share"]),
+        (["--log_samples"], ["--log_samples goes with --tasks"]),
         (["--tasks", "mea_recall", "--num_fewshot", "-1"], ["--num_fewshot=-1 must be 0"]),
         (["--tasks", "mea_recall", "--checkpoint", "two"], ["several", "--baseline"]),
         (["--tasks", "mea_recall", "--include_path", "gone"], ["gone: no such folder"]),
@@ -115,6 +120,37 @@ def test_bad_input(run, folder, evaluate, tmp_path, monkeypatch, arguments, part
     assert status == 2
     is_one_error(status, err, *parts)
     assert not (tmp_path / "out" / "results.json").exists()
+
+
+def test_a_share_of_the_documents_and_their_samples(run, folder, evaluate, tmp_path):
+    out = tmp_path / "out"
+    status, printed, err = evaluate(
+        *("--checkpoint", run, "--baseline", run, "--include_path", folder, "--limit", 0.25),
+        *("--tasks", "mea_recall,mea_arithmetic", "--max_length", 512, "--out", out),
+        "--log_samples",
+    )
+    assert status == 0, err
+    assert str(out / "samples") in printed
+    for role in ("checkpoint", "baseline"):
+        for task, answers, metric in (
+            ("mea_recall", 6, "acc"),
+            ("mea_arithmetic", 1, "exact_match"),
+        ):
+            asked = rows(folder, task)
+            text = (out / "samples" / role / f"{task}.jsonl").read_text()
+            samples = [json.loads(line) for line in text.splitlines()]
+            assert [sample["doc_id"] for sample in samples] == [0, 1, 2]  # a quarter of ten, up
+            for sample, document in zip(samples, asked, strict=False):
+                assert sample["doc"] == document
+                assert str(sample["target"]) == str(document["answer"])
+                assert [request[0] for request in sample["request"]] == [
+                    document["prompt"]
+                ] * answers
+                assert len(sample["response"]) == answers
+            mean = np.mean([sample["metrics"][metric] for sample in samples])
+            report = json.loads((out / "results.json").read_text())["results"]
+            (row,) = (r for r in report if (r["task"], r["metric"]) == (task, metric))
+            assert row["value"] == pytest.approx(mean)
 
 
 def test_without_the_package(monkeypatch, run, evaluate, tmp_path):

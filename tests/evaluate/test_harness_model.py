@@ -151,6 +151,54 @@ def test_what_cannot_fit_is_one_line(model):
 
 
 @pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"num_beams": 4}, "a_task: .* num_beams=4 is not supported; only num_beams=1 is; "),
+        ({"repetition_penalty": 1.2}, "repetition_penalty=1.2 is not supported"),
+        ({"min_p": 0.1}, "min_p=0.1 is not supported"),
+        ({"max_gentoks": 3}, "max_gentoks=3 is not supported; supported options: until, .*max_gen"),
+        ({"temperature": "warm"}, "temperature='warm' must be a number"),
+        ({"top_k": 2.5}, "top_k=2.5 must be a whole number"),
+    ],
+)
+def test_unsupported_generation_options_are_errors(model, option, message):
+    given = asked("generate_until", ("a", {"until": ["x"], "max_gen_toks": 4, **option}))
+    with pytest.raises(UserError, match=message):
+        model.generate_until(given, disable_tqdm=True)
+
+
+def test_neutral_and_equivalent_generation_options_change_nothing(model):
+    def write(**options):
+        given = asked("generate_until", ("a quick", {"until": [], **options}))
+        return model.generate_until(given, disable_tqdm=True)
+
+    plain = write(max_gen_toks=5)
+    neutral = {"num_beams": 1, "repetition_penalty": 1.0, "min_p": None, "no_repeat_ngram_size": 0}
+    assert write(max_gen_toks=5, **neutral, early_stopping=False, use_cache=True) == plain
+    assert write(max_new_tokens=5, temperature=0.7, do_sample=False, top_k=3, top_p=0.5) == plain
+    assert write(max_tokens=5) == plain
+    prompt = len(model.tok_encode("a quick"))
+    assert write(max_length=prompt + 5) == plain
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        ("foo=1,checkpoint=runs/a", ["foo=", "known arguments: checkpoint, max_length", "dtype"]),
+        (
+            "max_length=8",
+            ["has no checkpoint: add checkpoint=", "known arguments: checkpoint, max_length"],
+        ),
+        ("", ["has no checkpoint: add checkpoint="]),
+    ],
+)
+def test_bad_model_arguments_are_one_line(arguments, parts, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        HarnessModel.create_from_arg_string(arguments, {"batch_size": 1, "device": None})
+    is_one_error(stopped.value.code, capsys.readouterr().err, *parts)
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"dtype": "float31"}, "did you mean 'float32'"),

@@ -2,6 +2,7 @@
 
 import difflib
 import importlib.util
+import json
 import logging
 import os
 from collections.abc import Callable, Sequence
@@ -14,7 +15,7 @@ from mea_jax import distributed
 from mea_jax.errors import UserError
 from mea_jax.evaluate.harness import results
 from mea_jax.evaluate.profile import environment
-from mea_jax.report import to_json, write_whole
+from mea_jax.report import disk_errors, to_json, write_whole
 
 _BOOTSTRAP = 1000  # draws for the standard error of metrics that are no means
 _FEWSHOT_SEED = 1234  # the harness's own default
@@ -26,24 +27,30 @@ class Options:
 
     tasks: tuple[str, ...]
     num_fewshot: int | None = None
-    limit: int | None = None  # documents a task
+    limit: float | None = None  # documents a task; below 1: a share of them
     include_path: str | None = None  # a folder with further tasks
     max_length: int | None = None
     batch_tokens: int | None = None
     dtype: str = "auto"
     cache_dtype: str = "auto"
+    log_samples: bool = False
 
     def check(self) -> None:
         if not self.tasks:
             raise UserError("--tasks names none: give some, such as --tasks hellaswag,piqa")
         for name, value, least in (
             ("num_fewshot", self.num_fewshot, 0),
-            ("limit", self.limit, 1),
             ("max_length", self.max_length, 2),
             ("batch_tokens", self.batch_tokens, 2),
         ):
             if value is not None and value < least:
                 raise UserError(f"--{name}={value} must be {least} or more")
+        limit = self.limit
+        if limit is not None and not (0 < limit < 1 or (limit >= 1 and limit % 1 == 0)):
+            raise UserError(
+                f"--limit={limit:g} must be a whole number of documents, 1 or more, or a share of "
+                "each task's documents between 0 and 1, such as 0.1"
+            )
         if self.include_path is not None and not Path(self.include_path).is_dir():
             raise UserError(f"--include_path {self.include_path}: no such folder")
 
@@ -127,21 +134,30 @@ def _model(path: Path, options: Options) -> Any:
 
 
 def run(
-    options: Options, checkpoint: Path, baseline: Path | None, say: Callable[[str], Any]
+    options: Options,
+    checkpoint: Path,
+    baseline: Path | None,
+    say: Callable[[str], Any],
+    folder: Path | None = None,
 ) -> dict[str, Any]:
     """The report: "results" (`results.rows`, or `results.differences` with a `baseline`), and of
-    each model what it took. Raises `UserError`."""
+    each model what it took. With `log_samples`, samples are written below `folder`. Raises
+    `UserError`."""
     options.check()
     harness_package()
     os.environ["DISABLE_MULTIPROC"] = "1"  # a process with jax's threads must not be forked
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     tasks = load_tasks(options)
-    measured, models = [], []
+    measured: list[dict[str, Any]] = []
+    models: list[dict[str, Any]] = []
     for path in (checkpoint, baseline) if baseline else (checkpoint,):
         model = _model(path, options)
         found = _measure(model, tasks, options)
         took = model.report()
         say(f"{path}: {_speed_line(took)}")
+        if options.log_samples and folder is not None:
+            role = "baseline" if measured else "checkpoint"
+            write_samples(found["samples"], folder / "samples" / role)
         measured.append(found)
         models.append({"checkpoint": str(model.run), "step": model.step, **took})
         del model  # its parameters, before the next one's come
@@ -155,6 +171,33 @@ def run(
         "num_fewshot": measured[0]["n-shot"],
         "results": rows,
     }
+
+
+def write_samples(samples: dict[str, list[dict[str, Any]]], folder: Path) -> None:
+    """Write each task's samples to `folder`/TASK.jsonl, one document and filter a line."""
+    from lm_eval.utils import handle_non_serializable
+
+    if not distributed.first():
+        return
+    for task, rows in samples.items():
+        path = folder / f"{task.replace('/', '_')}.jsonl"
+        lines = []
+        for row in rows:
+            line = {
+                "doc_id": row["doc_id"],
+                "request": row["arguments"],
+                "target": row["target"],
+                "response": row["resps"],
+                "filter": row["filter"],
+                "filtered_response": row["filtered_resps"],
+                "metrics": {name: row[name] for name in row["metrics"]},
+                "doc": row["doc"],
+            }
+            plain = json.loads(json.dumps(line, default=handle_non_serializable))
+            lines.append(to_json(plain) + "\n")
+        with disk_errors(path):
+            folder.mkdir(parents=True, exist_ok=True)
+            write_whole(path, "".join(lines))
 
 
 def _speed_line(took: dict[str, Any]) -> str:

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,12 +14,25 @@ from mea_jax import sharding
 from mea_jax.backends import resolve
 from mea_jax.config import ModelConfig
 from mea_jax.data.tokenizers import Tokenizer
+from mea_jax.errors import UserError, shown
 from mea_jax.generation import Generator, continuation
 from mea_jax.sampling import Sampling
 
 _GRAIN = 16  # prompts are filled up to a multiple of it
 _FILLED = 0.9  # a batch whose longest prompt fills so much of the last one's length keeps that
 _LOOK = 16  # tokens between two looks at the texts that end an answer
+
+NEW_TOKENS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+_READ = ("until", "do_sample", "temperature", "top_k", "top_p", *NEW_TOKENS, "max_length")
+# Options that are not implemented, with the value that switches each of them off.
+_NEUTRAL = {
+    **dict.fromkeys(("num_beams", "num_beam_groups", "num_return_sequences", "n", "best_of"), 1),
+    **dict.fromkeys(("repetition_penalty", "length_penalty", "typical_p"), 1),
+    **dict.fromkeys(("presence_penalty", "frequency_penalty", "diversity_penalty"), 0),
+    **dict.fromkeys(("no_repeat_ngram_size", "penalty_alpha", "min_p", "early_stopping"), 0),
+    **dict.fromkeys(("min_length", "min_new_tokens", "min_tokens"), 0),
+    "use_cache": True,
+}
 
 
 @dataclass(frozen=True)
@@ -42,6 +55,36 @@ class Written:
     new_real: int = 0  # up to each answer's end
     new_computed: int = 0  # steps of whole batches, until the last row's end was seen
     programs: int = 0
+
+
+def check_options(task: str, options: Mapping[str, Any]) -> None:
+    """Raise `UserError` if a task asks for a generation option that is not implemented.
+
+    An option that is None, or has the value that switches it off, is accepted.
+    """
+    for name, value in options.items():
+        off = name in _NEUTRAL and value == _NEUTRAL[name]
+        if name not in _READ and value is not None and not off:
+            only = f"only {name}={_NEUTRAL[name]} is; " if name in _NEUTRAL else ""
+            raise UserError(
+                f"task {task}: the generation option {name}={shown(value)} is not supported; "
+                f"{only}supported options: {', '.join(_READ)}"
+            )
+
+
+def read_number(task: str, options: Mapping[str, Any], name: str, kind: type, default: Any) -> Any:
+    """Return the option `name` as an int or a float. Raise `UserError` if it is not one."""
+    value = options.get(name)
+    try:
+        number = kind(default if value is None else value)
+        if isinstance(value, float) and number != value:
+            raise ValueError  # int would drop the fraction
+    except (TypeError, ValueError, OverflowError) as error:
+        what = "a whole number" if kind is int else "a number"
+        raise UserError(
+            f"task {task}: the generation option {name}={shown(value)} must be {what}"
+        ) from error
+    return number
 
 
 def cut(text: str, until: Sequence[str]) -> tuple[str, bool]:

@@ -6,9 +6,10 @@ all devices, and all of them get all results.
 """
 
 import dataclasses
+import inspect
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,15 @@ from lm_eval.api.registry import register_model
 
 from mea_jax import distributed
 from mea_jax.cpu_kernels import keep_freed_memory
-from mea_jax.errors import UserError, nearest
-from mea_jax.evaluate.harness.generating import Prompt, Writer, Written
+from mea_jax.errors import UserError, fail, nearest
+from mea_jax.evaluate.harness.generating import (
+    NEW_TOKENS,
+    Prompt,
+    Writer,
+    Written,
+    check_options,
+    read_number,
+)
 from mea_jax.evaluate.harness.likelihood import Request, Scorer, Work
 from mea_jax.evaluate.harness.placing import placed
 from mea_jax.sampling import Sampling
@@ -108,6 +116,30 @@ class HarnessModel(TemplateLM):
             None if cache_dtype == "auto" else cache_dtype,
         )
         self.work, self.written, self.truncated, self.seconds = Work(), Written(), 0, 0.0
+
+    @classmethod
+    def create_from_arg_string(
+        cls, arg_string: str, additional_config: dict[str, Any] | None = None
+    ) -> "HarnessModel":
+        """Create the model from `--model_args`, as text."""
+        return cls.create_from_arg_obj(
+            utils.simple_parse_args_string(arg_string), additional_config
+        )
+
+    @classmethod
+    def create_from_arg_obj(
+        cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None
+    ) -> "HarnessModel":
+        """Create the model from `--model_args`, as a dictionary.
+
+        The harness's command line does not catch `UserError`, so print one and exit here.
+        """
+        given = {k: v for k, v in (additional_config or {}).items() if v is not None}
+        try:
+            check_arguments(arg_dict)
+            return cls(**{**arg_dict, **given})
+        except UserError as error:
+            fail(error)
 
     # -- what the harness asks of a model ---------------------------------------------------------
 
@@ -245,18 +277,25 @@ class HarnessModel(TemplateLM):
     def _prompt(self, request: Instance, ids: list[int]) -> Prompt:
         options = dict(request.args[1])
         until = options.get("until") or []
-        names = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
-        count = next((int(options[n]) for n in names if options.get(n) is not None), MAX_NEW)
+        task = str(request.task_name)
+        check_options(task, options)
+        count = MAX_NEW
+        if (name := next((n for n in NEW_TOKENS if options.get(n) is not None), None)) is not None:
+            count = read_number(task, options, name, int, None)
+        elif options.get("max_length") is not None:  # of the prompt and the answer together
+            count = read_number(task, options, "max_length", int, None) - len(ids)
         if not 1 <= count < self.max_length:
             raise UserError(
                 f"task {request.task_name} asks for {count} new tokens, which leaves no room for a "
                 f"prompt in {self.max_length}: give a --max_length above {count}"
             )
-        temperature = float(options.get("temperature") or 0)
+        temperature = read_number(task, options, "temperature", float, 0)
         if options.get("do_sample") is False:
             temperature = 0.0
         sampling = Sampling(
-            temperature, int(options.get("top_k") or 0), float(options.get("top_p") or 1)
+            temperature,
+            read_number(task, options, "top_k", int, 0),
+            read_number(task, options, "top_p", float, 1) or 1.0,  # some tasks say 0: all
         )
         if len(ids) > self.max_length - count:
             self.truncated += 1
@@ -298,6 +337,17 @@ class HarnessModel(TemplateLM):
             "log_likelihoods": dataclasses.asdict(work),
             "answers": dataclasses.asdict(written),
         }
+
+
+def check_arguments(given: Mapping[str, Any]) -> None:
+    """Raise `UserError` if `--model_args` has an unknown name or no checkpoint."""
+    known = [name for name in inspect.signature(HarnessModel).parameters if name != "self"]
+    listed = f"known arguments: {', '.join(known)}"
+    for name in given:
+        if name not in known:
+            raise UserError(f"--model_args {name}=...: unknown argument; {listed}")
+    if not given.get("checkpoint"):
+        raise UserError(f"--model_args has no checkpoint: add checkpoint=runs/quickstart; {listed}")
 
 
 def _say(line: str) -> None:

@@ -24,6 +24,7 @@ from mea_jax.data.tokenizers import Tokenizer
 from mea_jax.errors import UserError
 from mea_jax.interop import families, folders, shards, slow_tokenizers, tensors
 from mea_jax.interop.casting import casts
+from mea_jax.published import refuse_unpublished
 from mea_jax.report import disk_errors, write_json
 from mea_jax.stored import Writer
 from mea_jax.validation import validate
@@ -48,6 +49,7 @@ def locate(model: str) -> Path:
     Raises `UserError`.
     """
     path = Path(model).expanduser()
+    refuse_unpublished(path, "--model")
     if path.is_dir():
         return path
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", model):

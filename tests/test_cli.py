@@ -298,9 +298,11 @@ def test_gguf_is_refused_with_the_way_out(given, tmp_path):
     (tmp_path / "model.gguf").write_text("")
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "model-Q4_K_M.gguf").write_text("")
-    for refused in (find_checkpoint, locate):
-        with pytest.raises(UserError, match=r"\(GGUF\).*convert from_hf --model FOLDER --out RUN"):
-            refused(tmp_path / given if refused is find_checkpoint else str(tmp_path / given))
+    words = r"\(GGUF\).*convert from_hf --model FOLDER --out RUN"
+    with pytest.raises(UserError, match=words):
+        find_checkpoint(tmp_path / given)
+    with pytest.raises(UserError, match=words):
+        locate(str(tmp_path / given))
 
 
 def test_files_of_a_model_and_run_directories_are_recognised(tmp_path):

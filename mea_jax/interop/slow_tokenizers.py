@@ -47,8 +47,8 @@ def read(folder: Path, more: Mapping[str, bytes]) -> Tokenizer:
     config = _object(companions, _CONFIG, folder)
     kind = config.get("tokenizer_class")
     if kind is None:
-        model = _object(companions, tokenizers.MODEL_CONFIG, folder)
-        kind = _OF_MODELS.get(str(model.get("model_type")))
+        model_type = _object(companions, tokenizers.MODEL_CONFIG, folder).get("model_type")
+        kind = _OF_MODELS.get(str(model_type))
     name = str(kind).removesuffix("Fast")
     if name not in _DEFAULTS:
         given = "no tokenizer_class" if kind is None else f"tokenizer_class {shown(kind)}"

@@ -1,6 +1,7 @@
 """What ends a text: the files of a published model say so, in several places."""
 
 import json
+from pathlib import Path
 
 import pytest
 import tokenizers as hf
@@ -83,7 +84,8 @@ def test_no_end_token_is_no_reason_to_add_one(tmp_path):
 
 def test_another_separator_gives_other_windows(tmp_path):
     """Prepared data are found by a name that changes with the id that ends documents."""
-    folders, bpe = [], tokenizers.train_bpe(iter(["the quick brown fox"]), 264)
+    folders: list[Path] = []
+    bpe = tokenizers.train_bpe(iter(["the quick brown fox"]), 264)
     for end in (None, "<|stop|>", DEEPSEEK):
         folders.append(tmp_path / str(len(folders)))
         folders[-1].mkdir()
@@ -93,6 +95,6 @@ def test_another_separator_gives_other_windows(tmp_path):
         if end is not None:
             config = json.dumps({"eos_token": end})
             (folders[-1] / "tokenizer_config.json").write_text(config)
-    config = DataConfig(tokenizer="any", context_length=8)
-    names = {prepare._fingerprint(config, [], tokenizers.load(str(path))) for path in folders}
+    data = DataConfig(tokenizer="any", context_length=8)
+    names = {prepare._fingerprint(data, [], tokenizers.load(str(path))) for path in folders}
     assert len(names) == 3

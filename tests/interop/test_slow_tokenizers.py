@@ -24,7 +24,7 @@ TEXTS = [
     "",
     " a",
 ]
-ADDED = {
+ADDED: dict[str, dict[str, bool]] = {
     "<|endoftext|>": {"special": True, "normalized": False},
     "<|im_start|>": {"special": True, "normalized": False},
     "<|im_end|>": {"special": True, "normalized": False},

@@ -45,9 +45,9 @@ def slow(folder, added=ADDED, **config):
     trained.train_from_iterator(["they'll return two spaces and def f(x) 12345"] * 9, trainer)
     trained.model.save(str(folder))
     first = trained.get_vocab_size()
+    sides = {"lstrip": False, "rstrip": False, "single_word": False}
     numbered = {
-        str(first + i): {"content": text, "lstrip": False, "rstrip": False, "single_word": False}
-        | flags
+        str(first + i): {"content": text, **sides, **flags}
         for i, (text, flags) in enumerate(added.items())
     }
     tree = {"added_tokens_decoder": numbered} | config

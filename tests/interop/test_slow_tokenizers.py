@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from typing import Any
 
 import numpy as np
 import pytest
@@ -55,7 +56,7 @@ def slow(folder, added=ADDED, **config):
     return folder
 
 
-CONFIGS = {
+CONFIGS: dict[str, dict[str, Any]] = {
     "qwen2": {
         "tokenizer_class": "Qwen2Tokenizer",
         "eos_token": "<|im_end|>",
@@ -63,6 +64,11 @@ CONFIGS = {
     },
     "gpt2": {"tokenizer_class": "GPT2Tokenizer", "eos_token": "<|endoftext|>"},
     "a space before": {"tokenizer_class": "GPT2TokenizerFast", "add_prefix_space": True},
+    "a start token": {
+        "tokenizer_class": "GPT2Tokenizer",
+        "add_bos_token": True,
+        "bos_token": "<|im_start|>",
+    },
     "a new pad token": {"tokenizer_class": "Qwen2Tokenizer", "pad_token": "[PAD]"},
 }
 
@@ -79,6 +85,8 @@ def test_ids_are_those_of_transformers(kind, tmp_path):
         theirs.decode(ids, clean_up_tokenization_spaces=False) for ids in found
     ]
     assert theirs.eos_token_id in ours.stops
+    before = theirs("a")["input_ids"][:-1]
+    assert before == ([ours.start] if kind == "a start token" else [])
     saved = tmp_path / "saved"
     saved.mkdir()
     ours.save(saved)

@@ -119,6 +119,9 @@ class BytesTokenizer(Tokenizer):
     separator = start = 256
     content = json.dumps({"kind": "bytes", "vocab_size": 257, "separator": 256}).encode()
 
+    def __init__(self, companions: Mapping[str, bytes] = NONE):
+        self.companions = companions
+
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         return [list(text.encode()) for text in texts]
 
@@ -138,9 +141,7 @@ class BytesTokenizer(Tokenizer):
             ) from error
         if content != json.loads(cls.content):
             raise UserError(f"{path}: not a bytes tokenizer; expected {cls.content.decode()}")
-        tokenizer = cls()
-        tokenizer.companions = companions
-        return tokenizer
+        return cls(companions)
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -263,12 +264,7 @@ def companions_of(directory: Path) -> dict[str, bytes]:
 def from_directory(directory: Path, more: Mapping[str, bytes] = NONE) -> Tokenizer:
     """Return the tokenizer in a folder, as `save` or transformers wrote it.
 
-    Args:
-      directory: the folder.
-      more: further companions by name.
-
-    Raises:
-      UserError: there is none, or its file is malformed.
+    It also gets the companions `more`. Raises `UserError` if there is none or it is malformed.
     """
     for kind in KINDS:
         if (directory / kind.FILE).is_file():

@@ -85,8 +85,7 @@ def test_ids_are_those_of_transformers(kind, tmp_path):
         theirs.decode(ids, clean_up_tokenization_spaces=False) for ids in found
     ]
     assert theirs.eos_token_id in ours.stops
-    before = theirs("a")["input_ids"][:-1]
-    assert before == ([ours.start] if kind == "a start token" else [])
+    assert theirs("")["input_ids"] == ([ours.start] if kind == "a start token" else [])
     saved = tmp_path / "saved"
     saved.mkdir()
     ours.save(saved)

@@ -261,7 +261,8 @@ def require(mesh: Mesh) -> None:
     """
     current = jax.sharding.get_abstract_mesh()
     if mesh.size > 1 and current != mesh.abstract_mesh:
-        held = "no mesh is set" if current.empty else f"the mesh that is set is {current.shape}"
+        shape = dict(current.shape)
+        held = "no mesh is set" if current.empty else f"the mesh that is set is {shape}"
         raise RuntimeError(
             f"a program for the mesh {dict(mesh.shape)} is traced where {held}: call it under "
             "`with jax.set_mesh(mesh):`"

@@ -1,6 +1,7 @@
 """One step is one step on any mesh; what is declared split is split; nothing is ignored."""
 
 import functools
+import inspect
 import re
 from typing import Any
 
@@ -189,7 +190,10 @@ def test_residual_is_split_by_rows_and_positions(config, name, shape):
 
     def spy(x, *names):
         y = constrain(x, *names)
-        if names == ("batch", "length", "activation_embed"):
+        # flax's scan traces its body once more, to see what does not depend on it; there an effect
+        # counts as such a dependency.
+        probing = any(frame.frame.f_locals.get("init_mode") is True for frame in inspect.stack(0))
+        if names == ("batch", "length", "activation_embed") and not probing:
             jax.debug.inspect_array_sharding(y, callback=lambda s: seen.append((y.shape, s)))
         return y
 
@@ -282,7 +286,7 @@ def test_a_program_without_its_mesh_is_refused(config):
             call()
     with (
         jax.set_mesh(mesh_of("data")),
-        pytest.raises(RuntimeError, match=r"the mesh that is set is .*'data', 8"),
+        pytest.raises(RuntimeError, match=r"the mesh that is set is .*'data': 8"),
     ):
         step.lower(state, batch)
     one = mesh_of("one")

@@ -28,6 +28,7 @@ from mea_jax import digests, distributed
 from mea_jax.config import CheckpointConfig, TrainConfig
 from mea_jax.errors import UserError
 from mea_jax.orbax_store import missing, names_of, plain_path, quiet_threads
+from mea_jax.published import refuse_published
 from mea_jax.train_step import TrainState
 
 FORMAT = 2
@@ -54,16 +55,7 @@ def find_checkpoint(path: Path, option: str = "--checkpoint") -> tuple[Path, int
         run, step = path.parent.parent, int(path.name)
     elif path.name == "checkpoints":
         run = path.parent
-    convert = f"python -m mea_jax.convert from_hf --model {path} --out RUN"
-    if not os.path.exists(path):  # unlike Path.exists, also where the name is none the system takes
-        hub = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(path)) and path.parts[0] != "runs"
-        tail = f"; a model of the Hugging Face hub is imported first: {convert}" if hub else ""
-        raise UserError(f"{option} {path}: no such folder; give a run directory of train{tail}")
-    if (path / "config.json").is_file() and list(path.glob("*.safetensors")):
-        raise UserError(
-            f"{option} {path} is a model of transformers, not a run directory: import it first: "
-            f"{convert}"
-        )
+    refuse_published(path, option)
     if not (run / "checkpoints").is_dir():
         raise UserError(
             f"{option} {path} holds no checkpoints: give a run directory of train, such as "

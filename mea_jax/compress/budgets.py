@@ -21,7 +21,7 @@ from mea_jax.errors import UserError
 BUDGETS = ("uniform", "measured", "repaired", "residual")
 LAYERS = ("full", "deep", "half")
 _POSITIONS = 128  # of the cache whose arrays are counted
-_ROUNDING = 0.005  # of a share: as whole heads count those that are so close to them
+ROUNDING = 0.005  # of a share: as whole heads count those that are so close to them
 
 
 def cache_bytes(model: ModelConfig) -> list[tuple[int, int]]:
@@ -70,7 +70,7 @@ def heads_kept(keep: float, heads: int) -> float:
     if not 0 < keep <= 1:
         raise UserError(f"--keep={keep} must lie in (0, 1]: the share of the cache that stays")
     found = keep * heads
-    if abs(found - round(found)) <= _ROUNDING * found:
+    if abs(found - round(found)) <= ROUNDING * found:
         found = float(round(found))
     if found < 1:
         raise UserError(

@@ -129,10 +129,19 @@ class Pass:
         part = self.kept - below  # of one more head
         total = totals[below - 1]
         total += round(part * (totals[min(below, self.count - 1)] - total))
+        if part:  # to the nearest whole head, not to the one below
+            total += by_count[0][self.chosen[0]][1] // 2
         costs = [[row[s.layer][s.which == "value"] for row in by_count] for s in found]
         losses = [s.losses or s.residuals for s in found]
         for s, option in zip(found, budgets.allot(costs, losses, total), strict=True):
             (keys if s.which == "key" else values)[s.layer] = option + 1
+        heads = sum(keys[i] + values[i] for i in self.chosen)
+        met = heads / (2 * self.count * len(self.chosen))
+        if abs(met - self.options.keep) > budgets.ROUNDING:
+            self.say(
+                f"--keep={self.options.keep:g}: the nearest that whole heads of keys and values of "
+                f"{len(self.chosen)} layers come to is {met:.3g}"
+            )
 
     def compress(self, keys: list[int], values: list[int]) -> tuple[Writer, list[dict[str, Any]]]:
         """Every layer, into the work folder; a row about each."""

@@ -26,11 +26,22 @@ def main() -> None:
     rows = [
         ("architecture", found["architecture"]),
         ("parameters", f"{found['parameters']:,} in {found['tensors']:,} tensors"),
+        *_vocabulary(found["vocab_size"], found["new_tokens"]),
         ("stored", f"{si(found['bytes'], 'B')} of {DTYPE.value}"),
         ("windows", f"{found['context_length']:,} positions"),
         ("run directory", f"{out}, for generate, evaluate, compress and configs/recover.py"),
     ]
     print(table(rows))
+
+
+def _vocabulary(size: int, new: list[str]) -> list[tuple[str, str]]:
+    """Return a row of the table about tokens that the model had no row for, if there are any."""
+    if not new:
+        return []
+    names = ", ".join(new[:4]) + (", ..." if len(new) > 4 else "")
+    count = "1 row is new" if len(new) == 1 else f"{len(new)} rows are new"
+    why = f"the tokenizer has {names} beyond the embedding; set to the mean of the others"
+    return [("vocabulary", f"{size:,} tokens, of which {count}: {why}")]
 
 
 if __name__ == "__main__":

@@ -279,6 +279,8 @@ def _load(config: DataConfig, directory: Path) -> Prepared:
     # Not of the directory's name, which holds the files' dates.
     digest = hashlib.blake2b(tokenizer.content, digest_size=16)
     digest.update(json.dumps(content["sources"], sort_keys=True).encode())
+    if tokenizer.separator_is_named:
+        digest.update(str(tokenizer.separator).encode())
     return Prepared(
         directory=directory,
         tokenizer=tokenizer,
@@ -334,6 +336,8 @@ def _fingerprint(config: DataConfig, corpora: Sequence[Corpus], given: Tokenizer
         content.append(["held out", [source.held_out for source in config.sources]])
     if given and given.start != given.separator:
         content.append(["documents begin with", given.start])
+    if given and given.separator_is_named:
+        content.append(["documents end with", given.separator])
     return hashlib.blake2b(json.dumps(content).encode(), digest_size=8).hexdigest()
 
 

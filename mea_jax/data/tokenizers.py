@@ -18,35 +18,32 @@ from typing import Any, ClassVar, TypeVar
 
 import tokenizers as hf
 
-from mea_jax.data import pre_tokens
+from mea_jax.data import end_tokens, pre_tokens
 from mea_jax.data.bad_input import detail
+from mea_jax.data.end_tokens import END_TOKENS, GENERATION, MODEL_CONFIG, TOKENIZER_CONFIG
 from mea_jax.errors import UserError
 
 SEPARATOR = "<|endoftext|>"
-# Ends of a document in the tokenizers of published models, in order of preference.
-_END_TOKENS = (SEPARATOR, "<|end_of_text|>", "</s>", "<|im_end|>", "<eos>")
 
 # What every tokenizer of a file is tried on when it is read.
 _TRIAL = ["", " ", "The 1st line,\n\tthe 2nd: it's\r\n", "naïve 東京 \U0001f642\x00", SEPARATOR]
 _UNUSED = 1 << 16  # ids below the largest that no token may have
 
 # Files of a published model that travel with its tokenizer, unread but for the ids of its ends.
-MODEL_CONFIG, _GENERATION, _TOKENIZER_CONFIG = (
-    "model_config.json",  # "config.json" where it was published
-    "generation_config.json",
-    "tokenizer_config.json",
-)
 COMPANIONS = (
     MODEL_CONFIG,
-    _GENERATION,
-    _TOKENIZER_CONFIG,
-    "special_tokens_map.json",
+    GENERATION,
+    TOKENIZER_CONFIG,
+    end_tokens.SPECIAL_TOKENS,
     "added_tokens.json",
     "chat_template.jinja",
     "chat_template.json",
     "vocab.json",
     "merges.txt",
 )
+
+
+NONE: Mapping[str, bytes] = MappingProxyType({})
 
 
 class Tokenizer(abc.ABC):
@@ -66,7 +63,7 @@ class Tokenizer(abc.ABC):
     separator: int
     start: int
     content: bytes
-    companions: Mapping[str, bytes] = MappingProxyType({})
+    companions: Mapping[str, bytes] = NONE
 
     @abc.abstractmethod
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
@@ -83,19 +80,32 @@ class Tokenizer(abc.ABC):
 
     @property
     def stops(self) -> tuple[int, ...]:
-        """Ids that end what a model writes: the separator, and those of its generation config."""
-        try:
-            found = json.loads(self.companions[_GENERATION])["eos_token_id"]
-        except (ValueError, LookupError, TypeError, RecursionError):
-            found = None
-        given = found if isinstance(found, list) else [found]
-        known = (i for i in given if type(i) is int and 0 <= i < self.vocab_size)
-        return tuple(dict.fromkeys((self.separator, *known)))
+        """Ids that end what a model writes: the separator, and all that its files name as ends."""
+        ends = end_tokens.named_ends(self.companions, self.vocabulary, self.vocab_size)
+        return tuple(dict.fromkeys((self.separator, *(i for ids in ends.values() for i in ids))))
+
+    @property
+    def vocabulary(self) -> Mapping[str, int]:
+        """Return the ids of the tokens by their texts."""
+        return {}
+
+    @property
+    def separator_is_named(self) -> bool:
+        """Whether the separator is another than the tokenizer alone would give."""
+        return False
+
+    @property
+    def added(self) -> frozenset[int]:
+        """Ids of tokens that were added to a vocabulary that had been learned."""
+        return frozenset()
 
     @classmethod
     @abc.abstractmethod
-    def read(cls, path: Path) -> "Tokenizer":
-        """The tokenizer in a file. Raises `UserError` if the file is malformed."""
+    def read(cls, path: Path, companions: Mapping[str, bytes] = NONE) -> "Tokenizer":
+        """Return the tokenizer in a file. `companions` came with it, and may name its separator.
+
+        Raises `UserError` if the file is malformed.
+        """
 
 
 TokenizerT = TypeVar("TokenizerT", bound=Tokenizer)
@@ -109,6 +119,9 @@ class BytesTokenizer(Tokenizer):
     separator = start = 256
     content = json.dumps({"kind": "bytes", "vocab_size": 257, "separator": 256}).encode()
 
+    def __init__(self, companions: Mapping[str, bytes] = NONE):
+        self.companions = companions
+
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         return [list(text.encode()) for text in texts]
 
@@ -119,7 +132,7 @@ class BytesTokenizer(Tokenizer):
         return b"".join(pieces).decode(errors="replace")
 
     @classmethod
-    def read(cls, path: Path) -> "BytesTokenizer":
+    def read(cls, path: Path, companions: Mapping[str, bytes] = NONE) -> "BytesTokenizer":
         try:
             content = json.loads(_bytes(path))
         except (ValueError, RecursionError) as error:
@@ -128,7 +141,7 @@ class BytesTokenizer(Tokenizer):
             ) from error
         if content != json.loads(cls.content):
             raise UserError(f"{path}: not a bytes tokenizer; expected {cls.content.decode()}")
-        return cls()
+        return cls(companions)
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -136,9 +149,9 @@ class HuggingFaceTokenizer(Tokenizer):
 
     FILE = "tokenizer.json"
 
-    def __init__(self, tokenizer: hf.Tokenizer, where: str):
+    def __init__(self, tokenizer: hf.Tokenizer, where: str, companions: Mapping[str, bytes] = NONE):
         """`where` names the tokenizer in the errors raised when it is of no use."""
-        self._where = where
+        self._where, self.companions = where, companions
         vocabulary = tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
         if self.vocab_size > len(vocabulary) + _UNUSED:
@@ -151,18 +164,28 @@ class HuggingFaceTokenizer(Tokenizer):
         tokenizer.no_padding()
         tokenizer.encode_special_tokens = True  # as text; see the module's docstring
         self._tokenizer = tokenizer
-        end = next((token for token in _END_TOKENS if token in vocabulary), None)
+        end = end_tokens.separator_of(companions, vocabulary, self.vocab_size)
         if end is None:
-            raise UserError(
-                f"{where}: has no end token to separate documents; "
-                f"add one of {', '.join(_END_TOKENS)}"
-            )
-        self.separator = vocabulary[end]
-        if list(vocabulary.values()).count(self.separator) > 1:
-            raise UserError(f"{where}: another token has the id of the end token {end!r}")
+            raise _no_end(where, f"it has none of {', '.join(END_TOKENS)}")
+        self.separator = end
+        if list(vocabulary.values()).count(end) > 1:
+            text = next((token for token in END_TOKENS if vocabulary.get(token) == end), end)
+            raise UserError(f"{where}: another token has the id of the end token {text!r}")
         # What its own template puts before a text, such as Llama 3's <|begin_of_text|>.
         before = tokenizer.encode("", add_special_tokens=True).ids
         self.start = before[0] if before else self.separator
+
+    @functools.cached_property
+    def vocabulary(self) -> Mapping[str, int]:
+        return self._tokenizer.get_vocab(with_added_tokens=True)
+
+    @property
+    def separator_is_named(self) -> bool:
+        return self.separator != end_tokens.known_separator(self.vocabulary)
+
+    @property
+    def added(self) -> frozenset[int]:
+        return frozenset(self._tokenizer.get_added_tokens_decoder())
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         with _library_errors(f"{self._where}: cannot encode text"):
@@ -175,10 +198,10 @@ class HuggingFaceTokenizer(Tokenizer):
             return _decode_known(ids, self.vocab_size, decode)
 
     @classmethod
-    def read(cls, path: Path) -> "HuggingFaceTokenizer":
+    def read(cls, path: Path, companions: Mapping[str, bytes] = NONE) -> "HuggingFaceTokenizer":
         content = _bytes(path)
         with _library_errors(f"{path}: truncated, or not a Hugging Face tokenizer.json"):
-            tokenizer = cls(hf.Tokenizer.from_str(content.decode()), str(path))
+            tokenizer = cls(hf.Tokenizer.from_str(content.decode()), str(path), companions)
         return _tried(tokenizer, path)
 
 
@@ -187,7 +210,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     FILE = "tokenizer.model"
 
-    def __init__(self, model: bytes, where: str):
+    def __init__(self, model: bytes, where: str, companions: Mapping[str, bytes] = NONE):
         try:
             import sentencepiece  # an optional extra
         except ImportError as error:
@@ -195,16 +218,27 @@ class SentencePieceTokenizer(Tokenizer):
                 f"{where}: reading it needs the package sentencepiece: "
                 "pip install 'mea_jax[sentencepiece]'"
             ) from error
-        self._where = where
+        self._where, self.companions = where, companions
         self.content = model
         with _library_errors(f"{where}: truncated, or not a SentencePiece model"):
             self._processor: Any = sentencepiece.SentencePieceProcessor(model_proto=model)
             self.vocab_size = self._processor.vocab_size()
         self.separator = self._processor.eos_id()
         if self.separator < 0:
-            raise UserError(f"{where}: has no end token (eos) to separate documents")
+            found = end_tokens.separator_of(companions, self.vocabulary, self.vocab_size)
+            if found is None:
+                raise _no_end(where, "its model has no eos")
+            self.separator = found
         begin = self._processor.bos_id()
         self.start = begin if begin >= 0 else self.separator
+
+    @property
+    def separator_is_named(self) -> bool:
+        return self._processor.eos_id() < 0
+
+    @functools.cached_property
+    def vocabulary(self) -> Mapping[str, int]:
+        return {self._processor.id_to_piece(i): i for i in range(self.vocab_size)}
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         with _library_errors(f"{self._where}: cannot encode text"):
@@ -215,27 +249,28 @@ class SentencePieceTokenizer(Tokenizer):
             return _decode_known(ids, self.vocab_size, self._processor.decode)
 
     @classmethod
-    def read(cls, path: Path) -> "SentencePieceTokenizer":
-        return _tried(cls(_bytes(path), str(path)), path)
+    def read(cls, path: Path, companions: Mapping[str, bytes] = NONE) -> "SentencePieceTokenizer":
+        return _tried(cls(_bytes(path), str(path), companions), path)
 
 
-_KINDS: tuple[type[Tokenizer], ...] = (BytesTokenizer, HuggingFaceTokenizer, SentencePieceTokenizer)
+KINDS: tuple[type[Tokenizer], ...] = (BytesTokenizer, HuggingFaceTokenizer, SentencePieceTokenizer)
 
 
-def from_directory(directory: Path) -> Tokenizer:
-    """The tokenizer that `save` wrote into `directory`.
+def companions_of(directory: Path) -> dict[str, bytes]:
+    """Return the contents of the `COMPANIONS` in a folder by name. Raises `UserError`."""
+    return {n: _bytes(directory / n) for n in COMPANIONS if (directory / n).is_file()}
 
-    Raises:
-      UserError: there is none, or its file is malformed.
+
+def from_directory(directory: Path, more: Mapping[str, bytes] = NONE) -> Tokenizer:
+    """Return the tokenizer in a folder, as `save` or transformers wrote it.
+
+    It also gets the companions `more`. Raises `UserError` if there is none or it is malformed.
     """
-    for kind in _KINDS:
+    for kind in KINDS:
         if (directory / kind.FILE).is_file():
-            tokenizer = kind.read(directory / kind.FILE)
-            present = (name for name in COMPANIONS if (directory / name).is_file())
-            tokenizer.companions = {name: _bytes(directory / name) for name in present}
-            return tokenizer
+            return kind.read(directory / kind.FILE, companions_of(directory) | dict(more))
     raise UserError(
-        f"{directory}: holds no tokenizer; expected {' or '.join(kind.FILE for kind in _KINDS)}"
+        f"{directory}: holds no tokenizer; expected {' or '.join(kind.FILE for kind in KINDS)}"
     )
 
 
@@ -253,7 +288,7 @@ def load(spec: str) -> Tokenizer:
     path = Path(spec).expanduser()
     if path.is_dir():
         return from_directory(path)
-    kinds = {kind.FILE: kind for kind in _KINDS}
+    kinds = {kind.FILE: kind for kind in KINDS}
     suffixes: dict[str, type[Tokenizer]] = {
         ".json": HuggingFaceTokenizer,
         ".model": SentencePieceTokenizer,
@@ -327,6 +362,13 @@ def _tried(tokenizer: TokenizerT, path: Path) -> TokenizerT:
         tokenizer.decode(ids)
     tokenizer.decode(range(min(tokenizer.vocab_size, 1 << 20)))
     return tokenizer
+
+
+def _no_end(where: str, why: str) -> UserError:
+    return UserError(
+        f"{where}: has no end token to separate documents ({why}): name it as eos_token in the "
+        "model's tokenizer_config.json, and give the folder with both"
+    )
 
 
 @contextlib.contextmanager

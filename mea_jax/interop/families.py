@@ -17,6 +17,8 @@ from mea_jax.errors import UserError, shown
 Json = Mapping[str, Any]
 
 THETA = 10_000.0  # transformers' own default
+_WINDOW = 4096  # likewise, of the Qwen3 classes
+_ROPE = "rope_parameters"
 # Keys that no number of the model depends on: those of the config that it came with are given back.
 KEPT = (
     "max_position_embeddings",
@@ -84,26 +86,28 @@ class _Reader:
     def __init__(self, config: Json, where: str):
         self.config, self.where = config, where
 
-    def fact(self, *spellings: str, of: Json | None = None) -> Any:
-        """Return the value that a config gives under any of `spellings`, or None.
-
-        Versions 4 and 5 of transformers spell some keys differently, and files that were edited by
-        hand have both. Raises `UserError` where two spellings give different values.
-        """
-        config = self.config if of is None else of
-        found = {key: config[key] for key in spellings if config.get(key) is not None}
-        values = list(found.values())
-        if any(value != values[0] for value in values):
-            given = " and ".join(f"{key}={shown(value)}" for key, value in found.items())
-            raise UserError(f"{self.where}: {given} disagree: remove the one that is wrong")
-        return values[0] if values else None
-
     def whole(self, key: str, default: int | None = None) -> int:
         value = self.config.get(key)
         value = default if value is None else value
         if type(value) is not int or value < 1:
             raise UserError(f"{self.where}: {key}={shown(value)} must be a positive whole number")
         return value
+
+    def agreed(self, values: Json) -> Any:
+        """Return the value of a fact that has several spellings; None if no key gives it.
+
+        `values` holds what each key gives. transformers 4 and 5 spell some facts differently, and
+        which of two values wins depends on the version. So this raises `UserError`, which names the
+        keys, if the values differ.
+        """
+        given = [(key, value) for key, value in values.items() if value is not None]
+        for key, value in given[1:]:
+            if value != given[0][1]:
+                raise UserError(
+                    f"{self.where}: {given[0][0]}={shown(given[0][1])} and {key}={shown(value)} "
+                    "disagree: remove the wrong one"
+                )
+        return given[0][1] if given else None
 
     def number(self, key: str, default: float | None = None, of: Json | None = None) -> float:
         value = (self.config if of is None else of).get(key)
@@ -132,11 +136,16 @@ def model_config(config: Json, where: str) -> ModelConfig:
     read.only("mlp_bias", (None, False), no_bias)
     read.only("hidden_act", (None, "silu", "swish"), "the feed-forward layers are SwiGLU here")
     read.only("quantization_config", (None,), "give the model in float32, float16 or bfloat16")
-    if config.get("use_sliding_window") and config.get("sliding_window") is not None:
+    # The Qwen3 classes have a window by default, which only `use_sliding_window` turns on.
+    window = config.get("sliding_window", _WINDOW if family.qk_norm else None)
+    if config.get("use_sliding_window") and window is not None:
         read.refuse("use_sliding_window", True, "attention sees all positions here")
-    for kind in config.get("layer_types") or ():
+    kinds = config.get("layer_types") or ()
+    for kind in kinds:
         if kind != "full_attention":
             read.refuse("layer_types", kind, "attention sees all positions here")
+    named = {"the length of layer_types": len(kinds) or None}
+    read.agreed({"num_hidden_layers": read.whole("num_hidden_layers"), **named})
     heads, width = read.whole("num_attention_heads"), read.whole("hidden_size")
     llama = not family.qk_norm
     fields: dict[str, Any] = {
@@ -162,53 +171,56 @@ def model_config(config: Json, where: str) -> ModelConfig:
 
 
 def _rope(read: _Reader) -> dict[str, Any]:
-    """Return the rotary fields of `rope_parameters` (transformers 5) or `rope_scaling` (before)."""
-    given = _rope_object(read)
-    inner, outer = given.get("rope_theta"), read.config.get("rope_theta")
-    if None not in (inner, outer) and inner != outer:
-        raise UserError(
-            f"{read.where}: rope_theta={shown(outer)} at the top and rope_theta={shown(inner)} "
-            "inside rope_parameters or rope_scaling disagree: remove the one that is wrong"
-        )
-    theta = read.number("rope_theta", read.number("rope_theta", THETA), of=given)
-    for rope in (read.config, given):
-        part = rope.get("partial_rotary_factor")
-        if part not in (None, 1, 1.0):
-            read.refuse("partial_rotary_factor", part, "all features of a head are rotated here")
-    kind = read.fact("rope_type", "type", of=given) or "default"
-    fields: dict[str, Any] = {"rope_theta": theta}
-    if kind == "llama3":
+    """Return the fields of rotary positions.
+
+    transformers 5 writes them into `rope_parameters`, transformers 4 into `rope_theta` and
+    `rope_scaling`. Of two objects, transformers 5 reads `rope_scaling` alone.
+    """
+    keys = [key for key in ("rope_parameters", "rope_scaling") if read.config.get(key)]
+    found = [_rope_facts(read, key) for key in keys or [_ROPE]]
+    for fact in found[0] | found[-1]:
+        read.agreed({f"{key}.{fact}": of.get(fact) for key, of in zip(keys, found, strict=False)})
+    facts = found[0]
+    if facts["partial_rotary_factor"] != 1:
+        why = "all features of a head are rotated here"
+        read.refuse("partial_rotary_factor", facts["partial_rotary_factor"], why)
+    fields: dict[str, Any] = {"rope_theta": read.number("rope_theta", of=facts)}
+    if facts["rope_type"] == "llama3":
         fields["rope_scaling"] = RopeScaling(
-            factor=read.number("factor", of=given),
-            low_freq_factor=read.number("low_freq_factor", of=given),
-            high_freq_factor=read.number("high_freq_factor", of=given),
-            original_context=int(read.number("original_max_position_embeddings", of=given)),
+            factor=read.number("factor", of=facts),
+            low_freq_factor=read.number("low_freq_factor", of=facts),
+            high_freq_factor=read.number("high_freq_factor", of=facts),
+            original_context=int(read.number("original_max_position_embeddings", of=facts)),
         )
-    elif kind != "default":
-        read.refuse("rope_type", kind, "known: default, llama3")
+    elif facts["rope_type"] != "default":
+        read.refuse("rope_type", facts["rope_type"], "known: default, llama3")
     return fields
 
 
-def _rope_object(read: _Reader) -> dict[str, Any]:
-    """Return `rope_parameters` and `rope_scaling` as one object; each may lack keys of the other.
+def _rope_facts(read: _Reader, key: str) -> dict[str, Any]:
+    """Return what the object `key` of a config says, with what stands outside it, or defaults."""
+    config, given = read.config, read.config.get(key) or {}
+    if not isinstance(given, dict):
+        read.refuse(key, given, "expected an object")
+    for name, value in given.items():
+        if isinstance(value, dict):
+            read.refuse(f"{key}.{name}", value, "all layers have the same positions here")
 
-    transformers lets `rope_scaling` replace the other as a whole. Where both are given and differ,
-    one of them is a leftover, and which one cannot be known: that raises `UserError`.
-    """
-    merged: dict[str, Any] = {}
-    for name in ("rope_parameters", "rope_scaling"):
-        given = read.config.get(name) or {}
-        if not isinstance(given, dict):
-            read.refuse(name, given, "expected an object")
-        if given:
-            given = given | {"rope_type": read.fact("rope_type", "type", of=given) or "default"}
-        for key, value in given.items():
-            if merged.setdefault(key, value) != value:
-                raise UserError(
-                    f"{read.where}: rope_parameters has {key}={shown(merged[key])} and "
-                    f"rope_scaling {key}={shown(value)}: remove the one that is wrong"
-                )
-    return merged
+    def fact(name: str, default: Any, other: str | None = None) -> Any:
+        outer = {other or name: (given if other else config).get(other or name)}
+        value = read.agreed({f"{key}.{name}": given.get(name), **outer})
+        return default if value is None else value
+
+    facts = {name: value for name, value in given.items() if name != "type"}
+    facts["rope_type"] = fact("rope_type", "default", "type")
+    facts["rope_theta"] = fact("rope_theta", THETA)
+    facts["partial_rotary_factor"] = fact("partial_rotary_factor", 1)
+    if facts["rope_type"] == "llama3":
+        # transformers takes the model's own context if the object names none.
+        name = "original_max_position_embeddings"
+        inner = given.get(name) or context_of(config, read.where)
+        facts[name] = read.agreed({f"{key}.{name}": inner, name: config.get(name)})
+    return facts
 
 
 def _experts(read: _Reader) -> dict[str, Any]:
@@ -216,9 +228,13 @@ def _experts(read: _Reader) -> dict[str, Any]:
     dense = "every layer has experts here"
     read.only("decoder_sparse_step", (None, 1), dense)
     read.only("mlp_only_layers", (None, []), dense)
-    count = read.fact("num_experts", "num_local_experts")  # transformers 5 writes the second
+    # transformers 5 writes the second name.
+    counts = {key: config.get(key) for key in ("num_experts", "num_local_experts")}
+    read.agreed(counts)
     return {
-        "n_experts": _Reader({"num_experts": count}, read.where).whole("num_experts"),
+        "n_experts": read.whole(
+            next((k for k, n in counts.items() if n is not None), "num_experts")
+        ),
         "experts_per_token": read.whole("num_experts_per_tok"),
         "d_expert": read.whole("moe_intermediate_size"),
         "normalise_router": bool(config.get("norm_topk_prob", False)),
@@ -226,9 +242,10 @@ def _experts(read: _Reader) -> dict[str, Any]:
 
 
 def _products(read: _Reader) -> str:
-    """Return the dtype of the model's products: bfloat16 for float16, which we do not have."""
-    given = read.fact("dtype", "torch_dtype")
-    return "bfloat16" if given in ("bfloat16", "float16") else "float32"
+    """Return the dtype of the model's products. Models in float16 run in bfloat16."""
+    keys = ("dtype", "torch_dtype")
+    names = {k: str(v).removeprefix("torch.") for k in keys if (v := read.config.get(k))}
+    return "bfloat16" if read.agreed(names) in ("bfloat16", "float16") else "float32"
 
 
 def context_of(config: Json, where: str) -> int:

@@ -22,8 +22,9 @@ from mea_jax.data import tokenizers
 from mea_jax.data.sources import documents
 from mea_jax.data.tokenizers import Tokenizer
 from mea_jax.errors import UserError
-from mea_jax.interop import families, folders, shards, tensors
+from mea_jax.interop import families, folders, shards, slow_tokenizers, tensors
 from mea_jax.interop.casting import casts
+from mea_jax.published import refuse_unpublished
 from mea_jax.report import disk_errors, write_json
 from mea_jax.stored import Writer
 from mea_jax.validation import validate
@@ -34,9 +35,11 @@ _HELD_OUT = 0.1  # of the text: none of it trains the model, and there may be li
 _WINDOW = 2048  # positions of a window, of models that take as many
 # Buffers that old versions of transformers wrote: constants, made anew from the config.
 _UNUSED = re.compile(
-    r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\."
-    r"(inv_freq|original_inv_freq|cos_cached|sin_cached)"
+    r"(.*\.)?rotary_emb\.(inv_freq|original_inv_freq|cos_cached|sin_cached)"
+    r"|(.*\.)?self_attn\.masked_bias"
 )
+_WORDS = ("embedding", "head")  # parameters with a row for each token
+_NEW = 64  # tokens that a tokenizer may have beyond the embedding
 _SPARE = 1 << 28  # bytes of disk beside the arrays
 
 
@@ -46,6 +49,7 @@ def locate(model: str) -> Path:
     Raises `UserError`.
     """
     path = Path(model).expanduser()
+    refuse_unpublished(path, "--model")
     if path.is_dir():
         return path
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
@@ -70,8 +74,9 @@ class Source:
 
     Attributes:
       config: its config.json.
-      model: the same as ours.
+      model: the same as ours, with rows for `new_tokens`.
       tokenizer: with the files that come along.
+      new_tokens: tokens that were added to the tokenizer and have no row in the embedding.
     """
 
     def __init__(self, folder: Path):
@@ -80,6 +85,9 @@ class Source:
         self.config = families.read_config(folder)
         self.model: ModelConfig = families.model_config(self.config, self.where)
         self.tokenizer = _tokenizer(folder, self.model)
+        self.new_tokens = _new_tokens(self.tokenizer, self.model.vocab_size)
+        size = self.model.vocab_size + len(self.new_tokens)
+        self.model = dataclasses.replace(self.model, vocab_size=size)
         self._tensors = shards.read_folder(folder)
         self.entries = tensors.entries(self.model)
         self._check()
@@ -89,10 +97,12 @@ class Source:
         for entry in self.entries:
             name, found = self._find(entry)
             known.add(name)
-            if found.shape != entry.theirs:
+            wanted = entry.theirs
+            if entry.path[0] in _WORDS:
+                wanted = (wanted[0] - len(self.new_tokens), wanted[1])
+            if found.shape != wanted:
                 raise UserError(
-                    f"{self.folder}: {name} has shape {found.shape}, config.json asks for "
-                    f"{entry.theirs}"
+                    f"{self.folder}: {name} has shape {found.shape}, config.json asks for {wanted}"
                 )
         for name in self._tensors:
             if name not in known and not _UNUSED.fullmatch(name):
@@ -161,16 +171,22 @@ class _Part:
 
 
 def _tokenizer(folder: Path, model: ModelConfig) -> Tokenizer:
-    """The model's, with its companions. Raises `UserError` where it cannot be the model's."""
-    tokenizer = tokenizers.from_directory(folder)
-    if tokenizer.vocab_size > model.vocab_size:
+    """Return the model's tokenizer, with its companions. Raises `UserError` if it is another's."""
+    config = {tokenizers.MODEL_CONFIG: (folder / "config.json").read_bytes()}
+    tokenizer = slow_tokenizers.read(folder, config)
+    beyond = tokenizer.vocab_size - model.vocab_size
+    named = set(range(model.vocab_size, tokenizer.vocab_size)) <= tokenizer.added
+    if beyond > 0 and not (named and beyond <= _NEW):
         raise UserError(
             f"{folder}: the tokenizer does not match: it has ids up to {tokenizer.vocab_size - 1}, "
             f"config.json has vocab_size={model.vocab_size}"
         )
-    config = {tokenizers.MODEL_CONFIG: (folder / "config.json").read_bytes()}
-    tokenizer.companions = dict(tokenizer.companions) | config
     return tokenizer
+
+
+def _new_tokens(tokenizer: Tokenizer, vocab_size: int) -> list[str]:
+    """Return the tokens whose ids are beyond a model's vocabulary, in order."""
+    return [tokenizer.decode([i]) for i in range(vocab_size, tokenizer.vocab_size)]
 
 
 def run_config(source: Source, out: Path, context_length: int, text: str) -> TrainConfig:
@@ -240,6 +256,8 @@ def import_model(
         writer.save(run / "checkpoints" / "0", config, digest="")
         write_json(run / "config.json", config.to_dict())
     return {
+        "new_tokens": source.new_tokens,
+        "vocab_size": source.model.vocab_size,
         "architecture": families.family_of(source.config, source.where).architecture,
         "parameters": writer.bytes // jnp.dtype(dtype).itemsize,
         "tensors": len(source.entries),
@@ -251,5 +269,12 @@ def import_model(
 def _fill(entry: tensors.Entry, array: np.ndarray, writer: Writer) -> None:
     ours = writer.open(entry.path, entry.layer)
     target = entry.to_theirs(ours if entry.expert is None else ours[entry.expert])
+    known, new = target[: len(array)], target[len(array) :]
+    total = np.zeros(target.shape[1:])
     for where, piece in casts(entry.name, array, target.dtype):
-        target[where] = piece
+        known[where] = piece
+        if len(new):
+            total += piece.sum(axis=0, dtype=np.float64)
+    # Rows of tokens that the model does not know. With the mean of all rows, their logit is the
+    # mean of all logits, so they are never the most likely token, as they may be with zeros.
+    new[:] = total / len(array)

@@ -229,7 +229,8 @@ class _Program:
 
 def _programs(inputs: _Arguments, options: Options) -> dict[str, _Program]:
     model, steps = inputs.model, inputs.work.repair_steps
-    heads = budgets.uniform(options.keep, model.n_kv_heads)
+    # Measured budgets give some layers more: this is a layer at the mean, rounded up.
+    heads = math.ceil(budgets.heads_kept(options.keep, model.n_kv_heads))
     counts = [heads] * model.n_layers
     original = _widest(model)
     compressed = sweep.specs(methods.target_model(model, options.method, counts, counts))[0]

@@ -307,6 +307,19 @@ def test_a_division_over_layers_meets_shares_between_whole_heads(run, one, tmp_p
     assert summary["cache_kept"] == keep
 
 
+@pytest.mark.parametrize(("keep", "met"), [(0.4, 0.375), (0.47, 0.5)])
+def test_a_share_that_no_division_meets_becomes_the_nearest_and_is_named(
+    run, one, tmp_path, keep, met, capsys
+):
+    """Two layers of four heads: sixteenths of the cache."""
+    summary = compress(run, tmp_path / "out", options(budget="residual", keep=keep))
+    assert summary["cache_kept"] == met
+    lines = capsys.readouterr().err.splitlines()
+    (said,) = [line for line in lines if line.startswith("--keep=")]
+    assert said.startswith(f"--keep={keep}: the nearest")
+    assert said.endswith(f"come to is {met:.3g}")
+
+
 @pytest.fixture
 def shell(in_process):
     """`shell(*arguments)`: the command in this process; (status, out, err)."""

@@ -1,0 +1,80 @@
+"""The tokens that end a text, as the files of a published model name them.
+
+Four files may name them: by id (generation_config.json, config.json) or by their text
+(tokenizer_config.json, special_tokens_map.json). They need not agree: a chat model's tokenizer
+often names the end of a turn, and its generation config the end of a text as well.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+MODEL_CONFIG = "model_config.json"  # "config.json" where it was published
+GENERATION = "generation_config.json"
+TOKENIZER_CONFIG, SPECIAL_TOKENS = "tokenizer_config.json", "special_tokens_map.json"
+_IDS = (GENERATION, MODEL_CONFIG)
+_TEXTS = (TOKENIZER_CONFIG, SPECIAL_TOKENS)
+
+# The ends of a document in published vocabularies, in order of preference.
+END_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<|im_end|>", "<eos>")
+# The ends of a turn: a model that names one of them as its end was made for conversations, and the
+# documents of its pretraining ended with another token if the vocabulary has one.
+_TURNS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|eot|>", "<|end|>", "<end_of_turn>")
+
+
+def named_ends(
+    companions: Mapping[str, bytes], vocabulary: Mapping[str, int], size: int
+) -> dict[str, tuple[int, ...]]:
+    """Return the ids that each file names as ends.
+
+    Args:
+      companions: contents of files by name. Those that are no JSON name nothing.
+      vocabulary: ids by token.
+      size: the number of ids. Ids out of range are left out.
+    """
+    found = {}
+    for name in (*_IDS, *_TEXTS):
+        tree = _tree(companions.get(name, b""))
+        given = tree.get("eos_token_id" if name in _IDS else "eos_token")
+        values = given if isinstance(given, list) else [given]
+        ids = values if name in _IDS else [vocabulary.get(_text(value)) for value in values]
+        found[name] = tuple(i for i in ids if type(i) is int and 0 <= i < size)
+    return found
+
+
+def separator_of(
+    companions: Mapping[str, bytes], vocabulary: Mapping[str, int], size: int
+) -> int | None:
+    """Return the id that ends a document; None if the files and the vocabulary name none.
+
+    It is the end that the tokenizer's own files or the model's config name. A known end of
+    documents in the vocabulary comes first if one of the files names it, or if they name the end of
+    a turn only.
+    """
+    ends = named_ends(companions, vocabulary, size)
+    known = known_separator(vocabulary)
+    if any(known in ids for ids in ends.values()):
+        return known
+    named = [i for name in (*_TEXTS, MODEL_CONFIG) for i in ends[name]]
+    turns = {vocabulary[token] for token in _TURNS if token in vocabulary}
+    documents = [i for i in named if i not in turns]
+    return next(iter([*documents, *([] if known is None else [known]), *named]), None)
+
+
+def known_separator(vocabulary: Mapping[str, int]) -> int | None:
+    """Return the id of the first of `END_TOKENS` in a vocabulary; None if it has none of them."""
+    return next((vocabulary[token] for token in END_TOKENS if token in vocabulary), None)
+
+
+def _tree(content: bytes) -> dict[str, Any]:
+    try:
+        tree = json.loads(content)
+    except (ValueError, RecursionError):
+        return {}
+    return tree if isinstance(tree, dict) else {}
+
+
+def _text(value: Any) -> str:
+    """Return the text of a token that is given by itself or as an object with "content"."""
+    value = value.get("content") if isinstance(value, dict) else value
+    return value if isinstance(value, str) else ""

@@ -1,0 +1,69 @@
+"""Recognise published models and run directories where the other one is expected.
+
+A run directory is what training or an import writes; a published model is a folder as transformers
+saves it, a name on the Hugging Face hub, or a GGUF file. Users give one for the other: the line
+that they get names the command that turns what they have into what is needed.
+"""
+
+import os
+import re
+from pathlib import Path
+
+from mea_jax.errors import UserError
+
+_WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth")
+_NO_GGUF = (
+    "is a model of llama.cpp (GGUF), which is not read here: fetch the same model as transformers "
+    "saves it, with config.json and safetensors, and give its folder to "
+    "python -m mea_jax.convert from_hf --model FOLDER --out RUN"
+)
+
+
+def is_gguf(path: Path) -> bool:
+    """Return whether `path` is a GGUF file, or a folder of them without a config.json."""
+    if path.suffix.lower() == ".gguf":
+        return True
+    return any(path.glob("*.gguf")) and not (path / "config.json").is_file()
+
+
+def is_transformers(path: Path) -> bool:
+    """Return whether `path` is a folder as transformers saves a model."""
+    return (path / "config.json").is_file() and any(any(path.glob(p)) for p in _WEIGHTS)
+
+
+def refuse_published(path: Path, option: str) -> None:
+    """Raise `UserError` if `path`, given for a run directory with `option`, is a published model.
+
+    Also for a path that does not exist, which may be a name on the hub.
+    """
+    if is_gguf(path):
+        raise UserError(f"{option} {path} {_NO_GGUF}")
+    folder = path.parent if path.is_file() else path
+    if is_transformers(folder):
+        raise UserError(
+            f"{option} {path} is a model of transformers, not a run directory: import it first: "
+            f"{_convert(folder)}"
+        )
+    if not os.path.exists(path):  # unlike Path.exists, also where the name is none the system takes
+        hub = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(path)) and path.parts[0] != "runs"
+        tail = f"; a model of the Hugging Face hub is imported first: {_convert(path)}"
+        raise UserError(
+            f"{option} {path}: no such folder; give a run directory of train{tail if hub else ''}"
+        )
+
+
+def refuse_unpublished(path: Path, option: str) -> None:
+    """Raise `UserError` if `path`, given for a model's folder, is a run directory or a file."""
+    if is_gguf(path):
+        raise UserError(f"{option} {path} {_NO_GGUF}")
+    if (path / "checkpoints").is_dir():
+        raise UserError(
+            f"{option} {path} is a run directory already, not a published model: give it to "
+            f"generate, evaluate or compress as --checkpoint {path}"
+        )
+    if path.is_file():
+        raise UserError(f"{option} {path} is a file: give the model's folder, {path.parent}")
+
+
+def _convert(model: Path) -> str:
+    return f"python -m mea_jax.convert from_hf --model {model} --out RUN"

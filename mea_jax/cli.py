@@ -123,7 +123,7 @@ def _check_fallback() -> None:
     """
     jax.devices()
     reason = xla_bridge._backend_errors.get("tpu", "")
-    if not jax.config.jax_platforms and _HELD.search(reason):
+    if not getattr(jax.config, "jax_platforms", None) and _HELD.search(reason):
         raise UserError(_held_by_another("tpu", reason))
 
 
@@ -136,7 +136,7 @@ def _held_by_another(platform: str, reason: str) -> str:
 
 def no_devices(error: BaseException) -> str | None:
     """Return what to print if `error` is jax's failure to start a device platform, else None."""
-    asked = jax.config.jax_platforms
+    asked = getattr(jax.config, "jax_platforms", None)
     if isinstance(error, RuntimeError) and (match := _NO_BACKEND.match(str(error))):
         platform, reason = match[1], " ".join(match[2].split())
         if _HELD.search(reason):

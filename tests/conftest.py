@@ -1,6 +1,7 @@
 """Eight CPU devices and strict broadcasting for every test; one tiny run for those that train."""
 
 import functools
+import json
 import os
 import runpy
 import subprocess
@@ -138,6 +139,33 @@ def command(in_process, monkeypatch, tmp_path):
     """`command(*arguments)`: `python -m mea_jax.train` in this process; (status, out, err)."""
     monkeypatch.chdir(tmp_path)  # a default run directory would go here
     return functools.partial(in_process, "mea_jax.train")
+
+
+@pytest.fixture
+def config_file(tiny, tmp_path):
+    """`config_file(**changes)`: a config file on disk that loads this config; its path."""
+
+    def write(body="", **changes):
+        tree = change(tiny(), **changes).to_dict() if changes else tiny().to_dict()
+        tree["data"]["sources"] = tuple(tree["data"]["sources"])
+        (tmp_path / "tree.json").write_text(json.dumps(tree))
+        path = tmp_path / "conf.py"
+        path.write_text(
+            "import json\n"
+            "from mea_jax.baselines import apply_variant\n"
+            "from mea_jax.config import default_config\n\n\n"
+            "def get_config(variant=''):\n"
+            "    config = default_config()\n"
+            f"    with open({str(tmp_path / 'tree.json')!r}) as file:\n"
+            "        tree = json.load(file)\n"
+            "    tree['data']['sources'] = tuple(tree['data']['sources'])\n"
+            "    config.update(tree)\n"
+            f"    {body or 'pass'}\n"
+            "    return apply_variant(config, variant)\n"
+        )
+        return str(path)
+
+    return write
 
 
 @pytest.fixture

@@ -1,6 +1,10 @@
 """What several test modules build: tiny configs, batches, and trees of differences."""
 
 import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -11,6 +15,7 @@ from mea_jax import mixing
 from mea_jax.config import ModelConfig
 from mea_jax.train_step import init_params
 
+ROOT = Path(__file__).parent.parent
 PLAIN: dict[str, Any] = {"hlc": "none", "head_norm": False}
 GROUPED: dict[str, Any] = {"n_heads": 8, "n_kv_heads": 4}
 # Changes to `tiny_model` for every attention that is compared with MEA.
@@ -146,3 +151,15 @@ def is_one_error(status, err, *parts):
     assert err.splitlines()[-1] == lines[0], "nothing follows it"
     for part in parts:
         assert part in lines[0], (part, lines[0])
+
+
+def real_command(*arguments, cwd):
+    """Run `python -m mea_jax.train` in a process of its own: (status, stderr)."""
+    finished = subprocess.run(
+        [sys.executable, "-m", "mea_jax.train", *map(str, arguments)],
+        cwd=cwd,
+        env=os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"},
+        capture_output=True,
+        text=True,
+    )
+    return finished.returncode, finished.stderr

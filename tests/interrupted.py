@@ -38,17 +38,17 @@ def start(config: TrainConfig, workdir: Path, program: int, delay: float, number
     log = os.open(workdir.with_suffix(".log"), os.O_WRONLY | os.O_CREAT)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    lowered = []
+    lowered: list[float] = []
 
     def send() -> None:
         time.sleep(delay)
         os.kill(os.getpid(), number)
 
-    def listener(event: str, duration: float, **_) -> None:
+    def listener(event: str, duration_secs: float, **_: str | int) -> None:
         if event == _LOWERED:
             if number and len(lowered) == program:
                 threading.Thread(target=send, daemon=True).start()
-            lowered.append(duration)
+            lowered.append(duration_secs)
 
     def main() -> None:
         jax.monitoring.register_event_duration_secs_listener(listener)

@@ -1,64 +1,17 @@
 """Bad input through the command line: one line on stderr, exit status 2, nothing lost."""
 
 import json
-import os
-import subprocess
-import sys
 import tomllib
-import types
 from importlib import metadata
 from pathlib import Path
 
-import jax
 import pytest
-from helpers import change, is_one_error
+from helpers import is_one_error, real_command
 
 from mea_jax import cli, shipped
-from mea_jax.checkpoint import find_checkpoint
-from mea_jax.errors import UserError
-from mea_jax.interop.importing import locate
 
 ROOT = Path(__file__).parent.parent
 PROCESS = ("--coordinator=localhost:8476", "--num_processes=2", "--process_id=1")
-
-
-@pytest.fixture
-def config_file(tiny, tmp_path):
-    """`config_file(**changes)`: a config file on disk that loads this config; its path."""
-
-    def write(body="", **changes):
-        tree = change(tiny(), **changes).to_dict() if changes else tiny().to_dict()
-        tree["data"]["sources"] = tuple(tree["data"]["sources"])
-        (tmp_path / "tree.json").write_text(json.dumps(tree))
-        path = tmp_path / "conf.py"
-        path.write_text(
-            "import json\n"
-            "from mea_jax.baselines import apply_variant\n"
-            "from mea_jax.config import default_config\n\n\n"
-            "def get_config(variant=''):\n"
-            "    config = default_config()\n"
-            f"    with open({str(tmp_path / 'tree.json')!r}) as file:\n"
-            "        tree = json.load(file)\n"
-            "    tree['data']['sources'] = tuple(tree['data']['sources'])\n"
-            "    config.update(tree)\n"
-            f"    {body or 'pass'}\n"
-            "    return apply_variant(config, variant)\n"
-        )
-        return str(path)
-
-    return write
-
-
-def real_command(*arguments, cwd):
-    """The same in a process of its own."""
-    finished = subprocess.run(
-        [sys.executable, "-m", "mea_jax.train", *map(str, arguments)],
-        cwd=cwd,
-        env=os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"},
-        capture_output=True,
-        text=True,
-    )
-    return finished.returncode, finished.stderr
 
 
 # -- as the user starts it ------------------------------------------------------------------
@@ -281,66 +234,6 @@ def test_a_wheel_holds_the_configs(monkeypatch, tmp_path):
 # -- the machine ----------------------------------------------------------------------------
 
 
-def refuses(error):
-    def devices(*_):
-        raise error
-
-    return devices
-
-
-HELD = "ABORTED: The TPU is already in use by process with pid 17. Not attempting to load libtpu.so"
-
-
-@pytest.mark.parametrize(
-    ("reason", "parts"),
-    [
-        (f"{HELD} in this process. (set JAX_PLATFORMS='' to ...)", ["holds the TPU", "pid 17"]),
-        (
-            "INTERNAL: Failed to open libtpu.so: no such file (set ...)",
-            ["cannot be used", "libtpu"],
-        ),
-        ("UNKNOWN: open(/dev/accel0): Device or resource busy", ["another process holds the TPU"]),
-    ],
-)
-def test_no_such_accelerator(command, config_file, monkeypatch, reason, parts):
-    error = RuntimeError(f"Unable to initialize backend 'tpu': {reason}")
-    monkeypatch.setattr(cli.xla_bridge, "backends", refuses(error))
-    monkeypatch.setattr(cli.xla_bridge, "get_backend", refuses(error))
-    path = config_file()
-    monkeypatch.setattr("mea_jax.train.sharding.make_mesh", refuses(error))
-    status, _, err = command("--config", path)
-    is_one_error(status, err, *parts)
-    assert "(set " not in err
-    assert status == 2
-
-
-@pytest.mark.parametrize("platform", ["cuda", "tpu", "gpu", "nonsense"])
-def test_process_no_such_accelerator(monkeypatch, tmp_path, platform):
-    monkeypatch.setenv("JAX_PLATFORMS", platform)
-    status, err = real_command("--config", "quickstart", cwd=tmp_path)
-    is_one_error(status, err, f"JAX_PLATFORMS={platform} cannot be used", "JAX_PLATFORMS=cpu")
-
-
-def test_no_silent_fallback_from_a_tpu_that_another_process_holds(monkeypatch):
-    jax.devices()
-    monkeypatch.setitem(cli.xla_bridge._backend_errors, "tpu", HELD)
-    cli._check_fallback()  # the tests ask for the CPU
-    monkeypatch.setattr(cli.jax, "config", types.SimpleNamespace(jax_platforms=None))
-    with pytest.raises(UserError, match="another process holds the TPU"):
-        cli._check_fallback()
-
-
-@pytest.mark.parametrize("unbuffered", ["", "1"])
-def test_process_output_to_a_full_device(unbuffered):
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": unbuffered}
-    command = [sys.executable, "-m", "mea_jax.study", "run", "--config", "lr_study", "--list"]
-    with open("/dev/full", "w") as full:
-        finished = subprocess.run(
-            command, env=environment, stdout=full, stderr=subprocess.PIPE, text=True
-        )
-    is_one_error(finished.returncode, finished.stderr, "output", "No space left on device")
-
-
 def test_unknown_variant(command, config_file):
     is_one_error(*command("--config", config_file() + ":nonorm")[::2], "nonorm", "no_norm")
 
@@ -421,45 +314,3 @@ def test_loss_that_is_not_finite(command, config_file, tmp_path):
     )
     is_one_error(status, err, "loss", "after step", "last good checkpoint")
     assert not (tmp_path / "run" / "summary.json").exists()
-
-
-def test_a_model_of_transformers_as_checkpoint_is_sent_to_the_import(tmp_path):
-    folder = tmp_path / "SmolLM2-135M"
-    folder.mkdir()
-    (folder / "config.json").write_text("{}")
-    (folder / "model.safetensors").write_text("")
-    with pytest.raises(UserError, match=rf"convert from_hf --model {folder} --out RUN"):
-        find_checkpoint(folder)
-    with pytest.raises(UserError, match=r"convert from_hf --model Qwen/Qwen3-0\.6B --out RUN"):
-        find_checkpoint(Path("Qwen/Qwen3-0.6B"))
-    with pytest.raises(UserError, match=r"runs/gone: no such folder; give a run") as caught:
-        find_checkpoint(Path("runs/gone"))
-    assert "from_hf" not in str(caught.value)
-
-
-@pytest.mark.parametrize("given", ["model.gguf", "folder", "gone.GGUF"])
-def test_gguf_is_refused_with_the_way_out(given, tmp_path):
-    (tmp_path / "model.gguf").write_text("")
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "folder" / "model-Q4_K_M.gguf").write_text("")
-    words = r"\(GGUF\).*convert from_hf --model FOLDER --out RUN"
-    with pytest.raises(UserError, match=words):
-        find_checkpoint(tmp_path / given)
-    with pytest.raises(UserError, match=words):
-        locate(str(tmp_path / given))
-
-
-def test_files_of_a_model_and_run_directories_are_recognised(tmp_path):
-    folder = tmp_path / "model"
-    folder.mkdir()
-    (folder / "config.json").write_text("{}")
-    (folder / "pytorch_model.bin").write_text("")
-    for given in (folder, folder / "pytorch_model.bin"):
-        with pytest.raises(UserError, match=rf"convert from_hf --model {folder} --out RUN"):
-            find_checkpoint(given)
-    with pytest.raises(UserError, match=rf"is a file: give the model's folder, {folder}"):
-        locate(str(folder / "pytorch_model.bin"))
-    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
-    with pytest.raises(UserError, match=r"is a run directory already.*--checkpoint"):
-        locate(str(tmp_path / "run"))
-    assert find_checkpoint(tmp_path / "run") == (tmp_path / "run", None)

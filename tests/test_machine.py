@@ -7,7 +7,7 @@ import types
 
 import jax
 import pytest
-from helpers import is_one_error
+from helpers import ROOT, is_one_error, real_command
 
 from mea_jax import cli
 from mea_jax.errors import UserError

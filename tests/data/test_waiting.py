@@ -59,6 +59,7 @@ def test_signals_end_a_call_that_holds_on(number, status):
         stderr=subprocess.PIPE,
         text=True,
     )
+    assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     time.sleep(0.2)
     process.send_signal(number)

@@ -55,7 +55,8 @@ def train_tokenizer(
                     yield text[start : start + (1 << 16)]
         bar.set_description(f"tokenizer {config.tokenizer}: learning merges")
 
-    amount = min(total, _BPE_SAMPLE) / 1e6
+    for_training = sum(corpus.size for corpus in corpora if not corpus.source.held_out)
+    amount = min(for_training, _BPE_SAMPLE) / 1e6
     log(f"data: training the tokenizer {config.tokenizer} on {amount:,.1f} MB of text")
     with waiting.progress(f"tokenizer {config.tokenizer}", total, on_progress) as (advance, bar):
         return waiting.call(tokenizers.train_bpe, pieces(), size, bar=bar)

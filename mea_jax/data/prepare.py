@@ -244,7 +244,7 @@ def _make(
 
 
 def _input_line(corpus: Corpus, written: builder.Written, unreadable: int) -> str:
-    """Return one line on what a source gave, and what of it was skipped."""
+    """Return what a source gave and what of it was passed over, for a line after its name."""
     held_out, train = (written.counts[name].bytes for name in _SPLITS)
     size = f"{corpus.size / 1e6:,.1f} MB" if corpus.size >= 1e5 else f"{corpus.size:,} bytes"
     skipped = Counter(
@@ -252,8 +252,7 @@ def _input_line(corpus: Corpus, written: builder.Written, unreadable: int) -> st
     )
     tail = files.counted(+skipped + corpus.passed_over)
     return (
-        f"data: {sources.describe(corpus.source)}: {_some(corpus.amount, corpus.kind)}, "
-        f"{size}, {_some(written.documents, 'document')}, "
+        f"{_some(corpus.amount, corpus.kind)}, {size}, {_some(written.documents, 'document')}, "
         f"{held_out / (held_out + train):.2%} held out" + (f"{_PASSED_OVER}{tail}" if tail else "")
     )
 
@@ -288,7 +287,10 @@ def _load(config: DataConfig, directory: Path) -> Prepared:
         sources=parts,
         baselines=baselines,
         digest=digest.hexdigest(),
-        inputs=tuple(map(str, content.get("inputs", ()))),
+        inputs=tuple(
+            f"data: {part.name}: {line}"
+            for part, line in zip(parts, content.get("inputs", ()), strict=False)
+        ),
     )
 
 

@@ -3,11 +3,13 @@
 import dataclasses
 import itertools
 import json
+import types
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from mea_jax.config import DataConfig, SourceConfig
+from mea_jax.config import DataConfig, SourceConfig, TrainConfig
 from mea_jax.data import packing, prepare, sources, split
 from mea_jax.data.corpus import Document, unit_hash
 from mea_jax.data.windows import reader
@@ -235,3 +237,31 @@ def test_a_cut_is_at_the_start_of_a_line_if_one_is_near():
 def test_every_document_held_out_is_refused(prepared, tmp_path):
     with pytest.raises(UserError, match=r"every document is held out.*held_out_fraction"):
         prepared(files(tmp_path / "f", numbered(3, 9)), fraction=1.0)
+
+
+def test_commands_that_need_held_out_text_fail_before_they_read_any(monkeypatch):
+    from mea_jax.compress import texts
+    from mea_jax.compress.options import Options
+    from mea_jax.evaluate import profile
+
+    for module in (texts, profile):
+        monkeypatch.setattr(module, "prepare", lambda *_, **__: pytest.fail("read"))
+    config = TrainConfig(data=DataConfig(held_out_fraction=0.0))
+    run = types.SimpleNamespace(config=config, run=Path("runs/x"), digest="", tokenizer=None)
+    with pytest.raises(UserError, match=r"data of runs/x have no held-out text.*fraction=0\.0"):
+        texts.Texts(run, Options(), print)
+    with pytest.raises(UserError, match=r"data of runs/x hold no held-out text.*--parts"):
+        profile.held_out_text(run, print)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [("", "holds no text"), ('{"body": "x"}\n', r"no field 'text' \(it has: body\)")],
+)
+def test_an_import_reads_the_first_document_of_its_text(tmp_path, content, words):
+    from mea_jax.interop import importing
+
+    (tmp_path / "a.jsonl").write_text(content)
+    source = types.SimpleNamespace(config={"max_position_embeddings": 64}, where="config.json")
+    with pytest.raises(UserError, match=rf"--text jsonl:.*{words}"):
+        importing.run_config(source, tmp_path / "out", 32, f"jsonl:{tmp_path / 'a.jsonl'}")

@@ -137,8 +137,7 @@ def test_the_last_value_of_a_key_counts(command, config_file, tmp_path):
         "--config.model.key_components=(4, 4)",
         "--config.data.sources",
         source.format(two),
-        "--config.model.key_components",
-        "(2, 4)",
+        "--config.model.key_components=(2, 4)",
     )
     assert status == 0, err
     stored = json.loads((tmp_path / "run" / "config.json").read_text())

@@ -55,7 +55,7 @@ seen, on = set(), True
 def hook(event, arguments):
     name = "/".join([event, *(str(a)[:80] for a in arguments[:1])])
     if on and event.split(".")[0] in ("pickle", "marshal", "exec", "compile", "subprocess", "os"):
-        if event not in ("os.listdir", "os.scandir", "os.mkdir", "os.remove", "os.rmdir",
+        if event not in ("os.listdir", "os.scandir", "os.walk", "os.mkdir", "os.remove", "os.rmdir",
                          "os.rename", "os.putenv", "os.unsetenv", "os.chmod", "os.utime",
                          "os.add_dll_directory", "os.truncate", "os.getxattr", "os.listxattr"):
             seen.add(name)

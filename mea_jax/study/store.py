@@ -6,12 +6,13 @@ it, so that it costs the row that was being written and no other.
 """
 
 import fcntl
+import dataclasses
 import json
 import os
 from pathlib import Path
 from typing import Any
 
-from mea_jax.config import EXECUTION_KEYS, flatten
+from mea_jax.config import EXECUTION_KEYS, SourceConfig, flatten
 from mea_jax.errors import UserError
 from mea_jax.report import disk_errors, write_json
 from mea_jax.study.laws.results import Result
@@ -24,6 +25,15 @@ KEYS = ("variant", "size", "steps", "learning_rate", "seed")
 def key_of(row: Row) -> Key:
     variant, size, steps, rate, seed = (row[name] for name in KEYS)
     return variant, size, int(steps), float(rate), int(seed)
+
+
+def _with_defaults(grid: Row) -> Row:
+    """Return a stored grid whose data sources have the keys that are younger than it."""
+    data = grid.get("base", {}).get("data", {})
+    if "sources" in data:
+        defaults = dataclasses.asdict(SourceConfig())
+        data["sources"] = [defaults | source for source in data["sources"]]
+    return grid
 
 
 class Store:
@@ -42,7 +52,7 @@ class Store:
             self.folder.mkdir(parents=True, exist_ok=True)
         wanted = json.loads(json.dumps(identity))
         if self.grid.exists():
-            stored = json.loads(self.grid.read_text())
+            stored = _with_defaults(json.loads(self.grid.read_text()))
             differing = _differing(stored, wanted)
             if differing:
                 shown = ", ".join(differing[:4]) + (", ..." if len(differing) > 4 else "")

@@ -5,8 +5,8 @@ What a kill cut short is a last line without an end: readers leave it out, and t
 it, so that it costs the row that was being written and no other.
 """
 
-import fcntl
 import dataclasses
+import fcntl
 import json
 import os
 from pathlib import Path

@@ -38,9 +38,10 @@ def screen(tmp_path_factory):
 
     def run(module, *arguments):
         words = [sys.executable, "-m", f"mea_jax.{module}", *map(str, arguments)]
-        done = subprocess.run(words, capture_output=True, text=True, cwd=folder, env=kept)
-        assert done.returncode == 0, done.stderr
-        return done.stdout + done.stderr
+        done = subprocess.run(words, capture_output=True, cwd=folder, env=kept)
+        text = (done.stdout + done.stderr).decode()  # not text=True, which loses "\r"
+        assert done.returncode == 0, text
+        return text
 
     return run
 

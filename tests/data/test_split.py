@@ -5,6 +5,7 @@ import itertools
 import json
 import types
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -247,7 +248,7 @@ def test_commands_that_need_held_out_text_fail_before_they_read_any(monkeypatch)
     for module in (texts, profile):
         monkeypatch.setattr(module, "prepare", lambda *_, **__: pytest.fail("read"))
     config = TrainConfig(data=DataConfig(held_out_fraction=0.0))
-    run = types.SimpleNamespace(config=config, run=Path("runs/x"), digest="", tokenizer=None)
+    run: Any = types.SimpleNamespace(config=config, run=Path("runs/x"), digest="", tokenizer=None)
     with pytest.raises(UserError, match=r"data of runs/x have no held-out text.*fraction=0\.0"):
         texts.Texts(run, Options(), print)
     with pytest.raises(UserError, match=r"data of runs/x hold no held-out text.*--parts"):
@@ -262,6 +263,6 @@ def test_an_import_reads_the_first_document_of_its_text(tmp_path, content, words
     from mea_jax.interop import importing
 
     (tmp_path / "a.jsonl").write_text(content)
-    source = types.SimpleNamespace(config={"max_position_embeddings": 64}, where="config.json")
+    source: Any = types.SimpleNamespace(config={"max_position_embeddings": 64}, where="config.json")
     with pytest.raises(UserError, match=rf"--text jsonl:.*{words}"):
         importing.run_config(source, tmp_path / "out", 32, f"jsonl:{tmp_path / 'a.jsonl'}")

@@ -19,12 +19,13 @@ import numpy as np
 
 from benchmarks.harness import write_json
 from configs import quickstart
-from mea_jax import sharding
-from mea_jax.backends import resolve
-from mea_jax.checkpoint import Checkpoints, Position
-from mea_jax.config import TrainConfig, from_config_dict
-from mea_jax.cpu_kernels import keep_freed_memory
-from mea_jax.train_step import compile_eval_step, compile_train_step, create_state
+from mea_jax.checkpoint.manager import Checkpoints, Position
+from mea_jax.config.parse import from_config_dict
+from mea_jax.config.schema import TrainConfig
+from mea_jax.ops.backend import resolve
+from mea_jax.ops.cpu import keep_freed_memory
+from mea_jax.parallel import sharding
+from mea_jax.train.step import compile_eval_step, compile_train_step, create_state
 
 BETWEEN = 24  # steps between two saves: enough for the write to end and for some undisturbed ones
 

@@ -21,11 +21,11 @@ from typing import Any
 import numpy as np
 
 from benchmarks.harness import write_json
-from mea_jax.backends import resolve
-from mea_jax.config import DataConfig, ModelConfig, TrainConfig
+from mea_jax.checkpoint.layerwise import Writer, places
+from mea_jax.config.schema import DataConfig, ModelConfig, TrainConfig
 from mea_jax.data.prepare import prepare
-from mea_jax.stored import Writer, places
-from mea_jax.train_step import abstract_params
+from mea_jax.model.params import abstract_params
+from mea_jax.ops.backend import resolve
 
 MODEL = ModelConfig(
     vocab_size=257,

@@ -6,7 +6,7 @@ One process, variants interleaved A B C A B C, medians. The model has 5.9M param
 layers, 8 heads, feed-forward 704, vocabulary 2048, untied) and takes 8 windows of 256 positions a
 step: forward, backward, clipping and AdamW; the last row is the quickstart's own model, which has
 twice the vocabulary and the dtype that suits this machine. FLOPs by the convention of
-`mea_jax.flops`.
+`mea_jax.model.flops`.
 """
 
 import argparse
@@ -22,11 +22,13 @@ import numpy as np
 
 from benchmarks.harness import time_interleaved, write_json
 from configs import quickstart
-from mea_jax import flops, sharding
-from mea_jax.backends import resolve
-from mea_jax.config import ModelConfig, OptimizerConfig, TrainConfig, from_config_dict
-from mea_jax.cpu_kernels import keep_freed_memory
-from mea_jax.train_step import compile_train_step, create_state
+from mea_jax.config.parse import from_config_dict
+from mea_jax.config.schema import ModelConfig, OptimizerConfig, TrainConfig
+from mea_jax.model import flops
+from mea_jax.ops.backend import resolve
+from mea_jax.ops.cpu import keep_freed_memory
+from mea_jax.parallel import sharding
+from mea_jax.train.step import compile_train_step, create_state
 
 MODEL = ModelConfig(
     vocab_size=2048,

@@ -3,9 +3,9 @@
     python -m benchmarks.decode_step [--contexts 1024,4096,16384,32768] [--out bench/decode_step]
     JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 python -m benchmarks.decode_step --topology v5e:2x2
 
-Whole decode steps (`mea_jax.decode.step`), interleaved in one process. The model has the widths
-below; its variants differ only in key/value heads: MHA with K = N, GQA with K = N/2 (a cache as
-large as the compressed one), and MEA with K = N and C = K/2 in three forms: absorbed (components
+Whole decode steps (`mea_jax.generate.decode.step`), interleaved in one process. The model has the
+widths below; its variants differ only in key/value heads: MHA with K = N, GQA with K = N/2 (a cache
+as large as the compressed one), and MEA with K = N and C = K/2 in three forms: absorbed (components
 cached, read as they are), folded (the whole cache of K heads) and explicit (components cached, K
 heads rebuilt at each step). A step's time has its share of the flush of recent positions, timed by
 itself. Bytes of caches are counted from their arrays. The second command
@@ -26,15 +26,16 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 from benchmarks.harness import lines, print_table, ratios, spread, time_interleaved, write_json
-from mea_jax import decode, topology
-from mea_jax.backends import resolve
-from mea_jax.cache import RECENT, Stored, count_bytes, flush
-from mea_jax.config import ModelConfig
-from mea_jax.cpu_kernels import keep_freed_memory
-from mea_jax.layers import Context, Slots
-from mea_jax.train_step import abstract_params
-from mea_jax.transformer import rope_of
-from mea_jax.variants import make_attention
+from mea_jax.config.schema import ModelConfig
+from mea_jax.generate import decode
+from mea_jax.model.attention import Context, Slots
+from mea_jax.model.kv_cache import RECENT, Stored, count_bytes, flush
+from mea_jax.model.params import abstract_params
+from mea_jax.model.transformer import rope_of
+from mea_jax.model.variants import make_attention
+from mea_jax.ops.backend import resolve
+from mea_jax.ops.cpu import keep_freed_memory
+from mea_jax.parallel import topology
 
 WHOLE = "MEA C = K/2, whole cache"
 # Name -> (changes of the model, form of the cache).

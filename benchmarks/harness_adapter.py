@@ -25,7 +25,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 from benchmarks.harness import print_table, write_json
-from mea_jax.evaluate.harness import command
+from mea_jax.evaluate.harness import run
 from mea_jax.evaluate.harness.model import HarnessModel
 
 TASKS = ("mea_code", "mea_recall", "mea_needle", "mea_arithmetic_choice", "mea_arithmetic")
@@ -66,8 +66,8 @@ def main() -> None:
         batch_size=args.batch_size,
         add_bos_token=False,
     )
-    options = command.Options(tasks=TASKS, include_path=args.suite)
-    requests = collected(command.load_tasks(options), args.limit)
+    options = run.Options(tasks=TASKS, include_path=args.suite)
+    requests = collected(run.load_tasks(options), args.limit)
     rows = []
     for kind, asked in requests.items():
         seconds: dict[str, list[float]] = {"ours": [], "hf": []}

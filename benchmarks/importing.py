@@ -24,8 +24,8 @@ import numpy as np
 
 from benchmarks.compression import anonymous
 from benchmarks.harness import write_json
+from mea_jax.convert import families, shards, tensors
 from mea_jax.data.tokenizers import train_bpe
-from mea_jax.interop import families, shards, tensors
 
 CONFIG: dict[str, Any] = {
     "architectures": ["Qwen3MoeForCausalLM"],

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.harness import write_json
-from mea_jax.report import read_metrics
+from mea_jax.checkpoint.metrics import read_metrics
 
 SMALL = (
     *("model.d_model=64", "model.n_layers=2", "model.d_ff=128", "model.n_heads=4"),

@@ -3,9 +3,9 @@
     python -m benchmarks.moe_flops [--topology gpu:4] [--out bench/moe_flops]
 
 Compiled ahead of time, nothing runs: with "gpu:4" by XLA for CPUs, as for any device but a TPU;
-with "v5e:2x2" by libtpu (`pip install -e ".[tpu]"`). Over the convention of mea_jax/flops.py plus,
-where attention is a plain einsum, the half of its pairs that a mask hides. Two layers of D 512, 32
-experts of width 256, 4 a token.
+with "v5e:2x2" by libtpu (`pip install -e ".[tpu]"`). Over the convention of `mea_jax.model.flops`
+plus, where attention is a plain einsum, the half of its pairs that a mask hides. Two layers of
+D 512, 32 experts of width 256, 4 a token.
 """
 
 import argparse
@@ -26,8 +26,8 @@ MESHES: dict[str, dict[str, int]] = {
 
 def row(name: str, mesh: dict[str, int], target: Any, remat: str = "none") -> dict[str, Any]:
     """Of all devices together."""
-    from mea_jax import flops
-    from mea_jax.config import DataConfig, MeshConfig, ModelConfig, TrainConfig
+    from mea_jax.config.schema import DataConfig, MeshConfig, ModelConfig, TrainConfig
+    from mea_jax.model import flops
     from mea_jax.plan.programs import train_program
 
     model = ModelConfig(

@@ -27,7 +27,7 @@ def config_of(variant: str, changes: dict[str, Any]) -> Any:
     """configs/mea_1b.py with keys changed, validated."""
     import importlib.util
 
-    from mea_jax.config import from_config_dict
+    from mea_jax.config.parse import from_config_dict
 
     spec = importlib.util.spec_from_file_location("mea_1b", "configs/mea_1b.py")
     assert spec is not None
@@ -40,14 +40,14 @@ def config_of(variant: str, changes: dict[str, Any]) -> Any:
 
 
 def planned(config: Any, target: targets.Target) -> dict[str, Any]:
-    from mea_jax.plan import report
+    from mea_jax.plan import output
     from mea_jax.plan.programs import train_program
     from mea_jax.plan.roofline import roofline
 
     compiled = train_program(config, target)
     tokens = config.batch_size * config.data.context_length
     roof = roofline(compiled, target)
-    return report.summary(compiled, target, roof, "train", tokens, compiled.mesh.size)
+    return output.summary(compiled, target, roof, "train", tokens, compiled.mesh.size)
 
 
 def fit() -> list[dict[str, Any]]:

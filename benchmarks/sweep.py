@@ -3,7 +3,7 @@
     python -m benchmarks.sweep [--runs 16] [--d_model 128] [--layers 4] [--json out.json]
 
 One process, the two in turn, medians. A figure is one training step (forward, backward, clipping,
-AdamW) of every run: once by the program of `mea_jax.study.sweep`, once by the compiled step of
+AdamW) of every run: once by the program of `mea_jax.study.vmapped`, once by the compiled step of
 `mea_jax.train`, called for each run's own state. Neither reads data. Compile times and the bytes of
 all states are told as well.
 """
@@ -18,13 +18,13 @@ import jax
 import numpy as np
 
 from benchmarks.harness import ratios, spread, time_interleaved, write_json
-from mea_jax import sharding
-from mea_jax.backends import resolve
-from mea_jax.config import ModelConfig, OptimizerConfig, TrainConfig
-from mea_jax.cpu_kernels import keep_freed_memory
+from mea_jax.config.schema import ModelConfig, OptimizerConfig, TrainConfig
+from mea_jax.ops.backend import resolve
+from mea_jax.ops.cpu import keep_freed_memory
+from mea_jax.parallel import sharding
 from mea_jax.study.grid import Member
-from mea_jax.study.sweep import Sweep
-from mea_jax.train_step import compile_train_step, create_state
+from mea_jax.study.vmapped import Sweep
+from mea_jax.train.step import compile_train_step, create_state
 
 BATCH, LENGTH, VOCABULARY = 8, 128, 1024
 

@@ -21,10 +21,10 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCach
 
 from benchmarks import decode_step
 from benchmarks.harness import lines, print_table, ratios, spread, time_interleaved, write_json
-from mea_jax.config import ModelConfig
-from mea_jax.interop.composite import mea_config
-from mea_jax.interop.configuration_mea import MEAConfig
-from mea_jax.interop.modeling_mea import MEAForCausalLM
+from mea_jax.config.schema import ModelConfig
+from mea_jax.convert.composite import mea_config
+from mea_jax.convert.configuration_mea import MEAConfig
+from mea_jax.convert.modeling_mea import MEAForCausalLM
 
 TWIN, HALF, GROUPED = "stock, K heads", "MEA, C = K/2", "stock, K/2 heads"
 

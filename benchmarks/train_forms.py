@@ -22,18 +22,14 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 from benchmarks.harness import bars, print_table, ratios, spread, time_interleaved, write_json
-from mea_jax import sharding, topology
-from mea_jax.backends import resolve
-from mea_jax.config import ModelConfig, OptimizerConfig, TrainConfig
-from mea_jax.cpu_kernels import keep_freed_memory
-from mea_jax.layers import Attention, Context
-from mea_jax.train_step import (
-    abstract_params,
-    batch_loss,
-    compile_train_step,
-    create_state,
-)
-from mea_jax.transformer import rope_of
+from mea_jax.config.schema import ModelConfig, OptimizerConfig, TrainConfig
+from mea_jax.model.attention import Attention, Context
+from mea_jax.model.params import abstract_params
+from mea_jax.model.transformer import rope_of
+from mea_jax.ops.backend import resolve
+from mea_jax.ops.cpu import keep_freed_memory
+from mea_jax.parallel import sharding, topology
+from mea_jax.train.step import batch_loss, compile_train_step, create_state
 
 # The two shapes of the prototype: (D, L, N, F), heads of width 32 and 64, 8 x 256 positions.
 SHAPES: dict[str, dict[str, Any]] = {

@@ -7,7 +7,7 @@ The argument is a kind of attention and a seed: "mha", "mea" (head mixing and he
 `python -m mea_jax.study.texts`, in the folder `texts`.
 """
 
-from mea_jax.config import default_config
+from mea_jax.config.schema import default_config
 from mea_jax.errors import UserError, nearest
 
 KINDS = ("mha", "mea", "gqa")

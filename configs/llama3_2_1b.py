@@ -14,8 +14,8 @@ rotary frequencies scaled by 32 from 8,192 positions on, a tied head. The recipe
 a first look at continued training; it has not been run.
 """
 
-from mea_jax.baselines import continued
-from mea_jax.config import default_config
+from mea_jax.config.presets import continued
+from mea_jax.config.schema import default_config
 
 
 def get_config(checkpoint: str = ""):

@@ -14,9 +14,9 @@ batches a quarter as large; half of the text is `texts/passkeys.jsonl`.
 import dataclasses
 from pathlib import Path
 
-from mea_jax.config import default_config
+from mea_jax.checkpoint.load import stored_config, unresolved
+from mea_jax.config.schema import default_config
 from mea_jax.errors import UserError
-from mea_jax.trained import stored_config, unresolved
 
 LONGER = 4
 

@@ -10,8 +10,8 @@ The shape of GPT-2 small with SwiGLU: D 768, 12 layers, 12 heads of width 64, a 
 to try the machine but far too little to train on. No result has been measured yet.
 """
 
-from mea_jax.baselines import apply_variant
-from mea_jax.config import default_config
+from mea_jax.config.presets import apply_variant
+from mea_jax.config.schema import default_config
 
 
 def get_config(variant: str = ""):

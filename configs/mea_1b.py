@@ -11,8 +11,8 @@ What it does not state, chosen here: betas 0.9 and 0.95, clipping at 1, sequence
 Expected result (the paper's Table 1, MEA): 46.39 on average over its six tasks; not yet run here.
 """
 
-from mea_jax.baselines import apply_variant
-from mea_jax.config import default_config
+from mea_jax.config.presets import apply_variant
+from mea_jax.config.schema import default_config
 
 
 def get_config(variant: str = ""):

@@ -6,8 +6,8 @@ The attention is that of quickstart.py in half its width; 8 experts, of which ea
 metrics.jsonl has the routers' losses, and how much the busiest expert does over the mean.
 """
 
-from mea_jax.baselines import apply_variant
-from mea_jax.config import default_config
+from mea_jax.config.presets import apply_variant
+from mea_jax.config.schema import default_config
 
 
 def get_config(variant: str = ""):

@@ -3,8 +3,8 @@
 python -m mea_jax.train --config configs/quickstart.py
 """
 
-from mea_jax.baselines import apply_variant
-from mea_jax.config import default_config
+from mea_jax.config.presets import apply_variant
+from mea_jax.config.schema import default_config
 
 PROMPT = '''def read_lines(path):
     """Return the lines of a text file, without their line ends."""

@@ -13,8 +13,8 @@ key/value heads of width 128 with QK-norm, a tied head. The recipe is chosen her
 at continued training; it has not been run.
 """
 
-from mea_jax.baselines import continued
-from mea_jax.config import default_config
+from mea_jax.config.presets import continued
+from mea_jax.config.schema import default_config
 
 
 def get_config(checkpoint: str = ""):

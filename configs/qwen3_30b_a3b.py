@@ -12,7 +12,7 @@ was trained otherwise is not stated in such detail: the rest of the recipe is ch
 not been run.
 """
 
-from mea_jax.config import default_config
+from mea_jax.config.schema import default_config
 from mea_jax.errors import UserError, nearest
 
 

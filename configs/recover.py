@@ -20,9 +20,9 @@ checkpoint no more: `python -m mea_jax.train --workdir runs/compressed_recovered
 import dataclasses
 from pathlib import Path
 
-from mea_jax.config import default_config
+from mea_jax.checkpoint.load import stored_config, unresolved
+from mea_jax.config.schema import default_config
 from mea_jax.errors import UserError
-from mea_jax.trained import stored_config, unresolved
 
 
 def get_config(checkpoint: str = ""):

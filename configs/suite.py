@@ -11,7 +11,7 @@ It reads nothing but the suite's own forms; what is asked of it is not in its te
 plain one of Llama's shape, so that it can be exported. docs/evaluation.md has what it scores.
 """
 
-from mea_jax.config import default_config
+from mea_jax.config.schema import default_config
 
 
 def get_config():

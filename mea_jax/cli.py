@@ -3,8 +3,10 @@
 import errno
 import functools
 import io
+import math
 import os
 import re
+import runpy
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -16,12 +18,13 @@ from absl import app, flags, logging
 from jax._src import xla_bridge  # for the reasons of a fallback to the CPU
 from ml_collections import config_dict, config_flags
 
-from mea_jax import distributed, preemption
-from mea_jax.config import DataConfig, TrainConfig, flatten, from_config_dict
-from mea_jax.data.prepare import cache_root
+from mea_jax.config.parse import from_config_dict
+from mea_jax.config.paths import cache_root
+from mea_jax.config.schema import DataConfig, TrainConfig, flatten
+from mea_jax.config.shipped import find_shipped, is_shipped
 from mea_jax.errors import UserError, fail, nearest
-from mea_jax.preemption import Preempted
-from mea_jax.shipped import find_shipped, is_shipped
+from mea_jax.parallel import preemption, processes
+from mea_jax.parallel.preemption import Preempted
 
 _OVERRIDE = re.compile(r"--?(config\.[\w.\[\]]+)")
 # jax's words, without its advice at the end. For example "ABORTED: The TPU is already in use by
@@ -40,7 +43,7 @@ def define_config_flag():
         None,
         "config file with an optional variant, such as configs/quickstart.py:mha, or the name of "
         "an installed one, such as quickstart:mha; "
-        "--config.key=value overrides one of its keys (all of them: mea_jax/config.py)",
+        "--config.key=value overrides one of its keys (all of them: mea_jax/config/schema.py)",
     )
 
 
@@ -80,7 +83,7 @@ def join_processes(same: dict[str, Any]) -> None:
     """Joins the run's other processes, if it has any, and sees that all have the `same` tree: their
     config.
 
-    Raises `UserError` for flags that do not belong together, and as `distributed.start`.
+    Raises `UserError` for flags that do not belong together, and as `processes.start`.
     """
     values = flags.FLAGS
     given = {n: getattr(values, n) for n in ("coordinator", "num_processes", "process_id")}
@@ -89,8 +92,8 @@ def join_processes(same: dict[str, Any]) -> None:
         raise UserError(f"--startup_timeout {timeout:g} must be positive")
     if all(value is None for value in given.values()):
         if values.distributed:
-            distributed.start(timeout=timeout)
-            distributed.check_same(same, timeout)
+            processes.start(timeout=timeout)
+            processes.check_same(same, timeout)
         return
     if missing := [f"--{name}" for name, value in given.items() if value is None]:
         raise UserError(
@@ -104,8 +107,8 @@ def join_processes(same: dict[str, Any]) -> None:
         raise UserError(
             f"--process_id {index}: with --num_processes {count} the numbers are 0 to {count - 1}"
         )
-    distributed.start(coordinator=values.coordinator, count=count, index=index, timeout=timeout)
-    distributed.check_same(same, timeout)
+    processes.start(coordinator=values.coordinator, count=count, index=index, timeout=timeout)
+    processes.check_same(same, timeout)
 
 
 def enable_compilation_cache() -> None:
@@ -275,30 +278,71 @@ def run(
         try:
             main()
             sys.stdout.flush()
-            distributed.finish()
+            processes.finish()
         except UserError as error:
-            distributed.end(2, f"error: {' '.join(str(error).split())}")
+            processes.end(2, f"error: {' '.join(str(error).split())}")
         except Preempted as error:
-            distributed.end(preemption.EXIT_STATUS, str(error), by_signal=True)
+            processes.end(preemption.EXIT_STATUS, str(error), by_signal=True)
         except BrokenPipeError:  # whoever read the output has seen enough, as `head` does
             _discard_output()
-            if distributed.several():
-                distributed.end(141, "error: whoever read the output has gone")
+            if processes.several():
+                processes.end(141, "error: whoever read the output has gone")
             sys.exit(141)
         except KeyboardInterrupt:
-            distributed.end(130, f"\n{interrupted}", by_signal=True)
+            processes.end(130, f"\n{interrupted}", by_signal=True)
         except Exception as error:
             if (problem := outside_problem(error)) is not None:
-                distributed.end(2, f"error: {problem}")
-            if not distributed.several():
+                processes.end(2, f"error: {problem}")
+            if not processes.several():
                 raise
             reason = str(error).strip().partition("\n")[0]
-            if distributed.lost_another(error):
-                distributed.end(
+            if processes.lost_another(error):
+                processes.end(
                     1,
                     f"error: the connection to another process was lost ({reason}): its own log "
-                    f"says why; {distributed.AGAIN}",
+                    f"says why; {processes.AGAIN}",
                 )
-            distributed.end(1, f"{traceback.format_exc()}error: {type(error).__name__}: {reason}")
+            processes.end(1, f"{traceback.format_exc()}error: {type(error).__name__}: {reason}")
 
     app.run(wrapped, flags_parser=functools.partial(_parse_flags, training=training))
+
+
+def pyplot() -> Any:
+    """matplotlib.pyplot, imported at the first figure, which draws into files only."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def run_word(package: str, commands: Sequence[str], about: str | None) -> None:
+    """Runs the module of `mea_jax.<package>` that the first argument names.
+
+    Without one, or with --help, prints `about` and the commands; an unknown one is an error of one
+    line. Flags are the module's own: nothing else of the package is imported.
+    """
+    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
+        print(about)
+        print(f"commands: {', '.join(commands)}")
+        sys.exit(0 if sys.argv[1:] in (["--help"], ["-h"]) else 2)
+    command = sys.argv.pop(1)
+    if command not in commands:
+        fail(f"{package} {command}: {nearest(command, commands)}")
+    runpy.run_module(f"mea_jax.{package}.{command}", run_name="__main__", alter_sys=True)
+
+
+def table(rows: list[tuple[str, str]]) -> str:
+    """Two aligned columns."""
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"  {name:<{width}}  {value}" for name, value in rows)
+
+
+def si(value: float, unit: str = "") -> str:
+    """1234567 -> "1.23 M"."""
+    if not math.isfinite(value) or value < 1000:
+        return f"{value:.3g} {unit}".strip()
+    prefixes = ("k", "M", "G", "T", "P", "E")
+    power = min(int(math.log10(value) // 3), len(prefixes))
+    return f"{value / 1000**power:.3g} {prefixes[power - 1]}{unit}"

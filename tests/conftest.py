@@ -22,8 +22,7 @@ from absl import app, flags
 from helpers import change, tiny_model
 from launch_machine import Machine
 
-from mea_jax import distributed
-from mea_jax.config import (
+from mea_jax.config.schema import (
     CheckpointConfig,
     DataConfig,
     EvalConfig,
@@ -31,6 +30,7 @@ from mea_jax.config import (
     SourceConfig,
     TrainConfig,
 )
+from mea_jax.parallel import processes
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -117,7 +117,7 @@ def in_process(monkeypatch, capfd, devices):
         app.define_help_flags()  # which absl does once, and the first command would take away
         before, status = set(flags.FLAGS), 0
         monkeypatch.setattr(sys, "argv", [module, *map(str, arguments)])
-        monkeypatch.setattr(distributed, "leave", sys.exit)  # not out of the tests as well
+        monkeypatch.setattr(processes, "leave", sys.exit)  # not out of the tests as well
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the module is imported already
@@ -152,8 +152,8 @@ def config_file(tiny, tmp_path):
         path = tmp_path / "conf.py"
         path.write_text(
             "import json\n"
-            "from mea_jax.baselines import apply_variant\n"
-            "from mea_jax.config import default_config\n\n\n"
+            "from mea_jax.config.presets import apply_variant\n"
+            "from mea_jax.config.schema import default_config\n\n\n"
             "def get_config(variant=''):\n"
             "    config = default_config()\n"
             f"    with open({str(tmp_path / 'tree.json')!r}) as file:\n"

@@ -11,9 +11,9 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from mea_jax import mixing
-from mea_jax.config import ModelConfig
-from mea_jax.train_step import init_params
+from mea_jax.config.schema import ModelConfig
+from mea_jax.model.params import init_params
+from mea_jax.ops import hlc
 
 ROOT = Path(__file__).parent.parent
 PLAIN: dict[str, Any] = {"hlc": "none", "head_norm": False}
@@ -82,7 +82,7 @@ def params_of(model: ModelConfig, seed: int = 0, noise: float = 0.0) -> Any:
             kind = model.mixing_kind(name.removesuffix("_mixing"))
             composites = {"heads": 2, "frequency": 2, "dense": 3}[kind]
             sizes = shape.shape[1], shape.shape[composites], model.head_dim
-            start = mixing.initial(kind, *sizes)
+            start = hlc.initial(kind, *sizes)
             return (np.asarray(start)[None] + noise_).astype(np.float32)
         return (0.2 * rng.standard_normal(shape.shape)).astype(np.float32)
 

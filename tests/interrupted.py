@@ -17,9 +17,11 @@ from pathlib import Path
 
 import jax
 
-from mea_jax import cli, preemption
-from mea_jax.config import TrainConfig
-from mea_jax.train import train
+from mea_jax import cli
+from mea_jax.config.parse import from_dict
+from mea_jax.config.schema import TrainConfig
+from mea_jax.parallel import preemption
+from mea_jax.train.run import train
 
 _LOWERED = "/jax/core/compile/jaxpr_to_mlir_module_duration"  # comes just before XLA compiles
 
@@ -62,7 +64,7 @@ def start(config: TrainConfig, workdir: Path, program: int, delay: float, number
 
 
 def main() -> None:
-    config = TrainConfig.from_dict(json.loads(Path(sys.argv[1]).read_text()))
+    config = from_dict(json.loads(Path(sys.argv[1]).read_text()))
     folder, count = Path(sys.argv[2]), int(sys.argv[3])
     status = start(config, folder / "whole", 0, 0.0, 0)
     assert status == 0, (folder / "whole.log").read_text()

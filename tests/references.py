@@ -1,13 +1,13 @@
 """What attention computes, written out once more in plain einsums: the oracle of several tests.
 
 Float32, no grouping, no cache, no form: every query head has its own copy of its key and value
-head. Letters as in mea_jax/attention.py.
+head. Letters as in mea_jax/ops/attention.py.
 """
 
 import jax
 import jax.numpy as jnp
 
-from mea_jax import positions
+from mea_jax.ops import rope
 
 
 def complex_of(x):
@@ -34,7 +34,7 @@ def rotated(model, x_BTNH, positions_BT):
     """Rotary positions as a product of complex numbers; unchanged under other positions."""
     if model.positions != "rope":
         return x_BTNH
-    frequencies = positions.rope_frequencies(model.head_dim, model.rope_theta, model.rope_scaling)
+    frequencies = rope.rope_frequencies(model.head_dim, model.rope_theta, model.rope_scaling)
     angles_BTF = positions_BT[..., None] * jnp.asarray(frequencies, jnp.float32)[None, None]
     return real_of(complex_of(x_BTNH) * jnp.exp(1j * angles_BTF)[:, :, None])
 

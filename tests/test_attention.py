@@ -11,11 +11,11 @@ from helpers import assert_close, change, flat, packed, params_of, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mea_jax import attention
-from mea_jax.config import RopeScaling
-from mea_jax.layers import Attention, Context
-from mea_jax.norms import rms_norm
-from mea_jax.transformer import rope_of
+from mea_jax.config.schema import RopeScaling
+from mea_jax.model.attention import Attention, Context
+from mea_jax.model.transformer import rope_of
+from mea_jax.ops import attention
+from mea_jax.ops.rms_norm import rms_norm
 
 
 def normal(seed, *shape):

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from helpers import PLAIN, params_of, tiny_model
 
-from mea_jax.cache import count_bytes, empty_heads, write_heads
-from mea_jax.decode import empty_cache, serve, step
+from mea_jax.generate.decode import empty_cache, serve, step
+from mea_jax.model.kv_cache import count_bytes, empty_heads, write_heads
 
 
 def bytes_of(model, form="auto", rows=4, length=64):

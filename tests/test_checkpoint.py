@@ -15,15 +15,17 @@ import pytest
 from flax import serialization
 from helpers import assert_equal, flat
 
-from mea_jax import digests, sharding
-from mea_jax.checkpoint import Checkpoints, Position
-from mea_jax.config import CheckpointConfig, MeshConfig, TrainConfig
+from mea_jax.checkpoint import digests
+from mea_jax.checkpoint.load import load
+from mea_jax.checkpoint.manager import Checkpoints, Position
+from mea_jax.checkpoint.metrics import read_metrics
+from mea_jax.config.parse import from_dict
+from mea_jax.config.schema import CheckpointConfig, MeshConfig
 from mea_jax.errors import UserError
-from mea_jax.generate import load
-from mea_jax.preemption import Preempted
-from mea_jax.report import read_metrics
-from mea_jax.train import train
-from mea_jax.train_step import abstract_state, create_state
+from mea_jax.parallel import sharding
+from mea_jax.parallel.preemption import Preempted
+from mea_jax.train.run import train
+from mea_jax.train.step import abstract_state, create_state
 
 OPTIONS = CheckpointConfig(every=1, keep=2)
 POSITION = Position(3, "digest", {"rewinds": 1})
@@ -351,7 +353,7 @@ def old_run(tmp_path):
     tree = json.loads(path.read_text())
     tree["data"]["sources"][0]["path"] = str(folder / "text")
     path.write_text(json.dumps(tree))
-    return TrainConfig.from_dict(tree), folder / "run"
+    return from_dict(tree), folder / "run"
 
 
 def test_format_1_is_restored_to_its_very_bytes(old_run):

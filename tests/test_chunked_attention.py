@@ -16,8 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from mea_jax import attention
-from mea_jax.chunked_attention import chunked_attention
+from mea_jax.ops import attention
+from mea_jax.ops.chunked import chunked_attention
 
 TOLERANCE = {"float32": 2e-5, "bfloat16": 2e-2}
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from helpers import is_one_error, real_command
 
-from mea_jax import cli, shipped
+from mea_jax import cli
+from mea_jax.config import shipped
 
 ROOT = Path(__file__).parent.parent
 PROCESS = ("--coordinator=localhost:8476", "--num_processes=2", "--process_id=1")

@@ -11,19 +11,19 @@ from helpers import change, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mea_jax import config as config_lib
-from mea_jax.baselines import apply_variant
-from mea_jax.config import (
+from mea_jax.config import schema as config_lib
+from mea_jax.config.checks import validate, validate_from_scratch
+from mea_jax.config.parse import from_config_dict, from_dict
+from mea_jax.config.presets import apply_variant
+from mea_jax.config.schema import (
     ModelConfig,
     SourceConfig,
     TrainConfig,
     default_config,
     differences,
     flatten,
-    from_config_dict,
 )
 from mea_jax.errors import UserError, nearest
-from mea_jax.validation import validate, validate_from_scratch
 
 
 def tree_with(path, value):
@@ -52,7 +52,7 @@ def test_json_and_back(kv, components, sources, rate):
             "optimizer.learning_rate": rate,
         },
     )
-    assert TrainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
 def test_default_config_holds_every_option_at_its_default():
@@ -68,10 +68,10 @@ def test_default_config_is_locked():
 
 def test_whole_numbers_may_be_floats_but_not_the_other_way():
     tree = tree_with("optimizer.learning_rate", 1)
-    assert isinstance(TrainConfig.from_dict(tree).optimizer.learning_rate, float)
+    assert isinstance(from_dict(tree).optimizer.learning_rate, float)
     tree["steps"] = 10.0
     with pytest.raises(UserError, match=r"config\.steps must be of type int, not 10\.0"):
-        TrainConfig.from_dict(tree)
+        from_dict(tree)
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_whole_numbers_may_be_floats_but_not_the_other_way():
 def test_wrong_types(path, value, message):
     tree = tree_with(path, value)
     with pytest.raises(UserError, match=message):
-        TrainConfig.from_dict(tree)
+        from_dict(tree)
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_wrong_types(path, value, message):
         ("model.n_layers", 2**31 - 1, r"config\.model\.n_layers=2147483647 must be at most 10,000"),
         ("data.prefetch", 1_001, r"config\.data\.prefetch=1001 must be at most 1,000"),
         ("data.read_threads", 10**6, r"read_threads=1000000 must be at most 1,000"),
-        ("model.d_ff", 2**31 - 1, None),  # large, but an address each: memory.py refuses it
+        ("model.d_ff", 2**31 - 1, None),  # large, but an address each: train/memory.py refuses it
         (
             "model",
             {"d_model": 2**31 - 2, "d_ff": 2**31 - 2},
@@ -153,10 +153,10 @@ def test_wrong_types(path, value, message):
 def test_what_no_run_can_compute_with_is_one_short_line(path, value, message):
     tree = tree_with(path, value)
     if message is None:
-        TrainConfig.from_dict(tree)
+        from_dict(tree)
         return
     with pytest.raises(UserError, match=message) as error:
-        TrainConfig.from_dict(tree)
+        from_dict(tree)
     assert len(str(error.value).splitlines()) == 1
     assert len(str(error.value)) < 400
 
@@ -164,7 +164,7 @@ def test_what_no_run_can_compute_with_is_one_short_line(path, value, message):
 def test_numpy_numbers_become_plain_ones():
     """`ConfigDict` lets float64 pass, which is a float; JSON and equality are as for any other."""
     tree = tree_with("optimizer.learning_rate", np.float64(0.5))
-    assert type(TrainConfig.from_dict(tree).optimizer.learning_rate) is float
+    assert type(from_dict(tree).optimizer.learning_rate) is float
 
 
 def test_a_sample_needs_room_for_a_token():
@@ -188,12 +188,12 @@ def test_a_misspelt_key_names_the_nearest(path, close):
     tree = tree_with(path, 1)
     line = rf"unknown config key config\.{re.escape(path)}: did you mean '{close}'\?"
     with pytest.raises(UserError, match=line):
-        TrainConfig.from_dict(tree)
+        from_dict(tree)
 
 
 def test_a_key_like_no_other_lists_what_there_is():
     with pytest.raises(UserError, match="known: every, keep"):
-        TrainConfig.from_dict(tree_with("checkpoint.zzz", 1))
+        from_dict(tree_with("checkpoint.zzz", 1))
 
 
 @given(name=st.sampled_from(sorted(flatten(TrainConfig().to_dict()))), cut=st.integers(0, 99))

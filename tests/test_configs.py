@@ -7,11 +7,12 @@ import jax
 import pytest
 from helpers import change, flat
 
-from mea_jax import sharding
-from mea_jax.backends import resolve
-from mea_jax.config import from_config_dict
-from mea_jax.train_step import abstract_params, abstract_state
-from mea_jax.validation import validate_from_scratch
+from mea_jax.config.checks import validate_from_scratch
+from mea_jax.config.parse import from_config_dict
+from mea_jax.model.params import abstract_params
+from mea_jax.ops.backend import resolve
+from mea_jax.parallel import sharding
+from mea_jax.train.step import abstract_state
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 

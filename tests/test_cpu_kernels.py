@@ -15,10 +15,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mea_jax import attention, cpu_kernels
-from mea_jax.backends import CpuBackend
-from mea_jax.losses import cross_entropy
-from mea_jax.norms import rms_norm
+from mea_jax.ops import attention, cpu
+from mea_jax.ops.backend import CpuBackend
+from mea_jax.ops.cross_entropy import cross_entropy
+from mea_jax.ops.rms_norm import rms_norm
 
 DTYPES = {"float32": 2e-5, "bfloat16": 3e-2}
 few = settings(max_examples=5, deadline=None, derandomize=True)
@@ -29,7 +29,7 @@ sizes = st.sampled_from([1, 2, 3, 7, 16, 33, 64, 100])
 def one_device():
     """The code of one device: the suite has eight, for which transpositions are not pinned."""
     patch = pytest.MonkeyPatch()
-    patch.setattr(cpu_kernels, "_several_devices", lambda: False)
+    patch.setattr(cpu, "_several_devices", lambda: False)
     yield
     patch.undo()
 
@@ -77,7 +77,7 @@ def loss_reference(x, w, targets, weights, z_loss):
 @given(lead=st.sampled_from([(1,), (7,), (2, 5), (3, 1), (8, 32)]), d=sizes, f=sizes)
 def test_dense(dtype, lead, d, f):
     x, w = normal(0, *lead, d), normal(1, d, f)
-    got = value_and_grads(lambda x, w: cpu_kernels.dense(x, w, jnp.dtype(dtype)), x, w)
+    got = value_and_grads(lambda x, w: cpu.dense(x, w, jnp.dtype(dtype)), x, w)
     assert_close(got, value_and_grads(lambda x, w: jnp.dot(x, w), x, w), dtype)
 
 
@@ -87,7 +87,7 @@ def test_transposed_operands_reach_no_product(dtype):
     x, w = normal(0, 16, 24), normal(1, 48, 16)
 
     def f(x, w):
-        return cpu_kernels.dense(x.T, w.T, jnp.dtype(dtype)).T
+        return cpu.dense(x.T, w.T, jnp.dtype(dtype)).T
 
     assert_close(value_and_grads(f, x, w), value_and_grads(lambda x, w: w @ x, x, w), dtype)
 
@@ -97,7 +97,7 @@ def test_swiglu(dtype):
     gate, up = 3 * normal(0, 5, 33), normal(1, 5, 33)
 
     def f(g, u):
-        return cpu_kernels.swiglu(g, u, jnp.dtype(dtype)).astype(jnp.float32)
+        return cpu.swiglu(g, u, jnp.dtype(dtype)).astype(jnp.float32)
 
     want = value_and_grads(lambda g, u: jax.nn.silu(g) * u, gate, up)
     assert_close(value_and_grads(f, gate, up), want, dtype)
@@ -121,7 +121,7 @@ def test_attention(dtype, b, t, heads, h, block, segments):
     options = {"scale": h**-0.5, "dtype": jnp.dtype(dtype), "block": block}
 
     def f(q, k, v):
-        return cpu_kernels.causal_attention(q, k, v, ids, **options)
+        return cpu.causal_attention(q, k, v, ids, **options)
 
     want = value_and_grads(lambda q, k, v: attention_reference(q, k, v, ids, h**-0.5), q, key, v)
     assert_close(value_and_grads(f, q, key, v), want, dtype)
@@ -132,7 +132,7 @@ def test_attention_in_parts_of_the_batch_and_blocks_of_its_own_choice():
     ids = jnp.ones((4, 300), jnp.int32)
 
     def f(q, k, v):
-        return cpu_kernels.causal_attention(q, k, v, ids, scale=0.3, dtype=jnp.float32)
+        return cpu.causal_attention(q, k, v, ids, scale=0.3, dtype=jnp.float32)
 
     want = value_and_grads(lambda q, k, v: attention_reference(q, k, v, ids, 0.3), q, k, v)
     assert_close(value_and_grads(jax.checkpoint(f), q, k, v), want, "float32")
@@ -154,7 +154,7 @@ def test_head_norm_is_the_norm_of_plain_attention(dtype, b, t, heads, block, eps
     options = {"scale": 0.3, "dtype": jnp.dtype(dtype), "block": block, "eps": eps}
 
     def f(q, k, v, norm_W):
-        return cpu_kernels.causal_attention(q, k, v, ids, norm_W=norm_W, **options)
+        return cpu.causal_attention(q, k, v, ids, norm_W=norm_W, **options)
 
     def g(q, k, v, norm_W):
         return rms_norm(attention.dot_product_attention(q, k, v, ids, 0.3), norm_W, eps)
@@ -170,7 +170,7 @@ def test_attention_of_huge_scores_is_finite_and_exact():
     ids = jnp.ones((1, 8), jnp.int32)
 
     def f(q, k, v):
-        return cpu_kernels.causal_attention(q, k, v, ids, scale=1.0, dtype=jnp.float32)
+        return cpu.causal_attention(q, k, v, ids, scale=1.0, dtype=jnp.float32)
 
     got, grads = value_and_grads(f, q, k, v)
     np.testing.assert_allclose(got, v, rtol=1e-6)  # each position sees only itself
@@ -180,7 +180,7 @@ def test_attention_of_huge_scores_is_finite_and_exact():
 def test_attention_refuses_unequal_groups():
     q, k = normal(0, 1, 4, 3, 8), normal(0, 1, 4, 2, 8)
     with pytest.raises(ValueError, match="3 query heads do not divide into 2"):
-        cpu_kernels.causal_attention(q, k, k, jnp.ones((1, 4)), scale=1.0, dtype=jnp.float32)
+        cpu.causal_attention(q, k, k, jnp.ones((1, 4)), scale=1.0, dtype=jnp.float32)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -223,8 +223,8 @@ SHARDED = """
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from mea_jax import cpu_kernels as ck
-from mea_jax.backends import CpuBackend
-from mea_jax.losses import cross_entropy
+from mea_jax.ops.backend import CpuBackend
+from mea_jax.ops.cross_entropy import cross_entropy
 mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
 rng = np.random.default_rng(0)
 arrays = [rng.normal(size=s).astype(np.float32) for s in
@@ -257,4 +257,4 @@ def test_sharded_arrays_give_the_same_gradients():
 
 
 def test_keep_freed_memory_says_whether_it_could():
-    assert cpu_kernels.keep_freed_memory() is sys.platform.startswith("linux")
+    assert cpu.keep_freed_memory() is sys.platform.startswith("linux")

@@ -13,16 +13,16 @@ import numpy as np
 import pytest
 from helpers import PLAIN, change, params_of, tiny_model
 
-from mea_jax import cpu_kernels
-from mea_jax.cache import flush
-from mea_jax.config import TrainConfig
-from mea_jax.decode import empty_cache, prefill, serve, step
-from mea_jax.transformer import apply_logits
-from mea_jax.validation import validate
+from mea_jax.config.checks import validate
+from mea_jax.config.schema import TrainConfig
+from mea_jax.generate.decode import empty_cache, prefill, serve, step
+from mea_jax.model.kv_cache import flush
+from mea_jax.model.transformer import apply_logits
+from mea_jax.ops import cpu
 
 TOLERANCE = 1e-5
 NEW, SLOTS = 20, 32
-FLUSHED = 7  # steps between two flushes, sooner than `cache.RECENT` asks for
+FLUSHED = 7  # steps between two flushes, sooner than `kv_cache.RECENT` asks for
 # Rows of a batch, padded to 9 tokens: one document; a short one; two, of which the second goes on.
 PROMPTS = [[9], [3], [4, 4]]
 PADDED = 9
@@ -266,7 +266,7 @@ def test_int8_cache_is_close_and_small(name, form):
 def one_device():
     """The code of one device: the suite has eight, where bfloat16 operands are widened."""
     patch = pytest.MonkeyPatch()
-    patch.setattr(cpu_kernels, "_several_devices", lambda: False)
+    patch.setattr(cpu, "_several_devices", lambda: False)
     yield
     patch.undo()
 

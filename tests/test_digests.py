@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mea_jax import digests
+from mea_jax.checkpoint import digests
 
 FILES = {
     "state/d/one": b"\x00" * 100,

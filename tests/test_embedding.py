@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
-from mea_jax import sharding
-from mea_jax.config import MeshConfig
-from mea_jax.embedding import lookup
+from mea_jax.config.schema import MeshConfig
+from mea_jax.ops.embedding import lookup
+from mea_jax.parallel import sharding
 
 MESHES = {
     "data": MeshConfig(8, 1, 1),

@@ -19,16 +19,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mea_jax import sharding, topology
-from mea_jax.config import MeshConfig
+from mea_jax.config.schema import MeshConfig
 from mea_jax.errors import UserError
-from mea_jax.flash_attention import (
+from mea_jax.ops.flash import (
     _splash_blocks,
     cudnn_attention,
     cudnn_supports,
     splash_attention,
     splash_supports,
 )
+from mea_jax.parallel import sharding, topology
 
 N, K, SCALE = 4, 2, 0.11  # a scale that is no power of two
 

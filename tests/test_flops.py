@@ -4,8 +4,8 @@ import jax
 import pytest
 from helpers import params_of, random_batch, tiny_model
 
-from mea_jax import flops
-from mea_jax.train_step import batch_loss
+from mea_jax.model import flops
+from mea_jax.train.step import batch_loss
 
 LENGTH, BATCH = 64, 2
 # Wide enough that products outweigh norms, softmax and rotary positions.

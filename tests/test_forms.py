@@ -16,13 +16,13 @@ from helpers import change, flat, packed, params_of, tiny_model
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from mea_jax import attention
-from mea_jax.cache import RECENT, LayerCache, Stored, empty_heads
-from mea_jax.config import TrainConfig
-from mea_jax.decode import serve
-from mea_jax.layers import Attention, Context, Slots
-from mea_jax.transformer import apply_logits, rope_of
-from mea_jax.validation import validate
+from mea_jax.config.checks import validate
+from mea_jax.config.schema import TrainConfig
+from mea_jax.generate.decode import serve
+from mea_jax.model.attention import Attention, Context, Slots
+from mea_jax.model.kv_cache import RECENT, LayerCache, Stored, empty_heads
+from mea_jax.model.transformer import apply_logits, rope_of
+from mea_jax.ops import attention
 
 # float32 products of up to 32 terms, two or three in a row, regrouped. Gradients of mixing are sums
 # over all positions besides.

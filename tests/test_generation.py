@@ -12,16 +12,17 @@ import numpy as np
 import pytest
 from helpers import params_of, tiny_model
 
-from mea_jax import cache, sharding
-from mea_jax.config import MeshConfig
+from mea_jax.config.schema import MeshConfig
 from mea_jax.data.tokenizers import BytesTokenizer
 from mea_jax.errors import UserError
-from mea_jax.generate import Stream, continue_file, cut_at, encode, read_prompts, stream_one
-from mea_jax.generation import Generator, Report
-from mea_jax.sampling import Sampling
-from mea_jax.train import train
-from mea_jax.train_step import init_params
-from mea_jax.transformer import apply_logits
+from mea_jax.generate.generator import Generator, Report
+from mea_jax.generate.run import Stream, continue_file, cut_at, encode, read_prompts, stream_one
+from mea_jax.model import kv_cache
+from mea_jax.model.params import init_params
+from mea_jax.model.transformer import apply_logits
+from mea_jax.ops.sampling import Sampling
+from mea_jax.parallel import sharding
+from mea_jax.train.run import train
 
 PROMPTS = [[5, 6, 7, 8, 9], [200, 3], [17] * 11]
 
@@ -48,7 +49,7 @@ def recomputed(generator, params, prompt, count):
 def test_greedy_tokens_are_those_of_recomputing_every_prefix(generator):
     """Over more steps than `RECENT`, so that the cache is flushed; C_k 2 and C_v 1 of K 4."""
     params = params_of(tiny_model(key_components=2, value_components=1), noise=0.3)
-    count = cache.RECENT + 20
+    count = kv_cache.RECENT + 20
     new = generator.run(PROMPTS, count=count)
     for prompt, tokens in zip(PROMPTS, new, strict=True):
         assert tokens == recomputed(generator, params, prompt, count)
@@ -118,7 +119,7 @@ def test_the_report_counts_the_first_rows_only(generator):
 @pytest.mark.parametrize("sizes", [(2, 1, 2), (1, 1, 4)], ids=["data 2, tensor 2", "tensor 4"])
 def test_a_mesh_gives_the_tokens_of_one_device(sizes):
     """Over more steps than `RECENT`: what goes round the loop keeps its shardings in the flush."""
-    model, length, count = tiny_model(), 256, cache.RECENT + 72
+    model, length, count = tiny_model(), 256, kv_cache.RECENT + 72
     params = params_of(model, noise=0.3)
     expected = Generator(model, params, length=length).run(PROMPTS[:1], count=count)
 

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mea_jax.config import GuardConfig
+from mea_jax.config.schema import GuardConfig
 from mea_jax.data.pipeline import batch_number
 from mea_jax.errors import UserError
-from mea_jax.guards import SKIP_WINDOW, Guards, Spike, SpikeDetector, merge
+from mea_jax.train.guards import SKIP_WINDOW, Guards, Spike, SpikeDetector, merge
 
 MANY = settings(max_examples=300)
 # Halves, so that a loss lies exactly at the margin now and then: that is no spike.

@@ -244,7 +244,7 @@ def test_every_flag_of_training_exists(machine):
     known = set(re.findall(r"^\s+--(?:\[no\])?(\w+)", help_text, re.MULTILINE))
     assert {"config", "workdir"} <= known
 
-    from mea_jax.config import TrainConfig, flatten
+    from mea_jax.config.schema import TrainConfig, flatten
 
     keys = {f"config.{key}" for key in flatten(TrainConfig().to_dict())}
     commands = [

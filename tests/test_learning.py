@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from helpers import ATTENTIONS, PLAIN, change, packed, tiny_model
 
-from mea_jax import sharding
-from mea_jax.config import ModelConfig, TrainConfig
-from mea_jax.train_step import compile_train_step, create_state
+from mea_jax.config.schema import ModelConfig, TrainConfig
+from mea_jax.parallel import sharding
+from mea_jax.train.step import compile_train_step, create_state
 
 PERIOD, WINDOW, VOCAB, STEPS = 4, 16, 32, 200
 

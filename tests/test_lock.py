@@ -11,7 +11,7 @@ import sys
 
 import pytest
 
-from mea_jax import lock
+from mea_jax.checkpoint import lock
 from mea_jax.errors import UserError
 
 HOLD = """

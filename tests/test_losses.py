@@ -13,10 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding
 
-from mea_jax import losses, sharding
-from mea_jax.backends import CpuBackend, XlaBackend
-from mea_jax.config import MeshConfig
-from mea_jax.train_step import Teacher, batch_loss
+from mea_jax.config.schema import MeshConfig
+from mea_jax.ops import cross_entropy
+from mea_jax.ops.backend import CpuBackend, XlaBackend
+from mea_jax.parallel import sharding
+from mea_jax.train.step import Teacher, batch_loss
 
 BFLOAT16 = jnp.dtype(jnp.bfloat16)
 FLOAT32 = XlaBackend(jnp.dtype(jnp.float32))
@@ -51,13 +52,13 @@ def test_value_and_gradients_are_those_of_log_softmax(chunk, z_loss, seed):
 
     @jax.jit
     def chunked(x, kernel):
-        return losses.cross_entropy(x, kernel, targets, weights, FLOAT32, chunk, z_loss)
+        return cross_entropy.cross_entropy(x, kernel, targets, weights, FLOAT32, chunk, z_loss)
 
     @jax.jit
     def differentiated(x, kernel):
         # Times 3, so that the cotangent is not one.
         def scaled(x, kernel):
-            sums = losses.cross_entropy(x, kernel, targets, weights, FLOAT32, chunk, z_loss)
+            sums = cross_entropy.cross_entropy(x, kernel, targets, weights, FLOAT32, chunk, z_loss)
             return 3 * sums[0], sums[1]
 
         return jax.value_and_grad(scaled, (0, 1), has_aux=True)(x, kernel)
@@ -96,7 +97,7 @@ def test_distillation_is_the_divergence_of_whole_distributions(chunk, z_loss, sh
 
     def scaled(x, kernel):  # times 3, so that the cotangent is not one
         options = (FLOAT32, chunk, z_loss, share)
-        objective, *reports = losses.distilled_cross_entropy(x, kernel, *taught, *options)
+        objective, *reports = cross_entropy.distilled_cross_entropy(x, kernel, *taught, *options)
         return 3 * objective, tuple(reports)
 
     plain = jax.jit(scaled)(x, kernel)
@@ -121,7 +122,7 @@ def test_weights_of_zero_take_no_part():
 
     def both(x):
         return jax.value_and_grad(
-            lambda x: losses.cross_entropy(x, kernel, targets, weights, FLOAT32, 4, 0.1)[0]
+            lambda x: cross_entropy.cross_entropy(x, kernel, targets, weights, FLOAT32, 4, 0.1)[0]
         )(x)
 
     (value, gradient), (value2, gradient2) = both(x), both(x2)
@@ -133,7 +134,7 @@ def test_weights_of_zero_take_no_part():
 @pytest.mark.parametrize("backend", [XlaBackend(BFLOAT16), CpuBackend(BFLOAT16)])
 def test_products_in_bfloat16_accumulate_in_float32(backend):
     x, kernel, targets, weights = inputs(1)
-    low = losses.cross_entropy(x, kernel, targets, weights, backend, 4, 0.0)[1]
+    low = cross_entropy.cross_entropy(x, kernel, targets, weights, backend, 4, 0.0)[1]
     x, kernel = (jnp.asarray(a, jnp.bfloat16).astype(jnp.float32) for a in (x, kernel))
     exact = reference(x, kernel, targets, weights, 0.0)[1]
     assert low.dtype == jnp.float32
@@ -143,7 +144,7 @@ def test_products_in_bfloat16_accumulate_in_float32(backend):
 def test_uniform_logits_cost_log_of_the_vocabulary():
     x, kernel, targets, _ = inputs(0)
     weights = np.ones((BATCH, LENGTH), np.float32)
-    _, nll = losses.cross_entropy(0 * x, kernel, targets, weights, FLOAT32, 4, 0.0)
+    _, nll = cross_entropy.cross_entropy(0 * x, kernel, targets, weights, FLOAT32, 4, 0.0)
     assert float(nll) == pytest.approx(BATCH * LENGTH * math.log(VOCAB), rel=1e-6)
 
 
@@ -173,11 +174,11 @@ def test_logits_of_the_whole_batch_never_exist(tiny, mebibytes, whole):
 
 
 def test_chunks_fit_into_their_bytes():
-    assert losses.positions_within(0, 264) == 0, "all"
-    assert losses.positions_within(256, 128_256) == 512, "523, in whole multiples of 128"
-    assert losses.positions_within(512, 32_000) == 4_096  # 4,194
-    assert losses.positions_within(8, 128_256) == 16, "below 128 as they come"
-    assert losses.positions_within(1, 10**6) == 1, "a position at least"
+    assert cross_entropy.positions_within(0, 264) == 0, "all"
+    assert cross_entropy.positions_within(256, 128_256) == 512, "523, in whole multiples of 128"
+    assert cross_entropy.positions_within(512, 32_000) == 4_096  # 4,194
+    assert cross_entropy.positions_within(8, 128_256) == 16, "below 128 as they come"
+    assert cross_entropy.positions_within(1, 10**6) == 1, "a position at least"
 
 
 def test_memory_does_not_grow_with_the_vocabulary():
@@ -186,8 +187,8 @@ def test_memory_does_not_grow_with_the_vocabulary():
 
     def extra(vocab):
         def loss(x, kernel, targets, weights):
-            chunk = losses.positions_within(mebibytes, vocab)
-            sums = losses.cross_entropy(x, kernel, targets, weights, FLOAT32, chunk, 0.0)
+            chunk = cross_entropy.positions_within(mebibytes, vocab)
+            sums = cross_entropy.cross_entropy(x, kernel, targets, weights, FLOAT32, chunk, 0.0)
             return sums[0]
 
         shapes = (1, positions, width), (width, vocab), (1, positions), (1, positions)
@@ -228,7 +229,7 @@ def sharded_gradient(mesh, x, kernel, targets, weights):
     """jit of ((objective, nll), gradients) times 3 on `mesh`, and its arguments, placed."""
 
     def scaled(x, kernel, targets, weights):
-        sums = losses.cross_entropy(x, kernel, targets, weights, FLOAT32, 5, 0.1)
+        sums = cross_entropy.cross_entropy(x, kernel, targets, weights, FLOAT32, 5, 0.1)
         return 3 * sums[0], sums[1]
 
     rows = ("batch", "length")
@@ -248,7 +249,7 @@ def test_a_mesh_gives_the_loss_and_gradients_of_log_softmax(name):
         gradient, placed, where = sharded_gradient(mesh, *arrays)
         (objective, nll), gradients = gradient(*placed)
         evaluated = jax.jit(
-            lambda *a: losses.cross_entropy(*a, FLOAT32, 5, 0.1),
+            lambda *a: cross_entropy.cross_entropy(*a, FLOAT32, 5, 0.1),
         )(*placed)
     x, kernel, targets, weights = arrays
     expected = reference(x, kernel, targets, weights, 0.1)

@@ -6,11 +6,13 @@ from helpers import ATTENTIONS, change, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mea_jax import memory, sharding
-from mea_jax.config import DataConfig, MeshConfig, TrainConfig
+from mea_jax.config.checks import least_parameters
+from mea_jax.config.schema import DataConfig, MeshConfig, TrainConfig
 from mea_jax.errors import UserError
-from mea_jax.train_step import abstract_params, create_state
-from mea_jax.validation import least_parameters
+from mea_jax.model.params import abstract_params
+from mea_jax.parallel import sharding
+from mea_jax.train import memory
+from mea_jax.train.step import create_state
 
 LARGEST = 2**31 - 1
 

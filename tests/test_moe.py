@@ -10,23 +10,21 @@ import numpy as np
 import pytest
 from helpers import assert_close, change, flat, params_of, random_batch, tiny_model
 
-from mea_jax import decode, flops, grouped, moe, sharding
-from mea_jax.backends import make_backend
+from mea_jax.config.checks import validate, validate_from_scratch
 from mea_jax.errors import UserError
-from mea_jax.experts import Experts, Routed, run_experts, run_share
-from mea_jax.generation import Generator
-from mea_jax.optimizer import decayed
+from mea_jax.generate import decode
+from mea_jax.generate.generator import Generator
+from mea_jax.model import flops, moe
+from mea_jax.model.experts import Experts, Routed, run_experts, run_share
+from mea_jax.model.params import abstract_params
+from mea_jax.model.transformer import apply_logits, apply_routed
+from mea_jax.ops import grouped
+from mea_jax.ops.backend import make_backend
+from mea_jax.parallel import sharding
 from mea_jax.plan.costs import count
 from mea_jax.plan.hlo import parse
-from mea_jax.train_step import (
-    abstract_params,
-    batch_loss,
-    compile_train_step,
-    create_state,
-    reported,
-)
-from mea_jax.transformer import apply_logits, apply_routed
-from mea_jax.validation import validate, validate_from_scratch
+from mea_jax.train.optimizer import decayed
+from mea_jax.train.step import batch_loss, compile_train_step, create_state, reported
 
 EXPERTS: dict[str, Any] = {"n_experts": 4, "experts_per_token": 2, "d_expert": 24}
 XLA: Any = make_backend(tiny_model())

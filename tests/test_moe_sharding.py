@@ -8,13 +8,14 @@ import pytest
 from helpers import assert_close, flat, params_of, random_batch, tiny_model
 from jax.sharding import PartitionSpec as P
 
-from mea_jax import sharding
-from mea_jax.config import MeshConfig
+from mea_jax.config.schema import MeshConfig
 from mea_jax.errors import UserError
-from mea_jax.generation import Generator
+from mea_jax.generate.generator import Generator
+from mea_jax.model.params import init_params
+from mea_jax.parallel import sharding
 from mea_jax.plan.costs import count
 from mea_jax.plan.hlo import parse
-from mea_jax.train_step import compile_train_step, create_state, init_params, reported
+from mea_jax.train.step import compile_train_step, create_state, reported
 
 STEPS = 3
 EXPERTS = {"n_experts": 4, "experts_per_token": 2, "d_expert": 24, "loss_chunk": 0}

@@ -9,8 +9,8 @@ from helpers import flat, params_of, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mea_jax.config import OptimizerConfig
-from mea_jax.optimizer import make_optimizer, make_schedule
+from mea_jax.config.schema import OptimizerConfig
+from mea_jax.train.optimizer import make_optimizer, make_schedule
 
 
 def schedule(steps=100, **options):

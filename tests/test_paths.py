@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 from helpers import params_of
 
-from mea_jax import orbax_store
-from mea_jax.checkpoint import Checkpoints, Position
-from mea_jax.config import CheckpointConfig
+from mea_jax.checkpoint import orbax_store
+from mea_jax.checkpoint.layerwise import StoredModel, Writer
+from mea_jax.checkpoint.load import load
+from mea_jax.checkpoint.manager import Checkpoints, Position
+from mea_jax.config.schema import CheckpointConfig
 from mea_jax.errors import UserError
-from mea_jax.generate import load
-from mea_jax.stored import StoredModel, Writer
-from mea_jax.train import train
-from mea_jax.train_step import TrainState
+from mea_jax.model.params import TrainState
+from mea_jax.train.run import train
 
 # Wildcards, what URLs escape, what shells quote, other scripts, what flags begin with.
 NAMES = [

@@ -13,10 +13,10 @@ import jax
 import pytest
 from helpers import PLAIN, tiny_model
 
-from mea_jax import flops
-from mea_jax.config import DataConfig, MeshConfig, TrainConfig
+from mea_jax.config.schema import DataConfig, MeshConfig, TrainConfig
 from mea_jax.errors import UserError
-from mea_jax.plan import report, sweep, target
+from mea_jax.model import flops
+from mea_jax.plan import output, search, target
 from mea_jax.plan.chips import CHIPS
 from mea_jax.plan.programs import decode_program, train_program
 from mea_jax.plan.roofline import roofline
@@ -80,12 +80,12 @@ def test_collectives_run_over_the_axes_that_split(compiled):
 def test_a_plan_as_text_json_and_picture(compiled, tmp_path):
     gpus = machine()
     roof = roofline(compiled, gpus)
-    plan = report.summary(compiled, gpus, roof, "train", 32 * LENGTH, 8)
-    report.write(plan, tmp_path / "plan.json")
+    plan = output.summary(compiled, gpus, roof, "train", 32 * LENGTH, 8)
+    output.write(plan, tmp_path / "plan.json")
     assert json.loads((tmp_path / "plan.json").read_text())["binds"] == roof.binding
-    report.picture({"here": plan}, tmp_path / "plan.png")
+    output.picture({"here": plan}, tmp_path / "plan.png")
     assert (tmp_path / "plan.png").stat().st_size > 5000
-    text = report.text(plan)
+    text = output.text(plan)
     assert "<- binds" in text
     assert text.count("over fsdp") >= 1
     longest = max(s for s in (roof.compute, roof.memory, roof.links) if s is not None)
@@ -96,18 +96,18 @@ def test_a_smaller_microbatch_is_offered_where_a_plan_does_not_fit():
     config = config_of(d_ff=512)
     whole = train_program(config, machine())
     small = machine(memory=0.8 * whole.peak)
-    assert report.fits(whole, small) is False
-    found = sweep.what_fits(config, small, lambda _: None)
+    assert output.fits(whole, small) is False
+    found = search.what_fits(config, small, lambda _: None)
     assert found is not None
     assert found.accumulate > 1
     assert train_program(found, small).peak <= 0.8 * whole.peak
-    assert sweep.what_fits(config, machine(memory=1.0), lambda _: None) is None
+    assert search.what_fits(config, machine(memory=1.0), lambda _: None) is None
 
 
 def test_a_sweep_ranks_what_fits(monkeypatch):
-    monkeypatch.setattr(sweep, "REMAT_POLICIES", ("none",))
+    monkeypatch.setattr(search, "REMAT_POLICIES", ("none",))
     said: list[str] = []
-    results = sweep.sweep(config_of(batch=8), machine(), 1, said.append)
+    results = search.sweep(config_of(batch=8), machine(), 1, said.append)
     assert len(said) == len(results) > 1
     steps = [roof.step or 0.0 for _, _, roof in results]
     assert steps == sorted(steps)
@@ -118,7 +118,7 @@ def test_a_sweep_ranks_what_fits(monkeypatch):
 def test_a_sweep_divides_experts(experts, ways):
     """Every mesh takes all devices, and its axis of experts divides them."""
     moe = {"n_experts": experts, "experts_per_token": 2, "d_expert": 64}
-    found = sweep.meshes(config_of(batch=64, **moe), 64, 2)
+    found = search.meshes(config_of(batch=64, **moe), 64, 2)
     assert {mesh.expert for mesh in found} == ways
     assert len(set(found)) == len(found)
     for mesh in found:
@@ -128,14 +128,14 @@ def test_a_sweep_divides_experts(experts, ways):
 
 def test_a_sweep_leaves_out_what_does_not_fit(monkeypatch):
     """Where two windows at a time do not fit, neither four nor eight are compiled."""
-    monkeypatch.setattr(sweep, "REMAT_POLICIES", ("none",))
+    monkeypatch.setattr(search, "REMAT_POLICIES", ("none",))
     one_mesh = MeshConfig(data=1, fsdp=8)
-    monkeypatch.setattr(sweep, "meshes", lambda *_: [one_mesh])
+    monkeypatch.setattr(search, "meshes", lambda *_: [one_mesh])
     peaks = {n: train_program(config_of(batch=64 // n), machine()).peak for n in (8, 4)}
     said: list[str] = []
     between = machine(sum(peaks.values()) / 2)
     assert peaks[4] > peaks[8], "64 / 4 windows are two a device"
-    results = sweep.sweep(config_of(batch=64), between, 1, said.append)
+    results = search.sweep(config_of(batch=64), between, 1, said.append)
     assert [config.accumulate for config, _, _ in results] == [8]
     assert len(said) == 4
     assert [line.endswith("a smaller microbatch did not fit") for line in said[2:]] == [True, True]

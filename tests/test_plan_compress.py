@@ -11,16 +11,16 @@ import pytest
 from helpers import PLAIN, tiny_model
 from test_plan import command, machine
 
-from mea_jax.compress import repair, sweep
-from mea_jax.compress.__main__ import compress
+from mea_jax.compress import repair, stream
 from mea_jax.compress.options import Options
-from mea_jax.config import DataConfig, TrainConfig
+from mea_jax.compress.run import compress
+from mea_jax.config.schema import DataConfig, TrainConfig
 from mea_jax.errors import UserError
-from mea_jax.plan import compression, compression_report, report, target
+from mea_jax.plan import compression, compression_report, output, target
 from mea_jax.plan.chips import CHIPS
 from mea_jax.plan.compiling import DoesNotFit
 from mea_jax.plan.roofline import roofline
-from mea_jax.train import train
+from mea_jax.train.run import train
 
 B, T, D, N, K, H, F = 8, 64, 32, 4, 4, 8, 48  # of `tiny_model`; 8 windows a device
 OPTIONS = Options(repair="layerwise", calibration_tokens=65536, held_out_tokens=512 * 64)
@@ -122,10 +122,10 @@ def test_runs_are_those_of_a_real_compression(tiny, devices, tmp_path, monkeypat
 
         monkeypatch.setattr(module, function, counting)
 
-    count(sweep, "watch_block", "calibrate")
-    count(sweep, "run_block", "pass")
-    count(sweep, "loss_sums", "loss")
-    count(sweep, "compared_sums", "compare")
+    count(stream, "watch_block", "calibrate")
+    count(stream, "run_block", "pass")
+    count(stream, "loss_sums", "loss")
+    count(stream, "compared_sums", "compare")
     count(repair, "run_attention", "target")
     count(repair, "_step", "repair")
     options = Options(
@@ -148,9 +148,9 @@ def test_runs_are_those_of_a_real_compression(tiny, devices, tmp_path, monkeypat
 def test_a_plan_as_text_json_and_picture(whole, tmp_path):
     config, here, programs = whole
     plan = compression_report.summary(programs, config, here, OPTIONS)
-    report.write(plan, tmp_path / "plan.json")
+    output.write(plan, tmp_path / "plan.json")
     assert json.loads((tmp_path / "plan.json").read_text())["programs"].keys() == programs.keys()
-    report.picture(plan["programs"], tmp_path / "plan.png")
+    output.picture(plan["programs"], tmp_path / "plan.png")
     assert (tmp_path / "plan.png").stat().st_size > 5000
     calibrating = plan["stages"][0]
     runs = {"calibrate": 2 * 16, "pass": 2 * 8, "loss": 8}  # 64 windows a batch, 512 held out

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mea_jax.config import RopeScaling
-from mea_jax.positions import apply_rope, rope_frequencies, rope_table
+from mea_jax.config.schema import RopeScaling
+from mea_jax.ops.rope import apply_rope, rope_frequencies, rope_table
 
 LLAMA3 = RopeScaling(factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context=8192)
 # Angles up to 300 radians carry float32 errors of 300 * 2^-24 = 2e-5.

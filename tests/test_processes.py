@@ -15,12 +15,13 @@ import numpy as np
 import pytest
 from helpers import assert_close, change
 
-from mea_jax import distributed, sharding
-from mea_jax.checkpoint import Checkpoints
-from mea_jax.config import MeshConfig
-from mea_jax.report import read_metrics
-from mea_jax.train import train
-from mea_jax.train_step import abstract_state
+from mea_jax.checkpoint.manager import Checkpoints
+from mea_jax.checkpoint.metrics import read_metrics
+from mea_jax.config.schema import MeshConfig
+from mea_jax.parallel import processes as parallel_processes
+from mea_jax.parallel import sharding
+from mea_jax.train.run import train
+from mea_jax.train.step import abstract_state
 
 ROOT = Path(__file__).parent.parent
 STEPS, SAVED = 5, 3
@@ -29,7 +30,7 @@ DEVICES = 4  # of the whole run, shared by its processes
 # A config file that loads the JSON beside it.
 CONFIG = """
 import json
-from mea_jax.config import default_config
+from mea_jax.config.schema import default_config
 
 def get_config():
     config = default_config()
@@ -46,9 +47,9 @@ import json, sys
 from pathlib import Path
 import jax, numpy as np
 from mea_jax import cli, distributed, sharding
-from mea_jax.config import MeshConfig, TrainConfig
+from mea_jax.config.schema import MeshConfig, TrainConfig
 from mea_jax.data.pipeline import held_out_batches, train_batches
-from mea_jax.data.shared import prepare_together
+from mea_jax.data.multi_host import prepare_together
 from mea_jax.train import train
 
 def main():
@@ -56,7 +57,7 @@ def main():
     distributed.start(coordinator=address, count=4, index=int(index), timeout=60)
     cli.enable_compilation_cache()
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # for the second run
-    config = TrainConfig.from_dict(json.loads(Path(given).read_text()))
+    config = from_dict(json.loads(Path(given).read_text()))
     size, length = config.batch_size, config.data.context_length
     prepared = prepare_together(config.data, None, log=lambda line: None)
     for sizes, order in (((4, 1, 1), -1), ((1, 2, 2), 1), ((2, 1, 2), -1), ((1, 2, 1, 2), 1)):
@@ -356,7 +357,7 @@ def test_a_run_directory_that_is_not_shared(config_file, tmp_path):
         train_command(config_file, address, 2, index, "--workdir", tmp_path / str(index))
         for index in range(2)
     ]
-    short = "import mea_jax.run_directory as r; r._SHARED_SECONDS = 0.5; "
+    short = "import mea_jax.checkpoint.run_directory as r; r._SHARED_SECONDS = 0.5; "
     short += "import runpy, sys; sys.argv = sys.argv[1:]; "
     short += "runpy.run_module('mea_jax.train', run_name='__main__', alter_sys=True)"
     found = ends([start(["-c", short, *c[1:]], devices=2) for c in commands], timeout=60)
@@ -383,12 +384,14 @@ def test_a_killed_process_ends_the_others(victim):
 
 def test_silence_is_noticed_at_the_limit():
     """Signs count when they are new, by the clock of the process that looks."""
-    signs = distributed.SignsOfLife(3, 100.0)
+    signs = parallel_processes.SignsOfLife(3, 100.0)
     signs.note({0: "1 a", 1: "7 b"}, 110.0)
-    assert signs.lost(100.0 + distributed.LOST_SECONDS) is None
-    found = signs.lost(101.0 + distributed.LOST_SECONDS)
-    assert found == f"process 2 has not been heard of for {distributed.LOST_SECONDS + 1:.0f} s"
+    assert signs.lost(100.0 + parallel_processes.LOST_SECONDS) is None
+    found = signs.lost(101.0 + parallel_processes.LOST_SECONDS)
+    assert (
+        found == f"process 2 has not been heard of for {parallel_processes.LOST_SECONDS + 1:.0f} s"
+    )
     signs.note({0: "2 a", 1: "7 b", 2: "1 c"}, 160.0)
-    found = signs.lost(160.0 + distributed.LOST_SECONDS)
+    found = signs.lost(160.0 + parallel_processes.LOST_SECONDS)
     assert found is not None
     assert found.startswith("process 1 on b ")

@@ -6,10 +6,10 @@ import json
 import jax
 import pytest
 
-from mea_jax import profiling
 from mea_jax.errors import UserError
-from mea_jax.loop import Loop
-from mea_jax.train import train
+from mea_jax.train import profiling
+from mea_jax.train.loop import Loop
+from mea_jax.train.run import train
 
 
 class Cut(BaseException):
@@ -31,7 +31,9 @@ def traced(tiny, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, "devices", lambda *_: everything[:1])
         patch.setattr(Loop, "report_step", stop)
-        patch.setattr("mea_jax.report.Progress.say", lambda self, line: lines.append(line))
+        patch.setattr(
+            "mea_jax.checkpoint.metrics.Progress.say", lambda self, line: lines.append(line)
+        )
         with pytest.raises(Cut):
             train(tiny(), workdir, (3, 5))
     return workdir, lines

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from mea_jax.checkpoint import find_checkpoint
+from mea_jax.checkpoint.manager import find_checkpoint
+from mea_jax.convert.importing import locate
 from mea_jax.errors import UserError
-from mea_jax.interop.importing import locate
 
 
 def test_a_model_of_transformers_as_checkpoint_is_sent_to_the_import(tmp_path):

@@ -19,21 +19,16 @@ from helpers import (
 )
 from whole_runs import MEASURED, final_state, rows_of, train_on_one_device, train_until
 
-from mea_jax import sharding
-from mea_jax.checkpoint import Checkpoints, Position
-from mea_jax.config import CheckpointConfig, MeshConfig, TrainConfig
+from mea_jax.checkpoint.manager import Checkpoints, Position
+from mea_jax.config.parse import from_dict
+from mea_jax.config.schema import CheckpointConfig, MeshConfig, TrainConfig
 from mea_jax.data.tokenizers import BytesTokenizer
 from mea_jax.errors import UserError
-from mea_jax.start import Start
-from mea_jax.train import train
-from mea_jax.train_step import (
-    TrainState,
-    abstract_params,
-    compile_train_step,
-    create_state,
-    param_shardings,
-    state_shardings,
-)
+from mea_jax.model.params import TrainState, abstract_params, param_shardings
+from mea_jax.parallel import sharding
+from mea_jax.train.run import train
+from mea_jax.train.step import compile_train_step, create_state, state_shardings
+from mea_jax.train.warm_start import Start
 
 CONFIG = Path(__file__).parent.parent / "configs" / "recover.py"
 STEPS = 6
@@ -269,8 +264,8 @@ def test_the_config_takes_model_and_data_from_the_checkpoint(source, command, tm
     assert status == 0, err
     assert "at the start" in out
     run = tmp_path / "runs" / "model_recovered"
-    config = TrainConfig.from_dict(json.loads((run / "config.json").read_text()))
-    wanted = TrainConfig.from_dict(kept)
+    config = from_dict(json.loads((run / "config.json").read_text()))
+    wanted = from_dict(kept)
     # What runs where is chosen anew.
     chosen = {key: getattr(config.model, key) for key in ("backend", "attention_kernel")}
     assert config.model == change(wanted.model, loss_chunk=1, **chosen)
@@ -293,7 +288,7 @@ def test_longer_windows_of_the_same_model(source, command, tmp_path, monkeypatch
     status, _, err = command("--config", path, *QUICK, "--workdir", tmp_path / "long")
     assert status == 0, err
     old, new = (
-        TrainConfig.from_dict(json.loads((run / "config.json").read_text()))
+        from_dict(json.loads((run / "config.json").read_text()))
         for run in (source[0], tmp_path / "long")
     )
     assert new.data.context_length == 4 * old.data.context_length

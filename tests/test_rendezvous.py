@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from mea_jax import rendezvous
 from mea_jax.errors import UserError
+from mea_jax.parallel import rendezvous
 
 
 @pytest.fixture

@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mea_jax import report
+from mea_jax import cli
+from mea_jax.checkpoint import files, metrics
+from mea_jax.checkpoint.metrics import MetricsWriter, read_metrics
 from mea_jax.errors import UserError
-from mea_jax.report import MetricsWriter, read_metrics
 
 
 def written(workdir, rows, start=0, redo=()):
@@ -57,10 +58,10 @@ def test_numbers_that_are_not_finite_are_null(tmp_path):
     lines = [json.loads(line, parse_constant=refuse) for line in old.read_text().splitlines()]
     assert [row["loss"] for row in lines] == [None, None]
     assert lines[1]["heads"] == [[None, 2.0]]
-    report.write_json(tmp_path / "summary.json", {"a": [float("inf")], "b": {"c": (1.5, 2)}})
+    files.write_json(tmp_path / "summary.json", {"a": [float("inf")], "b": {"c": (1.5, 2)}})
     stored = json.loads((tmp_path / "summary.json").read_text(), parse_constant=refuse)
     assert stored == {"a": [None], "b": {"c": [1.5, 2]}}
-    assert report.plot_loss(tmp_path, "title", None, {}).exists()
+    assert metrics.plot_loss(tmp_path, "title", None, {}).exists()
 
 
 def test_a_line_cut_short_is_left_out(tmp_path):
@@ -84,13 +85,13 @@ def test_tensorboard_gets_scalars(tmp_path):
 def test_figure_of_any_run(tmp_path, rows, baselines):
     """Even of one without a row, and without a second axis."""
     written(tmp_path, rows)
-    path = report.plot_loss(tmp_path, "title", 1.5 if baselines else None, baselines)
+    path = metrics.plot_loss(tmp_path, "title", 1.5 if baselines else None, baselines)
     assert path.name == "loss.png"
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
 def test_progress_without_a_terminal_is_a_line_at_the_end(capsys):
-    progress = report.Progress(0, 3)
+    progress = metrics.Progress(0, 3)
     for step in (1, 2, 3):
         progress.update(step, 1.25, 5000.0)
     progress.close()
@@ -103,7 +104,7 @@ def test_progress_without_a_terminal_is_a_line_at_the_end(capsys):
 
 
 def test_progress_of_other_processes_is_silent(capsys):
-    progress = report.Progress(0, 2, enabled=False)
+    progress = metrics.Progress(0, 2, enabled=False)
     progress.update(1, 1.0, 1.0)
     progress.update(2, 1.0, 1.0)
     progress.close()
@@ -112,14 +113,14 @@ def test_progress_of_other_processes_is_silent(capsys):
 
 def test_json_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "x.json"
-    report.write_json(path, {"a": 1})
+    files.write_json(path, {"a": 1})
 
     def full(*args):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.replace", full)
     with pytest.raises(UserError, match=r"x\.json cannot be written: No space left on device"):
-        report.write_json(path, {"a": 2})
+        files.write_json(path, {"a": 2})
     assert json.loads(path.read_text()) == {"a": 1}
 
 
@@ -136,12 +137,12 @@ def test_json_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     ],
 )
 def test_numbers_for_people(value, text):
-    assert report.si(value, "B") == text
+    assert cli.si(value, "B") == text
 
 
 @given(exponent=st.floats(3, 20))
 def test_numbers_for_people_are_the_number(exponent):
-    number, unit = report.si(10**exponent).split(" ")
+    number, unit = cli.si(10**exponent).split(" ")
     scale = 1000.0 ** (1 + ["k", "M", "G", "T", "P", "E"].index(unit))
     # Three digits.
     assert float(number) * scale == pytest.approx(10**exponent, rel=6e-3)
@@ -149,4 +150,4 @@ def test_numbers_for_people_are_the_number(exponent):
 
 
 def test_table_aligns():
-    assert report.table([("a", "1"), ("long", "2")]) == "  a     1\n  long  2"
+    assert cli.table([("a", "1"), ("long", "2")]) == "  a     1\n  long  2"

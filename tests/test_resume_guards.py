@@ -8,16 +8,17 @@ import pytest
 from helpers import change
 
 import mea_jax.train
-from mea_jax import sharding
-from mea_jax.checkpoint import Checkpoints, Position
-from mea_jax.config import CheckpointConfig, SourceConfig
+from mea_jax.checkpoint.manager import Checkpoints, Position
+from mea_jax.checkpoint.metrics import read_metrics
+from mea_jax.checkpoint.run_directory import stored_dtype
+from mea_jax.config.schema import CheckpointConfig, SourceConfig
 from mea_jax.errors import UserError
-from mea_jax.guards import Guards, Spike
-from mea_jax.loop import Loop
-from mea_jax.report import read_metrics
-from mea_jax.run_directory import stored_dtype
-from mea_jax.train import train
-from mea_jax.train_step import abstract_params, create_state
+from mea_jax.model.params import abstract_params
+from mea_jax.parallel import sharding
+from mea_jax.train.guards import Guards, Spike
+from mea_jax.train.loop import Loop
+from mea_jax.train.run import train
+from mea_jax.train.step import create_state
 
 
 @pytest.fixture
@@ -50,7 +51,7 @@ def test_changed_data_are_refused(cut):
 def test_auto_dtype_stays_what_the_run_started_with(cut, monkeypatch):
     config, workdir = cut
     assert stored_dtype(workdir) == "float32"
-    monkeypatch.setattr("mea_jax.backends._cpu_multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr("mea_jax.ops.backend._cpu_multiplies_bfloat16", lambda: True)
     config = change(config, **{"model.dtype": "auto", "model.backend": "cpu"})
     assert train(config, workdir)["text"]
     assert stored_dtype(workdir) == "float32"

@@ -10,7 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from mea_jax.errors import UserError
-from mea_jax.sampling import Sampling, choose, restrict
+from mea_jax.ops.sampling import Sampling, choose, restrict
 
 VOCAB = 12
 many = settings(max_examples=50)  # one shape: nothing is compiled anew but for another k
@@ -141,7 +141,6 @@ def test_a_rows_token_depends_on_its_own_key_and_logits():
     ("options", "message"),
     [
         ({"temperature": -0.1}, r"^temperature=-0\.1 must be 0 \(greedy\) or more$"),
-        # FAILS: `nan < 0` is False. In sampling.py, `if not self.temperature >= 0` would refuse it.
         ({"temperature": float("nan")}, r"^temperature=nan must be 0"),
         ({"top_k": -1}, r"^top_k=-1 must be 0 \(all tokens\) or more$"),
         ({"top_p": 0.0}, r"^top_p=0\.0 must lie above 0"),

@@ -6,10 +6,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mea_jax import distributed, saving
-from mea_jax.config import CheckpointConfig
-from mea_jax.preemption import StopRequest
-from mea_jax.saving import SaveTimes
+from mea_jax.config.schema import CheckpointConfig
+from mea_jax.parallel import processes
+from mea_jax.parallel.preemption import StopRequest
+from mea_jax.train import saving
+from mea_jax.train.saving import SaveTimes
 
 STEPS = 24
 
@@ -136,9 +137,9 @@ class Run:
             get = staticmethod(words.get)
 
         self.processes: list[Process] = []
-        patch.setattr(distributed, "Board", Board)
-        patch.setattr(distributed, "several", lambda: True)
-        patch.setattr(distributed, "first", lambda: self.current.index == 0)
+        patch.setattr(processes, "Board", Board)
+        patch.setattr(processes, "several", lambda: True)
+        patch.setattr(processes, "first", lambda: self.current.index == 0)
         patch.setattr(saving.time, "monotonic", lambda: self.current.now)
         self.processes += [Process(self, index, options) for index in range(count)]
 

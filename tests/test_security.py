@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import tensorstore
 
-from mea_jax import digests
-from mea_jax.checkpoint import Checkpoints
+from mea_jax.checkpoint import digests
+from mea_jax.checkpoint.manager import Checkpoints
+from mea_jax.convert.composite import MODEL_FILES
 from mea_jax.errors import UserError
-from mea_jax.interop.composite import MODEL_FILES
 
 ROOT = Path(__file__).parent.parent
 OLD = Path(__file__).parent / "checkpoints" / "format_1"
@@ -39,14 +39,14 @@ LOAD = """
 import json, sys
 from pathlib import Path
 run, cache = Path(sys.argv[1]), Path(sys.argv[2])
-from mea_jax.config import TrainConfig
+from mea_jax.config.schema import TrainConfig
 from mea_jax.data import pipeline, prepare
 from mea_jax.generate import load
 
 def everything():
     load(run)
     tree = json.loads((run / "config.json").read_text())
-    config = TrainConfig.from_dict(tree)
+    config = from_dict(tree)
     prepared = prepare.prepare(config.data, log=lambda line: None)
     next(pipeline.train_batches(prepared, seed=0, batch_size=2))
 

@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 from helpers import assert_close, packed, random_batch, tiny_model
 
-from mea_jax import attention, chunked_attention, flash_attention, sharding
-from mea_jax import sequence_parallel as sp
-from mea_jax.backends import CpuBackend, HeadNorm, XlaBackend, resolve
-from mea_jax.config import MeshConfig
-from mea_jax.diagnostics import compile_diagnostics
+from mea_jax.config.schema import MeshConfig
 from mea_jax.errors import UserError
-from mea_jax.train import train
-from mea_jax.train_step import batch_loss, compile_eval_step, create_state
+from mea_jax.ops import attention, chunked, flash
+from mea_jax.ops import context_parallel as sp
+from mea_jax.ops.backend import CpuBackend, HeadNorm, XlaBackend, resolve
+from mea_jax.parallel import sharding
+from mea_jax.train.diagnostics import compile_diagnostics
+from mea_jax.train.run import train
+from mea_jax.train.step import batch_loss, compile_eval_step, create_state
 
 N, K, SCALE = 4, 2, 0.3
 FLOAT32 = jnp.dtype(jnp.float32)
@@ -58,7 +59,7 @@ def test_a_batch_is_laid_out_without_moving_anything():
 @pytest.mark.parametrize(("length", "block", "shards"), [(256, 16, 2), (256, 8, 8), (4096, 512, 4)])
 def test_all_shards_compute_as_many_pairs_of_blocks(length, block, shards):
     """Together the triangle of one device, each pair once: blocks that divide a chunk."""
-    tables = chunked_attention.pairs(length, block, shards)
+    tables = chunked.pairs(length, block, shards)
     n = length // block
     assert tables.shape == (shards, n * (n + 1) // 2 // shards, 3)
     seen = set()
@@ -75,9 +76,7 @@ def test_splash_skips_what_a_shard_cannot_see(length, shards, block):
     """Blocks that its kernels run, of queries by keys: as many on each shard, the triangle's."""
     with jax.set_mesh(mesh_of(shards)):
         q, v = (jnp.zeros((1, length, heads, 64), jnp.bfloat16) for heads in (N, K))
-        kernel, _ = flash_attention.sharded_splash(
-            q, v, sp.zigzag(length, shards), shards, "saved", True
-        )
+        kernel, _ = flash.sharded_splash(q, v, sp.zigzag(length, shards), shards, "saved", True)
     n = length // block
     infos: list[Any] = [kernel.fwd_mask_info, kernel.dkv_mask_info]
     for info in infos:
@@ -191,9 +190,7 @@ def test_splash_in_natural_order_on_a_mesh_that_splits_windows():
 
     def attend(q, k, v):
         q, k, v = (sharding.constrain(x, *sp.HEADS) for x in (q, k, v))
-        return flash_attention.splash_attention(
-            q, k, v, jnp.asarray(ids), scale=SCALE, interpret=True
-        )
+        return flash.splash_attention(q, k, v, jnp.asarray(ids), scale=SCALE, interpret=True)
 
     def expected(q, k, v):
         return attention.dot_product_attention(q, k, v, jnp.asarray(ids), SCALE)

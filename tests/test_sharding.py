@@ -13,11 +13,12 @@ import pytest
 from helpers import assert_close, change, flat, random_batch
 from jax.sharding import PartitionSpec as P
 
-from mea_jax import sharding
-from mea_jax.config import MeshConfig
-from mea_jax.diagnostics import compile_diagnostics
+from mea_jax.config.checks import validate
+from mea_jax.config.schema import MeshConfig
 from mea_jax.errors import UserError
-from mea_jax.train_step import (
+from mea_jax.parallel import sharding
+from mea_jax.train.diagnostics import compile_diagnostics
+from mea_jax.train.step import (
     abstract_state,
     batch_loss,
     compile_eval_step,
@@ -25,7 +26,6 @@ from mea_jax.train_step import (
     create_state,
     state_shardings,
 )
-from mea_jax.validation import validate
 
 STEPS = 5
 MESHES = {
@@ -198,7 +198,7 @@ def test_residual_is_split_by_rows_and_positions(config, name, shape):
         return y
 
     with pytest.MonkeyPatch.context() as patch, jax.set_mesh(mesh):
-        patch.setattr("mea_jax.transformer.constrain", spy)
+        patch.setattr("mea_jax.model.transformer.constrain", spy)
         where = (state_shardings(config, mesh).params, sharding.batch_sharding(mesh))
         loss = jax.jit(lambda p, b: batch_loss(config, p, b)[0], in_shardings=where)
         batch = random_batch(0, 8, 32, 264)

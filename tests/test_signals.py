@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from mea_jax import preemption
-from mea_jax.preemption import Preempted
+from mea_jax.parallel import preemption
+from mea_jax.parallel.preemption import Preempted
 
 TESTS = Path(__file__).parent
 MOMENTS = 20

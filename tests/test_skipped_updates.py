@@ -9,9 +9,11 @@ import optax
 import pytest
 from helpers import assert_equal, change, flat, random_batch
 
-from mea_jax import sharding, train_step
-from mea_jax.optimizer import make_optimizer
-from mea_jax.train_step import TrainState, create_state
+from mea_jax.model.params import TrainState
+from mea_jax.parallel import sharding
+from mea_jax.train import step as train_step
+from mea_jax.train.optimizer import make_optimizer
+from mea_jax.train.step import create_state
 
 BAD = {"nan": np.nan, "inf": np.inf, "-inf": -np.inf, "overflow": 3e38}
 GOOD = random_batch(0, batch=4, length=16, vocab=264)

@@ -19,9 +19,9 @@ import dataclasses, functools, json
 import jax
 import jax.numpy as jnp
 from mea_jax import decode, sharding, topology
-from mea_jax.backends import resolve
-from mea_jax.config import MeshConfig, ModelConfig, TrainConfig
-from mea_jax.train_step import abstract_params, abstract_state, compile_train_step
+from mea_jax.ops.backend import resolve
+from mea_jax.config.schema import MeshConfig, ModelConfig, TrainConfig
+from mea_jax.train.step import abstract_params, abstract_state, compile_train_step
 
 LENGTH = 2048
 devices = topology.describe("v5e:2x2")

@@ -14,19 +14,17 @@ import pytest
 from helpers import assert_equal, change, params_of
 from whole_runs import MEASURED, Cut, final_state, rows_of, train_on_one_device, train_until
 
-import mea_jax.loop
 import mea_jax.train
-from mea_jax import sharding
-from mea_jax.config import MeshConfig, TrainConfig
+import mea_jax.train.loop
+from mea_jax.config.parse import from_dict
+from mea_jax.config.schema import MeshConfig
 from mea_jax.data.pipeline import train_batches
 from mea_jax.data.prepare import prepare
-from mea_jax.diagnostics import compile_diagnostics, mixing_distance
 from mea_jax.errors import UserError
-from mea_jax.train import train
-from mea_jax.train_step import (
-    compile_train_step,
-    create_state,
-)
+from mea_jax.parallel import sharding
+from mea_jax.train.diagnostics import compile_diagnostics, mixing_distance
+from mea_jax.train.run import train
+from mea_jax.train.step import compile_train_step, create_state
 
 STEPS = 8
 
@@ -54,7 +52,7 @@ def test_run_directory(finished):
         "summary.json",
     }
     resolved = change(config, **{"model.attention_kernel": "einsum", "model.hlc_form": "folded"})
-    assert TrainConfig.from_dict(json.loads((workdir / "config.json").read_text())) == resolved
+    assert from_dict(json.loads((workdir / "config.json").read_text())) == resolved
     assert (workdir / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert list((workdir / "tensorboard").glob("events.out.tfevents.*"))
     assert {path.name for path in (workdir / "checkpoints").iterdir()} == {"4", "8"}
@@ -167,7 +165,7 @@ def test_cut_between_the_last_checkpoint_and_the_summary(finished, devices, tmp_
         raise Cut
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mea_jax.report, "plot_loss", stop)
+        patch.setattr(mea_jax.checkpoint.metrics, "plot_loss", stop)
         with pytest.raises(Cut):
             train(config, tmp_path)
     assert not (tmp_path / "summary.json").exists()
@@ -219,7 +217,7 @@ def test_resumed_on_another_microbatch(finished, devices, tmp_path, monkeypatch)
             seen.append(batch)
             yield batch
 
-    monkeypatch.setattr(mea_jax.loop, "train_batches", watched)
+    monkeypatch.setattr(mea_jax.train.loop, "train_batches", watched)
     assert train(change(config, accumulate=4), tmp_path)["timed_steps"] == 4
     prepared = prepare(config.data, log=lambda line: None)
     expected_batches = train_batches(prepared, seed=0, batch_size=8, threads=0, prefetch=0)
@@ -273,9 +271,10 @@ jax.config.update("jax_platforms", "cpu")
 devices = jax.devices()
 jax.devices = lambda *_: devices[:1]
 from mea_jax import cli
-from mea_jax.config import TrainConfig
-from mea_jax.loop import Loop
-from mea_jax.train import train
+from mea_jax.config.schema import TrainConfig
+from mea_jax.config import parse
+from mea_jax.train.loop import Loop
+from mea_jax.train.run import train
 cli.enable_compilation_cache()
 report = Loop.report_step
 def slow(self, step, *args):
@@ -284,7 +283,7 @@ def slow(self, step, *args):
         import time; time.sleep(60)
     return report(self, step, *args)
 Loop.report_step = slow
-train(TrainConfig.from_dict(json.loads(Path(sys.argv[1]).read_text())), Path(sys.argv[2]))
+train(parse.from_dict(json.loads(Path(sys.argv[1]).read_text())), Path(sys.argv[2]))
 """
 
 

@@ -12,15 +12,15 @@ import jax
 import pytest
 
 import mea_jax.train
-from mea_jax import sharding
-from mea_jax.checkpoint import Checkpoints
+from mea_jax.checkpoint.manager import Checkpoints
+from mea_jax.checkpoint.metrics import read_metrics
 from mea_jax.data.pipeline import train_batches
 from mea_jax.data.prepare import prepare
 from mea_jax.errors import UserError
-from mea_jax.loop import Loop
-from mea_jax.report import read_metrics
-from mea_jax.train import train
-from mea_jax.train_step import abstract_state, compile_eval_step
+from mea_jax.parallel import sharding
+from mea_jax.train.loop import Loop
+from mea_jax.train.run import train
+from mea_jax.train.step import abstract_state, compile_eval_step
 
 
 def test_a_diverged_run_names_a_checkpoint_that_is_good(tiny, devices, tmp_path):
@@ -48,13 +48,13 @@ def test_a_diverged_run_names_a_checkpoint_that_is_good(tiny, devices, tmp_path)
 def test_too_many_updates_left_out(tiny, devices, tmp_path, monkeypatch):
     """One line that names the step; none of the updates was made, so nothing else is wrong."""
     devices(1)
-    original = mea_jax.train_step._gradients
+    original = mea_jax.train.step._gradients
 
     def gradients(*args):
         found, nll, tokens = original(*args)
         return jax.tree.map(lambda g: g * math.nan, found), nll, tokens
 
-    monkeypatch.setattr(mea_jax.train_step, "_gradients", gradients)
+    monkeypatch.setattr(mea_jax.train.step, "_gradients", gradients)
     config = tiny(**{"guards.max_skipped": 2, "checkpoint.every": 1})
     expected = r"norm is nan .* at step 3: of the .* 3 are left out, more than config\.guards\.max"
     with pytest.raises(UserError, match=expected) as error:
@@ -82,7 +82,7 @@ def test_a_failed_write_ends_the_run_at_the_next_step(tiny, devices, tmp_path, m
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(Loop, "report_step", watched)
-    monkeypatch.setattr(mea_jax.checkpoint.digests, "seal", full)
+    monkeypatch.setattr(mea_jax.checkpoint.manager.digests, "seal", full)
     expected = r"checkpoint of step 4 could not be written .*No space left.*nothing is saved"
     with pytest.raises(UserError, match=expected):
         train(tiny(), tmp_path)
@@ -98,7 +98,7 @@ def test_full_disk(tiny, devices, tmp_path, monkeypatch, call):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     if call == "write":
-        write = mea_jax.report.MetricsWriter.write
+        write = mea_jax.checkpoint.metrics.MetricsWriter.write
 
         def failing(self, step, *args):
             if step == 3:
@@ -106,7 +106,7 @@ def test_full_disk(tiny, devices, tmp_path, monkeypatch, call):
                 monkeypatch.setattr(self, "file", broken)
             return write(self, step, *args)
 
-        monkeypatch.setattr(mea_jax.report.MetricsWriter, "write", failing)
+        monkeypatch.setattr(mea_jax.checkpoint.metrics.MetricsWriter, "write", failing)
     elif call == "config":
         monkeypatch.setattr("os.replace", full)
     elif call == "plot":

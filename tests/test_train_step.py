@@ -7,14 +7,9 @@ import numpy as np
 import pytest
 from helpers import assert_close, random_batch
 
-from mea_jax import sharding
-from mea_jax.train_step import (
-    TrainState,
-    abstract_state,
-    compile_eval_step,
-    compile_train_step,
-    create_state,
-)
+from mea_jax.model.params import TrainState
+from mea_jax.parallel import sharding
+from mea_jax.train.step import abstract_state, compile_eval_step, compile_train_step, create_state
 
 # Padding as uneven as it can be: parts of two rows hold 64, 33, 10 and 2 tokens.
 UNEVEN = [[32], [20, 9], [7], [1], [32], [4], [3], [1]]

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from helpers import assert_close, change, flat, packed, params_of, random_batch, tiny_model
 
-from mea_jax.layers import Context
-from mea_jax.norms import rms_norm
-from mea_jax.train_step import batch_loss, init_params
-from mea_jax.transformer import Block, Decoder, rope_of, stretches
+from mea_jax.model.attention import Context
+from mea_jax.model.params import init_params
+from mea_jax.model.transformer import Block, Decoder, rope_of, stretches
+from mea_jax.ops.rms_norm import rms_norm
+from mea_jax.train.step import batch_loss
 
 # Logits of some units, through two layers of float32 sums in another order.
 TOLERANCE = 2e-4

@@ -12,14 +12,14 @@ import references
 from helpers import ATTENTIONS, PLAIN, change, flat, packed, params_of, tiny_model
 from references import logits_of, maps_of, rotated, weighted
 
-from mea_jax import attention
-from mea_jax.backends import resolve
-from mea_jax.config import TrainConfig
+from mea_jax.config.checks import validate, validate_from_scratch
+from mea_jax.config.schema import TrainConfig
 from mea_jax.errors import UserError
-from mea_jax.layers import Context
-from mea_jax.transformer import rope_of
-from mea_jax.validation import validate, validate_from_scratch
-from mea_jax.variants import lambda_init, make_attention
+from mea_jax.model.attention import Context
+from mea_jax.model.transformer import rope_of
+from mea_jax.model.variants import lambda_init, make_attention
+from mea_jax.ops import attention
+from mea_jax.ops.backend import resolve
 
 V1, V2 = PLAIN | {"variant": "differential_v1"}, PLAIN | {"variant": "differential_v2"}
 TALKING = PLAIN | {"variant": "talking_heads"}

@@ -17,12 +17,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
-from mea_jax import attention, flash_attention, sharding, topology
-from mea_jax.config import MeshConfig
+from mea_jax.config.schema import MeshConfig
+from mea_jax.ops import attention, flash
+from mea_jax.parallel import sharding, topology
 
 B, T, N, K = 4, 2048, 8, 4
 ATTENTION: dict[str, Callable[..., jax.Array]] = {
-    "splash": flash_attention.splash_attention,
+    "splash": flash.splash_attention,
     "plain": attention.dot_product_attention,
 }
 SHAPE = re.compile(r"\b(?:pred|bf16|[fsu]\d+)\[([\d,]+)\]")

@@ -3,13 +3,13 @@
 import jax
 import pytest
 
-from mea_jax import sharding
-from mea_jax.checkpoint import Checkpoints
-from mea_jax.config import MeshConfig
-from mea_jax.loop import Loop
-from mea_jax.report import read_metrics
-from mea_jax.train import train
-from mea_jax.train_step import abstract_state
+from mea_jax.checkpoint.manager import Checkpoints
+from mea_jax.checkpoint.metrics import read_metrics
+from mea_jax.config.schema import MeshConfig
+from mea_jax.parallel import sharding
+from mea_jax.train.loop import Loop
+from mea_jax.train.run import train
+from mea_jax.train.step import abstract_state
 
 # What a row says about the machine rather than about the run.
 MEASURED = ("tokens_per_second", "flops_per_second", "mfu")

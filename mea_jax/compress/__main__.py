@@ -6,58 +6,17 @@ python -m mea_jax.compress --checkpoint runs/quickstart --keep 0.5 --budget meas
 """
 
 import sys
-import time
 from pathlib import Path
 
 import jax
 from absl import flags
 
 from mea_jax import cli
-from mea_jax.compress import budgets, methods, repair, report
+from mea_jax.compress import budgets, damage, methods, repair
 from mea_jax.compress.options import Options
-from mea_jax.compress.work import Pass
-from mea_jax.cpu_kernels import accelerator_attached, keep_freed_memory
+from mea_jax.compress.run import compress
 from mea_jax.errors import UserError, nearest
-
-
-def compress(
-    checkpoint: Path, out: Path, options: Options, measurements: Path | None = None
-) -> dict:
-    """Compresses `checkpoint` into the run directory `out`; the summary (`report.summarise`).
-
-    What is measured of the original stays in `measurements`, and is taken from there. Raises
-    `UserError`.
-    """
-
-    def say(line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
-
-    began = time.monotonic()
-
-    def stage(words: str) -> None:
-        say(f"{time.monotonic() - began:6.0f} s  {words}")
-
-    work = Pass(checkpoint, out, options, say, measurements)
-    stage(f"calibrating {work.model.n_layers} layers on {options.calibration_tokens:,} tokens")
-    before = work.calibrate()
-    stage(f"dividing the cache: {options.budget}")
-    keys, values, sensitivities = work.divide()
-    stage(f"compressing: {options.method}, repair {options.repair}")
-    writer, rows = work.compress(keys, values)
-    stage("looking at the held-out loss")
-    after = work.look(writer)
-    whole = [work.count] * work.model.n_layers
-    summary = report.summarise(
-        options,
-        (work.cache_of(whole, whole), work.cache_of(keys, values)),
-        rows,
-        (before, after),
-        sensitivities,
-        work.count,
-    )
-    stage("writing the checkpoint")
-    work.finish(writer, summary, lambda path: report.draw(summary, path))
-    return summary
+from mea_jax.ops.cpu import accelerator_attached, keep_freed_memory
 
 
 def _options() -> Options:
@@ -93,7 +52,7 @@ def main() -> None:
         print("no calibration text: methods see the weights alone", file=sys.stderr)
     measurements = Path(MEASUREMENTS.value) if MEASUREMENTS.value else None
     summary = compress(Path(CHECKPOINT.value), Path(OUT.value), options, measurements)
-    print(report.table(summary))
+    print(damage.table(summary))
     print(f"\nrun directory {OUT.value}, with compression.json and compression.png")
     print(f"devices       {len(jax.devices())} x {jax.devices()[0].device_kind}")
 

@@ -13,10 +13,10 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from mea_jax.cache import count_bytes
-from mea_jax.config import ModelConfig
-from mea_jax.decode import empty_cache, serving
+from mea_jax.config.schema import ModelConfig
 from mea_jax.errors import UserError
+from mea_jax.generate.decode import empty_cache, serving
+from mea_jax.model.kv_cache import count_bytes
 
 BUDGETS = ("uniform", "measured", "repaired", "residual")
 LAYERS = ("full", "deep", "half")

@@ -19,7 +19,7 @@ import numpy as np
 
 from mea_jax.compress.grouping import one_hot, partition
 from mea_jax.compress.moments import ridged
-from mea_jax.mixing import block_identity
+from mea_jax.ops.hlc import block_identity
 
 _SWEEPS = 300
 _LOOK = 10  # sweeps between two looks at the residual

@@ -11,11 +11,11 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from mea_jax import mixing
 from mea_jax.compress.keys import Keys
 from mea_jax.compress.moments import complex_heads, real_heads
 from mea_jax.compress.values import Values
-from mea_jax.config import ModelConfig
+from mea_jax.config.schema import ModelConfig
+from mea_jax.ops import hlc
 
 Tree = dict[str, Any]
 _ONE = 1e-6  # a gauge so near to 1 is none
@@ -43,7 +43,7 @@ def take_apart(model: ModelConfig, attention: Tree) -> Heads:
             return kernel_DCH.astype(np.float64)
         kind = model.mixing_kind(which)
         mix = jnp.asarray(attention[f"{which}_mixing"])
-        folded_DKH = mixing.fold(kind, jnp.asarray(kernel_DCH), mix)
+        folded_DKH = hlc.fold(kind, jnp.asarray(kernel_DCH), mix)
         return np.asarray(folded_DKH, np.float64)
 
     def scale(name: str) -> np.ndarray | None:

@@ -24,7 +24,7 @@ from mea_jax.compress.keys import Keys
 from mea_jax.compress.layer import Heads
 from mea_jax.compress.moments import Moments, complex_blocks, of_weights
 from mea_jax.compress.values import Values
-from mea_jax.config import ModelConfig
+from mea_jax.config.schema import ModelConfig
 from mea_jax.errors import UserError
 
 METHODS = ("svd", "calibrated", "aligned", "frequency", "gqa_mean", "gqa_aligned", "latent")

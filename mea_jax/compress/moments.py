@@ -5,7 +5,7 @@ tokens, and nothing wider: with k = W^T x, W^T E[x x^T] W = E[k k^T], and the co
 method finds are combinations of the heads themselves. So K H x K H numbers a layer are collected in
 place of D x D, and nothing is inverted that the text leaves undetermined.
 
-Letters as in attention.py, F = H/2 rotary frequencies; float64, on the host.
+Letters as in ops/attention.py, F = H/2 rotary frequencies; float64, on the host.
 """
 
 import dataclasses

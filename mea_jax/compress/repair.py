@@ -19,7 +19,7 @@ import optax
 import optax.contrib
 from optax.contrib import MuonDimensionNumbers
 
-from mea_jax.compress.sweep import (
+from mea_jax.compress.stream import (
     Spec,
     Stream,
     apply_attention,

@@ -16,7 +16,7 @@ import numpy as np
 
 from mea_jax.compress.grouping import one_hot, partition
 from mea_jax.compress.moments import by_head, ridged, root
-from mea_jax.mixing import block_identity
+from mea_jax.ops.hlc import block_identity
 
 _SWEEPS = 120
 _LOOK = 10

@@ -6,7 +6,7 @@
 Each word is a module of `mea_jax.convert` and has its own --help.
 """
 
-from mea_jax.words import run_word
+from mea_jax.cli import run_word
 
 COMMANDS = ("from_hf", "to_hf")
 

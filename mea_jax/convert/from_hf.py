@@ -9,9 +9,9 @@ from pathlib import Path
 from absl import flags
 
 from mea_jax import cli
+from mea_jax.cli import si, table
+from mea_jax.convert.importing import DTYPES, import_model, locate
 from mea_jax.errors import UserError, nearest
-from mea_jax.interop.importing import DTYPES, import_model, locate
-from mea_jax.report import si, table
 
 
 def main() -> None:

@@ -11,9 +11,9 @@ from pathlib import Path
 from absl import flags
 
 from mea_jax import cli
+from mea_jax.cli import si, table
+from mea_jax.convert.exporting import FORMS, export_model
 from mea_jax.errors import UserError, nearest
-from mea_jax.interop.exporting import FORMS, export_model
-from mea_jax.report import si, table
 
 DTYPES = ("auto", "float32", "bfloat16")
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mea_jax.config import SourceConfig
+from mea_jax.config.schema import SourceConfig
 from mea_jax.data.bad_input import BadInputError, LeftOut, some
 
 

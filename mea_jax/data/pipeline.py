@@ -11,12 +11,11 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import grain
 import numpy as np
 
 from mea_jax.data import packing
 from mea_jax.data.prepare import Prepared
-from mea_jax.data.windows import builder, reader
+from mea_jax.data.windows import reader, writing
 from mea_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
@@ -106,8 +105,10 @@ def held_out_batches(
     Raises:
       UserError: a window that cannot be read.
     """
+    import grain
+
     sets = [
-        reader.open_windows(source.directory, builder.HELD_OUT, prepared.context_length, skip_bad)
+        reader.open_windows(source.directory, writing.HELD_OUT, prepared.context_length, skip_bad)
         for source in prepared.sources
         if source.held_out_windows
     ]
@@ -128,11 +129,13 @@ def held_out_batches(
 
 def _training_sequence(prepared: Prepared, seed: int, skip_bad: bool) -> Any:
     """The infinite sequence of training windows, a `grain.MapDataset`."""
+    import grain
+
     parts = [
         # Grain's shuffle of epoch e uses seed + e. A hash keeps the epochs of one seed from being
         # those of the next, and sources of equal length from being shuffled alike.
         grain.MapDataset.source(
-            reader.open_windows(source.directory, builder.TRAIN, prepared.context_length, skip_bad)
+            reader.open_windows(source.directory, writing.TRAIN, prepared.context_length, skip_bad)
         )
         .shuffle(seed=_hash32(f"{seed}/{index}"))
         .repeat()
@@ -149,6 +152,8 @@ def _iterate(
     read: Callable[[int], Batch], start: int, stop: int, threads: int, prefetch: int
 ) -> Iterator[Batch]:
     """`read(start)`, `read(start + 1)`, .. up to `stop`, read ahead by grain's threads."""
+    import grain
+
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
     return iter(grain.MapDataset.range(start, stop).map(read).to_iter_dataset(options))
 

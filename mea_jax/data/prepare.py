@@ -22,19 +22,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mea_jax.config import DataConfig
-from mea_jax.data import bad_input, cache, files, passes, sources, split, tokenizers, waiting
-from mea_jax.data.cache import cache_root
+from mea_jax.config.paths import cache_root
+from mea_jax.config.schema import DataConfig
+from mea_jax.data import (
+    bad_input,
+    file_patterns,
+    integrity,
+    sources,
+    split,
+    tokenizer_training,
+    tokenizers,
+    waiting,
+)
 from mea_jax.data.corpus import Corpus
 from mea_jax.data.split import Split
 from mea_jax.data.tokenizers import Tokenizer
-from mea_jax.data.windows import builder
+from mea_jax.data.windows import writing
 from mea_jax.errors import UserError
 
 _FORMAT = 1  # of the cache; a new number makes all old ones unused
 _SUMMARY = "prepared.json"
 _SHARES = "-shares"  # ends the names of data that are not split by the documents' names alone
-_SPLITS = (builder.HELD_OUT, builder.TRAIN)
+_SPLITS = (writing.HELD_OUT, writing.TRAIN)
 _PASSED_OVER = "; passed over: "
 _BASELINE_LIMIT = 8 << 20  # bytes of held-out text up to which the compressors run
 
@@ -88,9 +97,9 @@ def prepare(
       vocab_size: the model's; None skips the check that the tokenizer fits.
       log: takes the lines for the user: what each source gave, what was left out, and the one
         that sums up.
-      beam_runner: as in `builder.write`. What Beam wrote serves later calls without it as well;
+      beam_runner: as in `writing.write`. What Beam wrote serves later calls without it as well;
         the windows' edges lie elsewhere than they would without Beam.
-      beam_options: as in `builder.write`.
+      beam_options: as in `writing.write`.
       on_progress: called with the bytes of each document read, but not by Beam's workers.
 
     Raises:
@@ -100,7 +109,7 @@ def prepare(
     bpe_size = tokenizers.bpe_size(config.tokenizer)
     given = tokenizers.load(config.tokenizer) if bpe_size is None else None
     _check_size(config.tokenizer, given.vocab_size if given else bpe_size, vocab_size)
-    corpora = [sources.open_source(s, passes.left_out(config)) for s in config.sources]
+    corpora = [sources.open_source(s, tokenizer_training.left_out(config)) for s in config.sources]
     root = cache_root(config)
     whole = root / _fingerprint(config, corpora, given)
     # Data that are not split by names alone have another name: an older version may have split
@@ -111,7 +120,7 @@ def prepare(
     places = [root / f"{whole.name}{s}{t}" for s in ("", _SHARES) for t in tails]
     final, made = _find(places, config, corpora), False
     if final is None:
-        with cache.write_errors(root), cache.lock(root / f"{whole.name}.lock", log):
+        with integrity.write_errors(root), integrity.lock(root / f"{whole.name}.lock", log):
             final = _find(places, config, corpora)
             if final is None:  # else another process made it meanwhile
                 scratch = root / f"{whole.name}.incomplete-{uuid.uuid4().hex[:8]}"
@@ -193,7 +202,7 @@ def _make(
       The messages of the first pieces of input that were left out, and how many there were.
     """
     config, corpora, directory = job.config, job.corpora, job.directory
-    tokenizer = given or passes.train_tokenizer(
+    tokenizer = given or tokenizer_training.train_tokenizer(
         config, corpora, job.splits, job.log, job.on_progress
     )
     tokenizer.save(directory)
@@ -202,7 +211,7 @@ def _make(
     for index, (corpus, how) in enumerate(zip(corpora, job.splits, strict=True)):
         counts = counts_directory / str(index)
         counts.mkdir(parents=True)
-        task = builder.Task(
+        task = writing.Task(
             source=corpus.source,
             units=corpus.units,
             size=corpus.size,
@@ -216,17 +225,17 @@ def _make(
         title = f"windows of {sources.describe(corpus.source)}"
         with waiting.progress(title, size, job.on_progress) as (advance, _):
             place = _source_directory(directory, index)
-            written = builder.write(task, place, advance, beam_runner, beam_options)
+            written = writing.write(task, place, advance, beam_runner, beam_options)
         for counts_of_split in written.counts.values():
             counts_of_split.skipped += corpus.left_out.count  # of the listing, so far
         messages.append([*corpus.left_out.lines, *written.left_out][: bad_input.KEPT])
         tables.append({name: dataclasses.asdict(c) for name, c in written.counts.items()})
         inputs.append(_input_line(corpus, written, _skipped(tables[-1])))
     shutil.rmtree(counts_directory)
-    held_out_bytes = sum(table[builder.HELD_OUT]["bytes"] for table in tables)
+    held_out_bytes = sum(table[writing.HELD_OUT]["bytes"] for table in tables)
     content = {
         "sources": tables,
-        "baselines": passes.baselines(
+        "baselines": tokenizer_training.baselines(
             config, job.splits, sum(corpus.size for corpus in corpora), job.on_progress
         )
         if 0 < held_out_bytes <= _BASELINE_LIMIT
@@ -238,19 +247,19 @@ def _make(
         "left_out": messages,
     }
     text = json.dumps(content, indent=1)
-    cache.write_checksums(directory, (_SUMMARY, text.encode()))
+    integrity.write_checksums(directory, (_SUMMARY, text.encode()))
     (directory / _SUMMARY).write_text(text)
     return list(itertools.chain(*messages)), sum(map(_skipped, tables))
 
 
-def _input_line(corpus: Corpus, written: builder.Written, unreadable: int) -> str:
+def _input_line(corpus: Corpus, written: writing.Written, unreadable: int) -> str:
     """Return what a source gave and what of it was passed over, for a line after its name."""
     held_out, train = (written.counts[name].bytes for name in _SPLITS)
     size = f"{corpus.size / 1e6:,.1f} MB" if corpus.size >= 1e5 else f"{corpus.size:,} bytes"
     skipped = Counter(
         {"empty documents": written.empty, "unreadable lines, rows or files": unreadable}
     )
-    tail = files.counted(+skipped + corpus.passed_over)
+    tail = file_patterns.counted(+skipped + corpus.passed_over)
     return (
         f"{_some(corpus.amount, corpus.kind)}, {size}, {_some(written.documents, 'document')}, "
         f"{held_out / (held_out + train):.2%} held out" + (f"{_PASSED_OVER}{tail}" if tail else "")
@@ -268,12 +277,12 @@ def _skipped(table: dict[str, dict[str, int]]) -> int:
 
 def _load(config: DataConfig, directory: Path) -> Prepared:
     """What `_make` wrote. Raises `UserError` if it is damaged."""
-    cache.verify(directory)
-    with cache.reading(directory / _SUMMARY, directory):
+    integrity.verify(directory)
+    with integrity.reading(directory / _SUMMARY, directory):
         content = json.loads((directory / _SUMMARY).read_bytes())
         parts = _parts(config, directory, content["sources"])
         baselines = content["baselines"]
-    with cache.reading(directory, directory):
+    with integrity.reading(directory, directory):
         tokenizer = tokenizers.from_directory(directory)
     # Not of the directory's name, which holds the files' dates.
     digest = hashlib.blake2b(tokenizer.content, digest_size=16)
@@ -299,7 +308,7 @@ def _parts(
 ) -> tuple[PreparedSource, ...]:
     parts = []
     for index, (source, table) in enumerate(zip(config.sources, tables, strict=True)):
-        train, held_out = (builder.Counts(**table[s]) for s in (builder.TRAIN, builder.HELD_OUT))
+        train, held_out = (writing.Counts(**table[s]) for s in (writing.TRAIN, writing.HELD_OUT))
         positions = (train.windows + held_out.windows) * config.context_length
         parts.append(
             PreparedSource(

@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Iterator
 from typing import Any
 
-from mea_jax.config import SourceConfig
+from mea_jax.config.schema import SourceConfig
 from mea_jax.data.bad_input import BadInputError, LeftOut, detail, some
 from mea_jax.data.corpus import (
     Corpus,
@@ -20,7 +20,7 @@ from mea_jax.data.corpus import (
     text_field,
     without_mark,
 )
-from mea_jax.data.files import find_files
+from mea_jax.data.file_patterns import find_files
 from mea_jax.errors import UserError, nearest
 
 _TFDS_UNIT = 4096  # records per unit of a TFDS source

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from mea_jax.config import SourceConfig
+from mea_jax.config.schema import SourceConfig
 from mea_jax.data.bad_input import BadInputError, LeftOut
 from mea_jax.data.corpus import Corpus, Document, FileCorpus, decode, without_mark
-from mea_jax.data.files import find_files
+from mea_jax.data.file_patterns import find_files
 from mea_jax.data.records import JsonlCorpus, ParquetCorpus, TfdsCorpus
 from mea_jax.errors import UserError, nearest
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from mea_jax.config import DataConfig
+from mea_jax.config.schema import DataConfig
 from mea_jax.data import sources
 from mea_jax.data.bad_input import LeftOut
 from mea_jax.data.corpus import Corpus, Document, unit_hash

@@ -18,7 +18,7 @@ from typing import Any, ClassVar, TypeVar
 
 import tokenizers as hf
 
-from mea_jax.data import end_tokens, pre_tokens
+from mea_jax.data import end_tokens, pre_tokenizers
 from mea_jax.data.bad_input import detail
 from mea_jax.data.end_tokens import END_TOKENS, GENERATION, MODEL_CONFIG, TOKENIZER_CONFIG
 from mea_jax.errors import UserError
@@ -330,7 +330,7 @@ def train_bpe(texts: Iterator[str], vocab_size: int) -> HuggingFaceTokenizer:
         are too small for as many merges.
     """
     tokenizer = hf.Tokenizer(hf.models.BPE())
-    tokenizer.pre_tokenizer = pre_tokens.splitter(bounded=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.splitter(bounded=True)
     tokenizer.decoder = hf.decoders.ByteLevel()
     trainer = hf.trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -338,9 +338,9 @@ def train_bpe(texts: Iterator[str], vocab_size: int) -> HuggingFaceTokenizer:
         special_tokens=[SEPARATOR],
         show_progress=False,
     )
-    watched = pre_tokens.Watched(texts)
+    watched = pre_tokenizers.Watched(texts)
     tokenizer.train_from_iterator(iter(watched), trainer)
-    tokenizer.pre_tokenizer = pre_tokens.splitter(bounded=watched.long_runs)
+    tokenizer.pre_tokenizer = pre_tokenizers.splitter(bounded=watched.long_runs)
     return HuggingFaceTokenizer(tokenizer, "the trained tokenizer")
 
 

@@ -9,7 +9,6 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
-import tensorflow_datasets as tfds
 import tqdm
 from absl import logging
 
@@ -81,6 +80,8 @@ def progress(
     def advance(count: int) -> None:
         bar.update(count)
         on_progress(count)
+
+    import tensorflow_datasets as tfds
 
     tfds.disable_progress_bar()  # TFDS's own show numbers of examples without an end
     verbosity = logging.get_verbosity()

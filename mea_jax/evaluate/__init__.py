@@ -2,7 +2,7 @@
 
 `python -m mea_jax.evaluate` measures (profile.py) and writes report.json, a table and figures:
 
-- losses.py: nats per held-out token, by source of text and by position.
+- token_losses.py: nats per held-out token, by source of text and by position.
 - tasks.py, scoring.py, retrieval.py, arithmetic.py: tasks with right and wrong answers, answered
   through the KV cache.
 - harness/: tasks of lm-evaluation-harness, with --tasks.

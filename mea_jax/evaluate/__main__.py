@@ -19,13 +19,14 @@ from typing import Any
 import jax
 from absl import flags
 
-from mea_jax import cli, distributed
-from mea_jax.cpu_kernels import keep_freed_memory
+from mea_jax import cli
+from mea_jax.checkpoint.files import make_writable, to_json, write_whole
 from mea_jax.errors import UserError, nearest
-from mea_jax.evaluate import figures, profile, table
-from mea_jax.evaluate.harness import command
+from mea_jax.evaluate import figures, run, table
+from mea_jax.evaluate.harness import run as evaluate_harness_run
 from mea_jax.evaluate.models import check_comparable, load, names
-from mea_jax.report import make_writable, to_json, write_whole
+from mea_jax.ops.cpu import keep_freed_memory
+from mea_jax.parallel import processes
 
 DTYPES = ("auto", "float32", "bfloat16")
 CACHE_DTYPES = ("auto", "float32", "bfloat16", "int8")
@@ -33,17 +34,17 @@ CACHE_DTYPES = ("auto", "float32", "bfloat16", "int8")
 
 def say(line: str) -> None:
     """Progress: to the terminal, not into what is piped on."""
-    if distributed.first():
+    if processes.first():
         print(line, file=sys.stderr, flush=True)
 
 
 def _parts() -> tuple[str, ...]:
-    chosen = tuple(part for part in profile.PARTS if part in PARTS.value)
+    chosen = tuple(part for part in run.PARTS if part in PARTS.value)
     for part in PARTS.value:
-        if part not in profile.PARTS:
-            raise UserError(f"--parts {part}: {nearest(part, profile.PARTS)}")
+        if part not in run.PARTS:
+            raise UserError(f"--parts {part}: {nearest(part, run.PARTS)}")
     if not chosen:
-        raise UserError(f"--parts names none: choose from {', '.join(profile.PARTS)}")
+        raise UserError(f"--parts names none: choose from {', '.join(run.PARTS)}")
     return chosen
 
 
@@ -64,7 +65,7 @@ def _numbers(
     return tuple(dict.fromkeys(values))  # each once
 
 
-def _options() -> profile.Options:
+def _options() -> run.Options:
     for name, flag, known in (("dtype", DTYPE, DTYPES), ("cache_dtype", CACHE_DTYPE, CACHE_DTYPES)):
         if flag.value not in known:
             raise UserError(f"--{name}={flag.value}: {nearest(flag.value, known)}")
@@ -89,7 +90,7 @@ def _options() -> profile.Options:
     if CONTEXTS.value is not None:
         what = "contexts are whole numbers of positions, 1 or more"
         contexts = _numbers("contexts", CONTEXTS.value, int, 1, 2**30, what)
-    return profile.Options(
+    return run.Options(
         parts=_parts(),
         seed=SEED.value,
         batch_size=BATCH_SIZE.value,
@@ -138,7 +139,7 @@ def tasks_main() -> None:
     limit = LIMIT.value
     if limit is not None and limit.is_integer():
         limit = int(limit)
-    options = command.Options(
+    options = evaluate_harness_run.Options(
         tasks=tuple(name for name in TASKS.value or () if name),
         num_fewshot=NUM_FEWSHOT.value,
         limit=limit,
@@ -150,17 +151,17 @@ def tasks_main() -> None:
         log_samples=LOG_SAMPLES.value,
     )
     options.check()
-    checkpoint, baseline = command.paths(CHECKPOINT.value, BASELINE.value)
-    command.harness_package()
+    checkpoint, baseline = evaluate_harness_run.paths(CHECKPOINT.value, BASELINE.value)
+    evaluate_harness_run.harness_package()
     cli.join_processes(dataclasses.asdict(options))
     cli.enable_compilation_cache()
     folder = _folder()
-    report = command.run(options, checkpoint, baseline, say, folder)
+    report = evaluate_harness_run.run(options, checkpoint, baseline, say, folder)
     try:
-        text = command.write(report, folder)
+        text = evaluate_harness_run.write(report, folder)
     except OSError as error:
         raise UserError(f"--out {folder} cannot be written: {error.strerror}") from error
-    if distributed.first():
+    if processes.first():
         samples = f", {folder / 'samples'}" if options.log_samples else ""
         print(f"{text}\n\n{folder / 'results.json'}, {folder / 'table.txt'}{samples}")
 
@@ -179,14 +180,14 @@ def main() -> None:
         keep_freed_memory()
     models = [load(path, name, DTYPE.value) for path, name in zip(paths, called, strict=True)]
     check_comparable(models)
-    options = profile.settle(models, options, say)
+    options = run.settle(models, options, say)
     folder = _folder()
 
     def save(report: dict[str, Any]) -> None:
         write_whole(folder / "report.json", to_json(report, indent=1) + "\n")
 
     try:
-        report = profile.profile(models, options, say, save)
+        report = run.profile(models, options, say, save)
         text = table.text(report)
         save(report)
         (folder / "table.txt").write_text(text + "\n")
@@ -213,14 +214,14 @@ if __name__ == "__main__":
         "checkpoint", [], "run directory or one of its steps; repeated: compared with the first"
     )
     OUT = flags.DEFINE_string("out", None, "folder for report.json, table.txt and figures")
-    PARTS = flags.DEFINE_list("parts", list(profile.PARTS), "what is measured")
+    PARTS = flags.DEFINE_list("parts", list(run.PARTS), "what is measured")
     SEED = flags.DEFINE_integer("seed", 0, "of the tasks")
     SAMPLES = flags.DEFINE_integer("samples", 20, "pass keys a cell, and problems a kind")
     LENGTHS = flags.DEFINE_list(
         "lengths", None, "contexts of pass keys, in windows of training; default 0.5,1,2,4"
     )
     DEPTHS = flags.DEFINE_list(
-        "depths", list(map(str, profile.DEPTHS)), "of the keys: 0 beginning, 1 end"
+        "depths", list(map(str, run.DEPTHS)), "of the keys: 0 beginning, 1 end"
     )
     NEEDLES = flags.DEFINE_integer("needles", 1, "keys in a context, one of which is asked for")
     CONTEXTS = flags.DEFINE_list(

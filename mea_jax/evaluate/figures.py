@@ -5,12 +5,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 
+from mea_jax import cli
 from mea_jax.evaluate.table import short
 
 Report = Mapping[str, Any]
@@ -23,6 +20,7 @@ def draw(report: Report, folder: Path) -> list[Path]:
 
     Raises `OSError` where one cannot be written.
     """
+    plt = cli.pyplot()
     drawings = {"loss": _loss, "positions": _positions, "passkey": _passkey, "speed": _speed}
     paths = []
     for part, drawing in drawings.items():
@@ -51,6 +49,7 @@ def _error(value: float | None) -> float:
 
 
 def _loss(report: Report) -> Any:
+    plt = cli.pyplot()
     models, first = report["models"], report["models"][0]
     domains = [name for name in first["loss"] if name != "all"]
     domains = [*domains, "all"] if len(domains) > 1 else domains
@@ -105,6 +104,7 @@ def _domain(first: Any, name: str) -> str:
 
 
 def _positions(report: Report) -> Any:
+    plt = cli.pyplot()
     models, first = report["models"], report["models"][0]
     compared = _compared(models)
     key, error = ("increase", "increase_error") if compared else ("loss", "error")
@@ -140,6 +140,7 @@ def _positions(report: Report) -> Any:
 
 
 def _passkey(report: Report) -> Any:
+    plt = cli.pyplot()
     models, window = report["models"], report["window"]
     cells = models[0]["passkey"]
     lengths = list(dict.fromkeys(cell["length"] for cell in cells))
@@ -191,6 +192,7 @@ def _passkey(report: Report) -> Any:
 
 
 def _speed(report: Report) -> Any:
+    plt = cli.pyplot()
     models = report["models"]
     kinds = [("tokens_per_second", "tokens per second", "Decoding")]
     if "prefill_seconds" in models[0]["speed"][0]:

@@ -10,12 +10,12 @@ from typing import Any
 
 import jax
 
-from mea_jax.backends import resolve
-from mea_jax.config import ModelConfig, TrainConfig
+from mea_jax.checkpoint.load import open_trained, unresolved
+from mea_jax.config.schema import ModelConfig, TrainConfig
 from mea_jax.data.tokenizers import Tokenizer
 from mea_jax.errors import UserError
-from mea_jax.generation import Generator
-from mea_jax.trained import open_trained, unresolved
+from mea_jax.generate.generator import Generator
+from mea_jax.ops.backend import resolve
 
 
 @dataclass(frozen=True)

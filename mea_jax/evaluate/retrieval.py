@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from mea_jax.config import ModelConfig
+from mea_jax.config.schema import ModelConfig
 from mea_jax.data.tokenizers import Tokenizer
 from mea_jax.errors import UserError
 from mea_jax.evaluate import scoring, tasks

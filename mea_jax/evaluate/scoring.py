@@ -14,12 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mea_jax import decode
-from mea_jax.backends import resolve
-from mea_jax.config import ModelConfig
+from mea_jax.config.schema import ModelConfig
 from mea_jax.data.tokenizers import Tokenizer
 from mea_jax.evaluate.tasks import Example
-from mea_jax.generation import Generator, continuation
+from mea_jax.generate import decode
+from mea_jax.generate.generator import Generator, continuation
+from mea_jax.ops.backend import resolve
 
 _TOKENS = 1 << 16  # of cache that all rows of a batch take together
 MARGIN = 2  # tokens generated beyond an answer's: a longer number must not pass for a right one

@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mea_jax import decode
-from mea_jax.backends import resolve
-from mea_jax.cache import RECENT, Cache, flush
-from mea_jax.config import ModelConfig
+from mea_jax.config.schema import ModelConfig
+from mea_jax.generate import decode
+from mea_jax.model.kv_cache import RECENT, Cache, flush
+from mea_jax.ops.backend import resolve
 
 
 def interleaved(
@@ -139,7 +139,7 @@ def speeds(
         context.
       contexts: slots of the cache: a step reads as many, whatever the model.
       rows: sequences at once.
-      repeats: rounds; each decodes `cache.RECENT` tokens a row, the flush of the cache included.
+      repeats: rounds; each decodes `kv_cache.RECENT` tokens a row, the flush of the cache included.
       cache_dtype: of keys and values; None for the model's compute dtype.
       prefill: whether prompts are read and timed, which takes most of the time of long contexts;
         if not, caches are taken as full of zeros: the same program, the same bytes.

@@ -27,7 +27,7 @@ if __name__ == "__main__":
     from absl import flags
 
     from mea_jax import cli
-    from mea_jax.plan import command
+    from mea_jax.plan import run
 
-    flags.adopt_module_key_flags(command)
-    cli.run(command.main, interrupted="stopped; nothing was written")
+    flags.adopt_module_key_flags(run)
+    cli.run(run.main, interrupted="stopped; nothing was written")

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from mea_jax.config import ModelConfig, TrainConfig
+from mea_jax.config.schema import ModelConfig, TrainConfig
 from mea_jax.errors import UserError
 from mea_jax.plan.costs import Costs, count
 from mea_jax.plan.hlo import parse

@@ -26,20 +26,20 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
-from mea_jax import sharding
-from mea_jax.backends import resolve
-from mea_jax.compress import budgets, methods, repair, sweep
-from mea_jax.compress.measure import plain_spec
+from mea_jax.checkpoint.load import unresolved
+from mea_jax.compress import budgets, methods, repair, stream
+from mea_jax.compress.calibration import WINDOWS, held_out_share
 from mea_jax.compress.options import Options, repair_text
-from mea_jax.compress.texts import WINDOWS, held_out_share
-from mea_jax.config import MeshConfig, ModelConfig, TrainConfig
+from mea_jax.compress.probe import plain_spec
+from mea_jax.config.schema import MeshConfig, ModelConfig, TrainConfig
 from mea_jax.errors import UserError
+from mea_jax.model.params import abstract_params
+from mea_jax.ops.backend import resolve
+from mea_jax.parallel import sharding
 from mea_jax.plan.collectives import slices_of
 from mea_jax.plan.compiling import Compiled, DoesNotFit, measured, per_device_bytes, portable
 from mea_jax.plan.programs import described
 from mea_jax.plan.target import Target
-from mea_jax.train_step import abstract_params
-from mea_jax.trained import unresolved
 
 PROGRAMS = ("calibrate", "pass", "loss", "compare", "target", "repair")
 REPAIRING = ("target", "repair")  # those that only --repair layerwise runs
@@ -144,7 +144,7 @@ def work_of(config: TrainConfig, target: Target, options: Options) -> Work:
         return max(math.ceil(tokens / (windows * length)), 1)
 
     # In the place of others, CPU devices compile in float32 what is bfloat16 there.
-    item = sweep.make_backend(model).activation.itemsize if target.exact else 2
+    item = stream.make_backend(model).activation.itemsize if target.exact else 2
     return Work(
         layers=model.n_layers,
         windows=windows,
@@ -157,7 +157,7 @@ def work_of(config: TrainConfig, target: Target, options: Options) -> Work:
     )
 
 
-def _one_layer(spec: sweep.Spec) -> Any:
+def _one_layer(spec: stream.Spec) -> Any:
     """Abstract parameters of a layer, as they are stored: float32."""
     stacked = abstract_params(dataclasses.replace(spec.alone, n_layers=1))["layers_0"]
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), stacked)
@@ -179,8 +179,8 @@ def measuring_bytes(config: TrainConfig) -> float:
     return config.model.n_layers * size["layer"] + size["top"]
 
 
-def _widest(model: ModelConfig) -> sweep.Spec:
-    return max(sweep.specs(model), key=lambda spec: spec.key + spec.value)
+def _widest(model: ModelConfig) -> stream.Spec:
+    return max(stream.specs(model), key=lambda spec: spec.key + spec.value)
 
 
 def _top(model: ModelConfig) -> Any:
@@ -214,7 +214,7 @@ class _Arguments:
     def residual(self) -> Any:
         """(B, T, D)."""
         shape = self.work.windows, self.work.length, self.model.d_model
-        dtype = sweep.make_backend(self.model).activation
+        dtype = stream.make_backend(self.model).activation
         return self.array(shape, dtype, sharding.batch_sharding(self.mesh))
 
 
@@ -233,7 +233,7 @@ def _programs(inputs: _Arguments, options: Options) -> dict[str, _Program]:
     heads = math.ceil(budgets.heads_kept(options.keep, model.n_kv_heads))
     counts = [heads] * model.n_layers
     original = _widest(model)
-    compressed = sweep.specs(methods.target_model(model, options.method, counts, counts))[0]
+    compressed = stream.specs(methods.target_model(model, options.method, counts, counts))[0]
     layer, top = inputs.place(_one_layer(original)), inputs.place(_top(model))
     attention, scale = layer["attention"], layer["attention_norm"]["scale"]
     params = inputs.place(_one_layer(compressed)["attention"])
@@ -251,21 +251,21 @@ def _programs(inputs: _Arguments, options: Options) -> dict[str, _Program]:
     others = {"other batches": [(normed, wanted, batch)] * (inputs.work.repair_text - 1)}
     return {
         "calibrate": _Program(
-            lambda: sweep.watch_block.lower(original, layer, x_BTD, batch, 0), moved | text
+            lambda: stream.watch_block.lower(original, layer, x_BTD, batch, 0), moved | text
         ),
         "pass": _Program(
-            lambda: sweep.run_block.lower(original, layer, x_BTD, batch, 0), moved | text
+            lambda: stream.run_block.lower(original, layer, x_BTD, batch, 0), moved | text
         ),
         "loss": _Program(
-            lambda: sweep.loss_sums.lower(model, top, x_BTD, batch),
+            lambda: stream.loss_sums.lower(model, top, x_BTD, batch),
             {"embeddings": top, "residual": x_BTD} | text,
         ),
         "compare": _Program(
-            lambda: sweep.compared_sums.lower(model, top, x_BTD, x_BTD, batch),
+            lambda: stream.compared_sums.lower(model, top, x_BTD, x_BTD, batch),
             {"embeddings": top, "residuals": (x_BTD, x_BTD)} | text,
         ),
         "target": _Program(
-            lambda: sweep.run_attention.lower(*attended),
+            lambda: stream.run_attention.lower(*attended),
             before | {"residual": x_BTD} | text,
             own | others,
         ),

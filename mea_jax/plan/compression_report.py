@@ -4,15 +4,15 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from mea_jax.cli import si, table
 from mea_jax.compress.options import Options
-from mea_jax.config import TrainConfig
-from mea_jax.plan import report
+from mea_jax.config.schema import TrainConfig
+from mea_jax.plan import output
 from mea_jax.plan.compiling import Compiled
 from mea_jax.plan.compression import Work, layer_bytes, measuring_bytes, work_of
-from mea_jax.plan.report import in_bytes, in_long, in_time
+from mea_jax.plan.output import in_bytes, in_long, in_time
 from mea_jax.plan.roofline import roofline
 from mea_jax.plan.target import Target
-from mea_jax.report import si, table
 
 
 def summary(
@@ -21,7 +21,7 @@ def summary(
     """All of the plan as JSON values; `programs` of the resolved `config`."""
     work, first = work_of(config, target, options), next(iter(programs.values()))
     plans = {
-        name: report.summary(
+        name: output.summary(
             compiled, target, roofline(compiled, target), name, work.tokens, compiled.mesh.size
         )
         for name, compiled in programs.items()
@@ -81,7 +81,7 @@ def text(plan: dict[str, Any]) -> str:
             "step",
             f"compress, {plan['layers']} layers, one at a time, {plan['keep']:g} of the cache",
         ),
-        ("machine", report.machine(plan)),
+        ("machine", output.machine(plan)),
         ("compiled", f"{plan['compiled']} in {plan['compile_seconds']:.0f} s"),
         ("parameters", si(plan["parameters"])),
         (f"  each of {plan['layers']} layers", _layer(plan)),
@@ -91,7 +91,7 @@ def text(plan: dict[str, Any]) -> str:
         ("waits on disk", f"{in_bytes(plan['disk_bytes'])} of residuals at most"),
     ]
     tables = (table(rows), _grid(_costs(plan["programs"])), _grid(_runs(plan)))
-    return "\n\n".join(tables) + _APART + report.notes(plan)
+    return "\n\n".join(tables) + _APART + output.notes(plan)
 
 
 def _layer(plan: dict[str, Any]) -> str:
@@ -126,7 +126,7 @@ def _costs(plans: dict[str, dict[str, Any]]) -> list[list[str]]:
     add("products", lambda p: si(p["flops_per_device"], "FLOP"))
     add("bytes accessed", lambda p: in_bytes(p["bytes_accessed_per_device"]))
     add("HBM traffic", lambda p: in_bytes(p["hbm_bytes_per_device"]))
-    keys = {(r["kind"], report.where(r)) for p in plans.values() for r in p["collectives"]}
+    keys = {(r["kind"], output.where(r)) for p in plans.values() for r in p["collectives"]}
     for kind, over in sorted(keys):
         add(f"{kind} over {over}", functools.partial(_sent, key=(kind, over)))
     if any("seconds" in p for p in plans.values()):
@@ -158,7 +158,7 @@ def _free(plan: dict[str, Any]) -> str:
 
 
 def _sent(plan: dict[str, Any], key: tuple[str, str]) -> str:
-    rows = [r for r in plan["collectives"] if (r["kind"], report.where(r)) == key]
+    rows = [r for r in plan["collectives"] if (r["kind"], output.where(r)) == key]
     return _some(sum(r["wire_bytes"] for r in rows), in_bytes, _SMALL)
 
 

@@ -133,7 +133,7 @@ class Program:
             return int(known)
         if (counted := self._compared_with(loop)) is not None:
             return counted
-        # What an uneven load adds to a device's experts: experts.py says how many rounds as a rule.
+        # What an uneven load adds to a device's experts; model/experts.py says how many rounds.
         said = loop.attribute(r'op_name="[^"]*about_(\d+)_rounds')
         return None if said is None else int(said)
 

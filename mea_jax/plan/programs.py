@@ -9,15 +9,17 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
-from mea_jax import decode, sharding
-from mea_jax.backends import resolve
-from mea_jax.cache import count_bytes
-from mea_jax.config import ModelConfig, TrainConfig
+from mea_jax.checkpoint.load import stored_config
+from mea_jax.config.schema import ModelConfig, TrainConfig
+from mea_jax.generate import decode
+from mea_jax.model.kv_cache import count_bytes
+from mea_jax.model.params import abstract_params, placed_params
+from mea_jax.ops.backend import resolve
+from mea_jax.parallel import sharding
 from mea_jax.plan.compiling import Compiled, measured, per_device_bytes, portable
 from mea_jax.plan.target import Target
-from mea_jax.start import teacher_model
-from mea_jax.train_step import abstract_params, abstract_state, compile_train_step, placed_params
-from mea_jax.trained import stored_config
+from mea_jax.train.step import abstract_state, compile_train_step
+from mea_jax.train.warm_start import teacher_model
 
 
 def described(model: ModelConfig) -> str:

@@ -9,8 +9,8 @@ data sheet, so beside it stands the TPU compiler's own estimate of cycles.
 
 import dataclasses
 
-from mea_jax import flops
-from mea_jax.config import TrainConfig
+from mea_jax.config.schema import TrainConfig
+from mea_jax.model import flops
 from mea_jax.plan.collectives import axes_of, groups_of, seconds, slices_of, wire_bytes
 from mea_jax.plan.compiling import Compiled
 from mea_jax.plan.target import Target

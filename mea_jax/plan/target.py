@@ -45,7 +45,7 @@ def find(name: str) -> Target:
     """The target of a name. Raises `UserError` for one that is not known."""
     import jax  # after prepare_environment
 
-    from mea_jax import topology
+    from mea_jax.parallel import topology
     from mea_jax.plan.chips import chip_of
 
     if name == "local":

@@ -7,7 +7,7 @@
 Each word is a module of `mea_jax.study` and has its own --help.
 """
 
-from mea_jax.words import run_word
+from mea_jax.cli import run_word
 
 COMMANDS = (
     "run",

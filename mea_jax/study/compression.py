@@ -22,13 +22,13 @@ from typing import Any
 from absl import flags
 
 from mea_jax import cli
-from mea_jax.compress.__main__ import compress
+from mea_jax.checkpoint.files import disk_errors, write_whole
+from mea_jax.checkpoint.layerwise import StoredModel
 from mea_jax.compress.methods import METHODS
 from mea_jax.compress.options import Options
-from mea_jax.cpu_kernels import accelerator_attached, keep_freed_memory
+from mea_jax.compress.run import compress
 from mea_jax.errors import UserError
-from mea_jax.report import disk_errors, write_whole
-from mea_jax.stored import StoredModel
+from mea_jax.ops.cpu import accelerator_attached, keep_freed_memory
 
 KEEPS = (0.5, 0.25, 0.75, 0.125)  # the most asked for first: a stopped study has those
 OURS = ("aligned", "frequency")

@@ -10,18 +10,14 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 from absl import flags
 
 from mea_jax import cli
+from mea_jax.checkpoint.files import disk_errors, write_whole
 from mea_jax.errors import UserError
-from mea_jax.report import disk_errors, write_whole
 from mea_jax.study.compression import KEEPS, Name, Row, read, variants
 from mea_jax.study.recovery import CONTROL, KEEP, STARTS
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 KINDS = {"mha": "MHA", "mea": "MEA", "gqa": "GQA, QK-norm"}
 PAPER = Name("svd", "uniform", "none")
@@ -186,6 +182,7 @@ def heads_table(rows: Sequence[Row], keep: float) -> str:
 
 def draw_losses(rows: Sequence[Row], path: Path) -> None:
     """Increase of the loss against the cache kept, a panel for each kind of model."""
+    plt = cli.pyplot()
     kinds = [kind for kind in KINDS if select(rows, kind=kind)]
     figure, axes = plt.subplots(
         1, len(kinds), figsize=(max(4.6 * len(kinds), 7), 5.4), sharey=True, squeeze=False
@@ -219,6 +216,7 @@ def draw_losses(rows: Sequence[Row], path: Path) -> None:
 
 def draw_layers(layers: Sequence[Row], path: Path, method: str = "aligned") -> None:
     """What each layer's keys, and values, cost alone at half of their heads."""
+    plt = cli.pyplot()
     kinds = [kind for kind in KINDS if select(layers, kind=kind, method=method)]
     figure, axes = plt.subplots(
         1, len(kinds), figsize=(max(4.6 * len(kinds), 7), 4), sharey=True, squeeze=False
@@ -277,6 +275,7 @@ def ends(rows: Sequence[Row], start: str) -> tuple[float, float]:
 
 def draw_recovery(rows: Sequence[Row], path: Path) -> None:
     """What each start loses against the control trained as long, over steps."""
+    plt = cli.pyplot()
     kinds = [kind for kind in KINDS if select(rows, kind=kind)]
     figure, axes = plt.subplots(
         1, len(kinds), figsize=(max(4.6 * len(kinds), 6.5), 4), sharey=True, squeeze=False
@@ -304,6 +303,7 @@ def draw_recovery(rows: Sequence[Row], path: Path) -> None:
 
 
 def _save(figure: Any, path: Path) -> None:
+    plt = cli.pyplot()
     with disk_errors(path):
         figure.savefig(path, dpi=130)
     plt.close(figure)

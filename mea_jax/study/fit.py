@@ -9,8 +9,8 @@ from typing import Any
 from absl import flags
 
 from mea_jax import cli
+from mea_jax.checkpoint.files import disk_errors, write_json
 from mea_jax.errors import UserError
-from mea_jax.report import disk_errors, write_json
 from mea_jax.study import laws
 from mea_jax.study.store import Row, Store
 

@@ -1,7 +1,7 @@
 """A grid of runs: variants x sizes x horizons, and in each cell learning rates x seeds.
 
 The runs of one cell have one shape and one schedule, and differ in the peak of the learning rate
-and the seed alone: they can train in one program (`mea_jax.study.sweep`).
+and the seed alone: they can train in one program (`mea_jax.study.vmapped`).
 """
 
 import copy
@@ -11,10 +11,11 @@ from typing import Any
 
 from ml_collections import config_dict
 
-from mea_jax import flops
-from mea_jax.config import TrainConfig, default_config, flatten
+from mea_jax.config.parse import from_dict
+from mea_jax.config.schema import TrainConfig, default_config, flatten
 from mea_jax.errors import UserError, nearest
-from mea_jax.train_step import abstract_params
+from mea_jax.model import flops
+from mea_jax.model.params import abstract_params
 
 AXES = ("horizons", "learning_rates", "seeds")
 _KEYS = ("name", "base", "variants", "sizes", "per_size", "at_once", "spikes", *AXES)
@@ -174,7 +175,7 @@ def _cell(variant: str, size: str, tree: Tree, members: tuple[Member, ...]) -> C
     for member in members:
         tree["seed"], tree["optimizer"]["learning_rate"] = member.seed, member.learning_rate
         try:
-            config = TrainConfig.from_dict(tree)
+            config = from_dict(tree)
         except UserError as error:
             raise UserError(
                 f"cell {variant}, size {size}, {tree['steps']} steps: {error}"

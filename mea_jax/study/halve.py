@@ -21,9 +21,9 @@ from absl import flags
 from ml_collections import config_flags
 
 from mea_jax import cli
-from mea_jax.config import flatten
+from mea_jax.checkpoint.files import disk_errors, write_json, write_whole
+from mea_jax.config.schema import flatten
 from mea_jax.errors import UserError, nearest
-from mea_jax.report import disk_errors, write_json, write_whole
 from mea_jax.study import halve_table
 
 ORIGINAL, CONTROL, RECOVERED = "original", "control", "_recovered"

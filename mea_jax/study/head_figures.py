@@ -8,11 +8,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from mea_jax import cli
 
 Row = dict[str, Any]
 _COLUMNS = 6  # layers side by side
@@ -25,6 +23,7 @@ def draw(rows: Sequence[Row], folder: Path, text: str) -> list[Path]:
 
     `text`: what heads were compared on. Raises `OSError` where one cannot be written.
     """
+    plt = cli.pyplot()
     steps = sorted({row["step"] for row in rows})
     newest = [row for row in rows if row["step"] == steps[-1]]
     drawings: dict[str, Callable[[], Any]] = {
@@ -57,6 +56,7 @@ def _sides(rows: Sequence[Row]) -> list[str]:
 
 def _hinton(axis: Any, mix_CK: np.ndarray) -> None:
     """Squares whose area is a weight's size: black above zero, white below (a Hinton diagram)."""
+    plt = cli.pyplot()
     components, composites = mix_CK.shape
     largest = np.abs(mix_CK).max() or 1.0
     axis.set_facecolor("0.72")
@@ -79,6 +79,7 @@ def _hinton(axis: Any, mix_CK: np.ndarray) -> None:
 
 def _mixing(rows: Sequence[Row]) -> Any:
     """The mixing of every layer, keys above values."""
+    plt = cli.pyplot()
     sides = _sides(rows)
     layers = max(len(_of(rows, which)) for which in sides)
     wide = min(layers, _COLUMNS)
@@ -125,6 +126,7 @@ def _shade(number: int, count: int) -> str:
 
 
 def _panels(sides: Sequence[str], lines: int = 1, height: float = 3.6) -> tuple[Any, Any]:
+    plt = cli.pyplot()
     return plt.subplots(
         lines,
         len(sides),

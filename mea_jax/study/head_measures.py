@@ -1,7 +1,7 @@
 """What can be said of a mixing and of the heads it makes: pure functions of arrays, on the host.
 
 A mixing is (C, K) of kind "heads", complex (C, K, F) of kind "frequency", (C, H, K, H) of kind
-"dense" (mixing.py). What a measure means depends on what is only a convention in a trained model:
+"dense" (ops/hlc.py). What a measure means depends on what is only a convention in a trained model:
 
 - For any invertible R (C, C), components R^-1 and mixing R M are the same function. So distance and
   singular values of M are facts about training, which starts at block identity, and not about the
@@ -10,13 +10,13 @@ A mixing is (C, K) of kind "heads", complex (C, K, F) of kind "frequency", (C, H
   each frequency of a key head by W_q. So heads are compared by linear CKA, blind to rotations of
   each head, and by canonical correlations, blind to any invertible map of each.
 
-Letters as in attention.py, F = H/2 rotary frequencies; float64.
+Letters as in ops/attention.py, F = H/2 rotary frequencies; float64.
 """
 
 import numpy as np
 
-from mea_jax import mixing
 from mea_jax.compress.moments import by_head, complex_blocks, ridged, root
+from mea_jax.ops import hlc
 
 _RIDGE = 1e-6  # of a head's mean variance: directions which the text lacks correlate with nothing
 
@@ -29,7 +29,7 @@ def as_mixing(kind: str, parameter: np.ndarray) -> np.ndarray:
 
 def starting(kind: str, components: int, composites: int, head_dim: int) -> np.ndarray:
     """Block identity, where training begins unless `hlc_init` says otherwise."""
-    return as_mixing(kind, np.asarray(mixing.initial(kind, components, composites, head_dim)))
+    return as_mixing(kind, np.asarray(hlc.initial(kind, components, composites, head_dim)))
 
 
 def by_pair(kind: str, mix: np.ndarray) -> np.ndarray:
@@ -54,14 +54,14 @@ def own_weight(kind: str, mix: np.ndarray) -> float:
     """Mean over the entries where block identity is 1: only a scale, which neighbouring weights
     could take as well."""
     pair_CK = by_pair(kind, mix)
-    return float(pair_CK[np.asarray(mixing.block_identity(*pair_CK.shape)) > 0].mean())
+    return float(pair_CK[np.asarray(hlc.block_identity(*pair_CK.shape)) > 0].mean())
 
 
 def from_others(kind: str, mix: np.ndarray) -> float:
     """Share of the squared weights that lies outside block identity: what heads take from
     components that are not their own. 0 at the start, 1 - 1/C where all weigh the same."""
     power_CK = np.square(by_pair(kind, mix))
-    own_CK = np.asarray(mixing.block_identity(*power_CK.shape)) > 0
+    own_CK = np.asarray(hlc.block_identity(*power_CK.shape)) > 0
     return float(1 - power_CK[own_CK].sum() / power_CK.sum())
 
 

@@ -22,23 +22,24 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from mea_jax import cli, mixing
-from mea_jax.backends import resolve
-from mea_jax.checkpoint import find_checkpoint
+from mea_jax import cli
+from mea_jax.checkpoint.files import disk_errors, make_writable, write_json
+from mea_jax.checkpoint.layerwise import StoredModel
+from mea_jax.checkpoint.load import open_trained, unresolved
+from mea_jax.checkpoint.manager import find_checkpoint
+from mea_jax.compress.calibration import Texts
 from mea_jax.compress.options import Options
-from mea_jax.compress.sweep import Spec, Stream, progress, specs
-from mea_jax.compress.texts import Texts
-from mea_jax.config import ModelConfig
-from mea_jax.cpu_kernels import accelerator_attached, keep_freed_memory
+from mea_jax.compress.stream import Spec, Stream, progress, specs
+from mea_jax.config.schema import ModelConfig
 from mea_jax.errors import UserError
-from mea_jax.norms import rms_norm
-from mea_jax.report import disk_errors, make_writable, write_json
-from mea_jax.stored import StoredModel
+from mea_jax.ops import hlc
+from mea_jax.ops.backend import resolve
+from mea_jax.ops.cpu import accelerator_attached, keep_freed_memory
+from mea_jax.ops.rms_norm import rms_norm
 from mea_jax.study import head_figures, head_table
 from mea_jax.study import head_measures as measures
 from mea_jax.study.clusters import clusters
 from mea_jax.study.head_table import Row
-from mea_jax.trained import open_trained, unresolved
 
 Tree = dict[str, Any]
 Say = Callable[[str], Any]
@@ -136,7 +137,7 @@ def tests(
     x_CK = measures.by_pair(kind, mix if start is None else mix - start)
     shown_CK = np.ones(x_CK.shape, bool)
     if start is not None:
-        shown_CK = np.asarray(mixing.block_identity(*x_CK.shape)) == 0
+        shown_CK = np.asarray(hlc.block_identity(*x_CK.shape)) == 0
     found: dict[str, dict[str, Any] | None] = {}
     for side, x, shown in zip(
         head_table.SIDES, (x_CK, x_CK.T), (shown_CK, shown_CK.T), strict=True
@@ -175,7 +176,7 @@ def look(
         **tests(kind, mix, start, asked),
     }
     parameter = jnp.asarray(attention[f"{which}_mixing"])
-    folded_DKH = np.asarray(mixing.fold(kind, jnp.asarray(kernel_DCH), parameter))
+    folded_DKH = np.asarray(hlc.fold(kind, jnp.asarray(kernel_DCH), parameter))
     if not composites_are_linear(model, which):
         return row | {"composite_rank": None, "before": None, "after": None, "chance": None}
     before = measures.covariance_of(kernel_DCH, inputs_DD)

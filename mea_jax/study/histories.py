@@ -5,8 +5,8 @@ import math
 from collections import deque
 from typing import Any
 
-from mea_jax.guards import SpikeDetector
 from mea_jax.study.grid import Cell, Member
+from mea_jax.train.guards import SpikeDetector
 
 Row = dict[str, Any]
 
@@ -14,8 +14,8 @@ Row = dict[str, Any]
 class History:
     """One run's, fed step by step; `state` and `restored` carry it over a checkpoint.
 
-    A spike is the guards' (`mea_jax.guards`), on the mean of the last `smoothing` losses: batches
-    of small studies differ too much for single ones.
+    A spike is the guards' (`mea_jax.train.guards`), on the mean of the last `smoothing` losses:
+    batches of small studies differ too much for single ones.
     """
 
     def __init__(self, spikes: tuple[float, int, int]):

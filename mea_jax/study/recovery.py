@@ -18,11 +18,13 @@ from typing import Any
 from absl import flags
 
 from mea_jax import cli
-from mea_jax.config import TrainConfig, from_config_dict
+from mea_jax.checkpoint.files import disk_errors, write_whole
+from mea_jax.checkpoint.metrics import read_metrics
+from mea_jax.config.parse import from_config_dict, from_dict
+from mea_jax.config.schema import TrainConfig
 from mea_jax.errors import UserError
-from mea_jax.report import disk_errors, read_metrics, write_whole
 from mea_jax.study.compression import Name, Row, read
-from mea_jax.train import train
+from mea_jax.train.run import train
 
 KEEP = 0.5
 CONTROL = "original"
@@ -88,7 +90,7 @@ def recover(run: Path, work: Path, recipe: str, steps: int, rate: float) -> list
 def _with_teacher(config: TrainConfig, run: Path) -> TrainConfig:
     tree: dict[str, Any] = config.to_dict()
     tree["start"] |= {"teacher": str(run), "distillation": 0.9}
-    return TrainConfig.from_dict(tree)
+    return from_dict(tree)
 
 
 def main() -> None:

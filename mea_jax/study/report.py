@@ -9,19 +9,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 from absl import flags
 
 from mea_jax import cli
+from mea_jax.checkpoint.files import disk_errors, write_json, write_whole
 from mea_jax.errors import UserError
-from mea_jax.report import disk_errors, write_json, write_whole
 from mea_jax.study.fit import fit_store, tables
 from mea_jax.study.store import Row
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-from matplotlib.ticker import NullLocator
 
 _MARKERS, _LINES = "osD^vPX*", ("-", "--", "-.", ":")
 _GREYS = ("#000000", "#1f5fa8", "#b4441f", "#2f7d4f", "#7a4a9a", "#8a6d00", "#666666", "#0f8b8d")
@@ -49,6 +44,7 @@ def cells(rows: Sequence[Row]) -> list[tuple[str, int]]:
 
 def _panels(rows: Sequence[Row], label: str) -> tuple[Any, list[tuple[Any, list[Row]]]]:
     """A figure with an axis for each cell, and the rows of each."""
+    plt = cli.pyplot()
     found = cells(rows)
     figure, axes = plt.subplots(
         1, len(found), figsize=(max(5.2 * len(found), 6), 4.4), squeeze=False, sharey=True
@@ -141,6 +137,7 @@ def draw_tokens(rows: Sequence[Row], fits: dict[str, Any]) -> Any:
 
 def draw_robustness(rows: Sequence[Row], fits: dict[str, Any]) -> Any:
     """Learning-rate sensitivity of each variant, with its interval."""
+    plt = cli.pyplot()
     found = [f for f in fits["sensitivity"] if f["value"]]
     figure, axis = plt.subplots(figsize=(7, 0.4 * max(len(found), 3) + 1.4))
     for y, f in enumerate(reversed(found)):
@@ -159,6 +156,9 @@ def draw_robustness(rows: Sequence[Row], fits: dict[str, Any]) -> Any:
 
 def draw_law(rows: Sequence[Row], fits: dict[str, Any]) -> Any:
     """Best peak against size, variants side by side."""
+    from matplotlib.ticker import NullLocator
+
+    plt = cli.pyplot()
     figure, axis = plt.subplots(figsize=(7, 4.4))
     look = styles(rows)
     for number, (name, style) in enumerate(look.items()):
@@ -200,6 +200,7 @@ FIGURES: dict[str, tuple[str, Callable[[Sequence[Row], dict[str, Any]], Any]]] =
 
 def report(store: Path, out: Path, baseline: str | None = None) -> str:
     """Writes report.md, fit.json and the figures into `out`; the Markdown. Raises `UserError`."""
+    plt = cli.pyplot()
     rows, fits = fit_store(store, baseline)
     with disk_errors(out):
         out.mkdir(parents=True, exist_ok=True)

@@ -23,19 +23,20 @@ import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
-from mea_jax import cli, preemption
-from mea_jax.checkpoint import Checkpoints, Position
-from mea_jax.cpu_kernels import accelerator_attached, keep_freed_memory
+from mea_jax import cli
+from mea_jax.checkpoint.lock import hold
+from mea_jax.checkpoint.manager import Checkpoints, Position
 from mea_jax.data.pipeline import held_out_batches, train_batches
 from mea_jax.data.prepare import Prepared, prepare
 from mea_jax.errors import UserError
-from mea_jax.lock import hold
-from mea_jax.preemption import Preempted, StopRequest
-from mea_jax.saving import SaveTimes
+from mea_jax.ops.cpu import accelerator_attached, keep_freed_memory
+from mea_jax.parallel import preemption
+from mea_jax.parallel.preemption import Preempted, StopRequest
 from mea_jax.study.grid import Cell, Grid, Member, grid_of
 from mea_jax.study.histories import History, row_of
 from mea_jax.study.store import Store, key_of
-from mea_jax.study.sweep import Sweep
+from mea_jax.study.vmapped import Sweep
+from mea_jax.train.saving import SaveTimes
 
 Say = Callable[[str], Any]
 _EVERY = 15.0  # seconds between lines of progress

@@ -12,9 +12,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from mea_jax.config import EXECUTION_KEYS, SourceConfig, flatten
+from mea_jax.checkpoint.files import disk_errors, write_json
+from mea_jax.config.schema import EXECUTION_KEYS, SourceConfig, flatten
 from mea_jax.errors import UserError
-from mea_jax.report import disk_errors, write_json
 from mea_jax.study.laws.results import Result
 
 Row = dict[str, Any]

@@ -11,8 +11,8 @@ from helpers import PLAIN, params_of, tiny_model
 
 from mea_jax.compress.budgets import allot, cache_bytes, choose_layers, heads_kept, uniform
 from mea_jax.compress.methods import target_model
-from mea_jax.decode import empty_cache, serve
 from mea_jax.errors import UserError
+from mea_jax.generate.decode import empty_cache, serve
 
 
 @pytest.mark.parametrize("seed", range(5))

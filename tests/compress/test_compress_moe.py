@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from helpers import PLAIN, assert_close, assert_equal, flat
 
+from mea_jax.checkpoint.layerwise import StoredModel
+from mea_jax.checkpoint.load import load
 from mea_jax.compress import repair
-from mea_jax.compress.__main__ import compress
 from mea_jax.compress.options import Options
-from mea_jax.generate import load
-from mea_jax.generation import Generator
-from mea_jax.stored import StoredModel
-from mea_jax.train import train
-from mea_jax.transformer import apply_logits
+from mea_jax.compress.run import compress
+from mea_jax.generate.generator import Generator
+from mea_jax.model.transformer import apply_logits
+from mea_jax.train.run import train
 
 EXPERTS = {"n_experts": 4, "experts_per_token": 2, "d_expert": 24}
 SMALL: dict[str, Any] = {"calibration_tokens": 512, "measure_tokens": 256, "held_out_tokens": 512}

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 from helpers import params_of, random_batch, tiny_model
 
-from mea_jax import sharding
+from mea_jax.compress.damage import _compared, _overall
 from mea_jax.compress.layer import take_apart
-from mea_jax.compress.measure import Measurer, plain_layer
 from mea_jax.compress.moments import of_weights
-from mea_jax.compress.report import _compared, _overall
-from mea_jax.compress.sweep import Stream
-from mea_jax.config import MeshConfig
-from mea_jax.transformer import Decoder
+from mea_jax.compress.probe import Measurer, plain_layer
+from mea_jax.compress.stream import Stream
+from mea_jax.config.schema import MeshConfig
+from mea_jax.model.transformer import Decoder
+from mea_jax.parallel import sharding
 
 MODEL = tiny_model(hlc="none", head_norm=False, tie_embeddings=False)
 PARAMS = params_of(MODEL, noise=0.3)

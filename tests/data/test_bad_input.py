@@ -11,12 +11,12 @@ import pyarrow.parquet as pq
 import pytest
 import tensorflow_datasets as tfds
 
-from mea_jax.config import DataConfig, SourceConfig
+from mea_jax.config.schema import DataConfig, SourceConfig
 from mea_jax.data import bad_input, records, sources
 from mea_jax.data import prepare as prepare_lib
 from mea_jax.data.bad_input import OPTION, LeftOut
 from mea_jax.data.corpus import FileCorpus
-from mea_jax.data.windows import builder
+from mea_jax.data.windows import writing
 from mea_jax.errors import UserError
 
 # Of GOOD, computed before anything could be left out: checkpoints hold such digests.
@@ -168,13 +168,13 @@ def test_a_shard_that_vanishes_while_preparing_is_counted(tmp_path, monkeypatch)
     folder.mkdir()
     for i in range(3):
         (folder / f"{i}.jsonl").write_bytes(b"\n".join(map(good_line, GOOD[i::3])))
-    write = builder.write
+    write = writing.write
 
     def late(*args):
         (folder / "1.jsonl").unlink(missing_ok=True)
         return write(*args)
 
-    monkeypatch.setattr(builder, "write", late)
+    monkeypatch.setattr(writing, "write", late)
     prepared, lines = prepare(config_of(tmp_path, folder))
     assert prepared.sources[0].skipped == 1
     assert "1.jsonl: cannot be read" in lines[0]

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from mea_jax.config import DataConfig, SourceConfig
+from mea_jax.config.schema import DataConfig, SourceConfig
 from mea_jax.data import prepare as prepare_lib
 from mea_jax.data.windows import reader
 from mea_jax.errors import UserError

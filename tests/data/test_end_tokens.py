@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import tokenizers as hf
 
-from mea_jax.config import DataConfig
+from mea_jax.config.schema import DataConfig
 from mea_jax.data import prepare, tokenizers
 from mea_jax.errors import UserError
 

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mea_jax.config import DataConfig, SourceConfig
+from mea_jax.config.schema import DataConfig, SourceConfig
 from mea_jax.data import prepare, sources
 from mea_jax.errors import UserError
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mea_jax.config import DataConfig, SourceConfig
+from mea_jax.config.schema import DataConfig, SourceConfig
 from mea_jax.data import pipeline, prepare
 from mea_jax.data.bad_input import OPTION
 from mea_jax.data.windows import reader

@@ -6,15 +6,15 @@ import random
 
 import pytest
 
-from mea_jax.config import SourceConfig
-from mea_jax.data import pre_tokens, sources, tokenizers
+from mea_jax.config.schema import SourceConfig
+from mea_jax.data import pre_tokenizers, sources, tokenizers
 
-LONGEST = pre_tokens.LONGEST
+LONGEST = pre_tokenizers.LONGEST
 RUNS = {"letters": "a", "marks": "\u0301", "signs": "#", "spaces": " ", "tabs": "\t", "lines": "\n"}
 
 
 def pieces(text, bounded):
-    return [piece for piece, _ in pre_tokens.splitter(bounded).pre_tokenize_str(text)]
+    return [piece for piece, _ in pre_tokenizers.splitter(bounded).pre_tokenize_str(text)]
 
 
 @pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
@@ -22,7 +22,7 @@ def pieces(text, bounded):
 def test_runs_up_to_the_bound_are_cut_as_without_it(run, length):
     text = f"a1{run * length}1a"
     assert pieces(text, True) == pieces(text, False)
-    watched = pre_tokens.Watched(iter([text]))
+    watched = pre_tokenizers.Watched(iter([text]))
     assert list(watched)
     assert not watched.long_runs
 
@@ -30,7 +30,7 @@ def test_runs_up_to_the_bound_are_cut_as_without_it(run, length):
 @pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
 def test_longer_runs_are_noticed_and_cut(run):
     text = f"a1{run * 10_000}1a"
-    watched = pre_tokens.Watched(iter(["first", text, "last"]))
+    watched = pre_tokenizers.Watched(iter(["first", text, "last"]))
     assert list(watched) == ["first", text, "last"]
     assert watched.long_runs
     # A piece may have a sign or space before its letters, or a line's end behind its signs.
@@ -39,7 +39,7 @@ def test_longer_runs_are_noticed_and_cut(run):
 
 
 def test_digits_and_signs_without_space_are_no_long_run():
-    watched = pre_tokens.Watched(iter(["abc123+/" * 10_000]))
+    watched = pre_tokenizers.Watched(iter(["abc123+/" * 10_000]))
     assert list(watched)
     assert not watched.long_runs
 
@@ -66,12 +66,12 @@ def test_a_line_without_end_trains_and_encodes(letters):
 def test_ordinary_text_gives_the_tokenizer_that_it_gave_without_a_bound(monkeypatch):
     texts = [d.text for _, d in zip(range(60), sources.documents(SourceConfig()), strict=False)]
     found = tokenizers.train_bpe(iter(texts), 600)
-    splitter = pre_tokens.splitter
-    monkeypatch.setattr(pre_tokens, "splitter", lambda bounded: splitter(False))
+    splitter = pre_tokenizers.splitter
+    monkeypatch.setattr(pre_tokenizers, "splitter", lambda bounded: splitter(False))
     assert tokenizers.train_bpe(iter(texts), 600).content == found.content
 
 
 def test_the_unbounded_pattern_is_the_one_of_earlier_versions():
     """Tokenizers, and so the digests of prepared data, stay as they were."""
-    found = hashlib.sha256(pre_tokens._UNBOUNDED.encode()).hexdigest()
+    found = hashlib.sha256(pre_tokenizers._UNBOUNDED.encode()).hexdigest()
     assert found == "caf2f0d944cd1a66cdb5aeccc68bb93b00fbcab8837bf5893577c114bd34777a"

@@ -14,13 +14,13 @@ import pyarrow.parquet as pq
 import pytest
 import tokenizers as hf
 
-from mea_jax.config import DataConfig, SourceConfig
+from mea_jax.config.schema import DataConfig, SourceConfig
+from mea_jax.convert import tokenizer_files
 from mea_jax.data import packing, sources
 from mea_jax.data import prepare as prepare_lib
 from mea_jax.data.corpus import is_held_out
-from mea_jax.data.windows import builder, reader
+from mea_jax.data.windows import builder, reader, writing
 from mea_jax.errors import UserError
-from mea_jax.interop import tokenizer_files
 
 FRACTION = 0.3
 WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa"]
@@ -164,7 +164,7 @@ def test_bpe_is_trained_on_the_training_side_only(config, tmp_path):
 
 def test_bpe_learns_from_a_sample_of_much_text(config, monkeypatch):
     whole = prepare(dataclasses.replace(config, tokenizer="bpe:300")).tokenizer
-    monkeypatch.setattr(prepare_lib.passes, "_BPE_SAMPLE", 3000)
+    monkeypatch.setattr(prepare_lib.tokenizer_training, "_BPE_SAMPLE", 3000)
     other = dataclasses.replace(config, tokenizer="bpe:300", cache_dir=config.cache_dir + "2")
     sample = prepare(other).tokenizer
     assert sample.content != whole.content
@@ -184,7 +184,7 @@ def test_an_interrupted_preparation_leaves_nothing(config, monkeypatch, where):
         if where == "windows":
             patch.setattr(packing, "_cut", killed)
         else:
-            patch.setattr(prepare_lib.passes, "baselines", killed)
+            patch.setattr(prepare_lib.tokenizer_training, "baselines", killed)
         with pytest.raises(Killed):
             prepare(config)
     assert entries(config) == []
@@ -208,14 +208,14 @@ def test_what_a_kill_leaves_is_not_taken_for_whole(config, monkeypatch):
 def at_once(config):
     """What `prepare` gave two threads that both found no cache."""
     both, barrier = [], threading.Barrier(2, timeout=30)
-    lock = prepare_lib.cache.lock
+    lock = prepare_lib.integrity.lock
 
     def together(*args):
         barrier.wait()
         return lock(*args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare_lib.cache, "lock", together)
+        patch.setattr(prepare_lib.integrity, "lock", together)
         threads = [threading.Thread(target=lambda: both.append(prepare(config))) for _ in "ab"]
         for thread in threads:
             thread.start()
@@ -254,7 +254,7 @@ def test_two_at_once_without_locks_agree(config, made, monkeypatch):
     def refuse(*args):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(prepare_lib.cache.fcntl, "flock", refuse)
+    monkeypatch.setattr(prepare_lib.integrity.fcntl, "flock", refuse)
     at_once(config)
     assert sorted(made) == [1, 2]
 
@@ -294,7 +294,7 @@ def test_full_disk(config, monkeypatch, error):
     def full(*args):
         raise error
 
-    monkeypatch.setattr(builder, "write", full)
+    monkeypatch.setattr(writing, "write", full)
     with pytest.raises(UserError, match=r"cache: No space left on device; .*cache_dir"):
         prepare(config)
     assert entries(config) == []
@@ -304,7 +304,7 @@ def test_other_runtime_errors_are_ours(config, monkeypatch):
     def defect(*args):
         raise RuntimeError("a defect")
 
-    monkeypatch.setattr(builder, "write", defect)
+    monkeypatch.setattr(writing, "write", defect)
     with pytest.raises(RuntimeError, match="a defect"):
         prepare(config)
 

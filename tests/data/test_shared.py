@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from mea_jax.data import shared
+from mea_jax.data import multi_host
 from mea_jax.errors import UserError
 
 
@@ -27,23 +27,23 @@ class Clock:
 def test_a_preparation_that_goes_on_is_waited_for(monkeypatch):
     """However long it takes, if something happens every now and then."""
     clock = Clock(lambda now: "done" if now > 100_000 else f"{now // 1500} 0")
-    monkeypatch.setattr(shared, "time", clock)
-    shared.wait(clock.look)
+    monkeypatch.setattr(multi_host, "time", clock)
+    multi_host.wait(clock.look)
     assert 100_000 < clock.now < 100_010
 
 
 def test_a_preparation_that_stands_still_is_not(monkeypatch):
     clock = Clock(lambda now: None if now < 60 else "5 0")
-    monkeypatch.setattr(shared, "time", clock)
+    monkeypatch.setattr(multi_host, "time", clock)
     with pytest.raises(UserError, match=r"has neither read nor written anything for 30 minutes"):
-        shared.wait(clock.look)
+        multi_host.wait(clock.look)
     assert 1860 < clock.now < 1870
 
 
 def test_the_first_process_reports_its_progress(tmp_path, monkeypatch):
-    monkeypatch.setattr(shared, "_REPORT_SECONDS", 0.01)
+    monkeypatch.setattr(multi_host, "_REPORT_SECONDS", 0.01)
     values: list[str] = []
-    with shared._reports(values.append, tmp_path) as count:
+    with multi_host._reports(values.append, tmp_path) as count:
         for expected in ("0 0", "7 0", "7 5"):
             deadline = time.monotonic() + 10
             while values[-1:] != [expected] and time.monotonic() < deadline:

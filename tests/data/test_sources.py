@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import tensorflow_datasets as tfds
 
-from mea_jax.config import SourceConfig
+from mea_jax.config.schema import SourceConfig
 from mea_jax.data import sources
 from mea_jax.data.corpus import Document, content_name, is_held_out, unit_hash
 from mea_jax.errors import UserError

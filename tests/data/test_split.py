@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mea_jax.config import DataConfig, SourceConfig, TrainConfig
+from mea_jax.config.schema import DataConfig, SourceConfig, TrainConfig
 from mea_jax.data import packing, prepare, sources, split
 from mea_jax.data.corpus import Document, unit_hash
 from mea_jax.data.windows import reader
@@ -241,18 +241,18 @@ def test_every_document_held_out_is_refused(prepared, tmp_path):
 
 
 def test_commands_that_need_held_out_text_fail_before_they_read_any(monkeypatch):
-    from mea_jax.compress import texts
+    from mea_jax.compress import calibration
     from mea_jax.compress.options import Options
-    from mea_jax.evaluate import profile
+    from mea_jax.evaluate import run as evaluate_run
 
-    for module in (texts, profile):
+    for module in (calibration, evaluate_run):
         monkeypatch.setattr(module, "prepare", lambda *_, **__: pytest.fail("read"))
     config = TrainConfig(data=DataConfig(held_out_fraction=0.0))
     run: Any = types.SimpleNamespace(config=config, run=Path("runs/x"), digest="", tokenizer=None)
     with pytest.raises(UserError, match=r"data of runs/x have no held-out text.*fraction=0\.0"):
-        texts.Texts(run, Options(), print)
+        calibration.Texts(run, Options(), print)
     with pytest.raises(UserError, match=r"data of runs/x hold no held-out text.*--parts"):
-        profile.held_out_text(run, print)
+        evaluate_run.held_out_text(run, print)
 
 
 @pytest.mark.parametrize(
@@ -260,7 +260,7 @@ def test_commands_that_need_held_out_text_fail_before_they_read_any(monkeypatch)
     [("", "holds no text"), ('{"body": "x"}\n', r"no field 'text' \(it has: body\)")],
 )
 def test_an_import_reads_the_first_document_of_its_text(tmp_path, content, words):
-    from mea_jax.interop import importing
+    from mea_jax.convert import importing
 
     (tmp_path / "a.jsonl").write_text(content)
     source: Any = types.SimpleNamespace(config={"max_position_embeddings": 64}, where="config.json")

@@ -13,9 +13,9 @@ from helpers import is_one_error, tiny_model
 
 from mea_jax.data.tokenizers import BytesTokenizer
 from mea_jax.errors import UserError
-from mea_jax.evaluate import models, profile
-from mea_jax.evaluate.profile import Options, settle
-from mea_jax.train import train
+from mea_jax.evaluate import models, run
+from mea_jax.evaluate.run import Options, settle
+from mea_jax.train.run import train
 
 ONE = {"mesh.data": 1, "mesh.fsdp": -1}
 QUICK: tuple[str, ...] = (
@@ -104,7 +104,7 @@ def check_schema(report):
     sizes = {"loss", "error", "increase", "increase_error", "tokens"}
     ratios = {"tokens_per_second", "over_first", "prefill_seconds", "prefill_over_first"}
     for model in report["models"]:
-        assert model.keys() == described | set(profile.PARTS)
+        assert model.keys() == described | set(run.PARTS)
         assert model["cache"].keys() == {"bytes_per_token", "dtype", "forms"}
         assert list(model["loss"])[-1] == "all"
         for cell in model["loss"].values():
@@ -226,7 +226,7 @@ def test_texts_that_are_not_there(runs, tmp_path, evaluate):
     data = dataclasses.replace(loaded.config.data, sources=(gone,))
     loaded = dataclasses.replace(loaded, config=dataclasses.replace(loaded.config, data=data))
     with pytest.raises(UserError, match=r"(?s)texts/that/are/not/here.*leave out what needs them"):
-        profile.held_out_text(loaded, lambda line: None)
+        run.held_out_text(loaded, lambda line: None)
 
 
 def test_defaults_are_what_the_models_can_take(runs):
@@ -244,7 +244,7 @@ def test_defaults_are_what_the_models_can_take(runs):
     with pytest.raises(UserError, match="no default context for pass keys fits"):
         settle([with_window(16)], Options(parts=("passkey",)), said.append)
     found = settle([with_window(200)], Options(), said.append)
-    assert (found.lengths, found.contexts) == ((1.0, 2.0, 4.0), profile.CONTEXTS)
+    assert (found.lengths, found.contexts) == ((1.0, 2.0, 4.0), run.CONTEXTS)
     with pytest.raises(UserError, match="a window of 200 is longer than the 40 positions"):
         settle([with_window(200), learned], Options(parts=("loss",)), said.append)
 

@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 from helpers import params_of, random_batch, tiny_model
 
-from mea_jax import sharding
-from mea_jax.config import MeshConfig, SourceConfig
+from mea_jax.config.schema import MeshConfig, SourceConfig
 from mea_jax.data.pipeline import held_out_batches
 from mea_jax.data.prepare import prepare
 from mea_jax.errors import UserError
-from mea_jax.evaluate.losses import (
+from mea_jax.evaluate.token_losses import (
     ALL,
     Losses,
     bucket_edges,
@@ -21,8 +20,9 @@ from mea_jax.evaluate.losses import (
     source_names,
     token_nll,
 )
-from mea_jax.evaluation import HeldOut
-from mea_jax.transformer import apply_logits
+from mea_jax.model.transformer import apply_logits
+from mea_jax.parallel import sharding
+from mea_jax.train.held_out import HeldOut
 
 MODEL = tiny_model(key_components=2)
 PARAMS = params_of(MODEL, noise=0.3)
@@ -55,7 +55,7 @@ def test_loss_of_each_token_is_that_of_the_reference(mebibytes, monkeypatch):
     """To float32 rounding; with chunks of 4 positions, the last one filled up."""
     model = dataclasses.replace(MODEL, loss_chunk=mebibytes)
     if mebibytes:
-        monkeypatch.setattr("mea_jax.evaluate.losses.positions_within", lambda *_: 4)
+        monkeypatch.setattr("mea_jax.evaluate.token_losses.positions_within", lambda *_: 4)
     batch = random_batch(0, 3, 15, model.vocab_size, [[15], [6, 5], [1, 14]])
     found = jax.jit(token_nll, static_argnums=0)(model, PARAMS, batch)
 

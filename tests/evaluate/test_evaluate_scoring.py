@@ -15,8 +15,8 @@ from mea_jax.evaluate.arithmetic import arithmetic, arithmetic_examples
 from mea_jax.evaluate.retrieval import passkey_examples, retrieval, shortest_context
 from mea_jax.evaluate.scoring import Encoded, Served, encode, number, score
 from mea_jax.evaluate.tasks import Example
-from mea_jax.generation import Generator
-from mea_jax.transformer import apply_logits
+from mea_jax.generate.generator import Generator
+from mea_jax.model.transformer import apply_logits
 
 TOKENIZER = BytesTokenizer()
 MODEL = tiny_model(key_components=2, value_components=1)

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from helpers import params_of, tiny_model
 
-from mea_jax import decode
-from mea_jax.cache import RECENT
 from mea_jax.evaluate import speed
-from mea_jax.generation import Generator
+from mea_jax.generate import decode
+from mea_jax.generate.generator import Generator
+from mea_jax.model.kv_cache import RECENT
 
 MODEL = tiny_model(key_components=2, value_components=1)
 PARAMS = params_of(MODEL, noise=0.3)

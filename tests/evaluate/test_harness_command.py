@@ -11,7 +11,7 @@ from helpers import is_one_error
 from whole_runs import train_on_one_device
 
 from mea_jax.evaluate import tasks
-from mea_jax.evaluate.harness import functions, results, suite
+from mea_jax.evaluate.harness import differences, functions, suite
 
 TASKS = "mea_arithmetic,mea_arithmetic_choice,mea_recall,mea_needle"
 
@@ -175,7 +175,7 @@ def test_a_difference_of_means_is_the_paired_one():
     rng = np.random.default_rng(0)
     old = rng.integers(0, 2, 50).astype(float)
     new = np.where(rng.random(50) < 0.2, 1 - old, old)
-    (row,) = results.differences(fake(new, "acc", new.mean()), fake(old, "acc", old.mean()))
+    (row,) = differences.differences(fake(new, "acc", new.mean()), fake(old, "acc", old.mean()))
     assert row["difference"] == pytest.approx((new - old).mean())
     assert row["difference_error"] == pytest.approx((new - old).std(ddof=1) / 50**0.5)
     assert row["error"] == pytest.approx(new.std(ddof=1) / 50**0.5)
@@ -202,7 +202,7 @@ def test_errors_of_perplexities_are_those_of_the_bootstrap(metric):
         return list(zip(logs.tolist(), sizes.tolist(), strict=True))
 
     pair = (fake(values(x), metric, value(x, sizes)) for x in (new, old))
-    (row,) = results.differences(*pair)
+    (row,) = differences.differences(*pair)
     picks = rng.integers(0, n, (draws, n))
     drawn = [value(new[p], sizes[p]) - value(old[p], sizes[p]) for p in picks]
     # The bootstrap's own error is 1 / sqrt(2 draws), 2%.
@@ -212,9 +212,9 @@ def test_errors_of_perplexities_are_those_of_the_bootstrap(metric):
 
 def test_other_metrics_have_a_difference_without_an_error():
     values = [("a", "b"), ("c", "d")]
-    (row,) = results.differences(fake(values, "f1", 0.5), fake(values, "f1", 0.25))
+    (row,) = differences.differences(fake(values, "f1", 0.5), fake(values, "f1", 0.25))
     assert (row["difference"], row["difference_error"], row["documents"]) == (0.25, None, 2)
-    assert "+0.2500" in results.table([row])
+    assert "+0.2500" in differences.table([row])
 
 
 # -- the suite --------------------------------------------------------------------------------

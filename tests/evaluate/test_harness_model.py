@@ -19,8 +19,8 @@ from whole_runs import train_on_one_device
 from mea_jax.errors import UserError
 from mea_jax.evaluate.harness.model import HarnessModel
 from mea_jax.evaluate.models import load
-from mea_jax.generation import Generator, continuation
-from mea_jax.transformer import apply_logits
+from mea_jax.generate.generator import Generator, continuation
+from mea_jax.model.transformer import apply_logits
 
 ROOT = Path(__file__).parents[2]
 TEXTS = ["a quick brown fox", "seven wizards box by moonlight and", "lazy", "the lazy dog while"]

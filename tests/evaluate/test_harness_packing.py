@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from mea_jax.evaluate.harness import packing
-from mea_jax.evaluate.harness.packing import Request, build_trees, fill, plan
+from mea_jax.evaluate.harness import prefix_trees
+from mea_jax.evaluate.harness.prefix_trees import Request, build_trees, fill, plan
 
 
 def multiple_choice(rng, count, context, answer, choices=4, before=()):
@@ -111,11 +111,11 @@ def test_layouts_say_the_same_of_a_tree_of_one_path():
     requests = [Request([1, 2, 3], [4]), Request([5, 6], [7])]
     trees = build_trees(requests, 100)
     args = ([[0, 1], []], trees, 8, 2)
-    tokens, positions, reach, starts = packing.laid_out(*args, branches=True)
+    tokens, positions, reach, starts = prefix_trees.laid_out(*args, branches=True)
     assert tokens[0].tolist() == [1, 2, 3, 5, 6, 0, 0, 0]
     assert positions[0].tolist() == [0, 1, 2, 0, 1, 0, 0, 0]
     assert reach[0].tolist() == [3, 3, 3, 5, 5, 0, 0, 0]
-    segments = packing.laid_out(*args, branches=False)[2]
+    segments = prefix_trees.laid_out(*args, branches=False)[2]
     assert segments[0].tolist() == [1, 1, 1, 2, 2, 0, 0, 0]
     assert not tokens[1].any()
     assert [(row, start) for row, start, _ in starts] == [(0, 0), (0, 3)]

@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 from helpers import params_of, tiny_model
 
-from mea_jax import attention, cpu_kernels, sharding
-from mea_jax.config import MeshConfig
+from mea_jax.checkpoint.load import unresolved
+from mea_jax.config.schema import MeshConfig
 from mea_jax.evaluate.harness import likelihood
 from mea_jax.evaluate.harness.likelihood import Request, Scorer, Work
-from mea_jax.train_step import init_params
-from mea_jax.trained import unresolved
-from mea_jax.transformer import apply_logits
+from mea_jax.model.params import init_params
+from mea_jax.model.transformer import apply_logits
+from mea_jax.ops import attention, cpu
+from mea_jax.parallel import sharding
 
 LONGEST = 68  # tokens of a request
 PLAIN = {"hlc": "none", "head_norm": False}
@@ -149,7 +150,7 @@ def test_attention_of_trees():
     options = {"scale": 0.3, "dtype": jnp.float32, "tree": True}
     for block in (3, 16):
         plain = functools.partial(attention.tree_attention, scale=0.3, block=block)
-        kernel = functools.partial(cpu_kernels.causal_attention, **options, block=block)
+        kernel = functools.partial(cpu.causal_attention, **options, block=block)
         for function in (plain, kernel):
             found = jax.jit(function)(q, kk, v, reach)
             np.testing.assert_allclose(found[0, :9], expected, atol=2e-6)

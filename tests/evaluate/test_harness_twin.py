@@ -11,7 +11,7 @@ from helpers import flat
 from lm_eval.models.huggingface import HFLM
 from whole_runs import train_on_one_device
 
-from mea_jax.evaluate.harness import command, suite
+from mea_jax.evaluate.harness import run, suite
 from mea_jax.evaluate.harness.model import HarnessModel
 
 ROLLING = """task: twin_rolling
@@ -103,11 +103,11 @@ def measured(tiny, tmp_path_factory):
             batch_size=4,
             add_bos_token=False,
         )
-        options = command.Options(
+        options = run.Options(
             tasks=("mea_arithmetic", "mea_arithmetic_choice", "mea_code", "twin_rolling"),
             include_path=str(folder / "suite"),
         )
-        tasks = command.load_tasks(options)
+        tasks = run.load_tasks(options)
         return tuple(
             lm_eval.evaluator.evaluate(lm=model, task_dict=tasks, bootstrap_iters=0)
             for model in (ours, theirs)

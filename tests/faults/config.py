@@ -3,7 +3,7 @@
 FOLDER holds text files. Small enough to take seconds, with a checkpoint every few steps.
 """
 
-from mea_jax.config import default_config
+from mea_jax.config.schema import default_config
 
 
 def get_config(folder: str = ""):

@@ -19,13 +19,13 @@ import cpu_devices
 import jax
 import numpy as np
 
-from mea_jax import sharding
-from mea_jax.checkpoint import Checkpoints
-from mea_jax.report import read_metrics
-from mea_jax.train_step import abstract_state
+from mea_jax.checkpoint.manager import Checkpoints
+from mea_jax.checkpoint.metrics import read_metrics
+from mea_jax.parallel import sharding
+from mea_jax.train.step import abstract_state
 
 ROOT = Path(__file__).parent.parent.parent
-STEPS, EVERY = 60, 5  # as in config.py
+STEPS, EVERY = 60, 5  # as in config/schema.py
 LIMIT = 400.0  # seconds that a process may take before it counts as hanging
 REFERENCES = threading.Lock()  # trials that run at the same time share the runs without a fault
 SLOW = "wait=0.01"  # so that moments inside the loop are as likely as those before it

@@ -26,10 +26,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import mea_jax.loop
-import mea_jax.train_step
-from mea_jax import checkpoint, distributed, guards, lock, preemption, report
+import mea_jax.train.loop
+import mea_jax.train.step
+from mea_jax.checkpoint import lock, manager
+from mea_jax.checkpoint import metrics as checkpoint_metrics
 from mea_jax.data.pipeline import batch_number
+from mea_jax.parallel import preemption, processes
+from mea_jax.train import guards
 
 _MARK = -9  # in the first position of a batch whose gradient becomes nan
 
@@ -46,7 +49,7 @@ def _intervals(values: list[str]) -> list[tuple[int, int]]:
 
 def watch_batches(options: dict[str, list[str]]) -> None:
     """The batches of the loop: written down, marked, replaced."""
-    original = mea_jax.loop.train_batches
+    original = mea_jax.train.loop.train_batches
     path = options.get("order", [None])[0]
     marked = {int(step) for step in options.get("nan", [])}
     garbage = _intervals(options.get("garbage", []))
@@ -74,12 +77,12 @@ def watch_batches(options: dict[str, list[str]]) -> None:
             time.sleep(pause)
             yield batch
 
-    replace(mea_jax.loop, "train_batches", train_batches)
+    replace(mea_jax.train.loop, "train_batches", train_batches)
 
 
 def poison_gradients() -> None:
     """The step's gradient is not a number where the batch bears the mark."""
-    module = mea_jax.train_step
+    module = mea_jax.train.step
     original = module._gradients
 
     def gradients(config, params, batch, teacher):
@@ -93,7 +96,7 @@ def poison_gradients() -> None:
 
 def pass_over(steps: set[int]) -> None:
     """The host takes the state over `steps`: parameters and moments stay, the clocks go on."""
-    compiled = mea_jax.loop.Loop._compiled
+    compiled = mea_jax.train.loop.Loop._compiled
 
     def stepping(self, state, batch):
         step_fn = compiled(self, state, batch)
@@ -115,7 +118,7 @@ def pass_over(steps: set[int]) -> None:
 
         return step
 
-    replace(mea_jax.loop.Loop, "_compiled", stepping)
+    replace(mea_jax.train.loop.Loop, "_compiled", stepping)
 
 
 def without(intervals: list[tuple[int, int]]) -> None:
@@ -155,20 +158,20 @@ def _no_cleaning():
     def prepare(self):
         self.directory.mkdir(exist_ok=True, parents=True)
 
-    replace(checkpoint.Checkpoints, "_prepare", prepare)
+    replace(manager.Checkpoints, "_prepare", prepare)
 
 
 # The guards that a campaign can do without, to see that it notices.
 GUARDS = {
-    "digests": lambda: replace(checkpoint.Checkpoints, "damage", lambda *_, **__: None),
+    "digests": lambda: replace(manager.Checkpoints, "damage", lambda *_, **__: None),
     "lock": _no_lock,
     "cleaning": _no_cleaning,
-    "skipping": lambda: replace(mea_jax.train_step.jnp, "isfinite", jnp.ones_like),
+    "skipping": lambda: replace(mea_jax.train.step.jnp, "isfinite", jnp.ones_like),
     "skip_limit": lambda: replace(guards, "SKIP_WINDOW", 0),
     "spikes": lambda: replace(guards.SpikeDetector, "feed", lambda *_: None),
     "position": _no_position,
     "sigterm": lambda: replace(preemption.StopRequest, "_receive", lambda *_: None),
-    "metrics": lambda: replace(report, "read_metrics", lambda path: []),
+    "metrics": lambda: replace(checkpoint_metrics, "read_metrics", lambda path: []),
 }
 
 
@@ -186,7 +189,7 @@ def main() -> None:
     if "without" in options:
         without(_intervals(options["without"]))
     if "lost" in options:
-        replace(distributed, "LOST_SECONDS", float(options["lost"][0]))
+        replace(processes, "LOST_SECONDS", float(options["lost"][0]))
     for guard in options.get("remove", []):
         GUARDS[guard]()
     sys.argv = ["mea_jax.train", *sys.argv[split + 1 :]]

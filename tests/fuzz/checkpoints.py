@@ -15,12 +15,14 @@ import jax
 import numpy as np
 from hypothesis import strategies as st
 
-from mea_jax import digests, sharding
-from mea_jax.checkpoint import Checkpoints
-from mea_jax.config import TrainConfig
+from mea_jax.checkpoint import digests
+from mea_jax.checkpoint.manager import Checkpoints
+from mea_jax.config.schema import TrainConfig
 from mea_jax.errors import UserError
-from mea_jax.guards import Guards
-from mea_jax.train_step import abstract_params, abstract_state
+from mea_jax.model.params import abstract_params
+from mea_jax.parallel import sharding
+from mea_jax.train.guards import Guards
+from mea_jax.train.step import abstract_state
 
 OLD = Path(__file__).parent.parent / "checkpoints" / "format_1" / "run"
 STEP = 4

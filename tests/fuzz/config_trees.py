@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
-from mea_jax.config import (
+from mea_jax.config.schema import (
     ATTENTION_KERNELS,
     POSITIONS,
     REMAT_POLICIES,

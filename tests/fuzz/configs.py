@@ -12,23 +12,21 @@ import jax.numpy as jnp
 import numpy as np
 from helpers import random_batch
 
-from mea_jax import backends, memory, sharding
-from mea_jax.config import TrainConfig, default_config, flatten, from_config_dict
+from mea_jax.config.checks import validate_from_scratch
+from mea_jax.config.parse import from_config_dict, from_dict
+from mea_jax.config.schema import TrainConfig, default_config, flatten
 from mea_jax.data.pipeline import held_out_batches, train_batches
 from mea_jax.data.prepare import prepare
-from mea_jax.diagnostics import compile_diagnostics
 from mea_jax.errors import UserError
-from mea_jax.generation import Generator
-from mea_jax.sampling import Sampling
-from mea_jax.start import Start
-from mea_jax.train_step import (
-    TrainState,
-    abstract_state,
-    compile_eval_step,
-    compile_train_step,
-    create_state,
-)
-from mea_jax.validation import validate_from_scratch
+from mea_jax.generate.generator import Generator
+from mea_jax.model.params import TrainState
+from mea_jax.ops import backend
+from mea_jax.ops.sampling import Sampling
+from mea_jax.parallel import sharding
+from mea_jax.train import memory
+from mea_jax.train.diagnostics import compile_diagnostics
+from mea_jax.train.step import abstract_state, compile_eval_step, compile_train_step, create_state
+from mea_jax.train.warm_start import Start
 
 from .config_trees import Example, examples
 
@@ -50,7 +48,7 @@ def refusal(error: UserError) -> str:
 
 def _build(example: Example) -> TrainConfig:
     if not example.through_file:
-        return TrainConfig.from_dict(example.tree)
+        return from_dict(example.tree)
     config = default_config()
     try:
         config.update(example.tree)
@@ -60,11 +58,11 @@ def _build(example: Example) -> TrainConfig:
 
 
 def _resolve(example: Example) -> tuple[TrainConfig, jax.sharding.Mesh]:
-    """What `mea_jax.train.train` does before it looks at data, in its order."""
+    """What `mea_jax.train.run.train` does before it looks at data, in its order."""
     config, devices = _build(example), jax.devices()[: example.devices]
     mesh = sharding.make_mesh(config.mesh, devices)
     split = (mesh.shape["tensor"], mesh.shape["sequence"])
-    model = backends.resolve(config.model, devices, config.data.context_length, *split)
+    model = backend.resolve(config.model, devices, config.data.context_length, *split)
     config = dataclasses.replace(config, model=model)
     sharding.check_divisible(config, mesh)
     start = Start(config, mesh, str)

@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow
 from hypothesis import strategies as st
 
-from mea_jax.config import SourceConfig
+from mea_jax.config.schema import SourceConfig
 from mea_jax.data import sources
 from mea_jax.data.bad_input import OPTION, LeftOut
 from mea_jax.errors import UserError

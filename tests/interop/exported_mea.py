@@ -12,9 +12,9 @@ import torch
 from safetensors.numpy import save_file
 from transformers import AutoModelForCausalLM, dynamic_module_utils, utils
 
-from mea_jax.config import ModelConfig
-from mea_jax.interop import composite
-from mea_jax.transformer import stretches
+from mea_jax.config.schema import ModelConfig
+from mea_jax.convert import composite
+from mea_jax.model.transformer import stretches
 
 torch.set_num_threads(1)
 utils.logging.disable_progress_bar()

@@ -13,18 +13,19 @@ from helpers import PLAIN, assert_equal, is_one_error, params_of
 from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mea_jax import config as configs
-from mea_jax import lock, sharding
-from mea_jax.checkpoint import Checkpoints
+from mea_jax.checkpoint import lock
+from mea_jax.checkpoint.layerwise import StoredModel, Writer
+from mea_jax.checkpoint.load import load
+from mea_jax.checkpoint.manager import Checkpoints
+from mea_jax.config import schema as configs
+from mea_jax.convert import exporting, families, folders, importing, shards
+from mea_jax.convert.exporting import export_model
+from mea_jax.convert.importing import import_model
 from mea_jax.data import tokenizers
-from mea_jax.generate import load
-from mea_jax.interop import exporting, families, folders, importing, shards
-from mea_jax.interop.exporting import export_model
-from mea_jax.interop.importing import import_model
-from mea_jax.start import Start
-from mea_jax.stored import StoredModel, Writer
-from mea_jax.train import train
-from mea_jax.transformer import apply_logits
+from mea_jax.model.transformer import apply_logits
+from mea_jax.parallel import sharding
+from mea_jax.train.run import train
+from mea_jax.train.warm_start import Start
 
 SHARD = "model-00002-of-00003.safetensors"
 
@@ -247,7 +248,7 @@ def test_an_import_that_was_killed_begins_anew(stage, original, tmp_path, monkey
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(f"mea_jax.interop.importing.{stage}", dies)
+        patch.setattr(f"mea_jax.convert.importing.{stage}", dies)
         with pytest.raises(Killed):
             import_model(original, tmp_path / "run")
     assert not (tmp_path / "run").exists()

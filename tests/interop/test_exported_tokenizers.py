@@ -9,9 +9,9 @@ import pytest
 import tokenizers as hf
 from transformers import AutoTokenizer
 
+from mea_jax.convert import tokenizer_files
 from mea_jax.data import tokenizers
-from mea_jax.generate import encode
-from mea_jax.interop import tokenizer_files
+from mea_jax.generate.run import encode
 
 TEXTS = [
     "def f(x):\n\treturn 'naïve 東京 \U0001f642'  # \x00\x7f\xa0\xad",

@@ -11,8 +11,8 @@ import torch
 from exported_mea import load, save
 from helpers import GROUPED, PLAIN, params_of, tiny_model
 
-from mea_jax.generation import Generator
-from mea_jax.transformer import apply_logits
+from mea_jax.generate.generator import Generator
+from mea_jax.model.transformer import apply_logits
 
 SCALED = {
     "rope_theta": 100.0,

@@ -10,18 +10,18 @@ import torch
 from exported_mea import layers_of, load, save
 from helpers import GROUPED, PLAIN, params_of, tiny_model
 
+from mea_jax.checkpoint.load import load as load_run
 from mea_jax.compress import methods
-from mea_jax.compress.__main__ import compress
 from mea_jax.compress.layer import take_apart
-from mea_jax.compress.measure import assemble
 from mea_jax.compress.moments import of_weights
 from mea_jax.compress.options import Options
+from mea_jax.compress.probe import assemble
+from mea_jax.compress.run import compress
+from mea_jax.convert import composite
+from mea_jax.convert.exporting import export_model
 from mea_jax.errors import UserError
-from mea_jax.generate import load as load_run
-from mea_jax.interop import composite
-from mea_jax.interop.exporting import export_model
-from mea_jax.train import train
-from mea_jax.transformer import apply_logits
+from mea_jax.model.transformer import apply_logits
+from mea_jax.train.run import train
 
 FREQUENCY = {"key_mixing": "frequency", "value_mixing": "dense", "head_norm": False}
 CASES: dict[str, dict[str, Any]] = {

@@ -7,10 +7,10 @@ from exported_mea import load, save
 from helpers import GROUPED, params_of, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from mea_jax.interop import composite
-from mea_jax.interop.attention_mea import pack, unpack
-from mea_jax.interop.configuration_mea import MEAConfig
-from mea_jax.interop.modeling_mea import MEAExperts, MEAForCausalLM
+from mea_jax.convert import composite
+from mea_jax.convert.attention_mea import pack, unpack
+from mea_jax.convert.configuration_mea import MEAConfig
+from mea_jax.convert.modeling_mea import MEAExperts, MEAForCausalLM
 
 IDS = torch.tensor(np.random.default_rng(0).integers(0, 264, (2, 10)))
 

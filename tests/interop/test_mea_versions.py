@@ -14,7 +14,7 @@ from helpers import GROUPED, params_of, tiny_model
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
-from mea_jax.interop import composite
+from mea_jax.convert import composite
 
 IDS = torch.tensor(np.random.default_rng(0).integers(0, 264, (2, 10)))
 

@@ -11,16 +11,16 @@ import small_models
 import torch
 from transformers import AutoModelForCausalLM
 
-from mea_jax import decode
-from mea_jax.compress.__main__ import compress
+from mea_jax.checkpoint.layerwise import StoredModel
+from mea_jax.checkpoint.load import load
 from mea_jax.compress.options import Options
-from mea_jax.generate import load
-from mea_jax.generation import Generator
-from mea_jax.interop.exporting import export_model
-from mea_jax.interop.importing import import_model
-from mea_jax.sampling import Sampling
-from mea_jax.stored import StoredModel
-from mea_jax.transformer import apply_logits
+from mea_jax.compress.run import compress
+from mea_jax.convert.exporting import export_model
+from mea_jax.convert.importing import import_model
+from mea_jax.generate import decode
+from mea_jax.generate.generator import Generator
+from mea_jax.model.transformer import apply_logits
+from mea_jax.ops.sampling import Sampling
 
 LIMIT = 1e-4  # of the largest difference of float32 logits, whose spread is about one
 LENGTH = 48

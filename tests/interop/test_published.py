@@ -8,9 +8,10 @@ import jax
 import numpy as np
 import pytest
 
-from mea_jax.config import ModelConfig, flatten, from_config_dict
-from mea_jax.interop import families, tensors
-from mea_jax.train_step import abstract_params
+from mea_jax.config.parse import from_config_dict
+from mea_jax.config.schema import ModelConfig, flatten
+from mea_jax.convert import families, tensors
+from mea_jax.model.params import abstract_params
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 QWEN3 = {

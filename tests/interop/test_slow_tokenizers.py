@@ -12,12 +12,12 @@ from helpers import is_one_error
 from safetensors.numpy import load_file
 from transformers import AutoTokenizer
 
+from mea_jax.checkpoint.layerwise import StoredModel
+from mea_jax.convert import slow_tokenizers
+from mea_jax.convert.exporting import export_model
+from mea_jax.convert.importing import import_model
 from mea_jax.data import tokenizers
 from mea_jax.errors import UserError
-from mea_jax.interop import slow_tokenizers
-from mea_jax.interop.exporting import export_model
-from mea_jax.interop.importing import import_model
-from mea_jax.stored import StoredModel
 
 TEXTS = [
     "def f(x):\n\treturn 'naïve 東京 \U0001f642'  # \x00\x7f\xa0\xad",

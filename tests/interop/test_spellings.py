@@ -11,12 +11,12 @@ import torch
 from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from mea_jax.checkpoint.load import load
+from mea_jax.convert import families
+from mea_jax.convert.importing import Source, import_model
+from mea_jax.convert.shards import SINGLE
 from mea_jax.errors import UserError
-from mea_jax.generate import load
-from mea_jax.interop import families
-from mea_jax.interop.importing import Source, import_model
-from mea_jax.interop.shards import SINGLE
-from mea_jax.transformer import apply_logits
+from mea_jax.model.transformer import apply_logits
 
 LIMIT = 1e-4  # of the largest difference of float32 logits, whose spread is about one
 LLAMA3 = {key: value for key, value in small_models.LLAMA3.items() if key != "rope_theta"}

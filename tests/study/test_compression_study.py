@@ -11,7 +11,7 @@ from mea_jax.compress.options import Options
 from mea_jax.study import compression, compression_figures, recovery
 from mea_jax.study.compression import Name, Study
 from mea_jax.study.compression_figures import BEST, PAPER
-from mea_jax.train import train
+from mea_jax.train.run import train
 
 SMALL = Options(calibration_tokens=512, measure_tokens=256, held_out_tokens=512, repair_steps=2)
 
@@ -47,7 +47,7 @@ def test_budgets_measured_once_serve_every_share(run, devices, tmp_path, monkeyp
     devices(1)
     study, name = Study(tmp_path / "work", tmp_path / "out"), Name("aligned", "measured", "none")
     half = study.compress(run, name, 0.5, SMALL)
-    monkeypatch.setattr("mea_jax.compress.findings.Measurer", lambda *args: 1 / 0)
+    monkeypatch.setattr("mea_jax.compress.measurements.Measurer", lambda *args: 1 / 0)
     quarter = study.compress(run, name, 0.25, SMALL)
     assert quarter["bytes"] <= half["bytes"] / 2
     assert (tmp_path / "work" / "mha-0" / name.folder(0.5)).exists()

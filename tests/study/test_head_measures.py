@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mea_jax import mixing
+from mea_jax.ops import hlc
 from mea_jax.study import head_measures as measures
 from mea_jax.study.clusters import clusters, silhouette
 
@@ -93,7 +93,7 @@ def test_too_little_is_not_tested():
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("components", [4, 2])
 def test_the_start_is_at_no_distance(kind, components):
-    parameter = np.asarray(mixing.initial(kind, components, 4, 8))
+    parameter = np.asarray(hlc.initial(kind, components, 4, 8))
     mix = measures.as_mixing(kind, parameter)
     start = measures.starting(kind, components, 4, 8)
     assert measures.distance(mix, start) == 0
@@ -102,7 +102,7 @@ def test_the_start_is_at_no_distance(kind, components):
     assert measures.own_weight(kind, mix) == pytest.approx(1)
     assert measures.head_level(kind, mix) == pytest.approx(1)
     np.testing.assert_allclose(
-        measures.by_pair(kind, mix), mixing.block_identity(components, 4), atol=1e-12
+        measures.by_pair(kind, mix), hlc.block_identity(components, 4), atol=1e-12
     )
     values = measures.singular_values(kind, mix)
     np.testing.assert_allclose(values, np.sqrt(4 / components), rtol=1e-6)
@@ -149,7 +149,7 @@ def test_composites_are_blind_to_the_components_basis(kind):
     other_parameter = np.tensordot(change, parameter, axes=1)
 
     def both(kernel, parameter):
-        folded = mixing.fold(kind, jnp.asarray(kernel), jnp.asarray(parameter))
+        folded = hlc.fold(kind, jnp.asarray(kernel), jnp.asarray(parameter))
         covariance = measures.covariance_of(np.asarray(folded), np.eye(16))
         composite = measures.composite_values(kind, covariance, 4)
         mix = measures.as_mixing(kind, parameter)

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from helpers import PLAIN, is_one_error, params_of
 
-from mea_jax import mixing
-from mea_jax.compress.sweep import specs
-from mea_jax.stored import StoredModel, Writer
+from mea_jax.checkpoint.layerwise import StoredModel, Writer
+from mea_jax.compress.stream import specs
+from mea_jax.ops import hlc
 from mea_jax.study import head_measures as measures
 from mea_jax.study import heads
-from mea_jax.train import train
+from mea_jax.train.run import train
 
 ONE = {"mesh.data": 1, "mesh.fsdp": -1}
 KINDS = ("heads", "frequency", "dense")
@@ -71,7 +71,7 @@ def test_a_trained_run(runs, tmp_path, command):
     row = report["rows"][-2]
     np.testing.assert_allclose(row["mixing"], attention["key_mixing"], rtol=1e-5, atol=1e-9)
     assert (row["components"], row["composites"]) == (4, 8)
-    start = np.asarray(mixing.block_identity(4, 8))
+    start = np.asarray(hlc.block_identity(4, 8))
     moved = np.linalg.norm(attention["key_mixing"] - start) / np.sqrt(8)
     assert row["distance"] == pytest.approx(moved, rel=1e-5)
     assert report["rows"][2]["distance"] < moved  # at step 4
@@ -104,7 +104,7 @@ def test_redundancy_is_that_of_the_heads_activations(runs, tmp_path, devices):
         assert sums is not None
         moment = sums["values"] / float(sums["tokens"])
         attention = tree["attention"]
-        folded = mixing.fold("heads", attention["value"], attention["value_mixing"])
+        folded = hlc.fold("heads", attention["value"], attention["value_mixing"])
         mine = measures.covariance_of(np.asarray(folded), seen[index])
         values = np.linalg.eigvalsh(moment - mine)
         assert np.abs(values[:-1]).max() < 1e-4 * np.trace(moment)

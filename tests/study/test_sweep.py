@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 from ml_collections import config_dict
 
-from mea_jax.config import EvalConfig
+from mea_jax.config.schema import EvalConfig
 from mea_jax.errors import UserError
-from mea_jax.preemption import Preempted, StopRequest
+from mea_jax.parallel.preemption import Preempted, StopRequest
 from mea_jax.study import run as running
 from mea_jax.study.grid import Cell, Grid, Member, default_study, grid_of
 from mea_jax.study.histories import History
 from mea_jax.study.store import Store
-from mea_jax.study.sweep import Sweep
-from mea_jax.train import train
+from mea_jax.study.vmapped import Sweep
+from mea_jax.train.run import train
 
 MEMBERS = (Member(0, 1e-3), Member(0, 1e-2), Member(1, 1e-3), Member(1, 1e-2))
 IDENTITY: dict[str, Any] = {"base": {}, "variants": {}, "sizes": {}, "spikes": {}}

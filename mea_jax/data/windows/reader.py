@@ -1,4 +1,4 @@
-"""Reading the windows that `builder` wrote, whole or not."""
+"""Reads the windows that `writing` wrote."""
 
 import bisect
 import itertools
@@ -6,10 +6,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-import tensorflow_datasets as tfds
 
-from mea_jax.data import bad_input, cache
-from mea_jax.data.windows import builder
+from mea_jax.data import bad_input, integrity
+from mea_jax.data.windows import writing
 
 Window = dict[str, np.ndarray]
 
@@ -27,10 +26,12 @@ class StoredWindows:
 
     def __init__(self, directory: Path, split: str, length: int, skip_bad: bool):
         """As `open_windows`."""
+        import tensorflow_datasets as tfds
+
         self._length, self._skip_bad = length, skip_bad
         self._root = directory.parent
-        dataset = builder.dataset_directory(directory)
-        with cache.reading(dataset, self._root):
+        dataset = writing.dataset_directory(directory)
+        with integrity.reading(dataset, self._root):
             stored = tfds.builder_from_directory(dataset)
             self._windows: Sequence[Window] = stored.as_data_source(split)
             info = stored.info.splits[split]
@@ -63,15 +64,17 @@ class StoredWindows:
             shard = bisect.bisect_right(self._ends, index)
             position = index - (self._ends[shard - 1] if shard else 0)
             reason = f"window {position} cannot be read ({bad_input.detail(error)})"
-            raise cache.damaged(self._paths[shard], self._root, reason, skippable=True) from error
+            raise integrity.damaged(
+                self._paths[shard], self._root, reason, skippable=True
+            ) from error
 
 
 def open_windows(directory: Path, split: str, length: int, skip_bad: bool = False) -> StoredWindows:
     """The windows of one split below `directory`.
 
     Args:
-      directory: what `builder.write` filled, in the folder of the prepared data.
-      split: `builder.TRAIN` or `builder.HELD_OUT`.
+      directory: what `writing.write` filled, in the folder of the prepared data.
+      split: `writing.TRAIN` or `writing.HELD_OUT`.
       length: T, positions of a window.
       skip_bad: whether a window that cannot be read is padding, all zeros, instead of an error.
 

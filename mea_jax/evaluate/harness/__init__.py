@@ -1,6 +1,6 @@
 """lm-evaluation-harness, with a checkpoint of this project as its model, in this process.
 
-- packing.py, likelihood.py: requests as trees of tokens in rows, and their log-probabilities.
+- prefix_trees.py, likelihood.py: requests as trees of tokens in rows, and their log-probabilities.
 - generating.py: answers through the KV cache.
 - model.py: the harness's model; placing.py: its parameters on a mesh.
 - command.py, results.py: `python -m mea_jax.evaluate --tasks`: tasks, tables, differences.

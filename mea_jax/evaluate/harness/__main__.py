@@ -9,9 +9,10 @@ lm-eval finds the model by itself from the first version on that reads the entry
 
 import importlib
 
-from mea_jax import cli, distributed
+from mea_jax import cli
 from mea_jax.errors import UserError, fail
-from mea_jax.evaluate.harness.command import harness_package
+from mea_jax.evaluate.harness.run import harness_package
+from mea_jax.parallel import processes
 
 
 def main() -> None:
@@ -24,7 +25,7 @@ def main() -> None:
     except UserError as error:
         fail(error)
     except KeyboardInterrupt:
-        distributed.end(130, "\nstopped", by_signal=True)
+        processes.end(130, "\nstopped", by_signal=True)
     except Exception as error:
         if (problem := cli.outside_problem(error)) is not None:
             fail(problem)

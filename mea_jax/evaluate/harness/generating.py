@@ -10,13 +10,13 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from mea_jax import sharding
-from mea_jax.backends import resolve
-from mea_jax.config import ModelConfig
+from mea_jax.config.schema import ModelConfig
 from mea_jax.data.tokenizers import Tokenizer
 from mea_jax.errors import UserError, shown
-from mea_jax.generation import Generator, continuation
-from mea_jax.sampling import Sampling
+from mea_jax.generate.generator import Generator, continuation
+from mea_jax.ops.backend import resolve
+from mea_jax.ops.sampling import Sampling
+from mea_jax.parallel import sharding
 
 _GRAIN = 16  # prompts are filled up to a multiple of it
 _FILLED = 0.9  # a batch whose longest prompt fills so much of the last one's length keeps that

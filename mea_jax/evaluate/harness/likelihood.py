@@ -15,13 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from mea_jax import sharding
-from mea_jax.backends import TREE, make_backend, resolve
-from mea_jax.config import ModelConfig
-from mea_jax.evaluate.harness import packing
-from mea_jax.evaluate.harness.packing import Request, Rows, Tree
-from mea_jax.losses import positions_within
-from mea_jax.transformer import apply_hidden
+from mea_jax.config.schema import ModelConfig
+from mea_jax.evaluate.harness import prefix_trees
+from mea_jax.evaluate.harness.prefix_trees import Request, Rows, Tree
+from mea_jax.model.transformer import apply_hidden
+from mea_jax.ops.backend import TREE, make_backend, resolve
+from mea_jax.ops.cross_entropy import positions_within
+from mea_jax.parallel import sharding
 
 _LOGITS_MEBIBYTES = 64  # float32 logits of a shard that exist at one time
 _CHUNK = 128  # pairs taken at once, at least
@@ -82,7 +82,7 @@ def _log_probabilities(
 
 class Scorer:
     """A model ready to score requests. `model` is not resolved, `params` lie on `mesh` as
-    `train_step.param_shardings` says; `budget` positions of a batch go to each shard, about."""
+    `params.param_shardings` says; `budget` positions of a batch go to each shard, about."""
 
     def __init__(self, model: ModelConfig, params: Any, mesh: Mesh, budget: int):
         self.model, self.params, self.mesh, self.budget = model, params, mesh, budget
@@ -115,7 +115,7 @@ class Scorer:
     def _dispatch(self, rows: Rows, number: int, trees: Sequence[Tree], shape: tuple[int, int]):
         """Starts one batch: its results, and for each tree (shard, first entry, tree)."""
         pairs, chunk = shape
-        *arrays, starts = packing.laid_out(
+        *arrays, starts = prefix_trees.laid_out(
             rows.batch(number), trees, rows.length, rows.size, self.branches
         )
         of_shard = rows.size // self.ways
@@ -157,8 +157,8 @@ class Scorer:
         work = Work() if work is None else work
         low, high = _ROWS
         capacity = min(max(4 * self.model.d_model, low), high)
-        trees = packing.build_trees(requests, capacity, self.branches)
-        planned = packing.plan(
+        trees = prefix_trees.build_trees(requests, capacity, self.branches)
+        planned = prefix_trees.plan(
             [tree.size for tree in trees],
             capacity=capacity,
             width=self.model.d_model,

@@ -20,8 +20,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 
-from mea_jax import distributed
-from mea_jax.cpu_kernels import keep_freed_memory
+from mea_jax.checkpoint.load import open_trained, unresolved
 from mea_jax.errors import UserError, fail, nearest
 from mea_jax.evaluate.harness.generating import (
     NEW_TOKENS,
@@ -33,8 +32,9 @@ from mea_jax.evaluate.harness.generating import (
 )
 from mea_jax.evaluate.harness.likelihood import Request, Scorer, Work
 from mea_jax.evaluate.harness.placing import placed
-from mea_jax.sampling import Sampling
-from mea_jax.trained import open_trained, unresolved
+from mea_jax.ops.cpu import keep_freed_memory
+from mea_jax.ops.sampling import Sampling
+from mea_jax.parallel import processes
 
 BATCH_TOKENS = 4096
 MAX_NEW = 256  # tokens of an answer where a task does not say: the harness's own number
@@ -58,7 +58,7 @@ class HarnessModel(TemplateLM):
       batch_size, max_batch_size, device: the harness's command line gives them to every model.
         Batches here are so many positions, not texts, on all devices of jax.
 
-    Raises `UserError`: as `trained.open_trained`; an option out of range; a tokenizer whose ids the
+    Raises `UserError`: as `load.open_trained`; an option out of range; a tokenizer whose ids the
     model lacks.
     """
 
@@ -351,10 +351,10 @@ def check_arguments(given: Mapping[str, Any]) -> None:
 
 
 def _say(line: str) -> None:
-    if distributed.first():
+    if processes.first():
         print(line, file=sys.stderr, flush=True)
 
 
 def _progress(total: int, quiet: bool, what: str) -> Any:
-    disable = True if quiet or not distributed.first() else None  # None: where no terminal is
+    disable = True if quiet or not processes.first() else None  # None: where no terminal is
     return tqdm.tqdm(total=total, desc=what, disable=disable, leave=False)

@@ -6,12 +6,12 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from mea_jax import sharding
-from mea_jax.backends import resolve
-from mea_jax.config import MeshConfig, ModelConfig
+from mea_jax.checkpoint.load import Trained
+from mea_jax.config.schema import MeshConfig, ModelConfig
 from mea_jax.errors import UserError
-from mea_jax.train_step import placed_params
-from mea_jax.trained import Trained
+from mea_jax.model.params import placed_params
+from mea_jax.ops.backend import resolve
+from mea_jax.parallel import sharding
 
 
 def mesh_for(model: ModelConfig, trained_on: MeshConfig) -> tuple[Mesh, str | None]:

@@ -26,10 +26,10 @@ import numpy as np
 from absl import flags
 
 from mea_jax import cli
+from mea_jax.checkpoint.files import make_writable
 from mea_jax.errors import UserError
 from mea_jax.evaluate import tasks
 from mea_jax.evaluate.harness import functions
-from mea_jax.report import make_writable
 
 DEPTHS = (0, 25, 50, 75, 100)  # per cent
 _PAIRS = 6  # rows of a table

@@ -1,16 +1,11 @@
 """Laws of the learning rate: what finished runs say of it, with intervals, or why they do not."""
 
-from mea_jax.study.laws.fit import fit_all
+from mea_jax.study.laws.all_fits import fit_all
 from mea_jax.study.laws.gains import Gain, fit_gains
 from mea_jax.study.laws.intervals import Estimate
 from mea_jax.study.laws.optimum import Optimum, fit_optima
 from mea_jax.study.laws.results import Result, parse
-from mea_jax.study.laws.robustness import (
-    Sensitivity,
-    Stability,
-    fit_sensitivity,
-    fit_stability,
-)
+from mea_jax.study.laws.robustness import Sensitivity, Stability, fit_sensitivity, fit_stability
 from mea_jax.study.laws.sizes import LearningRateLaw, deepseek_law, fit_laws, step_law
 from mea_jax.study.laws.tokens import LossInTokens, fit_tokens
 

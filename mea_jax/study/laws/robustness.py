@@ -5,10 +5,10 @@ Learning-rate sensitivity (arXiv 2309.14322): the mean, over learning rates draw
 robust. A diverged run counts at the loss at initialisation.
 
 Largest stable learning rate: the largest value of the grid at which no seed has an unrecovered
-spike, and every seed learns. A spike is that of `mea_jax.guards`: losses above the lowest before
-them by a margin. It is unrecovered where it lasts until the end. A run has not learned that ends
-above the middle between the loss at initialisation and the best loss of any variant at its size
-and horizon: too large a learning rate may leave a model early at the frequencies of words, and
+spike, and every seed learns. A spike is that of `mea_jax.train.guards`: losses above the lowest
+before them by a margin. It is unrecovered where it lasts until the end. A run has not learned that
+ends above the middle between the loss at initialisation and the best loss of any variant at its
+size and horizon: too large a learning rate may leave a model early at the frequencies of words, and
 there it has no spike.
 """
 
@@ -17,9 +17,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from mea_jax.guards import SpikeDetector
 from mea_jax.study.laws.intervals import Estimate, jackknife, step_of, two_digits
 from mea_jax.study.laws.results import Result, grouped
+from mea_jax.train.guards import SpikeDetector
 
 SPIKE_MARGIN = 1.0  # nats, as of GuardConfig
 SPIKE_POINTS = 1  # held-out losses in a row, the last of the run; they lie many steps apart

@@ -1,0 +1,239 @@
+"""Checkpoints read and written layer by layer: never more than one layer's parameters in memory.
+
+Reading takes slices of the stacked arrays straight from the store that orbax wrote. Writing fills
+files that are mapped into memory, from which orbax writes the checkpoint chunk by chunk at the end;
+until then they survive a kill.
+"""
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore as ts
+from absl import logging as absl_logging
+
+from mea_jax.checkpoint import digests
+from mea_jax.checkpoint.files import disk_errors
+from mea_jax.checkpoint.load import open_trained
+from mea_jax.checkpoint.manager import FORMAT
+from mea_jax.checkpoint.orbax_store import missing, names_of, plain_path
+from mea_jax.config.schema import ModelConfig, TrainConfig
+from mea_jax.errors import UserError
+from mea_jax.model.params import abstract_params
+from mea_jax.model.transformer import stretches
+
+Tree = dict[str, Any]
+_STACK = re.compile(r"layers_(\d+)")
+_CHUNK = 64 << 20  # bytes of a chunk of a written array
+_FILE = 128 << 20  # bytes of a data file of the store: what is not in one yet waits in memory
+_CACHE = 256 << 20  # bytes of decoded chunks that reading may hold: a chunk may span many layers
+
+
+def _flat(tree: Tree, prefix: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    for name, leaf in tree.items():
+        if isinstance(leaf, dict):
+            yield from _flat(leaf, (*prefix, name))
+        else:
+            yield (*prefix, name), leaf
+
+
+def _nested(leaves: Iterator[tuple[tuple[str, ...], Any]]) -> Tree:
+    tree: Tree = {}
+    for path, leaf in leaves:
+        node = tree
+        for name in path[:-1]:
+            node = node.setdefault(name, {})
+        node[path[-1]] = leaf
+    return tree
+
+
+def places(model: ModelConfig) -> list[tuple[str, int]]:
+    """Where each layer lies: the name of its stack of equal layers, and its number there."""
+    return [(f"layers_{first}", i) for first, length, *_ in stretches(model) for i in range(length)]
+
+
+def _float32(read: Any) -> np.ndarray:
+    return np.asarray(read.result()).astype(np.float32, copy=False)
+
+
+class StoredModel:
+    """A checkpoint's config, and its parameters one layer at a time.
+
+    Attributes:
+      run: its run directory.
+      step: which checkpoint of it.
+      config: as it was trained.
+    """
+
+    def __init__(self, path: Path, say: Callable[[str], Any]):
+        """`say` is told of damaged checkpoints that were passed over. Raises `UserError` where
+        there is no good one at `path`."""
+        trained = open_trained(path, say)
+        self.step, self.config = trained.step, trained.config
+        self.run = trained.checkpoints.directory.parent
+        self.folder = self.run / "checkpoints" / str(self.step)
+        self._context = ts.Context({"cache_pool": {"total_bytes_limit": _CACHE}})
+        self._shapes = dict(_flat(abstract_params(self.config.model)))
+        self._places = places(self.config.model)
+
+    @property
+    def digest(self) -> str:
+        """Of the data that it was trained on; "" where it was not trained here (interop)."""
+        return json.loads((self.folder / "data" / "metadata").read_text())["digest"]
+
+    def _open(self, path: tuple[str, ...]) -> Any:
+        store = {
+            "driver": "ocdbt",
+            "base": {"driver": "file", "path": f"{self.folder.absolute()}/state/"},
+            "path": ".".join(("params", *path)) + "/",
+        }
+        spec = {"driver": "zarr", "kvstore": store, "recheck_cached_data": False}
+        try:
+            array = ts.open(spec, open=True, read=True, context=self._context).result()
+        except Exception as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(
+                f"{self.folder} cannot be read at {'/'.join(path)}: {reason}"
+            ) from error
+        if array.shape != self._shapes[path].shape:
+            raise UserError(
+                f"{self.folder} holds {'/'.join(path)} as {array.shape}, its config says "
+                f"{self._shapes[path].shape}"
+            )
+        return array
+
+    @property
+    def dtype(self) -> np.dtype:
+        """In which the parameters lie on disk: float32, or bfloat16 after an import."""
+        return self._open(("embedding",)).dtype.numpy_dtype
+
+    def leaf(self, path: tuple[str, ...], layer: int | None = None, item: int | None = None):
+        """One parameter as it lies on disk, or the `item` of its first axis, such as an expert.
+
+        `path` is that within the layer, or from the top where there is no `layer`.
+        """
+        where: tuple[int, ...] = ()
+        if layer is not None:
+            stack, place = self._places[layer]
+            path, where = (stack, *path), (place,)
+        where = where if item is None else (*where, item)
+        return np.asarray(self._open(path)[where].read().result())
+
+    def layer(self, index: int) -> Tree:
+        """The parameters of one layer, without the axis of layers, float32 on the host."""
+        stack, place = self._places[index]
+        paths = [path for path in self._shapes if path[0] == stack]
+        reads = [(path[1:], self._open(path)[place].read()) for path in paths]
+        return _nested((path, _float32(read)) for path, read in reads)
+
+    def top(self) -> Tree:
+        """The parameters outside the layers: embeddings and the final norm."""
+        paths = [path for path in self._shapes if not _STACK.fullmatch(path[0])]
+        return _nested((path, _float32(self._open(path).read())) for path in paths)
+
+
+class Writer:
+    """A checkpoint in the making, in files below `folder`, to be resumed after a kill.
+
+    `dtype`: in which the parameters are stored, float32 or bfloat16.
+    """
+
+    def __init__(self, folder: Path, model: ModelConfig, dtype: str = "float32"):
+        self.folder, self.model, self.dtype = folder, model, jnp.dtype(dtype)
+        self._shapes = dict(_flat(abstract_params(model)))
+        self._places = places(model)
+        plain_path(folder)  # refused now rather than when all is done
+        with disk_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def _array(self, path: tuple[str, ...], mode: str) -> Any:
+        file = self.folder / (".".join(path) + ".npy")
+        if not file.exists():
+            # NumPy's files know no bfloat16: its bits lie in them as whole numbers.
+            kept = np.dtype(f"u{self.dtype.itemsize}")
+            array = np.lib.format.open_memmap(file, "w+", kept, self._shapes[path].shape)
+        else:
+            array = np.lib.format.open_memmap(file, mode)
+        return array.view(self.dtype)
+
+    def open(self, path: tuple[str, ...], layer: int | None = None) -> np.ndarray:
+        """One parameter to be filled in place; `path` as in `StoredModel.leaf`."""
+        with disk_errors(self.folder):
+            if layer is None:
+                return self._array(path, "r+")
+            stack, place = self._places[layer]
+            return self._array((stack, *path), "r+")[place]
+
+    def _write(self, path: tuple[str, ...], place: int | None, value: np.ndarray) -> None:
+        with disk_errors(self.folder):
+            array = self._array(path, "r+")
+            where = ... if place is None else place
+            if array[where].shape != value.shape:
+                raise ValueError(f"{path}: {value.shape} for {array[where].shape}")
+            array[where] = value
+            array.flush()
+
+    def write_layer(self, index: int, tree: Tree) -> None:
+        stack, place = self._places[index]
+        for path, leaf in _flat(tree):
+            self._write((stack, *path), place, leaf)
+
+    def write_top(self, tree: Tree) -> None:
+        for path, leaf in _flat(tree):
+            self._write(path, None, leaf)
+
+    def layer(self, index: int) -> Tree:
+        """A layer that was written."""
+        stack, place = self._places[index]
+        paths = [path for path in self._shapes if path[0] == stack]
+        found = ((path, self._array(path, "r")[place]) for path in paths)
+        return _nested((path[1:], np.array(array, np.float32)) for path, array in found)
+
+    @property
+    def bytes(self) -> int:
+        """Of all parameters."""
+        return sum(math.prod(x.shape) for x in self._shapes.values()) * self.dtype.itemsize
+
+    def save(self, checkpoint: Path, config: TrainConfig, digest: str) -> None:
+        """Writes the checkpoint, sealed. It holds parameters only: no moments, step 0's data."""
+        arrays = {path: np.asarray(self._array(path, "r")) for path in self._shapes}
+        params = _nested(iter(arrays.items()))
+        chunks = jax.tree.map(
+            lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK, shard_axes=(0,)), params
+        )
+        # Orbax warns that there is no handler of jax's arrays, of which there are none.
+        absl_logging.set_verbosity(absl_logging.FATAL)
+        # The default handler would copy all arrays first.
+        numpy_handler = ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)
+        registry = ocp.type_handlers.create_type_handler_registry((np.ndarray, numpy_handler))
+        handler = ocp.CompositeCheckpointHandler(
+            state=ocp.PyTreeCheckpointHandler(type_handler_registry=registry),
+            config=ocp.JsonCheckpointHandler(),
+            data=ocp.JsonCheckpointHandler(),
+        )
+        content = {"format": FORMAT, "next_batch": 0, "digest": digest, "guards": None}
+        with disk_errors(checkpoint), ocp.Checkpointer(handler) as writer:
+            checkpoint.parent.mkdir(parents=True, exist_ok=True)
+            writer.save(
+                plain_path(checkpoint.parent) / checkpoint.name,
+                args=ocp.args.Composite(
+                    state=ocp.args.PyTreeSave(
+                        {"params": params},
+                        save_args={"params": chunks},
+                        ocdbt_target_data_file_size=_FILE,
+                    ),
+                    config=ocp.args.JsonSave(config.to_dict()),
+                    data=ocp.args.JsonSave(content),
+                ),
+                force=True,
+            )
+            if problem := missing(checkpoint / "state", names_of({"params": params})):
+                raise UserError(f"what was written to {checkpoint} cannot be read back: {problem}")
+            digests.seal(checkpoint)

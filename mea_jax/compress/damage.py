@@ -1,0 +1,171 @@
+"""What a compression did, as a table, JSON and a picture."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from mea_jax import cli
+from mea_jax.checkpoint.files import disk_errors
+from mea_jax.compress.options import Options
+from mea_jax.compress.probe import Sensitivity
+from mea_jax.compress.stream import Losses
+from mea_jax.ops.statistics import ratio_of_sums
+
+Batches = Sequence[Sequence[float]]  # of `Losses`
+
+
+def summarise(
+    options: Options,
+    cache: tuple[list[tuple[int, int]], list[tuple[int, int]]],
+    rows: list[dict[str, Any]],
+    losses: tuple[Losses, Losses],
+    sensitivities: list[Sensitivity],
+    heads: int,
+) -> dict[str, Any]:
+    """Everything about one compression, as JSON values. `cache`, `losses`: before and after."""
+    before, after = ([sum(layer) for layer in side] for side in cache)
+    domains = {name: _compared(losses[0][name], losses[1][name]) for name in losses[0]}
+    tokens = [sum(n for _, n in batches) for batches in losses[0].values()]
+    alike = _overall(list(domains.values()), [1.0] * len(domains))
+    return {
+        "options": options.__dict__ | {},
+        "versions": {"jax": jax.__version__},
+        "kv_heads": heads,
+        "cache_bytes_per_token": {"before": sum(before), "after": sum(after)},
+        "cache_kept": sum(after) / sum(before),
+        "layers": [
+            row | {"bytes_before": b, "bytes_after": a}
+            for row, b, a in zip(rows, before, after, strict=True)
+        ],
+        "held_out": {
+            **_overall(list(domains.values()), tokens),
+            **{
+                f"mean_{name}": alike[name]
+                for name in ("increase", "error", "divergence", "divergence_error")
+            },
+            "tokens": int(sum(tokens)),
+            "domains": domains,
+        },
+        "sensitivities": [s.__dict__ for s in sensitivities],
+    }
+
+
+def _compared(before: Batches, after: Batches) -> dict[str, float]:
+    """Losses in nats a token, the increase and the divergence, each with its standard error, of
+    which batches are the units. An increase is that of each batch over itself."""
+    old_U, tokens_U = np.transpose(before)
+    new_U, _, moved_U = np.transpose(after)
+    found = {
+        "before": ratio_of_sums(old_U, tokens_U)[0],
+        "after": ratio_of_sums(new_U, tokens_U)[0],
+    }
+    found["increase"], found["error"] = ratio_of_sums(new_U - old_U, tokens_U)
+    found["divergence"], found["divergence_error"] = ratio_of_sums(moved_U, tokens_U)
+    return found
+
+
+def _overall(domains: Sequence[dict[str, float]], weights: Sequence[float]) -> dict[str, float]:
+    """Of all text, domains weighted by their tokens or alike. Domains are what they are: what
+    differs between them is no error."""
+    share = np.array(weights) / sum(weights)
+    found = {}
+    for name in domains[0]:
+        of = share * np.array([d[name] for d in domains])
+        found[name] = float(np.linalg.norm(of) if "error" in name else of.sum())
+    return found
+
+
+def table(summary: dict[str, Any]) -> str:
+    """The table at the end of the command."""
+    k = summary["kv_heads"]
+    repaired = any("repair" in row for row in summary["layers"])
+    head = f"{'layer':>5}  {'keys':>7}  {'values':>7}  {'lost of keys':>12}  {'of values':>9}"
+    head += f"  {'bytes/token':>15}  {'sharper':>7}" + (f"  {'repair':>16}" if repaired else "")
+    lines = [head]
+    for row in summary["layers"]:
+        size = f"{row['bytes_before']} > {row['bytes_after']}"
+        line = f"{row['layer']:5d}  {row['keys']:3d}/{k:<3d}  {row['values']:3d}/{k:<3d}"
+        line += f"  {row['key_residual']:12.2%}  {row['value_residual']:9.2%}  {size:>15}"
+        line += f"  {row.get('temperature', 1.0):7.2f}"
+        if "repair" in row:
+            line += f"  {row['repair'][0]:7.4f} > {row['repair'][1]:6.4f}"
+        lines.append(line)
+    cache, loss = summary["cache_bytes_per_token"], summary["held_out"]
+    lines += [
+        "",
+        f"cache        {cache['before']:,} > {cache['after']:,} bytes per token, "
+        f"{summary['cache_kept']:.1%} kept (--keep={summary['options']['keep']:g})",
+        "",
+        f"{'held-out loss (nats per token)':<36}  before   after  {'increase':<16}  divergence",
+    ]
+    for name, d in [*loss["domains"].items(), ("all", loss)]:
+        short = name if len(name) <= 36 else "..." + name[-33:]
+        line = f"{short:<36}  {d['before']:6.4f}  {d['after']:6.4f}"
+        for value, error in (
+            (f"{d['increase']:+.4f}", "error"),
+            (f"{d['divergence']:.4f}", "divergence_error"),
+        ):
+            known = math.isfinite(d[error])
+            line += "  " + (f"{value} ±{d[error]:.4f}" if known else value).ljust(16)
+        lines.append(line.rstrip())
+    unseen = sum(row["unseen"] for row in summary["layers"])
+    if unseen:
+        lines.append(
+            f"{unseen} directions of keys and values are not in the calibration text: their "
+            "moments count as 0"
+        )
+    return "\n".join(lines)
+
+
+def draw(summary: dict[str, Any], path: Path) -> None:
+    """Heads kept in each layer; what each layer would cost alone; what the loss became."""
+    plt = cli.pyplot()
+    rows, heads = summary["layers"], summary["kv_heads"]
+    figure, axes = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
+    left, middle, right = axes
+    places = range(len(rows))
+    left.bar([i - 0.2 for i in places], [r["keys"] for r in rows], 0.4, label="keys")
+    left.bar([i + 0.2 for i in places], [r["values"] for r in rows], 0.4, label="values")
+    left.axhline(heads, color="grey", linewidth=0.8, linestyle=":")
+    left.set(xlabel="layer", ylabel="heads in the cache", title=f"Heads kept of {heads}")
+    left.set_ylim(0, heads * 1.15)
+    left.legend(loc="upper right", ncols=2, frameon=False)
+    measured = [s for s in summary["sensitivities"] if s["losses"]]
+    half = max(heads // 2, 1)
+    for which, marker in (("key", "o"), ("value", "s")):
+        if measured:
+            mine = [s for s in measured if s["which"] == which]
+            xs, ys = [s["layer"] for s in mine], [s["losses"][half - 1] for s in mine]
+        else:
+            xs, ys = list(places), [r[f"{which}_residual"] for r in rows]
+        middle.plot(xs, [max(y, 1e-6) for y in ys], marker=marker, label=f"{which}s")
+    middle.set_yscale("log")
+    if measured:
+        title, label = f"Alone, at {half} of {heads} heads", "divergence of predictions (nats)"
+    else:
+        title, label = "Share of energy lost", "of keys' or values' energy"
+    middle.set(xlabel="layer", ylabel=label, title=title)
+    middle.legend(frameon=False)
+    for name, d in summary["held_out"]["domains"].items():
+        right.plot(
+            [1.0, summary["cache_kept"]], [0, d["increase"]], marker="o", label=Path(name).name
+        )
+    right.invert_xaxis()
+    right.set(
+        xlabel="share of the cache kept",
+        ylabel="increase of held-out loss (nats)",
+        title="Loss against cache",
+    )
+    right.legend(frameon=False, fontsize=8)
+    figure.suptitle(
+        f"{summary['options']['method']}, {summary['options']['budget']} budgets, "
+        f"repair {summary['options']['repair']}: {summary['held_out']['increase']:+.4f} nats at "
+        f"{summary['cache_kept']:.1%} of the cache"
+    )
+    with disk_errors(path):
+        figure.savefig(path, dpi=130)
+    plt.close(figure)

@@ -1,0 +1,314 @@
+"""The pass over a checkpoint: calibrate, divide the cache, compress each layer, look at the loss.
+
+Everything that takes long is kept below `<out>.part` as soon as it is known, so the same command
+goes on after a kill; the result appears at `<out>` by one rename.
+"""
+
+import dataclasses
+import json
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from mea_jax.checkpoint.files import disk_errors, write_json
+from mea_jax.checkpoint.layerwise import StoredModel, Writer
+from mea_jax.checkpoint.load import unresolved
+from mea_jax.compress import budgets, damage, methods, repair
+from mea_jax.compress import layer as layers
+from mea_jax.compress.calibration import Texts
+from mea_jax.compress.measurements import Findings
+from mea_jax.compress.moments import unseen
+from mea_jax.compress.options import Options, check, repair_text
+from mea_jax.compress.probe import Sensitivity, assemble
+from mea_jax.compress.stream import Losses, Stream, progress, specs
+from mea_jax.config.schema import ModelConfig
+from mea_jax.errors import UserError
+from mea_jax.ops.backend import resolve
+
+Tree = dict[str, Any]
+
+
+class Pass:
+    """One compression. `say` takes lines for the user; `measurements` is the folder of `Findings`
+    that outlive it."""
+
+    def __init__(
+        self,
+        checkpoint: Path,
+        out: Path,
+        options: Options,
+        say: Callable[[str], Any],
+        measurements: Path | None = None,
+    ):
+        check(options)
+        self.options, self.out, self.say = options, out, say
+        self.part = out.with_name(f"{out.name}.part")
+        if out.exists():
+            raise UserError(f"--out {out} exists: choose another, or remove it")
+        self.source = StoredModel(checkpoint, say)
+        config = self.source.config
+        auto = dataclasses.replace(unresolved(config.model), dtype=options.dtype)
+        length = config.data.context_length
+        self.model: ModelConfig = resolve(auto, jax.devices(), length)
+        methods.check_model(self.model, options.method)
+        self.chosen = budgets.choose_layers(options.layers, self.model.n_layers)
+        self.count = self.model.n_kv_heads
+        self.kept = budgets.heads_kept(options.keep, self.count)  # a layer's, on average
+        if options.budget == "uniform":
+            self.kept = budgets.uniform(options.keep, self.count)
+        self._claim()
+        self.texts = Texts(self.source, options, say)
+        folder = measurements or self.part / "measurements"
+        self.findings = Findings(folder, self.source, self.model, self.texts, options)
+
+    def _claim(self) -> None:
+        """The work folder: a new one, or one that this very command has left."""
+        wanted = dataclasses.asdict(self.options) | {
+            "checkpoint": str(self.source.folder.absolute())
+        }
+        settings = self.part / "settings.json"
+        if settings.exists():
+            if json.loads(settings.read_text()) != wanted:
+                raise UserError(
+                    f"{self.part} holds an unfinished compression with other options: remove it, "
+                    "or choose another --out"
+                )
+            self.say(f"going on with what {self.part} holds")
+            return
+        with disk_errors(self.part):
+            self.part.mkdir(parents=True, exist_ok=True)
+            write_json(settings, wanted)
+
+    # -- the stages ------------------------------------------------------------------------
+
+    def calibrate(self) -> Losses:
+        """The original's held-out loss; the moments of its layers are known after it."""
+        return self.findings.calibrate()
+
+    def divide(self) -> tuple[list[int], list[int], list[Sensitivity]]:
+        """C_k and C_v of every layer, and what was measured on the way."""
+        keys, values = [self.count] * self.model.n_layers, [self.count] * self.model.n_layers
+        if self.options.budget == "uniform":
+            for index in self.chosen:
+                keys[index] = values[index] = int(self.kept)
+            return keys, values, []
+        found = self.findings.sensitivities(self.chosen)
+        if self.kept < self.count:
+            self._allot(found, keys, values)
+        return keys, values, found
+
+    def cache_of(self, keys: list[int], values: list[int]) -> list[tuple[int, int]]:
+        """Bytes per position of each layer's keys and values. Under `latent` what the latents would
+        take: its keys cannot be read as they are."""
+        if self.options.method == "latent":
+            width = 2 * self.model.head_dim
+            scalars = 4 * self.count if self.model.qk_norm else 0
+            return [
+                (c * width + scalars * (c < self.count), v * width)
+                for c, v in zip(keys, values, strict=True)
+            ]
+        return budgets.cache_bytes(
+            methods.target_model(self.model, self.options.method, keys, values)
+        )
+
+    def _allot(self, found: list[Sensitivity], keys: list[int], values: list[int]) -> None:
+        """Put the best division at the bytes that were asked for into `keys` and `values`.
+
+        Those are the bytes of the uniform division; between two of them where a layer's share is
+        no whole number of heads.
+        """
+        layers_of = self.model.n_layers
+        by_count = [
+            self.cache_of([c] * layers_of, [c] * layers_of) for c in range(1, self.count + 1)
+        ]
+        totals = [sum(sum(row[index]) for index in self.chosen) for row in by_count]
+        below = int(self.kept)
+        part = self.kept - below  # of one more head
+        total = totals[below - 1]
+        total += round(part * (totals[min(below, self.count - 1)] - total))
+        if part:  # to the nearest whole head, not to the one below
+            total += by_count[0][self.chosen[0]][1] // 2
+        costs = [[row[s.layer][s.which == "value"] for row in by_count] for s in found]
+        losses = [s.losses or s.residuals for s in found]
+        for s, option in zip(found, budgets.allot(costs, losses, total), strict=True):
+            (keys if s.which == "key" else values)[s.layer] = option + 1
+        heads = sum(keys[i] + values[i] for i in self.chosen)
+        met = heads / (2 * self.count * len(self.chosen))
+        if abs(met - self.options.keep) > budgets.ROUNDING:
+            self.say(
+                f"--keep={self.options.keep:g}: the nearest that whole heads of keys and values of "
+                f"{len(self.chosen)} layers come to is {met:.3g}"
+            )
+
+    def compress(self, keys: list[int], values: list[int]) -> tuple[Writer, list[dict[str, Any]]]:
+        """Every layer, into the work folder; a row about each."""
+        options = self.options
+        target = methods.target_model(self.model, options.method, keys, values)
+        writer = Writer(self.part / "arrays", target)
+        rows: list[dict[str, Any]] = []
+        while self._row_file(len(rows)).exists():
+            rows.append(json.loads(self._row_file(len(rows)).read_text()))
+        text = None
+        if options.calibration_tokens and (
+            options.repair != "none" or options.method in methods.SHARPENED
+        ):
+            tokens = repair_text(options)
+            tokens = tokens if options.repair != "none" else min(tokens, repair.TEMPERED)
+            text = self.texts.training(self.part / "repair", tokens)
+            text.start(self.model, self.source.top(), len(rows), self.source.layer)
+        followed = None
+        if options.repair == "blockwise":
+            followed = self.texts.training(self.part / "followed", repair_text(options))
+            followed.start(target, self.source.top(), len(rows), writer.layer)
+        writer.write_top(self.source.top())
+        rest = range(len(rows), self.model.n_layers)
+        for index in progress(rest, "compressing, layers"):
+            tree = self.source.layer(index)
+            counts = keys[index], values[index]
+            # Before the first layer with fewer heads the two models are one.
+            apart = min(*keys[: index + 1], *values[: index + 1]) < self.count
+            behind = followed if apart else None
+            row = self._compress_layer(index, tree, counts, writer, text, behind)
+            write_json(self._row_file(index), row)
+            rows.append(row)
+            if text is not None:
+                text.advance(specs(self.model)[index], tree)
+            if followed is not None:
+                followed.advance(specs(target)[index], writer.layer(index))
+        for name in ("repair", "followed"):
+            shutil.rmtree(self.part / name, ignore_errors=True)
+        return writer, rows
+
+    def _row_file(self, index: int) -> Path:
+        return self.part / f"layer-{index}.json"
+
+    def _compress_layer(
+        self,
+        index: int,
+        tree: Tree,
+        counts: tuple[int, int],
+        writer: Writer,
+        text: Stream | None,
+        followed: Stream | None,
+    ) -> dict[str, Any]:
+        options, moments = self.options, self.findings.moments(index)
+        heads = layers.take_apart(self.model, tree["attention"])
+        keys = methods.solve_keys(options.method, heads, moments, counts[0])
+        values = methods.solve_values(options.method, heads, moments, counts[1])
+        attention = assemble(heads, keys, values, tree["attention"])
+        row: dict[str, Any] = {
+            "layer": index,
+            "keys": counts[0],
+            "values": counts[1],
+            "key_residual": keys.residual,
+            "value_residual": values.residual,
+            "unseen": unseen(moments.keys) + unseen(moments.values),
+        }
+        if text is not None and counts != (self.count, self.count):
+            spec, scale = specs(writer.model)[index], tree["attention_norm"]["scale"]
+            original = repair.Original(specs(self.model)[index], tree["attention"], scale, text)
+            if options.method in methods.SHARPENED and counts[0] < self.count:
+                found = repair.temperature(original, (spec, attention))
+                attention = repair.sharpened(attention, found)
+                row["temperature"] = found
+            if options.repair != "none":
+                before = original.error((spec, attention))
+                attention = self._repaired(original, (spec, attention))
+                row["repair"] = [before, original.error((spec, attention))]
+        new = tree | {"attention": attention}
+        if text is not None and followed is not None:
+            blocks = repair.Followed((specs(self.model)[index], tree), text, followed)
+            words = f"repairing block {index}"
+            steps = options.repair_steps
+            new = blocks.rebuild((specs(writer.model)[index], layers.as_float32(new)), steps, words)
+        writer.write_layer(index, layers.as_float32(new))
+        return row
+
+    def _repaired(self, original: repair.Original, compressed: repair.Layer) -> Tree:
+        attention = repair.refit_output(original, compressed)
+        if self.options.repair == "output":
+            return attention
+        words = f"repairing layer {original.index}"
+        steps = self.options.repair_steps
+        return repair.reconstruct(original, (compressed[0], attention), steps, words)
+
+    def look(self, writer: Writer) -> Losses:
+        """The compressed model's held-out loss, and how far it has moved from the original."""
+        file = self.part / "look.json"
+        if file.exists():
+            return json.loads(file.read_text())
+        stream, top = self.texts.held_out(self.part / "held_out"), self.source.top()
+        stream.embed(writer.model, top)
+        for index in progress(range(writer.model.n_layers), "evaluating, layers"):
+            stream.advance(specs(writer.model)[index], writer.layer(index))
+        losses = stream.losses(writer.model, top, self.findings.held_out())
+        write_json(file, losses)
+        shutil.rmtree(self.part / "held_out")
+        return losses
+
+    def finish(self, writer: Writer, summary: dict[str, Any], draw: Callable[[Path], Any]) -> None:
+        """Writes the run directory, and puts it where it was asked for."""
+        run = self.part / "run"
+        shutil.rmtree(run, ignore_errors=True)
+        checkpoint = run / "checkpoints" / str(self.source.step)
+        with disk_errors(run):
+            checkpoint.parent.mkdir(parents=True)
+            shutil.copytree(self.source.run / "tokenizer", run / "tokenizer")
+        own = self.source.config.model  # how it runs is no matter of compression
+        kept = {n: getattr(own, n) for n in ("dtype", "backend", "attention_kernel", "hlc_form")}
+        model = dataclasses.replace(writer.model, **kept)
+        name = f"{self.source.config.name}_{self.options.method}"
+        config = dataclasses.replace(self.source.config, name=name, model=model)
+        writer.save(checkpoint, config, self.source.digest)
+        write_json(run / "config.json", config.to_dict())
+        write_json(run / "compression.json", summary)
+        draw(run / "compression.png")
+        with disk_errors(self.out):
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+            run.rename(self.out)
+            shutil.rmtree(self.part)
+
+
+def compress(
+    checkpoint: Path, out: Path, options: Options, measurements: Path | None = None
+) -> dict:
+    """Compresses `checkpoint` into the run directory `out`; the summary (`report.summarise`).
+
+    What is measured of the original stays in `measurements`, and is taken from there. Raises
+    `UserError`.
+    """
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    began = time.monotonic()
+
+    def stage(words: str) -> None:
+        say(f"{time.monotonic() - began:6.0f} s  {words}")
+
+    work = Pass(checkpoint, out, options, say, measurements)
+    stage(f"calibrating {work.model.n_layers} layers on {options.calibration_tokens:,} tokens")
+    before = work.calibrate()
+    stage(f"dividing the cache: {options.budget}")
+    keys, values, sensitivities = work.divide()
+    stage(f"compressing: {options.method}, repair {options.repair}")
+    writer, rows = work.compress(keys, values)
+    stage("looking at the held-out loss")
+    after = work.look(writer)
+    whole = [work.count] * work.model.n_layers
+    summary = damage.summarise(
+        options,
+        (work.cache_of(whole, whole), work.cache_of(keys, values)),
+        rows,
+        (before, after),
+        sensitivities,
+        work.count,
+    )
+    stage("writing the checkpoint")
+    work.finish(writer, summary, lambda path: damage.draw(summary, path))
+    return summary

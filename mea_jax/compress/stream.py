@@ -1,0 +1,309 @@
+"""Windows of text through a stored model, one layer in memory at a time.
+
+The residuals of all windows wait on disk between two layers, so neither depth nor text is bounded
+by memory. Each layer runs as one compiled function over batches split over the mesh's devices; its
+parameters are on every device, for as long as it is that layer's turn.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tqdm
+from jax.sharding import Mesh
+
+from mea_jax.compress.moments import Moments
+from mea_jax.config.schema import ModelConfig
+from mea_jax.model.attention import Context
+from mea_jax.model.transformer import Block, rope_of
+from mea_jax.model.variants import make_attention
+from mea_jax.ops.backend import make_backend
+from mea_jax.ops.cross_entropy import cross_entropy, distilled_cross_entropy, positions_within
+from mea_jax.ops.embedding import lookup
+from mea_jax.ops.rms_norm import rms_norm
+from mea_jax.parallel import sharding
+
+Tree = dict[str, Any]
+Batch = dict[str, np.ndarray]
+# Of each batch, by label: nats, tokens, and where two models are compared KL(original || changed).
+Losses = dict[str, list[list[float]]]
+_HIGHEST = jax.lax.Precision.HIGHEST
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """What is static about a layer: its model's config (without lists of layers), C_k and C_v."""
+
+    model: ModelConfig
+    key: int
+    value: int
+
+    @property
+    def alone(self) -> ModelConfig:
+        """The config of this layer by itself."""
+        return dataclasses.replace(
+            self.model, key_components=self.key, value_components=self.value, remat="none"
+        )
+
+
+def specs(model: ModelConfig) -> list[Spec]:
+    """One a layer; equal layers have equal ones, and share a program."""
+    shared = dataclasses.replace(model, key_components=None, value_components=None)
+    pairs = zip(model.components("key"), model.components("value"), strict=True)
+    return [Spec(shared, key, value) for key, value in pairs]
+
+
+def context_of(model: ModelConfig, batch: Any) -> Context:
+    return Context(batch["segment_ids"], rope_of(model, batch["positions"]))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def run_block(spec: Spec, params: Tree, x_BTD, batch, index):
+    """The residual (B, T, D) after a layer."""
+    block = Block(spec.alone, spec.key, spec.value)
+    out: Any = block.apply({"params": params}, x_BTD, context_of(spec.model, batch), index)
+    return out[0]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def watch_block(spec: Spec, params: Tree, x_BTD, batch, index):
+    """`run_block`, and sums over tokens of what `Moments` are means of, float32."""
+    block = Block(spec.alone, spec.key, spec.value)
+    out: Any = block.apply(
+        {"params": params}, x_BTD, context_of(spec.model, batch), index, mutable=["heads"]
+    )
+    (x_BTD, _), seen = out
+    heads = {name: leaf[0].astype(jnp.float32) for name, leaf in seen["heads"]["attention"].items()}
+    weight_BT = (batch["segment_ids"] > 0).astype(jnp.float32)
+
+    def moment(x_BTKH):
+        x = (x_BTKH * weight_BT[..., None, None]).reshape(weight_BT.size, -1)
+        return jnp.dot(x.T, x, precision=_HIGHEST)
+
+    power_NH = jnp.einsum("btnh,bt->nh", jnp.square(heads["query"]), weight_BT)
+    output_N = jnp.einsum("btnh,bt->n", jnp.square(heads["output"]), weight_BT)
+    sums = {
+        "keys": moment(heads["key"]),
+        "values": moment(heads["value"]),
+        "queries": power_NH,
+        "outputs": output_N / heads["output"].shape[-1],
+        "tokens": weight_BT.sum(),
+    }
+    return x_BTD, sums
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def run_attention(spec: Spec, attention: Tree, norm_scale_D, x_BTD, batch, index):
+    """The normed input of a layer's attention and its output, (B, T, D) each."""
+    normed_BTD = rms_norm(x_BTD, norm_scale_D, spec.model.norm_eps)
+    return normed_BTD, apply_attention(spec, attention, normed_BTD, batch, index)
+
+
+def apply_attention(spec: Spec, attention: Tree, normed_BTD, batch, index, heads: bool = False):
+    """An attention layer's output (B, T, D); with `heads` also what its collection shows."""
+    module = make_attention(spec.alone, spec.key, spec.value)
+    inputs = ({"params": attention}, normed_BTD, context_of(spec.model, batch), index)
+    if heads:
+        out: Any = module.apply(*inputs, mutable=["heads"])
+        return out[0][0], out[1]["heads"]
+    plain: Any = module.apply(*inputs)
+    return plain[0]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _embed(model: ModelConfig, top: Tree, batch):
+    activation, learned = make_backend(model).activation, model.positions == "learned"
+    dtype = jnp.float32 if learned else activation
+    x_BTD = lookup(top["embedding"], batch["inputs"], dtype, ("vocab", "embed"))
+    if learned:
+        table = top["position_embedding"]
+        x_BTD = x_BTD + lookup(table, batch["positions"], dtype, ("positions", "embed"))
+    return x_BTD.astype(activation)
+
+
+def _unembedding(model: ModelConfig, top: Tree) -> tuple[jax.Array, int]:
+    """The kernel (D, V) from hidden states to logits, and positions of which they exist at once."""
+    kernel_DV = top["embedding"].T if model.tie_embeddings else top["head"]
+    return kernel_DV, positions_within(model.loss_chunk, kernel_DV.shape[1])
+
+
+def _hidden(model: ModelConfig, top: Tree, x_BTD) -> jax.Array:
+    return rms_norm(x_BTD, top["final_norm"]["scale"], model.norm_eps)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def loss_sums(model: ModelConfig, top: Tree, x_BTD, batch) -> tuple[jax.Array, jax.Array]:
+    """Sum of nats and number of tokens of a batch whose last residual is `x_BTD`."""
+    kernel_DV, chunk = _unembedding(model, top)
+    weights_BT = (batch["segment_ids"] > 0).astype(jnp.float32)
+    read = (_hidden(model, top, x_BTD), kernel_DV, batch["targets"], weights_BT)
+    _, nll = cross_entropy(*read, make_backend(model), chunk, 0.0)
+    return nll, weights_BT.sum()
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def compared_sums(
+    model: ModelConfig, top: Tree, x_BTD, original_BTD, batch
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`loss_sums` of a changed model, and the sum over tokens of KL(original || changed), nats;
+    `x_BTD` and `original_BTD` are the last residuals of the two."""
+    kernel_DV, chunk = _unembedding(model, top)
+    weights_BT = (batch["segment_ids"] > 0).astype(jnp.float32)
+    changed, original = (_hidden(model, top, x) for x in (x_BTD, original_BTD))
+    read = (changed, kernel_DV, batch["targets"], weights_BT, original, kernel_DV)
+    _, nll, divergence = distilled_cross_entropy(*read, make_backend(model), chunk, 0.0, 1.0)
+    return nll, weights_BT.sum(), divergence
+
+
+class Stream:
+    """Batches of windows on their way through a model, and their residuals on disk.
+
+    Attributes:
+      batches: of equal shape, each with `inputs`, `targets`, `segment_ids`, `positions`.
+      labels: a name for each batch, such as its domain.
+      done: layers that the residuals have passed.
+    """
+
+    def __init__(self, batches: Sequence[Batch], labels: Sequence[str], folder: Path, mesh: Mesh):
+        self.batches, self.labels, self.folder, self.mesh = (
+            list(batches),
+            list(labels),
+            folder,
+            mesh,
+        )
+        self.done = 0
+        self._residuals: np.ndarray | None = None
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def put(self, batch: Batch) -> Any:
+        """A batch on the mesh."""
+        return jax.device_put(batch, sharding.batch_sharding(self.mesh))
+
+    def place(self, tree: Any) -> Any:
+        """Parameters on every device of the mesh."""
+        return jax.device_put(tree, sharding.replicated(self.mesh))
+
+    def _file(self, layer: int) -> Path:
+        return self.folder / f"residual-{layer}.npy"
+
+    def _new(self, layer: int, x: np.ndarray) -> np.memmap:
+        shape = (len(self.batches), *x.shape)
+        # numpy has no name for bfloat16 in its files: the bits are stored.
+        kind = x.dtype if x.dtype == np.float32 else np.dtype(np.uint16)
+        path = self._file(layer).with_suffix(".part")
+        return np.lib.format.open_memmap(path, "w+", kind, shape)
+
+    def _keep(self, layer: int, array: np.memmap) -> None:
+        array.flush()
+        self._file(layer).with_suffix(".part").rename(self._file(layer))
+        for old in self.folder.glob("residual-*.npy"):
+            if old != self._file(layer):
+                old.unlink()
+        self.done = layer
+        self._residuals = np.load(self._file(layer), mmap_mode="r")
+
+    def resume(self, layer: int) -> bool:
+        """Whether residuals after `layer` layers are there from an earlier start; takes them."""
+        if not self._file(layer).exists():
+            return False
+        self.done, self._residuals = layer, np.load(self._file(layer), mmap_mode="r")
+        return True
+
+    def start(
+        self, model: ModelConfig, top: Tree, layer: int, layers_done: Callable[[int], Tree]
+    ) -> None:
+        """To after `layer` layers: found from an earlier start, or run anew through
+        `layers_done`."""
+        if self.resume(layer):
+            return
+        self.embed(model, top)
+        for index in range(layer):
+            self.advance(specs(model)[index], layers_done(index))
+
+    def residual(self, number: int, model: ModelConfig) -> jax.Array:
+        """The residual (B, T, D) of one batch, on the mesh."""
+        assert self._residuals is not None
+        x = np.asarray(self._residuals[number])
+        if x.dtype == np.uint16:
+            x = x.view(jnp.bfloat16)
+        return jax.device_put(x, sharding.batch_sharding(self.mesh))
+
+    def _store(self, layer: int, results: Iterable[jax.Array]) -> None:
+        array = None
+        for number, result in enumerate(results):
+            x = np.asarray(result)
+            array = self._new(layer, x) if array is None else array
+            array[number] = x if x.dtype == np.float32 else x.view(np.uint16)
+        assert array is not None
+        self._keep(layer, array)
+
+    def embed(self, model: ModelConfig, top: Tree) -> None:
+        """The residuals before the first layer."""
+        placed = self.place(top)
+        with jax.set_mesh(self.mesh):
+            self._store(0, (_embed(model, placed, self.put(batch)) for batch in self.batches))
+
+    def advance(self, spec: Spec, layer: Tree, watch: bool = False) -> dict[str, np.ndarray] | None:
+        """Through the next layer, whose parameters are `layer`; with `watch` sums for `Moments`."""
+        placed, index = self.place(layer), self.done
+        sums: dict[str, np.ndarray] = {}
+
+        def results() -> Iterator[jax.Array]:
+            for number, batch in enumerate(self.batches):
+                x_BTD = self.residual(number, spec.model)
+                inputs = (spec, placed, x_BTD, self.put(batch), index)
+                if not watch:
+                    yield run_block(*inputs)
+                    continue
+                x_BTD, new = watch_block(*inputs)
+                for name, value in jax.device_get(new).items():
+                    sums[name] = sums.get(name, 0.0) + np.asarray(value, np.float64)
+                yield x_BTD
+
+        with jax.set_mesh(self.mesh):
+            self._store(index + 1, results())
+        return sums if watch else None
+
+    def losses(self, model: ModelConfig, top: Tree, original: "Stream | None" = None) -> Losses:
+        """Nats and tokens of each batch after the last layer; with the `original` model's stream,
+        after its last, also by how many nats predictions have moved from that model's."""
+        placed = self.place(top)
+        found: Losses = {label: [] for label in self.labels}
+        with jax.set_mesh(self.mesh):
+            for number, (batch, label) in enumerate(zip(self.batches, self.labels, strict=True)):
+                x_BTD, on = self.residual(number, model), self.put(batch)
+                if original is None:
+                    sums = loss_sums(model, placed, x_BTD, on)
+                else:
+                    before_BTD = original.residual(number, model)
+                    sums = compared_sums(model, placed, x_BTD, before_BTD, on)
+                found[label].append([float(value) for value in jax.device_get(sums)])
+        return found
+
+
+def moments_of(sums: dict[str, np.ndarray], heads: int) -> Moments:
+    """Means of the sums that `Stream.advance` returns."""
+    tokens = max(float(sums["tokens"]), 1.0)
+    power_NH = sums["queries"] / tokens
+    half = power_NH.shape[1] // 2
+    power_NF = power_NH[:, :half] + power_NH[:, half:]
+    return Moments(
+        keys=sums["keys"] / tokens,
+        values=sums["values"] / tokens,
+        queries=power_NF.reshape(heads, -1, half).sum(axis=1),
+        outputs=sums["outputs"] / tokens,
+        tokens=int(sums["tokens"]),
+    )
+
+
+def progress(items: Iterable, words: str, total: int | None = None) -> Any:
+    """A bar on stderr, where that is a terminal."""
+    return tqdm.tqdm(items, desc=words, total=total, leave=False, dynamic_ncols=True, disable=None)

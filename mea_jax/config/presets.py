@@ -1,0 +1,69 @@
+"""What configs share: baselines by argument (`configs/quickstart.py:mha`), continued training."""
+
+from ml_collections import config_dict
+
+from mea_jax.config.schema import VARIANTS
+from mea_jax.errors import UserError, nearest
+
+VARIANT_ARGUMENTS = ("mha", "gqa", "mqa", "head_norm", "no_norm", "gated", *VARIANTS[1:])
+
+
+def apply_variant(config: config_dict.ConfigDict, variant: str) -> config_dict.ConfigDict:
+    """Turns an MEA config into one of its baselines or rivals of the same shape; renames the run.
+
+    "" is MEA as configured. Less of it: "no_norm" without the head norm; "head_norm" without the
+    mixing; "mha", "gqa", "mqa" without both, with as many key/value heads as query heads, as many
+    as before (a quarter if that is all), or one. Rivals: "gated" (the mixing and the head norm
+    give way to a gate a head), and the variants of model/variants.py by name.
+    """
+    if variant not in ("", *VARIANT_ARGUMENTS):
+        raise UserError(
+            f"the config has no variant {variant!r}: {nearest(variant, VARIANT_ARGUMENTS)}"
+        )
+    model = config.model
+    if variant not in ("", "no_norm"):
+        model.hlc = "none"
+        model.head_norm = variant == "head_norm"
+        model.key_components = model.value_components = None
+        model.key_mixing = model.value_mixing = "heads"
+        model.hlc_order = "before"
+    if variant == "no_norm":
+        model.head_norm = False
+    if variant == "mha":
+        model.n_kv_heads = model.n_heads
+    if variant == "mqa":
+        model.n_kv_heads = 1
+    if variant == "gqa" and model.n_kv_heads == model.n_heads:
+        # An MEA config whose K equals N has no GQA of its own; a quarter is the common choice.
+        model.n_kv_heads = max(model.n_heads // 4, 1)
+    if variant == "gated":
+        model.gate = "head"
+    if variant in VARIANTS:
+        model.variant = variant
+    if variant:
+        config.name = f"{config.name}_{variant}"
+    return config
+
+
+def continued(
+    config: config_dict.ConfigDict, checkpoint: str, tokenizer: str
+) -> config_dict.ConfigDict:
+    """The recipe for a published model's shape: from the run directory `checkpoint` of its import,
+    whose tokenizer reads the text, or ("") fresh with the file `tokenizer`."""
+    config.steps = 1_000
+    config.batch_size = 64
+    config.optimizer.learning_rate = 1e-5 if checkpoint else 1e-3
+    config.optimizer.warmup_steps = 50
+
+    config.start.checkpoint = checkpoint
+    # As in configs/mea_1b.py, which says where the files come from.
+    config.data.sources = ({"source": "tfds:c4/en:3.1.0", "weight": 1.0},)
+    config.data.tokenizer = f"{checkpoint}/tokenizer" if checkpoint else tokenizer
+    config.data.context_length = 4096
+    config.data.held_out_fraction = 1e-4
+
+    config.mesh.data = 1
+    config.mesh.fsdp = -1
+    config.evaluate.every = 250
+    config.checkpoint.every = 250
+    return config

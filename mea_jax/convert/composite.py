@@ -1,0 +1,184 @@
+"""MEA and compressed models for other programs: as a plain model, or as one of modeling_mea.py.
+
+Without a head norm an MEA layer is plain attention of its composite heads: `rebuild` folds the
+mixing into full projections, which any server runs, at the cache bytes of an uncompressed model.
+`mea_config`, `mea_tensors` and `mea_top_tensors` say everything else that a layer can be, in the
+names of `modeling_mea.py`, whose cache holds components only.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mea_jax.compress.layer import take_apart
+from mea_jax.compress.probe import plain_layer, plain_spec
+from mea_jax.config.schema import ModelConfig
+from mea_jax.errors import UserError
+
+Tree = dict[str, Any]
+_HERE = Path(__file__).parent
+# The oldest and the newest versions that MODEL_FILES were run with. config.json records them, and
+# the model warns when it is loaded with others.
+TESTED_WITH = {"transformers": ["5.4", "5.24"], "torch": ["2.13", "2.13"]}
+# What `from_pretrained(..., trust_remote_code=True)` reads beside the weights.
+MODEL_FILES = tuple(_HERE / f"{name}_mea.py" for name in ("configuration", "attention", "modeling"))
+_NORMS = {"query_norm": "q_norm", "key_norm": "k_norm", "head_norm": "head_norm"}
+
+
+def check_rebuildable(model: ModelConfig) -> None:
+    """Raises `UserError` unless the composite heads of `model` make a model of a stock class."""
+    mea_only = "no stock class of transformers has: export it with --form mea"
+    check_exportable(model)
+    if model.head_norm:
+        raise UserError(f"this model norms each head's output (head_norm), which {mea_only}")
+    if model.gate != "none":
+        raise UserError(
+            f"this model gates its heads' outputs (gate={model.gate!r}), which {mea_only}"
+        )
+    if model.positions != "rope":
+        raise UserError(f"this model's positions are {model.positions!r}, which {mea_only}")
+    if model.qk_norm and model.mixes("key") and model.hlc_order == "after":
+        raise UserError(
+            f"this model mixes keys after their norm (hlc_order='after'), which {mea_only}"
+        )
+
+
+def check_exportable(model: ModelConfig) -> None:
+    """Raises `UserError` where not even modeling_mea.py computes what `model` does."""
+    if model.variant != "mea":
+        raise UserError(
+            f"this model's attention is {model.variant!r}: only MEA, MHA, GQA and MQA are exported"
+        )
+
+
+def rebuild(model: ModelConfig, layer: Tree) -> tuple[ModelConfig, Tree]:
+    """A layer's composite heads as the only heads of plain attention: the same function.
+
+    `layer` holds one layer's parameters, without the axis of layers. Key and value projections
+    come out as (D, K, H), float32, folded in float32. A key norm acts on composite keys, so folding
+    passes under it; frequency mixing holds the norm's weight, which is divided out.
+
+    Raises `UserError` where the result would be no model of a stock class (`check_rebuildable`),
+    or a weight of the key norm is zero that would have to be divided by.
+    """
+    check_rebuildable(model)
+    if model.hlc == "none":
+        return model, layer
+    if model.qk_norm and model.mixes("key") and model.key_mixing == "frequency":
+        scale_H = np.asarray(layer["attention"]["key_norm"]["scale"])
+        if not np.all(scale_H):
+            raise UserError(
+                f"{np.sum(scale_H == 0)} weights of a key norm are 0, so keys mixed per frequency "
+                "cannot be rebuilt before their norm: export the model with --form mea"
+            )
+    return plain_spec(model).model, plain_layer(take_apart(model, layer["attention"]), layer)
+
+
+def mea_config(model: ModelConfig, context_length: int = 2048) -> dict[str, Any]:
+    """The content of config.json for `modeling_mea.MEAForCausalLM`.
+
+    `context_length`: positions that the model is meant for, where no table of positions says so.
+    Raises `UserError` for attention that `modeling_mea` does not hold.
+    """
+    check_exportable(model)
+    rope: dict[str, Any] | None = None
+    if model.positions == "rope":
+        rope = {"rope_type": "default", "rope_theta": model.rope_theta}
+        if model.rope_scaling.factor != 1.0:
+            scaling = dataclasses.asdict(model.rope_scaling)
+            rope |= {"original_max_position_embeddings": scaling.pop("original_context")}
+            rope |= scaling | {"rope_type": "llama3"}
+    classes = {
+        "AutoConfig": "configuration_mea.MEAConfig",
+        "AutoModel": "modeling_mea.MEAModel",
+        "AutoModelForCausalLM": "modeling_mea.MEAForCausalLM",
+    }
+    return {
+        "architectures": ["MEAForCausalLM"],
+        "auto_map": classes,
+        "model_type": "mea",
+        "tested_with": TESTED_WITH,
+        "dtype": "float32" if model.dtype == "auto" else model.dtype,
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.d_model,
+        "intermediate_size": model.d_ff,
+        "num_hidden_layers": model.n_layers,
+        "num_attention_heads": model.n_heads,
+        "num_key_value_heads": model.n_kv_heads,
+        "head_dim": model.head_dim,
+        "key_components": list(model.components("key")),
+        "value_components": list(model.components("value")),
+        "hlc": model.hlc,
+        "key_mixing": model.key_mixing,
+        "value_mixing": model.value_mixing,
+        "hlc_order": model.hlc_order,
+        "head_norm": model.head_norm,
+        "qk_norm": model.qk_norm,
+        "output_gate": model.gate,
+        "positions": model.positions,
+        "rope_parameters": rope,
+        "max_position_embeddings": model.max_positions or context_length,
+        "rms_norm_eps": model.norm_eps,
+        "tie_word_embeddings": model.tie_embeddings,
+        "n_experts": model.n_experts,
+        "experts_per_token": model.experts_per_token,
+        "d_expert": model.d_expert,
+        "normalise_router": model.normalise_router,
+    }
+
+
+def _linear(kernel: Any, inputs: int = 1) -> np.ndarray:
+    """A kernel whose first `inputs` axes are contracted, as torch's Linear has it: (out, in).
+
+    A view: it is written in pieces, and nothing is copied before.
+    """
+    kernel = np.asarray(kernel)
+    return kernel.reshape(int(np.prod(kernel.shape[:inputs])), -1).T
+
+
+def mea_tensors(model: ModelConfig, index: int, layer: Tree) -> dict[str, np.ndarray]:
+    """One layer's parameters, without the axis of layers, by their names in `modeling_mea`.
+
+    Many are transposed views, of which `safetensors.numpy.save_file` would write the wrong bytes:
+    it needs `np.ascontiguousarray`.
+    """
+    check_exportable(model)
+    attention, mlp, at = layer["attention"], layer["mlp"], f"model.layers.{index}"
+    tensors = {
+        "self_attn.q_proj.weight": _linear(attention["query"]),
+        "self_attn.k_proj.weight": _linear(attention["key"]),
+        "self_attn.v_proj.weight": _linear(attention["value"]),
+        "self_attn.o_proj.weight": _linear(attention["out"], 2),
+        "input_layernorm.weight": np.asarray(layer["attention_norm"]["scale"]),
+        "post_attention_layernorm.weight": np.asarray(layer["mlp_norm"]["scale"]),
+    }
+    for which in ("key_mixing", "value_mixing"):
+        if which in attention:
+            tensors[f"self_attn.{which}.weight"] = np.asarray(attention[which])
+    for ours, theirs in _NORMS.items():
+        if ours in attention:
+            tensors[f"self_attn.{theirs}.weight"] = np.asarray(attention[ours]["scale"])
+    if "output_gate" in attention:
+        tensors["self_attn.gate_proj.weight"] = _linear(attention["output_gate"])
+    if "router" in mlp:
+        tensors["mlp.router.weight"] = _linear(mlp["router"])
+        tensors |= {f"mlp.{name}": np.asarray(mlp[name]) for name in ("gate", "up", "down")}
+    else:
+        for name in ("gate", "up", "down"):
+            tensors[f"mlp.{name}_proj.weight"] = _linear(mlp[name])
+    return {f"{at}.{name}": tensor for name, tensor in tensors.items()}
+
+
+def mea_top_tensors(model: ModelConfig, top: Tree) -> dict[str, np.ndarray]:
+    """The parameters outside the layers by their names in `modeling_mea`."""
+    tensors = {
+        "model.embed_tokens.weight": np.asarray(top["embedding"]),
+        "model.norm.weight": np.asarray(top["final_norm"]["scale"]),
+    }
+    if not model.tie_embeddings:
+        tensors["lm_head.weight"] = _linear(top["head"])
+    if model.positions == "learned":
+        tensors["model.position_embedding.weight"] = np.asarray(top["position_embedding"])
+    return tensors

@@ -1,0 +1,173 @@
+"""A checkpoint becomes a folder that transformers loads: as a stock class, or with its own code."""
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import tqdm
+
+from mea_jax.checkpoint.files import disk_errors
+from mea_jax.checkpoint.layerwise import StoredModel, places
+from mea_jax.compress.probe import plain_spec
+from mea_jax.config.schema import ModelConfig
+from mea_jax.convert import composite, families, folders, shards, tensors, tokenizer_files
+from mea_jax.data.tokenizers import from_directory
+from mea_jax.errors import UserError, nearest
+from mea_jax.model.params import abstract_params
+
+FORMS = ("auto", "stock", "mea")
+Arrays = Iterator[tuple[str, np.ndarray]]
+Plan = list[tuple[str, tuple[int, ...]]]
+_SPARE = 1 << 27  # bytes of disk beside the tensors
+
+
+def choose_form(model: ModelConfig, form: str) -> str:
+    """ "auto" is a stock class where one computes `model` as it is, else our own code.
+
+    Raises `UserError` where `form` cannot hold it.
+    """
+    if form not in FORMS:
+        raise UserError(f"--form={form}: {nearest(form, FORMS)}")
+    if form != "auto":
+        return form
+    try:
+        families.stock_family(model)
+    except UserError:
+        return "mea"
+    return "stock"
+
+
+def _mixes(model: ModelConfig) -> bool:
+    return model.mixes("key") or model.mixes("value")
+
+
+class _Stock:
+    """A stock class: tensor by tensor; where heads are mixed, layer by layer."""
+
+    def __init__(self, stored: StoredModel):
+        self.stored, self.own = stored, stored.config.model
+        self.model = self.own
+        if _mixes(self.own):
+            composite.check_rebuildable(self.own)
+            self.model = plain_spec(self.own).model
+        families.stock_family(self.model)
+
+    def config(self, dtype: str, kept: families.Json) -> dict[str, Any]:
+        return families.stock_config(self.model, dtype, kept)
+
+    def plan(self) -> Plan:
+        return [(entry.name, entry.theirs) for entry in tensors.entries(self.model)]
+
+    def arrays(self) -> Arrays:
+        layer: dict[str, Any] = {}
+        current = None
+        for entry in tensors.entries(self.model):
+            if entry.layer is None or not _mixes(self.own) or entry.path[0] == "mlp":
+                array = self.stored.leaf(entry.path, entry.layer, entry.expert)
+            else:
+                if current != entry.layer:
+                    current = entry.layer
+                    layer = composite.rebuild(self.own, self.stored.layer(current))[1]
+                array = _at(layer, entry.path)
+            yield entry.name, entry.to_theirs(np.asarray(array))
+
+    def finish(self, folder: Path) -> None:
+        """Nothing more belongs to it."""
+
+
+class _Own:
+    """Our own code beside the weights, which keep their component heads."""
+
+    def __init__(self, stored: StoredModel, context_length: int):
+        self.stored, self.model = stored, stored.config.model
+        composite.check_exportable(self.model)
+        self._config = composite.mea_config(self.model, context_length)
+
+    def config(self, dtype: str, kept: families.Json) -> dict[str, Any]:
+        given = {key: kept[key] for key in families.KEPT if key in kept}
+        return given | self._config | {"dtype": dtype}
+
+    def plan(self) -> Plan:
+        shapes = abstract_params(self.model)
+
+        def empty(name: str, skip: int) -> dict[str, Any]:
+            def zeros(x: Any) -> np.ndarray:  # of no memory
+                return np.broadcast_to(np.float32(0), x.shape[skip:])
+
+            return jax.tree.map(zeros, shapes[name])
+
+        names = [name for name in shapes if not name.startswith("layers_")]
+        layers = (empty(stack, 1) for stack, _ in places(self.model))
+        found = self._tensors({name: empty(name, 0) for name in names}, layers)
+        return [(name, array.shape) for name, array in found]
+
+    def arrays(self) -> Arrays:
+        layers = map(self.stored.layer, range(self.model.n_layers))
+        return self._tensors(self.stored.top(), layers)
+
+    def _tensors(self, top: dict[str, Any], layers: Iterable[dict[str, Any]]) -> Arrays:
+        yield from composite.mea_top_tensors(self.model, top).items()
+        for index, layer in enumerate(layers):
+            yield from composite.mea_tensors(self.model, index, layer).items()
+
+    def finish(self, folder: Path) -> None:
+        for file in composite.MODEL_FILES:
+            shutil.copy(file, folder / file.name)
+
+
+def _at(tree: dict[str, Any], path: tuple[str, ...]) -> Any:
+    for name in path:
+        tree = tree[name]
+    return tree
+
+
+def export_model(
+    checkpoint: Path,
+    out: Path,
+    say: Callable[[str], Any],
+    form: str = "auto",
+    dtype: str = "auto",
+    shard_size: int = 5 * 10**9,
+) -> dict[str, Any]:
+    """Writes a checkpoint as the folder `out` of a model of transformers; a summary of it.
+
+    Args:
+      checkpoint: a run directory, or one of its steps.
+      say: is told of damaged checkpoints that were passed over.
+      form: "stock", "mea" or "auto" (`choose_form`).
+      dtype: of the tensors; "auto": as they lie in the checkpoint.
+      shard_size: bytes of a file, at most.
+
+    Raises `UserError`; then there is no `out`.
+    """
+    with folders.whole(out) as part:
+        stored = StoredModel(checkpoint, say)
+        form = choose_form(stored.config.model, form)
+        dtype = str(stored.dtype) if dtype == "auto" else dtype
+        length = stored.config.data.context_length
+        tokenizer = from_directory(stored.run / "tokenizer")
+        kept = tokenizer_files.kept_config(tokenizer, length)
+        longest = kept["max_position_embeddings"]
+        model = _Stock(stored) if form == "stock" else _Own(stored, longest)
+        config, plan, folder = model.config(dtype, kept), model.plan(), part / "result"
+        size = shards.size_of(plan, dtype)
+        folders.check_space(part, size + _SPARE)
+        arrays = tqdm.tqdm(model.arrays(), "writing tensors", len(plan), disable=None, leave=False)
+        with disk_errors(out):
+            shards.write_folder(folder, plan, arrays, dtype, shard_size)
+            tokenizer_files.write(tokenizer, folder, length)
+            (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+            model.finish(folder)
+    parameters = sum(math.prod(shape) for _, shape in plan)
+    return {
+        "class": config["architectures"][0],
+        "form": form,
+        "dtype": dtype,
+        "parameters": parameters,
+        "bytes": size,
+    }

@@ -1,0 +1,342 @@
+"""Which published models are ours too: their config.json as a `ModelConfig`, and back.
+
+Three architectures of transformers: LlamaForCausalLM (with Llama 3.1's rotary scaling),
+Qwen3ForCausalLM (queries and keys normed) and Qwen3MoeForCausalLM (with experts besides). Whatever
+a config.json asks for that our model does not compute is refused by the key's name.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mea_jax.config.schema import ModelConfig, RopeScaling
+from mea_jax.errors import UserError, shown
+
+Json = Mapping[str, Any]
+
+THETA = 10_000.0  # transformers' own default
+_WINDOW = 4096  # likewise, of the Qwen3 classes
+_ROPE = "rope_parameters"
+# Keys that no number of the model depends on: those of the config that it came with are given back.
+KEPT = (
+    "max_position_embeddings",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "initializer_range",
+    "attention_dropout",
+    "router_aux_loss_coef",
+    "output_router_logits",
+)
+
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture, and what sets it apart from the others."""
+
+    architecture: str
+    model_type: str
+    qk_norm: bool
+    experts: bool
+
+
+FAMILIES = (
+    Family("LlamaForCausalLM", "llama", qk_norm=False, experts=False),
+    Family("Qwen3ForCausalLM", "qwen3", qk_norm=True, experts=False),
+    Family("Qwen3MoeForCausalLM", "qwen3_moe", qk_norm=True, experts=True),
+)
+
+
+# -- their config -> ours ----------------------------------------------------------------------
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a model's folder. Raises `UserError`."""
+    path = folder / "config.json"
+    try:
+        found = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{folder} holds no config.json: give the folder of a model as transformers saves it"
+        ) from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path} holds no config of a model but {shown(found)}")
+    return found
+
+
+def family_of(config: Json, where: str) -> Family:
+    """The family that a config.json names. Raises `UserError` for an architecture not known."""
+    names = config.get("architectures") or []
+    kind = config.get("model_type")
+    for family in FAMILIES:
+        if names == [family.architecture] or (not names and kind == family.model_type):
+            return family
+    given = names[0] if isinstance(names, list) and len(names) == 1 else names or kind
+    known = ", ".join(family.architecture for family in FAMILIES)
+    raise UserError(f"{where}: the architecture {shown(given)} is not supported; known: {known}")
+
+
+class _Reader:
+    """Values of a config.json with their types checked."""
+
+    def __init__(self, config: Json, where: str):
+        self.config, self.where = config, where
+
+    def whole(self, key: str, default: int | None = None) -> int:
+        value = self.config.get(key)
+        value = default if value is None else value
+        if type(value) is not int or value < 1:
+            raise UserError(f"{self.where}: {key}={shown(value)} must be a positive whole number")
+        return value
+
+    def agreed(self, values: Json) -> Any:
+        """Return the value of a fact that has several spellings; None if no key gives it.
+
+        `values` holds what each key gives. transformers 4 and 5 spell some facts differently, and
+        which of two values wins depends on the version. So this raises `UserError`, which names the
+        keys, if the values differ.
+        """
+        given = [(key, value) for key, value in values.items() if value is not None]
+        for key, value in given[1:]:
+            if value != given[0][1]:
+                raise UserError(
+                    f"{self.where}: {given[0][0]}={shown(given[0][1])} and {key}={shown(value)} "
+                    "disagree: remove the wrong one"
+                )
+        return given[0][1] if given else None
+
+    def number(self, key: str, default: float | None = None, of: Json | None = None) -> float:
+        value = (self.config if of is None else of).get(key)
+        value = default if value is None else value
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise UserError(f"{self.where}: {key}={shown(value)} must be a number")
+        return float(value)
+
+    def refuse(self, key: str, value: Any, why: str) -> None:
+        raise UserError(f"{self.where}: {key}={shown(value)} is not supported: {why}")
+
+    def only(self, key: str, allowed: tuple[Any, ...], why: str) -> None:
+        value = self.config.get(key)
+        if value not in allowed:
+            self.refuse(key, value, why)
+
+
+def model_config(config: Json, where: str) -> ModelConfig:
+    """The model that a config.json describes.
+
+    Raises `UserError`, which begins with `where` and names the key, for what we do not compute.
+    """
+    family, read = family_of(config, where), _Reader(config, where)
+    no_bias = "projections have no biases here"
+    read.only("attention_bias", (None, False), no_bias)
+    read.only("mlp_bias", (None, False), no_bias)
+    read.only("hidden_act", (None, "silu", "swish"), "the feed-forward layers are SwiGLU here")
+    read.only("quantization_config", (None,), "give the model in float32, float16 or bfloat16")
+    # The Qwen3 classes have a window by default, which only `use_sliding_window` turns on.
+    window = config.get("sliding_window", _WINDOW if family.qk_norm else None)
+    if config.get("use_sliding_window") and window is not None:
+        read.refuse("use_sliding_window", True, "attention sees all positions here")
+    kinds = config.get("layer_types") or ()
+    for kind in kinds:
+        if kind != "full_attention":
+            read.refuse("layer_types", kind, "attention sees all positions here")
+    named = {"the length of layer_types": len(kinds) or None}
+    read.agreed({"num_hidden_layers": read.whole("num_hidden_layers"), **named})
+    heads, width = read.whole("num_attention_heads"), read.whole("hidden_size")
+    llama = not family.qk_norm
+    fields: dict[str, Any] = {
+        "vocab_size": read.whole("vocab_size"),
+        "d_model": width,
+        "n_layers": read.whole("num_hidden_layers"),
+        "n_heads": heads,
+        "n_kv_heads": read.whole("num_key_value_heads", heads if llama else None),
+        "head_dim": read.whole("head_dim", width // heads if llama else None),
+        "d_ff": read.whole("intermediate_size"),
+        "hlc": "none",
+        "head_norm": False,
+        "qk_norm": family.qk_norm,
+        "norm_eps": read.number("rms_norm_eps"),
+        "tie_embeddings": bool(config.get("tie_word_embeddings", False)),
+        "dtype": _products(read),
+        **_rope(read),
+    }
+    if family.experts:
+        del fields["d_ff"]  # of layers without experts, of which there are none
+        fields |= _experts(read)
+    return ModelConfig(**fields)
+
+
+def _rope(read: _Reader) -> dict[str, Any]:
+    """Return the fields of rotary positions.
+
+    transformers 5 writes them into `rope_parameters`, transformers 4 into `rope_theta` and
+    `rope_scaling`. Of two objects, transformers 5 reads `rope_scaling` alone.
+    """
+    keys = [key for key in ("rope_parameters", "rope_scaling") if read.config.get(key)]
+    found = [_rope_facts(read, key) for key in keys or [_ROPE]]
+    for fact in found[0] | found[-1]:
+        read.agreed({f"{key}.{fact}": of.get(fact) for key, of in zip(keys, found, strict=False)})
+    facts = found[0]
+    if facts["partial_rotary_factor"] != 1:
+        why = "all features of a head are rotated here"
+        read.refuse("partial_rotary_factor", facts["partial_rotary_factor"], why)
+    fields: dict[str, Any] = {"rope_theta": read.number("rope_theta", of=facts)}
+    if facts["rope_type"] == "llama3":
+        fields["rope_scaling"] = RopeScaling(
+            factor=read.number("factor", of=facts),
+            low_freq_factor=read.number("low_freq_factor", of=facts),
+            high_freq_factor=read.number("high_freq_factor", of=facts),
+            original_context=int(read.number("original_max_position_embeddings", of=facts)),
+        )
+    elif facts["rope_type"] != "default":
+        read.refuse("rope_type", facts["rope_type"], "known: default, llama3")
+    return fields
+
+
+def _rope_facts(read: _Reader, key: str) -> dict[str, Any]:
+    """Return what the object `key` of a config says, with what stands outside it, or defaults."""
+    config, given = read.config, read.config.get(key) or {}
+    if not isinstance(given, dict):
+        read.refuse(key, given, "expected an object")
+    for name, value in given.items():
+        if isinstance(value, dict):
+            read.refuse(f"{key}.{name}", value, "all layers have the same positions here")
+
+    def fact(name: str, default: Any, other: str | None = None) -> Any:
+        outer = {other or name: (given if other else config).get(other or name)}
+        value = read.agreed({f"{key}.{name}": given.get(name), **outer})
+        return default if value is None else value
+
+    facts = {name: value for name, value in given.items() if name != "type"}
+    facts["rope_type"] = fact("rope_type", "default", "type")
+    facts["rope_theta"] = fact("rope_theta", THETA)
+    facts["partial_rotary_factor"] = fact("partial_rotary_factor", 1)
+    if facts["rope_type"] == "llama3":
+        # transformers takes the model's own context if the object names none.
+        name = "original_max_position_embeddings"
+        inner = given.get(name) or context_of(config, read.where)
+        facts[name] = read.agreed({f"{key}.{name}": inner, name: config.get(name)})
+    return facts
+
+
+def _experts(read: _Reader) -> dict[str, Any]:
+    config = read.config
+    dense = "every layer has experts here"
+    read.only("decoder_sparse_step", (None, 1), dense)
+    read.only("mlp_only_layers", (None, []), dense)
+    # transformers 5 writes the second name.
+    counts = {key: config.get(key) for key in ("num_experts", "num_local_experts")}
+    read.agreed(counts)
+    return {
+        "n_experts": read.whole(
+            next((k for k, n in counts.items() if n is not None), "num_experts")
+        ),
+        "experts_per_token": read.whole("num_experts_per_tok"),
+        "d_expert": read.whole("moe_intermediate_size"),
+        "normalise_router": bool(config.get("norm_topk_prob", False)),
+    }
+
+
+def _products(read: _Reader) -> str:
+    """Return the dtype of the model's products. Models in float16 run in bfloat16."""
+    keys = ("dtype", "torch_dtype")
+    names = {k: str(v).removeprefix("torch.") for k in keys if (v := read.config.get(k))}
+    return "bfloat16" if read.agreed(names) in ("bfloat16", "float16") else "float32"
+
+
+def context_of(config: Json, where: str) -> int:
+    """Positions that the model was made for."""
+    return _Reader(config, where).whole("max_position_embeddings", 2048)
+
+
+# -- our config -> theirs ----------------------------------------------------------------------
+
+
+def stock_family(model: ModelConfig) -> Family:
+    """The stock class that computes `model`.
+
+    Raises `UserError` that names what no stock class has.
+    """
+    mixes = model.mixes("key") or model.mixes("value")
+    for lacking, what in (
+        (model.variant != "mea", f"variant={model.variant!r}"),
+        (mixes, "component heads (give --form stock to rebuild composite heads, or --form mea)"),
+        (model.head_norm, "a norm of each head's output (head_norm)"),
+        (model.gate != "none", f"gate={model.gate!r}"),
+        (model.positions != "rope", f"positions={model.positions!r}"),
+    ):
+        if lacking:
+            raise UserError(f"no class of transformers has {what}: --form mea exports it")
+    for family in FAMILIES:
+        if (family.qk_norm, family.experts) == (model.qk_norm, bool(model.n_experts)):
+            break
+    else:
+        raise UserError(
+            "no class of transformers that is known here has experts without qk_norm: "
+            "--form mea exports it"
+        )
+    if not family.qk_norm and model.d_model % model.n_heads:
+        raise UserError(
+            f"LlamaForCausalLM takes no d_model={model.d_model} that n_heads={model.n_heads} does "
+            "not divide: --form mea exports it"
+        )
+    return family
+
+
+def stock_config(model: ModelConfig, dtype: str, kept: Json) -> dict[str, Any]:
+    """config.json of a model that a stock class computes, in names that transformers 4 reads too.
+
+    `kept` holds values for the keys of `KEPT`. Raises `UserError` as `stock_family`.
+    """
+    family = stock_family(model)
+    config: dict[str, Any] = {
+        "architectures": [family.architecture],
+        "model_type": family.model_type,
+        "torch_dtype": dtype,
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.d_model,
+        "intermediate_size": kept.get("intermediate_size", model.d_ff)
+        if family.experts
+        else model.d_ff,
+        "num_hidden_layers": model.n_layers,
+        "num_attention_heads": model.n_heads,
+        "num_key_value_heads": model.n_kv_heads,
+        "head_dim": model.head_dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": model.norm_eps,
+        "rope_theta": model.rope_theta,
+        "rope_scaling": rope_scaling(model),
+        "attention_bias": False,
+        "tie_word_embeddings": model.tie_embeddings,
+        "use_cache": True,
+    }
+    if family.experts:
+        config |= {
+            "num_experts": model.n_experts,
+            "num_experts_per_tok": model.experts_per_token,
+            "moe_intermediate_size": model.d_expert,
+            "norm_topk_prob": model.normalise_router,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+        }
+    elif not family.qk_norm:
+        config["mlp_bias"] = False
+    return config | {key: kept[key] for key in KEPT if key in kept}
+
+
+def rope_scaling(model: ModelConfig) -> dict[str, Any] | None:
+    """Theirs, or None where frequencies are not scaled."""
+    scaling = model.rope_scaling
+    if scaling.factor == 1.0:
+        return None
+    return {
+        "rope_type": "llama3",
+        "factor": scaling.factor,
+        "low_freq_factor": scaling.low_freq_factor,
+        "high_freq_factor": scaling.high_freq_factor,
+        "original_max_position_embeddings": scaling.original_context,
+    }

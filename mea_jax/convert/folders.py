@@ -1,0 +1,70 @@
+"""Output folders that are there as a whole or not at all."""
+
+import contextlib
+import fcntl
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from mea_jax.checkpoint.files import disk_errors
+from mea_jax.errors import UserError
+
+_MARK = ".unfinished"  # by which we know a work folder as ours
+
+
+@contextlib.contextmanager
+def whole(out: Path, option: str = "--out") -> Iterator[Path]:
+    """Yields the work folder `<out>.part`; what is then in its `result` becomes `out`.
+
+    What a conversion that was killed has left there is removed: it begins anew. Raises `UserError`
+    where `out` exists, the disk refuses, or another process is at it.
+    """
+    if out.exists() or out.is_symlink():
+        raise UserError(f"{option} {out} exists: choose another, or remove it")
+    part = out.with_name(f"{out.name}.part")
+    if part.exists() and any(part.iterdir()) and not (part / _MARK).exists():
+        raise UserError(f"{part} is in the way: choose another {option}, or remove it")
+    with contextlib.ExitStack() as stack:
+        with disk_errors(part):
+            part.mkdir(parents=True, exist_ok=True)
+            mark = stack.enter_context((part / _MARK).open("a"))
+        _claim(mark, out, option)
+        for path in part.iterdir():
+            if path.name != _MARK:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        result = part / "result"
+        with disk_errors(part):
+            result.mkdir()
+        try:
+            yield part
+        except UserError:
+            shutil.rmtree(part, ignore_errors=True)  # no other run of it would go better
+            raise
+        with disk_errors(out):
+            result.rename(out)
+            shutil.rmtree(part)
+
+
+def _claim(mark: IO[str], out: Path, option: str) -> None:
+    try:
+        fcntl.flock(mark, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UserError(
+            f"another process is writing {option} {out}: wait for it, or choose another"
+        ) from error
+    except OSError:  # a file system without locks
+        pass
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Raises `UserError` where the disk of `folder` has no room for so many bytes.
+
+    A file that is mapped into memory cannot report a disk that is full.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(
+            f"{folder.parent} has {free / 2**30:.1f} GiB free, the conversion takes "
+            f"{needed / 2**30:.1f} GiB: free space, or choose another --out"
+        )

@@ -1,0 +1,118 @@
+"""Every parameter by both its names: ours, a path in the tree, and transformers'.
+
+Their linear layers are (out, in) matrices, ours (in, out) with the heads' axis apart; everything
+else is the same numbers in the same order. So each of their tensors is a view of ours.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from mea_jax.config.schema import ModelConfig
+
+Path = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One of their tensors.
+
+    Attributes:
+      name: theirs.
+      path: ours, within the layer, or from the top where `layer` is None.
+      shape: ours, of one layer and of one expert.
+      layer, expert: which one, or None.
+      turned: whether theirs is the matrix (out, in).
+    """
+
+    name: str
+    path: Path
+    shape: tuple[int, ...]
+    layer: int | None = None
+    expert: int | None = None
+    turned: bool = True
+
+    @property
+    def theirs(self) -> tuple[int, ...]:
+        """Their shape."""
+        if not self.turned:
+            return self.shape
+        # The output projection alone sums over two axes.
+        inputs = 2 if self.path[-1] == "out" else 1
+        into = int(np.prod(self.shape[:inputs]))
+        return int(np.prod(self.shape[inputs:])), into
+
+    def to_ours(self, array: np.ndarray) -> np.ndarray:
+        """A view of their `array` in our shape."""
+        return array.T.reshape(self.shape) if self.turned else array
+
+    def to_theirs(self, array: np.ndarray) -> np.ndarray:
+        """A view of our `array` in their shape."""
+        return array.reshape(self.theirs[::-1]).T if self.turned else array
+
+
+def top_entries(model: ModelConfig) -> list[Entry]:
+    """Embedding, final norm and, where it is not the embedding, head."""
+    words, width = model.vocab_size, model.d_model
+    entries = [
+        Entry("model.embed_tokens.weight", ("embedding",), (words, width), turned=False),
+        Entry("model.norm.weight", ("final_norm", "scale"), (width,), turned=False),
+    ]
+    if not model.tie_embeddings:
+        entries.append(Entry("lm_head.weight", ("head",), (width, words)))
+    return entries
+
+
+def attention_entries(model: ModelConfig, layer: int) -> list[Entry]:
+    """Of one layer of a model without mixing; its norms among them."""
+    d, n, k, h = model.d_model, model.n_heads, model.n_kv_heads, model.head_dim
+    at = f"model.layers.{layer}"
+    matrices = (
+        ("q_proj", "query", (d, n, h)),
+        ("k_proj", "key", (d, k, h)),
+        ("v_proj", "value", (d, k, h)),
+        ("o_proj", "out", (n, h, d)),
+    )
+    entries = [
+        Entry(f"{at}.self_attn.{theirs}.weight", ("attention", ours), shape, layer)
+        for theirs, ours, shape in matrices
+    ]
+    scales: list[tuple[str, Path, int]] = [
+        ("input_layernorm", ("attention_norm",), d),
+        ("post_attention_layernorm", ("mlp_norm",), d),
+    ]
+    if model.qk_norm:
+        scales.append(("self_attn.q_norm", ("attention", "query_norm"), h))
+        scales.append(("self_attn.k_norm", ("attention", "key_norm"), h))
+    return entries + [
+        Entry(f"{at}.{theirs}.weight", (*ours, "scale"), (width,), layer, turned=False)
+        for theirs, ours, width in scales
+    ]
+
+
+def mlp_entries(model: ModelConfig, layer: int) -> list[Entry]:
+    """Of one layer: SwiGLU, or the router and each expert by itself."""
+    d, at = model.d_model, f"model.layers.{layer}.mlp"
+
+    def swiglu(prefix: str, width: int, expert: int | None) -> Iterator[Entry]:
+        for name, shape in (("gate", (d, width)), ("up", (d, width)), ("down", (width, d))):
+            yield Entry(f"{prefix}.{name}_proj.weight", ("mlp", name), shape, layer, expert)
+
+    if not model.n_experts:
+        return list(swiglu(at, model.d_ff, None))
+    entries = [Entry(f"{at}.gate.weight", ("mlp", "router"), (d, model.n_experts), layer)]
+    for expert in range(model.n_experts):
+        entries += swiglu(f"{at}.experts.{expert}", model.d_expert, expert)
+    return entries
+
+
+def layer_entries(model: ModelConfig, layer: int) -> list[Entry]:
+    return attention_entries(model, layer) + mlp_entries(model, layer)
+
+
+def entries(model: ModelConfig) -> list[Entry]:
+    """All tensors of a model that a stock class computes, in the published order."""
+    layers = (entry for layer in range(model.n_layers) for entry in layer_entries(model, layer))
+    embedding, *rest = top_entries(model)
+    return [embedding, *layers, *rest]

@@ -1,0 +1,333 @@
+"""The report on one model, or on several side by side: what is measured, in which order."""
+
+import dataclasses
+import datetime
+import functools
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+
+import mea_jax
+from mea_jax.data import split
+from mea_jax.data.prepare import Prepared, prepare
+from mea_jax.data.tokenizers import bpe_size
+from mea_jax.errors import UserError
+from mea_jax.evaluate import speed
+from mea_jax.evaluate.arithmetic import arithmetic
+from mea_jax.evaluate.models import Loaded
+from mea_jax.evaluate.retrieval import DEPTHS, retrieval, shortest_context
+from mea_jax.evaluate.token_losses import ALL, Losses, domain_losses
+
+PARTS = ("loss", "positions", "passkey", "arithmetic", "speed")
+LENGTHS = (0.5, 1.0, 2.0, 4.0)  # windows of training
+CONTEXTS = (256, 1024, 4096, 16384)
+Say = Callable[[str], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What is measured. `None` where the default depends on the models."""
+
+    parts: tuple[str, ...] = PARTS
+    seed: int = 0  # of the tasks
+    batch_size: int = 8  # held-out windows at once
+    max_batches: int | None = None  # of each source; None: every held-out window
+    lengths: tuple[float, ...] | None = None  # of pass-key contexts, in windows; None: `LENGTHS`
+    depths: tuple[float, ...] = DEPTHS
+    samples: int = 20  # of a cell of pass keys, or a kind of arithmetic
+    needles: int = 1  # keys in a context
+    contexts: tuple[int, ...] | None = None  # of speed; None: `CONTEXTS`
+    rows: int = 1  # sequences at once, of speed
+    repeats: int = 5  # rounds of speed
+    prefill: bool = True  # whether speed reads and times prompts
+    cache_dtype: str | None = None  # None: the compute dtype
+
+
+def environment() -> dict[str, Any]:
+    """What a reader needs to get the figures again."""
+    device = jax.devices()[0]
+    packages = ("jax", "jaxlib", "flax", "numpy", "orbax-checkpoint", "tokenizers")
+    command = ["git", "-C", str(Path(mea_jax.__file__).parent), "rev-parse", "--short", "HEAD"]
+    try:
+        commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = None  # installed without its history
+    return {
+        "command": sys.argv,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "versions": {
+            "mea_jax": mea_jax.__version__,
+            "commit": commit,
+            "python": platform.python_version(),
+            **{name: metadata.version(name) for name in packages},
+        },
+        "machine": {
+            "platform": platform.platform(),
+            "device": device.device_kind,
+            "devices_seen": len(jax.devices()),
+            "cores": os.cpu_count(),
+        },
+    }
+
+
+def held_out_text(first: Loaded, say: Say) -> Prepared:
+    """The windows of a checkpoint's own data config, tokenized with its own tokenizer.
+
+    Raises `UserError` where its texts are not on this machine.
+    """
+    remedy = (
+        "; run where the training's texts are (relative paths count from there), or leave out what "
+        "needs them: --parts passkey,arithmetic,speed"
+    )
+    config = first.config.data
+    none = UserError(
+        f"the data of {first.run} hold no held-out text (held_out_fraction is "
+        f"{config.held_out_fraction}): leave out loss and positions with --parts"
+    )
+    if not split.has_held_out(config):  # known before anything is read
+        raise none
+    if not bpe_size(config.tokenizer):  # a file, which may have moved: the run has a copy
+        config = dataclasses.replace(config, tokenizer=str(first.run / "tokenizer"))
+    try:
+        prepared = prepare(config, first.config.model.vocab_size, log=say)
+        if prepared.tokenizer.content != first.tokenizer.content:
+            say("the texts here are not those of training (another tokenizer comes of them)")
+            config = dataclasses.replace(config, tokenizer=str(first.run / "tokenizer"))
+            prepared = prepare(config, first.config.model.vocab_size, log=say)
+    except UserError as error:
+        raise UserError(f"the texts of {first.run} cannot be read: {error}{remedy}") from error
+    if not sum(source.held_out_windows for source in prepared.sources):
+        raise none
+    return prepared
+
+
+def settle(models: Sequence[Loaded], options: Options, say: Say) -> Options:
+    """`options` with defaults filled in, of which those that a model cannot take are left out.
+
+    Raises `UserError` for what was asked for and cannot be.
+    """
+    limits = [limit for model in models if (limit := model.longest()) is not None]
+    limit, window = min(limits, default=None), models[0].config.data.context_length
+    too_long = f"is longer than the {limit} positions that a model learned"
+    if "positions" in options.parts or "loss" in options.parts:
+        _check_length(window, limit, f"a window of {window} {too_long}")
+
+    lengths = options.lengths
+    if "passkey" in options.parts:
+        shortest = shortest_context(models[0].tokenizer, options.needles)
+        fitting = tuple(
+            x for x in LENGTHS if round(x * window) >= shortest and fits(round(x * window), limit)
+        )
+        for x in lengths or ():
+            _check_length(
+                round(x * window), limit, f"--lengths {x:g}: {round(x * window)} {too_long}"
+            )
+            if round(x * window) < shortest:
+                raise UserError(
+                    f"--lengths {x:g} is {round(x * window)} tokens, and a pass key with its "
+                    f"question takes {shortest}: give longer ones"
+                )
+        if lengths is None and len(fitting) < len(LENGTHS):
+            say(f"pass keys: of {LENGTHS} windows of {window} only {fitting} can be asked")
+        lengths = fitting if lengths is None else lengths
+        if not lengths:
+            raise UserError(
+                f"no default context for pass keys fits (a question takes {shortest} tokens): give "
+                "--lengths in windows of training, or leave passkey out of --parts"
+            )
+    contexts = options.contexts
+    if "speed" in options.parts:
+        for context in contexts or ():
+            _check_length(context, limit, f"--contexts {context} {too_long}")
+        if contexts is None:
+            contexts = tuple(c for c in CONTEXTS if fits(c, limit)) or (limit or window,)
+            if len(contexts) < len(CONTEXTS):
+                say(f"speed: of {CONTEXTS} positions only {contexts}: a model learned {limit}")
+    return dataclasses.replace(options, lengths=lengths, contexts=contexts)
+
+
+def fits(length: int, limit: int | None) -> bool:
+    return limit is None or length <= limit
+
+
+def _check_length(length: int, limit: int | None, message: str) -> None:
+    if not fits(length, limit):
+        raise UserError(f"{message}; choose shorter ones")
+
+
+def losses_report(losses: dict[str, Losses], base: dict[str, Losses]) -> dict[str, Any]:
+    """Of one model by source, and its increase over the first one's."""
+    report = {}
+    for name, source in losses.items():
+        more, error = source.increase(base[name])
+        report[name] = {
+            "loss": source.loss,
+            "error": source.error,
+            "bits_per_byte": source.bits_per_byte,
+            "increase": more,
+            "increase_error": error,
+            "documents": source.documents,
+            "tokens": source.tokens,
+        }
+    return report
+
+
+def positions_report(losses: dict[str, Losses], base: dict[str, Losses]) -> dict[str, Any]:
+    """Of one model by source and bucket of position, and its increase over the first one's."""
+    report = {}
+    for name, source in losses.items():
+        rows, more = source.by_position(), source.by_position(base[name])
+        report[name] = [
+            {
+                "from": source.edges[i],
+                "to": source.edges[i + 1] - 1,
+                "loss": loss,
+                "error": error,
+                "increase": more[i][0],
+                "increase_error": more[i][1],
+                "tokens": int(source.tokens_UP[:, i].sum()),
+            }
+            for i, (loss, error) in enumerate(rows)
+        ]
+    return report
+
+
+def _tell(say: Callable[[str], Any], before: str, line: str) -> None:
+    say(f"{before}{line}")
+
+
+def profile(
+    models: Sequence[Loaded],
+    options: Options,
+    say: Say = lambda line: None,
+    save: Callable[[dict[str, Any]], Any] = lambda report: None,
+) -> dict[str, Any]:
+    """Measures `options.parts` of all models; the tree of report.json.
+
+    Args:
+      models: comparable ones (`models.check_comparable`); increases are over the first.
+      options: from `settle`.
+      say: takes lines of progress.
+      save: is given the report so far after each part.
+
+    Raises:
+      UserError: held-out text that cannot be read.
+    """
+    window = models[0].config.data.context_length
+    report: dict[str, Any] = {
+        **environment(),
+        "seed": options.seed,
+        "options": dataclasses.asdict(options),
+        "window": window,
+        "data": None,
+        "models": [_description(model, window, options.cache_dtype) for model in models],
+    }
+    rows = dict(zip([model.name for model in models], report["models"], strict=True))
+    if "loss" in options.parts or "positions" in options.parts:
+        prepared = held_out_text(models[0], say)
+        report["data"] = _data(prepared)
+        base: dict[str, Losses] | None = None
+        for model in models:
+            began = time.perf_counter()
+            losses = domain_losses(
+                model.resolved(window),
+                model.params,
+                prepared,
+                batch_size=options.batch_size,
+                max_batches=options.max_batches,
+                skip_bad=models[0].config.data.bad_input == "skip",
+                progress=model.name,
+            )
+            base = base or losses
+            if "loss" in options.parts:
+                rows[model.name]["loss"] = losses_report(losses, base)
+            if "positions" in options.parts:
+                rows[model.name]["positions"] = positions_report(losses, base)
+            took = time.perf_counter() - began
+            say(f"{model.name}: held-out loss {losses[ALL].loss:.4f} nats per token ({took:.0f} s)")
+        save(report)
+    common: dict[str, Any] = {
+        "seed": options.seed,
+        "samples": options.samples,
+        "cache_dtype": options.cache_dtype,
+    }
+    for model in models:
+        if "passkey" not in options.parts:
+            break
+        rows[model.name]["passkey"] = retrieval(
+            model.model,
+            model.params,
+            model.tokenizer,
+            lengths=[round(x * window) for x in options.lengths or ()],
+            depths=options.depths,
+            needles=options.needles,
+            say=functools.partial(_tell, say, f"{model.name}: pass keys, "),
+            **common,
+        )
+        save(report)
+    for model in models:
+        if "arithmetic" not in options.parts:
+            break
+        rows[model.name]["arithmetic"] = arithmetic(
+            model.model,
+            model.params,
+            model.tokenizer,
+            say=functools.partial(_tell, say, f"{model.name}: "),
+            **common,
+        )
+        save(report)
+    if "speed" in options.parts:
+        found = speed.speeds(
+            {model.name: (model.model, model.params) for model in models},
+            contexts=options.contexts or (),
+            rows=options.rows,
+            repeats=options.repeats,
+            cache_dtype=options.cache_dtype,
+            prefill=options.prefill,
+            say=say,
+        )
+        for name, speeds in found.items():
+            rows[name]["speed"] = speeds
+        save(report)
+    return report
+
+
+def _description(model: Loaded, window: int, cache_dtype: str | None) -> dict[str, Any]:
+    """A model's row before anything is measured."""
+    generator = model.generator(window, cache_dtype)
+    return {
+        "name": model.name,
+        "checkpoint": str(model.run),
+        "step": model.step,
+        "parameters": sum(x.size for x in jax.tree.leaves(model.params)),
+        "dtype": generator.served.model.dtype,
+        "cache": {
+            "bytes_per_token": generator.cache_bytes_per_token(),
+            "dtype": str(generator.cache_dtype),
+            "forms": generator.served.describe(),
+        },
+    }
+
+
+def _data(prepared: Prepared) -> dict[str, Any]:
+    return {
+        "digest": prepared.digest,
+        "window": prepared.context_length,
+        "sources": [
+            {
+                "name": source.name,
+                "held_out_documents": source.held_out_documents,
+                "held_out_tokens": source.held_out_tokens,
+                "held_out_bytes": source.held_out_bytes,
+            }
+            for source in prepared.sources
+        ],
+    }

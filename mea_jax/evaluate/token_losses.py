@@ -1,0 +1,241 @@
+"""Held-out loss by source of text, and by how much context a token has.
+
+Letters: U documents, P buckets of position; the others as everywhere.
+"""
+
+import dataclasses
+import functools
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import log
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tqdm
+
+from mea_jax.config.schema import ModelConfig
+from mea_jax.data.pipeline import held_out_batches
+from mea_jax.data.prepare import Prepared
+from mea_jax.errors import UserError
+from mea_jax.model.transformer import apply_hidden
+from mea_jax.ops.backend import make_backend
+from mea_jax.ops.cross_entropy import positions_within
+from mea_jax.ops.statistics import ratio_of_sums
+
+ALL = "all"  # the name of all sources together
+_LOGITS = 256  # MiB of them at one time, where the config does not bound them
+
+
+def token_nll(model: ModelConfig, params: Any, batch: Mapping[str, Any]) -> jax.Array:
+    """Negative log-likelihood of each target in nats, float32 (B, T); 0 where there is padding.
+
+    `model` is resolved. Logits of no more positions exist at one time than `model.loss_chunk`
+    allows.
+    """
+    targets_BT = jnp.asarray(batch["targets"])
+    segment_ids_BT = jnp.asarray(batch["segment_ids"])
+    x_BTD, kernel_DV = apply_hidden(
+        model, params, batch["inputs"], batch["positions"], segment_ids_BT
+    )
+    backend = make_backend(model)
+    kernel_DV = kernel_DV.astype(backend.dtype)
+    positions = targets_BT.size
+    chunk = min(positions_within(model.loss_chunk or _LOGITS, kernel_DV.shape[1]), positions)
+    count = -(-positions // chunk)
+
+    def chunks(y):  # (B, T, ...) to (chunks, positions of one, ...), filled up with zeros
+        y = y.reshape(positions, *y.shape[2:])
+        y = jnp.pad(y, ((0, count * chunk - positions),) + ((0, 0),) * (y.ndim - 1))
+        return y.reshape(count, chunk, *y.shape[1:])
+
+    def of_chunk(xs):
+        x_CD, targets_C = xs
+        logits_CV = backend.matmul(x_CD.astype(backend.dtype), kernel_DV)
+        right_C = jnp.take_along_axis(logits_CV, targets_C[:, None], axis=1)[:, 0]
+        return jax.nn.logsumexp(logits_CV, axis=1) - right_C
+
+    nll = jax.lax.map(of_chunk, (chunks(x_BTD), chunks(targets_BT)))
+    nll_BT = nll.reshape(-1)[:positions].reshape(targets_BT.shape)
+    return jnp.where(segment_ids_BT > 0, nll_BT, 0.0)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _compiled_nll(model: ModelConfig, params: Any, batch: Mapping[str, Any]) -> jax.Array:
+    return token_nll(model, params, batch)
+
+
+def bucket_edges(length: int) -> tuple[int, ...]:
+    """Bounds of buckets over `length` positions: 0, 16, 32, 64, ..., `length`."""
+    edges = [0]
+    while (edge := max(16, 2 * edges[-1])) < length:
+        edges.append(edge)
+    return (*edges, length)
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Sums of one source's held-out text, document by document and bucket by bucket.
+
+    Bucket p holds the targets with edges[p] to edges[p + 1] - 1 tokens of their document before
+    their input within the window: what attention can look back on.
+    """
+
+    name: str
+    nats_UP: np.ndarray  # float64
+    tokens_UP: np.ndarray  # float64
+    edges: tuple[int, ...]
+    bits_per_nat: float | None  # bits per byte of text for one nat per token; None: no text
+
+    @property
+    def tokens(self) -> int:
+        return int(self.tokens_UP.sum())
+
+    @property
+    def documents(self) -> int:
+        return len(self.tokens_UP)
+
+    @property
+    def loss(self) -> float:
+        """Nats per token."""
+        return ratio_of_sums(self.nats_UP.sum(1), self.tokens_UP.sum(1))[0]
+
+    @property
+    def error(self) -> float:
+        """Standard error of `loss`, nats per token, over documents; nan for a single one."""
+        return ratio_of_sums(self.nats_UP.sum(1), self.tokens_UP.sum(1))[1]
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        return None if self.bits_per_nat is None else self.loss * self.bits_per_nat
+
+    def increase(self, base: "Losses") -> tuple[float, float]:
+        """Nats per token above `base` on the same text, and its standard error.
+
+        Differences are taken document by document, so what makes one document harder than another
+        is not in the error.
+        """
+        return ratio_of_sums((self.nats_UP - base.nats_UP).sum(1), self.tokens_UP.sum(1))
+
+    def by_position(self, base: "Losses | None" = None) -> list[tuple[float, float]]:
+        """(nats per token, standard error) of each bucket; above those of `base`, if given."""
+        nats_UP = self.nats_UP if base is None else self.nats_UP - base.nats_UP
+        return [ratio_of_sums(n, t) for n, t in zip(nats_UP.T, self.tokens_UP.T, strict=True)]
+
+
+def domain_losses(
+    model: ModelConfig,
+    params: Any,
+    prepared: Prepared,
+    *,
+    batch_size: int = 8,
+    max_batches: int | None = None,
+    skip_bad: bool = False,
+    progress: str = "",
+) -> dict[str, Losses]:
+    """Held-out losses of each source of `prepared` by its name, and last of "all" together.
+
+    Args:
+      model: resolved for windows of `prepared.context_length` positions.
+      params: training parameters.
+      prepared: its held-out windows are read; sources without any are left out.
+      batch_size: B, windows at once.
+      max_batches: at most so many batches a source, spread evenly; None reads every window. Then
+        a document is what of it lies in one window.
+      skip_bad: as in `pipeline.held_out_batches`.
+      progress: title of a bar on stderr, if that is a terminal; "": none.
+
+    Raises:
+      UserError: there is no held-out text; a window that cannot be read.
+    """
+    edges = bucket_edges(prepared.context_length)
+    found: dict[str, Losses] = {}
+    for name, source in zip(source_names(prepared), prepared.sources, strict=True):
+        if not source.held_out_windows:
+            continue
+        one = dataclasses.replace(prepared, sources=(source,))
+        batches = held_out_batches(
+            one, batch_size=batch_size, max_batches=max_batches, skip_bad=skip_bad
+        )
+        total = -(-source.held_out_windows // batch_size)
+        bar = tqdm.tqdm(
+            batches,
+            total=min(total, max_batches or total),
+            desc=f"{progress}: {name}",
+            disable=None if progress else True,
+            leave=False,
+        )
+        sampled = max_batches is not None and max_batches < total
+        sums = _Sums(edges, prepared.tokenizer.start, sampled)
+        for batch in bar:
+            sums.add(batch, np.asarray(_compiled_nll(model, params, batch)))
+        found[name] = Losses(name, *sums.arrays(), edges, _bits_per_nat([source]))
+    if not found:
+        raise UserError(
+            "the data hold no held-out text: train with config.data.held_out_fraction above 0"
+        )
+    found[ALL] = Losses(
+        ALL,
+        np.concatenate([losses.nats_UP for losses in found.values()]),
+        np.concatenate([losses.tokens_UP for losses in found.values()]),
+        edges,
+        _bits_per_nat(prepared.sources),
+    )
+    return found
+
+
+def source_names(prepared: Prepared) -> list[str]:
+    """The sources' names, numbered where two are alike."""
+    seen: Counter[str] = Counter()
+    names = []
+    for source in prepared.sources:
+        seen[source.name] += 1
+        again = seen[source.name] > 1 or source.name == ALL
+        names.append(f"{source.name} ({seen[source.name]})" if again else source.name)
+    return names
+
+
+def _bits_per_nat(sources: Sequence[Any]) -> float | None:
+    tokens = sum(source.held_out_tokens for source in sources)
+    size = sum(source.held_out_bytes for source in sources)
+    return tokens / size / log(2) if size else None
+
+
+class _Sums:
+    """Nats and tokens by document and bucket, of windows that come in the order of the text.
+
+    A document begins at its `start`, and goes on in the next window unless windows are `sampled`.
+    """
+
+    def __init__(self, edges: tuple[int, ...], start: int, sampled: bool):
+        self.edges, self.start, self.sampled = edges, start, sampled
+        self.documents = 0
+        self.parts: list[tuple[np.ndarray, ...]] = []  # cells, their nats, their tokens
+
+    def add(self, batch: Mapping[str, np.ndarray], nll_BT: np.ndarray) -> None:
+        real_BT = batch["segment_ids"] > 0
+        begins_BT = (batch["inputs"] == self.start) & real_BT
+        if self.sampled:
+            begins_BT[:, 0] |= real_BT[:, 0]
+        document = self.documents + np.cumsum(begins_BT.reshape(-1))[real_BT.reshape(-1)] - 1
+        # A stream starts with it; should a lost window have held it, what follows counts
+        # as of the first document.
+        document = np.maximum(document, 0)
+        self.documents += int(begins_BT.sum())
+        buckets = len(self.edges) - 1
+        bucket = np.searchsorted(self.edges, batch["positions"][real_BT], side="right") - 1
+        cells, where = np.unique(document * buckets + bucket, return_inverse=True)
+        nats = np.bincount(where, weights=nll_BT[real_BT].astype(np.float64))
+        self.parts.append((cells, nats, np.bincount(where).astype(np.float64)))
+
+    def arrays(self) -> tuple[np.ndarray, np.ndarray]:
+        buckets = len(self.edges) - 1
+        shape = (max(self.documents, 1), buckets)
+        nats, tokens = np.zeros(shape), np.zeros(shape)
+        for cells, some_nats, some_tokens in self.parts:
+            nats.flat[cells] += some_nats
+            tokens.flat[cells] += some_tokens
+        kept = tokens.sum(1) > 0  # documents whose windows could not be read have none
+        return nats[kept], tokens[kept]

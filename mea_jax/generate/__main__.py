@@ -1,0 +1,150 @@
+"""Continues prompts with a trained model, from its KV cache.
+
+python -m mea_jax.generate --checkpoint runs/quickstart --prompt "def main("
+python -m mea_jax.generate --checkpoint runs/quickstart --prompts prompts.txt --output out.jsonl
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import flags
+
+from mea_jax import cli
+from mea_jax.checkpoint.load import load
+from mea_jax.cli import si
+from mea_jax.data.tokenizers import Tokenizer
+from mea_jax.errors import UserError, nearest
+from mea_jax.generate import decode
+from mea_jax.generate.generator import Generator, Report
+from mea_jax.generate.run import (
+    CACHE_DTYPES,
+    _write_records,
+    continue_file,
+    encode,
+    read_prompts,
+    stream_one,
+    summary,
+)
+from mea_jax.model.kv_cache import RECENT
+from mea_jax.ops.cpu import keep_freed_memory
+from mea_jax.ops.sampling import Sampling
+
+
+def _check_flags() -> None:
+    if CHECKPOINT.value is None:
+        raise UserError("no checkpoint given: add --checkpoint runs/quickstart")
+    if (PROMPT.value is None) == (PROMPTS.value is None):
+        raise UserError("give either --prompt TEXT or --prompts FILE")
+    if PROMPT.value == "":
+        raise UserError("--prompt is empty: there is nothing to continue")
+    for name, choice, known in (
+        ("cache_dtype", CACHE_DTYPE.value, CACHE_DTYPES),
+        ("cache_form", CACHE_FORM.value, decode.FORMS),
+        ("dtype", DTYPE.value, ("auto", "float32", "bfloat16")),
+    ):
+        if choice not in known:
+            raise UserError(f"--{name}={choice}: {nearest(choice, known)}")
+    if not 0 <= SEED.value < 2**32:
+        raise UserError(f"--seed={SEED.value} must lie in [0, 2^32)")
+    for name, value in (("max_tokens", MAX_TOKENS.value), ("batch_size", BATCH_SIZE.value)):
+        if value < 1:
+            raise UserError(f"--{name}={value} must be 1 or more")
+    if not 0 <= CACHE_LENGTH.value < 2**31:
+        raise UserError(
+            f"--cache_length={CACHE_LENGTH.value} must lie in [1, 2^31), or be 0: chosen"
+        )
+    if OUTPUT.value and PROMPTS.value is None:
+        raise UserError("--output takes the JSON lines of --prompts; --prompt is printed")
+
+
+def _generate(
+    generator: Generator,
+    tokenizer: Tokenizer,
+    prompts: list[str],
+    stops: list[str],
+    options: dict[str, Any],
+    report: Report,
+) -> None:
+    batch = min(BATCH_SIZE.value, len(prompts))
+    if PROMPTS.value is None:
+        reason = stream_one(generator, tokenizer, prompts[0], stops, options)
+        print(f"\n{summary(generator, report, 1)}; ended by {reason}", file=sys.stderr)
+        return
+    # Refused before a file of results is opened, so that an old one is not lost.
+    ids = encode(generator, tokenizer, prompts, f"prompt {{}} of {PROMPTS.value}")
+    records = continue_file(generator, tokenizer, prompts, ids, batch, stops, options)
+    if OUTPUT.value is None:
+        _write_records(records, sys.stdout, len(prompts))
+    else:
+        try:
+            with open(OUTPUT.value, "w", encoding="utf-8") as out:
+                _write_records(records, out, len(prompts))
+        except OSError as error:
+            raise UserError(f"--output {OUTPUT.value}: {error.strerror}") from error
+        print(f"{len(prompts)} lines in {OUTPUT.value}", file=sys.stderr)
+    print(summary(generator, report, batch), file=sys.stderr)
+
+
+def main() -> None:
+    _check_flags()
+    sampling = Sampling(TEMPERATURE.value, TOP_K.value, TOP_P.value)
+    path = Path(PROMPTS.value or "")
+    prompts = [PROMPT.value or ""] if PROMPTS.value is None else read_prompts(path)
+    cli.enable_compilation_cache()
+    if jax.devices()[0].platform == "cpu":
+        keep_freed_memory()
+    model, params, tokenizer, length = load(
+        Path(CHECKPOINT.value or ""), CACHE_LENGTH.value, DTYPE.value
+    )
+    generator = Generator(
+        model,
+        params,
+        length=length,
+        cache_dtype=None if CACHE_DTYPE.value == "auto" else CACHE_DTYPE.value,
+        form=CACHE_FORM.value,
+    )
+    stops, report = [stop for stop in STOP.value if stop], Report()
+    options = {
+        "count": MAX_TOKENS.value,
+        "sampling": sampling,
+        "seed": SEED.value,
+        "stop": tokenizer.stops,
+        "report": report,
+    }
+    try:
+        _generate(generator, tokenizer, prompts, stops, options, report)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        size = generator.cache_bytes_per_token() * (generator.length + RECENT)
+        rows = min(BATCH_SIZE.value, len(prompts))
+        raise UserError(
+            f"out of memory with a cache of {si(size * rows, 'B')} for {rows} rows of "
+            f"{generator.length} positions: lower --cache_length or --batch_size, or take "
+            "--cache_dtype int8"
+        ) from error
+
+
+if __name__ == "__main__":
+    CHECKPOINT = flags.DEFINE_string("checkpoint", None, "run directory, or one of its steps")
+    PROMPT = flags.DEFINE_string("prompt", None, "text to continue; the result is streamed")
+    PROMPTS = flags.DEFINE_string("prompts", None, "file of prompts: lines, or *.jsonl")
+    OUTPUT = flags.DEFINE_string("output", None, "file for the JSON lines of --prompts")
+    MAX_TOKENS = flags.DEFINE_integer("max_tokens", 128, "new tokens, at most")
+    TEMPERATURE = flags.DEFINE_float("temperature", 0.7, "0 takes the most likely token")
+    TOP_K = flags.DEFINE_integer("top_k", 0, "draw from the k most likely tokens; 0: all")
+    TOP_P = flags.DEFINE_float("top_p", 1.0, "draw from the fewest tokens that reach p; 1: all")
+    SEED = flags.DEFINE_integer("seed", 0, "of the random draws")
+    STOP = flags.DEFINE_multi_string("stop", [], "text that ends a continuation; may be repeated")
+    BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "prompts of a file taken at once")
+    CACHE_LENGTH = flags.DEFINE_integer(
+        "cache_length", 0, "positions of the cache; 0: the window of training"
+    )
+    CACHE_DTYPE = flags.DEFINE_string("cache_dtype", "auto", "auto, float32, bfloat16 or int8")
+    CACHE_FORM = flags.DEFINE_string(
+        "cache_form", "auto", "auto, folded, absorbed or explicit: how mixed heads are cached"
+    )
+    DTYPE = flags.DEFINE_string("dtype", "auto", "of products: auto, float32 or bfloat16")
+    cli.run(main, "stopped")

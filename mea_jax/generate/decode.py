@@ -1,0 +1,254 @@
+"""Inference: parameters made ready once, then prefill and single-token steps over a KV cache.
+
+Layers are unrolled, each with parameters and cache arrays of its own: a scan would copy every
+layer's cache in and out at every step, while an array of its own is read where it lies.
+All functions are pure and meant for `jax.jit` with the cache donated.
+"""
+
+import dataclasses
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+
+from mea_jax.config.schema import ModelConfig
+from mea_jax.model.attention import Context, HeadLayout, Slots
+from mea_jax.model.kv_cache import RECENT, Cache, LayerCache, Stored, empty_heads
+from mea_jax.model.transformer import Block, Decoder, rope_of, stretches
+from mea_jax.model.variants import make_attention
+from mea_jax.ops import hlc, rms_norm
+from mea_jax.ops.backend import make_backend
+
+Array = jax.Array
+FORMS = ("auto", "folded", "absorbed", "explicit")
+
+
+@dataclasses.dataclass(frozen=True)
+class ServedLayer:
+    """A layer as it is served: its config (mixing that was folded is gone), C_k, C_v, the form."""
+
+    model: ModelConfig
+    key_components: int
+    value_components: int
+    form: str
+
+    def block(self) -> Block:
+        return Block(self.model, self.key_components, self.value_components, self.form)
+
+    def forms(self) -> tuple[str, str]:
+        """How keys and values lie in the cache: "direct", "absorbed" or "explicit"."""
+        key, value, _ = self.cache_layout()
+        return key.form, value.form
+
+    def cache_layout(self) -> tuple[HeadLayout, HeadLayout, int]:
+        """Of keys and of values; and the number of scalars (model/attention.py)."""
+        key, value = self.key_components, self.value_components
+        return make_attention(self.model, key, value, cached_form=self.form).cache_layout()
+
+
+@dataclasses.dataclass(frozen=True)
+class Served:
+    """What is static about a model that is served; hashable, an argument of `jax.jit`."""
+
+    model: ModelConfig
+    layers: tuple[ServedLayer, ...]
+
+    def describe(self) -> str:
+        """The forms of the cache in a few words, such as "keys absorbed, values direct (x6)"."""
+        kinds: dict[tuple[str, str], int] = {}
+        for layer in self.layers:
+            kinds[layer.forms()] = kinds.get(layer.forms(), 0) + 1
+        parts = [
+            f"{key}" if key == value else f"keys {key}, values {value}" for key, value in kinds
+        ]
+        if len(parts) == 1:
+            return parts[0]
+        counted = zip(parts, kinds.values(), strict=True)
+        return "; ".join(f"{part} ({count} layers)" for part, count in counted)
+
+
+def _folds(model: ModelConfig, which: str, components: int, form: str) -> bool:
+    """Whether mixing is folded away before serving, so that the cache holds composite heads.
+
+    For C = K the cache is no larger for it, and absorbed reading would take C times the FLOPs. Keys
+    mixed after their norm cannot be folded.
+    """
+    if not model.mixes(which):
+        return False
+    if which == "key" and model.qk_norm and model.hlc_order == "after":
+        return False
+    return form == "folded" or (form == "auto" and components == model.n_kv_heads)
+
+
+def _serve_layer(model: ModelConfig, key: int, value: int, form: str) -> ServedLayer:
+    folded = {
+        which: _folds(model, which, components, form)
+        for which, components in (("key", key), ("value", value))
+    }
+    mixed = [w for w in ("key", "value") if model.mixes(w) and not folded[w]]
+    layer_model = dataclasses.replace(
+        model,
+        hlc="".join(w[0] for w in mixed) or "none",
+        hlc_order=model.hlc_order if "key" in mixed else "before",
+        key_mixing=model.key_mixing if "key" in mixed else "heads",
+        value_mixing=model.value_mixing if "value" in mixed else "heads",
+        key_components=None,
+        value_components=None,
+    )
+    k = model.n_kv_heads
+    return ServedLayer(
+        layer_model,
+        k if folded["key"] else key,
+        k if folded["value"] else value,
+        "explicit" if form == "explicit" else "absorbed",
+    )
+
+
+def _served_params(served: Served, params: Any) -> Any:
+    """Layers apart, mixing folded where the layer says so, matrices in the compute dtype.
+
+    Routers stay float32: a choice of experts is no matter of rounding.
+    """
+    model, dtype = served.model, make_backend(served.model).dtype
+    layers = []
+    for first, length, *_ in stretches(model):
+        for i in range(length):
+            layer = jax.tree.map(lambda stack, i=i: stack[i], params[f"layers_{first}"])
+            spec = served.layers[first + i].model
+            attention = dict(layer["attention"])
+            for which in ("key", "value"):
+                if model.mixes(which) and not spec.mixes(which):
+                    mix, kind = attention.pop(f"{which}_mixing"), model.mixing_kind(which)
+                    kernel_DKH = hlc.fold(kind, attention[which], mix)
+                    if kind == "frequency" and model.qk_norm:  # see layers.key_inverse_rms
+                        gamma_H = attention["key_norm"]["scale"]
+                        kernel_DKH = kernel_DKH / rms_norm.along_last(gamma_H, 3)
+                    attention[which] = kernel_DKH
+            layers.append(layer | {"attention": attention})
+    top = {name: leaf for name, leaf in params.items() if not name.startswith("layers_")}
+    tree = {"top": top, "layers": layers}
+
+    def leaf(path, x):
+        whole = x.ndim < 2 or path[-1].key == "router"
+        return x if whole else x.astype(dtype)
+
+    return jax.tree_util.tree_map_with_path(leaf, tree)
+
+
+def serving(model: ModelConfig, form: str = "auto") -> Served:
+    """How a resolved model is served: `form` as in `serve`."""
+    assert form in FORMS
+    layers = [
+        _serve_layer(model, key, value, form)
+        for _, length, key, value in stretches(model)
+        for _ in range(length)
+    ]
+    return Served(model, tuple(layers))
+
+
+def serve(model: ModelConfig, params: Any, form: str = "auto") -> tuple[Served, Any]:
+    """A resolved model and its training parameters, ready for inference.
+
+    `form`: "folded" caches composite heads; "absorbed" caches components and reads them as they
+    are; "explicit" caches components and rebuilds composites at each step; "auto" is folded where
+    C = K and absorbed where C < K, for keys and values apart.
+    """
+    served = serving(model, form)
+    return served, jax.jit(_served_params, static_argnums=0)(served, params)
+
+
+def _empty_layers(served: Served, batch: int, length: int, dtype: Any) -> tuple[LayerCache, ...]:
+    layers = []
+    for spec in served.layers:
+        key, value, scalars = spec.cache_layout()
+        layers.append(
+            LayerCache(
+                key=empty_heads(key.form, batch, length, key.heads, key.width, dtype),
+                value=empty_heads(value.form, batch, length, value.heads, value.width, dtype),
+                inverse_rms_BKS=(
+                    jnp.zeros((batch, scalars, length), jnp.float32) if scalars else None
+                ),
+            )
+        )
+    return tuple(layers)
+
+
+def empty_cache(served: Served, batch: int, length: int, dtype: Any) -> Cache:
+    """A cache for `batch` rows of at most `length` positions; `dtype` is that of keys and values.
+
+    Use under `jax.eval_shape` to count its bytes before there is room for it.
+    """
+    return Cache(
+        layers=_empty_layers(served, batch, length, dtype),
+        recent=_empty_layers(served, batch, RECENT, dtype),
+        segment_ids_BS=jnp.zeros((batch, length), jnp.int32),
+        lengths_B=jnp.zeros((batch,), jnp.int32),
+        recent_count=jnp.zeros((), jnp.int32),
+        positions_B=jnp.zeros((batch,), jnp.int32),
+    )
+
+
+def _run_layers(served: Served, params: Any, x_BTD: Array, context: Context, cache: Cache):
+    layers = []
+    for i, spec in enumerate(served.layers):
+        variables = {"params": params["layers"][i]}
+        stored = Stored(cache.layers[i], cache.recent[i])
+        out: Any = spec.block().apply(variables, x_BTD, context, i, stored)
+        x_BTD = out[0]
+        layers.append(out[1])
+    main, recent = zip(*layers, strict=True)
+    return x_BTD, main, recent
+
+
+def _decoder(served: Served, params: Any, method, *arguments) -> Array:
+    variables = {"params": params["top"]}
+    return cast(Array, Decoder(served.model).apply(variables, *arguments, method=method))
+
+
+def prefill(
+    served: Served, params: Any, cache: Cache, tokens_BP, segment_ids_BP, positions_BP
+) -> tuple[Array, Cache]:
+    """Fills an empty cache with prompts: logits (B, V), float32, after each row's last token.
+
+    Each row's tokens come first and padding, segment 0, after them; a row of several segments is
+    continued in its last. P may be anything up to the cache's length.
+    """
+    rows = jnp.arange(tokens_BP.shape[0])
+    lengths_B = jnp.sum(segment_ids_BP > 0, axis=1, dtype=jnp.int32)
+    last_B = jnp.maximum(lengths_B - 1, 0)
+    context = Context(segment_ids_BP, rope_of(served.model, positions_BP))
+    x_BPD = _decoder(served, params, Decoder.embed, tokens_BP, positions_BP)
+    x_BPD, layers, recent = _run_layers(served, params, x_BPD, context, cache)
+    logits_B1V = _decoder(served, params, Decoder.normed_logits, x_BPD[rows, last_B][:, None])
+    filled_BS = jax.lax.dynamic_update_slice(
+        jnp.zeros_like(cache.segment_ids_BS), segment_ids_BP.astype(jnp.int32), (0, 0)
+    )
+    next_B = positions_BP[rows, last_B].astype(jnp.int32) + 1
+    count = jnp.zeros((), jnp.int32)
+    return logits_B1V[:, 0], Cache(layers, recent, filled_BS, lengths_B, count, next_B)
+
+
+def step(served: Served, params: Any, cache: Cache, tokens_B: Array) -> tuple[Array, Cache]:
+    """One more token a row: logits (B, V), float32, of what follows it, and the longer cache.
+
+    After `RECENT` steps the cache must be `kv_cache.flush`ed: callers keep count.
+    """
+    rows, slot = jnp.arange(tokens_B.shape[0]), cache.recent_count
+    segment_B = cache.segment_ids_BS[rows, jnp.maximum(cache.lengths_B - 1, 0)]
+    length, recent_R = cache.segment_ids_BS.shape[1], jnp.arange(RECENT)
+    distance_BS = jnp.arange(length)[None] - (cache.lengths_B + slot)[:, None]
+    distance_BR = jnp.broadcast_to((recent_R - slot)[None], (len(rows), RECENT))
+    positions_B1 = cache.positions_B[:, None]
+    context = Context(
+        segment_ids_BT=segment_B[:, None],
+        rope=rope_of(served.model, positions_B1),
+        slot=slot,
+        main=Slots(cache.segment_ids_BS == segment_B[:, None], distance_BS),
+        recent=Slots(distance_BR <= 0, distance_BR),
+    )
+    x_B1D = _decoder(served, params, Decoder.embed, tokens_B[:, None], positions_B1)
+    x_B1D, layers, recent = _run_layers(served, params, x_B1D, context, cache)
+    logits_B1V = _decoder(served, params, Decoder.normed_logits, x_B1D)
+    ids_BS, lengths_B = cache.segment_ids_BS, cache.lengths_B
+    new = Cache(layers, recent, ids_BS, lengths_B, slot + 1, cache.positions_B + 1)
+    return logits_B1V[:, 0], new

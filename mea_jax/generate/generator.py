@@ -1,0 +1,265 @@
+"""Text from a model: prompts prefilled at once, then many tokens a call in one jitted loop."""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax.sharding import Mesh, NamedSharding
+
+from mea_jax.config.schema import ModelConfig
+from mea_jax.data.tokenizers import Tokenizer
+from mea_jax.errors import UserError
+from mea_jax.generate import decode
+from mea_jax.model.kv_cache import RECENT, Cache, count_bytes, flush
+from mea_jax.ops.sampling import Sampling, choose
+from mea_jax.parallel import sharding
+
+_SHORTEST_PREFILL = (
+    16  # prompts are padded to this or a power of two of it: few programs to compile
+)
+_EMPTY = -1  # in place of a token, after a row's end
+
+
+@struct.dataclass
+class State:
+    """What the loop carries: the cache, what follows each row's last token, and who is done."""
+
+    cache: Cache
+    logits_BV: Any
+    keys_B: Any  # random keys, one a row: a row's text does not depend on its neighbours
+    limits_B: Any  # int32, cache slots that each row may fill
+    done_B: Any
+
+
+@dataclasses.dataclass
+class Report:
+    """What a batch took, compilation apart."""
+
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    tokens: int = 0
+
+
+def _prefill(served, length, dtype, params, tokens_BP, lengths_B, limits_B, rows_B, seed) -> State:
+    # The cache is made in here, where the compiler lays it out as the parameters ask for.
+    cache = decode.empty_cache(served, tokens_BP.shape[0], length, dtype)
+    positions_BP = jnp.broadcast_to(jnp.arange(tokens_BP.shape[1])[None], tokens_BP.shape)
+    segments_BP = (positions_BP < lengths_B[:, None]).astype(jnp.int32)
+    logits_BV, cache = decode.prefill(served, params, cache, tokens_BP, segments_BP, positions_BP)
+    keys_B = jax.vmap(lambda row: jax.random.fold_in(jax.random.key(seed), row))(rows_B)
+    return State(cache, logits_BV, keys_B, limits_B, lengths_B >= limits_B)
+
+
+def _advance(served, sampling, stop, count, params, state: State) -> tuple[State, tuple]:
+    """At most `count` <= RECENT more tokens a row, (B, count); fewer if all are done before.
+
+    Beside the new state: these tokens, and who is done.
+    """
+    rows = state.logits_BV.shape[0]
+    stop_S = jnp.asarray(stop, jnp.int32)
+
+    def unfinished(carry):
+        i, state, _ = carry
+        return (i < count) & ~jnp.all(state.done_B)
+
+    def one(carry):
+        i, state, out_BC = carry
+        cache = state.cache
+        lengths_B = cache.lengths_B + cache.recent_count
+        keys_B = jax.vmap(jax.random.fold_in)(state.keys_B, lengths_B)
+        chosen_B = choose(state.logits_BV, keys_B, sampling)
+        out_BC = out_BC.at[:, i].set(jnp.where(state.done_B, _EMPTY, chosen_B))
+        logits_BV, cache = decode.step(served, params, cache, chosen_B)
+        stopped_B = jnp.any(chosen_B[:, None] == stop_S[None], axis=1)
+        done_B = state.done_B | stopped_B | (lengths_B + 1 >= state.limits_B)
+        return i + 1, state.replace(cache=cache, logits_BV=logits_BV, done_B=done_B), out_BC
+
+    start = (jnp.zeros((), jnp.int32), state, jnp.full((rows, count), _EMPTY, jnp.int32))
+    _, state, out_BC = jax.lax.while_loop(unfinished, one, start)
+    return state, (out_BC, state.done_B)
+
+
+def _flush(state: State) -> State:
+    return dataclasses.replace(state, cache=flush(state.cache))
+
+
+def _part(x: np.ndarray, index: Any) -> np.ndarray:
+    return x[index]
+
+
+def continuation(tokenizer: Tokenizer, prompt: list[int], tokens: list[int]) -> str:
+    """The text of `tokens` after `prompt`.
+
+    Decoded behind the prompt's end: some tokenizers drop the space before a text's first word.
+    """
+    before = prompt[1:][-8:]
+    start, whole = tokenizer.decode(before), tokenizer.decode(before + tokens)
+    return whole[len(start) :] if whole.startswith(start) else tokenizer.decode(tokens)
+
+
+class Generator:
+    """A model ready to continue batches of prompts.
+
+    `model` is resolved; `params` are training parameters. `length`: slots of the cache, prompt and
+    new tokens together. `cache_dtype`: of keys and values, None for the model's compute dtype.
+    `form` as in `decode.serve`. Programs are compiled once a shape of batch.
+
+    With a `mesh`, on which `params` lie, rows are split over its batch axes: their number must
+    divide, `run` is called under `jax.set_mesh(mesh)`, and on several hosts by each of them alike.
+    Without one, rows are whole on every device that holds parameters.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        params: Any,
+        *,
+        length: int,
+        cache_dtype: Any = None,
+        form: str = "auto",
+        mesh: Mesh | None = None,
+    ):
+        if model.positions == "learned" and length > model.max_positions:
+            raise UserError(
+                f"a cache of {length} positions is longer than the {model.max_positions} positions "
+                "that the model learned"
+            )
+        self.served, self.params = decode.serve(model, params, form)
+        self.length, self.mesh = length, mesh
+        self.cache_dtype = jnp.dtype(cache_dtype or model.dtype)
+        self._compiled: dict[Any, Any] = {}
+
+    def cache_bytes_per_token(self) -> float:
+        """Bytes of keys and values that each position of a row takes, over all layers."""
+        empty = functools.partial(decode.empty_cache, self.served, 1, self.length)
+        shapes = jax.eval_shape(functools.partial(empty, self.cache_dtype))
+        return count_bytes(shapes.layers) / self.length
+
+    def _place(self, x: np.ndarray) -> Any:
+        """An array of rows where it is needed; every host has it whole."""
+        if self.mesh is None:
+            return x
+        where = NamedSharding(self.mesh, sharding.spec(("batch", *(None,) * (x.ndim - 1))))
+        return jax.make_array_from_callback(x.shape, where, functools.partial(_part, x))
+
+    def _program(
+        self, name: str, function: Callable, donate: tuple[int, ...], *arguments, out: Any = None
+    ):
+        """`function` compiled for the shapes of `arguments`, those at `donate` reused.
+
+        `out` are shardings of the result: on a mesh, what goes round a loop must come out as it
+        went in.
+        """
+        leaves = jax.tree.leaves(arguments)
+        key = (name, tuple((x.shape, str(x.dtype)) for x in leaves))
+        if key not in self._compiled:
+            jitted = jax.jit(function, donate_argnums=donate, out_shardings=out)
+            self._compiled[key] = jitted.lower(*arguments).compile()
+        return self._compiled[key]
+
+    def check(self, prompt: Sequence[int], where: str = "the prompt") -> None:
+        """Raises `UserError` for a prompt that cannot be continued."""
+        if not prompt:
+            raise UserError(f"{where} is empty: there is nothing to continue")
+        if len(prompt) >= self.length:
+            raise UserError(
+                f"{where} has {len(prompt)} tokens, which leave no room for another in a cache of "
+                f"{self.length} positions: shorten it, or give a longer cache (--cache_length)"
+            )
+        vocab = self.served.model.vocab_size
+        if (bad := max(prompt)) >= vocab or min(prompt) < 0:
+            raise UserError(f"{where} has token {bad}, and the model's vocabulary has {vocab}")
+
+    def run(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        count: int,
+        sampling: Sampling = Sampling(),  # noqa: B008 - frozen
+        seed: int = 0,
+        rows: Sequence[int] | None = None,
+        stop: Sequence[int] = (),
+        chunk: int = 0,
+        on_tokens: Callable[[list[list[int]]], Sequence[bool]] | None = None,
+        report: Report | None = None,
+        counted: int | None = None,
+        padded: int = 0,
+        ends: Sequence[int] = (),
+    ) -> list[list[int]]:
+        """At most `count` new tokens for each prompt, ended before a token of `stop` or with one of
+        `ends`.
+
+        A row ends early where its cache is full. `rows` number the prompts for the random keys, so
+        that a prompt's text is the same in whatever batch it comes. The loop returns to the host
+        every `chunk` tokens (at most, and by default, `kv_cache.RECENT`) and calls `on_tokens` with
+        all tokens so far, which says for each row whether it is done. Timings, and the tokens drawn
+        for the first `counted` rows (None: for all), stop tokens among them, are added to `report`.
+        Prompts are filled up to `padded` tokens, 0: to a power of two.
+        """
+        if count < 1:
+            raise ValueError(f"count={count} new tokens: ask for at least one")
+        for i, prompt in enumerate(prompts):
+            self.check(prompt, f"prompt {i + 1}" if len(prompts) > 1 else "the prompt")
+
+        def trimmed(tokens: list[int]) -> list[int]:
+            return tokens[:-1] if tokens and tokens[-1] in stop else tokens[:]
+
+        report, count = Report() if report is None else report, min(count, self.length)
+        batch, chunk = len(prompts), min(chunk or RECENT, count, RECENT)
+        longest = max(map(len, prompts))
+        if padded and not longest <= padded <= self.length:
+            raise ValueError(f"padded={padded}: a prompt has {longest} of {self.length} tokens")
+        if not padded:
+            padded = _SHORTEST_PREFILL
+            while padded < longest:
+                padded *= 2
+            padded = min(padded, self.length)
+        tokens_BP = np.zeros((batch, padded), np.int32)
+        for row, prompt in zip(tokens_BP, prompts, strict=True):
+            row[: len(prompt)] = prompt
+        lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+        limits = np.minimum(lengths + count, self.length).astype(np.int32)
+        numbers = np.asarray(range(batch) if rows is None else rows, np.uint32)
+        arrays = (self._place(x) for x in (tokens_BP, lengths, limits, numbers))
+        inputs = (self.params, *arrays, np.uint32(seed))
+        fill = functools.partial(_prefill, self.served, self.length, self.cache_dtype)
+        prefill = self._program("prefill", fill, (), *inputs)
+        began = time.perf_counter()
+        state = jax.block_until_ready(prefill(*inputs))
+        report.prefill_seconds += time.perf_counter() - began
+
+        static = (self.served, sampling, (*stop, *ends) or (_EMPTY,), chunk)
+        loop = functools.partial(_advance, *static)
+        same = jax.tree.map(lambda x: x.sharding, state)
+        name = f"advance {static[1:]}"
+        told = sharding.replicated(self.mesh) if self.mesh is not None else None
+        advance = self._program(name, loop, (1,), self.params, state, out=(same, told))
+        empty_recent = self._program("flush", _flush, (0,), state, out=same)
+        used = 0  # recent slots
+        new: list[list[int]] = [[] for _ in prompts]
+        for _ in range(0, count, chunk):
+            began = time.perf_counter()
+            if used + chunk > RECENT:
+                state, used = empty_recent(state), 0
+            used += chunk
+            state, results = advance(self.params, state)
+            out, done = (np.asarray(x) for x in results)
+            report.decode_seconds += time.perf_counter() - began
+            for tokens, row in zip(new, out, strict=True):
+                tokens += row[row != _EMPTY].tolist()
+            report.tokens += int((out[:counted] != _EMPTY).sum())
+            if on_tokens is not None:
+                done = done | np.asarray(on_tokens([trimmed(t) for t in new]), bool)
+                put = functools.partial(_part, done)
+                state = state.replace(
+                    done_B=jax.make_array_from_callback(done.shape, state.done_B.sharding, put)
+                )
+            if done.all():
+                break
+        return [trimmed(t) for t in new]

@@ -1,0 +1,198 @@
+"""Continues a prompt as a stream, or a file of prompts in batches."""
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from mea_jax.cli import si
+from mea_jax.data.tokenizers import Tokenizer
+from mea_jax.errors import UserError
+from mea_jax.generate.generator import Generator, Report, continuation
+from mea_jax.model.kv_cache import RECENT
+
+CACHE_DTYPES = ("auto", "float32", "bfloat16", "int8")
+
+
+_STREAM = 8  # tokens between two pieces of streamed text
+
+
+_BATCH = 64  # tokens between two looks at the stop texts of a file's prompts
+
+
+def read_prompts(path: Path) -> list[str]:
+    """Prompts of a file: "prompt" of each line of *.jsonl, else each line that is not empty.
+
+    Raises `UserError` that names the line.
+    """
+    try:
+        # A byte-order mark is no text; other separators may stand within a line.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--prompts {path} cannot be read: {error}") from error
+    if path.suffix != ".jsonl":
+        prompts = [line for line in lines if line.strip()]
+    else:
+        prompts = []
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                prompts.append(json.loads(line)["prompt"])
+            except (ValueError, TypeError, LookupError, RecursionError) as error:
+                raise UserError(
+                    f'{path}, line {number}: expected an object such as {{"prompt": "..."}}'
+                ) from error
+            if not isinstance(prompts[-1], str):
+                raise UserError(f"{path}, line {number}: its prompt is no text")
+    if not prompts:
+        raise UserError(f"--prompts {path} holds no prompt")
+    return prompts
+
+
+def cut_at(text: str, stops: list[str]) -> tuple[str, bool]:
+    """`text` up to the first of `stops` in it, and whether there was one."""
+    found = [text.index(stop) for stop in stops if stop in text]
+    return (text[: min(found)], True) if found else (text, False)
+
+
+class Stream:
+    """Prints a growing text piece by piece; what may still change is held back."""
+
+    def __init__(
+        self, tokenizer: Tokenizer, stops: list[str], out: TextIO, prompt: Sequence[int] = ()
+    ):
+        self.tokenizer, self.stops, self.out, self.printed = tokenizer, stops, out, 0
+        self.prompt = list(prompt)
+
+    def show(self, tokens: list[int], last: bool = False) -> bool:
+        """Prints what is new; returns whether a stop text has come."""
+        text, stopped = cut_at(continuation(self.tokenizer, self.prompt, tokens), self.stops)
+        if not (last or stopped):
+            # The end may be half a character, or the beginning of a stop text.
+            text = text.rstrip("\ufffd")
+            longest = max(map(len, self.stops), default=1)
+            for size in range(min(longest - 1, len(text)), 0, -1):
+                if any(stop.startswith(text[-size:]) for stop in self.stops):
+                    text = text[:-size]
+                    break
+        self.out.write(text[self.printed :])
+        self.out.flush()
+        self.printed = max(self.printed, len(text))
+        return stopped
+
+
+def encode(
+    generator: Generator, tokenizer: Tokenizer, prompts: list[str], where: str
+) -> list[list[int]]:
+    """Token ids with the start before them, as a document starts in training; checked.
+
+    `where` names a prompt for a `UserError`; "{}" in it becomes its number.
+    """
+    for i, prompt in enumerate(prompts, start=1):
+        named = where.replace("{}", str(i))
+        if not prompt:
+            raise UserError(f"{named} is empty: there is nothing to continue")
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"{named} is not valid Unicode: {error.reason}") from error
+    ids = [[tokenizer.start] + ids for ids in tokenizer.encode_batch(prompts)]
+    for i, prompt_ids in enumerate(ids, start=1):
+        generator.check(prompt_ids, where.replace("{}", str(i)))
+    return ids
+
+
+def stream_one(
+    generator: Generator,
+    tokenizer: Tokenizer,
+    prompt: str,
+    stops: list[str],
+    options: dict[str, Any],
+) -> str:
+    """Prints a prompt and its continuation as it comes; returns why it ended."""
+    ids = encode(generator, tokenizer, [prompt], "the prompt")
+    stream = Stream(tokenizer, stops, sys.stdout, ids[0])
+    sys.stdout.write(prompt)
+
+    def on_tokens(new):
+        return [stream.show(new[0])]
+
+    new = generator.run(ids, chunk=_STREAM, on_tokens=on_tokens, **options)
+    stopped = stream.show(new[0], last=True)
+    sys.stdout.write("\n")
+    return "stop" if stopped else ended_by(generator, ids[0], new[0], options["count"])
+
+
+def ended_by(generator: Generator, prompt: list[int], tokens: list[int], count: int) -> str:
+    """Why a continuation without a stop text is no longer."""
+    if len(tokens) == count:
+        return "max_tokens"
+    return "cache" if len(prompt) + len(tokens) >= generator.length else "end_of_document"
+
+
+def continue_file(
+    generator: Generator,
+    tokenizer: Tokenizer,
+    prompts: list[str],
+    ids: list[list[int]],
+    batch: int,
+    stops: list[str],
+    options: dict[str, Any],
+) -> Iterator[dict[str, Any]]:
+    """One record a prompt, in order."""
+    for start in range(0, len(prompts), batch):
+        rows = list(range(start, min(start + batch, len(prompts))))
+        padded = rows + rows[-1:] * (batch - len(rows))  # one shape, compiled once
+
+        def on_tokens(new, padded=padded):
+            texts = (continuation(tokenizer, ids[i], t) for i, t in zip(padded, new, strict=True))
+            return [cut_at(text, stops)[1] for text in texts]
+
+        new = generator.run(
+            [ids[i] for i in padded],
+            rows=padded,
+            chunk=_BATCH if stops else 0,
+            on_tokens=on_tokens if stops else None,
+            counted=len(rows),
+            **options,
+        )
+        for i, tokens in zip(rows, new, strict=False):
+            text, stopped = cut_at(continuation(tokenizer, ids[i], tokens), stops)
+            while stopped and cut_at(continuation(tokenizer, ids[i], tokens[:-1]), stops)[1]:
+                tokens = tokens[:-1]  # drawn after the stop text, before anyone looked
+            yield {
+                "prompt": prompts[i],
+                "text": text,
+                "prompt_tokens": len(ids[i]),
+                "tokens": len(tokens),
+                "ended_by": "stop"
+                if stopped
+                else ended_by(generator, ids[i], tokens, options["count"]),
+            }
+
+
+def summary(generator: Generator, report: Report, batch: int) -> str:
+    """Speed and cache, for stderr."""
+    served = generator.served
+    rate = report.tokens / max(report.decode_seconds, 1e-9)
+    size, dtype = generator.cache_bytes_per_token(), generator.cache_dtype
+    rows = f" in batches of {batch}" if batch > 1 else ""
+    return (
+        f"{report.tokens} tokens{rows}: {rate:,.1f} tokens/s, "
+        f"prompt {report.prefill_seconds:.2f} s; "
+        f"cache {size:,.0f} bytes per token ({dtype}, {served.describe()}), "
+        f"{si(size * (generator.length + RECENT), 'B')} for {generator.length} positions and "
+        f"{RECENT} recent; "
+        f"{served.model.backend} backend, {served.model.attention_kernel} attention"
+    )
+
+
+def _write_records(records: Iterator[dict[str, Any]], out: TextIO, total: int) -> None:
+    escaped = not (out.encoding or "").lower().startswith("utf")  # for a terminal without UTF-8
+    for done, record in enumerate(records, start=1):
+        out.write(json.dumps(record, ensure_ascii=escaped) + "\n")
+        out.flush()
+        if out is not sys.stdout and sys.stderr.isatty():
+            print(f"\r{done} of {total} prompts", end="", file=sys.stderr)

@@ -1,1 +1,0 @@
-"""Models in the formats of others: Hugging Face checkpoints in and out."""

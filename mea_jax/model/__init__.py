@@ -1,0 +1,1 @@
+"""Linen modules, their parameters and shardings, the KV cache, and FLOPs."""

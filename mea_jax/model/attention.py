@@ -1,0 +1,384 @@
+"""Attention layers as thin Linen modules: what they all share, and MEA itself.
+
+One interface for MEA and its rivals (variants.py): `layer(x_BTD, context, index, cache)` returns
+the layer's output (B, T, D) and its cache. Without a cache that is training; with one and no slot
+in the context it is prefill, T positions from slot 0 on; with a slot it is one decode step.
+
+Who applies a layer with the collection "heads" mutable is shown its heads: queries, composite keys
+and values before positions, outputs before the head norm, and what the output projection reads.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from mea_jax.config.schema import ModelConfig
+from mea_jax.model import kv_cache, norms
+from mea_jax.model.init import kernel, residual_gain
+from mea_jax.model.kv_cache import LayerCache, Stored
+from mea_jax.ops import attention, hlc, rms_norm
+from mea_jax.ops import rope as ops_rope
+from mea_jax.ops.backend import Backend, HeadNorm, make_backend
+from mea_jax.parallel.sharding import constrain, parameter
+
+Array = jax.Array
+HEADS = ("batch", "length", "activation_heads", None)
+
+
+class Slots(NamedTuple):
+    """A decode step's view of one part of the cache."""
+
+    seen_BS: Array  # which slots each row's token may read (its own among them)
+    distance_BS: Array  # int32, how far each slot lies from the row's own: 0 or less where seen
+
+
+@struct.dataclass
+class Context:
+    """Where the tokens of a call stand; shared by all layers.
+
+    `rope` is a table of ops/rope.py or None. `shards` says in how many parts of the sequence the
+    tokens are laid out, in sequence_parallel.py's order; 1: in their natural order. Segment ids are
+    in natural order always. In a decode step, `slot` () int32 says where the token is stored in
+    `Cache.recent`, `main` and `recent` what it may read.
+    """
+
+    segment_ids_BT: Any
+    rope: Any = None
+    slot: Any = None
+    main: Any = None
+    recent: Any = None
+    shards: int = struct.field(pytree_node=False, default=1)
+
+
+class HeadLayout(NamedTuple):
+    """What one layer caches of keys or values."""
+
+    form: str
+    heads: int
+    width: int
+
+
+class Heads(NamedTuple):
+    """Parameters of key or value heads: a projection (D, C, H) and, if mixed, its mixing."""
+
+    kernel_DCH: Array
+    kind: str
+    mixing: Array | None
+
+    def mix(self, x_BTCH: Array) -> Array:
+        """Components to composites; the heads themselves where nothing is mixed."""
+        return x_BTCH if self.mixing is None else hlc.mix(self.kind, x_BTCH, self.mixing)
+
+
+class AttentionLayer(nn.Module):
+    """What MEA and its rivals share. `key_components`, `value_components`: C_k, C_v of the layer.
+
+    `cached_form` is how a cache holds components: "absorbed" or "explicit" (kv_cache.py).
+    """
+
+    config: ModelConfig
+    key_components: int
+    value_components: int
+    cached_form: str = "absorbed"
+
+    @property
+    def backend(self) -> Backend:
+        return make_backend(self.config)
+
+    @nn.nowrap
+    def cache_layout(self) -> tuple[HeadLayout, HeadLayout, int]:
+        """Of keys, of values, and how many scalars a position (of a key norm) the cache holds."""
+        c = self.config
+        heads = HeadLayout("direct", c.n_kv_heads, c.head_dim)
+        return heads, heads, 0
+
+    @nn.nowrap
+    def slopes(self, n_heads: int) -> Array | None:
+        """ALiBi's slopes of the query heads, or None under other positions."""
+        return ops_rope.alibi_slopes(n_heads) if self.config.positions == "alibi" else None
+
+    def head_kernel(self, name: str, heads: int, width: int, axis: str = "heads") -> Array:
+        """A projection (D, heads, width) from the residual."""
+        d_model = self.config.d_model
+        return kernel(self, name, (d_model, heads, width), ("embed", axis, "head_dim"), d_model)
+
+    def project_heads(self, name: str, x_BTD: Array, heads: int, width: int) -> Array:
+        """Heads (B, T, heads, width) by a projection of their own."""
+        x_BTNH = self.backend.project(x_BTD, self.head_kernel(name, heads, width))
+        return constrain(x_BTNH, *HEADS)
+
+    @staticmethod
+    def turn(x_BTNH: Array, context: Context) -> Array:
+        """Rotated by position, if positions are rotary."""
+        return x_BTNH if context.rope is None else ops_rope.apply_rope(x_BTNH, context.rope)
+
+    def attend(
+        self,
+        q_BTNH,
+        k_BTKH,
+        v_BTKW,
+        context: Context,
+        slopes_N=None,
+        scale: float | None = None,
+        norm: HeadNorm | None = None,
+    ) -> Array:
+        """Attention of T positions to themselves (training, prefill); watched if asked for."""
+        scale = scale or self.config.head_dim**-0.5
+        q, k, v = (constrain(x, *HEADS) for x in (q_BTNH, k_BTKH, v_BTKW))
+        arrays = (q, k, v, context.segment_ids_BT, scale, slopes_N)
+        if self.is_mutable_collection("statistics") or self.is_mutable_collection("heads"):
+            o_BTNW = self.backend.attend(*arrays, shards=context.shards)
+            if self.is_mutable_collection("statistics"):
+                self.watch(q, k, o_BTNW, context, slopes_N, scale)
+            self.sow("heads", "output", o_BTNW)
+            o_BTNW = o_BTNW if norm is None else norm.apply(o_BTNW)
+        else:
+            o_BTNW = self.backend.attend(*arrays, norm, shards=context.shards)
+        return constrain(o_BTNW, *HEADS)
+
+    def watch(self, q_BTNH, k_BTKH, o_BTNW, context: Context, slopes_N, scale: float) -> None:
+        """Per head (N,): attention entropy, largest logit, output RMS before any norm.
+
+        Of tokens in their natural order.
+        """
+        assert context.shards == 1
+        weight_BT = (context.segment_ids_BT > 0).astype(jnp.float32)
+        square_BTN = jnp.mean(jnp.square(o_BTNW.astype(jnp.float32)), axis=-1)
+        mean_N = jnp.einsum("btn,bt->n", square_BTN, weight_BT) / jnp.maximum(weight_BT.sum(), 1)
+        statistics = attention.attention_statistics(
+            q_BTNH, k_BTKH, context.segment_ids_BT, scale, slopes_N
+        )
+        self.sow("statistics", "attention", statistics | {"output_rms": jnp.sqrt(mean_N)})
+
+    def store(
+        self, stored: Stored, key_BTCH, value_BTCW, context: Context, inverse_rms_BTK=None
+    ) -> Stored:
+        """The cache with these positions written: a prompt to the cache, a step to the recent."""
+        prefill = context.slot is None
+        part, slot = (stored.main, 0) if prefill else (stored.recent, context.slot)
+        scalars = part.inverse_rms_BKS
+        if inverse_rms_BTK is not None:
+            scalars = kv_cache.write_scalars(scalars, inverse_rms_BTK, slot)
+        part = LayerCache(
+            key=kv_cache.write_heads(part.key, key_BTCH, slot),
+            value=kv_cache.write_heads(part.value, value_BTCW, slot),
+            inverse_rms_BKS=scalars,
+        )
+        return stored._replace(main=part) if prefill else stored._replace(recent=part)
+
+    def cached_logits(
+        self,
+        q_B1NX,
+        stored: Stored | None,
+        context: Context,
+        slopes_N=None,
+        heads: Heads | None = None,
+    ) -> list[Array]:
+        """Biased logits (B, K, G, S), float32, of one position; of the cache and of the recent."""
+        assert stored is not None
+        b, _, n, width = q_B1NX.shape
+        k = self.config.n_kv_heads
+        q_BKGX = q_B1NX.astype(jnp.float32) * self.config.head_dim**-0.5
+        q_BKGX = q_BKGX.astype(q_B1NX.dtype).reshape(b, k, n // k, width)
+        kind, mix = (heads.kind, heads.mixing) if heads else ("heads", None)
+        return [
+            kv_cache.add_slopes(
+                kv_cache.read_logits(self.backend, q_BKGX, part, kind, mix),
+                slots.distance_BS,
+                slopes_N,
+            )
+            for part, slots in zip(stored, (context.main, context.recent), strict=True)
+        ]
+
+    def cached_softmax(self, logits: list[Array], context: Context) -> tuple[list[Array], Array]:
+        """exp(logit - largest), 0 where a row may not see, of both parts; their sum (B, K, G)."""
+        seen = context.main.seen_BS, context.recent.seen_BS
+        hidden = [kv_cache.hide(part, seen_BS) for part, seen_BS in zip(logits, seen, strict=True)]
+        top_BKG1 = functools.reduce(
+            jnp.maximum, [jnp.max(part, axis=-1, keepdims=True) for part in hidden]
+        )
+        weights = [jnp.exp(part - top_BKG1) for part in hidden]
+        main_BKG, recent_BKG = (jnp.sum(part, axis=-1) for part in weights)
+        return weights, main_BKG + recent_BKG
+
+    def cached_sum(
+        self, weights: list[Array], stored: Stored | None, heads: Heads | None = None
+    ) -> Array:
+        """The sum of cached values by weights (B, K, G, S) of both parts: (B, 1, N, W), float32."""
+        assert stored is not None
+        kind, mix = (heads.kind, heads.mixing) if heads else ("heads", None)
+        main, recent = (
+            kv_cache.read_values(self.backend, p_BKGS, part.value, kind, mix)
+            for p_BKGS, part in zip(weights, stored, strict=True)
+        )
+        b, k, g, width = main.shape
+        return (main + recent).reshape(b, 1, k * g, width)
+
+    def cached_attention(
+        self,
+        q_B1NX,
+        stored: Stored | None,
+        context: Context,
+        slopes_N=None,
+        key: Heads | None = None,
+        value: Heads | None = None,
+    ) -> Array:
+        """Attention of one position to every slot it may see: (B, 1, N, W)."""
+        logits = self.cached_logits(q_B1NX, stored, context, slopes_N, key)
+        # The softmax's division comes last, on N W numbers in place of N S: one pass less over
+        # the weights, which at small K H are no small part of what is read.
+        weights, total_BKG = self.cached_softmax(logits, context)
+        o_B1NW = self.cached_sum(weights, stored, value)
+        o_B1NW = o_B1NW / total_BKG.reshape(*o_B1NW.shape[:3], 1)
+        return o_B1NW.astype(self.backend.activation)
+
+    def write_residual(self, o_BTNW: Array) -> Array:
+        """The output projection: (B, T, N, W) to (B, T, D)."""
+        self.sow("heads", "written", o_BTNW)
+        n, width = o_BTNW.shape[2:]
+        shape, axes = (n, width, self.config.d_model), ("heads", "head_dim", "embed")
+        gain = residual_gain(self.config)
+        o_NWD = kernel(self, "out", shape, axes, n * width, gain=gain)
+        return self.backend.project(o_BTNW, o_NWD, axes=2)
+
+
+class Attention(AttentionLayer):
+    """MEA (arXiv 2601.19611): HLC on keys and values, causal attention, per-head RMSNorm.
+
+    With `config.hlc == "none"` and no head norm this is MHA, GQA or MQA, and its parameter tree
+    holds nothing of HLC. Optional: a norm of queries and keys (Qwen3), a gate on each head's output
+    (gated attention, arXiv 2505.06708).
+
+    HLC commutes with rotary positions and comes first, unless `hlc_order` says otherwise. A key
+    norm it does not commute with: then the cache holds components, rotated and times the norm's
+    weight, and for each composite head and position the one number 1/rms that is missing.
+    """
+
+    @nn.nowrap
+    def cache_layout(self) -> tuple[HeadLayout, HeadLayout, int]:
+        c = self.config
+        key, value = (
+            HeadLayout(self.cached_form if c.mixes(which) else "direct", components, c.head_dim)
+            for which, components in (
+                ("key", self.key_components),
+                ("value", self.value_components),
+            )
+        )
+        return key, value, c.n_kv_heads if self.scalar_norm else 0
+
+    @property
+    def scalar_norm(self) -> bool:
+        """Whether keys are normed after mixing, so that a cache of components lacks the norm."""
+        c = self.config
+        return c.qk_norm and c.mixes("key") and c.hlc_order == "before"
+
+    def heads(self, which: str) -> Heads:
+        """The parameters of "key" or "value" heads."""
+        c = self.config
+        components = self.key_components if which == "key" else self.value_components
+        kernel_DCH = self.head_kernel(which, components, c.head_dim, "components")
+        if not c.mixes(which):
+            return Heads(kernel_DCH, "heads", None)
+        kind = c.mixing_kind(which)
+
+        def init(key, *shape):
+            return hlc.draw(c.hlc_init, key, kind, *shape)
+
+        shape = (components, c.n_kv_heads, c.head_dim)
+        return Heads(
+            kernel_DCH, kind, parameter(self, f"{which}_mixing", init, hlc.AXES[kind], *shape)
+        )
+
+    def composites(self, which: str, heads: Heads, x_BTD: Array) -> Array:
+        """Composite heads (B, T, K, H), folded or explicit."""
+        if heads.mixing is None:
+            return self.backend.project(x_BTD, heads.kernel_DCH)
+        if hlc.training_form(self.config, which, heads.kernel_DCH.shape[1]) == "folded":
+            folded_DKH = self.backend.fold(heads.kind, heads.kernel_DCH, heads.mixing)
+            return self.backend.project(x_BTD, folded_DKH)
+        return heads.mix(self.backend.project(x_BTD, heads.kernel_DCH))
+
+    def key_inverse_rms(self, heads: Heads, k_BTKH: Array, gamma_H: Array) -> Array:
+        """1/rms of composite keys, (B, T, K, 1), float32.
+
+        Complex mixing commutes with a weight per feature only if that is alike within rotary pairs.
+        So there the projection is taken to hold the weight already: the key without it is k/gamma.
+        """
+        if heads.kind == "frequency":
+            k_BTKH = k_BTKH.astype(jnp.float32) / rms_norm.along_last(gamma_H, 4)
+        return rms_norm.inverse_rms(k_BTKH, self.config.norm_eps)
+
+    def training_keys(self, heads: Heads, x_BTD: Array, gamma_H, context: Context) -> Array:
+        """Keys (B, T, K, H) as attention reads them: mixed, normed, rotated."""
+        c = self.config
+        if c.hlc_order == "after":
+            return heads.mix(self.cached_keys(heads, x_BTD, gamma_H, context)[0])
+        k_BTKH = self.composites("key", heads, x_BTD)
+        self.sow("heads", "key", k_BTKH)
+        if gamma_H is not None:
+            inverse_BTK1 = self.key_inverse_rms(heads, k_BTKH, gamma_H)
+            normed = k_BTKH.astype(jnp.float32) * inverse_BTK1
+            if heads.kind != "frequency":
+                normed = normed * rms_norm.along_last(gamma_H, 4)
+            k_BTKH = normed.astype(k_BTKH.dtype)
+        return self.turn(k_BTKH, context)
+
+    def cached_keys(self, heads: Heads, x_BTD: Array, gamma_H, context: Context):
+        """What a cache holds: component keys (B, T, C, H), and 1/rms (B, T, K) or None."""
+        k_BTCH, inverse_BTK = self.backend.project(x_BTD, heads.kernel_DCH), None
+        if gamma_H is not None and not self.scalar_norm:
+            k_BTCH = rms_norm.rms_norm(k_BTCH, gamma_H, self.config.norm_eps)
+        elif gamma_H is not None:
+            inverse_BTK = self.key_inverse_rms(heads, heads.mix(k_BTCH), gamma_H)[..., 0]
+            if heads.kind != "frequency":
+                scaled = k_BTCH.astype(jnp.float32) * rms_norm.along_last(gamma_H, 4)
+                k_BTCH = scaled.astype(k_BTCH.dtype)
+        return self.turn(k_BTCH, context), inverse_BTK
+
+    def with_cache(self, q_BTNH, x_BTD, key: Heads, value: Heads, gamma_H, norm, context, stored):
+        """Prefill or a decode step: the heads' outputs (B, T, N, H), normed, and the cache."""
+        c = self.config
+        k_BTCH, inverse_BTK = self.cached_keys(key, x_BTD, gamma_H, context)
+        v_BTCH = self.backend.project(x_BTD, value.kernel_DCH)
+        stored = self.store(stored, k_BTCH, v_BTCH, context, inverse_BTK)
+        slopes_N = self.slopes(c.n_heads)
+        if context.slot is None:
+            k_BTKH = key.mix(k_BTCH)
+            if inverse_BTK is not None:
+                k_BTKH = (k_BTKH.astype(jnp.float32) * inverse_BTK[..., None]).astype(k_BTKH.dtype)
+            v_BTKH = value.mix(v_BTCH)
+            return self.attend(q_BTNH, k_BTKH, v_BTKH, context, slopes_N, norm=norm), stored
+        o_BTNH = self.cached_attention(q_BTNH, stored, context, slopes_N, key, value)
+        return o_BTNH if norm is None else norm.apply(o_BTNH), stored
+
+    @nn.compact
+    def __call__(self, x_BTD: Array, context: Context, index, stored: Stored | None = None):
+        c = self.config
+        q_BTNH = self.project_heads("query", x_BTD, c.n_heads, c.head_dim)
+        key, value, gamma_H = self.heads("key"), self.heads("value"), None
+        if c.qk_norm:
+            q_BTNH = norms.RMSNorm(c.head_dim, c.norm_eps, name="query_norm")(q_BTNH)
+            gamma_H = norms.Scale(c.head_dim, name="key_norm")()
+        self.sow("heads", "query", q_BTNH)
+        q_BTNH, head_norm = self.turn(q_BTNH, context), None
+        if c.head_norm:
+            head_norm = HeadNorm(norms.Scale(c.head_dim, name="head_norm")(), c.norm_eps)
+        if stored is None:
+            k_BTKH = self.training_keys(key, x_BTD, gamma_H, context)
+            v_BTKH = self.composites("value", value, x_BTD)
+            self.sow("heads", "value", v_BTKH)
+            slopes_N = self.slopes(c.n_heads)
+            o_BTNH = self.attend(q_BTNH, k_BTKH, v_BTKH, context, slopes_N, norm=head_norm)
+        else:
+            o_BTNH, stored = self.with_cache(
+                q_BTNH, x_BTD, key, value, gamma_H, head_norm, context, stored
+            )
+        if c.gate != "none":
+            width = c.head_dim if c.gate == "feature" else 1
+            gate_BTNH = self.project_heads("output_gate", x_BTD, c.n_heads, width)
+            o_BTNH = o_BTNH * jax.nn.sigmoid(gate_BTNH.astype(jnp.float32)).astype(o_BTNH.dtype)
+        return self.write_residual(o_BTNH), stored

@@ -1,0 +1,237 @@
+"""The KV cache: preallocated, read once a step in the form in which it is stored.
+
+New positions go to a small buffer, `Cache.recent`, at one slot that is the same for all rows, and
+from there, once in `RECENT` steps, to the cache itself, each row's behind its own last
+(`flush`). So a step writes a few slots and only reads the rest: written at every step, the large
+arrays would be copied by the CPU's compiler, and need a scatter on a TPU.
+
+A layer stores keys and values each in one of three forms:
+
+- "direct": the K heads that attention reads, (B, K, S, H). Plain attention, or mixing folded away.
+- "absorbed": C component heads, (B, S, C H), read as they are: the mixing is applied to the query
+  and to the weighted sum. C/K of the bytes, and nothing of size S x K x H is ever made.
+- "explicit": the same bytes, but composite heads are rebuilt at every step: for comparison.
+
+The layouts put the features that one product contracts next to one another in memory, whole:
+H of one head if direct, all C H of a position if absorbed.
+
+int8 storage keeps one float32 step for each vector that a product reads whole, so the step factors
+out of the product, and the stored integers are all that is read. Letters as in ops/attention.py, S
+the cache's length, X = C H.
+"""
+
+import math
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from mea_jax.ops import hlc
+from mea_jax.ops.attention import MASKED
+from mea_jax.ops.backend import Backend
+
+Array = jax.Array
+
+
+@struct.dataclass
+class HeadCache:
+    """Keys or values of one layer. `data` (B, K, S, H) or (B, S, C H); `step` only for int8."""
+
+    data: Any
+    step: Any  # float32 (B, K, S) or (B, S): what one unit of the integers is worth
+    form: str = struct.field(pytree_node=False)
+    width: int = struct.field(pytree_node=False)  # features of a head
+
+    @property
+    def axis(self) -> int:
+        """The axis of positions."""
+        return 2 if self.form == "direct" else 1
+
+
+@struct.dataclass
+class LayerCache:
+    """One layer. `inverse_rms_BKS` is there where a key norm meets mixed keys, float32."""
+
+    key: HeadCache
+    value: HeadCache
+    inverse_rms_BKS: Any
+
+
+class Stored(NamedTuple):
+    """What one layer reads in a step: the cache and what came since it was last written."""
+
+    main: LayerCache
+    recent: LayerCache
+
+
+@struct.dataclass
+class Cache:
+    """All layers, and whose the slots are: `segment_ids_BS` int32 holds 0 in an empty slot."""
+
+    layers: tuple[LayerCache, ...]
+    recent: tuple[LayerCache, ...]  # RECENT positions, all of each row's last segment
+    segment_ids_BS: Any
+    lengths_B: Any  # int32, slots of `layers` in use: each row's tokens lie in its first slots
+    recent_count: Any  # () int32, slots of `recent` in use, by all rows alike
+    positions_B: Any  # int32, of the next token within its segment
+
+
+RECENT = 128  # positions between two flushes: one tile of a TPU's registers
+
+
+def empty_heads(
+    form: str, batch: int, length: int, heads: int, width: int, dtype: Any
+) -> HeadCache:
+    """Room for `length` positions of `heads` heads."""
+    shape = (batch, heads, length) if form == "direct" else (batch, length)
+    features = width if form == "direct" else heads * width
+    step = jnp.zeros(shape, jnp.float32) if dtype == jnp.int8 else None
+    return HeadCache(jnp.zeros((*shape, features), dtype), step, form, width)
+
+
+def count_bytes(layers: Iterable[LayerCache]) -> int:
+    """Bytes of the arrays that grow with the context, counted from the arrays themselves."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tuple(layers)))
+
+
+def write_heads(cache: HeadCache, new_BTCH: Array, slot: Array | int) -> HeadCache:
+    """Stores heads of T positions from `slot` on, the same for all rows."""
+    b, t = new_BTCH.shape[:2]
+    axis, step = cache.axis, cache.step
+    new = jnp.swapaxes(new_BTCH, 1, 2) if axis == 2 else new_BTCH.reshape(b, t, -1)
+    if step is not None:
+        new = new.astype(jnp.float32)
+        unit = jnp.max(jnp.abs(new), axis=-1) / 127
+        new = jnp.round(new / jnp.maximum(unit, 1e-30)[..., None])
+        step = _write(step, unit, slot, axis)
+    return HeadCache(_write(cache.data, new, slot, axis), step, cache.form, cache.width)
+
+
+def write_scalars(stored_BKS: Array, new_BTK: Array, slot: Array | int) -> Array:
+    """`write_heads` for one number a head and position."""
+    return _write(stored_BKS, jnp.swapaxes(new_BTK, 1, 2), slot, 2)
+
+
+def _write(stored: Array, new: Array, slot: Array | int, axis: int) -> Array:
+    return jax.lax.dynamic_update_slice_in_dim(stored, new.astype(stored.dtype), slot, axis)
+
+
+def flush(cache: Cache) -> Cache:
+    """The cache with its recent positions moved behind each row's last, and room for new ones.
+
+    What a full row has no slot for is dropped: callers keep count.
+    """
+    slots_BR = cache.lengths_B[:, None] + jnp.arange(RECENT)[None]
+    length = cache.segment_ids_BS.shape[1]
+    slots_BR = jnp.where(jnp.arange(RECENT)[None] < cache.recent_count, slots_BR, length)
+    rows_B = jnp.arange(cache.lengths_B.shape[0])
+    last_B = jnp.maximum(cache.lengths_B - 1, 0)
+    segments_B = cache.segment_ids_BS[rows_B, last_B]
+    ids_BS = cache.segment_ids_BS.at[rows_B[:, None], slots_BR].set(
+        jnp.broadcast_to(segments_B[:, None], slots_BR.shape), mode="drop"
+    )
+
+    def move(stored: Array, recent: Array, axis: int) -> Array:
+        # Heads before the positions are rows of the scatter like the batch: apart, a TPU's
+        # compiler would copy the whole array into another layout and back.
+        rows, rest = math.prod(stored.shape[:axis]), stored.shape[axis + 1 :]
+        slots = jnp.repeat(slots_BR, rows // slots_BR.shape[0], axis=0)
+        new = recent.reshape(rows, RECENT, *rest)
+        flat = stored.reshape(rows, length, *rest)
+        return flat.at[jnp.arange(rows)[:, None], slots].set(new, mode="drop").reshape(stored.shape)
+
+    def move_heads(stored: HeadCache, recent: HeadCache) -> HeadCache:
+        axis = stored.axis
+        data = move(stored.data, recent.data, axis)
+        step = None if stored.step is None else move(stored.step, recent.step, axis)
+        return HeadCache(data, step, stored.form, stored.width)
+
+    layers = []
+    for stored, recent in zip(cache.layers, cache.recent, strict=True):
+        key, value = move_heads(stored.key, recent.key), move_heads(stored.value, recent.value)
+        scalars = stored.inverse_rms_BKS
+        if scalars is not None:
+            scalars = move(scalars, recent.inverse_rms_BKS, 2)
+        layers.append(LayerCache(key, value, scalars))
+    lengths_B = jnp.minimum(cache.lengths_B + cache.recent_count, length)
+    count = jnp.zeros_like(cache.recent_count)
+    return Cache(tuple(layers), cache.recent, ids_BS, lengths_B, count, cache.positions_B)
+
+
+def read_logits(
+    backend: Backend, q_BKGH: Array, layer: LayerCache, kind: str, mix: Array | None
+) -> Array:
+    """q . k for every slot: float32 (B, K, G, S), neither masked nor biased.
+
+    `q_BKGH` carries the scale. `kind` and `mix` say how cached components make composite keys;
+    `mix` is None for "direct" keys, and for queries that are absorbed already, (B, K, G, C H).
+    """
+    cache, dtype = layer.key, backend.dtype
+    b, k, g, _ = q_BKGH.shape
+    data = cache.data.astype(dtype)
+    if cache.form == "absorbed":
+        if mix is not None:
+            q_BKGH = hlc.absorb(kind, q_BKGH[:, None], mix)[:, 0]
+        q_BNX = q_BKGH.reshape(b, k * g, -1).astype(dtype)
+        logits_BKGS = backend.dot(q_BNX, data, ((2,), (2,)), 1).reshape(b, k, g, -1)
+        step = None if cache.step is None else cache.step[:, None, None]
+    else:
+        step = None if cache.step is None else cache.step[..., None, :]
+        if cache.form == "explicit":
+            data, step = _rebuilt(backend, cache, kind, mix), None
+        logits_BKGS = backend.dot(q_BKGH.astype(dtype), data, ((3,), (3,)), 2)
+    if step is not None:
+        logits_BKGS = logits_BKGS * step
+    if layer.inverse_rms_BKS is not None:
+        logits_BKGS = logits_BKGS * layer.inverse_rms_BKS[:, :, None]
+    return logits_BKGS
+
+
+def read_values(
+    backend: Backend, p_BKGS: Array, cache: HeadCache, kind: str, mix: Array | None
+) -> Array:
+    """Sums of values weighted by `p_BKGS`, mixed to composite heads: float32 (B, K, G, H)."""
+    dtype = backend.dtype
+    b, k, g, s = p_BKGS.shape
+    if cache.form == "absorbed":
+        if cache.step is not None:
+            p_BKGS = p_BKGS * cache.step[:, None, None]
+        p_BNS = p_BKGS.reshape(b, k * g, s).astype(dtype)
+        o_BNX = backend.dot(p_BNS, cache.data.astype(dtype), ((2,), (1,)), 1)
+        o_BKGCH = o_BNX.reshape(b, k, g, -1, cache.width)
+        assert mix is not None
+        return hlc.mix_groups(kind, o_BKGCH[:, None], mix)[:, 0]
+    if cache.form == "explicit":
+        data = _rebuilt(backend, cache, kind, mix)
+    else:
+        data = cache.data.astype(dtype)
+        if cache.step is not None:
+            p_BKGS = p_BKGS * cache.step[:, :, None]
+    return backend.dot(p_BKGS.astype(dtype), data, ((3,), (2,)), 2)
+
+
+def _rebuilt(backend: Backend, cache: HeadCache, kind: str, mix: Array | None) -> Array:
+    """Composite heads (B, K, S, H) of every slot from the cached components."""
+    assert mix is not None
+    data = cache.data.astype(backend.activation)
+    if cache.step is not None:
+        data = data * cache.step[..., None].astype(data.dtype)
+    components_BSCH = data.reshape(*data.shape[:2], -1, cache.width)
+    composites_BSKH = hlc.mix(kind, components_BSCH, mix).astype(backend.dtype)
+    return jnp.swapaxes(composites_BSKH, 1, 2)
+
+
+def add_slopes(logits_BKGS: Array, distance_BS: Array, slopes_N: Array | None) -> Array:
+    """ALiBi: each head's slope times how far a slot lies from the row's own (0 or less)."""
+    if slopes_N is None:
+        return logits_BKGS
+    _, k, g, _ = logits_BKGS.shape
+    distance_B11S = distance_BS[:, None, None].astype(jnp.float32)
+    return logits_BKGS + slopes_N.reshape(1, k, g, 1) * distance_B11S
+
+
+def hide(logits_BKGS: Array, seen_BS: Array) -> Array:
+    """Logits with the slots hidden that a row may not see."""
+    return jnp.where(seen_BS[:, None, None], logits_BKGS, MASKED)

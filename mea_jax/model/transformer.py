@@ -1,0 +1,239 @@
+"""A decoder of LLaMA-3.2 shape in Linen: blocks scanned over stretches of equal layers."""
+
+import itertools
+from typing import Any, cast
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mea_jax.config.schema import REMAT_POLICIES, ModelConfig
+from mea_jax.model.attention import Context
+from mea_jax.model.experts import PRODUCTS
+from mea_jax.model.init import embedding_stddev, kernel
+from mea_jax.model.kv_cache import Stored
+from mea_jax.model.mlp import MLP
+from mea_jax.model.moe import MoE, RouterSums
+from mea_jax.model.norms import RMSNorm
+from mea_jax.model.variants import make_attention
+from mea_jax.ops import rope
+from mea_jax.ops.backend import make_backend
+from mea_jax.ops.embedding import lookup
+from mea_jax.parallel.sharding import constrain, parameter
+
+RESIDUAL = ("batch", "length", "activation_embed")
+
+
+def remat(block: type[nn.Module], policy: str) -> type[nn.Module]:
+    """`block` under a rematerialisation policy by name.
+
+    "none" saves every intermediate; "dots" saves the results of products without batch axes (the
+    projections, those of experts too) and recomputes the rest; "full" saves only the block's input.
+    """
+    assert policy in REMAT_POLICIES
+    if policy == "none":
+        return block
+    policies, saved = jax.checkpoint_policies, None
+    if policy == "dots":
+        saved = policies.save_from_both_policies(
+            policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(PRODUCTS)
+        )
+    # Inside a scan the compiler cannot merge the recomputation with the forward pass anyway.
+    return nn.remat(block, policy=saved, prevent_cse=False)
+
+
+class Block(nn.Module):
+    """Pre-norm attention and SwiGLU, or a mixture of such, each added to the residual.
+
+    `index` is the layer's, from 0. `stored` as in attention.py: None in training.
+    """
+
+    config: ModelConfig
+    key_components: int
+    value_components: int
+    cached_form: str = "absorbed"
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array, context: Context, index, stored: Stored | None = None):
+        c = self.config
+        x_BTD = constrain(x_BTD, *RESIDUAL)
+        attention = make_attention(
+            c,
+            self.key_components,
+            self.value_components,
+            cached_form=self.cached_form,
+            name="attention",
+        )
+        normed_BTD = RMSNorm(c.d_model, c.norm_eps, name="attention_norm")(x_BTD)
+        y_BTD, stored = attention(normed_BTD, context, index, stored)
+        x_BTD = x_BTD + y_BTD
+        normed_BTD = RMSNorm(c.d_model, c.norm_eps, name="mlp_norm")(x_BTD)
+        if c.n_experts:
+            x_BTD = x_BTD + MoE(c, name="mlp")(normed_BTD, context)
+        else:
+            x_BTD = x_BTD + MLP(c, name="mlp")(normed_BTD)
+        return constrain(x_BTD, *RESIDUAL), stored
+
+
+def rope_of(config: ModelConfig, positions_BT: jax.Array) -> Any:
+    """The rotary table of these positions, or None under other positions."""
+    if config.positions != "rope":
+        return None
+    frequencies = rope.rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+    return rope.rope_table(positions_BT, frequencies)
+
+
+def stretches(config: ModelConfig) -> list[tuple[int, int, int, int]]:
+    """Runs of consecutive layers of equal shape: [(first layer, length, C_k, C_v), ...]."""
+    layers = list(zip(config.components("key"), config.components("value"), strict=True))
+    runs, first = [], 0
+    for (key, value), members in itertools.groupby(layers):
+        length = len(list(members))
+        runs.append((first, length, key, value))
+        first += length
+    return runs
+
+
+class Decoder(nn.Module):
+    """Token ids to final hidden states; `unembedding` turns those into logits."""
+
+    config: ModelConfig
+
+    def setup(self) -> None:
+        c = self.config
+        self.embedding = parameter(
+            self,
+            "embedding",
+            nn.initializers.normal(embedding_stddev(c)),
+            ("vocab", "embed"),
+            (c.vocab_size, c.d_model),
+        )
+        if not c.tie_embeddings:
+            shape, axes = (c.d_model, c.vocab_size), ("embed", "vocab")
+            self.head = kernel(self, "head", shape, axes, c.d_model)
+        if c.positions == "learned":
+            self.position_embedding = parameter(
+                self,
+                "position_embedding",
+                nn.initializers.normal(embedding_stddev(c)),
+                ("positions", "embed"),
+                (c.max_positions, c.d_model),
+            )
+        block = remat(Block, c.remat)
+        self.stacks = [
+            nn.scan(
+                block,
+                variable_axes={"params": 0, "statistics": 0, "router": 0},
+                split_rngs={"params": True},
+                in_axes=(nn.broadcast, 0),
+                length=length,
+                unroll=min(c.scan_unroll, length),
+                metadata_params={nn.PARTITION_NAME: "layers"},
+            )(c, key, value, name=f"layers_{first}")
+            for first, length, key, value in stretches(c)
+        ]
+        self.final_norm = RMSNorm(c.d_model, c.norm_eps)
+
+    def embed(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
+        """The first residual (B, T, D)."""
+        c, activation = self.config, make_backend(self.config).activation
+        learned = c.positions == "learned"
+        dtype = jnp.float32 if learned else activation
+        x_BTD = lookup(self.embedding, tokens_BT, dtype, ("vocab", "embed"))
+        if learned:
+            x_BTD = x_BTD + lookup(
+                self.position_embedding, positions_BT, dtype, ("positions", "embed")
+            )
+        return constrain(x_BTD.astype(activation), *RESIDUAL)
+
+    def __call__(
+        self,
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array,
+        segment_ids_BT: jax.Array,
+        shards: int = 1,
+    ) -> jax.Array:
+        """Hidden states (B, T, D) after the final norm. Segments do not see one another.
+
+        `shards`: in how many parts of the sequence tokens and positions are laid out
+        (`attention.Context`); segment ids are in natural order.
+        """
+        context = Context(segment_ids_BT, rope_of(self.config, positions_BT), shards=shards)
+        x_BTD = self.embed(tokens_BT, positions_BT)
+        for stack, (first, length, *_) in zip(self.stacks, stretches(self.config), strict=True):
+            x_BTD, _ = stack(x_BTD, context, jnp.arange(first, first + length))
+        return self.final_norm(x_BTD)
+
+    def unembedding(self) -> jax.Array:
+        """The kernel (D, V), float32, from hidden states to logits."""
+        return self.embedding.T if self.config.tie_embeddings else self.head
+
+    def hidden_and_unembedding(self, tokens_BT, positions_BT, segment_ids_BT, shards):
+        """What the loss needs: hidden states (B, T, D) and the kernel (D, V)."""
+        return self(tokens_BT, positions_BT, segment_ids_BT, shards), self.unembedding()
+
+    def to_logits(self, x_BTD: jax.Array) -> jax.Array:
+        """Logits (B, T, V), float32, of hidden states after the final norm."""
+        backend = make_backend(self.config)
+        x_BTD, dtype = x_BTD.astype(backend.dtype), backend.dtype
+        if self.config.tie_embeddings:
+            return backend.matmul_transposed(x_BTD, self.embedding.astype(dtype))
+        return backend.matmul(x_BTD, self.head.astype(dtype))
+
+    def normed_logits(self, x_BTD: jax.Array) -> jax.Array:
+        """Logits (B, T, V), float32, of the last block's residual."""
+        return self.to_logits(self.final_norm(x_BTD))
+
+    def logits(self, tokens_BT, positions_BT, segment_ids_BT) -> jax.Array:
+        """Logits (B, T, V), float32. For short inputs: a batch of training has no room for it."""
+        return self.to_logits(self(tokens_BT, positions_BT, segment_ids_BT))
+
+
+def apply_hidden(
+    model: ModelConfig,
+    params: Any,
+    tokens_BT: jax.Array,
+    positions_BT: jax.Array,
+    segment_ids_BT: jax.Array,
+    shards: int = 1,
+) -> tuple[jax.Array, jax.Array]:
+    """Final hidden states (B, T, D) and the unembedding (D, V) of a model with `params`.
+
+    `shards`: in how many parts of the sequence tokens and positions are laid out, and the result
+    is (ops/context_parallel.py); segment ids are in natural order.
+    """
+    method = Decoder.hidden_and_unembedding
+    inputs = (tokens_BT, positions_BT, segment_ids_BT, shards)
+    return cast(Any, Decoder(model).apply({"params": params}, *inputs, method=method))
+
+
+def apply_routed(
+    model: ModelConfig,
+    params: Any,
+    tokens_BT: jax.Array,
+    positions_BT: jax.Array,
+    segment_ids_BT: jax.Array,
+    shards: int = 1,
+) -> tuple[tuple[jax.Array, jax.Array], RouterSums | None]:
+    """`apply_hidden`, and what the routers of all layers did, (L, ...); None of a dense model."""
+    inputs = (tokens_BT, positions_BT, segment_ids_BT, shards)
+    if not model.n_experts:
+        return apply_hidden(model, params, *inputs), None
+    method: Any = Decoder.hidden_and_unembedding
+    out: Any = Decoder(model).apply({"params": params}, *inputs, method=method, mutable=["router"])
+    stacks = [
+        out[1]["router"][f"layers_{first}"]["mlp"]["sums"][0] for first, *_ in stretches(model)
+    ]
+    return out[0], jax.tree.map(lambda *parts: jnp.concatenate(parts), *stacks)
+
+
+def apply_logits(
+    model: ModelConfig,
+    params: Any,
+    tokens_BT: jax.Array,
+    positions_BT: jax.Array,
+    segment_ids_BT: jax.Array,
+) -> jax.Array:
+    """Logits (B, T, V), float32, of a model with `params`."""
+    inputs = (tokens_BT, positions_BT, segment_ids_BT)
+    return cast(Any, Decoder(model).apply({"params": params}, *inputs, method=Decoder.logits))

@@ -1,0 +1,1 @@
+"""Pure functions of arrays: attention, head-level linear composition, norms, losses, kernels."""

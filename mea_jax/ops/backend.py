@@ -1,0 +1,370 @@
+"""The products of a model, once for every compiler: which kernel a backend runs for each.
+
+`XlaBackend` writes plain einsums in the compute dtype and leaves them to the compiler (TPU, GPU,
+sharded meshes). `CpuBackend` computes the same functions in the forms that XLA's CPU compiler
+turns into fast code (`cpu_kernels`). Attention has kernels of its own, `attend`. A module asks its
+backend, never the platform; `resolve` looks at the machine, once.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from mea_jax.config.schema import ModelConfig
+from mea_jax.errors import UserError
+from mea_jax.ops import attention, context_parallel, cpu, flash, hlc
+from mea_jax.ops.chunked import chunked_attention
+from mea_jax.ops.cross_entropy import Products
+from mea_jax.ops.rms_norm import rms_norm
+from mea_jax.parallel.sharding import constrain, ways
+
+# Above this many positions T x T logits are not made: 1024^2 float32 are 4 MiB a head.
+_EINSUM_LENGTH = 1024
+# Above this many cuDNN's mask for segments, 2 B T^2 bytes, outgrows what it is worth: 134 MB a row.
+_CUDNN_LENGTH = 8192
+# What `attend` does with windows of trees (attention.tree_attention), whose positions' reach takes
+# the place of segment ids. No config asks for it: scoring of texts with common beginnings does.
+TREE = "tree"
+# Above this many, the CPU kernel's blocks of queries against all keys outgrow any cache.
+_CPU_KERNEL_LENGTH = 8192
+
+
+class HeadNorm(NamedTuple):
+    """RMSNorm over the width of a head: its learned weight (W,), float32, and epsilon."""
+
+    scale_W: jax.Array
+    eps: float
+
+    def apply(self, o_BTNW: jax.Array) -> jax.Array:
+        return rms_norm(o_BTNW, self.scale_W, self.eps)
+
+
+class Backend(Products, Protocol):
+    """Products of a decoder. `dtype` is that of their inputs, `activation` of the residual."""
+
+    @property
+    def activation(self) -> jnp.dtype: ...
+
+    def project(self, x: jax.Array, kernel: jax.Array, axes: int = 1) -> jax.Array:
+        """Contracts the last `axes` axes of `x` with the first `axes` of a float32 kernel."""
+        ...
+
+    def fold(self, kind: str, kernel_DCH: jax.Array, mix: jax.Array) -> jax.Array:
+        """`hlc.fold`: the projection (D, K, H) straight to composite heads, float32."""
+        ...
+
+    def swiglu(self, gate: jax.Array, up: jax.Array) -> jax.Array:
+        """silu(gate) * up."""
+        ...
+
+    def dot(self, lhs: jax.Array, rhs: jax.Array, contract: tuple, batch: int) -> jax.Array:
+        """`lax.dot_general` over `batch` leading axes that both share: float32 result."""
+        ...
+
+    def attend(
+        self,
+        q_BTNH: jax.Array,
+        k_BSKH: jax.Array,
+        v_BSKW: jax.Array,
+        segment_ids_BT: jax.Array,
+        scale: float,
+        slopes_N: jax.Array | None = None,
+        norm: HeadNorm | None = None,
+        shards: int = 1,
+    ) -> jax.Array:
+        """Causal attention within segments, softmax in float32: (B, T, N, W).
+
+        `slopes_N`: ALiBi, adds slope times (s - t) to the scaled logits. `norm`: an RMSNorm of each
+        head's output. `shards`: in how many parts of the sequence positions, but not segment ids,
+        are laid out, in zigzag order (context_parallel.py); 1: in natural order, on whatever mesh.
+        """
+        ...
+
+
+def _whole(
+    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKW: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Heads whole along T on each device, where the mesh splits it.
+
+    Attention of a window in natural order is work that the devices of a sequence axis repeat: said
+    here, the partitioner gathers once and does not try to split blocks of it.
+    """
+    if ways("length") == 1:
+        return q_BTNH, k_BSKH, v_BSKW
+
+    def whole(x: jax.Array) -> jax.Array:
+        return constrain(x, "batch", None, "activation_heads", None)
+
+    return whole(q_BTNH), whole(k_BSKH), whole(v_BSKW)
+
+
+def _attend(
+    kernel: str, q, k, v, segment_ids_BT, scale: float, slopes_N, block: int, shards: int
+) -> jax.Array:
+    """Attention by one of the kernels that run on any compiler's arrays, or a flash kernel."""
+    if shards > 1:
+        if shards != ways("length"):
+            raise ValueError(f"{shards} shards of the sequence on a mesh of {ways('length')}")
+        return context_parallel.attention(
+            "chunked" if kernel == "auto" else kernel,
+            *(q, k, v, segment_ids_BT),
+            scale=scale,
+            slopes_N=slopes_N,
+            block=block,
+        )
+    q, k, v = _whole(q, k, v)
+    if kernel == TREE:
+        assert slopes_N is None
+        return attention.tree_attention(q, k, v, segment_ids_BT, scale)
+    if kernel == "auto":  # a config that never met `resolve`: what runs anywhere
+        kernel = "einsum" if q.shape[1] <= _EINSUM_LENGTH else "chunked"
+    if kernel == "splash":
+        return flash.splash_attention(q, k, v, segment_ids_BT, scale=scale)
+    if kernel == "cudnn":
+        return flash.cudnn_attention(q, k, v, segment_ids_BT, scale=scale)
+    if kernel == "chunked":
+        return chunked_attention(
+            q, k, v, segment_ids_BT, scale=scale, slopes_N=slopes_N, block=block
+        )
+    return attention.dot_product_attention(q, k, v, segment_ids_BT, scale, slopes_N)
+
+
+@dataclasses.dataclass(frozen=True)
+class XlaBackend:
+    """Einsums as they stand."""
+
+    dtype: jnp.dtype
+    attention_kernel: str = "auto"
+
+    @property
+    def activation(self) -> jnp.dtype:
+        return self.dtype
+
+    @property
+    def precision(self) -> jax.lax.Precision | None:
+        return attention.full_precision(self.dtype)
+
+    def _einsum(self, letters: str, a: jax.Array, b: jax.Array) -> jax.Array:
+        precision = attention.full_precision(a.dtype)
+        return jnp.einsum(letters, a, b, precision=precision, preferred_element_type=jnp.float32)
+
+    def project(self, x: jax.Array, kernel: jax.Array, axes: int = 1) -> jax.Array:
+        x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
+        return jnp.tensordot(x, kernel, axes=axes, precision=self.precision)
+
+    def fold(self, kind: str, kernel_DCH: jax.Array, mix: jax.Array) -> jax.Array:
+        return hlc.fold(kind, kernel_DCH, mix)
+
+    def swiglu(self, gate: jax.Array, up: jax.Array) -> jax.Array:
+        return jax.nn.silu(gate) * up
+
+    def dot(self, lhs: jax.Array, rhs: jax.Array, contract: tuple, batch: int) -> jax.Array:
+        dims = (contract, (tuple(range(batch)),) * 2)
+        return jax.lax.dot_general(
+            lhs, rhs, dims, precision=self.precision, preferred_element_type=jnp.float32
+        )
+
+    def attend(
+        self, q_BTNH, k_BSKH, v_BSKW, segment_ids_BT, scale, slopes_N=None, norm=None, shards=1
+    ) -> jax.Array:
+        arrays = (q_BTNH, k_BSKH, v_BSKW, segment_ids_BT)
+        o_BTNW = _attend(self.attention_kernel, *arrays, scale, slopes_N, 512, shards)
+        return o_BTNW if norm is None else norm.apply(o_BTNW)
+
+    def matmul(self, x: jax.Array, w: jax.Array) -> jax.Array:
+        return self._einsum("...d,df->...f", x, w)
+
+    def matmul_transposed(self, g: jax.Array, w: jax.Array) -> jax.Array:
+        return self._einsum("...f,df->...d", g, w)
+
+    def weight_gradient(self, x: jax.Array, g: jax.Array) -> jax.Array:
+        return self._einsum("...d,...f->df", x, g)
+
+
+@dataclasses.dataclass(frozen=True)
+class CpuBackend:
+    """Float32 between products, `dtype` inside them; see `cpu_kernels` for why."""
+
+    dtype: jnp.dtype
+    attention_kernel: str = "cpu"
+
+    @property
+    def activation(self) -> jnp.dtype:
+        return jnp.dtype(jnp.float32)
+
+    def project(self, x: jax.Array, kernel: jax.Array, axes: int = 1) -> jax.Array:
+        outputs = kernel.shape[axes:]
+        rows = x.shape[: x.ndim - axes]
+        flat_x = x.reshape(*rows, -1)
+        flat_kernel = kernel.reshape(flat_x.shape[-1], -1)
+        return cpu.dense(flat_x, flat_kernel, self.dtype).reshape(*rows, *outputs)
+
+    def fold(self, kind: str, kernel_DCH: jax.Array, mix: jax.Array) -> jax.Array:
+        if kind == "heads":
+            return cpu.fold_heads(kernel_DCH, mix)
+        return hlc.fold(kind, kernel_DCH, mix)
+
+    def swiglu(self, gate: jax.Array, up: jax.Array) -> jax.Array:
+        return cpu.swiglu(gate, up, self.dtype)
+
+    def dot(self, lhs: jax.Array, rhs: jax.Array, contract: tuple, batch: int) -> jax.Array:
+        return cpu.thin_product(lhs, rhs, contract, batch)
+
+    def attend(
+        self, q_BTNH, k_BSKH, v_BSKW, segment_ids_BT, scale, slopes_N=None, norm=None, shards=1
+    ) -> jax.Array:
+        kernel, tree = self.attention_kernel, self.attention_kernel == TREE
+        short = kernel in ("auto", "cpu") or (tree and q_BTNH.shape[1] <= _CPU_KERNEL_LENGTH)
+        if short and slopes_N is None and shards == 1:
+            norm_W, eps = norm or (None, 0.0)
+            arrays = (*_whole(q_BTNH, k_BSKH, v_BSKW), segment_ids_BT)
+            return cpu.causal_attention(
+                *arrays, scale=scale, dtype=self.dtype, norm_W=norm_W, eps=eps, tree=tree
+            )
+        if kernel == "cpu" and shards == 1:  # which takes no slopes
+            kernel = "auto"
+        arrays = (q_BTNH, k_BSKH, v_BSKW, segment_ids_BT)
+        o_BTNW = _attend(kernel, *arrays, scale, slopes_N, 256, shards)
+        return o_BTNW if norm is None else norm.apply(o_BTNW)
+
+    def matmul(self, x: jax.Array, w: jax.Array) -> jax.Array:
+        return cpu.matmul(x, w)
+
+    def matmul_transposed(self, g: jax.Array, w: jax.Array) -> jax.Array:
+        return cpu.matmul_transposed(g, w)
+
+    def weight_gradient(self, x: jax.Array, g: jax.Array) -> jax.Array:
+        return cpu.weight_gradient(x, g)
+
+
+def make_backend(model: ModelConfig) -> Backend:
+    """The backend of a config whose `backend` and `dtype` are no longer "auto" (`resolve`)."""
+    backend = CpuBackend if model.backend == "cpu" else XlaBackend
+    return backend(jnp.dtype(model.dtype), model.attention_kernel)
+
+
+def _cpu_multiplies_bfloat16() -> bool:
+    """Whether this machine's CPU has bfloat16 matrix units (AMX), which XLA then uses."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            return "amx_bf16" in file.read()
+    except OSError:
+        return False
+
+
+def _lacks(kernel: str, model: ModelConfig, platform: str, dtype: str) -> str | None:
+    """Why attention cannot run on `kernel` here, or None."""
+    homes = {"cudnn": ("gpu", "an NVIDIA GPU"), "splash": ("tpu", "a TPU"), "cpu": ("cpu", "a CPU")}
+    if kernel not in homes:
+        return None
+    home, name = homes[kernel]
+    if platform != home:
+        return f"it needs {name}, and this machine's devices are {platform.upper()}s"
+    if model.positions == "alibi":
+        return "it takes no biases, and positions='alibi' are biases"
+    if kernel == "cpu":
+        return None if model.backend in ("auto", "cpu") else "it belongs to backend='cpu'"
+    supports = flash.splash_supports
+    if kernel == "cudnn":
+        supports = flash.cudnn_supports
+    return supports(jnp.dtype(dtype), *_head_widths(model))
+
+
+def _head_widths(model: ModelConfig) -> tuple[int, int]:
+    """Of queries and of values, as attention meets them."""
+    if model.variant == "collaborative":
+        return max(model.components("key")) * model.head_dim, model.head_dim
+    return model.head_dim, model.head_dim * (2 if model.variant == "differential_v1" else 1)
+
+
+def _choose_kernel(
+    model: ModelConfig, platform: str, dtype: str, backend: str, length: int, sequence: int
+) -> str:
+    """The fastest attention kernel that this machine has for windows of `length` positions."""
+    if sequence > 1:
+        splash = platform == "tpu" and _lacks("splash", model, platform, dtype) is None
+        return "splash" if splash else "chunked"
+    fastest = {"tpu": "splash", "gpu": "cudnn" if length <= _CUDNN_LENGTH else None}.get(platform)
+    if platform == "cpu" and backend == "cpu" and length <= _CPU_KERNEL_LENGTH:
+        fastest = "cpu"
+    if fastest and _lacks(fastest, model, platform, dtype) is None:
+        return fastest
+    return "einsum" if length <= _EINSUM_LENGTH else "chunked"
+
+
+def _choose_form(model: ModelConfig) -> str:
+    """One training form for all layers: what suits most of their projections."""
+    forms = [
+        hlc.training_form(model, which, components)
+        for which in ("key", "value")
+        if model.mixes(which)
+        for components in model.components(which)
+    ]
+    return "explicit" if 2 * forms.count("explicit") > len(forms) else "folded"
+
+
+def resolve(
+    model: ModelConfig,
+    devices: Sequence[jax.Device],
+    length: int,
+    tensor: int = 1,
+    sequence: int = 1,
+) -> ModelConfig:
+    """`model` with "auto" replaced by what suits `devices` and windows of `length` positions.
+
+    `tensor` and `sequence` devices share the heads and the positions of a window.
+
+    `dtype`: bfloat16 on accelerators and on a CPU with bfloat16 matrix units, else float32.
+    `backend`: "cpu" on CPU devices, "xla" everywhere else.
+    `attention_kernel`: splash on TPU; up to 8,192 positions cuDNN on GPU and "cpu" on CPU; where
+    that does not apply, "einsum" up to 1,024 positions and "chunked" above. With `sequence` above
+    1, splash on TPU, else "chunked".
+    `hlc_form`: folded wherever `tensor` devices share the heads, else by shapes
+    (`hlc.choose_form`). Keys mixed after their norm are explicit in either form.
+
+    Raises `UserError` where something forced is not to be had on this machine.
+    """
+    platform = devices[0].platform
+    dtype, backend, kernel = model.dtype, model.backend, model.attention_kernel
+    if dtype == "auto":
+        fast = platform != "cpu" or (len(devices) == 1 and _cpu_multiplies_bfloat16())
+        dtype = "bfloat16" if fast else "float32"
+    if backend == "auto":
+        backend = "cpu" if platform == "cpu" else "xla"
+    if backend == "cpu" and platform != "cpu":
+        raise UserError(
+            f"config.model.backend='cpu' holds kernels for CPUs, and this machine's devices are "
+            f"{platform.upper()}s: set it to 'auto'"
+        )
+    if platform == "cpu" and backend == "xla" and dtype == "bfloat16":
+        raise UserError(
+            "config.model.dtype='bfloat16' with backend='xla' fails in jax's CPU compiler: set "
+            "config.model.backend to 'cpu' or config.model.dtype to 'float32'"
+        )
+    if sequence > 1 and model.variant == "talking_heads":
+        raise UserError(
+            f"config.mesh.sequence={sequence} splits the positions of a window, and talking_heads, "
+            "which mix the logits of all heads, have no kernel for that: set it to 1"
+        )
+    if sequence > 1 and kernel not in ("auto", *context_parallel.KERNELS):
+        raise UserError(
+            f"config.model.attention_kernel={kernel!r} cannot take windows whose positions "
+            f"config.mesh.sequence={sequence} devices share: set it to 'auto'"
+        )
+    if model.variant == "talking_heads":
+        kernel = "einsum"  # the only one it has
+    elif kernel == "auto":
+        kernel = _choose_kernel(model, platform, dtype, backend, length, sequence)
+    elif (reason := _lacks(kernel, model, platform, dtype)) is not None:
+        raise UserError(
+            f"config.model.attention_kernel={kernel!r} cannot run here: {reason}; set it to 'auto'"
+        )
+    form = model.hlc_form
+    if form == "auto" and model.hlc != "none":
+        form = "folded" if tensor > 1 else _choose_form(model)
+    return dataclasses.replace(
+        model, dtype=dtype, backend=backend, attention_kernel=kernel, hlc_form=form
+    )

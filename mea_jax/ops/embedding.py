@@ -1,0 +1,44 @@
+"""Rows of an embedding table, on a mesh by moving the few activations and not the table.
+
+Left to the partitioner, the rows of a table whose columns are split like the batch (fsdp) are
+looked up for all of the batch on each device, and on some meshes gathered as a whole on the way.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from mea_jax.parallel.sharding import spec, ways
+
+
+def lookup(
+    table_VD: jax.Array, ids_BT: jax.Array, dtype: jnp.dtype, axes: tuple[str, str]
+) -> jax.Array:
+    """The rows `ids_BT` of a table with logical `axes`: (B, T, D) of `dtype`.
+
+    Rows are looked up before the cast: the table is far larger than the batch. On a mesh each
+    device finds its columns of the rows that its neighbours along those columns ask for, and one
+    all-to-all hands them over: B T D numbers, however large the table.
+    """
+    split = ways(axes[0]) * ways(axes[1]) > 1
+    divisible = ids_BT.shape[0] % ways("batch") == 0 and ids_BT.shape[1] % ways("length") == 0
+    if not split or not divisible:  # a lone prompt is the partitioner's
+        return jnp.take(table_VD, ids_BT, axis=0).astype(dtype)
+    rows, columns = spec(axes)  # axes of one device among them, for `shard_map` to follow
+
+    def shard(table_VD, ids_BT):
+        wanted_BT = jax.lax.all_gather(ids_BT, columns, axis=0, tiled=True)
+        if rows is not None:
+            # Of words on other devices zeros, for the sum. Below 0 `take` would count from the end.
+            held = table_VD.shape[0]
+            wanted_BT = wanted_BT - jax.lax.axis_index(rows) * held
+            wanted_BT = jnp.where(wanted_BT < 0, held, wanted_BT)
+        x_BTD = jnp.take(table_VD, wanted_BT, axis=0, mode="fill", fill_value=0).astype(dtype)
+        x_BTD = jax.lax.all_to_all(x_BTD, columns, split_axis=0, concat_axis=2, tiled=True)
+        return x_BTD if rows is None else jax.lax.psum(x_BTD, rows)
+
+    run = jax.shard_map(
+        shard,
+        in_specs=(spec(axes), spec(("batch", "length"))),
+        out_specs=spec(("batch", "length", None)),
+    )
+    return run(table_VD, ids_BT)

@@ -1,0 +1,1 @@
+"""The mesh, the processes, and how batches are placed on devices."""

@@ -1,0 +1,327 @@
+"""Several processes as one run: they find each other, agree on what they do, and end together.
+
+On a TPU pod, under Slurm and their like jax knows who belongs to the run. On plain machines each
+process is told its number, and process 0 waits at the coordinator's address until all are there
+(rendezvous.py). From then on jax's own coordination service, which process 0 holds, carries the
+few words that processes exchange here.
+
+A process that fails says so before it goes, and all others end with its line instead of waiting
+for it in a collective. A process that is killed says nothing: on CPUs the others may notice at the
+next collective, and everywhere process 0 misses its sign of life after `LOST_SECONDS` and ends the
+run with a line. When process 0 itself is lost, jax aborts the others, at once or by a heartbeat of
+its own (a stack trace, exit status 134).
+"""
+
+import contextlib
+import json
+import os
+import re
+import socket
+import sys
+import threading
+import time
+from typing import Any, NoReturn
+
+import jax
+from jax._src import distributed as jax_distributed  # as jax's own multihost_utils and orbax do
+
+from mea_jax.config.schema import flatten
+from mea_jax.errors import UserError
+from mea_jax.parallel import rendezvous
+
+HEARTBEAT_SECONDS = 100  # jax's default, said here because the documentation promises it
+LOST_SECONDS = 60.0  # without a sign of life until a process counts as lost; less than jax's own
+_POLL_SECONDS = 2.0  # between looks for another process's last words
+_FAREWELL_SECONDS = 10.0  # that a failing process waits for the others to have read them
+_LOOKS = 5  # at a board, when the coordination service fails to answer
+_AGREE_SECONDS = 600.0  # that processes may be apart at a point of agreement
+_ENDED = "mea_jax/ended"
+_ALIVE = "mea_jax/alive"
+AGAIN = "the same command on every host resumes from the last checkpoint"
+# What a collective or the coordination service says when another process is gone.
+_LOST = re.compile(r"[Gg]loo|coordination service|heartbeat|Connection reset|Socket closed")
+
+_ending = threading.Lock()  # held by whoever ends this process: no other thread prints a line
+_points = 0  # of agreement so far: the same number on every process
+
+
+def several() -> bool:
+    """Whether this run has more than one process. Starts no backend, unlike jax.process_count."""
+    return _client() is not None and jax_distributed.global_state.num_processes > 1
+
+
+def first() -> bool:
+    """Whether this is the process that speaks and writes for all."""
+    return not several() or jax_distributed.global_state.process_id == 0
+
+
+def start(
+    *,
+    coordinator: str | None = None,
+    count: int | None = None,
+    index: int | None = None,
+    timeout: float = 300.0,
+) -> None:
+    """Joins the other processes of the run; call before anything else of jax.
+
+    Args:
+      coordinator: "host:port" of process 0; None finds the run's processes by the TPU pod, Slurm
+        job or other cluster that this process is part of.
+      count: processes of the run, with `coordinator`.
+      index: this process's number, 0 to `count` - 1, with `coordinator`.
+      timeout: seconds until all of them must be there.
+
+    Raises:
+      UserError: not all came in time, two have one number, or there is no cluster.
+    """
+    deadline = time.monotonic() + timeout
+    known: dict[str, Any] = {}
+    if coordinator is not None:
+        assert count is not None
+        assert index is not None
+        rendezvous.meet(coordinator, count, index, timeout)
+        known = {
+            "coordinator_address": coordinator,
+            "num_processes": count,
+            "process_id": index,
+            "cluster_detection_method": "deactivate",
+        }
+    # Left to itself, jax aborts when its time is up, without a word on how to mend it.
+    left = max(deadline - time.monotonic(), 0) + 1
+    guard = threading.Timer(left, _late, (timeout,))
+    guard.daemon = True
+    guard.start()
+    try:
+        jax.distributed.initialize(
+            initialization_timeout=int(left) + 60,
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            **known,
+        )
+    except (ValueError, RuntimeError, OSError) as error:
+        if coordinator is not None:
+            raise UserError(f"the processes cannot be joined at {coordinator}: {error}") from error
+        raise UserError(
+            f"--distributed found no TPU pod, Slurm job or other cluster here ({error}): give "
+            "--coordinator HOST:PORT, --num_processes and --process_id instead"
+        ) from error
+    finally:
+        guard.cancel()
+    if several():
+        threading.Thread(target=_watch, daemon=True).start()
+
+
+def _late(timeout: float) -> None:
+    state = jax_distributed.global_state
+    sys.stderr.write(
+        f"error: the processes of this job did not all start within {timeout:g} s: this is process "
+        f"{state.process_id} of {state.num_processes}, process 0 is expected at "
+        f"{state.coordinator_address}; see why the others do not run, or give them longer with "
+        "--startup_timeout\n"
+    )
+    sys.stderr.flush()
+    os._exit(2)
+
+
+# -- agreement ------------------------------------------------------------------------------
+
+
+def _client() -> Any:
+    return jax_distributed.global_state.client
+
+
+def _point() -> str:
+    global _points
+    _points += 1
+    return f"mea_jax/{_points}"
+
+
+def agree(problem: str | None, timeout: float = _AGREE_SECONDS) -> None:
+    """Raises the same `UserError` on every process when any of them has a `problem`."""
+    if (found := any_of(problem, timeout)) is not None:
+        raise UserError(found)
+
+
+def any_of(problem: str | None, timeout: float = _AGREE_SECONDS) -> str | None:
+    """The first `problem` that any process has, on every process; None: no one has any."""
+    if not several():
+        return problem
+    where, client = _point(), _client()
+    client.key_value_set(f"{where}/{jax_distributed.global_state.process_id}", problem or "")
+    _wait(where, timeout)
+    return next((found for _, found in sorted(client.key_value_dir_get(where)) if found), None)
+
+
+def from_first(value: str, timeout: float = _AGREE_SECONDS) -> str:
+    """The `value` of process 0, on every process."""
+    if not several():
+        return value
+    where, client = _point(), _client()
+    if first():
+        client.key_value_set(where, value)
+    _wait(where, timeout)
+    return client.blocking_key_value_get(where, 60_000)
+
+
+def _wait(where: str, timeout: float) -> None:
+    """Until every process is here."""
+    try:
+        _client().wait_at_barrier(where, int(timeout * 1000))
+    except jax.errors.JaxRuntimeError as error:
+        if "DEADLINE_EXCEEDED" not in str(error):
+            raise
+        raise UserError(
+            f"not all {jax_distributed.global_state.num_processes} processes came to the same "
+            f"point within {timeout:g} s: see the log of each"
+        ) from error
+
+
+def check_same(config: dict[str, Any], timeout: float) -> None:
+    """Raises `UserError` on all processes unless all were started for the same `config` tree."""
+    mine = flatten(config | {"versions": {"jax": jax.__version__, "jaxlib": _jaxlib_version()}})
+    first = json.loads(from_first(json.dumps(mine), timeout))
+    lines = [
+        f"{key} is {mine.get(key)!r}, not {first.get(key)!r}"
+        for key in sorted(mine.keys() | first.keys())
+        if json.dumps(mine.get(key)) != json.dumps(first.get(key))
+    ]
+    agree(f"{name()} was started otherwise than process 0: {'; '.join(lines)}" if lines else None)
+
+
+def _jaxlib_version() -> str:
+    import jaxlib
+
+    return jaxlib.__version__
+
+
+def name() -> str:
+    """This process, for messages to others."""
+    return f"process {jax_distributed.global_state.process_id} on {socket.gethostname()}"
+
+
+class Board:
+    """Words that processes leave for each other, without waiting for anyone."""
+
+    def __init__(self, name: str) -> None:
+        self.name = f"{_point()}/{name}"
+
+    def set(self, key: str, words: str) -> None:
+        _client().key_value_set(f"{self.name}/{key}", words, allow_overwrite=True)
+
+    def get(self, key: str) -> str | None:
+        """The words, or None: nobody has left any. Asks again when the service stumbles."""
+        for _ in range(_LOOKS):
+            try:
+                return _client().key_value_try_get(f"{self.name}/{key}")
+            except jax.errors.JaxRuntimeError as error:
+                if "NOT_FOUND" in str(error):
+                    return None
+                time.sleep(0.2)
+        return None
+
+
+def _look(key: str) -> str | None:
+    try:
+        return _client().key_value_try_get(key)
+    except Exception:  # not set, or the service is gone: jax's own threads tell of that
+        return None
+
+
+# -- batches --------------------------------------------------------------------------------
+
+
+# -- the end --------------------------------------------------------------------------------
+
+
+class SignsOfLife:
+    """When each process of the run was last heard of, by this one's clock."""
+
+    def __init__(self, count: int, now: float) -> None:
+        self._heard: dict[int, tuple[str, float]] = dict.fromkeys(range(count), ("", now))
+
+    def note(self, signs: dict[int, str], now: float) -> None:
+        """Takes what processes wrote; a sign counts when it is not the one seen before."""
+        for index, sign in signs.items():
+            if self._heard[index][0] != sign:
+                self._heard[index] = (sign, now)
+
+    def lost(self, now: float) -> str | None:
+        """Who has been silent for `LOST_SECONDS`, in words; None: nobody."""
+        for index, (sign, heard) in self._heard.items():
+            if now - heard > LOST_SECONDS:
+                where = f" on {sign.partition(' ')[2]}" if sign else ""
+                return f"process {index}{where} has not been heard of for {now - heard:.0f} s"
+        return None
+
+
+def _watch() -> None:
+    """Tells the others that this process lives, and ends it when another has ended or is lost.
+
+    Only process 0 looks for silent ones: it tells the others, and one look at all processes is
+    cheap where as many looks as processes would not be.
+    """
+    state = jax_distributed.global_state
+    signs = SignsOfLife(state.num_processes, time.monotonic())
+    beat = 0
+    while _client() is not None:
+        if (words := _look(_ENDED)) is not None:
+            said = json.loads(words)
+            end(said["status"], f"error: {said['who']} ended: {said['line']}")
+        beat += 1
+        with contextlib.suppress(Exception):  # the service is gone: jax's own threads tell of that
+            mine = f"{_ALIVE}/{state.process_id}"
+            _client().key_value_set(mine, f"{beat} {socket.gethostname()}", allow_overwrite=True)
+            if first():
+                found = _client().key_value_dir_get(_ALIVE)
+                signs.note({int(k.rpartition("/")[2]): v for k, v in found}, time.monotonic())
+                if (lost := signs.lost(time.monotonic())) is not None:
+                    end(1, f"error: {lost}: its own log or its machine's says why; {AGAIN}")
+        time.sleep(_POLL_SECONDS)
+
+
+def end(status: int, line: str, by_signal: bool = False) -> NoReturn:
+    """Print `line` on stderr and exit with `status`; with several processes, all of them do.
+
+    Use `by_signal` where a signal's exception has interrupted the program. XLA then may still be
+    compiling in a thread of its own, which crashes when Python shuts down and takes the devices
+    away. So the process ends without that shutdown.
+    """
+    if _client() is None and threading.current_thread() is threading.main_thread():
+        sys.stderr.write(f"{line}\n")
+        if by_signal:
+            leave(status)
+        sys.exit(status)
+    _ending.acquire()  # never released: whoever comes second waits here for the end
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()
+    if several():
+        last = " ".join(line.strip().split("\n")[-1].split()).removeprefix("error: ")
+        words = {"status": status, "who": name(), "line": last}
+        with contextlib.suppress(Exception):  # another process was first, or the service is gone
+            _client().key_value_set(_ENDED, json.dumps(words))
+        with contextlib.suppress(Exception):  # not every process can come
+            _client().wait_at_barrier("mea_jax/farewell", int(_FAREWELL_SECONDS * 1000))
+        if first():  # it holds the service: jax aborts whoever is still there when that goes
+            time.sleep(1.0)
+    leave(status)  # not sys.exit: jax waits at exit for processes that wait for this one
+
+
+def leave(status: int) -> NoReturn:
+    """Exit with `status` after writing what was printed, without Python's shutdown."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):  # a full disk, a reader that has gone
+            stream.flush()
+    os._exit(status)
+
+
+def lost_another(error: BaseException) -> bool:
+    """Whether `error` is what the loss of another process looks like from here."""
+    return several() and _LOST.search(str(error)) is not None
+
+
+def finish() -> None:
+    """Waits until every process is done; one that fails until then ends them all."""
+    if several():
+        try:
+            _client().wait_at_barrier("mea_jax/finish", int(_AGREE_SECONDS * 1000))
+        except Exception:
+            end(1, "error: the run is done here, but another process did not come to its end")

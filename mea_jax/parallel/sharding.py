@@ -1,0 +1,283 @@
+"""One mesh, one table of logical axes, and the checks that neither is quietly ignored.
+
+Parameters carry logical axis names in their Linen metadata, activations get them through
+`constrain`; `RULES` says which mesh axes each name is split over. Nothing else in the package
+mentions a mesh axis: what needs a collective of its own asks `mesh_axes` and `ways`.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import flax.linen as nn
+import jax
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from mea_jax.config.schema import MeshConfig, TrainConfig
+from mea_jax.errors import UserError
+
+# From the outermost, whose devices may be far apart, to the innermost, which talk most.
+AXES = ("data", "fsdp", "expert", "sequence", "tensor")
+
+# Logical axis -> mesh axes. None: never split.
+RULES: dict[str, tuple[str, ...] | None] = {
+    # parameters
+    "layers": None,
+    "embed": ("fsdp", "expert", "sequence"),
+    "heads": ("tensor",),  # N, or K after folding
+    "components": ("tensor",),  # C
+    "mixing": None,  # the C side of W_lc: its K side is split like the heads it makes
+    "head_dim": None,
+    "complex": None,
+    "positions": None,
+    "mlp": ("tensor",),
+    "experts": ("expert",),  # E
+    "expert_embed": ("fsdp", "sequence"),  # D of an expert's matrices
+    "router": None,  # E of the router, which every token needs whole
+    "vocab": ("tensor",),
+    "norm": None,
+    # activations
+    "batch": ("data", "fsdp", "expert"),
+    "length": ("sequence",),
+    "activation_embed": None,
+    "activation_heads": ("tensor",),
+    "activation_mlp": ("tensor",),
+    "activation_vocab": ("tensor",),
+}
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh of a run over `devices` (default: all). Raises `UserError` if it does not fit.
+
+    `data` runs over slices outermost, so that only sums of gradients cross the network between
+    them. On anything but TPUs a slice is as many consecutive devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = {axis: getattr(config, axis) for axis in AXES}
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    for axis, size in sizes.items():
+        if size == -1:
+            sizes[axis] = max(len(devices) // fixed, 1)
+    if math.prod(sizes.values()) != len(devices):
+        product = " x ".join(f"{axis} {size}" for axis, size in sizes.items())
+        raise UserError(
+            f"config.mesh needs {math.prod(sizes.values())} devices ({product}), but this machine "
+            f"has {len(devices)}: change config.mesh, or set one axis to -1"
+        )
+    if sizes["data"] % config.slices:
+        raise UserError(
+            f"config.mesh leaves data={sizes['data']} on these {len(devices)} devices, no multiple "
+            f"of slices={config.slices}: only data runs over slices, so make the other axes smaller"
+        )
+    found = _slices(devices)
+    if found is not None and found != config.slices:
+        raise UserError(
+            f"these {len(devices)} devices form {found} slice{'s' if found > 1 else ''}, but "
+            f"config.mesh.slices={config.slices}: set it to {found}"
+        )
+    # Auto axes: with jax.make_mesh's default, Explicit, Linen's partitioning metadata fails.
+    kinds = (AxisType.Auto,) * len(AXES)
+    shape = tuple(sizes.values())
+    if found is None or found == 1:
+        try:
+            return jax.make_mesh(shape, AXES, axis_types=kinds, devices=devices)
+        except NotImplementedError:  # no whole axes of the torus, as for 8 of 4x4x4: split one
+            grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+            return Mesh(grid, AXES, axis_types=kinds)
+    inside = (sizes["data"] // found, *shape[1:])
+    across = (found,) + (1,) * (len(AXES) - 1)
+    grid = mesh_utils.create_hybrid_device_mesh(
+        inside, across, devices, allow_split_physical_axes=True
+    )
+    return Mesh(grid, AXES, axis_types=kinds)
+
+
+def _slices(devices: Sequence[jax.Device]) -> int | None:
+    """How many slices TPU devices form; None for others, which jax numbers by host if at all."""
+    if devices[0].platform != "tpu":
+        return None
+    return len({getattr(device, "slice_index", 0) for device in devices})
+
+
+def check_divisible(config: TrainConfig, mesh: Mesh) -> None:
+    """Raises `UserError` where an axis of the mesh does not divide what it splits."""
+    model, tensor, expert = config.model, mesh.shape["tensor"], mesh.shape["expert"]
+    width = "d_expert" if model.n_experts else "d_ff"
+    split = {
+        "n_heads": model.n_heads,
+        "n_kv_heads": model.n_kv_heads,
+        width: getattr(model, width),
+        "vocab_size": model.vocab_size,
+        **{f"key_components (layer {i})": c for i, c in enumerate(model.components("key"))},
+        **{f"value_components (layer {i})": c for i, c in enumerate(model.components("value"))},
+    }
+    if model.variant == "collaborative":  # the shared keys are not split
+        split = {name: size for name, size in split.items() if "key_components" not in name}
+    if model.variant == "differential_v1":
+        split["n_kv_heads / 2 (pairs)"] = model.n_kv_heads // 2
+    for name, size in split.items():
+        if size % tensor:
+            raise UserError(
+                f"config.mesh.tensor={tensor} does not divide config.model.{name}={size}"
+            )
+    if expert > 1 and not model.n_experts:
+        raise UserError(
+            f"config.mesh.expert={expert} splits experts, and config.model.n_experts=0 has none: "
+            "use data or fsdp"
+        )
+    if model.n_experts % expert:
+        raise UserError(
+            f"config.mesh.expert={expert} does not divide config.model.n_experts={model.n_experts}"
+        )
+    given, ways = _product(mesh, "fsdp", "expert", "sequence")
+    if model.d_model % ways:
+        raise UserError(f"config.mesh.{given} does not divide config.model.d_model={model.d_model}")
+    _check_length(config, mesh.shape["sequence"])
+    rows = config.batch_size // config.accumulate
+    if rows % copies(mesh):
+        names = "data x fsdp" if expert == 1 else "data x fsdp x expert"
+        raise UserError(
+            f"batch_size / accumulate = {rows} windows cannot be shared evenly by {names} = "
+            f"{copies(mesh)} devices: change config.batch_size, config.accumulate or config.mesh"
+        )
+
+
+def copies(mesh: Mesh) -> int:
+    """How many devices have windows of their own, shares of a sequence and of heads apart."""
+    return math.prod(mesh.shape[axis] for axis in RULES["batch"] or ())
+
+
+def _product(mesh: Mesh, *axes: str) -> tuple[str, int]:
+    """The product of axes' sizes, and how a message writes it, without axes of one device."""
+    named = [axis for axis in axes if mesh.shape[axis] > 1] or [axes[0]]
+    sizes = [mesh.shape[axis] for axis in named]
+    equals = "=" if len(named) == 1 else " = "
+    return f"{' x '.join(named)}{equals}{' x '.join(map(str, sizes))}", math.prod(sizes)
+
+
+def _check_length(config: TrainConfig, shards: int) -> None:
+    """Raises `UserError` where windows cannot be cut into two chunks a shard of the sequence."""
+    if shards == 1:
+        return
+    length, kernel = config.data.context_length, config.model.attention_kernel
+    unit, why = 2 * shards, f"2 x {shards}: a shard takes an early and a late chunk of each window"
+    if kernel == "splash":
+        unit, why = unit * 128, f"2 x {shards} x 128: chunks of whole blocks for the TPU's kernel"
+    if length % unit:
+        raise UserError(
+            f"config.mesh.sequence={shards} needs config.data.context_length={length} to be a "
+            f"multiple of {unit} ({why})"
+        )
+
+
+def parameter(
+    module: nn.Module, name: str, init: Callable[..., Any], axes: Sequence[str], *args: Any
+) -> jax.Array:
+    """A parameter of a Linen module with its logical axes; `args` go to `init` after the key."""
+    spec(axes)
+    return cast(
+        jax.Array, module.param(name, nn.with_logical_partitioning(init, tuple(axes)), *args)
+    )
+
+
+def spec(names: Sequence[str | None]) -> PartitionSpec:
+    """Logical names of an array's axes to a `PartitionSpec`.
+
+    Raises `ValueError` for a name without a rule, and for two axes of one array that claim the
+    same mesh axis: both would otherwise be dropped in silence.
+    """
+    axes, claimed = [], set()
+    for name in names:
+        if name is not None and name not in RULES:
+            raise ValueError(f"logical axis {name!r} of {tuple(names)} has no rule")
+        mesh_axes = RULES[name] if name is not None else None
+        for axis in mesh_axes or ():
+            if axis in claimed:
+                raise ValueError(f"two axes of {tuple(names)} claim mesh axis {axis!r}")
+            claimed.add(axis)
+        axes.append(mesh_axes if mesh_axes is None or len(mesh_axes) > 1 else mesh_axes[0])
+    return PartitionSpec(*axes)
+
+
+def constrain(x: jax.Array, *names: str | None) -> jax.Array:
+    """Annotates an activation inside jit; outside any `jax.set_mesh` it is the identity.
+
+    An axis that the mesh does not divide, as the one row of a prompt, is left whole: padded, it
+    would be moved about for nothing. Those of a training step divide (`check_divisible`).
+    """
+    if len(names) != x.ndim:
+        raise ValueError(f"{names} names {len(names)} axes of an array of shape {x.shape}")
+    partition = spec(names)
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    even = (
+        size % ways(name) == 0 if name else True for name, size in zip(names, x.shape, strict=True)
+    )
+    partition = PartitionSpec(*(p if e else None for p, e in zip(partition, even, strict=True)))
+    return jax.lax.with_sharding_constraint(x, partition)
+
+
+def param_shardings(abstract_boxed: Any, mesh: Mesh) -> Any:
+    """`NamedSharding` of every leaf of a tree whose leaves carry Linen's logical axis names."""
+
+    def leaf(value):
+        names = value.names if isinstance(value, nn.LogicallyPartitioned) else ()
+        return NamedSharding(mesh, spec(names))
+
+    def is_box(value):
+        return isinstance(value, nn.LogicallyPartitioned)
+
+    return jax.tree.map(leaf, abstract_boxed, is_leaf=is_box)
+
+
+def mesh_axes(*names: str) -> tuple[str, ...]:
+    """Over which axes of the mesh of `jax.set_mesh` logical axes are split, for a collective.
+
+    Without those of one device, on which a compiler may leave a collective standing.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = (axis for name in names for axis in RULES[name] or ())
+    return tuple(axis for axis in axes if not mesh.empty and mesh.shape[axis] > 1)
+
+
+def ways(name: str) -> int:
+    """How many parts a logical axis is in on the mesh of `jax.set_mesh`; 1 without one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return math.prod(mesh.shape[axis] for axis in mesh_axes(name))
+
+
+def on_a_mesh() -> bool:
+    """Whether `jax.set_mesh` has set a mesh of several devices."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and mesh.size > 1
+
+
+def require(mesh: Mesh) -> None:
+    """Raises `RuntimeError` unless `mesh` is the one of `jax.set_mesh`, or has one device.
+
+    Called where a program is traced: under no mesh, `constrain` and all that asks for one would
+    be ignored in silence.
+    """
+    current = jax.sharding.get_abstract_mesh()
+    if mesh.size > 1 and current != mesh.abstract_mesh:
+        shape = dict(current.shape)
+        held = "no mesh is set" if current.empty else f"the mesh that is set is {shape}"
+        raise RuntimeError(
+            f"a program for the mesh {dict(mesh.shape)} is traced where {held}: call it under "
+            "`with jax.set_mesh(mesh):`"
+        )
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Of an array (batch, length, ...) of token numbers: rows over data, fsdp and expert.
+
+    Whole along the length, whatever the mesh: integers are small, and a step that splits its
+    windows (`step.batch_loss`) then takes its chunks from them where they are.
+    """
+    return NamedSharding(mesh, spec(("batch", None)))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Of a scalar, or of anything every device holds whole."""
+    return NamedSharding(mesh, PartitionSpec())

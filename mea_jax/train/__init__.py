@@ -1,0 +1,1 @@
+"""The training command, its loop, step, optimizer, guards and metrics."""

@@ -1,0 +1,77 @@
+"""Held-out loss and diagnostics of a run, during training and at its end."""
+
+import math
+from typing import Any
+
+import jax
+import numpy as np
+
+from mea_jax.config.schema import TrainConfig
+from mea_jax.data.pipeline import held_out_batches
+from mea_jax.data.prepare import Prepared
+from mea_jax.parallel import batches as parallel_batches
+from mea_jax.parallel import sharding
+from mea_jax.train.diagnostics import compile_diagnostics
+from mea_jax.train.step import compile_eval_step
+
+
+class HeldOut:
+    """The held-out windows of a run, and what is measured on them."""
+
+    def __init__(self, config: TrainConfig, mesh: jax.sharding.Mesh, prepared: Prepared):
+        self.config, self.mesh, self.prepared = config, mesh, prepared
+        shape = (config.batch_size, config.data.context_length)
+        self.rows = parallel_batches.local_rows(sharding.batch_sharding(mesh), shape)
+        self.evaluate_step = compile_eval_step(config, mesh)
+        self.diagnose = compile_diagnostics(config, mesh)
+        self.sample = self.read(config.evaluate.batches)
+
+    def read(self, batches: int | None) -> list[dict[str, np.ndarray]]:
+        """At most `batches` held-out batches, this process's rows of them; None: all."""
+        return list(
+            held_out_batches(
+                self.prepared,
+                batch_size=self.config.batch_size,
+                max_batches=batches,
+                rows=self.rows,
+                skip_bad=self.config.data.bad_input == "skip",
+            )
+        )
+
+    def put(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+        """This process's rows of a batch, as its part of the global arrays."""
+        where = sharding.batch_sharding(self.mesh)
+        with jax.transfer_guard("allow"):  # which takes this for a slip with several processes
+            return {
+                name: parallel_batches.place_rows(where, x, self.rows, self.config.batch_size)
+                for name, x in batch.items()
+            }
+
+    def bits_per_nat(self) -> float | None:
+        """Bits per held-out byte of one nat per held-out token."""
+        tokens = sum(source.held_out_tokens for source in self.prepared.sources)
+        size = sum(source.held_out_bytes for source in self.prepared.sources)
+        return tokens / size / math.log(2) if size else None
+
+    def loss(self, params, batches) -> dict[str, float]:
+        """{"loss": nats per token over `batches`, "bits_per_byte"}; {} if they hold no token."""
+        sums = [jax.device_get(self.evaluate_step(params, self.put(b))) for b in batches]
+        tokens = sum(float(s["tokens"]) for s in sums)
+        if not tokens:
+            return {}
+        values = {"loss": sum(float(s["nll"]) for s in sums) / tokens}
+        if (ratio := self.bits_per_nat()) is not None:
+            values["bits_per_byte"] = values["loss"] * ratio
+        return values
+
+    def report(self, step: int, params, batches, writer) -> dict[str, Any]:
+        """Writes rows "held_out" and "diagnostics" of `step`; what `loss` gives, and
+        "mixing_distance" where W_lc exists."""
+        values: dict[str, Any] = self.loss(params, batches) if batches else {}
+        if not values:
+            return {}
+        writer.write(step, "held_out", values)
+        statistics = jax.device_get(self.diagnose(params, self.put(batches[0])))
+        writer.write(step, "diagnostics", statistics)
+        moved = [np.mean(v) for k, v in statistics.items() if k.startswith("mixing_distance")]
+        return values | ({"mixing_distance": float(np.mean(moved))} if moved else {})

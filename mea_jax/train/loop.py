@@ -1,0 +1,309 @@
+"""The training loop: batches in, updates, checkpoints and rows of metrics out.
+
+Nothing leaves the device inside the loop but the metrics of the step before, fetched while the
+next one runs. Guards see them too, so they act one step late; an update that must not count has
+already been left out on the device.
+"""
+
+import math
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from mea_jax.checkpoint import metrics as checkpoint_metrics
+from mea_jax.checkpoint.lock import Lock
+from mea_jax.checkpoint.manager import Checkpoints, Position
+from mea_jax.checkpoint.run_directory import RunDirectory
+from mea_jax.config.schema import TrainConfig
+from mea_jax.data.pipeline import batch_number, train_batches
+from mea_jax.data.prepare import Prepared
+from mea_jax.errors import UserError
+from mea_jax.model import flops
+from mea_jax.model.params import TrainState
+from mea_jax.parallel import processes
+from mea_jax.parallel.preemption import Preempted, StopRequest
+from mea_jax.train import profiling
+from mea_jax.train.guards import Event, Guards, Spike
+from mea_jax.train.held_out import HeldOut
+from mea_jax.train.saving import SaveTimes
+from mea_jax.train.step import abstract_state, compile_train_step
+from mea_jax.train.warm_start import Start
+
+
+@dataclass
+class Timing:
+    """Wall time of this process's part of a run, seconds."""
+
+    compile: float = 0.0
+    steps: float = 0.0  # from metrics to metrics
+    data_wait: float = 0.0  # of the steps' time, waiting for the next batch
+    saving: float = 0.0  # beside the steps, until the loop could go on
+    timed_steps: int = 0
+
+
+class Loop:
+    """The parts that a training loop calls: batches, the compiled step, guards, saves, reports."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        mesh: jax.sharding.Mesh,
+        prepared: Prepared,
+        run: RunDirectory,
+        checkpoints: Checkpoints,
+        start: Start,
+        stop: StopRequest | None = None,
+        lock: Lock | None = None,
+    ):
+        self.config, self.mesh, self.prepared = config, mesh, prepared
+        self.run_directory, self.checkpoints, self.lock = run, checkpoints, lock
+        self.start, self.teacher = start, start.load_teacher(prepared.tokenizer)
+        self.taught = () if self.teacher is None else (self.teacher.params,)
+        self.held_out = HeldOut(config, mesh, prepared)
+        self.guards = Guards(config.guards)
+        self.stop = stop or StopRequest()
+        self.saves = SaveTimes(config.checkpoint, self.stop)
+        tokens = config.batch_size * config.data.context_length
+        self.step_flops = flops.step_flops(config.model, config.data.context_length, tokens)
+        peak = flops.peak_flops(mesh.devices.flat[0].device_kind)
+        self.peak = peak * mesh.size if peak else None
+        self.timing, self.loss = Timing(), math.nan
+        self.step_fn: Any = None
+
+    # -- where it stands -------------------------------------------------------------------
+
+    def resume(self, step: int, position: Position) -> TrainState:
+        """The state after `step` updates, from its checkpoint or a fresh start; guards as then."""
+        self.guards = Guards(self.config.guards, position.guards)
+        if (number := batch_number(step, self.guards.left_out)) != position.next_batch:
+            raise UserError(
+                f"the checkpoint of step {step} goes on with batch {position.next_batch}, and by "
+                f"the batches that it says are left out that would be {number}: take another one"
+            )
+        if step == 0:
+            return self.start.state()
+        return self.checkpoints.restore(step, abstract_state(self.config, self.mesh))
+
+    def position(self, step: int) -> Position:
+        """That of a run with `step` updates done."""
+        number = batch_number(step, self.guards.left_out)
+        return Position(number, self.prepared.digest, self.guards.state())
+
+    # -- the loop --------------------------------------------------------------------------
+
+    def run(self, state, start: int, profile_steps: tuple[int, int] | None = None):
+        """Trains from `start` updates to `config.steps`; returns the last state.
+
+        Raises:
+          UserError: the guards' limits, data that cannot be read, a disk that refuses.
+          Preempted: the run was asked to stop, and is saved.
+        """
+        # A rewind that was under way when the run was killed is found and done again.
+        redo = ("rewind",) if start else ("rewind", "held_out", "diagnostics")
+        writer = self.run_directory.open_metrics(start, redo)
+        try:
+            if start == 0 and self.config.start.checkpoint:
+                # On all of the held-out text, like the end: what the run has to improve on.
+                everything = self.held_out.read(None)
+                self._evaluate(0, state, everything, writer, self.run_directory.say)
+            while True:
+                try:
+                    state = self._stretch(state, start, writer, profile_steps)
+                    break
+                except Spike as caught:
+                    spike = caught.with_traceback(None)  # whose frames hold the state
+                del state
+                state, start, event = self._rewind(spike)
+                writer.close()
+                writer = self.run_directory.open_metrics(start)
+                self._tell(start, event, writer, self.run_directory.say)
+                profile_steps = None  # they were traced, or never will be
+        finally:
+            writer.close()
+        if self.stop.requested and not processes.several():  # in the last step, or just after
+            self.checkpoints.wait()
+            raise Preempted("stopped by SIGTERM after the last step: the same command sums it up")
+        return state
+
+    def _rewind(self, spike: Spike) -> tuple[TrainState, int, Event]:
+        """Back to the newest checkpoint before the spike's cause: its state and step."""
+        # The loss of a step is that of the parameters before it: the update before may be to blame.
+        cause = max(spike.first - 1, 1)
+        now = self.guards
+        first, last = (batch_number(s - 1, now.left_out) for s in (cause, spike.last))
+        with jax.transfer_guard("allow"):
+            self.checkpoints.wait()
+            say = self.run_directory.say
+            step = self.checkpoints.newest_good(say, below=cause, share=False) or 0
+            self.checkpoints.forget_after(step)
+            digest = self.prepared.digest
+            position = self.checkpoints.position(step, digest) if step else Position(0, digest)
+            state = self.resume(step, position)
+        self.guards.left_out, self.guards.rewinds = now.left_out, now.rewinds
+        self.saves = SaveTimes(self.config.checkpoint, self.stop)  # announced steps lie far ahead
+        return state, step, self.guards.rewound(spike, (first, last))
+
+    def _batches(self, start: int):
+        c = self.config
+        return train_batches(
+            self.prepared,
+            seed=c.seed,
+            batch_size=c.batch_size,
+            start_step=start,
+            left_out=self.guards.left_out,
+            threads=c.data.read_threads,
+            prefetch=c.data.prefetch,
+            rows=self.held_out.rows,
+            skip_bad=c.data.bad_input == "skip",
+        )
+
+    def _compiled(self, state, batch):
+        if self.step_fn is None:
+            began = time.perf_counter()
+            teacher = None if self.teacher is None else self.teacher.model
+            step = compile_train_step(self.config, self.mesh, teacher)
+            self.step_fn = step.lower(state, batch, *self.taught).compile()
+            self.timing.compile = time.perf_counter() - began
+        return self.step_fn
+
+    def _stretch(self, state, start, writer, profile_steps):
+        """As `run`, until the end or a `Spike`."""
+        c, put = self.config, self.held_out.put
+        if start == c.steps:  # cut off after the last checkpoint, before the summary
+            return state
+        batches = self._batches(start)
+        batch = put(next(batches))
+        step_fn = self._compiled(state, batch)
+        progress = checkpoint_metrics.Progress(start, c.steps, enabled=processes.first())
+        # One process tells enough: all run the same program.
+        traced = profile_steps if processes.first() else None
+        directory = self.run_directory.path / "profile"
+        profile = profiling.Profile(traced, directory, start, progress.say)
+        pending: tuple[int, Any] | None = None
+        clock = time.perf_counter()
+        try:
+            with jax.transfer_guard("disallow"), profile, self.stop.deferred():
+                for step in range(start + 1, c.steps + 1):
+                    with profile.step(step, (state, batch)):
+                        state, metrics = step_fn(state, batch, *self.taught)
+                    clock += profile.after(step, (state, metrics))
+                    waiting = time.perf_counter()
+                    if step < c.steps:
+                        batch = put(next(batches))
+                    self.timing.data_wait += time.perf_counter() - waiting
+                    # The previous step's metrics, fetched while this step runs.
+                    if pending is not None:
+                        clock = self.report_step(*pending, clock, writer, progress)
+                    pending = (step, metrics)
+                    self.checkpoints.check()
+                    evaluating = c.evaluate.every and step % c.evaluate.every == 0
+                    saving = self.saves.due(step)
+                    if step == c.steps or evaluating or saving:
+                        self.report_step(*pending, clock, writer, progress)
+                        pending = None
+                        if evaluating and step < c.steps:
+                            self._evaluate(step, state, self.held_out.sample, writer, progress.say)
+                        if step == c.steps or saving:
+                            self._save(step, state, batch)
+                        clock = time.perf_counter()
+        finally:
+            progress.close()
+        return state
+
+    def report_step(self, step, metrics, clock, writer, progress) -> float:
+        """Waits for a step's metrics, has the guards see them, writes them; the time now."""
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        now = time.perf_counter()
+        seconds = now - clock
+        self.timing.steps += seconds
+        self.timing.timed_steps += 1
+        self.loss = values["loss"]
+        for event in self.guards.check(step, values):
+            self._tell(step, event, writer, progress.say)
+        values["tokens_per_second"] = values["tokens"] / seconds
+        values["flops_per_second"] = self.step_flops / seconds
+        if self.peak:
+            values["mfu"] = values["flops_per_second"] / self.peak
+        if step % self.config.log_every == 0 or step in (1, self.config.steps):
+            writer.write(step, "train", values)
+        progress.update(step, values["loss"], self.tokens_per_second())
+        return now
+
+    def _tell(self, step: int, event: Event, writer, say) -> None:
+        writer.write(step, event.kind, event.values)
+        say(event.line)
+
+    def _evaluate(self, step, state, batches, writer, say) -> None:
+        values = self.held_out.report(step, state.params, batches, writer)
+        if not values:
+            return
+        bits = (
+            f" ({values['bits_per_byte']:.3f} bits per byte)" if "bits_per_byte" in values else ""
+        )
+        moved = values.get("mixing_distance")
+        note = f", W_lc moved {moved:.1%}" if moved is not None else ""
+        say(f"step {step}: held-out loss {values['loss']:.4f}{bits}{note}")
+
+    # -- saving ----------------------------------------------------------------------------
+
+    def _save(self, step, state, batch) -> None:
+        """Saves the state after `step`; ends the run if it was asked to stop."""
+        began = time.perf_counter()
+        if self.lock is not None:
+            self.lock.check()
+        self.check_state(step, state, batch)
+        # Orbax copies to the host in ways that the guard takes for slips.
+        with jax.transfer_guard("allow"):
+            self.checkpoints.save(step, state, self.config, self.position(step))
+        self.saves.saved()
+        if self.saves.stopping and step < self.config.steps:
+            self.checkpoints.wait()
+            processes.agree(None)  # the first process seals: whoever ends before it, ends it too
+            raise Preempted(
+                f"stopped by SIGTERM after step {step} of {self.config.steps}, which is saved; "
+                "the same command goes on from there"
+            )
+        self.timing.saving += time.perf_counter() - began
+
+    def check_state(self, step: int, state, batch) -> None:
+        """Keeps a state that has diverged from being saved: its loss on one batch is finite.
+
+        The metrics of an update tell of the parameters before it, not of those it leaves.
+        Raises `UserError` that names the step and the last good checkpoint.
+        """
+        sums = jax.device_get(self.held_out.evaluate_step(state.params, batch))
+        if math.isfinite(loss := float(sums["nll"])):
+            return
+        with jax.transfer_guard("allow"):
+            self.checkpoints.wait()
+        saved = self.checkpoints.latest()
+        good = "none was saved" if saved is None else f"step {saved}"
+        raise UserError(
+            f"the loss is {loss} after step {step}; last good checkpoint: {good} in "
+            f"{self.checkpoints.directory}; lower config.optimizer.learning_rate, lengthen the "
+            "warmup or tighten clip_norm, and start a new --workdir"
+        )
+
+    # -- speed -----------------------------------------------------------------------------
+
+    def tokens_per_second(self) -> float:
+        c = self.config
+        tokens = self.timing.timed_steps * c.batch_size * c.data.context_length
+        return tokens / max(self.timing.steps, 1e-9)
+
+    def speed(self) -> dict[str, float]:
+        """What this process measured: nothing when it only finished a cut-off run."""
+        t = self.timing
+        if not t.timed_steps:
+            return {}
+        rate = self.step_flops / (t.steps / t.timed_steps)
+        return {
+            "timed_steps": t.timed_steps,
+            "tokens_per_second": self.tokens_per_second(),
+            "flops_per_second": rate,
+            "data_wait_share": t.data_wait / t.steps,
+            "saving_share": t.saving / (t.steps + t.saving),
+            "compile_seconds": t.compile,
+        } | ({"mfu": rate / self.peak} if self.peak else {})

@@ -1,0 +1,69 @@
+"""When a run saves: every so many steps, every so many minutes, and when it is asked to stop.
+
+Steps are the same on every process, clocks and signals are not. So the first process decides, and
+says so two steps ahead: it announces, after starting step k and before starting step k + 1, that
+step k + 2 will be saved. A process that has started k + 2 has seen the metrics of k + 1, which
+needed the first process's part of that step, so the announcement is there when it looks.
+"""
+
+import time
+
+from mea_jax.config.schema import CheckpointConfig
+from mea_jax.parallel import processes
+from mea_jax.parallel.preemption import StopRequest
+
+_AHEAD = 2  # steps between an announcement and its save
+
+
+class SaveTimes:
+    """Asked once after the start of each step, on every process.
+
+    Attributes:
+      stopping: the save that is due is the last one: the run was asked to stop.
+    """
+
+    def __init__(self, options: CheckpointConfig, stop: StopRequest):
+        self.options, self.stop = options, stop
+        self.stopping = False
+        self._saved = time.monotonic()
+        self._board = processes.Board("save") if processes.several() else None
+        self._asked = False  # this process has told the first one of its request to stop
+        self._announced: str | None = None  # by the first process, not yet done
+        self._round = 0
+
+    def due(self, step: int) -> bool:
+        """Whether the state after `step` is to be saved."""
+        every = self.options.every
+        by_steps = every > 0 and step % every == 0
+        if self._board is None:
+            self.stopping = self.stop.requested
+            return by_steps or self.stopping or self._time_is_up()
+        return self._agreed(step, self._board) or by_steps
+
+    def saved(self) -> None:
+        """To be told of each save."""
+        self._saved = time.monotonic()
+
+    def _time_is_up(self) -> bool:
+        seconds = self.options.minutes * 60
+        return seconds > 0 and time.monotonic() - self._saved >= seconds
+
+    def _agreed(self, step: int, board: "processes.Board") -> bool:
+        if self.stop.requested and not self._asked:
+            self._asked = True
+            board.set("stop", "1")
+        if processes.first() and self._announced is None:
+            stopping = board.get("stop") is not None
+            if stopping or self._time_is_up():
+                self._announced = f"{step + _AHEAD} {int(stopping)}"
+                board.set(f"round/{self._round}", self._announced)
+        words = self._announced or board.get(f"round/{self._round}")
+        if words is None:
+            return False
+        target, stopping_then = map(int, words.split())
+        if step < target:
+            return False
+        assert step == target, f"the save of step {target} was heard of at step {step}"
+        self._round, self._announced = self._round + 1, None
+        self.stopping = bool(stopping_then)
+        return True

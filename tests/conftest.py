@@ -8,7 +8,7 @@ import subprocess
 import sys
 import warnings
 
-import cpu_devices
+from tests import cpu_devices
 
 # Before jax is imported: it reads both once.
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -19,8 +19,6 @@ import jax
 import numpy as np
 import pytest
 from absl import app, flags
-from helpers import change, tiny_model
-from launch_machine import Machine
 
 from mea_jax.config.schema import (
     CheckpointConfig,
@@ -31,6 +29,8 @@ from mea_jax.config.schema import (
     TrainConfig,
 )
 from mea_jax.parallel import processes
+from tests.helpers import change, tiny_model
+from tests.system.launch_machine import Machine
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

@@ -4,7 +4,6 @@ import dataclasses
 import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -14,8 +13,8 @@ import numpy as np
 from mea_jax.config.schema import ModelConfig
 from mea_jax.model.params import init_params
 from mea_jax.ops import hlc
+from tests.paths import ROOT
 
-ROOT = Path(__file__).parent.parent
 PLAIN: dict[str, Any] = {"hlc": "none", "head_norm": False}
 GROUPED: dict[str, Any] = {"n_heads": 8, "n_kv_heads": 4}
 # Changes to `tiny_model` for every attention that is compared with MEA.

@@ -1,0 +1,1 @@
+"""Faults on real training processes: python -m tests.campaigns.faults."""

@@ -1,0 +1,202 @@
+"""A training process with something wrong.
+
+    python -m tests.campaigns.faults.victim NAME=VALUE .. -- FLAGS
+
+FLAGS are those of mea_jax.train. What may be wrong, and what a run is compared with:
+
+  order=FILE        each batch that a step trains on is written to FILE: its step and its digest
+  wait=SECONDS      each step takes so much longer
+  nan=STEP          the gradient of this step is not a number (may be given several times)
+  passed_over=STEP  the same batch, but the host takes the state on by hand: what `nan` must come to
+  garbage=A-B       batches A to B are noise
+  without=A-B       batches A to B are left out from the start: what a rewind must come to
+  lost=SECONDS      of silence until another process counts as lost
+  remove=GUARD      one guard of the program is out of work (see GUARDS)
+
+`nan` is put in by a mark in the batch that the compiled step looks for, so that the program is the
+same in all of these runs: another one need not give the same bits.
+"""
+
+import hashlib
+import json
+import runpy
+import sys
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import mea_jax.train.loop
+import mea_jax.train.step
+from mea_jax.checkpoint import lock, manager
+from mea_jax.checkpoint import metrics as checkpoint_metrics
+from mea_jax.data.pipeline import batch_number
+from mea_jax.parallel import preemption, processes
+from mea_jax.train import guards
+
+_MARK = -9  # in the first position of a batch whose gradient becomes nan
+
+
+def replace(owner: Any, name: str, value: Any) -> None:
+    """Puts `value` in the place of `owner.name`."""
+    setattr(owner, name, value)
+
+
+def _intervals(values: list[str]) -> list[tuple[int, int]]:
+    pairs = [value.split("-") for value in values]
+    return [(int(first), int(last)) for first, last in pairs]
+
+
+def watch_batches(options: dict[str, list[str]]) -> None:
+    """The batches of the loop: written down, marked, replaced."""
+    original = mea_jax.train.loop.train_batches
+    path = options.get("order", [None])[0]
+    marked = {int(step) for step in options.get("nan", [])}
+    garbage = _intervals(options.get("garbage", []))
+    pause = float(options.get("wait", ["0"])[0])
+
+    def train_batches(*args, start_step, left_out=(), **kwargs):
+        batches = original(*args, start_step=start_step, left_out=left_out, **kwargs)
+        for step, batch in enumerate(batches, start=start_step + 1):
+            number = batch_number(step - 1, left_out)
+            if path is not None:
+                digest = hashlib.sha256(b"".join(batch[name].tobytes() for name in sorted(batch)))
+                with open(path, "a") as order:
+                    order.write(json.dumps([step, digest.hexdigest()]) + "\n")
+            if any(first <= number <= last for first, last in garbage):
+                noise = np.random.default_rng(number)
+                shape = batch["inputs"].shape
+                batch = batch | {
+                    name: noise.integers(0, 256, shape, dtype=np.int32)
+                    for name in ("inputs", "targets")
+                }
+            if step in marked:
+                positions = batch["positions"].copy()
+                positions[0, 0] = _MARK
+                batch = batch | {"positions": positions}
+            time.sleep(pause)
+            yield batch
+
+    replace(mea_jax.train.loop, "train_batches", train_batches)
+
+
+def poison_gradients() -> None:
+    """The step's gradient is not a number where the batch bears the mark."""
+    module = mea_jax.train.step
+    original = module._gradients
+
+    def gradients(config, params, batch, teacher):
+        poison = jnp.where(batch["positions"][0, 0] == _MARK, jnp.nan, 1.0)
+        batch = dict(batch) | {"positions": jnp.maximum(batch["positions"], 0)}
+        found, *sums = original(config, params, batch, teacher)
+        return jax.tree.map(lambda g: g * poison, found), *sums
+
+    replace(module, "_gradients", gradients)
+
+
+def pass_over(steps: set[int]) -> None:
+    """The host takes the state over `steps`: parameters and moments stay, the clocks go on."""
+    compiled = mea_jax.train.loop.Loop._compiled
+
+    def stepping(self, state, batch):
+        step_fn = compiled(self, state, batch)
+
+        def step(state, batch):
+            number = int(jax.device_get(state.step)) + 1
+            if number not in steps:
+                return step_fn(state, batch)
+            kept = jax.tree.map(np.array, jax.device_get(state))
+            stepped, metrics = step_fn(state, batch)
+
+            def leaf(path, value):
+                # The run's step, and in the chain (clip, (adam, decay, schedule)) the schedule's.
+                clock = jax.tree_util.keystr(path) in (".step", ".opt_state[1][2].count")
+                return value + 1 if clock else value
+
+            kept = jax.tree_util.tree_map_with_path(leaf, kept)
+            return jax.device_put(kept, jax.tree.map(lambda x: x.sharding, stepped)), metrics
+
+        return step
+
+    replace(mea_jax.train.loop.Loop, "_compiled", stepping)
+
+
+def without(intervals: list[tuple[int, int]]) -> None:
+    """Batches that are left out from the start."""
+    original = guards.Guards.__init__
+
+    def start(self, config, stored=None):
+        original(self, config, stored)
+        if not stored:
+            self.left_out = intervals
+
+    replace(guards.Guards, "__init__", start)
+
+
+def _no_lock():
+    class Free(lock.Lock):
+        def check(self):
+            pass
+
+    def flock(*_):
+        pass
+
+    replace(lock.fcntl, "flock", flock)
+    replace(lock, "Lock", Free)
+
+
+def _no_position():
+    original = guards.Guards.__init__
+
+    def forgetful(self, config, stored=None):
+        original(self, config)
+
+    replace(guards.Guards, "__init__", forgetful)
+
+
+def _no_cleaning():
+    def prepare(self):
+        self.directory.mkdir(exist_ok=True, parents=True)
+
+    replace(manager.Checkpoints, "_prepare", prepare)
+
+
+# The guards that a campaign can do without, to see that it notices.
+GUARDS = {
+    "digests": lambda: replace(manager.Checkpoints, "damage", lambda *_, **__: None),
+    "lock": _no_lock,
+    "cleaning": _no_cleaning,
+    "skipping": lambda: replace(mea_jax.train.step.jnp, "isfinite", jnp.ones_like),
+    "skip_limit": lambda: replace(guards, "SKIP_WINDOW", 0),
+    "spikes": lambda: replace(guards.SpikeDetector, "feed", lambda *_: None),
+    "position": _no_position,
+    "sigterm": lambda: replace(preemption.StopRequest, "_receive", lambda *_: None),
+    "metrics": lambda: replace(checkpoint_metrics, "read_metrics", lambda path: []),
+}
+
+
+def main() -> None:
+    split = sys.argv.index("--")
+    options: dict[str, list[str]] = {}
+    for word in sys.argv[1:split]:
+        name, _, value = word.partition("=")
+        options.setdefault(name, []).append(value)
+    watch_batches(options)
+    if "nan" in options or "passed_over" in options:
+        poison_gradients()
+    if "passed_over" in options:
+        pass_over({int(step) for step in options["passed_over"]})
+    if "without" in options:
+        without(_intervals(options["without"]))
+    if "lost" in options:
+        replace(processes, "LOST_SECONDS", float(options["lost"][0]))
+    for guard in options.get("remove", []):
+        GUARDS[guard]()
+    sys.argv = ["mea_jax.train", *sys.argv[split + 1 :]]
+    runpy.run_module("mea_jax.train", run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,33 @@
+"""A few of the corrupted checkpoints that `tests.campaigns.fuzz` tries by the thousand."""
+
+import tempfile
+from pathlib import Path
+
+import pytest
+from hypothesis import example, given, settings
+
+from tests.campaigns.fuzz import checkpoints
+
+FLIPPED = checkpoints.Damage("sealed", "flip", 0.5, 0.5, b"\1")
+
+
+@settings(max_examples=40)
+@given(checkpoints.STRATEGY)
+@example(FLIPPED)
+@example(checkpoints.Damage("forged", "link", 0.6, 0.0, b"\0"))
+@example(checkpoints.Damage("forged", "words", 0.23, 0.0, b"\7"))
+@example(checkpoints.Damage("unsealed", "words", 0.35, 0.0, b"\7"))
+def test_a_corrupted_checkpoint_is_refused_in_a_line_or_read_as_arrays(damage):
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoints.check(damage, Path(folder))
+
+
+@pytest.mark.parametrize("change", ["flip", "cut", "remove", "link"])
+def test_every_file_of_a_checkpoint_is_watched(change, tmp_path):
+    """Damage to each file in its turn is noticed."""
+    count = sum(path.is_file() for path in (checkpoints.OLD / "checkpoints").rglob("*"))
+    for number in range(count + 1):  # with the digests themselves
+        damage = checkpoints.Damage("sealed", change, (number + 0.5) / (count + 1), 0.5, b"\3")
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        assert checkpoints.check(damage, folder) == "refused: damage"

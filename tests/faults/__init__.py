@@ -1,1 +1,0 @@
-"""Faults on real training processes: python -m tests.faults."""

@@ -1,0 +1,169 @@
+"""modeling_mea.py against the JAX model: every kind of attention, padding, caches, generation."""
+
+import copy
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import torch
+
+from mea_jax.generate.generator import Generator
+from mea_jax.model.transformer import apply_logits
+from tests.helpers import GROUPED, PLAIN, params_of, tiny_model
+from tests.system.convert.exported_mea import load, save
+
+SCALED = {
+    "rope_theta": 100.0,
+    "rope_scaling.factor": 8.0,
+    "rope_scaling.original_context": 16,
+}
+FREQUENCY = {"key_mixing": "frequency", "value_mixing": "dense"}
+CASES: dict[str, dict[str, Any]] = {
+    "plain": PLAIN | GROUPED | {"qk_norm": True},
+    "C per layer": GROUPED | {"key_components": (1, 2), "value_components": (3, 2)},
+    "keys alone, scaled rope": {"hlc": "k", "key_components": 2, "head_norm": False} | SCALED,
+    "values alone, key norm": {"hlc": "v", "value_components": 2, "qk_norm": True},
+    "key norm": GROUPED | {"key_components": 2, "value_components": 1, "qk_norm": True},
+    "complex keys, key norm": FREQUENCY | {"key_components": 2, "qk_norm": True},
+    "complex keys, no norm": FREQUENCY
+    | GROUPED
+    | {"value_components": 3, "key_components": 3, "head_norm": False},
+    "mixed after the norm": {"hlc_order": "after", "key_components": 2, "qk_norm": True},
+    "gate per head, untied": {"gate": "head", "tie_embeddings": False, "key_components": 3},
+    "gate per feature": GROUPED | {"gate": "feature", "value_components": 2},
+    "alibi": GROUPED | {"positions": "alibi", "key_components": 2, "qk_norm": True},
+    "learned positions": {"positions": "learned", "max_positions": 24, "value_components": 2},
+    "experts": GROUPED
+    | {"n_experts": 6, "experts_per_token": 2, "d_expert": 16, "key_components": 2},
+    "no positions": {"positions": "none", "key_components": 2},
+}
+LENGTH = 20
+# A row without padding, one padded on the right, one on the left.
+SPANS = ((0, 20), (0, 13), (6, 20))
+
+
+def batch():
+    """Tokens, positions, and 1 where there is a token: (3, 20)."""
+    real = np.zeros((len(SPANS), LENGTH), np.int32)
+    for row, (start, end) in zip(real, SPANS, strict=True):
+        row[start:end] = 1
+    tokens = np.random.default_rng(0).integers(0, 264, real.shape, np.int32)
+    places = np.maximum(np.cumsum(real, axis=1) - 1, 0).astype(np.int32)
+    return tokens, places, real
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request, tmp_path_factory):
+    """One model in both forms, and its logits on the batch by JAX."""
+    model = tiny_model(**CASES[request.param])
+    params = params_of(model, noise=0.3)
+    tokens, places, real = batch()
+    logits = jax.jit(apply_logits, static_argnums=0)(model, params, tokens, places, real)
+    exported = load(save(model, params, tmp_path_factory.mktemp("mea") / "model"))
+    return SimpleNamespace(
+        model=model,
+        params=params,
+        torch=exported,
+        logits=np.asarray(logits),
+        inputs={"input_ids": torch.tensor(tokens), "attention_mask": torch.tensor(real)},
+    )
+
+
+@torch.no_grad()
+def test_logits_are_ours(case):
+    """At every token of rows with and without padding; float32, so 1e-4 is 100 roundings."""
+    logits = case.torch(**case.inputs, use_cache=False).logits.numpy()
+    for ours, theirs, (start, end) in zip(case.logits, logits, SPANS, strict=True):
+        np.testing.assert_allclose(theirs[start:end], ours[start:end], rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_cache_in_pieces_is_the_whole(case):
+    """A prompt, then 1, 3 and 9 more tokens (read as they lie, likewise, mixed first), then 1."""
+    ids, mask = case.inputs["input_ids"], case.inputs["attention_mask"]
+    pieces, past, end = [], None, 0
+    for size in (6, 1, 3, 9, 1):
+        start, end = end, end + size
+        out = case.torch(ids[:, start:end], attention_mask=mask[:, :end], past_key_values=past)
+        past = out.past_key_values
+        pieces.append(out.logits)
+    logits = torch.cat(pieces, dim=1).numpy()
+    for ours, theirs, (start, end) in zip(case.logits, logits, SPANS, strict=True):
+        np.testing.assert_allclose(theirs[start:end], ours[start:end], rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+def test_padding_between_tokens_changes_nothing(case):
+    """A prompt padded on the right, continued behind its padding: 6 tokens, 4 empty, 4 tokens."""
+    ids = case.inputs["input_ids"][:1, :10]
+    mask = torch.tensor([[1] * 6 + [0] * 4 + [1] * 4])
+    first = torch.cat([ids[:, :6], torch.zeros(1, 4, dtype=ids.dtype)], dim=1)
+    past = case.torch(first, attention_mask=mask[:, :10]).past_key_values
+    logits = case.torch(ids[:, 6:], attention_mask=mask, past_key_values=past).logits
+    np.testing.assert_allclose(logits[0], case.logits[0, 6:10], rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_cache_holds_components(case, dtype):
+    """Its bytes are those of C_k + C_v heads and, where a key norm meets mixed keys, K float32."""
+    config = case.model
+    past = copy.deepcopy(case.torch).to(dtype)(**case.inputs).past_key_values
+    held = sum(x.numel() * x.element_size() for layer in past.layers for x in layer_tensors(layer))
+    components = sum(config.components("key")) + sum(config.components("value"))
+    scalars = config.qk_norm and config.mixes("key") and config.hlc_order == "before"
+    a_token = components * config.head_dim * dtype.itemsize
+    a_token += 4 * config.n_kv_heads * config.n_layers * scalars
+    assert held == a_token * len(SPANS) * LENGTH
+
+
+def layer_tensors(layer):
+    return [x for x in vars(layer).values() if isinstance(x, torch.Tensor)]
+
+
+PROMPTS = [[5, 9, 200, 31, 77], [18, 3], [150, 151, 152, 153]]
+
+
+def padded(prompts):
+    """Prompts padded on the left, as generation wants them."""
+    longest = max(map(len, prompts))
+    ids = [[0] * (longest - len(p)) + p for p in prompts]
+    mask = [[0] * (longest - len(p)) + [1] * len(p) for p in prompts]
+    return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+
+
+def generated(model, **options):
+    out = model.generate(**padded(PROMPTS), max_new_tokens=12, pad_token_id=0, **options)
+    return out[:, max(map(len, PROMPTS)) :].tolist()
+
+
+@pytest.mark.parametrize("name", ["C per layer", "complex keys, key norm"])
+def test_greedy_tokens_are_ours(name, tmp_path):
+    """Continuations of prompts of three lengths in one batch."""
+    model = tiny_model(**CASES[name])
+    params = params_of(model, noise=0.3)
+    ours = Generator(model, params, length=24).run(PROMPTS, count=12)
+    exported = load(save(model, params, tmp_path / "model"))
+    assert generated(exported, do_sample=False) == ours
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"do_sample": True, "temperature": 0.9, "top_k": 50},
+        {"do_sample": False, "num_beams": 3},
+    ],
+    ids=["sampling", "beams"],
+)
+def test_generation_without_a_cache_is_the_same(tmp_path, options):
+    """Beams move rows of the cache about, its scalars among them."""
+    model = tiny_model(**CASES["key norm"])
+    exported = load(save(model, params_of(model, noise=0.3), tmp_path / "model"))
+    texts = []
+    for use_cache in (True, False):
+        torch.manual_seed(0)
+        texts.append(generated(exported, use_cache=use_cache, **options))
+    assert texts[0] == texts[1]
+    assert len({tuple(text) for text in texts[0]}) == len(PROMPTS)

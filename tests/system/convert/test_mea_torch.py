@@ -1,0 +1,119 @@
+"""What modeling_mea.py is beyond our models' logits: loss, storage, a fresh start, experts."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from mea_jax.convert import composite
+from mea_jax.convert.attention_mea import pack, unpack
+from mea_jax.convert.configuration_mea import MEAConfig
+from mea_jax.convert.modeling_mea import MEAExperts, MEAForCausalLM
+from tests.helpers import GROUPED, params_of, tiny_model
+from tests.system.convert.exported_mea import load, save
+
+IDS = torch.tensor(np.random.default_rng(0).integers(0, 264, (2, 10)))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    model = tiny_model(**GROUPED, qk_norm=True, key_components=(1, 2), value_components=2)
+    return save(model, params_of(model, noise=0.3), tmp_path_factory.mktemp("mea") / "model")
+
+
+def test_it_is_stored_as_it_was_read(folder, tmp_path):
+    """`save_pretrained` takes the code along, and other tensors of a model gain nothing."""
+    model = load(folder)
+    model.save_pretrained(tmp_path / "again")
+    names = {file.name for file in (tmp_path / "again").iterdir()}
+    assert {file.name for file in composite.MODEL_FILES} <= names
+    again = load(tmp_path / "again")
+    with torch.no_grad():
+        torch.testing.assert_close(again(IDS).logits, model(IDS).logits, rtol=0, atol=0)
+
+
+def test_loss_and_gradients(folder):
+    """The mean cross-entropy of next tokens, which every parameter has a part in."""
+    model = load(folder)
+    out = model(IDS, labels=IDS)
+    log_p = torch.log_softmax(out.logits[:, :-1], dim=-1)
+    expected = -log_p.gather(-1, IDS[:, 1:, None]).mean()
+    torch.testing.assert_close(out.loss, expected, rtol=1e-5, atol=0)
+    out.loss.backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.parameters())
+
+
+def test_hidden_states_and_last_logits(folder):
+    """What evaluation asks for: states of all depths, logits of the last positions alone."""
+    model = load(folder)
+    with torch.no_grad():
+        out = model(IDS, output_hidden_states=True)
+        last = model(IDS, logits_to_keep=2).logits
+    assert len(out.hidden_states) == 3
+    torch.testing.assert_close(model.lm_head(out.hidden_states[-1]), out.logits, rtol=0, atol=0)
+    torch.testing.assert_close(last, out.logits[:, -2:], rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("changes", [{"qk_norm": True}, {"positions": "alibi"}])
+def test_a_cache_of_fixed_size(tmp_path, changes):
+    """generate() with preallocated keys and values, whose masks come ready made."""
+    ours = tiny_model(**GROUPED, **changes, key_components=(1, 2))
+    model = load(save(ours, params_of(ours, noise=0.3), tmp_path / "model"))
+    mask = torch.ones_like(IDS)
+    mask[1, :4] = 0
+    options = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    grown = model.generate(IDS, **options)
+    fixed = model.generate(IDS, cache_implementation="static", **options)
+    assert grown.tolist() == fixed.tolist()
+
+
+@pytest.mark.parametrize("kinds", [("heads", "heads"), ("frequency", "dense")])
+def test_a_fresh_model_is_plain_attention(folder, kinds):
+    """Mixing starts at block identity: two components serve four heads, as GQA with two."""
+    mixed = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    mixed.key_mixing, mixed.value_mixing = kinds
+    mixed.key_components = mixed.value_components = [2, 2]
+    mixed.head_norm = False
+    torch.manual_seed(0)
+    mea = AutoModelForCausalLM.from_config(mixed, trust_remote_code=True).eval()
+    plain = MEAConfig(**(mixed.to_dict() | {"hlc": "none", "num_key_value_heads": 2}))
+    plain.key_components = plain.value_components = None
+    gqa = MEAForCausalLM(plain).eval()
+    left_out = gqa.load_state_dict(mea.state_dict(), strict=False)
+    assert not left_out.missing_keys
+    assert all("mixing" in name for name in left_out.unexpected_keys)
+    with torch.no_grad():
+        torch.testing.assert_close(mea(IDS).logits, gqa(IDS).logits, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_scalars_keep_their_bits_in_narrow_caches(dtype):
+    scalars = torch.exp(torch.randn(2, 5, 3, generator=torch.manual_seed(0)))
+    stored = torch.cat([torch.zeros(2, 5, 4, dtype=dtype), pack(scalars, dtype)], dim=-1)
+    torch.testing.assert_close(unpack(stored[..., 4:]), scalars, rtol=0, atol=0)
+    assert pack(scalars, dtype).nbytes == scalars.nbytes
+
+
+@pytest.mark.parametrize("normalise", [True, False])
+def test_experts_are_the_sum_of_the_chosen(normalise):
+    """Against all experts of all tokens, times weights that are zero for those not chosen."""
+    config = MEAConfig(
+        hidden_size=8,
+        n_experts=6,
+        experts_per_token=2,
+        d_expert=5,
+        normalise_router=normalise,
+    )
+    torch.manual_seed(0)
+    block, x = MEAExperts(config), torch.randn(2, 7, 8)
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter)
+    with torch.no_grad():
+        p = torch.softmax(x @ block.router.weight.T, dim=-1)
+        weights = torch.where(p >= p.sort(dim=-1).values[..., -2:-1], p, 0)
+        if normalise:
+            weights = weights / weights.sum(-1, keepdim=True)
+        gate, up = (torch.einsum("btd,edf->btef", x, w) for w in (block.gate, block.up))
+        hidden = gate * torch.sigmoid(gate) * up
+        expected = torch.einsum("btef,efd,bte->btd", hidden, block.down, weights)
+        torch.testing.assert_close(block(x), expected, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,74 @@
+"""Compare the installed packages with the recorded set: `python -m tests.system.recorded`.
+
+The command prints each package whose version differs from constraints/PYTHON.txt, or that only one
+side has, and exits 0: newer versions are expected, and the tests decide whether they work.
+`python -m tests.system.recorded --freeze` prints the installed packages as such a file.
+"""
+
+import sys
+import tomllib
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+from tests.paths import ROOT
+
+FOLDER = ROOT / "constraints"
+# What an environment holds without having been asked for.
+_IGNORED = {"mea-jax", "pip"}
+
+
+def requirements() -> Iterator[tuple[str, Requirement]]:
+    """Yield every requirement of pyproject.toml with the name of its group."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    groups = {"build": project["build-system"]["requires"]}
+    groups |= {"dependencies": project["project"]["dependencies"]}
+    groups |= project["project"]["optional-dependencies"]
+    for group, lines in groups.items():
+        for line in lines:
+            yield group, Requirement(line)
+
+
+def recorded(path: Path) -> dict[str, Version]:
+    """Return the versions that a file of constraints pins, by canonical name."""
+    lines = (line.split("#")[0].strip() for line in path.read_text().splitlines())
+    pins = (line.split("==") for line in lines if line)
+    return {canonicalize_name(name): Version(version) for name, version in pins}
+
+
+def installed() -> dict[str, Version]:
+    """Return the public versions of all installed packages, by canonical name."""
+    found = {
+        canonicalize_name(package.name): Version(Version(package.version).public)
+        for package in metadata.distributions()
+    }
+    return {name: version for name, version in sorted(found.items()) if name not in _IGNORED}
+
+
+def differences(here: dict[str, Version], there: dict[str, Version]) -> list[str]:
+    """Return a line for each package of which `here` and `there` hold different versions."""
+    return [
+        f"{name}: {here.get(name, 'none')} installed, {there.get(name, 'none')} recorded"
+        for name in sorted(here.keys() | there.keys())
+        if here.get(name) != there.get(name)
+    ]
+
+
+def main() -> None:
+    if sys.argv[1:] == ["--freeze"]:
+        print(*(f"{name}=={version}" for name, version in installed().items()), sep="\n")
+        return
+    path = FOLDER / f"{sys.version_info.major}.{sys.version_info.minor}.txt"
+    if not path.exists():
+        print(f"no set of packages is recorded for this Python: there is no {path}")
+        return
+    lines = differences(installed(), recorded(path))
+    print(f"packages that differ from constraints/{path.name}: {len(lines)}", *lines, sep="\n  ")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,396 @@
+"""Several processes on the loopback: one run, whatever their number; and how they end."""
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from mea_jax.checkpoint.manager import Checkpoints
+from mea_jax.checkpoint.metrics import read_metrics
+from mea_jax.config.schema import MeshConfig
+from mea_jax.parallel import processes as parallel_processes
+from mea_jax.parallel import sharding
+from mea_jax.train.run import train
+from mea_jax.train.step import abstract_state
+from tests.helpers import assert_close, change
+from tests.paths import ROOT
+
+STEPS, SAVED = 5, 3
+DEVICES = 4  # of the whole run, shared by its processes
+
+# A config file that loads the JSON beside it.
+CONFIG = """
+import json
+from mea_jax.config.schema import default_config
+
+def get_config():
+    config = default_config()
+    with open({path!r}) as file:
+        tree = json.load(file)
+    tree["data"]["sources"] = tuple(tree["data"]["sources"])
+    config.update(tree)
+    return config
+"""
+
+# What four processes do: place batches on meshes of every kind, train, and go on with a run of two.
+FOUR = """
+import json, sys
+from pathlib import Path
+import jax, numpy as np
+from mea_jax import cli, distributed, sharding
+from mea_jax.config.schema import MeshConfig, TrainConfig
+from mea_jax.data.pipeline import held_out_batches, train_batches
+from mea_jax.data.multi_host import prepare_together
+from mea_jax.train import train
+
+def main():
+    address, index, given, fresh, resumed = arguments[1:]
+    distributed.start(coordinator=address, count=4, index=int(index), timeout=60)
+    cli.enable_compilation_cache()
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # for the second run
+    config = from_dict(json.loads(Path(given).read_text()))
+    size, length = config.batch_size, config.data.context_length
+    prepared = prepare_together(config.data, None, log=lambda line: None)
+    for sizes, order in (((4, 1, 1), -1), ((1, 2, 2), 1), ((2, 1, 2), -1), ((1, 2, 1, 2), 1)):
+        mesh = sharding.make_mesh(MeshConfig(*sizes), jax.devices()[::order])
+        where = sharding.batch_sharding(mesh)
+        rows = distributed.local_rows(where, (size, length))
+        assert len(rows) == size // (sizes[0] * sizes[1]), rows
+        gather = jax.jit(lambda x: x, out_shardings=sharding.replicated(mesh))
+        for read, options in (
+            (train_batches, {"seed": 0, "start_step": 3}),
+            (held_out_batches, {}),
+        ):
+            part = next(read(prepared, batch_size=size, rows=rows, **options))
+            whole = next(read(prepared, batch_size=size, **options))
+            for name, x in part.items():
+                found = gather(distributed.place_rows(where, x, rows, size))
+                np.testing.assert_array_equal(np.asarray(found), whole[name])
+    train(config, Path(fresh))
+    train(config, Path(resumed))
+
+arguments = sys.argv
+sys.argv = sys.argv[:1]  # no flags
+cli.run(main)
+"""
+
+# Two processes that exchange something until one of them is gone.
+KILLED = """
+import os, signal, sys
+import jax, numpy as np
+from mea_jax import cli, distributed
+
+distributed._FAREWELL_SECONDS = 1.0
+
+def main():
+    distributed.start(coordinator=ADDRESS, count=2, index=INDEX, timeout=60)
+    from jax.experimental import multihost_utils
+    for step in range(1000):
+        multihost_utils.process_allgather(np.ones(3))
+        if step == 3 and INDEX == VICTIM:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+cli.run(main)
+"""
+
+
+def free_address():
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return f"localhost:{probe.getsockname()[1]}"
+
+
+def start(arguments, devices=1, **environment):
+    flags = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={devices}")
+    path = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    return subprocess.Popen(
+        [sys.executable, *map(str, arguments)],
+        env=os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": path} | environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def ends(processes, timeout=240):
+    """[(exit status, stderr)] of all; none of them outlives the test."""
+    processes = list(processes)  # all of them started
+    deadline, found = time.monotonic() + timeout, []
+    try:
+        for process in processes:
+            _, err = process.communicate(timeout=max(deadline - time.monotonic(), 0))
+            found.append((process.returncode, err))
+    finally:
+        for process in processes:
+            process.kill()
+    return found
+
+
+def train_command(config_file, address, count, index, *arguments):
+    return [
+        *("-m", "mea_jax.train", "--config", config_file, "--coordinator", address),
+        *("--num_processes", count, "--process_id", index, "--startup_timeout", 60, *arguments),
+    ]
+
+
+def train_together(config_file, count, workdir):
+    address = free_address()
+    found = ends(
+        start(
+            train_command(config_file, address, count, index, "--workdir", workdir),
+            devices=DEVICES // count,
+        )
+        for index in range(count)
+    )
+    for status, err in found:
+        assert status == 0, err[-3000:]
+    return found
+
+
+@pytest.fixture(scope="module")
+def config(tiny):
+    return tiny(
+        steps=STEPS,
+        **{
+            "mesh": MeshConfig(1, 2, 2),
+            "checkpoint.every": SAVED,
+            "checkpoint.keep": 3,
+            "evaluate.sample_prompt": "a quick",
+            "evaluate.sample_tokens": 4,
+        },
+    )
+
+
+@pytest.fixture(scope="module")
+def config_file(config, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("config")
+    (folder / "tree.json").write_text(json.dumps(config.to_dict()))
+    (folder / "conf.py").write_text(CONFIG.format(path=str(folder / "tree.json")))
+    return folder / "conf.py"
+
+
+def cut_after_checkpoint(whole, workdir):
+    """A copy of a run as a kill after its checkpoint of step SAVED leaves it."""
+    shutil.copytree(whole, workdir)
+    shutil.rmtree(workdir / "checkpoints" / str(STEPS))
+    for name in ("summary.json", "loss.png"):
+        (workdir / name).unlink()
+    return workdir
+
+
+def alone(config, workdir):
+    """The run in this process, on as many devices."""
+    everything = jax.devices()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "devices", lambda *_: everything[:DEVICES])
+        return train(config, workdir)
+
+
+@pytest.fixture(scope="module")
+def runs(config, config_file, tmp_path_factory):
+    """Run directories: of 1, 2 and 4 processes, and of what 2 began and 1 or 4 ended."""
+    folder = tmp_path_factory.mktemp("runs")
+    alone(config, folder / "1")
+    train_together(config_file, 2, folder / "2")
+    for name in ("2 to 1", "2 to 4"):
+        cut_after_checkpoint(folder / "2", folder / name)
+    alone(config, folder / "2 to 1")
+    address = free_address()
+    given = folder / "four.json"  # without a sample: two have shown that it works, and it compiles
+    given.write_text(json.dumps(change(config, **{"evaluate.sample_prompt": ""}).to_dict()))
+    found = ends(
+        start(["-c", FOUR, address, index, given, folder / "4", folder / "2 to 4"])
+        for index in range(4)
+    )
+    for status, err in found:
+        assert status == 0, err[-3000:]
+    return folder
+
+
+@pytest.mark.parametrize("name", ["2", "4", "2 to 1", "2 to 4"])
+def test_any_number_of_processes_is_the_same_run(config, runs, name):
+    """The losses of every step and the parameters after the last, from whichever start."""
+    one, other = (read_metrics(runs / run / "metrics.jsonl") for run in ("1", name))
+    assert [(row["step"], row["kind"]) for row in one] == [
+        (row["step"], row["kind"]) for row in other
+    ]
+    for a, b in zip(one, other, strict=True):
+        for key in ("loss", "grad_norm", "tokens", "attention_entropy"):
+            if key in a:
+                # Float32 sums over devices in another order, magnified by Adam.
+                np.testing.assert_allclose(a[key], b[key], rtol=1e-5, err_msg=f"{key} {a['step']}")
+    mesh = sharding.make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+    states = []
+    for run in ("1", name):
+        with Checkpoints(runs / run) as checkpoints:
+            states.append(checkpoints.restore(STEPS, abstract_state(config, mesh)))
+    assert int(states[1].step) == STEPS
+    assert_close(states[0].params, states[1].params, rtol=1e-4, atol=1e-6)
+    summaries = [json.loads((runs / run / "summary.json").read_text()) for run in ("1", name)]
+    assert summaries[1].get("sample", summaries[0]["sample"]) == summaries[0]["sample"]
+    assert "sample" in summaries[1] or "4" in name
+    assert summaries[1]["held_out_loss"] == pytest.approx(summaries[0]["held_out_loss"], rel=1e-5)
+
+
+def test_a_resumed_run_really_began_with_the_others_checkpoint(runs):
+    for name in ("2 to 1", "2 to 4"):
+        summary = json.loads((runs / name / "summary.json").read_text())
+        assert summary["timed_steps"] == STEPS - SAVED
+        kept = {path.name for path in (runs / name / "checkpoints").iterdir()}
+        assert kept == {str(SAVED), str(STEPS)}
+        assert not list((runs / name).glob(".shared*"))
+
+
+# -- how they end ---------------------------------------------------------------------------
+
+
+def one_line(err):
+    """The one line "error: ..." of a process, after which nothing comes."""
+    lines = err.splitlines()
+    assert [line for line in lines if line.startswith("error:")] == lines[-1:], err
+    assert "Traceback" not in err
+    assert "Check failure stack trace" not in err
+    return lines[-1]
+
+
+def test_a_process_that_never_comes(config_file, tmp_path):
+    """jax alone would abort with a stack trace."""
+    address = free_address()
+    command = train_command(config_file, address, 3, 0, "--workdir", tmp_path / "run")
+    ((status, err),) = ends([start([*command, "--startup_timeout", 1])], timeout=60)
+    line = one_line(err)
+    assert status == 2
+    for part in (f"1 of 3 processes came to {address} within 1 s", "processes 1, 2 did not"):
+        assert part in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_no_cluster(config_file, tmp_path):
+    command = ["-m", "mea_jax.train", "--config", config_file, "--workdir", tmp_path / "run"]
+    ((status, err),) = ends([start([*command, "--distributed"])], timeout=60)
+    assert status == 2
+    assert "found no TPU pod, Slurm job or other cluster" in one_line(err)
+    assert "--coordinator HOST:PORT" in err
+
+
+def test_a_cluster_job_whose_other_process_never_comes(config_file, tmp_path):
+    """Found by Slurm's variables, as jax reads them; jax alone would abort with a stack trace."""
+    port = int(free_address().partition(":")[2])
+    slurm = {"JOB_ID": "1", "STEP_NODELIST": "localhost", "NTASKS": "2", "PROCID": "1"}
+    slurm = {f"SLURM_{key}": value for key, value in (slurm | {"LOCALID": "0"}).items()}
+    arguments = ["--workdir", tmp_path / "run", "--distributed", "--startup_timeout", 1]
+    command = ["-m", "mea_jax.train", "--config", config_file, *arguments]
+    process = start(command, **slurm, JAX_COORDINATOR_PORT=str(port))
+    ((status, err),) = ends([process], timeout=60)
+    assert status == 2
+    line = one_line(err)
+    assert "did not all start within 1 s: this is process 1 of 2" in line
+    assert f"localhost:{port}" in line
+
+
+def test_configs_that_differ(config_file, tmp_path):
+    address, workdir = free_address(), tmp_path / "run"
+    other = ["--workdir", workdir, "--config.seed=3"]
+    found = ends(
+        [
+            start(train_command(config_file, address, 2, 0, "--workdir", workdir)),
+            start(train_command(config_file, address, 2, 1, *other)),
+        ],
+        timeout=60,
+    )
+    for status, err in found:
+        assert status == 2
+        line = one_line(err)
+        assert "process 1 on " in line
+        assert "was started otherwise than process 0: seed is 3, not 0" in line
+    assert not workdir.exists()
+
+
+def test_other_data_on_another_host(config_file, corpus, tmp_path):
+    """Each host with a cache and a copy of the text of its own, one of which is not the same.
+
+    Only one process has the mistake, and only the other has a line to read its text from: both end.
+    """
+    address = free_address()
+    processes = []
+    for index in range(2):
+        home = tmp_path / str(index)
+        shutil.copytree(corpus, home / "corpus")
+        source = "--config.data.sources=({'source': 'text', 'path': '~/corpus'},)"
+        arguments = ["--workdir", tmp_path / "run", source, "--config.data.cache_dir=~/cache"]
+        command = train_command(config_file, address, 2, index, *arguments)
+        processes.append(start(command, devices=2, HOME=str(home)))
+    (tmp_path / "1" / "corpus" / "zz.txt").write_text("one more document " * 9)
+    for status, err in ends(processes, timeout=60):
+        assert status == 2
+        assert "process 1 on " in one_line(err)
+        assert f"has made other data than process 0, in {tmp_path / '1' / 'cache'}" in err
+
+
+def test_a_mistake_of_one_process_ends_all(config_file, tmp_path):
+    """Only process 0 reads text; the others, which wait for it, end with its line."""
+    address = free_address()
+    source = f"--config.data.sources=({{'source': 'text', 'path': '{tmp_path / 'none'}'}},)"
+    arguments = ["--workdir", tmp_path / "run", source]
+    commands = [train_command(config_file, address, 2, index, *arguments) for index in range(2)]
+    began = time.monotonic()
+    found = ends([start(command, devices=2) for command in commands], timeout=60)
+    assert time.monotonic() - began < 60
+    assert [status for status, _ in found] == [2, 2]
+    mistake = f"{tmp_path / 'none'}: no such file or folder"
+    assert one_line(found[0][1]).startswith(f"error: {mistake}")
+    assert re.match(rf"error: process 0 on \S+ ended: {mistake}", one_line(found[1][1]))
+
+
+def test_a_run_directory_that_is_not_shared(config_file, tmp_path):
+    address = free_address()
+    commands = [
+        train_command(config_file, address, 2, index, "--workdir", tmp_path / str(index))
+        for index in range(2)
+    ]
+    short = "import mea_jax.checkpoint.run_directory as r; r._SHARED_SECONDS = 0.5; "
+    short += "import runpy, sys; sys.argv = sys.argv[1:]; "
+    short += "runpy.run_module('mea_jax.train', run_name='__main__', alter_sys=True)"
+    found = ends([start(["-c", short, *c[1:]], devices=2) for c in commands], timeout=60)
+    for status, err in found:
+        assert status == 2
+        assert f"has the run directory {tmp_path / '1'}, which is not {tmp_path / '0'}" in err
+        assert "same --workdir" in one_line(err)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_process_ends_the_others(victim):
+    """With one line, unless it is process 0, which holds jax's coordination service."""
+    names = f"ADDRESS, VICTIM, INDEX = {free_address()!r}, {victim}, "
+    processes = [start(["-c", f"{names}{index}\n{KILLED}"]) for index in range(2)]
+    found = ends(processes, timeout=60)
+    assert found[victim][0] == -9
+    status, err = found[1 - victim]
+    if victim == 0:
+        assert status in (1, -6)
+    else:
+        assert status == 1
+        assert "the connection to another process was lost" in one_line(err)
+
+
+def test_silence_is_noticed_at_the_limit():
+    """Signs count when they are new, by the clock of the process that looks."""
+    signs = parallel_processes.SignsOfLife(3, 100.0)
+    signs.note({0: "1 a", 1: "7 b"}, 110.0)
+    assert signs.lost(100.0 + parallel_processes.LOST_SECONDS) is None
+    found = signs.lost(101.0 + parallel_processes.LOST_SECONDS)
+    assert (
+        found == f"process 2 has not been heard of for {parallel_processes.LOST_SECONDS + 1:.0f} s"
+    )
+    signs.note({0: "2 a", 1: "7 b", 2: "1 c"}, 160.0)
+    found = signs.lost(160.0 + parallel_processes.LOST_SECONDS)
+    assert found is not None
+    assert found.startswith("process 1 on b ")

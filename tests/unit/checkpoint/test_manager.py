@@ -1,0 +1,397 @@
+"""Checkpoints: self-describing, bit-exact, and free of the mesh that wrote them."""
+
+import dataclasses
+import errno
+import hashlib
+import json
+import math
+import shutil
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from flax import serialization
+
+from mea_jax.checkpoint import digests
+from mea_jax.checkpoint.load import load
+from mea_jax.checkpoint.manager import Checkpoints, Position
+from mea_jax.checkpoint.metrics import read_metrics
+from mea_jax.config.parse import from_dict
+from mea_jax.config.schema import CheckpointConfig, MeshConfig
+from mea_jax.errors import UserError
+from mea_jax.parallel import sharding
+from mea_jax.parallel.preemption import Preempted
+from mea_jax.train.run import train
+from mea_jax.train.step import abstract_state, create_state
+from tests.helpers import assert_equal, flat
+from tests.paths import ROOT
+
+OPTIONS = CheckpointConfig(every=1, keep=2)
+POSITION = Position(3, "digest", {"rewinds": 1})
+# A run of six steps that was cut after the fourth, written before checkpoints had digests.
+FORMAT_1 = ROOT / "tests" / "checkpoints" / "format_1"
+
+
+@pytest.fixture(scope="module")
+def config(tiny):
+    return tiny(**{"model.n_layers": 1, "model.key_components": 2})
+
+
+@pytest.fixture(scope="module")
+def written(config, tmp_path_factory):
+    """(run directory, state): step 3, written from a mesh of data 2 x fsdp 4."""
+    mesh = sharding.make_mesh(MeshConfig(2, 4, 1))
+    state = create_state(config, mesh)
+    # Moments that are not all zero.
+    state = dataclasses.replace(state, opt_state=jax.tree.map(lambda x: x + 1, state.opt_state))
+    workdir = tmp_path_factory.mktemp("run")
+    with Checkpoints(workdir, OPTIONS) as checkpoints:
+        checkpoints.save(3, state, config, POSITION)
+    return workdir, state
+
+
+@pytest.mark.parametrize("sizes", [(2, 4, 1), (1, 8, 1), (1, 4, 2), (1, 1, 1)])
+def test_restored_onto_any_mesh(written, config, sizes):
+    workdir, state = written
+    mesh = sharding.make_mesh(MeshConfig(*sizes), jax.devices()[: int(np.prod(sizes))])
+    target = abstract_state(config, mesh)
+    with Checkpoints(workdir) as checkpoints:
+        restored = checkpoints.restore(3, target)
+    assert_equal(restored, state)
+    for path, leaf in flat(restored).items():
+        assert leaf.sharding == flat(target)[path].sharding, path
+        assert leaf.dtype == flat(state)[path].dtype, path
+
+
+def test_a_checkpoint_holds_its_config(written, config):
+    with Checkpoints(written[0]) as checkpoints:
+        assert checkpoints.latest() == 3
+        assert checkpoints.config(3) == config
+
+
+def test_a_checkpoint_holds_its_place_in_the_data(written, config):
+    content = json.loads((written[0] / "checkpoints/3/data/metadata").read_text())
+    assert content["next_batch"] == 3
+    assert content["digest"] == "digest"
+
+
+def test_the_newest_are_kept(config, tmp_path):
+    mesh = sharding.make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+    state = create_state(config, mesh)
+    with Checkpoints(tmp_path, OPTIONS) as checkpoints:
+        for step in range(1, 5):
+            checkpoints.save(
+                step, dataclasses.replace(state, step=state.step + step), config, POSITION
+            )
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"3", "4"}
+    with Checkpoints(tmp_path) as checkpoints:
+        assert int(checkpoints.restore(3, abstract_state(config, mesh)).step) == 3
+        assert checkpoints.latest() == 4
+
+
+def test_saving_returns_before_writing_but_not_before_copying(config, tmp_path):
+    """The state may be overwritten, as the next step does with donated buffers."""
+    mesh = sharding.make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+    state = create_state(config, mesh)
+    expected = jax.tree.map(np.array, state)
+    spoil = jax.jit(lambda s: jax.tree.map(lambda x: x * 0, s), donate_argnums=0)
+    with Checkpoints(tmp_path, OPTIONS) as checkpoints:
+        checkpoints.save(1, state, config, POSITION)
+        spoil(state)
+    with Checkpoints(tmp_path) as checkpoints:
+        assert_equal(checkpoints.restore(1, abstract_state(config, mesh)), expected)
+
+
+def test_empty_directory_has_no_checkpoint(tmp_path):
+    with Checkpoints(tmp_path, OPTIONS) as checkpoints:
+        assert checkpoints.latest() is None
+
+
+def test_a_damaged_checkpoint_is_one_clear_error(config, tmp_path):
+    mesh = sharding.make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+    with Checkpoints(tmp_path, OPTIONS) as checkpoints:
+        checkpoints.save(1, create_state(config, mesh), config, POSITION)
+    for path in (tmp_path / "checkpoints" / "1" / "state").rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"")
+    unreadable = pytest.raises(UserError, match=r"checkpoints/1 could not be read")
+    with Checkpoints(tmp_path) as checkpoints, unreadable:
+        checkpoints.restore(1, abstract_state(config, mesh))
+    (tmp_path / "checkpoints" / "1" / "config" / "metadata").write_text("{")
+    with Checkpoints(tmp_path) as checkpoints, pytest.raises(UserError, match="holds no config"):
+        checkpoints.config(1)
+
+
+def test_a_disk_that_refuses(config, tmp_path, monkeypatch):
+    """What the operating system says, and up to where the run is safe."""
+    mesh = sharding.make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+    state = create_state(config, mesh)
+    with Checkpoints(tmp_path, OPTIONS) as checkpoints:
+        checkpoints.save(1, state, config, POSITION)
+        checkpoints.wait()
+
+        def full(*args, **kwargs):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(checkpoints._writer, "save", full)
+        with pytest.raises(UserError, match=r"step 2 .*No space left.*safe up to step 1"):
+            checkpoints.save(2, state, config, POSITION)
+
+
+# -- damaged, half written, superseded ------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def one_device(config):
+    """(mesh, state) on the first device."""
+    mesh = sharding.make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+    return mesh, create_state(config, mesh)
+
+
+@pytest.fixture(scope="module")
+def three(config, one_device, tmp_path_factory):
+    """A run directory with checkpoints of steps 1, 2 and 3."""
+    workdir = tmp_path_factory.mktemp("three")
+    with Checkpoints(workdir, CheckpointConfig(keep=5)) as checkpoints:
+        for step in (1, 2, 3):
+            checkpoints.save(step, one_device[1], config, POSITION)
+    return workdir
+
+
+@pytest.fixture
+def run(three, tmp_path):
+    """A copy of it to do damage to."""
+    return shutil.copytree(three, tmp_path / "run")
+
+
+def content(folder):
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def spoil(run, step):
+    """Another bit in the largest file of a checkpoint."""
+    folder = run / "checkpoints" / str(step)
+    path = max(sorted(folder.rglob("*")), key=lambda path: path.stat().st_size * path.is_file())
+    old = path.read_bytes()
+    path.write_bytes(old[:-1] + bytes([old[-1] ^ 1]))
+    return path.relative_to(folder)
+
+
+def refuse(line):
+    raise AssertionError(f"nothing was to be said: {line}")
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_kept(run):
+    """Moved aside byte for byte, so that the run may write the step anew; twice, if need be."""
+    for name in ("3", "3-1"):
+        said: list[str] = []
+        path = spoil(run, 3)
+        before, good = content(run / "checkpoints/3"), content(run / "checkpoints/2")
+        with Checkpoints(run, OPTIONS) as checkpoints:
+            assert checkpoints.newest_good(said.append) == 2
+            assert checkpoints.steps() == [1, 2]
+            assert checkpoints.newest_good(refuse) == 2
+        aside = run / "damaged" / name
+        assert said == [
+            f"the checkpoint of step 3 is damaged: {path} is damaged, moved to {aside}",
+            "falling back to the checkpoint of step 2",
+        ]
+        assert content(aside) == before
+        assert content(run / "checkpoints/2") == good
+        shutil.copytree(run / "checkpoints/2", run / "checkpoints/3")
+
+
+def test_who_only_reads_moves_nothing(run):
+    said: list[str] = []
+    path, before = spoil(run, 3), content(run)
+    with Checkpoints(run) as checkpoints:
+        assert checkpoints.newest_good(said.append) == 2
+        assert checkpoints.damage(3) == f"{path} is damaged"
+        assert checkpoints.damage(2) is None
+    assert said[0] == f"the checkpoint of step 3 is damaged: {path} is damaged"
+    assert content(run) == before
+
+
+def test_all_checkpoints_damaged(run):
+    """An error that names each, and nothing is moved: someone may have a good copy."""
+    for step in (1, 2, 3):
+        spoil(run, step)
+    before = content(run)
+    expected = r"every checkpoint in .* is damaged \(step 3: .*; step 2: .*; step 1: .*\)"
+    with Checkpoints(run, OPTIONS) as checkpoints, pytest.raises(UserError, match=expected):
+        checkpoints.newest_good(refuse)
+    assert content(run) == before
+    assert not (run / "damaged").exists()
+
+
+def test_the_newest_good_one_below_a_step(run):
+    with Checkpoints(run, OPTIONS) as checkpoints:
+        assert checkpoints.newest_good(refuse) == 3
+        assert checkpoints.newest_good(refuse, below=3, share=False) == 2
+        assert checkpoints.newest_good(refuse, below=1) is None
+
+
+@pytest.mark.parametrize("unsealed", [False, True])
+def test_links_are_refused(run, tmp_path, unsealed):
+    """A file that is a link leads to what no one has vouched for, in either format."""
+    folder = run / "checkpoints" / "3"
+    if unsealed:
+        (folder / digests.FILE).unlink()
+        data = json.loads((folder / "data/metadata").read_text())
+        (folder / "data/metadata").write_text(json.dumps(data | {"format": 1}))
+        with Checkpoints(run) as checkpoints:
+            assert checkpoints.damage(3) is None
+    (folder / "config/metadata").rename(tmp_path / "metadata")
+    (folder / "config/metadata").symlink_to(tmp_path / "metadata")
+    with Checkpoints(run) as checkpoints:
+        assert checkpoints.damage(3) == "config/metadata is a link or a device, not a file"
+
+
+def test_the_present_format_needs_its_digests(run):
+    (run / "checkpoints/3" / digests.FILE).unlink()
+    with Checkpoints(run) as checkpoints:
+        assert checkpoints.damage(3) == "digests.json is missing"
+
+
+def test_what_a_killed_run_leaves_is_no_checkpoint(run):
+    """And goes when the next one starts; whoever only reads leaves it."""
+    leftovers = ("4.part", "4.part.orbax-checkpoint-tmp-17", "0.old")
+    for name in leftovers:
+        shutil.copytree(run / "checkpoints/3", run / "checkpoints" / name)
+    names = {"1", "2", "3", *leftovers}
+    with Checkpoints(run) as checkpoints:
+        assert checkpoints.steps() == [1, 2, 3]
+        assert checkpoints.newest_good(refuse) == 3
+    assert {path.name for path in (run / "checkpoints").iterdir()} == names
+    with Checkpoints(run, OPTIONS) as checkpoints:
+        assert checkpoints.steps() == [1, 2, 3]
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"1", "2", "3"}
+
+
+def test_the_newest_and_every_third_are_kept(config, one_device, tmp_path):
+    options = CheckpointConfig(keep=2, keep_every=3)
+    with Checkpoints(tmp_path, options) as checkpoints:
+        for step in range(1, 9):
+            checkpoints.save(step, one_device[1], config, POSITION)
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"3", "6", "7", "8"}
+
+
+def test_a_run_that_goes_back_forgets(run, config, one_device):
+    """Checkpoints after the step, the one being written included; they are written anew."""
+    with Checkpoints(run, CheckpointConfig(keep=5)) as checkpoints:
+        checkpoints.save(4, one_device[1], config, POSITION)
+        checkpoints.forget_after(1)
+        assert {path.name for path in (run / "checkpoints").iterdir()} == {"1"}
+        checkpoints.save(2, one_device[1], config, POSITION)
+    with Checkpoints(run) as checkpoints:
+        assert checkpoints.steps() == [1, 2]
+        assert checkpoints.newest_good(refuse) == 2
+
+
+def test_an_error_of_the_writing_thread(run, config, one_device, monkeypatch):
+    """Told once, at the first look after it; what was half written is no checkpoint."""
+
+    def full(folder):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(digests, "seal", full)
+    expected = r"step 4 .*No space left.*safe up to step 3"
+    with Checkpoints(run, OPTIONS) as checkpoints:
+        checkpoints.save(4, one_device[1], config, POSITION)
+        assert checkpoints._thread is not None
+        checkpoints._thread.join()
+        with pytest.raises(UserError, match=expected):
+            checkpoints.check()
+        checkpoints.check()
+        assert checkpoints.steps() == [1, 2, 3]
+    failing = pytest.raises(UserError, match=expected)  # also when leaving is the first look
+    with failing, Checkpoints(run, OPTIONS) as checkpoints:
+        checkpoints.save(4, one_device[1], config, POSITION)
+
+    def with_an_error_of_its_own():
+        with Checkpoints(run, OPTIONS) as checkpoints:
+            checkpoints.save(4, one_device[1], config, POSITION)
+            raise KeyError
+
+    with pytest.raises(KeyError):  # one that is on its way out already is the one to be seen
+        with_an_error_of_its_own()
+
+
+def test_a_request_to_stop_is_no_damage(three, config, one_device, monkeypatch):
+    """SIGTERM while a checkpoint is read must not be told as one that cannot be read."""
+
+    def stopped(*args, **kwargs):
+        raise Preempted("stopped by SIGTERM")
+
+    monkeypatch.setattr(ocp.Checkpointer, "restore", stopped)
+    with Checkpoints(three) as checkpoints, pytest.raises(Preempted):
+        checkpoints.restore(3, abstract_state(config, one_device[0]))
+
+
+# -- other readers, other formats -----------------------------------------------------------
+
+
+def test_plain_orbax_reads_the_state(written):
+    """Other tools need nothing of ours: a tree of dicts with the same leaves."""
+    with ocp.StandardCheckpointer() as reader:
+        found = reader.restore((written[0] / "checkpoints/3/state").absolute())
+    expected = flat(serialization.to_state_dict(written[1]))
+    found = {path: leaf for path, leaf in flat(found).items() if leaf is not None}
+    assert {"step", "params/embedding"} <= found.keys()
+    by_size = sorted((x.size, np.asarray(x).tobytes()) for x in expected.values())
+    assert sorted((x.size, np.asarray(x).tobytes()) for x in found.values()) == by_size
+    for path in ("step", "params/embedding"):
+        np.testing.assert_array_equal(found[path], expected[path])
+
+
+@pytest.fixture
+def old_run(tmp_path):
+    """(config, run directory): a copy of the run of format 1, beside a copy of its text."""
+    folder = shutil.copytree(FORMAT_1, tmp_path / "format_1")
+    path = folder / "run" / "config.json"
+    tree = json.loads(path.read_text())
+    tree["data"]["sources"][0]["path"] = str(folder / "text")
+    path.write_text(json.dumps(tree))
+    return from_dict(tree), folder / "run"
+
+
+def test_format_1_is_restored_to_its_very_bytes(old_run):
+    config, run = old_run
+    mesh = sharding.make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+    with Checkpoints(run) as checkpoints:
+        assert checkpoints.newest_good(refuse) == 4
+        state = checkpoints.restore(4, abstract_state(config, mesh))
+        stored = checkpoints.config(4)
+        data = json.loads((run / "checkpoints/4/data/metadata").read_text())
+        position = checkpoints.position(4, data["digest"])
+    found = {p: hashlib.sha256(np.asarray(x).tobytes()).hexdigest() for p, x in flat(state).items()}
+    assert found == json.loads((FORMAT_1 / "sha256.json").read_text())
+    assert position == Position(4, data["digest"], None)
+    assert stored == dataclasses.replace(config, data=stored.data)
+
+
+def test_a_run_of_format_1_goes_on(old_run, devices, capsys):
+    """To its end, on the same data, and saves in the present format."""
+    devices(1)
+    config, run = old_run
+    train(config, run)
+    assert "resuming from step 4 of 6" in capsys.readouterr().err
+    rows = [row for row in read_metrics(run / "metrics.jsonl") if row["kind"] == "train"]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    old = [row for row in read_metrics(FORMAT_1 / "run/metrics.jsonl") if row["kind"] == "train"]
+    assert rows[:4] == old
+    assert all(math.isfinite(row["loss"]) and not row["skipped"] for row in rows[4:])
+    with Checkpoints(run) as checkpoints:
+        assert checkpoints.steps() == [4, 6]
+        assert checkpoints.damage(6) is None
+    assert (run / "checkpoints/6" / digests.FILE).exists()
+
+
+def test_format_1_is_read_by_generate(old_run):
+    _, run = old_run
+    _, params, tokenizer, length = load(run)
+    digest = hashlib.sha256(np.asarray(params["embedding"]).tobytes()).hexdigest()
+    assert digest == json.loads((FORMAT_1 / "sha256.json").read_text())["params/embedding"]
+    assert tokenizer.decode(tokenizer.encode_batch(["text"])[0]) == "text"
+    assert length == 16

@@ -1,0 +1,132 @@
+"""A compressed layer is the project's own attention: the model with it equals the model whose
+keys and values were replaced by what they are rebuilt to."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mea_jax.compress import layer as layers
+from mea_jax.compress.layer import take_apart
+from mea_jax.compress.methods import METHODS, rebuilt_keys, solve_keys, solve_values, target_model
+from mea_jax.compress.moments import of_weights
+from mea_jax.compress.probe import assemble, plain_layer, plain_spec
+from mea_jax.errors import UserError
+from mea_jax.model.transformer import apply_logits
+from tests.helpers import PLAIN, assert_close, params_of, tiny_model
+
+QK = PLAIN | {"n_heads": 8, "n_kv_heads": 4, "qk_norm": True}
+MODELS = {
+    "MHA": PLAIN,
+    "GQA": PLAIN | {"n_heads": 8},
+    "MEA": {},
+    "MEA of two components": {"key_components": 2, "value_components": 3},
+    "head norm only": PLAIN | {"head_norm": True},
+    "QK-norm": QK,
+    "QK-norm, mixed by frequency": QK
+    | {"hlc": "kv", "key_mixing": "frequency", "value_mixing": "dense", "key_components": 3},
+    "gate": PLAIN | {"gate": "head"},
+}
+
+
+def one_layer(name):
+    model = tiny_model(n_layers=1, **MODELS[name])
+    return model, params_of(model, noise=0.3)
+
+
+def moments_of(heads):
+    return dataclasses.replace(
+        of_weights(heads.query_DNH, heads.key_DKH, heads.value_DKH), tokens=1
+    )
+
+
+def tokens():
+    x = np.random.default_rng(3).integers(0, 264, (2, 12), np.int32)
+    places = np.broadcast_to(np.arange(12, dtype=np.int32), x.shape)
+    return tuple(map(jnp.asarray, (x, places, np.ones_like(x))))
+
+
+def logits(model, params):
+    with jax.default_matmul_precision("highest"):
+        return apply_logits(model, params, *tokens())
+
+
+def compressed(model, params, method, keys_count, values_count):
+    tree = jax.tree.map(lambda x: x[0], params["layers_0"])
+    heads = take_apart(model, tree["attention"])
+    moments = moments_of(heads)
+    keys = solve_keys(method, heads, moments, keys_count)
+    values = solve_values(method, heads, moments, values_count)
+    attention = assemble(heads, keys, values, tree["attention"])
+    stacked = jax.tree.map(lambda x: np.asarray(x)[None], tree | {"attention": attention})
+    target = target_model(model, method, [keys_count], [values_count])
+    return target, params | {"layers_0": layers.as_float32(stacked)}, (heads, keys, values, tree)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", MODELS)
+def test_all_heads_return_the_model(name, method):
+    model, params = one_layer(name)
+    target, new, _ = compressed(model, params, method, 4, 4)
+    assert_close(logits(target, new), logits(model, params), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", ["MHA", "GQA", "MEA", "head norm only"])
+def test_a_compressed_layer_is_the_model_with_rebuilt_keys_and_values(name, method):
+    """So gauges are folded exactly, whatever their signs and conjugates."""
+    model, params = one_layer(name)
+    target, new, (heads, keys, values, tree) = compressed(model, params, method, 2, 3)
+    plain = plain_layer(heads, tree)
+    plain["attention"] |= {
+        "key": rebuilt_keys(heads, keys).astype(np.float32),
+        "value": values.rebuilt(heads.value_DKH).astype(np.float32),
+    }
+    spec = plain_spec(model).model
+    stacked = params | {"layers_0": jax.tree.map(lambda x: x[None], plain)}
+    wanted = logits(dataclasses.replace(spec, n_layers=1), stacked)
+    assert_close(logits(target, new), wanted, rtol=0, atol=1e-4)
+    assert np.abs(np.asarray(wanted) - logits(model, params)).max() > 1e-3
+
+
+@pytest.mark.parametrize("method", ["svd", "frequency"])
+def test_keys_under_a_norm_are_rebuilt_before_it(method):
+    """Without a gauge nothing is tied, and a key norm too is exact."""
+    model, params = one_layer("QK-norm")
+    target, new, (heads, keys, _, tree) = compressed(model, params, method, 2, 4)
+    plain = plain_layer(heads, tree)
+    plain["attention"] |= {"key": rebuilt_keys(heads, keys).astype(np.float32)}
+    stacked = params | {"layers_0": jax.tree.map(lambda x: x[None], plain)}
+    spec = dataclasses.replace(plain_spec(model).model, n_layers=1)
+    assert_close(logits(target, new), logits(spec, stacked), rtol=0, atol=1e-4)
+
+
+def test_a_gauge_under_a_norm_is_exact_where_weights_are_alike_in_pairs():
+    model, params = one_layer("QK-norm")
+    attention = params["layers_0"]["attention"]
+    for name in ("query_norm", "key_norm"):
+        half = attention[name]["scale"][:, :4]
+        attention[name] = {"scale": np.concatenate([half, half], axis=1)}
+    target, new, (heads, keys, _, tree) = compressed(model, params, "aligned", 2, 4)
+    assert np.abs(keys.gauge - 1).max() > 0.1
+    plain = plain_layer(heads, tree)
+    plain["attention"] |= {"key": rebuilt_keys(heads, keys).astype(np.float32)}
+    stacked = params | {"layers_0": jax.tree.map(lambda x: x[None], plain)}
+    spec = dataclasses.replace(plain_spec(model).model, n_layers=1)
+    assert_close(logits(target, new), logits(spec, stacked), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"variant": "differential_v2", "hlc": "none", "head_norm": False}, "differential_v2"),
+        ({"qk_norm": True, "hlc_order": "after"}, "after their norm"),
+        ({"head_dim": 7, "positions": "none"}, "is odd"),
+        ({"gate": "feature"}, "--method frequency"),
+    ],
+)
+def test_attention_that_no_method_fits_is_refused(changes, words):
+    with pytest.raises(UserError, match=words):
+        target_model(tiny_model(**changes), "aligned", [2, 2], [2, 2])

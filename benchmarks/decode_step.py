@@ -215,7 +215,7 @@ def attention_step(served: decode.Served, length: int) -> Callable[..., Any]:
     """One layer's attention of a step, without the rest of the model: what the cache costs."""
     spec = served.layers[0]
     layer = make_attention(
-        spec.model, spec.key_components, spec.value_components, cached_form=spec.form
+        spec.model, spec.key_components, spec.value_components, cached_form=spec.cached_form
     )
 
     def run(params, cache, x_B1D):

@@ -8,7 +8,6 @@ projection for values. The result is a layer of the project's own attention, not
 import dataclasses
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from mea_jax.compress.keys import Keys
@@ -37,28 +36,17 @@ class Heads:
 def take_apart(model: ModelConfig, attention: Tree) -> Heads:
     """The composite heads of a layer with parameters `attention`."""
 
-    def composite(which: str) -> np.ndarray:
-        kernel_DCH = np.asarray(attention[which])
-        if not model.mixes(which):
-            return kernel_DCH.astype(np.float64)
-        kind = model.mixing_kind(which)
-        mix = jnp.asarray(attention[f"{which}_mixing"])
-        folded_DKH = hlc.fold(kind, jnp.asarray(kernel_DCH), mix)
-        return np.asarray(folded_DKH, np.float64)
-
     def scale(name: str) -> np.ndarray | None:
         return np.asarray(attention[name]["scale"], np.float64) if name in attention else None
 
-    key_DKH, key_norm_H = composite("key"), scale("key_norm")
-    if key_norm_H is not None and model.mixes("key") and model.key_mixing == "frequency":
-        key_DKH = key_DKH / key_norm_H  # see layers.Attention.key_inverse_rms
+    key_DKH, value_DKH = (hlc.composite_heads(model, side, attention) for side in ("key", "value"))
     return Heads(
         query_DNH=np.asarray(attention["query"], np.float64),
-        key_DKH=key_DKH,
-        value_DKH=composite("value"),
+        key_DKH=np.asarray(key_DKH, np.float64),
+        value_DKH=np.asarray(value_DKH, np.float64),
         out_NHD=np.asarray(attention["out"], np.float64),
         query_norm_H=scale("query_norm"),
-        key_norm_H=key_norm_H,
+        key_norm_H=scale("key_norm"),
         head_norm_H=scale("head_norm"),
     )
 
@@ -85,7 +73,7 @@ def with_keys(heads: Heads, keys: Keys, tree: Tree) -> Tree:
     Under a key norm a gauge (of modulus 1) commutes with the norm's weight only where that is alike
     within rotary pairs: then both norms' weights are tied, and what they differ by goes into the
     projections before the norm, which is nearly but not quite the same. Mixing per frequency
-    needs none of that: components carry the weight (layers.Attention.key_inverse_rms).
+    needs none of that: components carry the weight (model.attention.Attention.key_inverse_rms).
     """
     frequency = keys.mix.ndim == 3
     gauged = keys.gauge is not None and bool(np.abs(keys.gauge - 1).max() > _ONE)

@@ -21,9 +21,10 @@ from mea_jax.compress.calibration import Texts
 from mea_jax.compress.moments import Moments, of_weights
 from mea_jax.compress.options import Options
 from mea_jax.compress.probe import Measurer, Sensitivity, plain_layer, residuals
-from mea_jax.compress.stream import Losses, Stream, moments_of, progress, specs
+from mea_jax.compress.stream import Losses, Stream, moments_of, progress
 from mea_jax.config.schema import ModelConfig
 from mea_jax.errors import UserError
+from mea_jax.model.layer_spec import layer_specs
 
 SHARED = ("calibration_tokens", "calibration_source", "held_out_tokens", "dtype", "seed")
 
@@ -74,7 +75,7 @@ class Findings:
         for stream in filter(None, (text, held_out)):
             stream.start(self.model, self.source.top(), done, self.source.layer)
         for index in progress(range(done, total), "calibrating, layers", total - done):
-            tree, spec = self.source.layer(index), specs(self.model)[index]
+            tree, spec = self.source.layer(index), layer_specs(self.model)[index]
             if text is not None:
                 sums = text.advance(spec, tree, watch=True)
                 assert sums is not None

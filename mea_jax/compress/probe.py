@@ -26,9 +26,10 @@ from mea_jax.compress.methods import (
     target_model,
 )
 from mea_jax.compress.moments import Moments
-from mea_jax.compress.stream import Spec, Stream, compared_sums, progress, run_block
+from mea_jax.compress.stream import Stream, compared_sums, progress, run_block
 from mea_jax.compress.values import Values
 from mea_jax.config.schema import ModelConfig
+from mea_jax.model.layer_spec import LayerSpec, layer_specs, plain_spec
 
 Tree = dict[str, Any]
 _SOLVERS: dict[str, Any] = {"key": solve_keys, "value": solve_values}
@@ -49,20 +50,6 @@ class Sensitivity:
     which: str
     residuals: list[float]
     losses: list[float]
-
-
-def plain_spec(model: ModelConfig) -> Spec:
-    """The same function as `model`'s attention with composite heads as its only heads."""
-    plain = dataclasses.replace(
-        model,
-        hlc="none",
-        hlc_order="before",
-        key_mixing="heads",
-        value_mixing="heads",
-        key_components=None,
-        value_components=None,
-    )
-    return Spec(plain, model.n_kv_heads, model.n_kv_heads)
 
 
 def plain_layer(heads: Heads, tree: Tree) -> Tree:
@@ -119,7 +106,7 @@ class Measurer:
             x_BTD = run_block(self.spec, self.trees[index], x_BTD, batch, index)
         return x_BTD
 
-    def _moved(self, spec: Spec, tree: Tree) -> float:
+    def _moved(self, spec: LayerSpec, tree: Tree) -> float:
         """Nats per token by which predictions move with `tree` in the place of the next layer."""
         moved, tokens, done = 0.0, 0.0, self.stream.done
         with jax.set_mesh(self.stream.mesh):
@@ -171,8 +158,7 @@ class Measurer:
                 attention = repair.sharpened(attention, found)
             return self.spec, tree | {"attention": self.stream.place(attention)}
         target = target_model(self.spec.model, method, [counts[0]], [counts[1]])
-        shared = dataclasses.replace(target, key_components=None, value_components=None)
-        spec = Spec(shared, *(target.components(w)[0] for w in ("key", "value")))
+        spec = layer_specs(target)[0]
         attention = assemble(heads, keys, values, jax.device_get(tree["attention"]))
         if sharpen:
             found = repair.temperature(self.original, (spec, attention))

@@ -20,7 +20,7 @@ import optax.contrib
 from optax.contrib import MuonDimensionNumbers
 
 from mea_jax.compress.stream import (
-    Spec,
+    LayerSpec,
     Stream,
     apply_attention,
     progress,
@@ -29,7 +29,7 @@ from mea_jax.compress.stream import (
 )
 
 Tree = dict[str, Any]
-Layer = tuple[Spec, Tree]  # what is static about an attention layer, and its parameters
+Layer = tuple[LayerSpec, Tree]  # what is static about an attention layer, and its parameters
 REPAIRS = ("none", "output", "layerwise", "blockwise")
 STEPWISE = ("layerwise", "blockwise")  # those by gradient steps
 STEPS, WARMUP = 400, 20
@@ -47,7 +47,7 @@ _HIGHEST = jax.lax.Precision.HIGHEST
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _normal_equations(spec: Spec, attention: Tree, normed_BTD, target_BTD, batch, index):
+def _normal_equations(spec: LayerSpec, attention: Tree, normed_BTD, target_BTD, batch, index):
     """Sums of o o^T and o y^T over tokens, o (N H) what the output projection reads."""
     _, heads = apply_attention(spec, attention, normed_BTD, batch, index, heads=True)
     o_BTX = heads["written"][0].astype(jnp.float32)
@@ -59,7 +59,7 @@ def _normal_equations(spec: Spec, attention: Tree, normed_BTD, target_BTD, batch
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _squares(whole: bool, spec: Spec, params, x_BTD, target_BTD, base_BTD, batch, index):
+def _squares(whole: bool, spec: LayerSpec, params, x_BTD, target_BTD, base_BTD, batch, index):
     """|f(x) - target|^2 and |target - base|^2; f is the attention (of normed inputs), or the
     `whole` block."""
     weight_BT1 = (batch["segment_ids"] > 0).astype(jnp.float32)[..., None]
@@ -79,7 +79,7 @@ class Original:
     What the layer reads and gives is kept once it is known: two arrays (B, T, D) a batch.
     """
 
-    def __init__(self, spec: Spec, attention: Tree, norm_scale_D, stream: Stream):
+    def __init__(self, spec: LayerSpec, attention: Tree, norm_scale_D, stream: Stream):
         self.spec, self.stream, self.index = spec, stream, stream.done
         self._attention, self._scale = stream.place(attention), stream.place(norm_scale_D)
         self._known: dict[int, tuple] = {}
@@ -195,7 +195,7 @@ def _lost(*inputs):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(3, 4))
-def _step(whole: bool, spec: Spec, steps: int, params, state, sizes, *read):
+def _step(whole: bool, spec: LayerSpec, steps: int, params, state, sizes, *read):
     """One step down `_lost` of what `read` holds: parameters and state."""
     gradient = jax.grad(_lost, argnums=2)(whole, spec, params, *read)
     updates, state = _optimizer(steps).update(gradient, state, params)
@@ -204,7 +204,7 @@ def _step(whole: bool, spec: Spec, steps: int, params, state, sizes, *read):
 
 def _descend(
     whole: bool,
-    spec: Spec,
+    spec: LayerSpec,
     tree: Tree,
     stream: Stream,
     steps: int,

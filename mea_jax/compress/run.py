@@ -25,9 +25,10 @@ from mea_jax.compress.measurements import Findings
 from mea_jax.compress.moments import unseen
 from mea_jax.compress.options import Options, check, repair_text
 from mea_jax.compress.probe import Sensitivity, assemble
-from mea_jax.compress.stream import Losses, Stream, progress, specs
+from mea_jax.compress.stream import Losses, Stream, progress
 from mea_jax.config.schema import ModelConfig
 from mea_jax.errors import UserError
+from mea_jax.model.layer_spec import layer_specs
 from mea_jax.ops.backend import resolve
 
 Tree = dict[str, Any]
@@ -177,9 +178,9 @@ class Pass:
             write_json(self._row_file(index), row)
             rows.append(row)
             if text is not None:
-                text.advance(specs(self.model)[index], tree)
+                text.advance(layer_specs(self.model)[index], tree)
             if followed is not None:
-                followed.advance(specs(target)[index], writer.layer(index))
+                followed.advance(layer_specs(target)[index], writer.layer(index))
         for name in ("repair", "followed"):
             shutil.rmtree(self.part / name, ignore_errors=True)
         return writer, rows
@@ -210,8 +211,10 @@ class Pass:
             "unseen": unseen(moments.keys) + unseen(moments.values),
         }
         if text is not None and counts != (self.count, self.count):
-            spec, scale = specs(writer.model)[index], tree["attention_norm"]["scale"]
-            original = repair.Original(specs(self.model)[index], tree["attention"], scale, text)
+            spec, scale = layer_specs(writer.model)[index], tree["attention_norm"]["scale"]
+            original = repair.Original(
+                layer_specs(self.model)[index], tree["attention"], scale, text
+            )
             if options.method in methods.SHARPENED and counts[0] < self.count:
                 found = repair.temperature(original, (spec, attention))
                 attention = repair.sharpened(attention, found)
@@ -222,10 +225,12 @@ class Pass:
                 row["repair"] = [before, original.error((spec, attention))]
         new = tree | {"attention": attention}
         if text is not None and followed is not None:
-            blocks = repair.Followed((specs(self.model)[index], tree), text, followed)
+            blocks = repair.Followed((layer_specs(self.model)[index], tree), text, followed)
             words = f"repairing block {index}"
             steps = options.repair_steps
-            new = blocks.rebuild((specs(writer.model)[index], layers.as_float32(new)), steps, words)
+            new = blocks.rebuild(
+                (layer_specs(writer.model)[index], layers.as_float32(new)), steps, words
+            )
         writer.write_layer(index, layers.as_float32(new))
         return row
 
@@ -245,7 +250,7 @@ class Pass:
         stream, top = self.texts.held_out(self.part / "held_out"), self.source.top()
         stream.embed(writer.model, top)
         for index in progress(range(writer.model.n_layers), "evaluating, layers"):
-            stream.advance(specs(writer.model)[index], writer.layer(index))
+            stream.advance(layer_specs(writer.model)[index], writer.layer(index))
         losses = stream.losses(writer.model, top, self.findings.held_out())
         write_json(file, losses)
         shutil.rmtree(self.part / "held_out")

@@ -5,7 +5,6 @@ by memory. Each layer runs as one compiled function over batches split over the 
 parameters are on every device, for as long as it is that layer's turn.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from jax.sharding import Mesh
 from mea_jax.compress.moments import Moments
 from mea_jax.config.schema import ModelConfig
 from mea_jax.model.attention import Context
+from mea_jax.model.layer_spec import LayerSpec, layer_specs
 from mea_jax.model.transformer import Block, rope_of
 from mea_jax.model.variants import make_attention
 from mea_jax.ops.backend import make_backend
@@ -35,45 +35,22 @@ Losses = dict[str, list[list[float]]]
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
-@dataclasses.dataclass(frozen=True)
-class Spec:
-    """What is static about a layer: its model's config (without lists of layers), C_k and C_v."""
-
-    model: ModelConfig
-    key: int
-    value: int
-
-    @property
-    def alone(self) -> ModelConfig:
-        """The config of this layer by itself."""
-        return dataclasses.replace(
-            self.model, key_components=self.key, value_components=self.value, remat="none"
-        )
-
-
-def specs(model: ModelConfig) -> list[Spec]:
-    """One a layer; equal layers have equal ones, and share a program."""
-    shared = dataclasses.replace(model, key_components=None, value_components=None)
-    pairs = zip(model.components("key"), model.components("value"), strict=True)
-    return [Spec(shared, key, value) for key, value in pairs]
-
-
 def context_of(model: ModelConfig, batch: Any) -> Context:
     return Context(batch["segment_ids"], rope_of(model, batch["positions"]))
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def run_block(spec: Spec, params: Tree, x_BTD, batch, index):
+def run_block(spec: LayerSpec, params: Tree, x_BTD, batch, index):
     """The residual (B, T, D) after a layer."""
-    block = Block(spec.alone, spec.key, spec.value)
+    block = Block(spec.alone, *spec.components)
     out: Any = block.apply({"params": params}, x_BTD, context_of(spec.model, batch), index)
     return out[0]
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def watch_block(spec: Spec, params: Tree, x_BTD, batch, index):
+def watch_block(spec: LayerSpec, params: Tree, x_BTD, batch, index):
     """`run_block`, and sums over tokens of what `Moments` are means of, float32."""
-    block = Block(spec.alone, spec.key, spec.value)
+    block = Block(spec.alone, *spec.components)
     out: Any = block.apply(
         {"params": params}, x_BTD, context_of(spec.model, batch), index, mutable=["heads"]
     )
@@ -98,15 +75,17 @@ def watch_block(spec: Spec, params: Tree, x_BTD, batch, index):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def run_attention(spec: Spec, attention: Tree, norm_scale_D, x_BTD, batch, index):
+def run_attention(spec: LayerSpec, attention: Tree, norm_scale_D, x_BTD, batch, index):
     """The normed input of a layer's attention and its output, (B, T, D) each."""
     normed_BTD = rms_norm(x_BTD, norm_scale_D, spec.model.norm_eps)
     return normed_BTD, apply_attention(spec, attention, normed_BTD, batch, index)
 
 
-def apply_attention(spec: Spec, attention: Tree, normed_BTD, batch, index, heads: bool = False):
+def apply_attention(
+    spec: LayerSpec, attention: Tree, normed_BTD, batch, index, heads: bool = False
+):
     """An attention layer's output (B, T, D); with `heads` also what its collection shows."""
-    module = make_attention(spec.alone, spec.key, spec.value)
+    module = make_attention(spec.alone, *spec.components)
     inputs = ({"params": attention}, normed_BTD, context_of(spec.model, batch), index)
     if heads:
         out: Any = module.apply(*inputs, mutable=["heads"])
@@ -226,7 +205,7 @@ class Stream:
             return
         self.embed(model, top)
         for index in range(layer):
-            self.advance(specs(model)[index], layers_done(index))
+            self.advance(layer_specs(model)[index], layers_done(index))
 
     def residual(self, number: int, model: ModelConfig) -> jax.Array:
         """The residual (B, T, D) of one batch, on the mesh."""
@@ -251,7 +230,9 @@ class Stream:
         with jax.set_mesh(self.mesh):
             self._store(0, (_embed(model, placed, self.put(batch)) for batch in self.batches))
 
-    def advance(self, spec: Spec, layer: Tree, watch: bool = False) -> dict[str, np.ndarray] | None:
+    def advance(
+        self, spec: LayerSpec, layer: Tree, watch: bool = False
+    ) -> dict[str, np.ndarray] | None:
         """Through the next layer, whose parameters are `layer`; with `watch` sums for `Moments`."""
         placed, index = self.place(layer), self.done
         sums: dict[str, np.ndarray] = {}

@@ -12,10 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from mea_jax.compress.layer import take_apart
-from mea_jax.compress.probe import plain_layer, plain_spec
 from mea_jax.config.schema import ModelConfig
 from mea_jax.errors import UserError
+from mea_jax.model.layer_spec import fold_layer, fold_model
 
 Tree = dict[str, Any]
 _HERE = Path(__file__).parent
@@ -73,7 +72,7 @@ def rebuild(model: ModelConfig, layer: Tree) -> tuple[ModelConfig, Tree]:
                 f"{np.sum(scale_H == 0)} weights of a key norm are 0, so keys mixed per frequency "
                 "cannot be rebuilt before their norm: export the model with --form mea"
             )
-    return plain_spec(model).model, plain_layer(take_apart(model, layer["attention"]), layer)
+    return fold_model(model), layer | {"attention": fold_layer(model, layer["attention"])}
 
 
 def mea_config(model: ModelConfig, context_length: int = 2048) -> dict[str, Any]:

@@ -13,11 +13,11 @@ import tqdm
 
 from mea_jax.checkpoint.files import disk_errors
 from mea_jax.checkpoint.layerwise import StoredModel, places
-from mea_jax.compress.probe import plain_spec
 from mea_jax.config.schema import ModelConfig
 from mea_jax.convert import composite, families, folders, shards, tensors, tokenizer_files
 from mea_jax.data.tokenizers import from_directory
 from mea_jax.errors import UserError, nearest
+from mea_jax.model.layer_spec import plain_spec
 from mea_jax.model.params import abstract_params
 
 FORMS = ("auto", "stock", "mea")

@@ -12,11 +12,10 @@ import jax
 import jax.numpy as jnp
 
 from mea_jax.config.schema import ModelConfig
-from mea_jax.model.attention import Context, HeadLayout, Slots
+from mea_jax.model.attention import Context, Slots
 from mea_jax.model.kv_cache import RECENT, Cache, LayerCache, Stored, empty_heads
-from mea_jax.model.transformer import Block, Decoder, rope_of, stretches
-from mea_jax.model.variants import make_attention
-from mea_jax.ops import hlc, rms_norm
+from mea_jax.model.layer_spec import SIDES, LayerSpec, fold_layer, fold_model, layer_specs
+from mea_jax.model.transformer import Decoder, rope_of, stretches
 from mea_jax.ops.backend import make_backend
 
 Array = jax.Array
@@ -24,34 +23,11 @@ FORMS = ("auto", "folded", "absorbed", "explicit")
 
 
 @dataclasses.dataclass(frozen=True)
-class ServedLayer:
-    """A layer as it is served: its config (mixing that was folded is gone), C_k, C_v, the form."""
-
-    model: ModelConfig
-    key_components: int
-    value_components: int
-    form: str
-
-    def block(self) -> Block:
-        return Block(self.model, self.key_components, self.value_components, self.form)
-
-    def forms(self) -> tuple[str, str]:
-        """How keys and values lie in the cache: "direct", "absorbed" or "explicit"."""
-        key, value, _ = self.cache_layout()
-        return key.form, value.form
-
-    def cache_layout(self) -> tuple[HeadLayout, HeadLayout, int]:
-        """Of keys and of values; and the number of scalars (model/attention.py)."""
-        key, value = self.key_components, self.value_components
-        return make_attention(self.model, key, value, cached_form=self.form).cache_layout()
-
-
-@dataclasses.dataclass(frozen=True)
 class Served:
     """What is static about a model that is served; hashable, an argument of `jax.jit`."""
 
     model: ModelConfig
-    layers: tuple[ServedLayer, ...]
+    layers: tuple[LayerSpec, ...]
 
     def describe(self) -> str:
         """The forms of the cache in a few words, such as "keys absorbed, values direct (x6)"."""
@@ -80,26 +56,14 @@ def _folds(model: ModelConfig, which: str, components: int, form: str) -> bool:
     return form == "folded" or (form == "auto" and components == model.n_kv_heads)
 
 
-def _serve_layer(model: ModelConfig, key: int, value: int, form: str) -> ServedLayer:
-    folded = {
-        which: _folds(model, which, components, form)
-        for which, components in (("key", key), ("value", value))
-    }
-    mixed = [w for w in ("key", "value") if model.mixes(w) and not folded[w]]
-    layer_model = dataclasses.replace(
-        model,
-        hlc="".join(w[0] for w in mixed) or "none",
-        hlc_order=model.hlc_order if "key" in mixed else "before",
-        key_mixing=model.key_mixing if "key" in mixed else "heads",
-        value_mixing=model.value_mixing if "value" in mixed else "heads",
-        key_components=None,
-        value_components=None,
-    )
-    k = model.n_kv_heads
-    return ServedLayer(
-        layer_model,
-        k if folded["key"] else key,
-        k if folded["value"] else value,
+def _serve_layer(layer: LayerSpec, form: str) -> LayerSpec:
+    model, k = layer.model, layer.model.n_kv_heads
+    pairs = zip(SIDES, layer.components, strict=True)
+    folded = tuple(side for side, count in pairs if _folds(model, side, count, form))
+    return LayerSpec(
+        fold_model(model, folded),
+        k if "key" in folded else layer.key_components,
+        k if "value" in folded else layer.value_components,
         "explicit" if form == "explicit" else "absorbed",
     )
 
@@ -115,15 +79,8 @@ def _served_params(served: Served, params: Any) -> Any:
         for i in range(length):
             layer = jax.tree.map(lambda stack, i=i: stack[i], params[f"layers_{first}"])
             spec = served.layers[first + i].model
-            attention = dict(layer["attention"])
-            for which in ("key", "value"):
-                if model.mixes(which) and not spec.mixes(which):
-                    mix, kind = attention.pop(f"{which}_mixing"), model.mixing_kind(which)
-                    kernel_DKH = hlc.fold(kind, attention[which], mix)
-                    if kind == "frequency" and model.qk_norm:  # see layers.key_inverse_rms
-                        gamma_H = attention["key_norm"]["scale"]
-                        kernel_DKH = kernel_DKH / rms_norm.along_last(gamma_H, 3)
-                    attention[which] = kernel_DKH
+            folded = tuple(side for side in SIDES if model.mixes(side) and not spec.mixes(side))
+            attention = fold_layer(model, layer["attention"], folded)
             layers.append(layer | {"attention": attention})
     top = {name: leaf for name, leaf in params.items() if not name.startswith("layers_")}
     tree = {"top": top, "layers": layers}
@@ -138,11 +95,7 @@ def _served_params(served: Served, params: Any) -> Any:
 def serving(model: ModelConfig, form: str = "auto") -> Served:
     """How a resolved model is served: `form` as in `serve`."""
     assert form in FORMS
-    layers = [
-        _serve_layer(model, key, value, form)
-        for _, length, key, value in stretches(model)
-        for _ in range(length)
-    ]
+    layers = [_serve_layer(layer, form) for layer in layer_specs(model)]
     return Served(model, tuple(layers))
 
 

@@ -16,10 +16,14 @@ moves the mixing to the query, `absorb`, and to the output, `mix` again. The *re
 the tests' own einsum. Letters as in attention.py.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 from mea_jax.config.schema import ModelConfig
+from mea_jax.ops.rms_norm import along_last
 
 Array = jax.Array
 
@@ -93,6 +97,27 @@ def fold(kind: str, kernel_DCH: Array, mixing: Array) -> Array:
     # Without a stated precision an accelerator would round float32 inputs to bfloat16 or TF32.
     highest = jax.lax.Precision.HIGHEST
     return mix(kind, kernel_DCH[None].astype(jnp.float32), mixing, highest)[0]
+
+
+def composite_heads(model: ModelConfig, which: str, attention: Mapping[str, Any]) -> Array:
+    """The "key" or "value" projection (D, K, H) to a layer's composite heads, float32.
+
+    `attention` holds the parameters of one layer of `model`, without the axis of layers. This is
+    where serving, compression, analysis and export read what a layer's heads are; training folds
+    through the backend (`Backend.fold`), which has a kernel for it.
+
+    Under a key norm, keys mixed per frequency are projected times the norm's weight (see
+    `model.attention.Attention.key_inverse_rms`): that is divided out.
+    """
+    kernel_DCH = jnp.asarray(attention[which])
+    if not model.mixes(which):
+        return kernel_DCH.astype(jnp.float32)
+    kind = model.mixing_kind(which)
+    kernel_DKH = fold(kind, kernel_DCH, jnp.asarray(attention[f"{which}_mixing"]))
+    if kind == "frequency" and model.qk_norm:
+        gamma_H = jnp.asarray(attention["key_norm"]["scale"])
+        kernel_DKH = kernel_DKH / along_last(gamma_H, 3)
+    return kernel_DKH
 
 
 def absorb(kind: str, q_BTKGH: Array, mixing: Array) -> Array:

@@ -30,9 +30,9 @@ from mea_jax.checkpoint.load import unresolved
 from mea_jax.compress import budgets, methods, repair, stream
 from mea_jax.compress.calibration import WINDOWS, held_out_share
 from mea_jax.compress.options import Options, repair_text
-from mea_jax.compress.probe import plain_spec
 from mea_jax.config.schema import MeshConfig, ModelConfig, TrainConfig
 from mea_jax.errors import UserError
+from mea_jax.model.layer_spec import LayerSpec, layer_specs, plain_spec
 from mea_jax.model.params import abstract_params
 from mea_jax.ops.backend import resolve
 from mea_jax.parallel import sharding
@@ -157,7 +157,7 @@ def work_of(config: TrainConfig, target: Target, options: Options) -> Work:
     )
 
 
-def _one_layer(spec: stream.Spec) -> Any:
+def _one_layer(spec: LayerSpec) -> Any:
     """Abstract parameters of a layer, as they are stored: float32."""
     stacked = abstract_params(dataclasses.replace(spec.alone, n_layers=1))["layers_0"]
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), stacked)
@@ -179,8 +179,8 @@ def measuring_bytes(config: TrainConfig) -> float:
     return config.model.n_layers * size["layer"] + size["top"]
 
 
-def _widest(model: ModelConfig) -> stream.Spec:
-    return max(stream.specs(model), key=lambda spec: spec.key + spec.value)
+def _widest(model: ModelConfig) -> LayerSpec:
+    return max(layer_specs(model), key=lambda spec: sum(spec.components))
 
 
 def _top(model: ModelConfig) -> Any:
@@ -233,7 +233,7 @@ def _programs(inputs: _Arguments, options: Options) -> dict[str, _Program]:
     heads = math.ceil(budgets.heads_kept(options.keep, model.n_kv_heads))
     counts = [heads] * model.n_layers
     original = _widest(model)
-    compressed = stream.specs(methods.target_model(model, options.method, counts, counts))[0]
+    compressed = layer_specs(methods.target_model(model, options.method, counts, counts))[0]
     layer, top = inputs.place(_one_layer(original)), inputs.place(_top(model))
     attention, scale = layer["attention"], layer["attention_norm"]["scale"]
     params = inputs.place(_one_layer(compressed)["attention"])

@@ -29,9 +29,10 @@ from mea_jax.checkpoint.load import open_trained, unresolved
 from mea_jax.checkpoint.manager import find_checkpoint
 from mea_jax.compress.calibration import Texts
 from mea_jax.compress.options import Options
-from mea_jax.compress.stream import Spec, Stream, progress, specs
+from mea_jax.compress.stream import Stream, progress
 from mea_jax.config.schema import ModelConfig
 from mea_jax.errors import UserError
+from mea_jax.model.layer_spec import LayerSpec, layer_specs
 from mea_jax.ops import hlc
 from mea_jax.ops.backend import resolve
 from mea_jax.ops.cpu import accelerator_attached, keep_freed_memory
@@ -109,7 +110,7 @@ def _input_sums(epsilon: float, scale_D, x_BTD, batch):
     return square_DD, flat.sum(axis=0), weight_BT1.sum()
 
 
-def input_covariance(stream: Stream, spec: Spec, layer: Tree) -> np.ndarray:
+def input_covariance(stream: Stream, spec: LayerSpec, layer: Tree) -> np.ndarray:
     """Of what the next layer's attention reads, (D, D), float64.
 
     Keys and values, mixed or not, are projections of it, so it is all that is needed of the text.
@@ -175,6 +176,7 @@ def look(
         "effective_rank": measures.rank_in_heads(kind, values, h),
         **tests(kind, mix, start, asked),
     }
+    # Not `hlc.composite_heads`: components are measured times a key norm's weight, as these are.
     parameter = jnp.asarray(attention[f"{which}_mixing"])
     folded_DKH = np.asarray(hlc.fold(kind, jnp.asarray(kernel_DCH), parameter))
     if not composites_are_linear(model, which):
@@ -213,7 +215,7 @@ class Looks:
         if stream is not None:
             stream.embed(self.model, source.top())
             self.tokens = int(sum((b["segment_ids"] > 0).sum() for b in stream.batches))
-        for index, spec in enumerate(specs(self.model)):
+        for index, spec in enumerate(layer_specs(self.model)):
             tree = source.layer(index)
             if stream is None:
                 scale_D = np.asarray(tree["attention_norm"]["scale"], np.float64)

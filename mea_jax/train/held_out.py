@@ -9,8 +9,7 @@ import numpy as np
 from mea_jax.config.schema import TrainConfig
 from mea_jax.data.pipeline import held_out_batches
 from mea_jax.data.prepare import Prepared
-from mea_jax.parallel import batches as parallel_batches
-from mea_jax.parallel import sharding
+from mea_jax.parallel.batches import BatchPlacer
 from mea_jax.train.diagnostics import compile_diagnostics
 from mea_jax.train.step import compile_eval_step
 
@@ -18,10 +17,10 @@ from mea_jax.train.step import compile_eval_step
 class HeldOut:
     """The held-out windows of a run, and what is measured on them."""
 
-    def __init__(self, config: TrainConfig, mesh: jax.sharding.Mesh, prepared: Prepared):
-        self.config, self.mesh, self.prepared = config, mesh, prepared
-        shape = (config.batch_size, config.data.context_length)
-        self.rows = parallel_batches.local_rows(sharding.batch_sharding(mesh), shape)
+    def __init__(
+        self, config: TrainConfig, mesh: jax.sharding.Mesh, prepared: Prepared, place: BatchPlacer
+    ):
+        self.config, self.prepared, self.place = config, prepared, place
         self.evaluate_step = compile_eval_step(config, mesh)
         self.diagnose = compile_diagnostics(config, mesh)
         self.sample = self.read(config.evaluate.batches)
@@ -33,19 +32,10 @@ class HeldOut:
                 self.prepared,
                 batch_size=self.config.batch_size,
                 max_batches=batches,
-                rows=self.rows,
+                rows=self.place.rows,
                 skip_bad=self.config.data.bad_input == "skip",
             )
         )
-
-    def put(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-        """This process's rows of a batch, as its part of the global arrays."""
-        where = sharding.batch_sharding(self.mesh)
-        with jax.transfer_guard("allow"):  # which takes this for a slip with several processes
-            return {
-                name: parallel_batches.place_rows(where, x, self.rows, self.config.batch_size)
-                for name, x in batch.items()
-            }
 
     def bits_per_nat(self) -> float | None:
         """Bits per held-out byte of one nat per held-out token."""
@@ -55,7 +45,7 @@ class HeldOut:
 
     def loss(self, params, batches) -> dict[str, float]:
         """{"loss": nats per token over `batches`, "bits_per_byte"}; {} if they hold no token."""
-        sums = [jax.device_get(self.evaluate_step(params, self.put(b))) for b in batches]
+        sums = [jax.device_get(self.evaluate_step(params, self.place(b))) for b in batches]
         tokens = sum(float(s["tokens"]) for s in sums)
         if not tokens:
             return {}
@@ -71,7 +61,7 @@ class HeldOut:
         if not values:
             return {}
         writer.write(step, "held_out", values)
-        statistics = jax.device_get(self.diagnose(params, self.put(batches[0])))
+        statistics = jax.device_get(self.diagnose(params, self.place(batches[0])))
         writer.write(step, "diagnostics", statistics)
         moved = [np.mean(v) for k, v in statistics.items() if k.startswith("mixing_distance")]
         return values | ({"mixing_distance": float(np.mean(moved))} if moved else {})

@@ -23,6 +23,7 @@ from mea_jax.errors import UserError
 from mea_jax.model import flops
 from mea_jax.model.params import TrainState
 from mea_jax.parallel import processes
+from mea_jax.parallel.batches import BatchPlacer
 from mea_jax.parallel.preemption import Preempted, StopRequest
 from mea_jax.train import profiling
 from mea_jax.train.guards import Event, Guards, Spike
@@ -61,7 +62,8 @@ class Loop:
         self.run_directory, self.checkpoints, self.lock = run, checkpoints, lock
         self.start, self.teacher = start, start.load_teacher(prepared.tokenizer)
         self.taught = () if self.teacher is None else (self.teacher.params,)
-        self.held_out = HeldOut(config, mesh, prepared)
+        self.place = BatchPlacer(mesh, config.batch_size, config.data.context_length)
+        self.held_out = HeldOut(config, mesh, prepared, self.place)
         self.guards = Guards(config.guards)
         self.stop = stop or StopRequest()
         self.saves = SaveTimes(config.checkpoint, self.stop)
@@ -155,7 +157,7 @@ class Loop:
             left_out=self.guards.left_out,
             threads=c.data.read_threads,
             prefetch=c.data.prefetch,
-            rows=self.held_out.rows,
+            rows=self.place.rows,
             skip_bad=c.data.bad_input == "skip",
         )
 
@@ -170,11 +172,11 @@ class Loop:
 
     def _stretch(self, state, start, writer, profile_steps):
         """As `run`, until the end or a `Spike`."""
-        c, put = self.config, self.held_out.put
+        c, place = self.config, self.place
         if start == c.steps:  # cut off after the last checkpoint, before the summary
             return state
         batches = self._batches(start)
-        batch = put(next(batches))
+        batch = place(next(batches))
         step_fn = self._compiled(state, batch)
         progress = checkpoint_metrics.Progress(start, c.steps, enabled=processes.first())
         # One process tells enough: all run the same program.
@@ -191,7 +193,7 @@ class Loop:
                     clock += profile.after(step, (state, metrics))
                     waiting = time.perf_counter()
                     if step < c.steps:
-                        batch = put(next(batches))
+                        batch = place(next(batches))
                     self.timing.data_wait += time.perf_counter() - waiting
                     # The previous step's metrics, fetched while this step runs.
                     if pending is not None:

@@ -224,11 +224,12 @@ import json, sys
 sys.modules["torch"] = sys.modules["transformers"] = None
 address, index, count, checkpoint, out = sys.argv[1:]
 sys.argv = sys.argv[:1]
-from mea_jax import cli, distributed
+from mea_jax import cli
+from mea_jax.parallel import processes
 
 def main():
     if int(count) > 1:
-        distributed.start(coordinator=address, count=int(count), index=int(index), timeout=100)
+        processes.start(coordinator=address, count=int(count), index=int(index), timeout=100)
     cli.enable_compilation_cache()
     from lm_eval.api.instance import Instance
     from mea_jax.evaluate.harness.model import HarnessModel

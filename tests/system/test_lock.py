@@ -17,7 +17,7 @@ from mea_jax.errors import UserError
 HOLD = """
 import sys
 from pathlib import Path
-from mea_jax import lock
+from mea_jax.checkpoint import lock
 from mea_jax.errors import UserError
 try:
     with lock.hold(Path(sys.argv[1]), print):

@@ -45,15 +45,18 @@ FOUR = """
 import json, sys
 from pathlib import Path
 import jax, numpy as np
-from mea_jax import cli, distributed, sharding
-from mea_jax.config.schema import MeshConfig, TrainConfig
+from mea_jax import cli
+from mea_jax.parallel import processes
+from mea_jax.parallel import batches, sharding
+from mea_jax.config.parse import from_dict
+from mea_jax.config.schema import MeshConfig
 from mea_jax.data.pipeline import held_out_batches, train_batches
 from mea_jax.data.multi_host import prepare_together
-from mea_jax.train import train
+from mea_jax.train.run import train
 
 def main():
     address, index, given, fresh, resumed = arguments[1:]
-    distributed.start(coordinator=address, count=4, index=int(index), timeout=60)
+    processes.start(coordinator=address, count=4, index=int(index), timeout=60)
     cli.enable_compilation_cache()
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # for the second run
     config = from_dict(json.loads(Path(given).read_text()))
@@ -62,7 +65,7 @@ def main():
     for sizes, order in (((4, 1, 1), -1), ((1, 2, 2), 1), ((2, 1, 2), -1), ((1, 2, 1, 2), 1)):
         mesh = sharding.make_mesh(MeshConfig(*sizes), jax.devices()[::order])
         where = sharding.batch_sharding(mesh)
-        rows = distributed.local_rows(where, (size, length))
+        rows = batches.local_rows(where, (size, length))
         assert len(rows) == size // (sizes[0] * sizes[1]), rows
         gather = jax.jit(lambda x: x, out_shardings=sharding.replicated(mesh))
         for read, options in (
@@ -72,7 +75,7 @@ def main():
             part = next(read(prepared, batch_size=size, rows=rows, **options))
             whole = next(read(prepared, batch_size=size, **options))
             for name, x in part.items():
-                found = gather(distributed.place_rows(where, x, rows, size))
+                found = gather(batches.place_rows(where, x, rows, size))
                 np.testing.assert_array_equal(np.asarray(found), whole[name])
     train(config, Path(fresh))
     train(config, Path(resumed))
@@ -86,12 +89,13 @@ cli.run(main)
 KILLED = """
 import os, signal, sys
 import jax, numpy as np
-from mea_jax import cli, distributed
+from mea_jax import cli
+from mea_jax.parallel import processes
 
-distributed._FAREWELL_SECONDS = 1.0
+processes._FAREWELL_SECONDS = 1.0
 
 def main():
-    distributed.start(coordinator=ADDRESS, count=2, index=INDEX, timeout=60)
+    processes.start(coordinator=ADDRESS, count=2, index=INDEX, timeout=60)
     from jax.experimental import multihost_utils
     for step in range(1000):
         multihost_utils.process_allgather(np.ones(3))

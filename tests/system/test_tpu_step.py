@@ -18,7 +18,8 @@ SCRIPT = """
 import dataclasses, functools, json
 import jax
 import jax.numpy as jnp
-from mea_jax import decode, sharding, topology
+from mea_jax.generate import decode
+from mea_jax.parallel import sharding, topology
 from mea_jax.ops.backend import resolve
 from mea_jax.config.schema import MeshConfig, ModelConfig, TrainConfig
 from mea_jax.train.step import abstract_params, abstract_state, compile_train_step

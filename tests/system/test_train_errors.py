@@ -11,7 +11,7 @@ import types
 import jax
 import pytest
 
-import mea_jax.train
+import mea_jax.train.step
 from mea_jax.checkpoint.manager import Checkpoints
 from mea_jax.checkpoint.metrics import read_metrics
 from mea_jax.data.pipeline import train_batches

@@ -18,11 +18,11 @@ from mea_jax.compress import repair
 from mea_jax.compress import run as compress_run
 from mea_jax.compress.options import Options
 from mea_jax.compress.run import compress
-from mea_jax.compress.stream import specs
 from mea_jax.config.schema import SourceConfig
 from mea_jax.data.tokenizers import from_directory
 from mea_jax.errors import UserError
 from mea_jax.generate.generator import Generator
+from mea_jax.model.layer_spec import layer_specs
 from mea_jax.model.transformer import apply_logits
 from mea_jax.train.run import train
 from tests.helpers import PLAIN, assert_close, assert_equal
@@ -183,7 +183,7 @@ def residual_after(run, path, folder):
     stored = StoredModel(path, print)
     stream.embed(model, stored.top())
     for index in range(model.n_layers):
-        stream.advance(specs(model)[index], stored.layer(index))
+        stream.advance(layer_specs(model)[index], stored.layer(index))
     return np.stack([np.asarray(stream.residual(i, model)) for i in range(len(stream))])
 
 
@@ -213,7 +213,7 @@ def first_layer(run, folder, **changes):
     stream = made.texts.training(folder / "text", 512)
     stream.embed(made.model, made.source.top())
     tree = made.source.layer(0)
-    spec = specs(dataclasses.replace(made.model, **changes))[0]
+    spec = layer_specs(dataclasses.replace(made.model, **changes))[0]
     return spec, tree["attention"], (tree["attention_norm"]["scale"], stream)
 
 

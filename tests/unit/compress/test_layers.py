@@ -12,8 +12,9 @@ from mea_jax.compress import layer as layers
 from mea_jax.compress.layer import take_apart
 from mea_jax.compress.methods import METHODS, rebuilt_keys, solve_keys, solve_values, target_model
 from mea_jax.compress.moments import of_weights
-from mea_jax.compress.probe import assemble, plain_layer, plain_spec
+from mea_jax.compress.probe import assemble, plain_layer
 from mea_jax.errors import UserError
+from mea_jax.model.layer_spec import plain_spec
 from mea_jax.model.transformer import apply_logits
 from tests.helpers import PLAIN, assert_close, params_of, tiny_model
 

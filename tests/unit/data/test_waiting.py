@@ -45,7 +45,8 @@ def test_signals_end_a_call_that_holds_on(number, status):
     """Of a library that releases the interpreter, as the trainer of merges does."""
     script = (
         "import time\n"
-        "from mea_jax import cli, preemption\n"
+        "from mea_jax import cli\n"
+        "from mea_jax.parallel import preemption\n"
         "from mea_jax.data import waiting\n"
         "def main():\n"
         "    with preemption.listen():\n"

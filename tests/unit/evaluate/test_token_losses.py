@@ -21,6 +21,7 @@ from mea_jax.evaluate.token_losses import (
 )
 from mea_jax.model.transformer import apply_logits
 from mea_jax.parallel import sharding
+from mea_jax.parallel.batches import BatchPlacer
 from mea_jax.train.held_out import HeldOut
 from tests.helpers import params_of, random_batch, tiny_model
 
@@ -70,7 +71,8 @@ def test_sources_add_up_to_the_held_out_loss_of_training(config, prepared, found
     config = dataclasses.replace(config, model=MODEL)
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     with jax.set_mesh(mesh):
-        held_out = HeldOut(config, mesh, prepared)
+        place = BatchPlacer(mesh, config.batch_size, config.data.context_length)
+        held_out = HeldOut(config, mesh, prepared, place)
         expected = held_out.loss(PARAMS, held_out.read(None))
     parts = [found[name] for name in source_names(prepared)]
     assert len(parts) == 2

@@ -222,7 +222,7 @@ def test_evaluated_loss_does_no_gradient_work():
 SHARDED = """
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from mea_jax import cpu_kernels as ck
+from mea_jax.ops import cpu as ck
 from mea_jax.ops.backend import CpuBackend
 from mea_jax.ops.cross_entropy import cross_entropy
 mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)

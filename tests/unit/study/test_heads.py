@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mea_jax.checkpoint.layerwise import StoredModel, Writer
-from mea_jax.compress.stream import specs
+from mea_jax.model.layer_spec import layer_specs
 from mea_jax.ops import hlc
 from mea_jax.study import head_measures as measures
 from mea_jax.study import heads
@@ -98,7 +98,7 @@ def test_redundancy_is_that_of_the_heads_activations(runs, tmp_path, devices):
     assert looks.texts is not None
     stream = looks.texts.held_out(tmp_path / "again")
     stream.embed(looks.model, source.top())
-    for index, spec in enumerate(specs(looks.model)):
+    for index, spec in enumerate(layer_specs(looks.model)):
         tree = source.layer(index)
         sums = stream.advance(spec, tree, watch=True)
         assert sums is not None

@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 import pytest
 
-import mea_jax.train
+import mea_jax.train.run
 from mea_jax.checkpoint.manager import Checkpoints, Position
 from mea_jax.checkpoint.metrics import read_metrics
 from mea_jax.checkpoint.run_directory import stored_dtype
@@ -34,7 +34,7 @@ def cut(tiny, corpus, devices, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(mea_jax.train, "finish", stop)
+        patch.setattr(mea_jax.train.run, "finish", stop)
         with pytest.raises(KeyboardInterrupt):
             train(config, workdir)
     return config, workdir

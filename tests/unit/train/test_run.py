@@ -12,7 +12,6 @@ import jax
 import numpy as np
 import pytest
 
-import mea_jax.train
 import mea_jax.train.loop
 from mea_jax.config.parse import from_dict
 from mea_jax.config.schema import MeshConfig

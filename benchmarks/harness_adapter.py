@@ -1,7 +1,7 @@
 """Requests a second of lm-evaluation-harness: our model in it against its own `hf` model on a twin.
 
     python -m mea_jax.convert to_hf --checkpoint runs/suite --out exported/suite
-    python -m mea_jax.evaluate.harness.suite --out suite
+    python -m studies.harness_suite --out suite
     python -m benchmarks.harness_adapter --checkpoint runs/suite --exported exported/suite \\
         --suite suite
 

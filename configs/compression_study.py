@@ -4,7 +4,7 @@
 
 The argument is a kind of attention and a seed: "mha", "mea" (head mixing and head norm), or "gqa"
 (8 query and 4 key/value heads, queries and keys normed, the shape of Qwen3). The texts are those of
-`python -m mea_jax.study.texts`, in the folder `texts`.
+`python -m studies.texts`, in the folder `texts`.
 """
 
 from mea_jax.config.schema import default_config

@@ -3,7 +3,7 @@
     python -m mea_jax.evaluate.tasks --out texts/suite.jsonl --documents 60000 --length 600 \\
         --tasks passkey,arithmetic,recall,repeat
     python -m mea_jax.train --config configs/suite.py
-    python -m mea_jax.evaluate.harness.suite --out suite
+    python -m studies.harness_suite --out suite
     python -m mea_jax.evaluate --checkpoint runs/suite --include_path suite \\
         --tasks mea_suite --out profiles/suite
 

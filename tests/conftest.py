@@ -114,6 +114,8 @@ def in_process(monkeypatch, capfd, devices):
 
     def run(module, *arguments, count=1):
         devices(count)
+        import grain  # noqa: F401  # its flags must not go with those of the command, below
+
         app.define_help_flags()  # which absl does once, and the first command would take away
         before, status = set(flags.FLAGS), 0
         monkeypatch.setattr(sys, "argv", [module, *map(str, arguments)])

@@ -4,7 +4,7 @@ import dataclasses
 import os
 import subprocess
 import sys
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -12,6 +12,7 @@ import numpy as np
 
 from mea_jax.config.schema import ModelConfig
 from mea_jax.model.params import init_params
+from mea_jax.model.transformer import Decoder
 from mea_jax.ops import hlc
 from tests.paths import ROOT
 
@@ -86,6 +87,18 @@ def params_of(model: ModelConfig, seed: int = 0, noise: float = 0.0) -> Any:
         return (0.2 * rng.standard_normal(shape.shape)).astype(np.float32)
 
     return jax.tree_util.tree_map_with_path(leaf, tree)
+
+
+def apply_logits(
+    model: ModelConfig,
+    params: Any,
+    tokens_BT: jax.Array,
+    positions_BT: jax.Array,
+    segment_ids_BT: jax.Array,
+) -> jax.Array:
+    """Logits (B, T, V), float32."""
+    inputs = (tokens_BT, positions_BT, segment_ids_BT)
+    return cast(Any, Decoder(model).apply({"params": params}, *inputs, method=Decoder.logits))
 
 
 def packed(rows: list[list[int]], length: int) -> tuple[np.ndarray, np.ndarray]:

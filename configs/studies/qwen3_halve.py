@@ -1,7 +1,7 @@
 """The paper's protocol: half of Qwen3's cache, recovered and evaluated (arXiv 2601.19611).
 
-    python -m mea_jax.study halve --config configs/studies/qwen3_halve.py --model Qwen/Qwen3-30B-A3B
-    python -m mea_jax.study halve --config configs/studies/qwen3_halve.py --model FOLDER \\
+    python -m studies.halve --config configs/studies/qwen3_halve.py --model Qwen/Qwen3-30B-A3B
+    python -m studies.halve --config configs/studies/qwen3_halve.py --model FOLDER \\
         --config.text=jsonl:corpus.jsonl --config.harness.limit=200 --list
 
 Import, then for each row of `compressions` one compressed model, each trained on as long as the

@@ -15,7 +15,7 @@ _INSTALLED = "share/mea_jax/configs/*.py"
 
 def shipped_configs() -> dict[str, Path]:
     """Return the config files by name: those of the clone, or else the installed ones."""
-    clone = Path(__file__).parent.parent / "configs"
+    clone = Path(__file__).parents[2] / "configs"
     paths = list(clone.glob("*.py"))
     if not paths:
         try:

@@ -43,10 +43,6 @@ class Entry:
         into = int(np.prod(self.shape[:inputs]))
         return int(np.prod(self.shape[inputs:])), into
 
-    def to_ours(self, array: np.ndarray) -> np.ndarray:
-        """A view of their `array` in our shape."""
-        return array.T.reshape(self.shape) if self.turned else array
-
     def to_theirs(self, array: np.ndarray) -> np.ndarray:
         """A view of our `array` in their shape."""
         return array.reshape(self.theirs[::-1]).T if self.turned else array

@@ -34,14 +34,6 @@ def unit_hash(name: str) -> float:
     return int.from_bytes(digest, "big") / 2**64
 
 
-def is_held_out(name: str, fraction: float) -> bool:
-    """Whether the document called `name` is in the held-out `fraction` of documents.
-
-    Depends on the name alone, so the split does not move when documents are added.
-    """
-    return unit_hash(name) < fraction
-
-
 def content_name(text: str) -> str:
     """The name of a document that has none of its own: a hash of its content."""
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

@@ -97,11 +97,3 @@ def fields(tokens: np.ndarray, segment_ids: np.ndarray) -> dict[str, np.ndarray]
         "segment_ids": segment_ids,
         "positions": (index - start).astype(np.int32) * real,
     }
-
-
-def pack(
-    documents: Iterable[Sequence[int]], length: int, separator: int
-) -> Iterator[dict[str, np.ndarray]]:
-    """Windows of `length` positions with the fields of `fields`, int32 (T,) each."""
-    for tokens, segment_ids in rows(documents, length, separator):
-        yield fields(tokens, segment_ids)

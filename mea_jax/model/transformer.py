@@ -225,15 +225,3 @@ def apply_routed(
         out[1]["router"][f"layers_{first}"]["mlp"]["sums"][0] for first, *_ in stretches(model)
     ]
     return out[0], jax.tree.map(lambda *parts: jnp.concatenate(parts), *stacks)
-
-
-def apply_logits(
-    model: ModelConfig,
-    params: Any,
-    tokens_BT: jax.Array,
-    positions_BT: jax.Array,
-    segment_ids_BT: jax.Array,
-) -> jax.Array:
-    """Logits (B, T, V), float32, of a model with `params`."""
-    inputs = (tokens_BT, positions_BT, segment_ids_BT)
-    return cast(Any, Decoder(model).apply({"params": params}, *inputs, method=Decoder.logits))

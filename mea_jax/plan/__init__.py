@@ -5,6 +5,6 @@
 The real step is compiled ahead of time (programs.py, compiling.py) for a described machine
 (target.py, chips.py); the compiled program is read as text (hlo.py) and counted, loops multiplied
 out (costs.py, collectives.py); a roofline turns counts into times (roofline.py), and output.py
-prints them. A compression is several programs (compression.py, compression_report.py).
+prints them.
 Everything here is an estimate: nothing runs.
 """

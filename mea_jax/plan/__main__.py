@@ -3,7 +3,6 @@
 python -m mea_jax.plan --config configs/mea_1b.py --topology v5p:4x4x4
 python -m mea_jax.plan --config configs/mea_1b.py --topology v5e:16x16 --sweep
 python -m mea_jax.plan --config configs/mea_1b.py --topology v6e:1x1 --step decode --batch 16
-python -m mea_jax.plan --config configs/mea_1b.py --topology v5e:2x2 --step compress --keep 0.5
 """
 
 import re

@@ -20,17 +20,14 @@ from mea_jax.plan.target import Target
 
 
 class DoesNotFit(UserError):
-    """The compiler refused: `needed` and `available` bytes of a device's memory.
-
-    `program`: which one, where a step has several.
-    """
+    """The compiler refused: `needed` and `available` bytes of a device's memory."""
 
     def __init__(self, needed: float, available: float):
         super().__init__(
             f"does not fit: it needs {needed / 1e9:.2f} GB a device of {available / 1e9:.2f} GB, "
             f"{(needed - available) / 1e9:.2f} GB over"
         )
-        self.needed, self.available, self.program = needed, available, ""
+        self.needed, self.available = needed, available
 
 
 @dataclasses.dataclass
@@ -78,12 +75,10 @@ def measured(
     held: dict[str, float],
     params: Any,
     describe: str,
-    beside: dict[str, float] | None = None,
 ) -> Compiled:
-    """Compiles a lowered program. `beside`: what lies on a device meanwhile without being its
-    argument, by name. Raises `DoesNotFit`."""
+    """Compiles a lowered program. Raises `DoesNotFit`."""
     executable, text, largest, seconds = _compile(lowered, target)
-    memory, beside = executable.memory_analysis(), beside or {}
+    memory = executable.memory_analysis()
     # What is donated is counted once.
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
     return Compiled(
@@ -91,15 +86,14 @@ def measured(
         mesh=mesh,
         costs=count(parse(text)),
         compile_seconds=seconds,
-        held=held | beside,
+        held=held,
         temporaries=memory.temp_size_in_bytes,
         results=results,
         peak=memory.argument_size_in_bytes
         + results
         + memory.temp_size_in_bytes
         # Programs lie in the device's memory too.
-        + memory.generated_code_size_in_bytes
-        + sum(beside.values()),
+        + memory.generated_code_size_in_bytes,
         parameters=sum(x.size for x in jax.tree.leaves(params)),
         largest=largest,
         describe=describe,

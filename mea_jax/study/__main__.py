@@ -14,11 +14,6 @@ COMMANDS = (
     "fit",
     "report",
     "heads",
-    "compression",
-    "compression_figures",
-    "recovery",
-    "texts",
-    "halve",
 )
 
 

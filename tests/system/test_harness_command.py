@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from mea_jax.evaluate import tasks
-from mea_jax.evaluate.harness import differences, functions, suite
+from mea_jax.evaluate.harness import differences
+from studies import harness_functions as functions
+from studies import harness_suite as suite
 from tests.helpers import is_one_error
 from tests.whole_runs import train_on_one_device
 
@@ -281,7 +283,7 @@ def test_code_questions_are_lines_of_the_library():
 
 
 def test_the_suite_is_written_by_its_command(evaluate, tmp_path):
-    module = "mea_jax.evaluate.harness.suite"
+    module = "studies.harness_suite"
     options = ("--out", tmp_path / "suite", "--documents", 5, "--letters", 400)
     status, out, err = evaluate(*options, module=module)
     assert status == 0, err

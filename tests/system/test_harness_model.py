@@ -17,8 +17,7 @@ from mea_jax.errors import UserError
 from mea_jax.evaluate.harness.model import HarnessModel
 from mea_jax.evaluate.models import load
 from mea_jax.generate.generator import Generator, continuation
-from mea_jax.model.transformer import apply_logits
-from tests.helpers import change, is_one_error
+from tests.helpers import apply_logits, change, is_one_error
 from tests.paths import ROOT
 from tests.whole_runs import train_on_one_device
 

@@ -9,8 +9,9 @@ import torch
 import transformers
 from lm_eval.models.huggingface import HFLM
 
-from mea_jax.evaluate.harness import run, suite
+from mea_jax.evaluate.harness import run
 from mea_jax.evaluate.harness.model import HarnessModel
+from studies import harness_suite as suite
 from tests.helpers import flat
 from tests.whole_runs import train_on_one_device
 

@@ -40,7 +40,7 @@ def test_no_such_accelerator(command, config_file, monkeypatch, reason, parts):
     monkeypatch.setattr(cli.xla_bridge, "backends", refuses(error))
     monkeypatch.setattr(cli.xla_bridge, "get_backend", refuses(error))
     path = config_file()
-    monkeypatch.setattr("mea_jax.train.__main__.sharding.make_mesh", refuses(error))
+    monkeypatch.setattr("mea_jax.train.run.sharding.make_mesh", refuses(error))
     status, _, err = command("--config", path)
     is_one_error(status, err, *parts)
     assert "(set " not in err

@@ -40,7 +40,7 @@ from pathlib import Path
 run, cache = Path(sys.argv[1]), Path(sys.argv[2])
 from mea_jax.config.schema import TrainConfig
 from mea_jax.data import pipeline, prepare
-from mea_jax.generate import load
+from mea_jax.checkpoint.load import load
 
 def everything():
     load(run)

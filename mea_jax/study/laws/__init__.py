@@ -6,7 +6,7 @@ from mea_jax.study.laws.intervals import Estimate
 from mea_jax.study.laws.optimum import Optimum, fit_optima
 from mea_jax.study.laws.results import Result, parse
 from mea_jax.study.laws.robustness import Sensitivity, Stability, fit_sensitivity, fit_stability
-from mea_jax.study.laws.sizes import LearningRateLaw, deepseek_law, fit_laws, step_law
+from mea_jax.study.laws.sizes import LearningRateLaw, fit_laws
 from mea_jax.study.laws.tokens import LossInTokens, fit_tokens
 
 __all__ = [
@@ -18,7 +18,6 @@ __all__ = [
     "Result",
     "Sensitivity",
     "Stability",
-    "deepseek_law",
     "fit_all",
     "fit_gains",
     "fit_laws",
@@ -27,5 +26,4 @@ __all__ = [
     "fit_stability",
     "fit_tokens",
     "parse",
-    "step_law",
 ]

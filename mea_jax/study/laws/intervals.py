@@ -1,11 +1,11 @@
 """Numbers with intervals, and what the fits share to make them."""
 
 import dataclasses
-import functools
 import math
 from collections.abc import Sequence
 
 import numpy as np
+import scipy.stats
 
 LEVEL = 0.95  # of every interval
 
@@ -21,40 +21,12 @@ class Estimate:
     low: float | None = None
     high: float | None = None
 
-    def holds(self, value: float) -> bool:
-        """Whether the interval holds `value`. False without an interval."""
-        return self.low is not None and self.high is not None and self.low <= value <= self.high
 
-
-@functools.lru_cache
-def student_t(freedom: int, level: float = LEVEL) -> float:
-    """The t with P(|T| <= t) = `level`, T of Student's distribution.
-
-    From its finite series (Abramowitz and Stegun, 26.7.3 and 26.7.4), by bisection. In numpy's
-    absence of quantiles, and to 1e-9.
-    """
+def student_t(freedom: int) -> float:
+    """The t with P(|T| <= t) = `LEVEL`, T of Student's distribution with `freedom` degrees."""
     if freedom < 1:
         raise ValueError("no degree of freedom")
-    low, high = 0.0, 1.0
-    while _within(high, freedom) < level:
-        low, high = high, 2 * high
-    while high - low > 1e-10 * high:
-        middle = (low + high) / 2
-        low, high = (middle, high) if _within(middle, freedom) < level else (low, middle)
-    return high
-
-
-def _within(t: float, freedom: int) -> float:
-    """P(|T| <= t)."""
-    angle = math.atan(t / math.sqrt(freedom))
-    cosine, odd = math.cos(angle), freedom % 2
-    term, total = (cosine, 0.0) if odd else (1.0, 0.0)
-    for power in range(2 + odd, freedom + 1, 2):  # the term of cos^(power - 2)
-        total += term
-        term *= cosine**2 * (power - 1) / power
-    if odd:
-        return (angle + math.sin(angle) * total) * 2 / math.pi
-    return math.sin(angle) * total
+    return float(scipy.stats.t.ppf((1 + LEVEL) / 2, freedom))
 
 
 def jackknife(whole: float, without: Sequence[float]) -> Estimate:

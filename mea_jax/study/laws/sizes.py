@@ -83,16 +83,6 @@ class LearningRateLaw:
         return Estimate(*(math.exp(log + d) for d in (0.0, -reach, reach)))
 
 
-def step_law(parameters: float, tokens: float) -> float:
-    """Step Law's own optimum (arXiv 2503.04715): 1.79 N^-0.713 D^0.307."""
-    return 1.79 * parameters**-0.713 * tokens**0.307
-
-
-def deepseek_law(flops: float) -> float:
-    """DeepSeek's optimum (arXiv 2401.02954): 0.3118 C^-0.1250, C the FLOPs of training."""
-    return 0.3118 * flops**-0.1250
-
-
 def fit_laws(results: Sequence[Result], seed: int = 0) -> list[LearningRateLaw]:
     """One law for each variant of `results`. `seed` is of the bootstraps."""
     groups = grouped(results, lambda result: result.variant)

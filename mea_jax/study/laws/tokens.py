@@ -69,12 +69,6 @@ class LossInTokens:
     held_out_error: float | None = None
     reason: str | None = None
 
-    def predict(self, tokens: float) -> float:
-        """The loss at `tokens`, in nats. Raises ValueError where the fit abstains."""
-        if self.alpha is None or self.scale is None or self.floor is None:
-            raise ValueError(self.reason)
-        return (self.scale.value / tokens) ** self.alpha.value + self.floor.value
-
 
 def fit_tokens(results: Sequence[Result], skip: float = SKIP) -> list[LossInTokens]:
     """One fit for each (variant, size, learning rate) of `results`.

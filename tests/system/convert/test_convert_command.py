@@ -20,11 +20,10 @@ from mea_jax.convert import exporting, families, folders, importing, shards
 from mea_jax.convert.exporting import export_model
 from mea_jax.convert.importing import import_model
 from mea_jax.data import tokenizers
-from mea_jax.model.transformer import apply_logits
 from mea_jax.parallel import sharding
 from mea_jax.train.run import train
 from mea_jax.train.warm_start import Start
-from tests.helpers import PLAIN, assert_equal, is_one_error, params_of
+from tests.helpers import PLAIN, apply_logits, assert_equal, is_one_error, params_of
 from tests.system.convert import small_models
 
 SHARD = "model-00002-of-00003.safetensors"

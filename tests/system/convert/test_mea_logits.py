@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from mea_jax.generate.generator import Generator
-from mea_jax.model.transformer import apply_logits
-from tests.helpers import GROUPED, PLAIN, params_of, tiny_model
+from tests.helpers import GROUPED, PLAIN, apply_logits, params_of, tiny_model
 from tests.system.convert.exported_mea import load, save
 
 SCALED = {

@@ -18,9 +18,8 @@ from mea_jax.compress.run import compress
 from mea_jax.convert import composite
 from mea_jax.convert.exporting import export_model
 from mea_jax.errors import UserError
-from mea_jax.model.transformer import apply_logits
 from mea_jax.train.run import train
-from tests.helpers import GROUPED, PLAIN, params_of, tiny_model
+from tests.helpers import GROUPED, PLAIN, apply_logits, params_of, tiny_model
 from tests.system.convert.exported_mea import layers_of, load, save
 
 FREQUENCY = {"key_mixing": "frequency", "value_mixing": "dense", "head_norm": False}

@@ -18,8 +18,8 @@ from mea_jax.convert.exporting import export_model
 from mea_jax.convert.importing import import_model
 from mea_jax.generate import decode
 from mea_jax.generate.generator import Generator
-from mea_jax.model.transformer import apply_logits
 from mea_jax.ops.sampling import Sampling
+from tests.helpers import apply_logits
 from tests.system.convert import small_models
 
 LIMIT = 1e-4  # of the largest difference of float32 logits, whose spread is about one

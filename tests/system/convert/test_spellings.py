@@ -15,7 +15,7 @@ from mea_jax.convert import families
 from mea_jax.convert.importing import Source, import_model
 from mea_jax.convert.shards import SINGLE
 from mea_jax.errors import UserError
-from mea_jax.model.transformer import apply_logits
+from tests.helpers import apply_logits
 from tests.system.convert import small_models
 
 LIMIT = 1e-4  # of the largest difference of float32 logits, whose spread is about one

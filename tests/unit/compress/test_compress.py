@@ -23,9 +23,8 @@ from mea_jax.data.tokenizers import from_directory
 from mea_jax.errors import UserError
 from mea_jax.generate.generator import Generator
 from mea_jax.model.layer_spec import layer_specs
-from mea_jax.model.transformer import apply_logits
 from mea_jax.train.run import train
-from tests.helpers import PLAIN, assert_close, assert_equal
+from tests.helpers import PLAIN, apply_logits, assert_close, assert_equal
 
 SMALL: dict[str, Any] = {
     "calibration_tokens": 512,

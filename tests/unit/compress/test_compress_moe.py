@@ -13,9 +13,8 @@ from mea_jax.compress import repair
 from mea_jax.compress.options import Options
 from mea_jax.compress.run import compress
 from mea_jax.generate.generator import Generator
-from mea_jax.model.transformer import apply_logits
 from mea_jax.train.run import train
-from tests.helpers import PLAIN, assert_close, assert_equal, flat
+from tests.helpers import PLAIN, apply_logits, assert_close, assert_equal, flat
 
 EXPERTS = {"n_experts": 4, "experts_per_token": 2, "d_expert": 24}
 SMALL: dict[str, Any] = {"calibration_tokens": 512, "measure_tokens": 256, "held_out_tokens": 512}

@@ -15,8 +15,7 @@ from mea_jax.compress.moments import of_weights
 from mea_jax.compress.probe import assemble, plain_layer
 from mea_jax.errors import UserError
 from mea_jax.model.layer_spec import plain_spec
-from mea_jax.model.transformer import apply_logits
-from tests.helpers import PLAIN, assert_close, params_of, tiny_model
+from tests.helpers import PLAIN, apply_logits, assert_close, params_of, tiny_model
 
 QK = PLAIN | {"n_heads": 8, "n_kv_heads": 4, "qk_norm": True}
 MODELS = {

@@ -16,7 +16,7 @@ def make(lengths):
 
 
 def pack(documents, length):
-    return list(packing.pack(documents, length, SEPARATOR))
+    return [packing.fields(*row) for row in packing.rows(documents, length, SEPARATOR)]
 
 
 @given(lengths=LENGTHS, length=st.integers(1, 17), chunk=st.sampled_from([1, 20, 1 << 18]))

@@ -18,7 +18,7 @@ from mea_jax.config.schema import DataConfig, SourceConfig
 from mea_jax.convert import tokenizer_files
 from mea_jax.data import packing, sources
 from mea_jax.data import prepare as prepare_lib
-from mea_jax.data.corpus import is_held_out
+from mea_jax.data.corpus import unit_hash
 from mea_jax.data.windows import builder, reader, writing
 from mea_jax.errors import UserError
 
@@ -51,7 +51,7 @@ def documents(config, held_out):
         document.text
         for source in config.sources
         for document in sources.documents(source)
-        if is_held_out(document.name, config.held_out_fraction) == held_out
+        if (unit_hash(document.name) < config.held_out_fraction) == held_out
     ]
 
 
@@ -152,7 +152,7 @@ def test_bpe_is_trained_on_the_training_side_only(config, tmp_path):
     held_out = {
         document.name
         for document in sources.documents(config.sources[0])
-        if is_held_out(document.name, FRACTION)
+        if unit_hash(document.name) < FRACTION
     }
     for path in (tmp_path / "text").iterdir():
         path.write_text(("secretword " if path.name in held_out else "openword ") * 50)
@@ -436,6 +436,6 @@ def test_beam_tokens_do_not_depend_on_workers(config, monkeypatch, workers):
         document.text + "<|endoftext|>"
         for shard in range(shards)
         for document in corpus.documents(shard, shards)
-        if not is_held_out(document.name, FRACTION)
+        if not unit_hash(document.name) < FRACTION
     )
     assert stored(prepared, "train") == expected

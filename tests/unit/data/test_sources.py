@@ -15,7 +15,7 @@ import tensorflow_datasets as tfds
 
 from mea_jax.config.schema import SourceConfig
 from mea_jax.data import sources
-from mea_jax.data.corpus import Document, content_name, is_held_out, unit_hash
+from mea_jax.data.corpus import Document, content_name, unit_hash
 from mea_jax.errors import UserError
 
 
@@ -293,12 +293,12 @@ def test_tfds_mistakes(notes, tmp_path):
 
 def test_split_depends_on_the_name_alone_and_has_its_share():
     names = [f"package/module_{i}.py" for i in range(20_000)]
-    held_out = {name for name in names if is_held_out(name, 0.1)}
+    held_out = {name for name in names if unit_hash(name) < 0.1}
     # Binomial: 2000 with a standard deviation of 42.
     assert abs(len(held_out) - 2000) < 210
     # A larger fraction only adds documents to the held-out side.
-    assert held_out < {name for name in names if is_held_out(name, 0.2)}
-    assert not any(is_held_out(name, 0.0) for name in names)
+    assert held_out < {name for name in names if unit_hash(name) < 0.2}
+    assert not any(unit_hash(name) < 0.0 for name in names)
     # Golden, computed once: the split must not move between versions of this code.
     assert unit_hash("json/decoder.py") == 0.11393991729957655
 

@@ -15,8 +15,7 @@ from mea_jax.evaluate.retrieval import passkey_examples, retrieval, shortest_con
 from mea_jax.evaluate.scoring import Encoded, Served, encode, number, score
 from mea_jax.evaluate.tasks import Example
 from mea_jax.generate.generator import Generator
-from mea_jax.model.transformer import apply_logits
-from tests.helpers import params_of, tiny_model
+from tests.helpers import apply_logits, params_of, tiny_model
 
 TOKENIZER = BytesTokenizer()
 MODEL = tiny_model(key_components=2, value_components=1)

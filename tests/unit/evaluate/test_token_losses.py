@@ -19,11 +19,10 @@ from mea_jax.evaluate.token_losses import (
     source_names,
     token_nll,
 )
-from mea_jax.model.transformer import apply_logits
 from mea_jax.parallel import sharding
 from mea_jax.parallel.batches import BatchPlacer
 from mea_jax.train.held_out import HeldOut
-from tests.helpers import params_of, random_batch, tiny_model
+from tests.helpers import apply_logits, params_of, random_batch, tiny_model
 
 MODEL = tiny_model(key_components=2)
 PARAMS = params_of(MODEL, noise=0.3)

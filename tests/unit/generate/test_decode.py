@@ -16,9 +16,8 @@ from mea_jax.config.checks import validate
 from mea_jax.config.schema import TrainConfig
 from mea_jax.generate.decode import empty_cache, prefill, serve, step
 from mea_jax.model.kv_cache import flush
-from mea_jax.model.transformer import apply_logits
 from mea_jax.ops import cpu
-from tests.helpers import PLAIN, change, params_of, tiny_model
+from tests.helpers import PLAIN, apply_logits, change, params_of, tiny_model
 
 TOLERANCE = 1e-5
 NEW, SLOTS = 20, 32

@@ -18,11 +18,10 @@ from mea_jax.generate.generator import Generator, Report
 from mea_jax.generate.run import Stream, continue_file, cut_at, encode, read_prompts, stream_one
 from mea_jax.model import kv_cache
 from mea_jax.model.params import init_params
-from mea_jax.model.transformer import apply_logits
 from mea_jax.ops.sampling import Sampling
 from mea_jax.parallel import sharding
 from mea_jax.train.run import train
-from tests.helpers import params_of, tiny_model
+from tests.helpers import apply_logits, params_of, tiny_model
 
 PROMPTS = [[5, 6, 7, 8, 9], [200, 3], [17] * 11]
 

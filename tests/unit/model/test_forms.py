@@ -19,10 +19,10 @@ from mea_jax.config.schema import TrainConfig
 from mea_jax.generate.decode import serve
 from mea_jax.model.attention import Attention, Context, Slots
 from mea_jax.model.kv_cache import RECENT, LayerCache, Stored, empty_heads
-from mea_jax.model.transformer import apply_logits, rope_of
+from mea_jax.model.transformer import rope_of
 from mea_jax.ops import attention
 from tests import references
-from tests.helpers import change, flat, packed, params_of, tiny_model
+from tests.helpers import apply_logits, change, flat, packed, params_of, tiny_model
 
 # float32 products of up to 32 terms, two or three in a row, regrouped. Gradients of mixing are sums
 # over all positions besides.

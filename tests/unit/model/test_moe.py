@@ -16,7 +16,7 @@ from mea_jax.generate.generator import Generator
 from mea_jax.model import flops, moe
 from mea_jax.model.experts import Experts, Routed, run_experts, run_share
 from mea_jax.model.params import abstract_params
-from mea_jax.model.transformer import apply_logits, apply_routed
+from mea_jax.model.transformer import apply_routed
 from mea_jax.ops import grouped
 from mea_jax.ops.backend import make_backend
 from mea_jax.parallel import sharding
@@ -24,7 +24,15 @@ from mea_jax.plan.costs import count
 from mea_jax.plan.hlo import parse
 from mea_jax.train.optimizer import decayed
 from mea_jax.train.step import batch_loss, compile_train_step, create_state, reported
-from tests.helpers import assert_close, change, flat, params_of, random_batch, tiny_model
+from tests.helpers import (
+    apply_logits,
+    assert_close,
+    change,
+    flat,
+    params_of,
+    random_batch,
+    tiny_model,
+)
 
 EXPERTS: dict[str, Any] = {"n_experts": 4, "experts_per_token": 2, "d_expert": 24}
 XLA: Any = make_backend(tiny_model())

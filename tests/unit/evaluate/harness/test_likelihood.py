@@ -12,10 +12,9 @@ from mea_jax.config.schema import MeshConfig
 from mea_jax.evaluate.harness import likelihood
 from mea_jax.evaluate.harness.likelihood import Request, Scorer, Work
 from mea_jax.model.params import init_params
-from mea_jax.model.transformer import apply_logits
 from mea_jax.ops import attention, cpu
 from mea_jax.parallel import sharding
-from tests.helpers import params_of, tiny_model
+from tests.helpers import apply_logits, params_of, tiny_model
 
 LONGEST = 68  # tokens of a request
 PLAIN = {"hlc": "none", "head_norm": False}

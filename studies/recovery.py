@@ -1,9 +1,9 @@
 """Trains compressed models on, and the original as long: what of the difference stays?
 
-    python -m mea_jax.study.recovery --model runs/study/mha-0 --work runs/study/compressed \\
+    python -m studies.recovery --model runs/study/mha-0 --work runs/study/compressed \\
         --out docs/studies/compression
 
-Starts are the model itself (the control) and what `mea_jax.study.compression` has left in `--work`
+Starts are the model itself (the control) and what `studies.compression` has left in `--work`
 at half the cache. Each is trained by configs/recover.py with the same data, steps and schedule, the
 best one a second time with the model as its teacher; the held-out losses become rows of
 `recovery.jsonl`. What is finished is not trained again.
@@ -23,8 +23,8 @@ from mea_jax.checkpoint.metrics import read_metrics
 from mea_jax.config.parse import from_config_dict, from_dict
 from mea_jax.config.schema import TrainConfig
 from mea_jax.errors import UserError
-from mea_jax.study.compression import Name, Row, read
 from mea_jax.train.run import train
+from studies.compression import Name, Row, read
 
 KEEP = 0.5
 CONTROL = "original"
@@ -43,7 +43,7 @@ def starts(run: Path, work: Path) -> list[tuple[str, Path, bool]]:
     for name in STARTS:
         folder = work / run.name / name.folder(KEEP)
         if not folder.exists():
-            raise UserError(f"{folder} is not there: run python -m mea_jax.study.compression first")
+            raise UserError(f"{folder} is not there: run python -m studies.compression first")
         found.append((name.folder(KEEP), folder, False))
         if name == TAUGHT:
             found.append((f"{name.folder(KEEP)}, taught", folder, True))

@@ -1,9 +1,9 @@
 """Tables and pictures of the study of compression, from its rows alone.
 
-    python -m mea_jax.study.compression_figures --data docs/studies/compression
+    python -m studies.compression_figures --data docs/studies/compression
 
-Reads `rows.jsonl` and `layers.jsonl` (`mea_jax.study.compression`), and `recovery.jsonl`
-(`mea_jax.study.recovery`) where it is; writes `tables.md` and a picture of each beside them.
+Reads `rows.jsonl` and `layers.jsonl` (`studies.compression`), and `recovery.jsonl`
+(`studies.recovery`) where it is; writes `tables.md` and a picture of each beside them.
 """
 
 from collections.abc import Iterable, Sequence
@@ -16,8 +16,8 @@ from absl import flags
 from mea_jax import cli
 from mea_jax.checkpoint.files import disk_errors, write_whole
 from mea_jax.errors import UserError
-from mea_jax.study.compression import KEEPS, Name, Row, read, variants
-from mea_jax.study.recovery import CONTROL, KEEP, STARTS
+from studies.compression import KEEPS, Name, Row, read, variants
+from studies.recovery import CONTROL, KEEP, STARTS
 
 KINDS = {"mha": "MHA", "mea": "MEA", "gqa": "GQA, QK-norm"}
 PAPER = Name("svd", "uniform", "none")
@@ -313,7 +313,7 @@ def sections(data: Path) -> list[tuple[str, str]]:
     """Titles and tables of what there is."""
     rows = read(data / "rows.jsonl")
     if not rows:
-        raise UserError(f"{data} has no rows.jsonl: run python -m mea_jax.study.compression")
+        raise UserError(f"{data} has no rows.jsonl: run python -m studies.compression")
     found = []
     for keep in sorted(KEEPS, reverse=True):
         if select(rows, keep=keep):

@@ -1,4 +1,4 @@
-"""The table of `mea_jax.study.halve`: what the paper reports, and what it leaves out."""
+"""The table of `studies.halve`: what the paper reports, and what it leaves out."""
 
 import json
 from collections.abc import Mapping, Sequence

@@ -1,6 +1,6 @@
 """Writes tasks of our own in the harness's format: a folder that needs no network.
 
-    python -m mea_jax.evaluate.harness.suite --out suite
+    python -m studies.harness_suite --out suite
     python -m mea_jax.evaluate --checkpoint runs/suite --include_path suite --tasks mea_suite \\
         --out profiles/suite
 
@@ -29,7 +29,7 @@ from mea_jax import cli
 from mea_jax.checkpoint.files import make_writable
 from mea_jax.errors import UserError
 from mea_jax.evaluate import tasks
-from mea_jax.evaluate.harness import functions
+from studies import harness_functions as functions
 
 DEPTHS = (0, 25, 50, 75, 100)  # per cent
 _PAIRS = 6  # rows of a table

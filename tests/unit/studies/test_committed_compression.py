@@ -4,8 +4,8 @@ import shutil
 
 import pytest
 
-from mea_jax.study import compression_figures as figures
-from mea_jax.study.compression import read, variants
+from studies import compression_figures as figures
+from studies.compression import read, variants
 from tests.paths import ROOT
 
 DATA = ROOT / "docs" / "studies" / "compression"

@@ -6,10 +6,10 @@ from dataclasses import asdict
 import pytest
 
 from mea_jax.compress.options import Options
-from mea_jax.study import compression, compression_figures, recovery
-from mea_jax.study.compression import Name, Study
-from mea_jax.study.compression_figures import BEST, PAPER
 from mea_jax.train.run import train
+from studies import compression, compression_figures, recovery
+from studies.compression import Name, Study
+from studies.compression_figures import BEST, PAPER
 from tests.helpers import PLAIN
 from tests.paths import ROOT
 
@@ -69,11 +69,11 @@ def test_a_part_of_the_study_by_its_flags(run, devices, tmp_path, in_process):
     out = ["--work", tmp_path / "work", "--out", tmp_path / "out"]
     part = ["--keep=0.5", "--keep=0.25", "--budget=uniform", "--repair=none", "--method=svd"]
     arguments = ["--model", run, *out, *few, *part]
-    status, _, err = in_process("mea_jax.study.compression", *arguments)
+    status, _, err = in_process("studies.compression", *arguments)
     assert status == 0, err
     rows = compression.read(tmp_path / "out" / "rows.jsonl")
     assert [(r["method"], r["keep"]) for r in rows] == [("svd", 0.25), ("svd", 0.5)]
-    status, _, err = in_process("mea_jax.study.compression", *arguments, "--effort=4")
+    status, _, err = in_process("studies.compression", *arguments, "--effort=4")
     assert (status, "nothing in the study is like that" in err) == (2, True)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mea_jax.errors import UserError
-from mea_jax.study import halve, halve_table
+from studies import halve, halve_table
 from tests.paths import ROOT
 
 BYTES = {"original": 4096, "control": 4096, "half": 3072, "half_recovered": 3072}

@@ -1,6 +1,6 @@
 """The two domains of text that the studies take beside Python's standard library.
 
-    python -m mea_jax.study.texts --english wikitext.txt --english plays.txt \\
+    python -m studies.texts --english wikitext.txt --english plays.txt \\
         --mathematics gsm8k_train.jsonl --out texts
 
 Writes `english.jsonl` and `mathematics.jsonl`, a document a line. Long files are cut into documents

@@ -1,6 +1,6 @@
 """The paper's protocol on a pretrained model: import, compress, recover, evaluate, one table.
 
-    python -m mea_jax.study halve --config configs/studies/qwen3_halve.py --model FOLDER
+    python -m studies.halve --config configs/studies/qwen3_halve.py --model FOLDER
 
 Each stage is a command that a user could type, run one after another as processes of their own, so
 that none holds the memory of another. What is finished is listed in `stages.json` and not done
@@ -24,7 +24,7 @@ from mea_jax import cli
 from mea_jax.checkpoint.files import disk_errors, write_json, write_whole
 from mea_jax.config.schema import flatten
 from mea_jax.errors import UserError, nearest
-from mea_jax.study import halve_table
+from studies import halve_table
 
 ORIGINAL, CONTROL, RECOVERED = "original", "control", "_recovered"
 KEYS: dict[str, Any] = {

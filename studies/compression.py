@@ -1,12 +1,12 @@
 """The study of compression: every method at several shares of the cache, on several models.
 
-    python -m mea_jax.study.compression --model runs/study/mha-0 --model runs/study/gqa-0 \\
+    python -m studies.compression --model runs/study/mha-0 --model runs/study/gqa-0 \\
         --work runs/study/compressed --out docs/studies/compression
 
 A model is a run directory called KIND-SEED (`configs/compression_study.py`). Each compression is a
 row of `rows.jsonl` in `--out`, what was measured of each layer one of `layers.jsonl`; what is there
 already is not made again, so a stopped study goes on. `--keep`, `--method`, `--budget`, `--repair`
-and `--effort` choose a part of it. `python -m mea_jax.study.compression_figures` draws both.
+and `--effort` choose a part of it. `python -m studies.compression_figures` draws both.
 """
 
 import dataclasses

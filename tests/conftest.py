@@ -30,7 +30,6 @@ from mea_jax.config.schema import (
 )
 from mea_jax.parallel import processes
 from tests.helpers import change, tiny_model
-from tests.system.launch_machine import Machine
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -182,9 +181,3 @@ def small_disk(tmp_path):
         pytest.skip("mounting a file system is not permitted here")
     yield where
     subprocess.run(["umount", "-l", str(where)], check=True)
-
-
-@pytest.fixture
-def machine(tmp_path):
-    """A checkout, a home folder and fakes of every program that a launcher runs."""
-    return Machine(tmp_path)

@@ -1,0 +1,73 @@
+"""docs/architecture.md: its steps for a new attention variant, and the files it names."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from tests.paths import ROOT
+
+PAGE = (ROOT / "docs" / "architecture.md").read_text()
+SMALL = (
+    *("--config.steps=4", "--config.log_every=1", "--config.evaluate.every=0"),
+    *("--config.optimizer.warmup_steps=1", "--config.evaluate.sample_tokens=4"),
+    *("--config.model.n_layers=2", "--config.model.scan_unroll=2", "--config.data.tokenizer=bytes"),
+    *("--config.data.context_length=64", "--config.batch_size=2"),
+)
+
+
+def apply(diff, folder):
+    """Change the file that a diff names; what it keeps and removes must occur exactly once."""
+    lines = [line[3:] if line.startswith("   ") else line for line in diff.splitlines()]
+    path = folder / next(line for line in lines if line.startswith("+++ b/"))[len("+++ b/") :]
+    changed = [line for line in lines if line and not line.startswith(("---", "+++", "@@"))]
+    old = "".join(f"{line[1:]}\n" for line in changed if line[0] in " -")
+    new = "".join(f"{line[1:]}\n" for line in changed if line[0] in " +")
+    text = path.read_text()
+    assert text.count(old) == 1, (path, old)
+    path.write_text(text.replace(old, new))
+
+
+def run(folder, *command):
+    environment = os.environ | {"PYTHONPATH": str(folder)}
+    done = subprocess.run(
+        [sys.executable, "-m", *command],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.process
+@pytest.mark.slow
+def test_the_steps_for_a_variant(tmp_path):
+    """Its patches apply, the tests run over it, and it trains by the command that is printed."""
+    folder = tmp_path / "clone"
+    for name in ("mea_jax", "configs", "tests"):
+        ignored = shutil.ignore_patterns("__pycache__", "format_1")
+        shutil.copytree(ROOT / name, folder / name, ignore=ignored)
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    diffs = re.findall(r"```diff\n(.*?)```", PAGE, re.DOTALL)
+    assert len(diffs) == 4
+    for diff in diffs:
+        apply(diff, folder)
+    tests = re.search(r"python -m (pytest tests/\S+ tests/[\w/]+)", PAGE).group(1).split()
+    out = run(folder, *tests, "-k", "head and scale", "-n0")
+    assert int(re.search(r"(\d+) passed", out).group(1)) >= 2
+    train = re.search(r"python -m (mea_jax.train --config \S+head_scale)", PAGE).group(1).split()
+    assert "loss" in run(folder, *train, "--workdir", str(tmp_path / "run"), *SMALL)
+
+
+def test_the_files_it_names_exist():
+    packages = re.findall(r"^- \*\*(\w+)\*\*(.*?)(?=^- \*\*|^$)", PAGE, re.DOTALL | re.MULTILINE)
+    assert len(packages) > 10
+    for package, text in packages:
+        for name in re.findall(r"`(\w+\.py)`", text):
+            where = "mea_jax" if package == "cli" else f"mea_jax/{package}"
+            assert (ROOT / where / name).is_file(), f"{where}/{name}"

@@ -34,8 +34,8 @@ from mea_jax.model.params import abstract_params
 from mea_jax.model.transformer import rope_of
 from mea_jax.model.variants import make_attention
 from mea_jax.ops.backend import resolve
-from mea_jax.ops.cpu import keep_freed_memory
 from mea_jax.parallel import topology
+from mea_jax.parallel.host import keep_freed_memory
 
 WHOLE = "MEA C = K/2, whole cache"
 # Name -> (changes of the model, form of the cache).

@@ -27,8 +27,8 @@ from mea_jax.model.attention import Attention, Context
 from mea_jax.model.params import abstract_params
 from mea_jax.model.transformer import rope_of
 from mea_jax.ops.backend import resolve
-from mea_jax.ops.cpu import keep_freed_memory
 from mea_jax.parallel import sharding, topology
+from mea_jax.parallel.host import keep_freed_memory
 from mea_jax.train.step import batch_loss, compile_train_step, create_state
 
 # The two shapes of the prototype: (D, L, N, F), heads of width 32 and 64, 8 x 256 positions.

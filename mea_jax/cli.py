@@ -24,6 +24,7 @@ from mea_jax.config.schema import DataConfig, TrainConfig, flatten
 from mea_jax.config.shipped import find_shipped, is_shipped
 from mea_jax.errors import UserError, fail, nearest
 from mea_jax.parallel import preemption, processes
+from mea_jax.parallel.host import accelerator_attached, keep_freed_memory
 from mea_jax.parallel.preemption import Preempted
 
 _OVERRIDE = re.compile(r"--?(config\.[\w.\[\]]+)")
@@ -271,6 +272,8 @@ def run(
             fail(f"unexpected argument {argv[1]!r}: every option is a --flag; see --help")
         logging.set_verbosity(logging.WARNING)  # libraries report each of their steps at INFO
         preemption.resend_ignored()
+        if not accelerator_attached():
+            keep_freed_memory()  # before jax has threads: each would keep freed memory of its own
         if sys.stdout is None:  # closed by whoever started this
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         if isinstance(sys.stdout, io.TextIOWrapper):

@@ -28,7 +28,6 @@ from mea_jax.compress.methods import METHODS
 from mea_jax.compress.options import Options
 from mea_jax.compress.run import compress
 from mea_jax.errors import UserError
-from mea_jax.ops.cpu import accelerator_attached, keep_freed_memory
 
 KEEPS = (0.5, 0.25, 0.75, 0.125)  # the most asked for first: a stopped study has those
 OURS = ("aligned", "frequency")
@@ -203,8 +202,6 @@ def _chosen() -> list[tuple[float, Name]]:
 
 
 def main() -> None:
-    if not accelerator_attached():
-        keep_freed_memory()
     cli.enable_compilation_cache()
     study, runs = Study(Path(WORK.value), Path(OUT.value)), _runs()
     heads = {run: StoredModel(run, print).config.model.n_kv_heads for run in runs}

@@ -85,7 +85,8 @@ def unresolved(model: ModelConfig) -> ModelConfig:
 
     Its dtype stays: that is what the model was trained to compute with.
     """
-    return dataclasses.replace(model, backend="auto", attention_kernel="auto", hlc_form="auto")
+    asked = {"backend": "auto", "attention_kernel": "auto", "hlc_form": "auto"}
+    return ModelConfig(**(vars(model) | asked))
 
 
 def load(

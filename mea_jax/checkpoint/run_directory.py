@@ -55,6 +55,7 @@ class RunDirectory:
     def __init__(self, path: Path, config: TrainConfig):
         self.path, self.config = path, config
         self.first = processes.first()
+        self._lock: lock.Lock | None = None
         self._check_config()
         if self.first:
             try:
@@ -105,20 +106,25 @@ class RunDirectory:
             )
 
     @contextlib.contextmanager
-    def claim(self) -> Iterator[lock.Lock | None]:
-        """Keeps other processes from training in this directory; the lock, on the first process.
+    def claim(self) -> Iterator[None]:
+        """Keeps other processes from training in this directory.
 
         Raises `UserError` when one does so already.
         """
         with contextlib.ExitStack() as stack:
-            held, problem = None, None
+            problem = None
             if self.first:
                 try:
-                    held = stack.enter_context(lock.hold(self.path, self.say))
+                    self._lock = stack.enter_context(lock.hold(self.path, self.say))
                 except UserError as error:
                     problem = str(error)
             processes.agree(problem)
-            yield held
+            yield
+
+    def check_claim(self) -> None:
+        """Raises `UserError` where another process has taken this directory since `claim`."""
+        if self._lock is not None:
+            self._lock.check()
 
     def finished(self) -> dict[str, Any] | None:
         """The summary of a run that is done, or None."""

@@ -15,38 +15,16 @@ from mea_jax import cli
 from mea_jax.compress import budgets, damage, methods, repair
 from mea_jax.compress.options import Options
 from mea_jax.compress.run import compress
-from mea_jax.errors import UserError, nearest
-from mea_jax.ops.cpu import accelerator_attached, keep_freed_memory
-
-
-def _options() -> Options:
-    known = {
-        "method": methods.METHODS,
-        "budget": budgets.BUDGETS,
-        "repair": repair.REPAIRS,
-        "dtype": ("auto", "float32", "bfloat16"),
-    }
-    values = flags.FLAGS.flag_values_dict()
-    for name, choices in known.items():
-        if values[name] not in choices:
-            raise UserError(f"--{name}={values[name]}: {nearest(values[name], choices)}")
-    for name in ("calibration_tokens", "repair_tokens"):
-        if values[name] < 0:
-            raise UserError(f"--{name}={values[name]} must be 0 or more")
-    for name in ("repair_steps", "measure_tokens", "held_out_tokens"):
-        if values[name] < 1:
-            raise UserError(f"--{name}={values[name]} must be 1 or more")
-    return Options(**{name: values[name] for name in Options.__dataclass_fields__})
+from mea_jax.errors import UserError
 
 
 def main() -> None:
-    if not accelerator_attached():
-        keep_freed_memory()
     if CHECKPOINT.value is None or OUT.value is None:
         raise UserError(
             "give --checkpoint RUN and --out FOLDER, such as --checkpoint runs/quickstart"
         )
-    options = _options()
+    values = flags.FLAGS.flag_values_dict()
+    options = Options(**{name: values[name] for name in Options.__dataclass_fields__})
     cli.enable_compilation_cache()
     if not options.calibration_tokens:
         print("no calibration text: methods see the weights alone", file=sys.stderr)
@@ -63,27 +41,44 @@ if __name__ == "__main__":
     MEASUREMENTS = flags.DEFINE_string(
         "measurements", None, "folder for what is measured of the original, shared by compressions"
     )
-    flags.DEFINE_float("keep", 0.5, "share of the cache that stays, of the layers chosen")
-    flags.DEFINE_string("method", "aligned", ", ".join(methods.METHODS))
-    flags.DEFINE_string(
-        "budget", "uniform", "of layers, keys and values: " + ", ".join(budgets.BUDGETS)
+    flags.DEFINE_float("keep", Options.keep, "share of the cache that stays, of the layers chosen")
+    flags.DEFINE_enum("method", Options.method, methods.METHODS, "how heads are rebuilt")
+    flags.DEFINE_enum(
+        "budget", Options.budget, budgets.BUDGETS, "how the cache is divided over layers and sides"
     )
     flags.DEFINE_string("layers", "full", "full, deep, half (as in the paper), or such as 2,4-7")
-    flags.DEFINE_string("repair", "none", "none, output, layerwise or blockwise")
+    flags.DEFINE_enum("repair", Options.repair, repair.REPAIRS, "what is fitted to the original")
     flags.DEFINE_integer(
-        "repair_steps", repair.STEPS, "of each layer, with --repair layerwise or blockwise"
+        "repair_steps",
+        repair.STEPS,
+        "of each layer, with --repair layerwise or blockwise",
+        lower_bound=1,
     )
     flags.DEFINE_integer(
-        "repair_tokens", 0, "of training text for --repair; 0: as many as --calibration_tokens"
+        "repair_tokens",
+        0,
+        "of training text for --repair; 0: as many as --calibration_tokens",
+        lower_bound=0,
     )
     flags.DEFINE_integer(
-        "calibration_tokens", Options.calibration_tokens, "of training text; 0: weights alone"
+        "calibration_tokens",
+        Options.calibration_tokens,
+        "of training text; 0: weights alone",
+        lower_bound=0,
     )
     flags.DEFINE_string("calibration_source", "", "other text, such as jsonl:FILE or text:FOLDER")
-    flags.DEFINE_integer("measure_tokens", 16384, "on which --budget measured tries each layer")
     flags.DEFINE_integer(
-        "held_out_tokens", Options.held_out_tokens, "looked at before and after, at most"
+        "measure_tokens",
+        Options.measure_tokens,
+        "on which --budget measured tries each layer",
+        lower_bound=1,
     )
-    flags.DEFINE_string("dtype", "auto", "of products: auto, float32 or bfloat16")
+    flags.DEFINE_integer(
+        "held_out_tokens",
+        Options.held_out_tokens,
+        "compared before and after, at most",
+        lower_bound=1,
+    )
+    flags.DEFINE_enum("dtype", "auto", ["auto", "float32", "bfloat16"], "of products")
     flags.DEFINE_integer("seed", 0, "of the choice of calibration text")
     cli.run(main, "stopped; the same command goes on")

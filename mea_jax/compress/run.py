@@ -26,7 +26,6 @@ from mea_jax.compress.moments import unseen
 from mea_jax.compress.options import Options, check, repair_text
 from mea_jax.compress.probe import Sensitivity, assemble
 from mea_jax.compress.stream import Losses, Stream, progress
-from mea_jax.config.schema import ModelConfig
 from mea_jax.errors import UserError
 from mea_jax.model.layer_spec import layer_specs
 from mea_jax.ops.backend import resolve
@@ -55,7 +54,7 @@ class Pass:
         config = self.source.config
         auto = dataclasses.replace(unresolved(config.model), dtype=options.dtype)
         length = config.data.context_length
-        self.model: ModelConfig = resolve(auto, jax.devices(), length)
+        self.model = resolve(auto, jax.devices(), length)
         methods.check_model(self.model, options.method)
         self.chosen = budgets.choose_layers(options.layers, self.model.n_layers)
         self.count = self.model.n_kv_heads

@@ -101,6 +101,11 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class ResolvedModel(ModelConfig):
+    """A `ModelConfig` whose "auto" options `ops.backend.resolve` has settled for some devices."""
+
+
+@dataclass(frozen=True)
 class SourceConfig:
     """One source of documents."""
 

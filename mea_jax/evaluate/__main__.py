@@ -23,9 +23,8 @@ from mea_jax import cli
 from mea_jax.checkpoint.files import make_writable, to_json, write_whole
 from mea_jax.errors import UserError, nearest
 from mea_jax.evaluate import figures, run, table
-from mea_jax.evaluate.harness import run as evaluate_harness_run
+from mea_jax.evaluate.harness import run as harness_run
 from mea_jax.evaluate.models import check_comparable, load, names
-from mea_jax.ops.cpu import keep_freed_memory
 from mea_jax.parallel import processes
 
 DTYPES = ("auto", "float32", "bfloat16")
@@ -66,23 +65,6 @@ def _numbers(
 
 
 def _options() -> run.Options:
-    for name, flag, known in (("dtype", DTYPE, DTYPES), ("cache_dtype", CACHE_DTYPE, CACHE_DTYPES)):
-        if flag.value not in known:
-            raise UserError(f"--{name}={flag.value}: {nearest(flag.value, known)}")
-    if not 0 <= SEED.value < 2**32:
-        raise UserError(f"--seed={SEED.value} must lie in [0, 2^32)")
-    for name, value in (
-        ("batch_size", BATCH_SIZE.value),
-        ("samples", SAMPLES.value),
-        ("rows", ROWS.value),
-        ("repeats", REPEATS.value),
-    ):
-        if value < 1:
-            raise UserError(f"--{name}={value} must be 1 or more")
-    if not 1 <= NEEDLES.value <= 8:
-        raise UserError(f"--needles={NEEDLES.value} must lie in [1, 8]")
-    if MAX_BATCHES.value < 0:
-        raise UserError(f"--max_batches={MAX_BATCHES.value} must be 0 (all) or more")
     lengths = contexts = None
     if LENGTHS.value is not None:
         what = "lengths are multiples of the training window, above 0 and up to 1024"
@@ -139,7 +121,7 @@ def tasks_main() -> None:
     limit = LIMIT.value
     if limit is not None and limit.is_integer():
         limit = int(limit)
-    options = evaluate_harness_run.Options(
+    options = harness_run.Options(
         tasks=tuple(name for name in TASKS.value or () if name),
         num_fewshot=NUM_FEWSHOT.value,
         limit=limit,
@@ -151,14 +133,14 @@ def tasks_main() -> None:
         log_samples=LOG_SAMPLES.value,
     )
     options.check()
-    checkpoint, baseline = evaluate_harness_run.paths(CHECKPOINT.value, BASELINE.value)
-    evaluate_harness_run.harness_package()
+    checkpoint, baseline = harness_run.paths(CHECKPOINT.value, BASELINE.value)
+    harness_run.harness_package()
     cli.join_processes(dataclasses.asdict(options))
     cli.enable_compilation_cache()
     folder = _folder()
-    report = evaluate_harness_run.run(options, checkpoint, baseline, say, folder)
+    report = harness_run.run(options, checkpoint, baseline, say, folder)
     try:
-        text = evaluate_harness_run.write(report, folder)
+        text = harness_run.write(report, folder)
     except OSError as error:
         raise UserError(f"--out {folder} cannot be written: {error.strerror}") from error
     if processes.first():
@@ -176,8 +158,6 @@ def main() -> None:
         raise UserError("no checkpoint given: add --checkpoint runs/quickstart")
     called = names(paths)
     cli.enable_compilation_cache()
-    if jax.devices()[0].platform == "cpu":
-        keep_freed_memory()
     models = [load(path, name, DTYPE.value) for path, name in zip(paths, called, strict=True)]
     check_comparable(models)
     options = run.settle(models, options, say)
@@ -215,27 +195,35 @@ if __name__ == "__main__":
     )
     OUT = flags.DEFINE_string("out", None, "folder for report.json, table.txt and figures")
     PARTS = flags.DEFINE_list("parts", list(run.PARTS), "what is measured")
-    SEED = flags.DEFINE_integer("seed", 0, "of the tasks")
-    SAMPLES = flags.DEFINE_integer("samples", 20, "pass keys a cell, and problems a kind")
+    SEED = flags.DEFINE_integer("seed", 0, "of the tasks", lower_bound=0, upper_bound=2**32 - 1)
+    SAMPLES = flags.DEFINE_integer(
+        "samples", 20, "pass keys a cell, and problems a kind", lower_bound=1
+    )
     LENGTHS = flags.DEFINE_list(
         "lengths", None, "contexts of pass keys, in windows of training; default 0.5,1,2,4"
     )
     DEPTHS = flags.DEFINE_list(
         "depths", list(map(str, run.DEPTHS)), "of the keys: 0 beginning, 1 end"
     )
-    NEEDLES = flags.DEFINE_integer("needles", 1, "keys in a context, one of which is asked for")
+    NEEDLES = flags.DEFINE_integer(
+        "needles", 1, "keys in a context, one of which is asked for", lower_bound=1, upper_bound=8
+    )
     CONTEXTS = flags.DEFINE_list(
         "contexts", None, "cached positions of speed; default 256,1024,4096,16384"
     )
-    ROWS = flags.DEFINE_integer("rows", 1, "sequences at once, of speed")
-    REPEATS = flags.DEFINE_integer("repeats", 5, "rounds of speed, the models in turn")
+    ROWS = flags.DEFINE_integer("rows", 1, "sequences at once, of speed", lower_bound=1)
+    REPEATS = flags.DEFINE_integer(
+        "repeats", 5, "rounds of speed, the models in turn", lower_bound=1
+    )
     PREFILL = flags.DEFINE_boolean(
         "prefill", True, "of speed: read and time prompts; --noprefill: only decode"
     )
-    BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "held-out windows at once")
-    MAX_BATCHES = flags.DEFINE_integer("max_batches", 0, "of held-out windows a source; 0: all")
-    DTYPE = flags.DEFINE_string("dtype", "auto", "of products: auto, float32 or bfloat16")
-    CACHE_DTYPE = flags.DEFINE_string("cache_dtype", "auto", "auto, float32, bfloat16 or int8")
+    BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "held-out windows at once", lower_bound=1)
+    MAX_BATCHES = flags.DEFINE_integer(
+        "max_batches", 0, "of held-out windows a source; 0: all", lower_bound=0
+    )
+    DTYPE = flags.DEFINE_enum("dtype", "auto", DTYPES, "of products")
+    CACHE_DTYPE = flags.DEFINE_enum("cache_dtype", "auto", CACHE_DTYPES, "of the cache")
     TASKS = flags.DEFINE_list("tasks", None, "of lm-evaluation-harness, instead of the profile")
     BASELINE = flags.DEFINE_string("baseline", None, "checkpoint that --tasks compares with")
     INCLUDE_PATH = flags.DEFINE_string("include_path", None, "folder with further tasks")

@@ -15,7 +15,7 @@ from mea_jax import cli
 from mea_jax.checkpoint.load import load
 from mea_jax.cli import si
 from mea_jax.data.tokenizers import Tokenizer
-from mea_jax.errors import UserError, nearest
+from mea_jax.errors import UserError
 from mea_jax.generate import decode
 from mea_jax.generate.generator import Generator, Report
 from mea_jax.generate.run import (
@@ -28,7 +28,6 @@ from mea_jax.generate.run import (
     summary,
 )
 from mea_jax.model.kv_cache import RECENT
-from mea_jax.ops.cpu import keep_freed_memory
 from mea_jax.ops.sampling import Sampling
 
 
@@ -39,22 +38,6 @@ def _check_flags() -> None:
         raise UserError("give either --prompt TEXT or --prompts FILE")
     if PROMPT.value == "":
         raise UserError("--prompt is empty: there is nothing to continue")
-    for name, choice, known in (
-        ("cache_dtype", CACHE_DTYPE.value, CACHE_DTYPES),
-        ("cache_form", CACHE_FORM.value, decode.FORMS),
-        ("dtype", DTYPE.value, ("auto", "float32", "bfloat16")),
-    ):
-        if choice not in known:
-            raise UserError(f"--{name}={choice}: {nearest(choice, known)}")
-    if not 0 <= SEED.value < 2**32:
-        raise UserError(f"--seed={SEED.value} must lie in [0, 2^32)")
-    for name, value in (("max_tokens", MAX_TOKENS.value), ("batch_size", BATCH_SIZE.value)):
-        if value < 1:
-            raise UserError(f"--{name}={value} must be 1 or more")
-    if not 0 <= CACHE_LENGTH.value < 2**31:
-        raise UserError(
-            f"--cache_length={CACHE_LENGTH.value} must lie in [1, 2^31), or be 0: chosen"
-        )
     if OUTPUT.value and PROMPTS.value is None:
         raise UserError("--output takes the JSON lines of --prompts; --prompt is printed")
 
@@ -93,8 +76,6 @@ def main() -> None:
     path = Path(PROMPTS.value or "")
     prompts = [PROMPT.value or ""] if PROMPTS.value is None else read_prompts(path)
     cli.enable_compilation_cache()
-    if jax.devices()[0].platform == "cpu":
-        keep_freed_memory()
     model, params, tokenizer, length = load(
         Path(CHECKPOINT.value or ""), CACHE_LENGTH.value, DTYPE.value
     )
@@ -132,19 +113,25 @@ if __name__ == "__main__":
     PROMPT = flags.DEFINE_string("prompt", None, "text to continue; the result is streamed")
     PROMPTS = flags.DEFINE_string("prompts", None, "file of prompts: lines, or *.jsonl")
     OUTPUT = flags.DEFINE_string("output", None, "file for the JSON lines of --prompts")
-    MAX_TOKENS = flags.DEFINE_integer("max_tokens", 128, "new tokens, at most")
+    MAX_TOKENS = flags.DEFINE_integer("max_tokens", 128, "new tokens, at most", lower_bound=1)
     TEMPERATURE = flags.DEFINE_float("temperature", 0.7, "0 takes the most likely token")
     TOP_K = flags.DEFINE_integer("top_k", 0, "draw from the k most likely tokens; 0: all")
     TOP_P = flags.DEFINE_float("top_p", 1.0, "draw from the fewest tokens that reach p; 1: all")
-    SEED = flags.DEFINE_integer("seed", 0, "of the random draws")
+    SEED = flags.DEFINE_integer(
+        "seed", 0, "of the random draws", lower_bound=0, upper_bound=2**32 - 1
+    )
     STOP = flags.DEFINE_multi_string("stop", [], "text that ends a continuation; may be repeated")
-    BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "prompts of a file taken at once")
+    BATCH_SIZE = flags.DEFINE_integer(
+        "batch_size", 8, "prompts of a file taken at once", lower_bound=1
+    )
     CACHE_LENGTH = flags.DEFINE_integer(
-        "cache_length", 0, "positions of the cache; 0: the window of training"
+        "cache_length",
+        0,
+        "positions of the cache; 0: the window of training",
+        lower_bound=0,
+        upper_bound=2**31 - 1,
     )
-    CACHE_DTYPE = flags.DEFINE_string("cache_dtype", "auto", "auto, float32, bfloat16 or int8")
-    CACHE_FORM = flags.DEFINE_string(
-        "cache_form", "auto", "auto, folded, absorbed or explicit: how mixed heads are cached"
-    )
-    DTYPE = flags.DEFINE_string("dtype", "auto", "of products: auto, float32 or bfloat16")
+    CACHE_DTYPE = flags.DEFINE_enum("cache_dtype", "auto", CACHE_DTYPES, "of the cache")
+    CACHE_FORM = flags.DEFINE_enum("cache_form", "auto", decode.FORMS, "how mixed heads are cached")
+    DTYPE = flags.DEFINE_enum("dtype", "auto", ["auto", "float32", "bfloat16"], "of products")
     cli.run(main, "stopped")

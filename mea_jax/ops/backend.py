@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
-from mea_jax.config.schema import ModelConfig
+from mea_jax.config.schema import ModelConfig, ResolvedModel
 from mea_jax.errors import UserError
 from mea_jax.ops import attention, context_parallel, cpu, flash, hlc
 from mea_jax.ops.chunked import chunked_attention
@@ -312,7 +312,7 @@ def resolve(
     length: int,
     tensor: int = 1,
     sequence: int = 1,
-) -> ModelConfig:
+) -> ResolvedModel:
     """`model` with "auto" replaced by what suits `devices` and windows of `length` positions.
 
     `tensor` and `sequence` devices share the heads and the positions of a window.
@@ -325,8 +325,13 @@ def resolve(
     `hlc_form`: folded wherever `tensor` devices share the heads, else by shapes
     (`hlc.choose_form`). Keys mixed after their norm are explicit in either form.
 
-    Raises `UserError` where something forced is not to be had on this machine.
+    Raises `UserError` where something forced is not to be had on this machine, and `TypeError`
+    for a model that is resolved already.
     """
+    if isinstance(model, ResolvedModel):
+        raise TypeError(
+            "the model is resolved already; `unresolved` returns it as it was asked for"
+        )
     platform = devices[0].platform
     dtype, backend, kernel = model.dtype, model.backend, model.attention_kernel
     if dtype == "auto":
@@ -365,6 +370,5 @@ def resolve(
     form = model.hlc_form
     if form == "auto" and model.hlc != "none":
         form = "folded" if tensor > 1 else _choose_form(model)
-    return dataclasses.replace(
-        model, dtype=dtype, backend=backend, attention_kernel=kernel, hlc_form=form
-    )
+    settled = {"dtype": dtype, "backend": backend, "attention_kernel": kernel, "hlc_form": form}
+    return ResolvedModel(**(vars(model) | settled))

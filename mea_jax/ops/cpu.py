@@ -13,12 +13,9 @@ Letters: B batch, T query positions, S key positions, D model width, N query hea
 K key/value heads, G = N / K, H head width, F any output width, V vocabulary.
 """
 
-import ctypes
 import functools
 import math
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -32,28 +29,6 @@ _MASKED = -1e30  # score of a hidden position: finite, so that differences of tw
 _SCORE_BYTES = 2 << 20  # scores worth taking at one time: about the L2 cache of one core
 _MOST_PARTS = 4  # of a batch: each is compiled by itself
 _MOST_BLOCKS = 16  # of queries, for the same reason
-
-
-def keep_freed_memory() -> bool:
-    """Makes the C library keep freed memory instead of returning it; call before the first step.
-
-    XLA allocates a program's temporary buffers anew on each call. By default glibc maps and unmaps
-    such large blocks, and every step pays for page faults on all of them: 1.6 times the processor
-    time of a wide bfloat16 product. The process then stays at its peak size, as with an allocator
-    on an accelerator. Returns False, having changed nothing, where there is no glibc.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is None:
-        return False
-    trim_threshold, mmap_max, arena_max = -1, -4, -8  # of <malloc.h>
-    settings = ((mmap_max, 0), (trim_threshold, 2**31 - 1), (arena_max, 1))
-    return all(mallopt(name, value) == 1 for name, value in settings)
-
-
-def accelerator_attached() -> bool:
-    """Whether this Linux machine has a device file of a GPU or TPU: known before jax starts."""
-    names = ("nvidia[0-9]*", "kfd", "accel[0-9]*", "vfio/[0-9]*")
-    return any(True for name in names for _ in Path("/dev").glob(name))
 
 
 def _several_devices() -> bool:

@@ -35,7 +35,6 @@ from mea_jax.errors import UserError
 from mea_jax.model.layer_spec import LayerSpec, layer_specs
 from mea_jax.ops import hlc
 from mea_jax.ops.backend import resolve
-from mea_jax.ops.cpu import accelerator_attached, keep_freed_memory
 from mea_jax.ops.rms_norm import rms_norm
 from mea_jax.study import head_figures, head_table
 from mea_jax.study import head_measures as measures
@@ -326,8 +325,6 @@ def main() -> None:
     if SEED.value < 0:
         raise UserError(f"--seed={SEED.value} must be 0 or more")
     checkpoint = Path(CHECKPOINT.value)
-    if not accelerator_attached():
-        keep_freed_memory()
     cli.enable_compilation_cache()
     out = Path(OUT.value) if OUT.value else find_checkpoint(checkpoint)[0] / "heads"
     asked = Asked(HELD_OUT.value, SHUFFLES.value, SEED.value)

@@ -29,8 +29,8 @@ from mea_jax.checkpoint.manager import Checkpoints, Position
 from mea_jax.data.pipeline import held_out_batches, train_batches
 from mea_jax.data.prepare import Prepared, prepare
 from mea_jax.errors import UserError
-from mea_jax.ops.cpu import accelerator_attached, keep_freed_memory
 from mea_jax.parallel import preemption
+from mea_jax.parallel.host import accelerator_attached
 from mea_jax.parallel.preemption import Preempted, StopRequest
 from mea_jax.study.grid import Cell, Grid, Member, grid_of
 from mea_jax.study.histories import History, row_of
@@ -260,8 +260,6 @@ def table(grid: Grid, out: Path) -> str:
 
 
 def main() -> None:
-    if not accelerator_attached():
-        keep_freed_memory()
     grid = grid_of(cli.given_config(CONFIG, "configs/lr_study.py"))
     out, shard = Path(OUT.value or Path("runs") / grid.name), parse_shard(SHARD.value)
     if LIST.value:

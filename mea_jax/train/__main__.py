@@ -19,7 +19,6 @@ from mea_jax.checkpoint.load import unresolved
 from mea_jax.checkpoint.run_directory import stored_config
 from mea_jax.config.schema import TrainConfig
 from mea_jax.errors import UserError
-from mea_jax.ops.cpu import accelerator_attached, keep_freed_memory
 from mea_jax.parallel import preemption
 from mea_jax.train import profiling
 from mea_jax.train.run import train
@@ -37,8 +36,6 @@ def _stored() -> TrainConfig | None:
 
 
 def main() -> None:
-    if not accelerator_attached():
-        keep_freed_memory()  # before jax has threads: each would keep freed memory of its own
     config = _stored() or cli.parse_config(CONFIG)
     if "://" in (WORKDIR.value or ""):
         raise UserError(f"--workdir {WORKDIR.value}: give a folder; mount the bucket as a path")

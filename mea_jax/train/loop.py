@@ -13,7 +13,6 @@ from typing import Any
 import jax
 
 from mea_jax.checkpoint import metrics as checkpoint_metrics
-from mea_jax.checkpoint.lock import Lock
 from mea_jax.checkpoint.manager import Checkpoints, Position
 from mea_jax.checkpoint.run_directory import RunDirectory
 from mea_jax.config.schema import TrainConfig
@@ -56,10 +55,9 @@ class Loop:
         checkpoints: Checkpoints,
         start: Start,
         stop: StopRequest | None = None,
-        lock: Lock | None = None,
     ):
         self.config, self.mesh, self.prepared = config, mesh, prepared
-        self.run_directory, self.checkpoints, self.lock = run, checkpoints, lock
+        self.run_directory, self.checkpoints = run, checkpoints
         self.start, self.teacher = start, start.load_teacher(prepared.tokenizer)
         self.taught = () if self.teacher is None else (self.teacher.params,)
         self.place = BatchPlacer(mesh, config.batch_size, config.data.context_length)
@@ -253,8 +251,7 @@ class Loop:
     def _save(self, step, state, batch) -> None:
         """Saves the state after `step`; ends the run if it was asked to stop."""
         began = time.perf_counter()
-        if self.lock is not None:
-            self.lock.check()
+        self.run_directory.check_claim()
         self.check_state(step, state, batch)
         # Orbax copies to the host in ways that the guard takes for slips.
         with jax.transfer_guard("allow"):

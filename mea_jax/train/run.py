@@ -12,7 +12,6 @@ from mea_jax.config.schema import TrainConfig
 from mea_jax.data.multi_host import prepare_together
 from mea_jax.errors import UserError
 from mea_jax.ops.backend import resolve
-from mea_jax.ops.cpu import keep_freed_memory
 from mea_jax.parallel import sharding
 from mea_jax.parallel.preemption import StopRequest
 from mea_jax.train import memory
@@ -41,8 +40,6 @@ def train(
       preemption.Preempted: `stop` was requested; the run is saved.
     """
     devices = jax.devices()
-    if devices[0].platform == "cpu":
-        keep_freed_memory()
     mesh = sharding.make_mesh(config.mesh, devices)
     dtype = stored_dtype(workdir) if config.model.dtype == "auto" else None
     model = dataclasses.replace(config.model, dtype=dtype) if dtype else config.model
@@ -60,7 +57,7 @@ def train(
         _check_profile(profile_steps, config.steps, run)
         return summary
 
-    with run.claim() as held:
+    with run.claim():
         start = Start(config, mesh, run.say)
         untrained = (workdir / "checkpoints" / "0").exists()  # no run saves before its first step
         if untrained or not (workdir / "checkpoints").exists():
@@ -79,7 +76,7 @@ def train(
                 position = Position(0, prepared.digest)
             else:
                 position = checkpoints.position(step, prepared.digest)
-            loop = Loop(config, mesh, prepared, run, checkpoints, start, stop, held)
+            loop = Loop(config, mesh, prepared, run, checkpoints, start, stop)
             state = loop.resume(step, position)
             if step:
                 run.say(f"resuming from step {step} of {config.steps}")

@@ -15,7 +15,7 @@ SMALL = (
     *("--config.steps=4", "--config.log_every=1", "--config.evaluate.every=0"),
     *("--config.optimizer.warmup_steps=1", "--config.evaluate.sample_tokens=4"),
     *("--config.model.n_layers=2", "--config.model.scan_unroll=2", "--config.data.tokenizer=bytes"),
-    *("--config.data.context_length=64", "--config.batch_size=2"),
+    *("--config.data.context_length=64", "--config.batch_size=8"),
 )
 
 
@@ -44,6 +44,12 @@ def run(folder, *command):
     return done.stdout
 
 
+def found(pattern, text):
+    match = re.search(pattern, text)
+    assert match, pattern
+    return match.group(1)
+
+
 @pytest.mark.process
 @pytest.mark.slow
 def test_the_steps_for_a_variant(tmp_path):
@@ -57,10 +63,10 @@ def test_the_steps_for_a_variant(tmp_path):
     assert len(diffs) == 4
     for diff in diffs:
         apply(diff, folder)
-    tests = re.search(r"python -m (pytest tests/\S+ tests/[\w/]+)", PAGE).group(1).split()
+    tests = found(r"python -m (pytest tests/\S+ tests/[\w/]+)", PAGE).split()
     out = run(folder, *tests, "-k", "head and scale", "-n0")
-    assert int(re.search(r"(\d+) passed", out).group(1)) >= 2
-    train = re.search(r"python -m (mea_jax.train --config \S+head_scale)", PAGE).group(1).split()
+    assert int(found(r"(\d+) passed", out)) >= 2
+    train = found(r"python -m (mea_jax.train --config \S+head_scale)", PAGE).split()
     assert "loss" in run(folder, *train, "--workdir", str(tmp_path / "run"), *SMALL)
 
 

@@ -32,9 +32,9 @@ from mea_jax.evaluate.harness.generating import (
 )
 from mea_jax.evaluate.harness.likelihood import Request, Scorer, Work
 from mea_jax.evaluate.harness.placing import placed
-from mea_jax.ops.cpu import keep_freed_memory
 from mea_jax.ops.sampling import Sampling
 from mea_jax.parallel import processes
+from mea_jax.parallel.host import keep_freed_memory
 
 BATCH_TOKENS = 4096
 MAX_NEW = 256  # tokens of an answer where a task does not say: the harness's own number

@@ -254,7 +254,3 @@ def test_sharded_arrays_give_the_same_gradients():
         [sys.executable, "-c", SHARDED], env=env, capture_output=True, text=True, check=False
     )
     assert run.stdout == "equal\n", run.stderr[-2000:]
-
-
-def test_keep_freed_memory_says_whether_it_could():
-    assert cpu.keep_freed_memory() is sys.platform.startswith("linux")

@@ -30,6 +30,7 @@ from mea_jax.config.schema import (
 )
 from mea_jax.parallel import processes
 from tests.helpers import change, tiny_model
+from tests.paths import ROOT
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -40,6 +41,14 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("mea_jax")
 
 WORDS = "a quick brown fox jumps over the lazy dog while seven wizards box by moonlight"
+
+
+def pytest_collection_modifyitems(items):
+    """Tests outside of tests/unit start processes, or are slow, each of them."""
+    for item in items:
+        folder = item.path.relative_to(ROOT / "tests").parts[0]
+        if folder != "unit":
+            item.add_marker(getattr(pytest.mark, {"campaigns": "slow"}.get(folder, "process")))
 
 
 @pytest.fixture(autouse=True, scope="session")

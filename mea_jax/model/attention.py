@@ -46,12 +46,18 @@ class Context:
     `Cache.recent`, `main` and `recent` what it may read.
     """
 
-    segment_ids_BT: Any
+    segment_ids_BT: Any  # or a `TreeMask`
     rope: Any = None
     slot: Any = None
     main: Any = None
     recent: Any = None
     shards: int = struct.field(pytree_node=False, default=1)
+
+    @property
+    def real_BT(self) -> Array:
+        """Which positions hold tokens rather than padding."""
+        ids = self.segment_ids_BT
+        return (ids.reach_BT if isinstance(ids, attention.TreeMask) else ids) > 0
 
 
 class HeadLayout(NamedTuple):
@@ -146,7 +152,7 @@ class AttentionLayer(nn.Module):
         Of tokens in their natural order.
         """
         assert context.shards == 1
-        weight_BT = (context.segment_ids_BT > 0).astype(jnp.float32)
+        weight_BT = context.real_BT.astype(jnp.float32)
         square_BTN = jnp.mean(jnp.square(o_BTNW.astype(jnp.float32)), axis=-1)
         mean_N = jnp.einsum("btn,bt->n", square_BTN, weight_BT) / jnp.maximum(weight_BT.sum(), 1)
         statistics = attention.attention_statistics(

@@ -204,7 +204,7 @@ class MoE(nn.Module):
             parameter("up", (e, d, f), d),
             parameter("down", (e, f, d), f, residual_gain(c)),
         )
-        ids_BT = lay_out({"ids": context.segment_ids_BT}, context.shards)["ids"]
+        ids_BT = lay_out({"ids": context.real_BT.astype(jnp.int32)}, context.shards)["ids"]
         y_BTD, sums = mixture(c, x_BTD, ids_BT, router_DE, experts)
         self.sow("router", "sums", sums)
         return y_BTD

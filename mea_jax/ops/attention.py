@@ -5,6 +5,8 @@ key/value heads, C component (cached) key/value heads, G = N/K, H head width, W 
 head. How components make composites: hlc.py.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
@@ -83,20 +85,29 @@ def dot_product_attention(
     return o_BTKGW.reshape(q_BTNH.shape[:3] + v_BSKW.shape[-1:])
 
 
+class TreeMask(NamedTuple):
+    """What windows of trees of tokens see; `Backend.attend` takes one in place of segment ids.
+
+    Tokens stand in depth-first order, and `reach_BT` says where the subtree below each ends: one
+    beyond its last position; 0 for padding. Position t sees s <= t < reach[s]: the path to it from
+    its root and nothing of other branches, so that what texts have in common is computed once. A
+    document by itself is a tree without branches.
+    """
+
+    reach_BT: jax.Array
+
+
 def tree_attention(
     q_BTNH: jax.Array,
     k_BSKH: jax.Array,
     v_BSKW: jax.Array,
-    reach_BT: jax.Array,
+    mask: TreeMask,
     scale: float,
     block: int = 256,
 ) -> jax.Array:
-    """Attention of windows that hold trees of tokens in depth-first order: (B, T, N, W).
+    """Attention of windows that hold trees of tokens: (B, T, N, W).
 
-    `reach_BT`: where the subtree below each position's token ends, one beyond its last position; 0
-    for padding. Position t sees s <= t < reach[s]: the path to it from its root and nothing of
-    other branches, so that what texts have in common is computed once. A document by itself is a
-    tree without branches. Queries are taken `block` at a time, each against the keys up to there.
+    Queries are taken `block` at a time, each against the keys up to there.
     """
     length, out = q_BTNH.shape[1], []
     block = max(block, -(-length // 16))  # each is compiled by itself
@@ -104,7 +115,7 @@ def tree_attention(
         stop = min(start + block, length)
         places_t, places_S = jnp.arange(start, stop), jnp.arange(stop)
         causal_tS = places_S[None] <= places_t[:, None]
-        seen_BtS = causal_tS[None] & (places_t[None, :, None] < reach_BT[:, None, :stop])
+        seen_BtS = causal_tS[None] & (places_t[None, :, None] < mask.reach_BT[:, None, :stop])
         arrays = (q_BTNH[:, start:stop], k_BSKH[:, :stop], seen_BtS)
         p_BKGtS = jax.nn.softmax(attention_logits(*arrays, scale), axis=-1).astype(v_BSKW.dtype)
         precision = full_precision(v_BSKW.dtype)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from mea_jax.config.schema import ModelConfig, ResolvedModel
 from mea_jax.errors import UserError
 from mea_jax.ops import attention, context_parallel, cpu, flash, hlc
+from mea_jax.ops.attention import TreeMask
 from mea_jax.ops.chunked import chunked_attention
 from mea_jax.ops.cross_entropy import Products
 from mea_jax.ops.rms_norm import rms_norm
@@ -25,9 +26,6 @@ from mea_jax.parallel.sharding import constrain, ways
 _EINSUM_LENGTH = 1024
 # Above this many cuDNN's mask for segments, 2 B T^2 bytes, outgrows what it is worth: 134 MB a row.
 _CUDNN_LENGTH = 8192
-# What `attend` does with windows of trees (attention.tree_attention), whose positions' reach takes
-# the place of segment ids. No config asks for it: scoring of texts with common beginnings does.
-TREE = "tree"
 # Above this many, the CPU kernel's blocks of queries against all keys outgrow any cache.
 _CPU_KERNEL_LENGTH = 8192
 
@@ -69,7 +67,7 @@ class Backend(Products, Protocol):
         q_BTNH: jax.Array,
         k_BSKH: jax.Array,
         v_BSKW: jax.Array,
-        segment_ids_BT: jax.Array,
+        segment_ids_BT: jax.Array | TreeMask,
         scale: float,
         slopes_N: jax.Array | None = None,
         norm: HeadNorm | None = None,
@@ -77,6 +75,7 @@ class Backend(Products, Protocol):
     ) -> jax.Array:
         """Causal attention within segments, softmax in float32: (B, T, N, W).
 
+        With a `TreeMask` in place of segment ids positions see what it says.
         `slopes_N`: ALiBi, adds slope times (s - t) to the scaled logits. `norm`: an RMSNorm of each
         head's output. `shards`: in how many parts of the sequence positions, but not segment ids,
         are laid out, in zigzag order (context_parallel.py); 1: in natural order, on whatever mesh.
@@ -116,8 +115,9 @@ def _attend(
             block=block,
         )
     q, k, v = _whole(q, k, v)
-    if kernel == TREE:
-        assert slopes_N is None
+    if isinstance(segment_ids_BT, TreeMask):
+        if slopes_N is not None:
+            raise ValueError("slopes go by positions in the window, which are not those of a tree")
         return attention.tree_attention(q, k, v, segment_ids_BT, scale)
     if kernel == "auto":  # a config that never met `resolve`: what runs anywhere
         kernel = "einsum" if q.shape[1] <= _EINSUM_LENGTH else "chunked"
@@ -216,13 +216,12 @@ class CpuBackend:
     def attend(
         self, q_BTNH, k_BSKH, v_BSKW, segment_ids_BT, scale, slopes_N=None, norm=None, shards=1
     ) -> jax.Array:
-        kernel, tree = self.attention_kernel, self.attention_kernel == TREE
-        short = kernel in ("auto", "cpu") or (tree and q_BTNH.shape[1] <= _CPU_KERNEL_LENGTH)
-        if short and slopes_N is None and shards == 1:
+        kernel = self.attention_kernel
+        if kernel in ("auto", "cpu") and slopes_N is None and shards == 1:
             norm_W, eps = norm or (None, 0.0)
             arrays = (*_whole(q_BTNH, k_BSKH, v_BSKW), segment_ids_BT)
             return cpu.causal_attention(
-                *arrays, scale=scale, dtype=self.dtype, norm_W=norm_W, eps=eps, tree=tree
+                *arrays, scale=scale, dtype=self.dtype, norm_W=norm_W, eps=eps
             )
         if kernel == "cpu" and shards == 1:  # which takes no slopes
             kernel = "auto"

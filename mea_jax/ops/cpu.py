@@ -22,6 +22,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mea_jax.ops.attention import TreeMask
+
 Array = jax.Array
 DType = Any
 
@@ -308,22 +310,21 @@ def causal_attention(
     q_BTNH: Array,
     k_BTKH: Array,
     v_BTKW: Array,
-    segment_ids_BT: Array,
+    segment_ids_BT: Array | TreeMask,
     *,
     scale: float,
     dtype: DType,
     norm_W: Array | None = None,
     eps: float = 0.0,
     block: int = 0,
-    tree: bool = False,
 ) -> Array:
     """Causal grouped-query attention within segments; float32 o_BTNW.
 
     Query head n reads key/value head n // (N // K). Position t sees the positions s <= t of its own
     segment. Scores, softmax and sums are float32; `dtype` is the format of the products' inputs.
     With `norm_W` each head's output is normed: o / sqrt(mean(o^2) + eps) * norm_W. Done here,
-    features first, the mean is over whole vectors; outside, 3 times as slow. With `tree` windows
-    hold trees, and `segment_ids_BT` each position's reach (attention.tree_attention).
+    features first, the mean is over whole vectors; outside, 3 times as slow. With a
+    `TreeMask` in place of segment ids positions see what it says.
 
     Queries are taken `block` positions at a time (0: a choice by T), each against the keys up to
     the block's end, so of the scores above the diagonal only those within a block are computed, and
@@ -342,7 +343,9 @@ def causal_attention(
             if b // (2 * parts) * n * block * t * 4 < _SCORE_BYTES:
                 break
             parts *= 2
+    tree = isinstance(segment_ids_BT, TreeMask)
+    marks_BT = segment_ids_BT.reach_BT if isinstance(segment_ids_BT, TreeMask) else segment_ids_BT
     static = (float(eps), float(scale), jnp.dtype(dtype), block, tree)
-    split = [jnp.split(x, parts) for x in (q, k, v, segment_ids_BT)]
+    split = [jnp.split(x, parts) for x in (q, k, v, marks_BT)]
     rows = [_attention(*part, norm_W, *static) for part in zip(*split, strict=True)]
     return jnp.concatenate(rows)

@@ -19,7 +19,8 @@ from mea_jax.config.schema import ModelConfig
 from mea_jax.evaluate.harness import prefix_trees
 from mea_jax.evaluate.harness.prefix_trees import Request, Rows, Tree
 from mea_jax.model.transformer import apply_hidden
-from mea_jax.ops.backend import TREE, make_backend, resolve
+from mea_jax.ops.attention import TreeMask
+from mea_jax.ops.backend import make_backend, resolve
 from mea_jax.ops.cross_entropy import positions_within
 from mea_jax.parallel import sharding
 
@@ -50,14 +51,12 @@ def shares_beginnings(model: ModelConfig) -> bool:
 
 
 def _log_probabilities(
-    model: ModelConfig, chunk: int, params: Any, tokens_BT, positions_BT, marks_BT, pairs, count
+    model: ModelConfig, chunk: int, params: Any, tokens_BT, positions_BT, mask, pairs, count
 ):
     """Of `pairs`, int32 (S, P, 2): place in the shard's rows, next token. (S, P) float32 natural
     logarithms, and whether the token is the most likely one. `count`: chunks that hold any pair.
     """
-    hidden_BTD, kernel_DV = apply_hidden(
-        model, params, tokens_BT, positions_BT, marks_BT.astype(jnp.int32)
-    )
+    hidden_BTD, kernel_DV = apply_hidden(model, params, tokens_BT, positions_BT, mask)
     backend = make_backend(model)
     kernel_DV = kernel_DV.astype(backend.dtype)
     shards, width = pairs.shape[0], hidden_BTD.shape[-1]
@@ -93,8 +92,7 @@ class Scorer:
 
     def _resolved(self, length: int) -> ModelConfig:
         devices, tensor = list(self.mesh.devices.flat), self.mesh.shape["tensor"]
-        model = resolve(self.model, devices, length, tensor=tensor)
-        return dataclasses.replace(model, attention_kernel=TREE) if self.branches else model
+        return resolve(self.model, devices, length, tensor=tensor)
 
     def _program(self, rows: Rows, pairs: int, chunk: int) -> Any:
         key = rows.size, rows.length, pairs, chunk
@@ -129,10 +127,13 @@ class Scorer:
             part[:, 1] = tree.targets_m
             filled[shard] += size
             where.append((shard, first, tree))
-        placed = [self._place(x) for x in (*arrays, pairs_SP2)]
+        tokens_BT, positions_BT, marks_BT, placed_SP2 = map(self._place, (*arrays, pairs_SP2))
+        mask = TreeMask(marks_BT) if self.branches else marks_BT
         count = np.int32(-(-max(filled) // chunk))
         with jax.set_mesh(self.mesh):
-            return self._program(rows, pairs, chunk)(self.params, *placed, count), where
+            return self._program(rows, pairs, chunk)(
+                self.params, tokens_BT, positions_BT, mask, placed_SP2, count
+            ), where
 
     def _shape(self, rows: Rows, trees: Sequence[Tree]) -> tuple[int, int]:
         """(pairs of a shard, pairs taken at once) that do for all batches of `rows`."""

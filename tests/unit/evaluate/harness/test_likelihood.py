@@ -138,7 +138,7 @@ def test_attention_of_trees():
     rng = np.random.default_rng(4)
     q, kk, v = (jnp.asarray(rng.standard_normal((1, 11, h, 8)), jnp.float32) for h in (n, k, k))
     paths = [[0], [0, 1], [0, 1, 2], [0, 1, 2, 3], [0, 1, 4], [0, 1, 4, 5], [6], [6, 7], [6, 8]]
-    reach = np.array([[6, 6, 4, 4, 6, 6, 9, 8, 9, 0, 0]], np.int32)
+    mask = attention.TreeMask(jnp.asarray([[6, 6, 4, 4, 6, 6, 9, 8, 9, 0, 0]], jnp.int32))
     logits = 0.3 * np.einsum("tkgh,skh->kgts", np.reshape(q[0], (11, k, n // k, 8)), kk[0])
     expected = np.zeros((11, k, n // k, 8))
     for t, path in enumerate(paths):
@@ -146,11 +146,11 @@ def test_attention_of_trees():
         p /= p.sum(-1, keepdims=True)
         expected[t] = np.einsum("kgs,skh->kgh", p, np.asarray(v)[0, path])
     expected = expected.reshape(11, n, 8)[:9]
-    options = {"scale": 0.3, "dtype": jnp.float32, "tree": True}
+    options = {"scale": 0.3, "dtype": jnp.float32}
     for block in (3, 16):
         plain = functools.partial(attention.tree_attention, scale=0.3, block=block)
         kernel = functools.partial(cpu.causal_attention, **options, block=block)
         for function in (plain, kernel):
-            found = jax.jit(function)(q, kk, v, reach)
+            found = jax.jit(function)(q, kk, v, mask)
             np.testing.assert_allclose(found[0, :9], expected, atol=2e-6)
             assert np.isfinite(found).all()

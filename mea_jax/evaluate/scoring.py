@@ -18,7 +18,7 @@ from mea_jax.config.schema import ModelConfig
 from mea_jax.data.tokenizers import Tokenizer
 from mea_jax.evaluate.tasks import Example
 from mea_jax.generate import decode
-from mea_jax.generate.generator import Generator, continuation
+from mea_jax.generate.generator import Decoding, Generator, continuation
 from mea_jax.ops.backend import resolve
 
 _TOKENS = 1 << 16  # of cache that all rows of a batch take together
@@ -129,7 +129,7 @@ class Served:
     def generate(self, prompts: Sequence[list[int]], count: int) -> list[list[int]]:
         new: dict[int, list[int]] = {}
         for batch in self._batches(len(prompts)):
-            tokens = self.generator.run([prompts[i] for i in batch], count=count)
+            tokens = self.generator.run([prompts[i] for i in batch], Decoding(count))
             new |= dict(zip(batch, tokens, strict=True))
         return [new[i] for i in range(len(prompts))]
 

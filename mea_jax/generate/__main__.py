@@ -6,7 +6,6 @@ python -m mea_jax.generate --checkpoint runs/quickstart --prompts prompts.txt --
 
 import sys
 from pathlib import Path
-from typing import Any
 
 import jax
 from absl import flags
@@ -14,12 +13,12 @@ from absl import flags
 from mea_jax import cli
 from mea_jax.checkpoint.load import load
 from mea_jax.cli import si
-from mea_jax.data.tokenizers import Tokenizer
 from mea_jax.errors import UserError
 from mea_jax.generate import decode
-from mea_jax.generate.generator import Generator, Report
+from mea_jax.generate.generator import Decoding, Generator
 from mea_jax.generate.run import (
     CACHE_DTYPES,
+    Session,
     _write_records,
     continue_file,
     encode,
@@ -42,22 +41,15 @@ def _check_flags() -> None:
         raise UserError("--output takes the JSON lines of --prompts; --prompt is printed")
 
 
-def _generate(
-    generator: Generator,
-    tokenizer: Tokenizer,
-    prompts: list[str],
-    stops: list[str],
-    options: dict[str, Any],
-    report: Report,
-) -> None:
+def _generate(session: Session, prompts: list[str]) -> None:
     batch = min(BATCH_SIZE.value, len(prompts))
     if PROMPTS.value is None:
-        reason = stream_one(generator, tokenizer, prompts[0], stops, options)
-        print(f"\n{summary(generator, report, 1)}; ended by {reason}", file=sys.stderr)
+        reason = stream_one(session, prompts[0])
+        print(f"\n{summary(session, 1)}; ended by {reason}", file=sys.stderr)
         return
     # Refused before a file of results is opened, so that an old one is not lost.
-    ids = encode(generator, tokenizer, prompts, f"prompt {{}} of {PROMPTS.value}")
-    records = continue_file(generator, tokenizer, prompts, ids, batch, stops, options)
+    ids = encode(session.generator, session.tokenizer, prompts, f"prompt {{}} of {PROMPTS.value}")
+    records = continue_file(session, prompts, ids, batch)
     if OUTPUT.value is None:
         _write_records(records, sys.stdout, len(prompts))
     else:
@@ -67,7 +59,7 @@ def _generate(
         except OSError as error:
             raise UserError(f"--output {OUTPUT.value}: {error.strerror}") from error
         print(f"{len(prompts)} lines in {OUTPUT.value}", file=sys.stderr)
-    print(summary(generator, report, batch), file=sys.stderr)
+    print(summary(session, batch), file=sys.stderr)
 
 
 def main() -> None:
@@ -86,16 +78,10 @@ def main() -> None:
         cache_dtype=None if CACHE_DTYPE.value == "auto" else CACHE_DTYPE.value,
         form=CACHE_FORM.value,
     )
-    stops, report = [stop for stop in STOP.value if stop], Report()
-    options = {
-        "count": MAX_TOKENS.value,
-        "sampling": sampling,
-        "seed": SEED.value,
-        "stop": tokenizer.stops,
-        "report": report,
-    }
+    decoding = Decoding(MAX_TOKENS.value, sampling, SEED.value, stop=tokenizer.stops)
+    session = Session(generator, tokenizer, decoding, [stop for stop in STOP.value if stop])
     try:
-        _generate(generator, tokenizer, prompts, stops, options, report)
+        _generate(session, prompts)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

@@ -103,6 +103,29 @@ def continuation(tokenizer: Tokenizer, prompt: list[int], tokens: list[int]) -> 
     return whole[len(start) :] if whole.startswith(start) else tokenizer.decode(tokens)
 
 
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+    """How prompts are continued.
+
+    Attributes:
+      count: new tokens of each, at most.
+      sampling: how a token is drawn.
+      seed: of the random draws.
+      stop: token ids before which a continuation ends.
+      ends: token ids with which it ends.
+      chunk: tokens between returns to the host, at most `kv_cache.RECENT`; 0: as many.
+      padded: tokens that prompts are filled up to; 0: a power of two.
+    """
+
+    count: int
+    sampling: Sampling = Sampling()  # noqa: RUF009 - frozen
+    seed: int = 0
+    stop: Sequence[int] = ()
+    ends: Sequence[int] = ()
+    chunk: int = 0
+    padded: int = 0
+
+
 class Generator:
     """A model ready to continue batches of prompts.
 
@@ -179,36 +202,33 @@ class Generator:
     def run(
         self,
         prompts: Sequence[Sequence[int]],
+        decoding: Decoding,
         *,
-        count: int,
-        sampling: Sampling = Sampling(),  # noqa: B008 - frozen
-        seed: int = 0,
         rows: Sequence[int] | None = None,
-        stop: Sequence[int] = (),
-        chunk: int = 0,
         on_tokens: Callable[[list[list[int]]], Sequence[bool]] | None = None,
         report: Report | None = None,
         counted: int | None = None,
-        padded: int = 0,
-        ends: Sequence[int] = (),
     ) -> list[list[int]]:
-        """At most `count` new tokens for each prompt, ended before a token of `stop` or with one of
-        `ends`.
+        """New tokens for each prompt; fewer than asked for where a row's cache is full.
 
-        A row ends early where its cache is full. `rows` number the prompts for the random keys, so
-        that a prompt's text is the same in whatever batch it comes. The loop returns to the host
-        every `chunk` tokens (at most, and by default, `kv_cache.RECENT`) and calls `on_tokens` with
-        all tokens so far, which says for each row whether it is done. Timings, and the tokens drawn
-        for the first `counted` rows (None: for all), stop tokens among them, are added to `report`.
-        Prompts are filled up to `padded` tokens, 0: to a power of two.
+        Args:
+          prompts: token ids; `check` says which can be continued.
+          decoding: how they are continued.
+          rows: numbers of the prompts for the random keys, so that a prompt's text is the same in
+            whatever batch it comes; None counts from 0.
+          on_tokens: called with all new tokens so far after each chunk; returns for each row
+            whether it is done.
+          report: gets timings, and the number of tokens drawn, stop tokens among them.
+          counted: only the first so many rows count for the report; None counts all.
         """
+        count, chunk, padded = decoding.count, decoding.chunk, decoding.padded
         if count < 1:
             raise ValueError(f"count={count} new tokens: ask for at least one")
         for i, prompt in enumerate(prompts):
             self.check(prompt, f"prompt {i + 1}" if len(prompts) > 1 else "the prompt")
 
         def trimmed(tokens: list[int]) -> list[int]:
-            return tokens[:-1] if tokens and tokens[-1] in stop else tokens[:]
+            return tokens[:-1] if tokens and tokens[-1] in decoding.stop else tokens[:]
 
         report, count = Report() if report is None else report, min(count, self.length)
         batch, chunk = len(prompts), min(chunk or RECENT, count, RECENT)
@@ -227,14 +247,15 @@ class Generator:
         limits = np.minimum(lengths + count, self.length).astype(np.int32)
         numbers = np.asarray(range(batch) if rows is None else rows, np.uint32)
         arrays = (self._place(x) for x in (tokens_BP, lengths, limits, numbers))
-        inputs = (self.params, *arrays, np.uint32(seed))
+        inputs = (self.params, *arrays, np.uint32(decoding.seed))
         fill = functools.partial(_prefill, self.served, self.length, self.cache_dtype)
         prefill = self._program("prefill", fill, (), *inputs)
         began = time.perf_counter()
         state = jax.block_until_ready(prefill(*inputs))
         report.prefill_seconds += time.perf_counter() - began
 
-        static = (self.served, sampling, (*stop, *ends) or (_EMPTY,), chunk)
+        ended_by = (*decoding.stop, *decoding.ends) or (_EMPTY,)
+        static = (self.served, decoding.sampling, ended_by, chunk)
         loop = functools.partial(_advance, *static)
         same = jax.tree.map(lambda x: x.sharding, state)
         name = f"advance {static[1:]}"

@@ -1,5 +1,6 @@
 """Continues a prompt as a stream, or a file of prompts in batches."""
 
+import dataclasses
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -9,16 +10,30 @@ from typing import Any, TextIO
 from mea_jax.cli import si
 from mea_jax.data.tokenizers import Tokenizer
 from mea_jax.errors import UserError
-from mea_jax.generate.generator import Generator, Report, continuation
+from mea_jax.generate.generator import Decoding, Generator, Report, continuation
 from mea_jax.model.kv_cache import RECENT
 
 CACHE_DTYPES = ("auto", "float32", "bfloat16", "int8")
-
-
 _STREAM = 8  # tokens between two pieces of streamed text
-
-
 _BATCH = 64  # tokens between two looks at the stop texts of a file's prompts
+
+
+@dataclasses.dataclass(frozen=True)
+class Session:
+    """A model that continues prompts in one way.
+
+    Attributes:
+      generator, tokenizer: the model's.
+      decoding: how it continues.
+      stops: texts before which a continuation ends.
+      report: sums up what it took.
+    """
+
+    generator: Generator
+    tokenizer: Tokenizer
+    decoding: Decoding
+    stops: list[str]
+    report: Report = dataclasses.field(default_factory=Report)
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -104,25 +119,21 @@ def encode(
     return ids
 
 
-def stream_one(
-    generator: Generator,
-    tokenizer: Tokenizer,
-    prompt: str,
-    stops: list[str],
-    options: dict[str, Any],
-) -> str:
+def stream_one(session: Session, prompt: str) -> str:
     """Prints a prompt and its continuation as it comes; returns why it ended."""
+    generator, tokenizer = session.generator, session.tokenizer
     ids = encode(generator, tokenizer, [prompt], "the prompt")
-    stream = Stream(tokenizer, stops, sys.stdout, ids[0])
+    stream = Stream(tokenizer, session.stops, sys.stdout, ids[0])
     sys.stdout.write(prompt)
 
     def on_tokens(new):
         return [stream.show(new[0])]
 
-    new = generator.run(ids, chunk=_STREAM, on_tokens=on_tokens, **options)
+    decoding = dataclasses.replace(session.decoding, chunk=_STREAM)
+    new = generator.run(ids, decoding, on_tokens=on_tokens, report=session.report)
     stopped = stream.show(new[0], last=True)
     sys.stdout.write("\n")
-    return "stop" if stopped else ended_by(generator, ids[0], new[0], options["count"])
+    return "stop" if stopped else ended_by(generator, ids[0], new[0], decoding.count)
 
 
 def ended_by(generator: Generator, prompt: list[int], tokens: list[int], count: int) -> str:
@@ -133,15 +144,11 @@ def ended_by(generator: Generator, prompt: list[int], tokens: list[int], count: 
 
 
 def continue_file(
-    generator: Generator,
-    tokenizer: Tokenizer,
-    prompts: list[str],
-    ids: list[list[int]],
-    batch: int,
-    stops: list[str],
-    options: dict[str, Any],
+    session: Session, prompts: list[str], ids: list[list[int]], batch: int
 ) -> Iterator[dict[str, Any]]:
     """One record a prompt, in order."""
+    generator, tokenizer, stops = session.generator, session.tokenizer, session.stops
+    decoding = dataclasses.replace(session.decoding, chunk=_BATCH if stops else 0)
     for start in range(0, len(prompts), batch):
         rows = list(range(start, min(start + batch, len(prompts))))
         padded = rows + rows[-1:] * (batch - len(rows))  # one shape, compiled once
@@ -152,11 +159,11 @@ def continue_file(
 
         new = generator.run(
             [ids[i] for i in padded],
+            decoding,
             rows=padded,
-            chunk=_BATCH if stops else 0,
             on_tokens=on_tokens if stops else None,
+            report=session.report,
             counted=len(rows),
-            **options,
         )
         for i, tokens in zip(rows, new, strict=False):
             text, stopped = cut_at(continuation(tokenizer, ids[i], tokens), stops)
@@ -169,12 +176,13 @@ def continue_file(
                 "tokens": len(tokens),
                 "ended_by": "stop"
                 if stopped
-                else ended_by(generator, ids[i], tokens, options["count"]),
+                else ended_by(generator, ids[i], tokens, decoding.count),
             }
 
 
-def summary(generator: Generator, report: Report, batch: int) -> str:
+def summary(session: Session, batch: int) -> str:
     """Speed and cache, for stderr."""
+    generator, report = session.generator, session.report
     served = generator.served
     rate = report.tokens / max(report.decode_seconds, 1e-9)
     size, dtype = generator.cache_bytes_per_token(), generator.cache_dtype

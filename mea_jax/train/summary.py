@@ -9,7 +9,7 @@ from mea_jax import cli
 from mea_jax.checkpoint import metrics
 from mea_jax.config.schema import TrainConfig
 from mea_jax.data.tokenizers import Tokenizer
-from mea_jax.generate.generator import Generator, continuation
+from mea_jax.generate.generator import Decoding, Generator, continuation
 from mea_jax.ops.sampling import Sampling
 from mea_jax.train.loop import Loop
 from mea_jax.train.optimizer import trainable
@@ -118,11 +118,6 @@ def _sample(c: TrainConfig, tokenizer: Tokenizer, params) -> str:
     model = dataclasses.replace(c.model, attention_kernel="auto")
     generator = Generator(model, params, length=length)
     prompt = prompt[-(length - count) :]  # so that all fits the window of training
-    (new,) = generator.run(
-        [prompt],
-        count=count,
-        sampling=Sampling(e.sample_temperature),
-        seed=c.seed,
-        stop=tokenizer.stops,
-    )
+    decoding = Decoding(count, Sampling(e.sample_temperature), c.seed, stop=tokenizer.stops)
+    (new,) = generator.run([prompt], decoding)
     return e.sample_prompt + continuation(tokenizer, prompt, new)

@@ -16,7 +16,7 @@ from lm_eval.api.instance import Instance
 from mea_jax.errors import UserError
 from mea_jax.evaluate.harness.model import HarnessModel
 from mea_jax.evaluate.models import load
-from mea_jax.generate.generator import Generator, continuation
+from mea_jax.generate.generator import Decoding, Generator, continuation
 from tests.helpers import apply_logits, change, is_one_error
 from tests.paths import ROOT
 from tests.whole_runs import train_on_one_device
@@ -111,7 +111,7 @@ def test_answers_end_before_any_of_the_texts_that_end_them(model):
     generator = Generator(loaded.resolved(48), loaded.params, length=48)
     for context, text in zip(contexts, plain, strict=True):
         prompt = [256, *context.encode()][-36:]
-        (new,) = generator.run([prompt], count=12, stop=(256,))
+        (new,) = generator.run([prompt], Decoding(12, stop=(256,)))
         assert text == continuation(loaded.tokenizer, prompt, new)
     until = [[text[4:6], "never"] if len(text) > 6 else ["never"] for text in plain]
     options = [{"until": u, "max_gen_toks": 12, "do_sample": False} for u in until]

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from mea_jax.config.schema import ModelConfig
 from mea_jax.data.tokenizers import Tokenizer
 from mea_jax.errors import UserError, shown
-from mea_jax.generate.generator import Generator, continuation
+from mea_jax.generate.generator import Decoding, Generator, continuation
 from mea_jax.ops.backend import resolve
 from mea_jax.ops.sampling import Sampling
 from mea_jax.parallel import sharding
@@ -134,7 +134,7 @@ class Writer:
         for i, prompt in enumerate(prompts):
             groups.setdefault((prompt.count, prompt.sampling, prompt.until), []).append(i)
         texts = [""] * len(prompts)
-        for (count, sampling, _), members in groups.items():
+        for (count, sampling, until), members in groups.items():
             longest = max(len(prompts[i].tokens) for i in members)
             length = math.ceil((longest + count) / _GRAIN) * _GRAIN
             if self.model.positions == "learned":
@@ -142,13 +142,21 @@ class Writer:
             with jax.set_mesh(self.mesh):
                 generator = self._generator(length)
                 before = len(generator._compiled)
-                self._group(generator, prompts, members, count, sampling, texts, written, on_done)
+                decoding = Decoding(
+                    count,
+                    sampling,
+                    stop=self.tokenizer.stops,
+                    ends=self._ends(until),
+                    chunk=_LOOK,
+                )
+                for done in self._group(generator, prompts, members, decoding, texts, written):
+                    on_done(done)
                 written.programs += len(generator._compiled) - before
         written.requests += len(prompts)
         return texts
 
-    def _group(self, generator, prompts, members, count, sampling, texts, written, on_done):
-        """Answers of one number of tokens, one way to draw and end them, into `texts`."""
+    def _group(self, generator, prompts, members, decoding, texts, written) -> Iterator[int]:
+        """Writes answers that are drawn in one way into `texts`; yields how many are new."""
         members = sorted(members, key=lambda i: -len(prompts[i].tokens))
         most = max(self.ways, self.budget * self.ways // generator.length // self.ways * self.ways)
         batches = math.ceil(len(members) / most)
@@ -159,16 +167,16 @@ class Writer:
             longest = len(prompts[batch[0]].tokens)
             if longest < _FILLED * padded:
                 padded = min(math.ceil(longest / _GRAIN) * _GRAIN, generator.length)
-            new = self._batch(generator, prompts, batch, size, padded, count, sampling)
+            new = self._batch(generator, prompts, batch, size, padded, decoding)
             written.prompt_computed += size * padded
             written.new_computed += size * max(map(len, new))
             for i, tokens in zip(batch, new, strict=False):
                 texts[i], used = self._answer(prompts[i], tokens)
                 written.prompt_real += len(prompts[i].tokens)
                 written.new_real += used
-            on_done(len(batch))
+            yield len(batch)
 
-    def _batch(self, generator, prompts, batch, size, padded, count, sampling) -> list[list[int]]:
+    def _batch(self, generator, prompts, batch, size, padded, decoding) -> list[list[int]]:
         rows = batch + batch[-1:] * (size - len(batch))
 
         def ended(new: list[list[int]]) -> list[bool]:
@@ -179,14 +187,9 @@ class Writer:
 
         return generator.run(
             [prompts[i].tokens for i in rows],
-            count=count,
-            sampling=sampling,
+            dataclasses.replace(decoding, padded=padded),
             rows=rows,
-            stop=self.tokenizer.stops,
-            ends=self._ends(prompts[batch[0]].until),
-            chunk=_LOOK,
             on_tokens=ended,
-            padded=padded,
         )
 
     @functools.cached_property

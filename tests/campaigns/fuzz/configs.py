@@ -17,7 +17,7 @@ from mea_jax.config.schema import TrainConfig, default_config, flatten
 from mea_jax.data.pipeline import held_out_batches, train_batches
 from mea_jax.data.prepare import prepare
 from mea_jax.errors import UserError
-from mea_jax.generate.generator import Generator
+from mea_jax.generate.generator import Decoding, Generator
 from mea_jax.model.params import TrainState
 from mea_jax.ops import backend
 from mea_jax.ops.sampling import Sampling
@@ -106,7 +106,9 @@ def _generate(config: TrainConfig, params: Any) -> None:
     length = config.data.context_length
     generator = Generator(model, params, length=length)
     sampling = Sampling(config.evaluate.sample_temperature)
-    (new,) = generator.run([[0] * min(2, length - 1)], count=2, sampling=sampling, seed=config.seed)
+    (new,) = generator.run(
+        [[0] * min(2, length - 1)], Decoding(2, sampling=sampling, seed=config.seed)
+    )
     assert 1 <= len(new) <= 2, new
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from mea_jax.generate.generator import Generator
+from mea_jax.generate.generator import Decoding, Generator
 from tests.helpers import GROUPED, PLAIN, apply_logits, params_of, tiny_model
 from tests.system.convert.exported_mea import load, save
 
@@ -143,7 +143,7 @@ def test_greedy_tokens_are_ours(name, tmp_path):
     """Continuations of prompts of three lengths in one batch."""
     model = tiny_model(**CASES[name])
     params = params_of(model, noise=0.3)
-    ours = Generator(model, params, length=24).run(PROMPTS, count=12)
+    ours = Generator(model, params, length=24).run(PROMPTS, Decoding(12))
     exported = load(save(model, params, tmp_path / "model"))
     assert generated(exported, do_sample=False) == ours
 

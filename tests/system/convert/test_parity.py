@@ -17,7 +17,7 @@ from mea_jax.compress.run import compress
 from mea_jax.convert.exporting import export_model
 from mea_jax.convert.importing import import_model
 from mea_jax.generate import decode
-from mea_jax.generate.generator import Generator
+from mea_jax.generate.generator import Decoding, Generator
 from mea_jax.ops.sampling import Sampling
 from tests.helpers import apply_logits
 from tests.system.convert import small_models
@@ -138,7 +138,7 @@ def test_greedy_generation(pair, kind, devices):
     config, params = loaded(run)
     prompts = [small_models.tokens(3, 1, n)[0].tolist() for n in (9, 17)]
     generator = Generator(config, params, length=LENGTH, cache_dtype="float32")
-    ours = generator.run(prompts, count=16, sampling=Sampling(0.0))
+    ours = generator.run(prompts, Decoding(16, sampling=Sampling(0.0)))
     for prompt, found in zip(prompts, ours, strict=True):
         theirs = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=16)
         assert theirs[0, len(prompt) :].tolist() == found

@@ -21,7 +21,7 @@ from mea_jax.compress.run import compress
 from mea_jax.config.schema import SourceConfig
 from mea_jax.data.tokenizers import from_directory
 from mea_jax.errors import UserError
-from mea_jax.generate.generator import Generator
+from mea_jax.generate.generator import Decoding, Generator
 from mea_jax.model.layer_spec import layer_specs
 from mea_jax.train.run import train
 from tests.helpers import PLAIN, apply_logits, assert_close, assert_equal
@@ -84,8 +84,8 @@ def test_half_the_cache(run, one, tmp_path):
     assert stored["held_out"]["increase"] == summary["held_out"]["increase"]
     assert (out / "compression.png").stat().st_size > 10_000
     prompt = [tokenizer.separator, *tokenizer.encode_batch(["fox"])[0]]
-    absorbed = generator.run([prompt], count=8)
-    folded = Generator(model, params, length=length, form="folded").run([prompt], count=8)
+    absorbed = generator.run([prompt], Decoding(8))
+    folded = Generator(model, params, length=length, form="folded").run([prompt], Decoding(8))
     assert absorbed == folded
     assert not (tmp_path / "out.part").exists()
 
@@ -346,10 +346,10 @@ def test_the_command_prints_a_table(run, shell, tmp_path):
         (["--budget", "repaired"], "add --repair layerwise"),
         (["--layers", "9"], "the model has layers 0 to 1"),
         (["--calibration_source", "jsonl:/nowhere.jsonl"], "/nowhere.jsonl"),
-        (["--repair_steps", "0"], "must be 1 or more"),
+        (["--repair_steps", "0"], "not a positive integer"),
         (["--repair_tokens", "64"], "add --repair layerwise"),
         (["--repair_tokens", "100000000", "--repair", "layerwise"], "the text has"),
-        (["--repair_tokens", "-1", "--repair", "output"], "must be 0 or more"),
+        (["--repair_tokens", "-1", "--repair", "output"], "not a non-negative integer"),
     ],
 )
 def test_mistakes_get_one_line(run, shell, tmp_path, arguments, words):

@@ -12,7 +12,7 @@ from mea_jax.checkpoint.load import load
 from mea_jax.compress import repair
 from mea_jax.compress.options import Options
 from mea_jax.compress.run import compress
-from mea_jax.generate.generator import Generator
+from mea_jax.generate.generator import Decoding, Generator
 from mea_jax.train.run import train
 from tests.helpers import PLAIN, apply_logits, assert_close, assert_equal, flat
 
@@ -65,7 +65,7 @@ def test_compression_keeps_the_experts_and_with_all_heads_the_model(run, devices
     )
     assert_equal(before, after)
     found = Generator(half_model, half_params, length=length).run(
-        [[tokenizer.separator, 9]], count=3
+        [[tokenizer.separator, 9]], Decoding(3)
     )
     assert len(found[0]) == 3
 

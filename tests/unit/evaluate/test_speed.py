@@ -7,7 +7,7 @@ import pytest
 
 from mea_jax.evaluate import speed
 from mea_jax.generate import decode
-from mea_jax.generate.generator import Generator
+from mea_jax.generate.generator import Decoding, Generator
 from mea_jax.model.kv_cache import RECENT
 from tests.helpers import params_of, tiny_model
 
@@ -35,7 +35,7 @@ def test_a_cycle_writes_the_tokens_of_generation():
     where = np.ones((1, 20), np.int32), prompt[None]
     logits_BV, cache = decode.prefill(served, params, cache, prompt[None], *where)
     _, last = speed._cycle(served, params, cache, jnp.argmax(logits_BV, -1).astype(jnp.int32))
-    (expected,) = Generator(MODEL, PARAMS, length=400).run([prompt.tolist()], count=RECENT + 1)
+    (expected,) = Generator(MODEL, PARAMS, length=400).run([prompt.tolist()], Decoding(RECENT + 1))
     assert int(last[0]) == expected[-1]
 
 

@@ -1,5 +1,6 @@
 """Generation: the same tokens as recomputing every prefix, whatever the batch; the command."""
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -14,8 +15,16 @@ import pytest
 from mea_jax.config.schema import MeshConfig
 from mea_jax.data.tokenizers import BytesTokenizer
 from mea_jax.errors import UserError
-from mea_jax.generate.generator import Generator, Report
-from mea_jax.generate.run import Stream, continue_file, cut_at, encode, read_prompts, stream_one
+from mea_jax.generate.generator import Decoding, Generator, Report
+from mea_jax.generate.run import (
+    Session,
+    Stream,
+    continue_file,
+    cut_at,
+    encode,
+    read_prompts,
+    stream_one,
+)
 from mea_jax.model import kv_cache
 from mea_jax.model.params import init_params
 from mea_jax.ops.sampling import Sampling
@@ -49,26 +58,26 @@ def test_greedy_tokens_are_those_of_recomputing_every_prefix(generator):
     """Over more steps than `RECENT`, so that the cache is flushed; C_k 2 and C_v 1 of K 4."""
     params = params_of(tiny_model(key_components=2, value_components=1), noise=0.3)
     count = kv_cache.RECENT + 20
-    new = generator.run(PROMPTS, count=count)
+    new = generator.run(PROMPTS, Decoding(count))
     for prompt, tokens in zip(PROMPTS, new, strict=True):
         assert tokens == recomputed(generator, params, prompt, count)
 
 
 def test_a_row_does_not_depend_on_its_batch_nor_on_the_chunk(generator):
-    options = {"count": 30, "sampling": Sampling(1.0, top_k=50, top_p=0.9), "seed": 3}
-    together = generator.run(PROMPTS, chunk=7, **options)
-    alone = [generator.run([p], rows=[i], **options)[0] for i, p in enumerate(PROMPTS)]
+    how = Decoding(count=30, sampling=Sampling(1.0, top_k=50, top_p=0.9), seed=3)
+    together = generator.run(PROMPTS, dataclasses.replace(how, chunk=7))
+    alone = [generator.run([p], how, rows=[i])[0] for i, p in enumerate(PROMPTS)]
     assert together == alone
-    other = generator.run(PROMPTS, **options | {"seed": 4})
+    other = generator.run(PROMPTS, dataclasses.replace(how, seed=4))
     assert together != other
-    assert together[0] != generator.run([PROMPTS[0]], rows=[1], **options)[0]
+    assert together[0] != generator.run([PROMPTS[0]], how, rows=[1])[0]
 
 
 def test_rows_stop_by_themselves(generator):
-    free = generator.run(PROMPTS, count=40)
+    free = generator.run(PROMPTS, Decoding(40))
     stop = free[0][9]
     first = free[0].index(stop)
-    stopped = generator.run(PROMPTS, count=40, stop=(stop,))
+    stopped = generator.run(PROMPTS, Decoding(40, stop=(stop,)))
     assert stopped[0] == free[0][:first]
     for tokens, before in zip(stopped[1:], free[1:], strict=True):
         assert tokens == (before[: before.index(stop)] if stop in before else before)
@@ -77,10 +86,10 @@ def test_rows_stop_by_themselves(generator):
 def test_a_full_cache_ends_a_row(generator):
     long = [(7 * i) % 250 for i in range(195)]
     report = Report()
-    new = generator.run([long, PROMPTS[1]], count=12, report=report)
+    new = generator.run([long, PROMPTS[1]], Decoding(12), report=report)
     assert [len(tokens) for tokens in new] == [5, 12]
     assert report.tokens == 17
-    assert new[1] == generator.run([PROMPTS[1]], rows=[1], count=12)[0]
+    assert new[1] == generator.run([PROMPTS[1]], Decoding(12), rows=[1])[0]
 
 
 def test_a_looker_on_can_stop_a_row(generator):
@@ -90,27 +99,27 @@ def test_a_looker_on_can_stop_a_row(generator):
         seen.append([len(tokens) for tokens in new])
         return [len(new[0]) >= 8, False, False]
 
-    new = generator.run(PROMPTS, count=20, chunk=4, on_tokens=on_tokens)
+    new = generator.run(PROMPTS, Decoding(20, chunk=4), on_tokens=on_tokens)
     assert [len(tokens) for tokens in new] == [8, 20, 20]
     assert seen[:2] == [[4, 4, 4], [8, 8, 8]]
 
 
 def test_a_looker_on_never_sees_a_stop_token(generator):
-    stop = generator.run(PROMPTS, count=40)[0][9]
+    stop = generator.run(PROMPTS, Decoding(40))[0][9]
     seen: list[list[int]] = []
 
     def on_tokens(new):
         seen.extend(map(list, new))  # as they are now
         return [False] * len(new)
 
-    new = generator.run(PROMPTS, count=40, stop=(stop,), chunk=4, on_tokens=on_tokens)
+    new = generator.run(PROMPTS, Decoding(40, stop=(stop,), chunk=4), on_tokens=on_tokens)
     assert seen[-len(new) :] == new
     assert all(stop not in tokens for tokens in seen)
 
 
 def test_the_report_counts_the_first_rows_only(generator):
     report = Report()
-    new = generator.run([*PROMPTS, PROMPTS[2]], count=9, report=report, counted=3)
+    new = generator.run([*PROMPTS, PROMPTS[2]], Decoding(9), report=report, counted=3)
     assert report.tokens == sum(map(len, new[:3])) == 27
     assert len(new) == 4
 
@@ -120,13 +129,13 @@ def test_a_mesh_gives_the_tokens_of_one_device(sizes):
     """Over more steps than `RECENT`: what goes round the loop keeps its shardings in the flush."""
     model, length, count = tiny_model(), 256, kv_cache.RECENT + 72
     params = params_of(model, noise=0.3)
-    expected = Generator(model, params, length=length).run(PROMPTS[:1], count=count)
+    expected = Generator(model, params, length=length).run(PROMPTS[:1], Decoding(count))
 
     mesh = sharding.make_mesh(MeshConfig(*sizes), jax.devices()[:4])
     boxed = jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0))
     with jax.set_mesh(mesh):
         placed = jax.device_put(params, sharding.param_shardings(boxed, mesh))
-        found = Generator(model, placed, length=length).run(PROMPTS[:1], count=count)
+        found = Generator(model, placed, length=length).run(PROMPTS[:1], Decoding(count))
     assert found == expected
     assert len(found[0]) == count
 
@@ -141,7 +150,7 @@ def test_a_mesh_gives_the_tokens_of_one_device(sizes):
 )
 def test_prompts_that_cannot_be_continued(generator, prompt, message):
     with pytest.raises(UserError, match=message):
-        generator.run([prompt], count=3)
+        generator.run([prompt], Decoding(3))
 
 
 def test_learned_positions_bound_the_cache():
@@ -184,25 +193,27 @@ def writer():
 
 
 def test_streamed_text_holds_neither_separator_nor_stop_text(writer, capsys):
-    tokenizer, options = BytesTokenizer(), {"count": 40, "stop": (256,)}
-    (free,) = writer.run(encode(writer, tokenizer, ["over"], "{}"), count=40)
+    tokenizer = BytesTokenizer()
+    session = Session(writer, tokenizer, Decoding(40, stop=(256,)), [])
+    (free,) = writer.run(encode(writer, tokenizer, ["over"], "{}"), Decoding(40))
     end = free.index(256)
     assert 10 < end < 39  # the second time that the text is looked at, or later
     text = tokenizer.decode(free[:end])
-    assert stream_one(writer, tokenizer, "over", [], options) == "end_of_document"
+    assert stream_one(session, "over") == "end_of_document"
     assert capsys.readouterr().out == f"over{text}\n"
     # A stop text whose first two letters come before the first look at it, the others after.
-    assert stream_one(writer, tokenizer, "over", ["never", text[6:10]], options) == "stop"
+    session = dataclasses.replace(session, stops=["never", text[6:10]])
+    assert stream_one(session, "over") == "stop"
     assert capsys.readouterr().out == f"over{text[: text.index(text[6:10])]}\n"
 
 
 def test_a_file_is_reported_without_what_fills_its_last_batch(writer):
-    tokenizer, prompts, report = BytesTokenizer(), ["a quick", "over", "seven"], Report()
+    tokenizer, prompts = BytesTokenizer(), ["a quick", "over", "seven"]
     ids = encode(writer, tokenizer, prompts, "{}")
-    options = {"count": 10, "report": report}
-    records = list(continue_file(writer, tokenizer, prompts, ids, 2, [], options))
+    session = Session(writer, tokenizer, Decoding(10), [])
+    records = list(continue_file(session, prompts, ids, 2))
     assert [record["prompt"] for record in records] == prompts
-    assert report.tokens == sum(record["tokens"] for record in records) == 30
+    assert session.report.tokens == sum(record["tokens"] for record in records) == 30
 
 
 def test_cut_at_the_first_stop():
@@ -280,9 +291,9 @@ def test_the_command_continues_a_prompt_and_a_file(run_directory, tmp_path):
         (("--prompt", ""), "--prompt is empty"),
         (("--prompt", "x", "--prompts", "y"), "give either --prompt TEXT or --prompts FILE"),
         (("--prompt", "x", "--top_p", "0"), "top_p=0"),
-        (("--prompt", "x", "--cache_dtype", "int9"), "did you mean 'int8'?"),
+        (("--prompt", "x", "--cache_dtype", "int9"), "one of <auto|float32|bfloat16|int8>"),
         (("--prompts", "/nowhere.txt"), "--prompts /nowhere.txt cannot be read"),
-        (("--prompt", "x", "--seed", "-1"), "--seed=-1 must lie in [0, 2^32)"),
+        (("--prompt", "x", "--seed", "-1"), "--seed=-1: -1 is not an integer in the range [0, 4294967295]"),
     ],
 )
 def test_bad_input_is_one_line(run_directory, arguments, message):

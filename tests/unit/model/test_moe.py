@@ -12,7 +12,7 @@ import pytest
 from mea_jax.config.checks import validate, validate_from_scratch
 from mea_jax.errors import UserError
 from mea_jax.generate import decode
-from mea_jax.generate.generator import Generator
+from mea_jax.generate.generator import Decoding, Generator
 from mea_jax.model import flops, moe
 from mea_jax.model.experts import Experts, Routed, run_experts, run_share
 from mea_jax.model.params import abstract_params
@@ -319,7 +319,7 @@ def test_cached_decoding_is_the_training_forward(config):
     forward passes."""
     model, params = config.model, params_of(config.model, noise=0.2)
     prompts = [[5, 9, 200, 31, 7], [17], [3, 1, 4, 1, 5, 9, 2, 6]]
-    found = Generator(model, params, length=32).run(prompts, count=6)
+    found = Generator(model, params, length=32).run(prompts, Decoding(6))
     logits = jax.jit(functools.partial(apply_logits, model))
     for prompt, new in zip(prompts, found, strict=True):
         text = prompt + new

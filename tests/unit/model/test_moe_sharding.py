@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 from mea_jax.config.schema import MeshConfig
 from mea_jax.errors import UserError
-from mea_jax.generate.generator import Generator
+from mea_jax.generate.generator import Decoding, Generator
 from mea_jax.model.params import init_params
 from mea_jax.parallel import sharding
 from mea_jax.plan.costs import count
@@ -143,9 +143,9 @@ def test_a_prompt_on_a_mesh_gives_the_tokens_of_one_device():
     """One row, which an axis of experts does not divide."""
     model = tiny_model(**EXPERTS)
     params, prompt = params_of(model, noise=0.3), [[5, 9, 200, 31, 7]]
-    expected = Generator(model, params, length=32).run(prompt, count=4)
+    expected = Generator(model, params, length=32).run(prompt, Decoding(4))
     mesh = sharding.make_mesh(MeshConfig(1, 1, 2, expert=2), jax.devices()[:4])
     boxed = jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0))
     with jax.set_mesh(mesh):
         placed = jax.device_put(params, sharding.param_shardings(boxed, mesh))
-        assert Generator(model, placed, length=32).run(prompt, count=4) == expected
+        assert Generator(model, placed, length=32).run(prompt, Decoding(4)) == expected

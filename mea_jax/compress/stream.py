@@ -23,7 +23,12 @@ from mea_jax.model.layer_spec import LayerSpec, layer_specs
 from mea_jax.model.transformer import Block, rope_of
 from mea_jax.model.variants import make_attention
 from mea_jax.ops.backend import make_backend
-from mea_jax.ops.cross_entropy import cross_entropy, distilled_cross_entropy, positions_within
+from mea_jax.ops.cross_entropy import (
+    LossOptions,
+    cross_entropy,
+    distilled_cross_entropy,
+    positions_within,
+)
 from mea_jax.ops.embedding import lookup
 from mea_jax.ops.rms_norm import rms_norm
 from mea_jax.parallel import sharding
@@ -134,8 +139,9 @@ def compared_sums(
     kernel_DV, chunk = _unembedding(model, top)
     weights_BT = (batch["segment_ids"] > 0).astype(jnp.float32)
     changed, original = (_hidden(model, top, x) for x in (x_BTD, original_BTD))
-    read = (changed, kernel_DV, batch["targets"], weights_BT, original, kernel_DV)
-    _, nll, divergence = distilled_cross_entropy(*read, make_backend(model), chunk, 0.0, 1.0)
+    read = (changed, kernel_DV, batch["targets"], weights_BT)
+    options = LossOptions(make_backend(model), chunk, share=1.0)
+    _, nll, divergence = distilled_cross_entropy(*read, (original, kernel_DV), options)
     return nll, weights_BT.sum(), divergence
 
 

@@ -12,7 +12,7 @@ axis.
 """
 
 import functools
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +40,22 @@ class Products(Protocol):
         ...
 
 
+class LossOptions(NamedTuple):
+    """What is static about a loss; hashable.
+
+    Attributes:
+      products: how matrices are multiplied.
+      chunk: positions of a device whose logits exist at one time; 0: all.
+      z_loss: weight of logsumexp(logits)^2.
+      share: weight of the divergence from a teacher, 1 - share that of the targets.
+    """
+
+    products: Products
+    chunk: int
+    z_loss: float = 0.0
+    share: float = 0.0
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def cross_entropy(
     x_BTD: jax.Array,
@@ -60,34 +76,28 @@ def cross_entropy(
     Under a mesh of `jax.set_mesh` rows and positions must divide as they are split, D and V too
     (jax raises otherwise), and each device holds a float32 gradient (D, V / tensor) until the end.
     """
-    sums, _ = _sums(x_BTD, kernel_DV, targets_BT, weights_BT, products, chunk, z_loss, False)
-    return sums
+    arrays = (x_BTD, kernel_DV, targets_BT, weights_BT)
+    return _sums(arrays, LossOptions(products, chunk, z_loss), False)[0]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8, 9))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def distilled_cross_entropy(
     x_BTD: jax.Array,
     kernel_DV: jax.Array,
     targets_BT: jax.Array,
     weights_BT: jax.Array,
-    teacher_BTE: jax.Array,
-    teacher_EV: jax.Array,
-    products: Products,
-    chunk: int,
-    z_loss: float,
-    share: float,
+    teacher: tuple[jax.Array, jax.Array],
+    options: LossOptions,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """As `cross_entropy`, towards a teacher's distributions too: (objective, nll, KL), float32.
 
     KL = sum of weight * KL(teacher || model) over whole vocabularies, at temperature 1, in nats;
     objective = sum of weight * ((1 - share) * nll + share * KL + z_loss * logsumexp(logits)^2).
-    `teacher_BTE` and `teacher_EV` are its hidden states and unembedding: they get no gradient. Two
+    `teacher` are its hidden states (B, T, E) and unembedding (E, V): they get no gradient. Two
     arrays of logits exist at one time.
     """
-    teacher = (teacher_BTE, teacher_EV)
     arrays = (x_BTD, kernel_DV, targets_BT, weights_BT)
-    sums, _ = _sums(*arrays, products, chunk, z_loss, False, teacher, share)
-    return sums
+    return _sums(arrays, options, False, teacher)[0]
 
 
 def positions_within(mebibytes: int, vocabulary: int) -> int:
@@ -101,26 +111,16 @@ def positions_within(mebibytes: int, vocabulary: int) -> int:
     return positions // 128 * 128
 
 
-def _sums(
-    x_BTD,
-    kernel_DV,
-    targets_BT,
-    weights_BT,
-    products,
-    chunk,
-    z_loss,
-    differentiate,
-    teacher=(),
-    share=0.0,
-):
+def _sums(arrays, options, differentiate, teacher=()):
     """((objective, nll), gradients of x and kernel, or None), on whatever mesh is set.
 
+    `arrays`: x (B, T, D), kernel (D, V), targets and weights (B, T).
     With a `teacher`, its hidden states and unembedding: ((objective, nll, KL), gradients).
     """
-    arrays = (x_BTD, kernel_DV, targets_BT, weights_BT.astype(jnp.float32), *teacher)
-    run = functools.partial(_local, products, chunk, z_loss, share, differentiate)
+    arrays = (*arrays[:3], arrays[3].astype(jnp.float32))
+    run = functools.partial(_local, options, differentiate)
     if not on_a_mesh():
-        return run((), *arrays)
+        return run((), arrays, teacher)
     rows, embed, vocab = mesh_axes("batch", "length"), mesh_axes("embed"), mesh_axes("vocab")
     # Each device's part of the sum over rows is scattered over `embed`, then added over the rest.
     rest = tuple(axis for axis in rows if axis not in embed)
@@ -128,14 +128,14 @@ def _sums(
 
     def gathered(kernel_DV):
         # In the products' dtype, and once: half the bytes, and none while the loop runs.
-        kernel_DV = kernel_DV.astype(products.dtype)
+        kernel_DV = kernel_DV.astype(options.products.dtype)
         return jax.lax.all_gather(kernel_DV, embed, tiled=True) if embed else kernel_DV
 
     def shard(x_BTD, kernel_DV, targets_BT, weights_BT, *teacher):
         kernel_DV = gathered(kernel_DV)
         if teacher:
             teacher = (teacher[0], gathered(teacher[1]))
-        sums, gradients = run(vocab, x_BTD, kernel_DV, targets_BT, weights_BT, *teacher)
+        sums, gradients = run(vocab, (x_BTD, kernel_DV, targets_BT, weights_BT), teacher)
         sums = jax.lax.psum(sums, rows)
         if not differentiate:
             return sums, None
@@ -152,27 +152,17 @@ def _sums(
         out_specs=(PartitionSpec(), (of_x, of_kernel) if differentiate else None),
         check_vma=False,  # it cannot tell that sums over all axes are alike everywhere
     )
-    return split(*arrays)
+    return split(*arrays, *teacher)
 
 
-def _local(
-    products,
-    chunk,
-    z_loss,
-    share,
-    differentiate,
-    vocab,
-    x_BTD,
-    kernel_DV,
-    targets_BT,
-    weights_BT,
-    *teacher,
-):
+def _local(options, differentiate, vocab, arrays, teacher):
     """`_sums` of one device's positions and words; what `vocab` splits is summed over it.
 
     `vocab`: mesh axes over which the words are split, inside `shard_map`; () where they are whole.
     Of the gradients that of x lacks the other devices' words, that of the kernel their positions.
     """
+    x_BTD, kernel_DV, targets_BT, weights_BT = arrays
+    products, chunk, z_loss, share = options
     dtype, width = products.dtype, x_BTD.shape[2]
     positions, words = targets_BT.size, kernel_DV.shape[1]
     kernel_DV = kernel_DV.astype(dtype)
@@ -250,38 +240,29 @@ def _local(
     return sums, (d_x.reshape(-1, width)[:positions].reshape(x_BTD.shape), d_kernel_DV)
 
 
-def _forward(x_BTD, kernel_DV, targets_BT, weights_BT, products, chunk, z_loss):
-    return _sums(x_BTD, kernel_DV, targets_BT, weights_BT, products, chunk, z_loss, True)
+def _forward(x_BTD, kernel_DV, targets_BT, weights_BT, *options):
+    return _sums((x_BTD, kernel_DV, targets_BT, weights_BT), LossOptions(*options), True)
 
 
-def _backward(products, chunk, z_loss, gradients, cotangents):
+def _scaled(gradients, cotangents):
     d_x_BTD, d_kernel_DV = gradients
     scale = cotangents[0]
     return d_x_BTD * scale.astype(d_x_BTD.dtype), d_kernel_DV * scale, None, None
 
 
+def _backward(products, chunk, z_loss, gradients, cotangents):
+    return _scaled(gradients, cotangents)
+
+
 cross_entropy.defvjp(_forward, _backward)
 
 
-def _distilled_forward(
-    x_BTD,
-    kernel_DV,
-    targets_BT,
-    weights_BT,
-    teacher_BTE,
-    teacher_EV,
-    products,
-    chunk,
-    z_loss,
-    share,
-):
-    teacher = (teacher_BTE, teacher_EV)
-    arrays = (x_BTD, kernel_DV, targets_BT, weights_BT)
-    return _sums(*arrays, products, chunk, z_loss, True, teacher, share)
+def _distilled_forward(x_BTD, kernel_DV, targets_BT, weights_BT, teacher, options):
+    return _sums((x_BTD, kernel_DV, targets_BT, weights_BT), options, True, teacher)
 
 
-def _distilled_backward(products, chunk, z_loss, share, gradients, cotangents):
-    return *_backward(products, chunk, z_loss, gradients, cotangents), None, None
+def _distilled_backward(options, gradients, cotangents):
+    return *_scaled(gradients, cotangents), None
 
 
 distilled_cross_entropy.defvjp(_distilled_forward, _distilled_backward)

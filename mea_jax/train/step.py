@@ -15,7 +15,12 @@ from mea_jax.model.params import TrainState, _placed, init_params, param_shardin
 from mea_jax.model.transformer import apply_hidden, apply_routed
 from mea_jax.ops.backend import make_backend
 from mea_jax.ops.context_parallel import lay_out
-from mea_jax.ops.cross_entropy import cross_entropy, distilled_cross_entropy, positions_within
+from mea_jax.ops.cross_entropy import (
+    LossOptions,
+    cross_entropy,
+    distilled_cross_entropy,
+    positions_within,
+)
 from mea_jax.parallel import sharding
 from mea_jax.train.optimizer import (
     advance_schedule,
@@ -118,8 +123,8 @@ def batch_loss(
         teacher.model, teacher.params, batch["inputs"], batch["positions"], segment_ids_BT, shards
     )
     chunk = positions_within(config.model.loss_chunk, 2 * words)  # the teacher has logits as well
-    options = (products, chunk, z_loss, config.start.distillation)
-    objective, nll, kl = distilled_cross_entropy(*arrays, *taught, *options)
+    options = LossOptions(products, chunk, z_loss, config.start.distillation)
+    objective, nll, kl = distilled_cross_entropy(*arrays, taught, options)
     return _with_router(config, router, objective, (nll, weights_BT.sum(), kl))
 
 

@@ -293,7 +293,10 @@ def test_the_command_continues_a_prompt_and_a_file(run_directory, tmp_path):
         (("--prompt", "x", "--top_p", "0"), "top_p=0"),
         (("--prompt", "x", "--cache_dtype", "int9"), "one of <auto|float32|bfloat16|int8>"),
         (("--prompts", "/nowhere.txt"), "--prompts /nowhere.txt cannot be read"),
-        (("--prompt", "x", "--seed", "-1"), "--seed=-1: -1 is not an integer in the range [0, 4294967295]"),
+        (
+            ("--prompt", "x", "--seed", "-1"),
+            "--seed=-1: -1 is not an integer in the range [0, 4294967295]",
+        ),
     ],
 )
 def test_bad_input_is_one_line(run_directory, arguments, message):

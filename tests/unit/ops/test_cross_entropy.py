@@ -96,8 +96,10 @@ def test_distillation_is_the_divergence_of_whole_distributions(chunk, z_loss, sh
     taught = (targets, weights, y, teacher)
 
     def scaled(x, kernel):  # times 3, so that the cotangent is not one
-        options = (FLOAT32, chunk, z_loss, share)
-        objective, *reports = cross_entropy.distilled_cross_entropy(x, kernel, *taught, *options)
+        options = cross_entropy.LossOptions(FLOAT32, chunk, z_loss, share)
+        objective, *reports = cross_entropy.distilled_cross_entropy(
+            x, kernel, targets, weights, (y, teacher), options
+        )
         return 3 * objective, tuple(reports)
 
     plain = jax.jit(scaled)(x, kernel)

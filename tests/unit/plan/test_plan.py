@@ -174,7 +174,7 @@ def command(*arguments: str) -> subprocess.CompletedProcess:
         (["--topology", "v9:4x4"], ["v9:4x4", "v5e, v5p, v6e"]),
         (["--topology=gpu:8", "--config.mesh.tensor=3"], ["needs 6 devices", "has 8"]),
         (["--topology=gpu:6", "--config.mesh.tensor=6"], ["mesh.tensor=6", "n_heads=8"]),
-        (["--topology=gpu:2", "--step=serve"], ["--step serve", "train, decode, compress"]),
+        (["--topology=gpu:2", "--step=serve"], ["--step=serve", "train|decode"]),
         (["--topology=gpu:2", "--step=decode", "--sweep"], ["--sweep", "--step"]),
     ],
 )

@@ -17,6 +17,7 @@ PROCESS = ("--coordinator=localhost:8476", "--num_processes=2", "--process_id=1"
 # -- as the user starts it ------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_process_misspelt_key(config_file, tmp_path):
     status, err = real_command(
         "--config", config_file(), "--config.optimizer.learning_rte=1", cwd=tmp_path
@@ -25,6 +26,7 @@ def test_process_misspelt_key(config_file, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_process_bad_json_line(config_file, tmp_path):
     path = tmp_path / "text.jsonl"
     path.write_text('{"text": "one"}\n{"txt": "two"}\n')
@@ -33,6 +35,7 @@ def test_process_bad_json_line(config_file, tmp_path):
     is_one_error(status, err, "text.jsonl", "line 2", "'text'")
 
 
+@pytest.mark.slow
 def test_process_disk_that_fills_up(config_file, small_disk, tmp_path):
     """The writers' own threads stay silent as well."""
     config = config_file(**{"model.d_ff": 2048, "mesh.data": 8})
@@ -43,6 +46,7 @@ def test_process_disk_that_fills_up(config_file, small_disk, tmp_path):
 # -- the command line -----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_by_command(command, config_file, tmp_path):
     config = config_file(steps=2, **{"optimizer.warmup_steps": 1})
     status, out, _ = command("--config", config, "--workdir", tmp_path / "run")
@@ -61,6 +65,7 @@ def test_default_run_directory_is_that_of_the_variant(command, config_file, tmp_
     assert stored["model"]["hlc"] == "none"
 
 
+@pytest.mark.slow
 def test_overrides_reach_the_run(command, config_file, tmp_path):
     config = config_file()
     status, _, _ = command(
@@ -121,6 +126,7 @@ def test_bad_arguments(command, config_file, arguments, parts):
     is_one_error(status, err, *parts)
 
 
+@pytest.mark.slow
 def test_the_last_value_of_a_key_counts(command, config_file, tmp_path):
     """Of those that hold a tuple too, which the flag library would join."""
     one, two = tmp_path / "one", tmp_path / "two"

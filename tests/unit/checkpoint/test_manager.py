@@ -51,6 +51,7 @@ def written(config, tmp_path_factory):
     return workdir, state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [(2, 4, 1), (1, 8, 1), (1, 4, 2), (1, 1, 1)])
 def test_restored_onto_any_mesh(written, config, sizes):
     workdir, state = written

@@ -33,6 +33,7 @@ def save(workdir, config, step=1):
         checkpoints.save(step, state, config, Position(0, "of no data"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_a_run_directory_of_any_name(tiny, devices, tmp_path, name):
     """Trained, resumed, read by the commands after training, layer by layer too."""

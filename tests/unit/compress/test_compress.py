@@ -65,12 +65,14 @@ def logits(model, params):
         return apply_logits(model, params, *arrays)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["svd", "calibrated", "aligned", "frequency", "latent"])
 def test_keeping_all_heads_keeps_the_model(run, one, tmp_path, method):
     compress(run, tmp_path / "out", options(keep=1.0, method=method))
     assert_close(logits(*params_of(tmp_path / "out")), logits(*params_of(run)), rtol=0, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_half_the_cache(run, one, tmp_path):
     """The result serves with half the bytes, and what the table says is so."""
     out = tmp_path / "out"
@@ -90,6 +92,7 @@ def test_half_the_cache(run, one, tmp_path):
     assert not (tmp_path / "out.part").exists()
 
 
+@pytest.mark.slow
 def test_data_that_changed_are_read_in_the_models_own_tokens(tiny, corpus, one, tmp_path):
     """A tokenizer trained on the spot would be another on other text."""
     text = tmp_path / "text"
@@ -117,6 +120,7 @@ def test_the_loss_before_is_that_of_the_run(run, one, tmp_path):
     assert summary["held_out"]["divergence"] == pytest.approx(0, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_what_was_measured_serves_other_devices_too(run, devices, tmp_path):
     """A folder of measurements: of one device, taken up by two and by one again, and by one without
     the residuals. Held-out windows go by the batch, and so do what is kept of them."""
@@ -143,6 +147,7 @@ def test_measurements_of_other_text_are_refused(run, one, tmp_path):
         compress(run, tmp_path / "again", options(keep=0.25), tmp_path / "known")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("budget", ["measured", "repaired"])
 def test_measured_budgets_cost_no_more_bytes(run, one, tmp_path, budget):
     repair = {"repair": "layerwise", "repair_steps": 4} if budget == "repaired" else {}
@@ -159,11 +164,13 @@ def test_measured_budgets_cost_no_more_bytes(run, one, tmp_path, budget):
     assert generator.cache_bytes_per_token() == summary["cache_bytes_per_token"]["after"]
 
 
+@pytest.mark.slow
 def test_residual_budgets_need_no_text(run, one, tmp_path):
     summary = compress(run, tmp_path / "out", options(budget="residual", calibration_tokens=0))
     assert summary["cache_bytes_per_token"]["after"] <= 128
 
 
+@pytest.mark.slow
 def test_repair_brings_layers_nearer(run, one, tmp_path):
     """More with more freedom; from the same start."""
     output = compress(run, tmp_path / "b", options(method="svd", repair="output"))
@@ -186,6 +193,7 @@ def residual_after(run, path, folder):
     return np.stack([np.asarray(stream.residual(i, model)) for i in range(len(stream))])
 
 
+@pytest.mark.slow
 def test_blocks_make_up_for_what_earlier_ones_lost(run, one, tmp_path):
     """The last residual comes nearer to the original's than by repairing layers by themselves."""
     lost = {}
@@ -197,6 +205,7 @@ def test_blocks_make_up_for_what_earlier_ones_lost(run, one, tmp_path):
     assert lost["blockwise"] < 0.7 * lost["layerwise"]
 
 
+@pytest.mark.slow
 def test_a_block_that_nothing_was_taken_from_stays(run, one, tmp_path):
     """Before the first layer with fewer heads both models are one: no step may move it."""
     compress(run, tmp_path / "out", options(repair="blockwise", repair_steps=4, layers="1"))
@@ -245,6 +254,7 @@ def test_a_layer_that_is_nearly_whole_is_not_shaken(run, one, tmp_path):
         assert original.error((spec, after)) < before
 
 
+@pytest.mark.slow
 def test_only_our_methods_are_sharpened(run, one, tmp_path):
     plain = compress(run, tmp_path / "a", options(method="svd"))
     ours = compress(run, tmp_path / "b", options(method="aligned"))
@@ -259,6 +269,7 @@ def test_some_layers_only(run, one, tmp_path):
     assert_equal(source["mlp"], result["mlp"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["calibrate", "divide", "_compress_layer", "look", "finish"])
 def test_a_killed_pass_goes_on(run, one, tmp_path, monkeypatch, stage):
     """Killed after each stage (in the midst of the layers): the same bytes as without."""

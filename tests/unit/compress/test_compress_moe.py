@@ -30,6 +30,7 @@ def run(tiny, tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 def test_metrics_tell_of_the_routers(run):
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     of_training = [line for line in lines if "grad_norm" in line]
@@ -40,6 +41,7 @@ def test_metrics_tell_of_the_routers(run):
         assert line["router_z"] > 0
 
 
+@pytest.mark.slow
 def test_compression_keeps_the_experts_and_with_all_heads_the_model(run, devices, tmp_path):
     devices(1)
 
@@ -70,6 +72,7 @@ def test_compression_keeps_the_experts_and_with_all_heads_the_model(run, devices
     assert len(found[0]) == 3
 
 
+@pytest.mark.slow
 def test_blocks_with_experts_are_repaired(run, devices, tmp_path):
     """By Muon, an expert a matrix: the model comes nearer to the original's losses."""
     devices(1)

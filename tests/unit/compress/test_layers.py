@@ -65,6 +65,7 @@ def compressed(model, params, method, keys_count, values_count):
     return target, params | {"layers_0": layers.as_float32(stacked)}, (heads, keys, values, tree)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", MODELS)
 def test_all_heads_return_the_model(name, method):
@@ -73,6 +74,7 @@ def test_all_heads_return_the_model(name, method):
     assert_close(logits(target, new), logits(model, params), rtol=0, atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", ["MHA", "GQA", "MEA", "head norm only"])
 def test_a_compressed_layer_is_the_model_with_rebuilt_keys_and_values(name, method):

@@ -44,6 +44,7 @@ def log_probabilities(params):
         yield real - np.log(np.exp(real).sum(axis=-1, keepdims=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", [0, 1])
 def test_a_change_costs_the_divergence_of_predictions(measurer, which):
     """KL(original || changed), from whole distributions of the whole model."""

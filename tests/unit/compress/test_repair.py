@@ -49,6 +49,7 @@ def rms(leaf):
     return float(jnp.sqrt(jnp.mean(jnp.square(leaf))))
 
 
+@pytest.mark.slow
 def test_steps_are_shares_of_a_parameter_whatever_its_gradient():
     first, second = gradients(), gradients()
     sizes = jax.tree.map(rms, update(first, second))

@@ -116,6 +116,7 @@ def computed(model: ModelConfig):
     return {key: value for key, value in tree.items() if key not in OWN}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_published_config_is_our_config_of_that_name(name):
     config, count = PUBLISHED[name]

@@ -84,6 +84,7 @@ def test_an_answer_is_what_it_adds_to_its_prompt():
     assert merged == plain
 
 
+@pytest.mark.slow
 def test_nats_through_the_cache_are_those_of_one_forward_pass():
     """Prompts and answers of several lengths, more than a batch; float32: 1e-4 nats."""
     rng = np.random.default_rng(0)
@@ -103,6 +104,7 @@ def test_nats_through_the_cache_are_those_of_one_forward_pass():
         assert found[i] == pytest.approx(expected, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_batches_give_every_example_its_own_tokens():
     served = Served(Generator(MODEL, PARAMS, length=48), rows=2)
     prompts = [[i, i + 1, i + 2] for i in range(5)]
@@ -110,6 +112,7 @@ def test_batches_give_every_example_its_own_tokens():
     assert served.generate(prompts, 6) == alone.generate(prompts, 6)
 
 
+@pytest.mark.slow
 def test_the_cache_that_is_judged_is_the_one_that_is_asked_for():
     """An int8 cache rounds: nats differ, by little. Were it ignored, they would be equal."""
     kept: dict[str, Any] = {"lengths": [256], "depths": [0.0, 1.0], "samples": 2}
@@ -120,6 +123,7 @@ def test_the_cache_that_is_judged_is_the_one_that_is_asked_for():
         assert a["nats"] == pytest.approx(b["nats"], rel=0.1)
 
 
+@pytest.mark.slow
 def test_contexts_have_their_length_and_their_cells():
     lengths, depths = [200, 333], [0.0, 0.5, 1.0]
     rows = retrieval(MODEL, PARAMS, TOKENIZER, lengths=lengths, depths=depths, samples=2)

@@ -27,6 +27,7 @@ def test_quartiles():
     assert speed.quartiles([1.0, 2.0, 3.0, 4.0, 10.0]) == {"median": 3.0, "low": 2.0, "high": 4.0}
 
 
+@pytest.mark.slow
 def test_a_cycle_writes_the_tokens_of_generation():
     """From a cache with room for one cycle: the same greedy tokens as `Generator.run`."""
     served, params = decode.serve(MODEL, PARAMS)
@@ -39,6 +40,7 @@ def test_a_cycle_writes_the_tokens_of_generation():
     assert int(last[0]) == expected[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("context", [1, 40, RECENT + 40])
 def test_a_cycle_does_not_lengthen_the_context(context):
     served, params = decode.serve(MODEL, PARAMS)
@@ -69,6 +71,7 @@ def test_decoding_alone():
     assert rows[0]["tokens_per_second"]["low"] > 0
 
 
+@pytest.mark.slow
 def test_rows_of_each_model_and_context():
     models = {"whole": (MODEL, PARAMS), "again": (MODEL, PARAMS)}
     said: list[str] = []

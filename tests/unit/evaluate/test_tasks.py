@@ -179,6 +179,7 @@ def run(*arguments):
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.process
 def test_the_command_writes_a_jsonl_source(tmp_path):
     out = tmp_path / "new" / "t.jsonl"
     result = run("--out", out, "--documents", 5, "--seed", 2, "--length", 300, "--tasks", "passkey")
@@ -187,6 +188,7 @@ def test_the_command_writes_a_jsonl_source(tmp_path):
     assert texts == list(tasks.documents(5, 2, 300, ["passkey"]))
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -136,6 +136,7 @@ def whole_text(model):
     return jax.jit(functools.partial(apply_logits, model))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "form"), CASES)
 def test_steps_are_the_model_on_the_whole_text(name, form):
     """Of every row: its last document and what was generated, each by itself, padded at the end.
@@ -163,6 +164,7 @@ def test_steps_are_the_model_on_the_whole_text(name, form):
         np.testing.assert_array_equal(chosen[row], want.argmax(axis=1))
 
 
+@pytest.mark.slow
 def test_prompts_end_in_padding_of_any_width():
     """A prompt padded further gives the same text, to the last bit: its slots are not read."""
     model = model_of("layers that differ")
@@ -201,6 +203,7 @@ def test_slots_not_in_use_are_not_read(name, form):
     assert noisy[2].layers[0].key.data.max() == 1e4, "the last slots were never written"
 
 
+@pytest.mark.slow
 def test_it_does_not_matter_when_the_cache_is_flushed():
     """At every step, now and then, or never: the same text, and in the end the same cache."""
     model = model_of("layers that differ")
@@ -219,6 +222,7 @@ def test_it_does_not_matter_when_the_cache_is_flushed():
         )
 
 
+@pytest.mark.slow
 def test_a_full_cache_drops_what_does_not_fit():
     """Its keys and values stay as they were: nothing wraps round."""
     model = model_of("layers that differ")
@@ -233,6 +237,7 @@ def test_a_full_cache_drops_what_does_not_fit():
     jax.tree.map(np.testing.assert_array_equal, after.layers, full.layers)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "form"),
     [
@@ -270,6 +275,7 @@ def one_device():
     patch.undo()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "form"),
     [

@@ -63,6 +63,7 @@ def test_greedy_tokens_are_those_of_recomputing_every_prefix(generator):
         assert tokens == recomputed(generator, params, prompt, count)
 
 
+@pytest.mark.slow
 def test_a_row_does_not_depend_on_its_batch_nor_on_the_chunk(generator):
     how = Decoding(count=30, sampling=Sampling(1.0, top_k=50, top_p=0.9), seed=3)
     together = generator.run(PROMPTS, dataclasses.replace(how, chunk=7))
@@ -124,6 +125,7 @@ def test_the_report_counts_the_first_rows_only(generator):
     assert len(new) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [(2, 1, 2), (1, 1, 4)], ids=["data 2, tensor 2", "tensor 4"])
 def test_a_mesh_gives_the_tokens_of_one_device(sizes):
     """Over more steps than `RECENT`: what goes round the loop keeps its shardings in the flush."""
@@ -192,6 +194,7 @@ def writer():
     return Generator(model, params, length=64)
 
 
+@pytest.mark.slow
 def test_streamed_text_holds_neither_separator_nor_stop_text(writer, capsys):
     tokenizer = BytesTokenizer()
     session = Session(writer, tokenizer, Decoding(40, stop=(256,)), [])
@@ -262,6 +265,8 @@ def generate(*arguments):
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.process
+@pytest.mark.slow
 def test_the_command_continues_a_prompt_and_a_file(run_directory, tmp_path):
     checkpoint = ("--checkpoint", run_directory)
     one = generate(*checkpoint, "--prompt", "a quick", "--max_tokens", 12, "--temperature", 0)
@@ -284,6 +289,8 @@ def test_the_command_continues_a_prompt_and_a_file(run_directory, tmp_path):
     assert all(r["ended_by"] in ("max_tokens", "end_of_document") for r in records)
 
 
+@pytest.mark.process
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -306,6 +313,7 @@ def test_bad_input_is_one_line(run_directory, arguments, message):
     assert len(result.stderr.strip().splitlines()) == 1
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -327,6 +335,8 @@ def test_bad_files_of_prompts_are_one_line(run_directory, tmp_path, name, conten
     assert out.read_text() == "results of an hour\n"
 
 
+@pytest.mark.process
+@pytest.mark.slow
 def test_more_tokens_than_the_cache_holds(run_directory):
     result = generate("--checkpoint", run_directory, "--prompt", "a quick", "--max_tokens", 10**12)
     assert result.returncode == 0, result.stderr
@@ -334,6 +344,8 @@ def test_more_tokens_than_the_cache_holds(run_directory):
     assert re.search("ended by (cache|end_of_document)", result.stderr)
 
 
+@pytest.mark.process
+@pytest.mark.slow
 def test_a_checkpoint_without_a_tokenizer_or_none_at_all(run_directory, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "checkpoints").symlink_to(run_directory / "checkpoints")

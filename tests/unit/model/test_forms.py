@@ -141,6 +141,7 @@ def models(draw, key_kind, value_kind, qk_norm):
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value_kind", ["heads", "dense"])
 @pytest.mark.parametrize("key_kind", ["heads", "frequency"])
 @pytest.mark.parametrize("qk_norm", [False, True])

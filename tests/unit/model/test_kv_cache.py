@@ -26,6 +26,7 @@ WIDE = {"n_layers": 3, "n_heads": 8, "n_kv_heads": 8}
 POSITIONS = 4 * 64 * 3  # over rows, slots and layers
 
 
+@pytest.mark.slow
 def test_bytes_are_in_proportion_to_component_heads():
     plain = bytes_of(tiny_model(**WIDE | PLAIN))
     assert plain == 2 * POSITIONS * 8 * 8 * 2  # keys and values, K heads of 8, two bytes each

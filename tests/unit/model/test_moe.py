@@ -264,6 +264,7 @@ def test_parameters_and_which_of_them_decay(config):
     assert all(decays[name] for name in shapes)
 
 
+@pytest.mark.slow
 def test_objective_has_the_routers_losses(config):
     """Times the number of tokens, means over layers of this batch's real tokens, padding apart."""
     params, batch = params_of(config.model), random_batch(0, 4, 32, 264, [[32], [20, 9], [7], [1]])
@@ -286,6 +287,7 @@ def test_objective_has_the_routers_losses(config):
     )
 
 
+@pytest.mark.slow
 def test_training_evens_the_load(config):
     """The balance falls, and every expert's weights move."""
     config = change(config, **{"optimizer.learning_rate": 1e-2, "optimizer.load_balance": 1.0})
@@ -304,6 +306,7 @@ def test_training_evens_the_load(config):
         assert moved.min() > 1e-3, name
 
 
+@pytest.mark.slow
 def test_remat_and_unrolling_change_nothing(config):
     params, batch = params_of(config.model), random_batch(0, 2, 32, 264)
 
@@ -314,6 +317,7 @@ def test_remat_and_unrolling_change_nothing(config):
     assert_close(gradients(remat="dots", scan_unroll=2), gradients(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_cached_decoding_is_the_training_forward(config):
     """Greedy tokens of prompts of uneven lengths, one at a time from a cache, are those of whole
     forward passes."""
@@ -335,6 +339,7 @@ def test_cached_decoding_is_the_training_forward(config):
 # -- FLOPs ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_step_computes_what_is_active(tiny):
     """Products of the compiled step, loops multiplied out, over the project's convention plus the
     masked half of T x T that plain einsums compute. Dense over the 16 experts it would be 3.6."""

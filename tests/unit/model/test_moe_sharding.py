@@ -67,6 +67,7 @@ def run(config):
     return train
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in MESHES if name != "one"])
 def test_several_devices_take_the_steps_of_one(run, name):
     """Losses, the gradient's norm and all that the routers report."""
@@ -139,6 +140,7 @@ def test_meshes_that_do_not_divide_a_mixture(tiny, mesh, changes, message):
         sharding.check_divisible(config, sharding.make_mesh(MeshConfig(*mesh)))
 
 
+@pytest.mark.slow
 def test_a_prompt_on_a_mesh_gives_the_tokens_of_one_device():
     """One row, which an axis of experts does not divide."""
     model = tiny_model(**EXPERTS)

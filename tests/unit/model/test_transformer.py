@@ -58,6 +58,7 @@ HEADS: dict[str, str] = {}
 EXTENDED = {"key_mixing": "frequency", "value_mixing": "dense"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("components", "kinds"), [(4, HEADS), (2, HEADS), (2, EXTENDED)])
 @pytest.mark.parametrize("form", ["folded", "explicit"])
 def test_fresh_mea_without_head_norm_is_its_baseline(components, kinds, form):
@@ -114,6 +115,7 @@ SCANNED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", SCANNED)
 def test_scanned_stretches_are_a_loop_over_layers(case):
     model = tiny_model(**SCANNED[case])
@@ -193,6 +195,7 @@ def gradient(config):
     return jax.jit(grad)
 
 
+@pytest.mark.slow
 def test_remat_policies_change_memory_and_nothing_else(tiny):
     batch = random_batch(0, 2, LENGTH, 264)
     params = params_of(tiny().model, noise=0.2)

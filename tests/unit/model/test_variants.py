@@ -162,6 +162,7 @@ def test_variant_is_its_definition(name):
         assert error <= (1e-4 if path.startswith("1") else 2e-5) * np.abs(want).max(), path
 
 
+@pytest.mark.slow
 def test_differential_v1_is_a_case_of_talking_heads():
     """Rows {1, -lambda} after the softmax, pair p's values in heads 2p, 2p + 1; then its norm."""
     model = tiny_model(n_layers=1, **V1)
@@ -227,6 +228,7 @@ def test_a_variant_holds_nothing_of_the_others(name):
     assert set(flat(layer_params(tiny_model(n_layers=1, **changes)))) == PROJECTIONS | own
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [{"head_norm": False}, TALKING, COLLABORATIVE],
@@ -242,6 +244,7 @@ def test_starts_as_multi_head_attention(changes):
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
 
 
+@pytest.mark.slow
 def test_differential_v1_starts_at_its_layers_lambda():
     """0.8 - 0.6 exp(-0.3 layer); the four vectors are N(0, 0.1), and their exponentials cancel."""
     model = tiny_model(n_layers=1, head_dim=64, **V1)
@@ -260,6 +263,7 @@ def test_layers_index_reaches_differential_v1():
     assert np.abs(first - later).max() > 0.1 * np.abs(first).max()
 
 
+@pytest.mark.slow
 def test_collaborative_starts_from_any_number_of_shared_keys():
     """Three for four heads: each head reads all of one of them, and every one is read."""
     model = tiny_model(n_layers=1, key_components=3, **COLLABORATIVE)

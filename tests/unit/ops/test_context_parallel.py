@@ -120,6 +120,7 @@ CASES: dict[str, tuple[str, int, int, int, dict[str, Any]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_it_is_attention(case):
     kernel, length, shards, tensor, options = CASES[case]
@@ -203,6 +204,7 @@ def test_splash_in_natural_order_on_a_mesh_that_splits_windows():
 # -- a run ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_evaluation_and_diagnostics_are_those_of_one_device(tiny):
     config = tiny(accumulate=2, **{"model.key_components": 2, "model.n_layers": 1})
     batch = random_batch(0, 8, 32, 264, [[32], [20, 9], [7], [1], [32], [4], [3], [30]])

@@ -103,6 +103,7 @@ def test_swiglu(dtype):
     assert_close(value_and_grads(f, gate, up), want, dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @few
 @given(
@@ -138,6 +139,7 @@ def test_attention_in_parts_of_the_batch_and_blocks_of_its_own_choice():
     assert_close(value_and_grads(jax.checkpoint(f), q, k, v), want, "float32")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @few
 @given(
@@ -183,6 +185,7 @@ def test_attention_refuses_unequal_groups():
         cpu.causal_attention(q, k, k, jnp.ones((1, 4)), scale=1.0, dtype=jnp.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @few
 @given(tokens=sizes, d=sizes, vocab=sizes, chunk=st.sampled_from([1, 16, 33, 1000]))
@@ -246,6 +249,8 @@ print("equal")
 """
 
 
+@pytest.mark.process
+@pytest.mark.slow
 def test_sharded_arrays_give_the_same_gradients():
     # bfloat16: 1e-1, four products in a row each way.
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"

@@ -82,6 +82,7 @@ def distilled_reference(x, kernel, targets, weights, y, teacher, z_loss, share):
 
 
 # Half the weights are 0 or 0.5, chunks as above, a teacher of another width.
+@pytest.mark.slow
 @given(
     chunk=st.sampled_from([1, 5, 100, 0]),
     z_loss=st.sampled_from([0.0, 0.1]),
@@ -156,6 +157,7 @@ def largest_array(text: str) -> int:
     return max(math.prod(int(d) for d in shape.split(",") if d) for shape in shapes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mebibytes", "whole"), [(1, False), (0, True)])
 def test_logits_of_the_whole_batch_never_exist(tiny, mebibytes, whole):
     """In the compiled gradient of the model's loss, with a teacher too; without chunks they do, so
@@ -243,6 +245,7 @@ def sharded_gradient(mesh, x, kernel, targets, weights):
     return jax.jit(jax.value_and_grad(scaled, (0, 1), has_aux=True)), placed, where
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MESHES)
 def test_a_mesh_gives_the_loss_and_gradients_of_log_softmax(name):
     arrays = sharded_inputs(0)

@@ -90,11 +90,13 @@ SHAPES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_splash_kernel_is_attention(shape):
     assert_equals_reference(interpreted, *draw(*shape))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("length", "block", "fused"), [(1024, 1024, True), (1152, 384, True), (1408, 128, False)]
 )
@@ -105,6 +107,7 @@ def test_splash_kernel_is_attention_over_several_blocks(length, block, fused):
     assert_equals_reference(interpreted, *draw(1, length, 16, 16))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attend", [interpreted, through_xla], ids=["splash", "cudnn"])
 def test_on_a_mesh_each_device_computes_its_rows_and_heads(attend):
     mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
@@ -252,6 +255,7 @@ needs_libtpu = pytest.mark.skipif(
 )
 
 
+@pytest.mark.process
 @needs_libtpu
 def test_splash_compiles_for_a_tpu_mesh():
     """Head widths 64 and 128, both passes, on fsdp 2 x tensor 2 of a v5e."""

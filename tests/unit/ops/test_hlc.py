@@ -81,6 +81,7 @@ def test_mixing_keeps_the_dtype_of_activations(kind):
         assert hlc.absorb(kind, q, mix).dtype == jnp.bfloat16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["heads", "frequency"])
 @few
 @given(components=st.integers(1, 4), composites=st.integers(1, 4), seed=st.integers(0, 9))
@@ -160,6 +161,7 @@ def test_normal_mixing_keeps_the_size_of_heads(kind):
 # -- W_lc among its extensions and relatives -------------------------------------------------
 
 
+@pytest.mark.slow
 @few
 @given(components=st.integers(1, 4), composites=st.integers(1, 4), seed=st.integers(0, 9))
 def test_wlc_is_a_case_of_both_extensions(components, composites, seed):

@@ -22,6 +22,7 @@ def rotate(x_BTNH, positions_BT, theta=10_000.0):
     return np.asarray(apply_rope(jnp.asarray(x_BTNH), table))
 
 
+@pytest.mark.slow
 @given(
     half=st.integers(1, 6),
     theta=st.sampled_from([100.0, 10_000.0, 500_000.0]),

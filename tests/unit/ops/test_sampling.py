@@ -60,6 +60,7 @@ def test_top_k_keeps_the_k_largest(logits, top_k):
     np.testing.assert_array_equal(kept(logits, top_k=top_k), expected)
 
 
+@pytest.mark.slow
 @many
 @given(logits=logits_of(unique=True), top_k=st.integers(1, VOCAB), top_p=st.floats(0.05, 0.999))
 def test_top_p_counts_what_top_k_has_left(logits, top_k, top_p):

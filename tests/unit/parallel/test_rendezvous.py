@@ -68,6 +68,7 @@ def test_missing_processes_are_named_to_all_that_came(address):
         assert "--startup_timeout" in line
 
 
+@pytest.mark.slow
 def test_one_whose_time_is_up_first_knows_who_is_missing(address):
     """It has been told by process 0, which goes on waiting."""
     thread = threading.Thread(target=meet, args=(address, (0, 3)), kwargs={"timeout": 4.0})

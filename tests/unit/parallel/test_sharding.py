@@ -89,6 +89,7 @@ def run(tiny):
     return train
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "model"),
     [
@@ -141,6 +142,7 @@ def check_specs(tree):
         assert found == normalised(SPECS[path], leaf.ndim), path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mixed", "mixed with sequence"])
 def test_parameters_and_moments_are_split_as_declared(run, name):
     """After 5 steps, on data 2 x fsdp 2 x tensor 2, and on fsdp 2 x sequence 2 x tensor 2."""
@@ -155,6 +157,7 @@ def has_moments(node):
     return hasattr(node, "mu")
 
 
+@pytest.mark.slow
 def test_each_device_holds_only_its_part(run):
     _, state = run("mixed")
     gate = state.params["layers_0"]["mlp"]["gate"]
@@ -272,6 +275,7 @@ def test_constrain_leaves_whole_what_does_not_divide():
     assert traced.eqns[0].params["sharding"].spec == P(None, "sequence", "tensor")
 
 
+@pytest.mark.slow
 def test_a_program_without_its_mesh_is_refused(config):
     """Its annotations would do nothing. One device needs none."""
     mesh, batch = mesh_of("mixed"), random_batch(0, 8, 32, 264)

@@ -48,6 +48,7 @@ def compiled():
     return train_program(config_of(MeshConfig(data=1, fsdp=4, tensor=2)), machine())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [PLAIN, {"key_components": 2, "hlc_form": "explicit"}])
 def test_products_of_a_step_are_those_of_the_convention(changes):
     """Eight devices' products, next to step_flops; the rest is the other half of attention.
@@ -62,6 +63,7 @@ def test_products_of_a_step_are_those_of_the_convention(changes):
     assert 8 * plan.costs.flops == pytest.approx(expected, rel=0.01)
 
 
+@pytest.mark.slow
 def test_state_is_split_over_the_mesh(compiled):
     """float32 parameters and two moments, an eighth each, but for what is not split."""
     held = compiled.held
@@ -92,6 +94,7 @@ def test_a_plan_as_text_json_and_picture(compiled, tmp_path):
     assert plan["tokens_per_second"] == pytest.approx(32 * LENGTH / longest)
 
 
+@pytest.mark.slow
 def test_a_smaller_microbatch_is_offered_where_a_plan_does_not_fit():
     config = config_of(d_ff=512)
     whole = train_program(config, machine())
@@ -104,6 +107,7 @@ def test_a_smaller_microbatch_is_offered_where_a_plan_does_not_fit():
     assert search.what_fits(config, machine(memory=1.0), lambda _: None) is None
 
 
+@pytest.mark.slow
 def test_a_sweep_ranks_what_fits(monkeypatch):
     monkeypatch.setattr(search, "REMAT_POLICIES", ("none",))
     said: list[str] = []
@@ -126,6 +130,7 @@ def test_a_sweep_divides_experts(experts, ways):
         assert math.prod(sizes) == 64, mesh
 
 
+@pytest.mark.slow
 def test_a_sweep_leaves_out_what_does_not_fit(monkeypatch):
     """Where two windows at a time do not fit, neither four nor eight are compiled."""
     monkeypatch.setattr(search, "REMAT_POLICIES", ("none",))
@@ -168,6 +173,8 @@ def command(*arguments: str) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.process
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
@@ -188,6 +195,7 @@ def test_bad_input_is_one_line(arguments, parts):
         assert part in last
 
 
+@pytest.mark.process
 @pytest.mark.skipif(HAS_LIBTPU, reason="libtpu is installed")
 def test_a_missing_compiler_is_one_line():
     run = command("--topology", "v5e:2x2")
@@ -195,6 +203,7 @@ def test_a_missing_compiler_is_one_line():
     assert "pip install 'jax[tpu]'" in run.stderr.splitlines()[-1]
 
 
+@pytest.mark.process
 @pytest.mark.skipif(not HAS_LIBTPU, reason="the TPU compiler is not installed")
 def test_a_tpu_plan_by_the_command(tmp_path):
     """tpu: what does not fit says so, with a status that scripts see."""

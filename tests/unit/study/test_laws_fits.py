@@ -90,6 +90,7 @@ def test_the_jackknife_of_a_mean_is_the_t_interval():
     assert found.high - found.value == pytest.approx(student_t(3) * values.std(ddof=1) / 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "noise",
     [

@@ -34,6 +34,7 @@ def store(tmp_path_factory):
     return made
 
 
+@pytest.mark.slow
 def test_the_report_finds_what_the_rows_were_made_of(store, tmp_path):
     text = report.report(store.folder, tmp_path)
     fits = json.loads((tmp_path / "fit.json").read_text())

@@ -107,6 +107,7 @@ def test_a_stopped_grid_goes_on(grid, tmp_path, devices, monkeypatch, stop_at):
     assert not any((tmp_path / "cut" / "unfinished").iterdir())
 
 
+@pytest.mark.slow
 def test_missing_runs_only(grid, tmp_path, devices):
     devices(1)
     running.run(grid(MEMBERS[:1]), tmp_path, print, StopRequest())

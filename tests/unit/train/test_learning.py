@@ -57,6 +57,7 @@ LEARNED_POSITIONS = {"learned positions": {"positions": "learned", "max_position
 MODELS: dict[str, dict[str, Any]] = ATTENTIONS | LEARNED_POSITIONS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_variant_learns_to_look_back(name):
     assert final_loss(tiny_model(**MODELS[name])) < LEARNED

@@ -141,6 +141,7 @@ def assert_same_run(config, workdir, whole):
     assert rows_of(workdir, MEASURED) == rows_of(whole, MEASURED)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [2, 5, 7])
 def test_a_cut_run_ends_as_if_it_had_not_been(finished, devices, tmp_path, step):
     """Cut before the first checkpoint, right after it, and later: bit for bit the same end.
@@ -156,6 +157,7 @@ def test_a_cut_run_ends_as_if_it_had_not_been(finished, devices, tmp_path, step)
     assert_same_run(config, tmp_path, whole)
 
 
+@pytest.mark.slow
 def test_cut_between_the_last_checkpoint_and_the_summary(finished, devices, tmp_path):
     config, whole, expected = finished
     devices(1)
@@ -173,6 +175,7 @@ def test_cut_between_the_last_checkpoint_and_the_summary(finished, devices, tmp_
     assert_same_run(config, tmp_path, whole)
 
 
+@pytest.mark.slow
 def test_a_line_cut_in_the_middle_is_dropped(finished, devices, tmp_path):
     config, whole, _ = finished
     devices(1)
@@ -183,6 +186,7 @@ def test_a_line_cut_in_the_middle_is_dropped(finished, devices, tmp_path):
     assert_same_run(config, tmp_path, whole)
 
 
+@pytest.mark.slow
 def test_resumed_on_other_meshes(finished, devices, tmp_path):
     """8 devices by data, then 4 x 2 by fsdp and tensor, then one: the losses of one device."""
     config, whole, _ = finished
@@ -204,6 +208,7 @@ def test_resumed_on_other_meshes(finished, devices, tmp_path):
     np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_resumed_on_another_microbatch(finished, devices, tmp_path, monkeypatch):
     """In four parts from step 4 on: the same tokens in the same order, the losses of one part."""
     config, whole, _ = finished
@@ -286,6 +291,8 @@ train(parse.from_dict(json.loads(Path(sys.argv[1]).read_text())), Path(sys.argv[
 """
 
 
+@pytest.mark.process
+@pytest.mark.slow
 def test_a_killed_process_resumes(finished, devices, tmp_path):
     """SIGKILL in the middle of step 6, whatever was being written; then the same run again."""
     config, whole, _ = finished

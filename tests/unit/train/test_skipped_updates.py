@@ -75,6 +75,7 @@ def taken_over(state):
     return TrainState(step=state.step + 1, params=state.params, opt_state=opt_state)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", BAD)
 def test_an_update_is_left_out(config, kind):
     """Parameters, moments and Adam's count stay, bit for bit; the run's counters go on.
@@ -163,6 +164,7 @@ def test_a_finite_gradient_is_a_plain_update(config):
     assert_equal(new, expected)
 
 
+@pytest.mark.slow
 def test_in_parts_and_on_a_mesh(tiny):
     """One bad row on one of eight devices, in one of two parts: no device makes the update."""
     config = tiny(accumulate=2, **{"model.n_layers": 1, "mesh.data": 2, "mesh.fsdp": 4})

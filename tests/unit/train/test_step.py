@@ -31,6 +31,7 @@ def after_one_step(config, batch):
         return step(state, batch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [None, UNEVEN, UNEVEN_BY_PART])
 def test_accumulating_four_parts_equals_one(tiny, rows):
     batch = random_batch(0, batch=8, length=32, vocab=264, rows=rows)
@@ -55,6 +56,7 @@ def test_accumulating_four_parts_equals_one(tiny, rows):
     assert_close(moved, moved4, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_memorisable_batch_is_memorised(tiny):
     config = tiny(steps=60, **{"optimizer.learning_rate": 1e-2, "optimizer.z_loss": 1e-3})
     batch = random_batch(0, batch=2, length=16, vocab=264)
@@ -71,6 +73,7 @@ def test_a_memorisable_batch_is_memorised(tiny):
     assert int(state.step) == 60
 
 
+@pytest.mark.slow
 def test_z_loss_is_not_in_the_reported_loss(tiny):
     batch = random_batch(0, batch=8, length=32, vocab=264)
     results = [

@@ -85,6 +85,7 @@ def store(workdir: Path, config: TrainConfig, params) -> Path:
 # -- what is taken ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_it_starts_with_the_loss_that_the_source_ended_with(source, whole):
     """Here in two parts, whose sums round otherwise; a later test has them equal to the bit."""
     rows = [row for row in rows_of(whole[0]) if row["kind"] == "held_out"]
@@ -107,6 +108,7 @@ def test_moments_and_steps_begin_anew(recovery, source):
     assert int(state.step) == 0
 
 
+@pytest.mark.slow
 def test_parameters_alone_are_enough_and_c_need_not_divide_k(tiny, tmp_path, devices):
     """A compressed model: 3 and 1 of 4 key heads, 2 and 3 of 4 value heads, no moments stored."""
     devices(1)
@@ -120,6 +122,7 @@ def test_parameters_alone_are_enough_and_c_need_not_divide_k(tiny, tmp_path, dev
         train(config, tmp_path / "fresh")
 
 
+@pytest.mark.slow
 def test_a_teacher_may_have_another_shape(recovery, tiny, tmp_path, devices):
     devices(1)
     wide = tiny(**{"model.d_model": 40, "model.n_layers": 1, "model.hlc": "none"})
@@ -148,6 +151,7 @@ def test_only_attention_moves(recovery, source, whole, taught):
     assert "of which" in whole[1]["text"]
 
 
+@pytest.mark.slow
 def test_clipping_and_its_norm_are_of_what_is_trained(recovery):
     batch = random_batch(0, batch=8, length=32, vocab=264)
     norms = {}
@@ -163,6 +167,7 @@ def test_clipping_and_its_norm_are_of_what_is_trained(recovery):
 # -- teaching -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_its_own_teacher_has_nothing_to_say(recovery):
     """KL(p || p) is 0, and so is its gradient: without cross-entropy nothing pulls."""
     config = recovery(**{"start.teacher": "itself", "start.distillation": 1.0})
@@ -182,6 +187,7 @@ def test_its_own_teacher_has_nothing_to_say(recovery):
     assert float(own["loss"]) == pytest.approx(float(different["loss"]), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_recovery_on_a_mesh_is_that_of_one_device(taught):
     """Data, fsdp, tensor and sequence at once or in pairs; padding included."""
     rows = [[32], [20, 9], [7], [1], [32], [4], [3], [1]]
@@ -225,6 +231,7 @@ def test_a_step_without_its_teacher_is_not_compiled(recovery, taught):
 # -- resuming -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [2, 5])
 def test_a_cut_recovery_ends_as_if_it_had_not_been(taught, whole, devices, tmp_path, step):
     """Before the first checkpoint, and after the second: the same bits and rows, none twice."""
@@ -235,6 +242,7 @@ def test_a_cut_recovery_ends_as_if_it_had_not_been(taught, whole, devices, tmp_p
     assert rows_of(tmp_path, MEASURED) == rows_of(whole[0], MEASURED)
 
 
+@pytest.mark.slow
 def test_a_run_that_has_begun_needs_its_source_no_more(recovery, source, devices, tmp_path):
     devices(1)
     copy = shutil.copytree(source[0], tmp_path / "copy")
@@ -258,6 +266,7 @@ def recover(path, *more):
 QUICK = ("--config.steps=2", "--config.optimizer.warmup_steps=1")
 
 
+@pytest.mark.slow
 def test_the_config_takes_model_and_data_from_the_checkpoint(source, command, tmp_path):
     kept = json.loads((source[0] / "config.json").read_text())
     given = recover(source[0], *QUICK, "--config.data.prefetch=3", "--config.model.loss_chunk=1")
@@ -279,6 +288,7 @@ def test_the_config_takes_model_and_data_from_the_checkpoint(source, command, tm
     assert f"{run} is finished: 2 steps are done" in out
 
 
+@pytest.mark.slow
 def test_longer_windows_of_the_same_model(source, command, tmp_path, monkeypatch):
     """With pass keys, in its own tokens; nothing but lengths and text changes."""
     (tmp_path / "texts").mkdir()
@@ -349,6 +359,7 @@ def test_one_directory_cannot_be_source_and_run(tiny, tmp_path, devices):
         train(tiny(**{"start.checkpoint": str(run)}), run)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change_", ["words", "tokenizer"])
 def test_a_teacher_must_share_the_words(recovery, tiny, tmp_path, devices, change_):
     devices(1)

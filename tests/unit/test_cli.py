@@ -58,6 +58,7 @@ def test_a_run_by_command(command, config_file, tmp_path):
     assert "is finished" in out
 
 
+@pytest.mark.slow
 def test_default_run_directory_is_that_of_the_variant(command, config_file, tmp_path):
     config = config_file(steps=1, **{"optimizer.warmup_steps": 0})
     assert command("--config", f"{config}:mha")[0] == 0
@@ -288,6 +289,7 @@ def test_missing_tokenizer(command, config_file):
 # -- the run directory ----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_directory_of_another_config(command, config_file, tmp_path):
     config = config_file(steps=1, **{"optimizer.warmup_steps": 0})
     run = ["--config", config, "--workdir", tmp_path / "run"]
@@ -298,6 +300,7 @@ def test_directory_of_another_config(command, config_file, tmp_path):
     assert (tmp_path / "run" / "config.json").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_finished_run_asked_for_more_steps(command, config_file, tmp_path):
     config = config_file(steps=1, **{"optimizer.warmup_steps": 0})
     run = ["--config", config, "--workdir", tmp_path / "run"]
@@ -312,6 +315,7 @@ def test_directory_that_cannot_be_written(command, config_file, tmp_path):
     is_one_error(status, err, "cannot be written", "--workdir")
 
 
+@pytest.mark.slow
 def test_loss_that_is_not_finite(command, config_file, tmp_path):
     config = config_file(**{"checkpoint.every": 1})
     status, _, err = command(

@@ -65,6 +65,7 @@ def test_restored_onto_any_mesh(written, config, sizes):
         assert leaf.dtype == flat(state)[path].dtype, path
 
 
+@pytest.mark.slow
 def test_a_checkpoint_holds_its_config(written, config):
     with Checkpoints(written[0]) as checkpoints:
         assert checkpoints.latest() == 3
@@ -77,6 +78,7 @@ def test_a_checkpoint_holds_its_place_in_the_data(written, config):
     assert content["digest"] == "digest"
 
 
+@pytest.mark.slow
 def test_the_newest_are_kept(config, tmp_path):
     mesh = sharding.make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
     state = create_state(config, mesh)

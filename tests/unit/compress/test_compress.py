@@ -311,6 +311,7 @@ def test_eight_devices_see_the_same_moments(run, devices, tmp_path):
             np.testing.assert_allclose(a[name], b[name], rtol=0, atol=1e-5 * size)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keep", [0.625, 0.375])
 def test_a_division_over_layers_meets_shares_between_whole_heads(run, one, tmp_path, keep):
     """Two layers of four heads: 0.625 is five heads of keys and five of values, and so on."""
@@ -318,6 +319,7 @@ def test_a_division_over_layers_meets_shares_between_whole_heads(run, one, tmp_p
     assert summary["cache_kept"] == keep
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("keep", "met"), [(0.4, 0.375), (0.47, 0.5)])
 def test_a_share_that_no_division_meets_becomes_the_nearest_and_is_named(
     run, one, tmp_path, keep, met, capsys

@@ -17,6 +17,8 @@ from mea_jax.evaluate.run import Options, settle
 from mea_jax.train.run import train
 from tests.helpers import is_one_error, tiny_model
 
+pytestmark = pytest.mark.slow
+
 ONE = {"mesh.data": 1, "mesh.fsdp": -1}
 QUICK: tuple[str, ...] = (
     "--lengths",

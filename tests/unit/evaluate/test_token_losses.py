@@ -106,6 +106,7 @@ def test_buckets_average_back_to_the_total(found):
         assert (means * tokens).sum() / tokens.sum() == pytest.approx(losses.loss, rel=1e-9)
 
 
+@pytest.mark.slow
 def test_a_bucket_holds_what_has_so_much_context(prepared, found):
     """Against masks of the stored windows; nats to float32 sums."""
     losses = found[ALL]

@@ -79,6 +79,7 @@ def test_several_devices_take_the_steps_of_one(run, name):
     assert_close(state.params, one.params, rtol=1e-2, atol=2e-4)
 
 
+@pytest.mark.slow
 def test_experts_are_split_over_their_axis(run):
     """And over fsdp and tensor; all else over expert like over fsdp."""
     _, state, _ = run("fsdp, expert and tensor")
@@ -100,6 +101,7 @@ def test_experts_are_split_over_their_axis(run):
     assert leaves["embedding"].addressable_shards[0].data.shape == (132, 8)
 
 
+@pytest.mark.slow
 def test_what_crosses_the_expert_axis(run):
     """Tokens, not experts: in each layer a device gathers the axis's tokens and scatters as many
     sums; in its gradient it gathers tokens and sums' gradients, and scatters those of tokens."""

@@ -220,6 +220,7 @@ def test_evaluation_and_diagnostics_are_those_of_one_device(tiny):
     assert_close(found[0], found[1], rtol=2e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_run_with_its_sample_is_that_of_one_device(tiny, tmp_path, devices):
     """The whole command: steps, evaluation, checkpoint and a continuation of one prompt."""
     results = []

@@ -43,6 +43,7 @@ def test_a_stopped_study_goes_on(run, devices, tmp_path, monkeypatch):
     assert compression.read(out / "layers.jsonl") == layers
 
 
+@pytest.mark.slow
 def test_budgets_measured_once_serve_every_share(run, devices, tmp_path, monkeypatch):
     devices(1)
     study, name = Study(tmp_path / "work", tmp_path / "out"), Name("aligned", "measured", "none")
@@ -137,6 +138,7 @@ def test_one_command_redraws_all(tmp_path):
     assert "+0.0140" in (tmp_path / "tables.md").read_text()  # the mean over seeds, by domain
 
 
+@pytest.mark.slow
 def test_recovery_starts_from_what_was_compressed(run, devices, tmp_path, monkeypatch):
     """Each start at its own loss, the control at the model's; what is finished stays."""
     devices(1)
@@ -167,7 +169,7 @@ def test_recovery_starts_from_what_was_compressed(run, devices, tmp_path, monkey
 
 
 def test_nothing_compressed_nothing_recovered(tmp_path):
-    with pytest.raises(compression.UserError, match=r"run python -m mea_jax\.study\.compression"):
+    with pytest.raises(compression.UserError, match=r"run python -m studies\.compression"):
         recovery.starts(tmp_path / "mha-0", tmp_path)
 
 

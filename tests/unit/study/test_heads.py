@@ -16,6 +16,8 @@ from mea_jax.study import heads
 from mea_jax.train.run import train
 from tests.helpers import PLAIN, is_one_error, params_of
 
+pytestmark = pytest.mark.slow
+
 ONE = {"mesh.data": 1, "mesh.fsdp": -1}
 KINDS = ("heads", "frequency", "dense")
 

@@ -41,6 +41,7 @@ def rows_of(folder):
     return {(r["seed"], r["learning_rate"]): r for r in Store(folder).rows()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 8])
 def test_runs_together_are_the_runs_alone(grid, tmp_path, devices, count):
     """One after another in one program, and vmapped over a mesh: losses to round-off."""
@@ -67,6 +68,7 @@ def test_runs_together_are_the_runs_alone(grid, tmp_path, devices, count):
     assert len({r["loss"] for r in rows.values()}) == 4
 
 
+@pytest.mark.slow
 def test_a_grid_compiles_its_step_once(grid, tmp_path, devices, monkeypatch):
     """However many steps and rates there are."""
     devices(1)
@@ -82,6 +84,7 @@ def test_a_grid_compiles_its_step_once(grid, tmp_path, devices, monkeypatch):
     assert len(traced) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop_at", [3, 4])
 def test_a_stopped_grid_goes_on(grid, tmp_path, devices, monkeypatch, stop_at):
     """The same rows as without, but for the seconds; nothing is done twice."""
@@ -116,6 +119,7 @@ def test_missing_runs_only(grid, tmp_path, devices):
     assert rows_of(tmp_path)[0, 1e-3] == first[0, 1e-3]
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_is_a_row_and_harms_no_other(grid, tmp_path, devices):
     devices(1)
     wild = (Member(0, 1e-3), Member(0, 1e5))

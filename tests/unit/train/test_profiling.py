@@ -11,6 +11,8 @@ from mea_jax.train import profiling
 from mea_jax.train.loop import Loop
 from mea_jax.train.run import train
 
+pytestmark = pytest.mark.slow
+
 
 class Cut(BaseException):
     """Stands for a kill."""

@@ -58,6 +58,7 @@ def test_auto_dtype_stays_what_the_run_started_with(cut, monkeypatch):
     assert stored_dtype(workdir / "nothing") is None
 
 
+@pytest.mark.slow
 def test_a_start_that_fails_does_not_claim_the_directory(tiny, devices, tmp_path):
     devices(1)
     with pytest.raises(UserError, match="does not divide"):

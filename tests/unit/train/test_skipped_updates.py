@@ -97,6 +97,7 @@ def test_an_update_is_left_out(config, kind):
     assert_equal(new, taken_over(state))
 
 
+@pytest.mark.slow
 def test_the_next_step_is_that_of_a_state_taken_over(config):
     """Nothing of the bad gradient comes back later; the learning rate is that of the run's step."""
     state, _ = compiled(config)

@@ -97,6 +97,7 @@ def test_it_starts_with_the_loss_that_the_source_ended_with(source, whole):
     assert "held_out_loss_at_start" not in source[1]
 
 
+@pytest.mark.slow
 def test_moments_and_steps_begin_anew(recovery, source):
     config = recovery()
     with Checkpoints(source[0]) as checkpoints:
@@ -136,6 +137,7 @@ def test_a_teacher_may_have_another_shape(recovery, tiny, tmp_path, devices):
 # -- what stays as it was -----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_only_attention_moves(recovery, source, whole, taught):
     """Bit for bit, under weight decay; moments exist for attention alone."""
     assert taught.optimizer.weight_decay > 0

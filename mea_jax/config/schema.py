@@ -61,7 +61,7 @@ class ModelConfig:
         "identity"  # fresh mixing: a fresh model is MHA or GQA; or "normal": any mixture
     )
     hlc_form: str = "auto"  # of training: "folded" (W_lc into the projection), "explicit" (per
-    # token), "auto": what moves fewer bytes (mixing.choose_form)
+    # token), "auto": what moves fewer bytes (hlc.choose_form)
     head_norm: bool = True  # RMSNorm on each head's output
     qk_norm: bool = False  # RMSNorm on each query and key head, before positions
     gate: str = "none"  # heads' outputs times sigmoid(x W_g): one number a "head", or a "feature"
@@ -77,7 +77,7 @@ class ModelConfig:
         "auto"  # products: "xla", "cpu" (forms that XLA's CPU compiler runs fast), "auto"
     )
     attention_kernel: str = "auto"  # "einsum" (holds T x T), "chunked" (any platform, long
-    # contexts), "cpu", "cudnn" (GPU), "splash" (TPU), "auto": see backends.resolve
+    # contexts), "cpu", "cudnn" (GPU), "splash" (TPU), "auto": see ops.backend.resolve
     remat: str = (
         "none"  # what the backward pass recomputes: none, dots or full: see transformer.remat
     )

@@ -2,7 +2,7 @@
 
 `XlaBackend` writes plain einsums in the compute dtype and leaves them to the compiler (TPU, GPU,
 sharded meshes). `CpuBackend` computes the same functions in the forms that XLA's CPU compiler
-turns into fast code (`cpu_kernels`). Attention has kernels of its own, `attend`. A module asks its
+turns into fast code (ops/cpu.py). Attention has kernels of its own, `attend`. A module asks its
 backend, never the platform; `resolve` looks at the machine, once.
 """
 
@@ -186,7 +186,7 @@ class XlaBackend:
 
 @dataclasses.dataclass(frozen=True)
 class CpuBackend:
-    """Float32 between products, `dtype` inside them; see `cpu_kernels` for why."""
+    """Float32 between products, `dtype` inside them; see ops/cpu.py for why."""
 
     dtype: jnp.dtype
     attention_kernel: str = "cpu"

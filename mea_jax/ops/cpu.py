@@ -77,7 +77,7 @@ def thin_product(lhs: Array, rhs: Array, contract: tuple, batch: int) -> Array:
 
 
 def fold_heads(kernel_DCH: Array, mix_CK: Array) -> Array:
-    """W_lc folded into a projection (mixing.fold), float32 (D, K, H), as one product of matrices.
+    """W_lc folded into a projection (hlc.fold), float32 (D, K, H), as one product of matrices.
 
     C first: 1.5 times as fast here as D small products (on a TPU it moves more bytes).
     """

@@ -37,7 +37,7 @@ def test_a_recorded_set_is_within_every_bound(file):
             assert requirement.specifier.contains(version), f"{group}: {requirement}, {version}"
 
 
-@pytest.mark.parametrize("group", ["dependencies", "hf", "eval", "test"])
+@pytest.mark.parametrize("group", ["dependencies", "hf", "eval", "test", "test-full"])
 def test_bounds_are_next_to_the_newest_version_that_was_run(group):
     """An upper bound is at most one major version above what a recorded set holds."""
     sets = [recorded(file) for file in FILES]

@@ -57,9 +57,8 @@ class ModelConfig:
     value_mixing: str = "heads"  # "heads"; "dense": one map from all C heads' features per head
     hlc_order: str = "before"  # keys are mixed "before" or "after" their norm and rotation: the
     # same function unless qk_norm
-    hlc_init: str = (
-        "identity"  # fresh mixing: a fresh model is MHA or GQA; or "normal": any mixture
-    )
+    # fresh mixing: a fresh model is MHA or GQA; or "normal": any mixture
+    hlc_init: str = "identity"
     hlc_form: str = "auto"  # of training: "folded" (W_lc into the projection), "explicit" (per
     # token), "auto": what moves fewer bytes (hlc.choose_form)
     head_norm: bool = True  # RMSNorm on each head's output
@@ -73,14 +72,12 @@ class ModelConfig:
     tie_embeddings: bool = True
     dtype: str = "auto"  # of products and, but for the "cpu" backend, activations: "float32",
     # "bfloat16", or "auto": bfloat16 wherever the hardware multiplies it faster
-    backend: str = (
-        "auto"  # products: "xla", "cpu" (forms that XLA's CPU compiler runs fast), "auto"
-    )
+    # products: "xla", "cpu" (forms that XLA's CPU compiler runs fast), "auto"
+    backend: str = "auto"
     attention_kernel: str = "auto"  # "einsum" (holds T x T), "chunked" (any platform, long
     # contexts), "cpu", "cudnn" (GPU), "splash" (TPU), "auto": see ops.backend.resolve
-    remat: str = (
-        "none"  # what the backward pass recomputes: none, dots or full: see transformer.remat
-    )
+    # what the backward pass recomputes: none, dots or full: see transformer.remat
+    remat: str = "none"
     scan_unroll: int = 1  # layers per iteration of the scan over layers
     loss_chunk: int = 256  # MiB of float32 logits that a device holds at one time; 0: all of them
 
@@ -146,10 +143,9 @@ class StartConfig:
     # parameters. Read for step 0 only: a run that goes on needs it no more
     trainable: str = "all"  # or "attention": the layers' attention modules; the rest stays as it is
     teacher: str = ""  # a model whose next-token distributions are imitated; "": none
-    distillation: float = (
-        0.0  # w in loss = (1 - w) * cross-entropy + w * KL(teacher || model), both
-    )
+    # w in loss = (1 - w) * cross-entropy + w * KL(teacher || model), both
     # at temperature 1; in [0, 1], above 0 where there is a teacher
+    distillation: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -168,9 +164,8 @@ class OptimizerConfig:
     decay_mixing: bool = False  # weight decay on W_lc as well
     clip_norm: float = 1.0  # of the global gradient; 0: no clipping
     z_loss: float = 0.0  # weight of mean(logsumexp(logits)^2)
-    load_balance: float = (
-        0.0  # weight of E sum_e (share of choices)(mean probability), mean of layers
-    )
+    # weight of E sum_e (share of choices)(mean probability), mean of layers
+    load_balance: float = 0.0
     router_z_loss: float = 0.0  # weight of mean(logsumexp(router logits)^2), mean of layers
 
 

@@ -41,9 +41,9 @@ class Context:
     """Where the tokens of a call stand; shared by all layers.
 
     `rope` is a table of ops/rope.py or None. `shards` says in how many parts of the sequence the
-    tokens are laid out, in ops/context_parallel.py's order; 1: in their natural order. Segment ids are
-    in natural order always. In a decode step, `slot` () int32 says where the token is stored in
-    `Cache.recent`, `main` and `recent` what it may read.
+    tokens are laid out, in the order of ops/context_parallel.py; 1: in their natural order. Segment
+    ids are in natural order always. In a decode step, `slot` () int32 says where the token is
+    stored in `Cache.recent`, `main` and `recent` what it may read.
     """
 
     segment_ids_BT: Any  # or a `TreeMask`

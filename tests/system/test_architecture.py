@@ -16,6 +16,7 @@ SMALL = (
     *("--config.optimizer.warmup_steps=1", "--config.evaluate.sample_tokens=4"),
     *("--config.model.n_layers=2", "--config.model.scan_unroll=2", "--config.data.tokenizer=bytes"),
     *("--config.data.context_length=64", "--config.batch_size=8"),
+    "--config.data.held_out_fraction=0.2",
 )
 
 
@@ -52,7 +53,7 @@ def found(pattern, text):
 
 @pytest.mark.process
 @pytest.mark.slow
-def test_the_steps_for_a_variant(tmp_path):
+def test_the_steps_for_a_variant(corpus, tmp_path):
     """Its patches apply, the tests run over it, and it trains by the command that is printed."""
     folder = tmp_path / "clone"
     for name in ("mea_jax", "configs", "tests"):
@@ -67,7 +68,8 @@ def test_the_steps_for_a_variant(tmp_path):
     out = run(folder, *tests, "-k", "head and scale", "-n0")
     assert int(found(r"(\d+) passed", out)) >= 2
     train = found(r"python -m (mea_jax.train --config \S+head_scale)", PAGE).split()
-    assert "loss" in run(folder, *train, "--workdir", str(tmp_path / "run"), *SMALL)
+    source = f"--config.data.sources=({{'source': 'text', 'path': '{corpus}'}},)"
+    assert "loss" in run(folder, *train, "--workdir", str(tmp_path / "run"), source, *SMALL)
 
 
 def test_the_files_it_names_exist():

@@ -153,8 +153,7 @@ def install(tmp_path, monkeypatch):
 
 def in_checkout(folder: Path) -> None:
     """Makes `folder` look like a checkout."""
-    (folder / "mea_jax").mkdir()
-    (folder / "mea_jax" / "train.py").touch()
+    (folder / "mea_jax" / "train").mkdir(parents=True)
     (folder / "pyproject.toml").write_text((ROOT / "pyproject.toml").read_text())
 
 

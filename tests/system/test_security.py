@@ -38,7 +38,7 @@ LOAD = """
 import json, sys
 from pathlib import Path
 run, cache = Path(sys.argv[1]), Path(sys.argv[2])
-from mea_jax.config.schema import TrainConfig
+from mea_jax.config.parse import from_dict
 from mea_jax.data import pipeline, prepare
 from mea_jax.checkpoint.load import load
 

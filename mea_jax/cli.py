@@ -288,7 +288,7 @@ def run(
             processes.end(preemption.EXIT_STATUS, str(error), by_signal=True)
         except BrokenPipeError:  # whoever read the output has seen enough, as `head` does
             _discard_output()
-            if processes.several():
+            if processes.is_distributed():
                 processes.end(141, "error: whoever read the output has gone")
             sys.exit(141)
         except KeyboardInterrupt:
@@ -296,7 +296,7 @@ def run(
         except Exception as error:
             if (problem := outside_problem(error)) is not None:
                 processes.end(2, f"error: {problem}")
-            if not processes.several():
+            if not processes.is_distributed():
                 raise
             reason = str(error).strip().partition("\n")[0]
             if processes.lost_another(error):

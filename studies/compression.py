@@ -35,7 +35,7 @@ Row = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
-class Name:
+class CompressionName:
     """What tells a compression of a model from the others."""
 
     method: str
@@ -60,18 +60,22 @@ class Name:
         )
 
 
-def variants(keep: float) -> Iterator[Name]:
+def variants(keep: float) -> Iterator[CompressionName]:
     """What is tried at a share of the cache."""
-    yield from (Name(method, "uniform", "none") for method in METHODS)
-    yield from (Name(method, "measured", "none") for method in OURS)
-    yield from (Name(method, "repaired", "layerwise") for method in OURS)
+    yield from (CompressionName(method, "uniform", "none") for method in METHODS)
+    yield from (CompressionName(method, "measured", "none") for method in OURS)
+    yield from (CompressionName(method, "repaired", "layerwise") for method in OURS)
     if keep == 0.5:  # which part of the best does what
-        yield from (Name(method, "repaired", "layerwise", effort=4) for method in OURS)
-        yield from (Name(method, "repaired", "blockwise") for method in OURS)
-        yield from (Name(method, "uniform", "layerwise") for method in ("svd", "aligned"))
-        yield Name("aligned", "residual", "none")
-        yield from (Name("aligned", budget, "output") for budget in ("uniform", "measured"))
-        yield Name("aligned", "measured", "layerwise")
+        yield from (CompressionName(method, "repaired", "layerwise", effort=4) for method in OURS)
+        yield from (CompressionName(method, "repaired", "blockwise") for method in OURS)
+        yield from (
+            CompressionName(method, "uniform", "layerwise") for method in ("svd", "aligned")
+        )
+        yield CompressionName("aligned", "residual", "none")
+        yield from (
+            CompressionName("aligned", budget, "output") for budget in ("uniform", "measured")
+        )
+        yield CompressionName("aligned", "measured", "layerwise")
 
 
 def _rounded(value: float | None) -> float | None:
@@ -79,7 +83,7 @@ def _rounded(value: float | None) -> float | None:
     return None if value is None or not math.isfinite(value) else round(value, 6)
 
 
-def row_of(model: str, name: Name, summary: dict[str, Any], seconds: float) -> Row:
+def row_of(model: str, name: CompressionName, summary: dict[str, Any], seconds: float) -> Row:
     """A compression's summary as a line of `rows.jsonl`."""
     kind, _, seed = model.rpartition("-")
     options, held_out = summary["options"], summary["held_out"]
@@ -128,12 +132,12 @@ class Study:
             out.mkdir(parents=True, exist_ok=True)
         self.rows, self.layers = read(out / "rows.jsonl"), read(out / "layers.jsonl")
 
-    def done(self, model: str, name: Name, keep: float) -> bool:
+    def done(self, model: str, name: CompressionName, keep: float) -> bool:
         kind, _, seed = model.rpartition("-")
         wanted = {"kind": kind, "seed": int(seed), "keep": keep, **dataclasses.asdict(name)}
         return any(all(row[k] == value for k, value in wanted.items()) for row in self.rows)
 
-    def compress(self, run: Path, name: Name, keep: float, options: Options) -> Row:
+    def compress(self, run: Path, name: CompressionName, keep: float, options: Options) -> Row:
         """One row, made anew. The compressed model stays at half the cache only."""
         folder, began = self.work / run.name, time.monotonic()
         asked = name.of(options, keep)
@@ -180,7 +184,7 @@ def _runs() -> list[Path]:
     return runs
 
 
-def _chosen() -> list[tuple[float, Name]]:
+def _chosen() -> list[tuple[float, CompressionName]]:
     """Shares and variants that the command line asks for. Raises `UserError` where none is left."""
     asked: dict[str, list[Any]] = {
         "method": METHOD.value,

@@ -16,39 +16,42 @@ from absl import flags
 from mea_jax import cli
 from mea_jax.checkpoint.files import disk_errors, write_whole
 from mea_jax.errors import UserError
-from studies.compression import KEEPS, Name, Row, read, variants
+from studies.compression import KEEPS, CompressionName, Row, read, variants
 from studies.recovery import CONTROL, KEEP, STARTS
 
 KINDS = {"mha": "MHA", "mea": "MEA", "gqa": "GQA, QK-norm"}
-PAPER = Name("svd", "uniform", "none")
-_BASE, _OWN = Name("aligned", "uniform", "none"), Name("frequency", "uniform", "none")
-BEST = Name("aligned", "repaired", "layerwise")
+PAPER = CompressionName("svd", "uniform", "none")
+_BASE, _OWN = (
+    CompressionName("aligned", "uniform", "none"),
+    CompressionName("frequency", "uniform", "none"),
+)
+BEST = CompressionName("aligned", "repaired", "layerwise")
 SHORT = (
     PAPER,
-    Name("gqa_mean", "uniform", "none"),
+    CompressionName("gqa_mean", "uniform", "none"),
     _BASE,
     _OWN,
-    Name("aligned", "measured", "none"),
-    Name("frequency", "measured", "none"),
-    Name("aligned", "measured", "output"),
+    CompressionName("aligned", "measured", "none"),
+    CompressionName("frequency", "measured", "none"),
+    CompressionName("aligned", "measured", "output"),
     BEST,
-    Name("frequency", "repaired", "layerwise"),
+    CompressionName("frequency", "repaired", "layerwise"),
 )
 _STYLES = {  # what the picture of losses shows: colour, marker, line
     PAPER: ("#c0392b", "o", "-"),
-    Name("gqa_mean", "uniform", "none"): ("#e59866", "v", ":"),
-    Name("gqa_aligned", "uniform", "none"): ("#b7950b", "^", ":"),
+    CompressionName("gqa_mean", "uniform", "none"): ("#e59866", "v", ":"),
+    CompressionName("gqa_aligned", "uniform", "none"): ("#b7950b", "^", ":"),
     _BASE: ("#1f618d", "s", ":"),
-    Name("aligned", "measured", "none"): ("#1f618d", "s", "--"),
+    CompressionName("aligned", "measured", "none"): ("#1f618d", "s", "--"),
     BEST: ("#1f618d", "s", "-"),
     _OWN: ("#117a65", "D", ":"),
-    Name("frequency", "measured", "none"): ("#117a65", "D", "--"),
-    Name("frequency", "repaired", "layerwise"): ("#117a65", "D", "-"),
-    Name("latent", "uniform", "none"): ("#7f8c8d", "x", ":"),
+    CompressionName("frequency", "measured", "none"): ("#117a65", "D", "--"),
+    CompressionName("frequency", "repaired", "layerwise"): ("#117a65", "D", "-"),
+    CompressionName("latent", "uniform", "none"): ("#7f8c8d", "x", ":"),
 }
 
 
-def words(name: Name) -> str:
+def words(name: CompressionName) -> str:
     """What a compression is called in tables and legends."""
     budget = {"uniform": "", "measured": ", measured", "residual": ", by residual"}
     said = name.method + budget.get(name.budget, ", measured repaired")
@@ -62,8 +65,8 @@ def words(name: Name) -> str:
     return said + repair.get(name.repair, "")
 
 
-def name_of(row: Row) -> Name:
-    return Name(row["method"], row["budget"], row["repair"], row["effort"])
+def name_of(row: Row) -> CompressionName:
+    return CompressionName(row["method"], row["budget"], row["repair"], row["effort"])
 
 
 def select(rows: Iterable[Row], **wanted: Any) -> list[Row]:
@@ -72,13 +75,13 @@ def select(rows: Iterable[Row], **wanted: Any) -> list[Row]:
     return sorted(found, key=lambda r: r["seed"])
 
 
-def of_name(rows: Iterable[Row], kind: str, name: Name, keep: float) -> list[Row]:
+def of_name(rows: Iterable[Row], kind: str, name: CompressionName, keep: float) -> list[Row]:
     """One compression of one kind of model, by seed."""
     return [r for r in select(rows, kind=kind, keep=keep) if name_of(r) == name]
 
 
 def ratios(
-    rows: Sequence[Row], kind: str, name: Name, keep: float, value: str = "increase"
+    rows: Sequence[Row], kind: str, name: CompressionName, keep: float, value: str = "increase"
 ) -> list[float]:
     """`value` over that of the paper's method at the same bytes, for each seed."""
     own, paper = (
@@ -152,7 +155,7 @@ def _means(rows: Sequence[Row], keep: float, title: str, value: str, error: str,
 
 def domains_table(rows: Sequence[Row], keep: float) -> str:
     """The increase in each domain, for the paper's method and the best, mean over seeds."""
-    shown = (PAPER, _BASE, Name("aligned", "measured", "none"), BEST)
+    shown = (PAPER, _BASE, CompressionName("aligned", "measured", "none"), BEST)
     domains = list(rows[0]["domains"])
     lines = [
         "| | | " + " | ".join(domains) + " |",

@@ -115,7 +115,7 @@ def _harness(options: Mapping[str, Any]) -> list[str]:
     return [f"--{k}={v}" for k, v in sorted(options.items()) if v != none.get(k)]
 
 
-class Done:
+class FinishedStages:
     """`stages.json`: the commands that are finished, by stage."""
 
     def __init__(self, out: Path):
@@ -156,7 +156,7 @@ def run(
 ) -> str:
     """Runs what is not done yet; the report's Markdown. Raises `UserError`."""
     check(config)
-    done, todo = Done(out), list(stages(config, model, out))
+    done, todo = FinishedStages(out), list(stages(config, model, out))
     left = [stage for stage in todo if not done.has(stage)]
     for number, stage in enumerate(left, start=1):
         say(f"[{number}/{len(left)}] {stage.name}: {shlex.join(stage.command[1:])}")

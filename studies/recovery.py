@@ -24,17 +24,17 @@ from mea_jax.config.parse import from_config_dict, from_dict
 from mea_jax.config.schema import TrainConfig
 from mea_jax.errors import UserError
 from mea_jax.train.run import train
-from studies.compression import Name, Row, read
+from studies.compression import CompressionName, Row, read
 
 KEEP = 0.5
 CONTROL = "original"
 STARTS = (
-    Name("svd", "uniform", "none"),
-    Name("aligned", "uniform", "none"),
-    Name("aligned", "repaired", "layerwise"),
-    Name("frequency", "repaired", "layerwise"),
+    CompressionName("svd", "uniform", "none"),
+    CompressionName("aligned", "uniform", "none"),
+    CompressionName("aligned", "repaired", "layerwise"),
+    CompressionName("frequency", "repaired", "layerwise"),
 )
-TAUGHT = Name("aligned", "repaired", "layerwise")
+TAUGHT = CompressionName("aligned", "repaired", "layerwise")
 
 
 def starts(run: Path, work: Path) -> list[tuple[str, Path, bool]]:

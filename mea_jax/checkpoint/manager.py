@@ -87,7 +87,7 @@ class Checkpoints:
         quiet_threads()
         self._writer: ocp.AsyncCheckpointer | None = None
         if options is not None:
-            if processes.first():
+            if processes.is_first():
                 self._prepare()
             # Folders made beside the training would, where they cannot be made, be waited for until
             # a time limit of many minutes.
@@ -144,7 +144,7 @@ class Checkpoints:
         """
         index, count = (jax.process_index(), jax.process_count()) if share else (0, 1)
         found = None
-        if share or processes.first():
+        if share or processes.is_first():
             folder = self.directory / str(step)
             found = digests.damage(folder, index, count)
             if not (folder / digests.FILE).exists() and self._unsealed(folder):
@@ -169,7 +169,7 @@ class Checkpoints:
 
         Raises `UserError` when all checkpoints are damaged.
         """
-        steps: list[int] = json.loads(processes.from_first(json.dumps(self.steps())))
+        steps: list[int] = json.loads(processes.broadcast(json.dumps(self.steps())))
         steps = [step for step in steps if below is None or step < below]
         bad: dict[int, str] = {}
         for step in reversed(steps):
@@ -194,7 +194,7 @@ class Checkpoints:
     def _set_aside(self, step: int) -> Path | None:
         """Moves a checkpoint out of the way, by the first process; where it lies now."""
         problem, target = None, None
-        if processes.first():
+        if processes.is_first():
             names = [str(step), *(f"{step}-{n}" for n in range(1, 1000))]
             target = next(p for p in (self.aside / name for name in names) if not p.exists())
             try:
@@ -211,7 +211,7 @@ class Checkpoints:
     def forget_after(self, step: int) -> None:
         """Removes checkpoints newer than `step`: the run has gone back and will write them anew."""
         self.wait()
-        if processes.first():
+        if processes.is_first():
             for newer in self.steps():
                 if newer > step:
                     self._remove(newer)
@@ -259,7 +259,7 @@ class Checkpoints:
         try:
             assert self._writer is not None
             self._writer.wait_until_finished()
-            if processes.first():
+            if processes.is_first():
                 if problem := missing(part / "state", shapes):
                     raise OSError(f"what was written cannot be read back: {problem}")
                 digests.seal(part)

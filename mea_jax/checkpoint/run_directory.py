@@ -54,7 +54,7 @@ class RunDirectory:
 
     def __init__(self, path: Path, config: TrainConfig):
         self.path, self.config = path, config
-        self.first = processes.first()
+        self.first = processes.is_first()
         self._lock: lock.Lock | None = None
         self._check_config()
         if self.first:
@@ -65,13 +65,13 @@ class RunDirectory:
                     f"run directory {path} cannot be written: {error.strerror}; choose another "
                     "with --workdir"
                 ) from error
-        if processes.several():
+        if processes.is_distributed():
             self._check_shared()
 
     def _check_shared(self) -> None:
         """Checkpoints are written by all processes, so all must see the first one's folder."""
         there = self.path.absolute() / f".shared-{uuid.uuid4().hex}"
-        there = Path(processes.from_first(str(there)))
+        there = Path(processes.broadcast(str(there)))
         probe, problem = self.path / there.name, None
         if self.first:
             probe.write_text("")

@@ -27,7 +27,7 @@ def held_out_share(tokens: int, batch_tokens: int, sources: int) -> int:
     return max(tokens // (batch_tokens * sources), 1)
 
 
-class Texts:
+class CalibrationTexts:
     """Streams of training and of held-out windows, split over all devices there are.
 
     Attributes:

@@ -51,13 +51,13 @@ def take_apart(model: ModelConfig, attention: Tree) -> Heads:
     )
 
 
-def tied(scale_H: np.ndarray) -> np.ndarray:
+def tie_pairs(scale_H: np.ndarray) -> np.ndarray:
     """A norm's weight made alike within rotary pairs, (F,): the root of their mean square."""
     pairs = scale_H.reshape(2, -1)
     return np.sqrt(np.mean(np.square(pairs), axis=0))
 
 
-def twice(x_F: np.ndarray) -> np.ndarray:
+def repeat_pairs(x_F: np.ndarray) -> np.ndarray:
     """(F,) to (H,): alike for both features of a pair."""
     return np.concatenate([x_F, x_F])
 
@@ -82,7 +82,7 @@ def with_keys(heads: Heads, keys: Keys, tree: Tree) -> Tree:
         key_DKH = key_DKH * heads.key_norm_H
     elif heads.key_norm_H is not None and heads.query_norm_H is not None and gauged:
         for name, scale_H in (("key_norm", heads.key_norm_H), ("query_norm", heads.query_norm_H)):
-            alike_H = twice(tied(scale_H))
+            alike_H = repeat_pairs(tie_pairs(scale_H))
             ratio_H = scale_H / np.where(alike_H == 0, 1, alike_H)
             if name == "key_norm":
                 key_DKH = key_DKH * ratio_H

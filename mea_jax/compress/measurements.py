@@ -17,7 +17,7 @@ import numpy as np
 from mea_jax.checkpoint.files import disk_errors, write_json
 from mea_jax.checkpoint.layerwise import StoredModel
 from mea_jax.compress import layer as layers
-from mea_jax.compress.calibration import Texts
+from mea_jax.compress.calibration import CalibrationTexts
 from mea_jax.compress.moments import Moments, of_weights
 from mea_jax.compress.options import Options
 from mea_jax.compress.probe import Measurer, Sensitivity, plain_layer, residuals
@@ -29,11 +29,16 @@ from mea_jax.model.layer_spec import layer_specs
 SHARED = ("calibration_tokens", "calibration_source", "held_out_tokens", "dtype", "seed")
 
 
-class Findings:
+class Measurements:
     """About one checkpoint, on one choice of text (the options named in `SHARED`)."""
 
     def __init__(
-        self, folder: Path, source: StoredModel, model: ModelConfig, texts: Texts, options: Options
+        self,
+        folder: Path,
+        source: StoredModel,
+        model: ModelConfig,
+        texts: CalibrationTexts,
+        options: Options,
     ):
         self.folder, self.source, self.model = folder, source, model
         self.texts, self.options = texts, options

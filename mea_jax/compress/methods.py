@@ -106,7 +106,7 @@ def _key_problem(heads: Heads, moments: Moments, weigh: str) -> tuple[np.ndarray
     if heads.key_norm_H is not None and heads.query_norm_H is not None:
         if not moments.tokens:  # the norm is not in the queries' weights
             weights_KF = np.broadcast_to(
-                np.square(layers.tied(heads.query_norm_H)), moments.queries.shape
+                np.square(layers.tie_pairs(heads.query_norm_H)), moments.queries.shape
             )
         power_K = np.trace(
             moment.reshape(count, -1, count, heads.key_DKH.shape[2])[
@@ -116,9 +116,9 @@ def _key_problem(heads: Heads, moments: Moments, weigh: str) -> tuple[np.ndarray
             axis2=2,
         )
         weights_KF = weights_KF / np.maximum(power_K, 1e-300)[:, None]
-        alike_F = layers.tied(heads.key_norm_H)
+        alike_F = layers.tie_pairs(heads.key_norm_H)
         if weigh == "tied":
-            ratio_H = heads.key_norm_H / layers.twice(np.where(alike_F == 0, 1, alike_F))
+            ratio_H = heads.key_norm_H / layers.repeat_pairs(np.where(alike_F == 0, 1, alike_F))
             moment, weights_KF = _scaled(moment, ratio_H, count), weights_KF * np.square(alike_F)
         elif weigh == "whole":
             moment = _scaled(moment, heads.key_norm_H, count)
@@ -190,8 +190,8 @@ def rebuilt_keys(heads: Heads, keys: Keys | Latent) -> np.ndarray:
     if heads.key_norm_H is not None and keys.mix.ndim == 3:
         carried_H = heads.key_norm_H
     elif heads.key_norm_H is not None and keys.gauge is not None:
-        alike_F = layers.tied(heads.key_norm_H)
-        carried_H = heads.key_norm_H / layers.twice(np.where(alike_F == 0, 1, alike_F))
+        alike_F = layers.tie_pairs(heads.key_norm_H)
+        carried_H = heads.key_norm_H / layers.repeat_pairs(np.where(alike_F == 0, 1, alike_F))
     carried_H = np.where(carried_H == 0, 1, carried_H)
     from_complex = keys.rebuilt(layers.complex_heads(heads.key_DKH * carried_H))
     return layers.real_heads(from_complex) / carried_H

@@ -20,8 +20,8 @@ from mea_jax.checkpoint.layerwise import StoredModel, Writer
 from mea_jax.checkpoint.load import unresolved
 from mea_jax.compress import budgets, damage, methods, repair
 from mea_jax.compress import layer as layers
-from mea_jax.compress.calibration import Texts
-from mea_jax.compress.measurements import Findings
+from mea_jax.compress.calibration import CalibrationTexts
+from mea_jax.compress.measurements import Measurements
 from mea_jax.compress.moments import unseen
 from mea_jax.compress.options import Options, check, repair_text
 from mea_jax.compress.probe import Sensitivity, assemble
@@ -33,8 +33,8 @@ from mea_jax.ops.backend import resolve
 Tree = dict[str, Any]
 
 
-class Pass:
-    """One compression. `say` takes lines for the user; `measurements` is the folder of `Findings`
+class CompressionPass:
+    """One compression. `say` takes lines for the user; `measurements` is a folder of `Measurements`
     that outlive it."""
 
     def __init__(
@@ -62,9 +62,9 @@ class Pass:
         if options.budget == "uniform":
             self.kept = budgets.uniform(options.keep, self.count)
         self._claim()
-        self.texts = Texts(self.source, options, say)
+        self.texts = CalibrationTexts(self.source, options, say)
         folder = measurements or self.part / "measurements"
-        self.findings = Findings(folder, self.source, self.model, self.texts, options)
+        self.measurements = Measurements(folder, self.source, self.model, self.texts, options)
 
     def _claim(self) -> None:
         """The work folder: a new one, or one that this very command has left."""
@@ -88,7 +88,7 @@ class Pass:
 
     def calibrate(self) -> Losses:
         """The original's held-out loss; the moments of its layers are known after it."""
-        return self.findings.calibrate()
+        return self.measurements.calibrate()
 
     def divide(self) -> tuple[list[int], list[int], list[Sensitivity]]:
         """C_k and C_v of every layer, and what was measured on the way."""
@@ -97,7 +97,7 @@ class Pass:
             for index in self.chosen:
                 keys[index] = values[index] = int(self.kept)
             return keys, values, []
-        found = self.findings.sensitivities(self.chosen)
+        found = self.measurements.sensitivities(self.chosen)
         if self.kept < self.count:
             self._allot(found, keys, values)
         return keys, values, found
@@ -196,7 +196,7 @@ class Pass:
         text: Stream | None,
         followed: Stream | None,
     ) -> dict[str, Any]:
-        options, moments = self.options, self.findings.moments(index)
+        options, moments = self.options, self.measurements.moments(index)
         heads = layers.take_apart(self.model, tree["attention"])
         keys = methods.solve_keys(options.method, heads, moments, counts[0])
         values = methods.solve_values(options.method, heads, moments, counts[1])
@@ -250,7 +250,7 @@ class Pass:
         stream.embed(writer.model, top)
         for index in progress(range(writer.model.n_layers), "evaluating, layers"):
             stream.advance(layer_specs(writer.model)[index], writer.layer(index))
-        losses = stream.losses(writer.model, top, self.findings.held_out())
+        losses = stream.losses(writer.model, top, self.measurements.held_out())
         write_json(file, losses)
         shutil.rmtree(self.part / "held_out")
         return losses
@@ -295,7 +295,7 @@ def compress(
     def stage(words: str) -> None:
         say(f"{time.monotonic() - began:6.0f} s  {words}")
 
-    work = Pass(checkpoint, out, options, say, measurements)
+    work = CompressionPass(checkpoint, out, options, say, measurements)
     stage(f"calibrating {work.model.n_layers} layers on {options.calibration_tokens:,} tokens")
     before = work.calibrate()
     stage(f"dividing the cache: {options.budget}")

@@ -34,17 +34,17 @@ def prepare_together(
       UserError: as `prepare`; the first process has made no progress for half an hour; a process
         has other data than the first.
     """
-    if not processes.several():
+    if not processes.is_distributed():
         return prepare(config, vocab_size, log)
-    board = processes.Board("preparation")
-    if processes.first():
+    board = processes.KeyValueStore("preparation")
+    if processes.is_first():
         with _reports(functools.partial(board.set, _HOW_FAR), cache_root(config)) as on_progress:
             prepared = prepare(config, vocab_size, log, on_progress=on_progress)
         board.set(_HOW_FAR, _DONE)
     else:
         wait(functools.partial(board.get, _HOW_FAR))
         prepared = prepare(config, vocab_size, log)
-    digest = processes.from_first(prepared.digest, _WEEK)
+    digest = processes.broadcast(prepared.digest, _WEEK)
     processes.agree(
         None
         if prepared.digest == digest

@@ -33,7 +33,7 @@ CACHE_DTYPES = ("auto", "float32", "bfloat16", "int8")
 
 def say(line: str) -> None:
     """Progress: to the terminal, not into what is piped on."""
-    if processes.first():
+    if processes.is_first():
         print(line, file=sys.stderr, flush=True)
 
 
@@ -143,7 +143,7 @@ def tasks_main() -> None:
         text = harness_run.write(report, folder)
     except OSError as error:
         raise UserError(f"--out {folder} cannot be written: {error.strerror}") from error
-    if processes.first():
+    if processes.is_first():
         samples = f", {folder / 'samples'}" if options.log_samples else ""
         print(f"{text}\n\n{folder / 'results.json'}, {folder / 'table.txt'}{samples}")
 

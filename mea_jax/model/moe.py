@@ -30,7 +30,7 @@ from mea_jax.model.experts import Experts, Routed, run_experts, run_share
 from mea_jax.model.init import kernel, residual_gain
 from mea_jax.ops.backend import make_backend
 from mea_jax.ops.context_parallel import lay_out
-from mea_jax.parallel.sharding import mesh_axes, on_a_mesh, spec, ways
+from mea_jax.parallel.sharding import mesh_axes, on_a_mesh, shard_count, spec
 
 Array = jax.Array
 _AGAIN = ("all_gather", "gather")  # operations that the backward pass does again
@@ -101,7 +101,7 @@ def _tokens(x_BTD: Array, segment_ids_BT: Array) -> tuple[Array, Array]:
 def _on_a_mesh(model, backend, x_BTD, segment_ids_BT, router_DE, experts):
     """`mixture` on the mesh of `jax.set_mesh`."""
     divided = all(
-        size % ways(name) == 0
+        size % shard_count(name) == 0
         for size, name in zip(x_BTD.shape[:2], ("batch", "length"), strict=True)
     )  # a lone prompt is not: every device then takes all of its tokens
     of_ids = spec(("batch", "length")) if divided else PartitionSpec()
@@ -136,7 +136,7 @@ def _on_a_mesh(model, backend, x_BTD, segment_ids_BT, router_DE, experts):
             held = experts.gate_EDF.shape[0]
             ids_Ak = routed.ids_Tk - jax.lax.axis_index(exchange) * held
             routed = routed._replace(ids_Tk=jnp.where(ids_Ak < 0, held, ids_Ak))
-            y_TD = run_share(backend, ways("experts"), x_TD, routed, experts)
+            y_TD = run_share(backend, shard_count("experts"), x_TD, routed, experts)
             y_TD = y_TD.astype(backend.activation)
             if divided:
                 y_TD = jax.lax.psum_scatter(y_TD, exchange, tiled=True)

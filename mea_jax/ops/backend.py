@@ -20,7 +20,7 @@ from mea_jax.ops.attention import TreeMask
 from mea_jax.ops.chunked import chunked_attention
 from mea_jax.ops.cross_entropy import Products
 from mea_jax.ops.rms_norm import rms_norm
-from mea_jax.parallel.sharding import constrain, ways
+from mea_jax.parallel.sharding import constrain, shard_count
 
 # Above this many positions T x T logits are not made: 1024^2 float32 are 4 MiB a head.
 _EINSUM_LENGTH = 1024
@@ -91,7 +91,7 @@ def _whole(
     Attention of a window in natural order is work that the devices of a sequence axis repeat: said
     here, the partitioner gathers once and does not try to split blocks of it.
     """
-    if ways("length") == 1:
+    if shard_count("length") == 1:
         return q_BTNH, k_BSKH, v_BSKW
 
     def whole(x: jax.Array) -> jax.Array:
@@ -105,8 +105,10 @@ def _attend(
 ) -> jax.Array:
     """Attention by one of the kernels that run on any compiler's arrays, or a flash kernel."""
     if shards > 1:
-        if shards != ways("length"):
-            raise ValueError(f"{shards} shards of the sequence on a mesh of {ways('length')}")
+        if shards != shard_count("length"):
+            raise ValueError(
+                f"{shards} shards of the sequence on a mesh of {shard_count('length')}"
+            )
         return context_parallel.attention(
             "chunked" if kernel == "auto" else kernel,
             *(q, k, v, segment_ids_BT),

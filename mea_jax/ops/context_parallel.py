@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mea_jax.ops import chunked, flash
-from mea_jax.parallel.sharding import constrain, mesh_axes, spec, ways
+from mea_jax.parallel.sharding import constrain, mesh_axes, shard_count, spec
 
 Array = jax.Array
 HEADS = ("batch", "length", "activation_heads", None)
@@ -130,7 +130,7 @@ def attention(
     `jax.set_mesh` whose `sequence` axis has n > 1 devices. Raises `ValueError` for another kernel,
     and where T does not divide.
     """
-    shards, length = ways("length"), q_BTNH.shape[1]
+    shards, length = shard_count("length"), q_BTNH.shape[1]
     if shards == 1:
         raise ValueError("no mesh is set whose sequence axis splits the windows")
     zigzag(length, shards)  # or it raises

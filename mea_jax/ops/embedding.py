@@ -7,7 +7,7 @@ looked up for all of the batch on each device, and on some meshes gathered as a 
 import jax
 import jax.numpy as jnp
 
-from mea_jax.parallel.sharding import spec, ways
+from mea_jax.parallel.sharding import shard_count, spec
 
 
 def lookup(
@@ -19,8 +19,10 @@ def lookup(
     device finds its columns of the rows that its neighbours along those columns ask for, and one
     all-to-all hands them over: B T D numbers, however large the table.
     """
-    split = ways(axes[0]) * ways(axes[1]) > 1
-    divisible = ids_BT.shape[0] % ways("batch") == 0 and ids_BT.shape[1] % ways("length") == 0
+    split = shard_count(axes[0]) * shard_count(axes[1]) > 1
+    divisible = (
+        ids_BT.shape[0] % shard_count("batch") == 0 and ids_BT.shape[1] % shard_count("length") == 0
+    )
     if not split or not divisible:  # a lone prompt is the partitioner's
         return jnp.take(table_VD, ids_BT, axis=0).astype(dtype)
     rows, columns = spec(axes)  # axes of one device among them, for `shard_map` to follow

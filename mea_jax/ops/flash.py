@@ -17,7 +17,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 from jax.sharding import NamedSharding
 
-from mea_jax.parallel.sharding import on_a_mesh, spec, ways
+from mea_jax.parallel.sharding import on_a_mesh, shard_count, spec
 
 # A TPU's vector registers are 128 wide: the kernel's blocks of positions are multiples of it.
 LANES = 128
@@ -131,7 +131,7 @@ def sharded_splash(
         raise ValueError(f"{length} positions do not divide into 2 x {shards} x {LANES}")
     # A block lies within one of a shard's two chunks, or it would see far more than it must.
     blocks = _splash_blocks(length // (2 * shards), _widest(q_BTNH, v_BTKW), length)
-    heads = q_BTNH.shape[2] // ways("activation_heads")
+    heads = q_BTNH.shape[2] // shard_count("activation_heads")
     kernel = _splash_kernel(order_T, heads, blocks, shards, saved, interpret)
     where = NamedSharding(jax.sharding.get_abstract_mesh(), spec((None, "length")))
     return kernel, kernel.manual_sharding_spec(where)

@@ -45,14 +45,14 @@ _ending = threading.Lock()  # held by whoever ends this process: no other thread
 _points = 0  # of agreement so far: the same number on every process
 
 
-def several() -> bool:
+def is_distributed() -> bool:
     """Whether this run has more than one process. Starts no backend, unlike jax.process_count."""
     return _client() is not None and jax_distributed.global_state.num_processes > 1
 
 
-def first() -> bool:
+def is_first() -> bool:
     """Whether this is the process that speaks and writes for all."""
-    return not several() or jax_distributed.global_state.process_id == 0
+    return not is_distributed() or jax_distributed.global_state.process_id == 0
 
 
 def start(
@@ -106,7 +106,7 @@ def start(
         ) from error
     finally:
         guard.cancel()
-    if several():
+    if is_distributed():
         threading.Thread(target=_watch, daemon=True).start()
 
 
@@ -143,7 +143,7 @@ def agree(problem: str | None, timeout: float = _AGREE_SECONDS) -> None:
 
 def any_of(problem: str | None, timeout: float = _AGREE_SECONDS) -> str | None:
     """The first `problem` that any process has, on every process; None: no one has any."""
-    if not several():
+    if not is_distributed():
         return problem
     where, client = _point(), _client()
     client.key_value_set(f"{where}/{jax_distributed.global_state.process_id}", problem or "")
@@ -151,12 +151,12 @@ def any_of(problem: str | None, timeout: float = _AGREE_SECONDS) -> str | None:
     return next((found for _, found in sorted(client.key_value_dir_get(where)) if found), None)
 
 
-def from_first(value: str, timeout: float = _AGREE_SECONDS) -> str:
+def broadcast(value: str, timeout: float = _AGREE_SECONDS) -> str:
     """The `value` of process 0, on every process."""
-    if not several():
+    if not is_distributed():
         return value
     where, client = _point(), _client()
-    if first():
+    if is_first():
         client.key_value_set(where, value)
     _wait(where, timeout)
     return client.blocking_key_value_get(where, 60_000)
@@ -178,7 +178,7 @@ def _wait(where: str, timeout: float) -> None:
 def check_same(config: dict[str, Any], timeout: float) -> None:
     """Raises `UserError` on all processes unless all were started for the same `config` tree."""
     mine = flatten(config | {"versions": {"jax": jax.__version__, "jaxlib": _jaxlib_version()}})
-    first = json.loads(from_first(json.dumps(mine), timeout))
+    first = json.loads(broadcast(json.dumps(mine), timeout))
     lines = [
         f"{key} is {mine.get(key)!r}, not {first.get(key)!r}"
         for key in sorted(mine.keys() | first.keys())
@@ -198,7 +198,7 @@ def name() -> str:
     return f"process {jax_distributed.global_state.process_id} on {socket.gethostname()}"
 
 
-class Board:
+class KeyValueStore:
     """Words that processes leave for each other, without waiting for anyone."""
 
     def __init__(self, name: str) -> None:
@@ -270,7 +270,7 @@ def _watch() -> None:
         with contextlib.suppress(Exception):  # the service is gone: jax's own threads tell of that
             mine = f"{_ALIVE}/{state.process_id}"
             _client().key_value_set(mine, f"{beat} {socket.gethostname()}", allow_overwrite=True)
-            if first():
+            if is_first():
                 found = _client().key_value_dir_get(_ALIVE)
                 signs.note({int(k.rpartition("/")[2]): v for k, v in found}, time.monotonic())
                 if (lost := signs.lost(time.monotonic())) is not None:
@@ -293,14 +293,14 @@ def end(status: int, line: str, by_signal: bool = False) -> NoReturn:
     _ending.acquire()  # never released: whoever comes second waits here for the end
     sys.stderr.write(f"{line}\n")
     sys.stderr.flush()
-    if several():
+    if is_distributed():
         last = " ".join(line.strip().split("\n")[-1].split()).removeprefix("error: ")
         words = {"status": status, "who": name(), "line": last}
         with contextlib.suppress(Exception):  # another process was first, or the service is gone
             _client().key_value_set(_ENDED, json.dumps(words))
         with contextlib.suppress(Exception):  # not every process can come
             _client().wait_at_barrier("mea_jax/farewell", int(_FAREWELL_SECONDS * 1000))
-        if first():  # it holds the service: jax aborts whoever is still there when that goes
+        if is_first():  # it holds the service: jax aborts whoever is still there when that goes
             time.sleep(1.0)
     leave(status)  # not sys.exit: jax waits at exit for processes that wait for this one
 
@@ -315,12 +315,12 @@ def leave(status: int) -> NoReturn:
 
 def lost_another(error: BaseException) -> bool:
     """Whether `error` is what the loss of another process looks like from here."""
-    return several() and _LOST.search(str(error)) is not None
+    return is_distributed() and _LOST.search(str(error)) is not None
 
 
 def finish() -> None:
     """Waits until every process is done; one that fails until then ends them all."""
-    if several():
+    if is_distributed():
         try:
             _client().wait_at_barrier("mea_jax/finish", int(_AGREE_SECONDS * 1000))
         except Exception:

@@ -212,7 +212,8 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     if jax.sharding.get_abstract_mesh().empty:
         return x
     even = (
-        size % ways(name) == 0 if name else True for name, size in zip(names, x.shape, strict=True)
+        size % shard_count(name) == 0 if name else True
+        for name, size in zip(names, x.shape, strict=True)
     )
     partition = PartitionSpec(*(p if e else None for p, e in zip(partition, even, strict=True)))
     return jax.lax.with_sharding_constraint(x, partition)
@@ -241,7 +242,7 @@ def mesh_axes(*names: str) -> tuple[str, ...]:
     return tuple(axis for axis in axes if not mesh.empty and mesh.shape[axis] > 1)
 
 
-def ways(name: str) -> int:
+def shard_count(name: str) -> int:
     """How many parts a logical axis is in on the mesh of `jax.set_mesh`; 1 without one."""
     mesh = jax.sharding.get_abstract_mesh()
     return math.prod(mesh.shape[axis] for axis in mesh_axes(name))

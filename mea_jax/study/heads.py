@@ -27,7 +27,7 @@ from mea_jax.checkpoint.files import disk_errors, make_writable, write_json
 from mea_jax.checkpoint.layerwise import StoredModel
 from mea_jax.checkpoint.load import open_trained, unresolved
 from mea_jax.checkpoint.manager import find_checkpoint
-from mea_jax.compress.calibration import Texts
+from mea_jax.compress.calibration import CalibrationTexts
 from mea_jax.compress.options import Options
 from mea_jax.compress.stream import Stream, progress
 from mea_jax.config.schema import ModelConfig
@@ -46,7 +46,7 @@ Say = Callable[[str], Any]
 
 
 @dataclasses.dataclass(frozen=True)
-class Asked:
+class AnalysisOptions:
     """See the flags of the command."""
 
     held_out_tokens: int = 32_768
@@ -128,7 +128,7 @@ def input_covariance(stream: Stream, spec: LayerSpec, layer: Tree) -> np.ndarray
 
 
 def tests(
-    kind: str, mix: np.ndarray, start: np.ndarray | None, asked: Asked
+    kind: str, mix: np.ndarray, start: np.ndarray | None, asked: AnalysisOptions
 ) -> dict[str, dict[str, Any] | None]:
     """Clusters of what training changed, outside block identity, whose own pattern is not learned.
 
@@ -147,13 +147,13 @@ def tests(
     return found
 
 
-def look(
+def analyse_layer(
     model: ModelConfig,
     which: str,
     attention: Tree,
     inputs_DD: np.ndarray,
     began: bool,
-    asked: Asked,
+    asked: AnalysisOptions,
 ) -> Row:
     """All measures of one layer's keys or values. `began`: whether at block identity."""
     kind, kernel_DCH = model.mixing_kind(which), np.asarray(attention[which])
@@ -191,10 +191,10 @@ def look(
     }
 
 
-class Looks:
+class RunAnalysis:
     """The checkpoints of a run, looked at on one choice of text."""
 
-    def __init__(self, folders: list[Path], scratch: Path, asked: Asked, say: Say):
+    def __init__(self, folders: list[Path], scratch: Path, asked: AnalysisOptions, say: Say):
         self.sources = [StoredModel(folder, say) for folder in folders]
         self.scratch, self.asked = scratch, asked
         newest = self.sources[-1]
@@ -205,7 +205,7 @@ class Looks:
         self.texts = None
         if asked.held_out_tokens:
             options = Options(held_out_tokens=asked.held_out_tokens)
-            self.texts = Texts(newest, options, say)
+            self.texts = CalibrationTexts(newest, options, say)
         self.tokens = 0
 
     def layers(self, source: StoredModel) -> Iterator[tuple[int, Tree, np.ndarray]]:
@@ -234,7 +234,7 @@ class Looks:
                         f"{source.folder}: the {which} heads of layer {index} hold numbers that "
                         "are not finite, or a mixing of zeros; take an earlier step"
                     )
-                row = look(
+                row = analyse_layer(
                     self.model,
                     which,
                     tree["attention"],
@@ -283,8 +283,8 @@ def plain(value: Any) -> Any:
     return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
-def study(checkpoint: Path, out: Path, asked: Asked, say: Say) -> dict[str, Any]:
-    """Looks at all that a run keeps; writes heads.json and figures into `out`; what it wrote.
+def study(checkpoint: Path, out: Path, asked: AnalysisOptions, say: Say) -> dict[str, Any]:
+    """Analyses all checkpoints of a run; writes heads.json and figures into `out`; what it wrote.
 
     Raises `UserError`.
     """
@@ -292,7 +292,7 @@ def study(checkpoint: Path, out: Path, asked: Asked, say: Say) -> dict[str, Any]
     with disk_errors(out):
         make_writable(out)
     with disk_errors(out), tempfile.TemporaryDirectory(prefix=".residuals-", dir=out) as scratch:
-        looks = Looks(folders, Path(scratch), asked, say)
+        looks = RunAnalysis(folders, Path(scratch), asked, say)
         rows = looks.rows()
     report = {
         "checkpoint": str(checkpoint),
@@ -327,7 +327,7 @@ def main() -> None:
     checkpoint = Path(CHECKPOINT.value)
     cli.enable_compilation_cache()
     out = Path(OUT.value) if OUT.value else find_checkpoint(checkpoint)[0] / "heads"
-    asked = Asked(HELD_OUT.value, SHUFFLES.value, SEED.value)
+    asked = AnalysisOptions(HELD_OUT.value, SHUFFLES.value, SEED.value)
     report = study(checkpoint, out, asked, lambda line: print(line, file=sys.stderr, flush=True))
     newest = [row for row in report["rows"] if row["step"] == report["steps"][-1]]
     steps = ", ".join(map(str, report["steps"]))
@@ -341,8 +341,14 @@ if __name__ == "__main__":
     CHECKPOINT = flags.DEFINE_string("checkpoint", None, "run directory, or one of its steps")
     OUT = flags.DEFINE_string("out", None, "folder for heads.json and figures; default RUN/heads")
     HELD_OUT = flags.DEFINE_integer(
-        "held_out_tokens", Asked.held_out_tokens, "looked at, at most; 0: the weights alone"
+        "held_out_tokens",
+        AnalysisOptions.held_out_tokens,
+        "looked at, at most; 0: the weights alone",
     )
-    SHUFFLES = flags.DEFINE_integer("shuffles", Asked.shuffles, "of each test of clusters")
-    SEED = flags.DEFINE_integer("seed", Asked.seed, "of shuffles and of random projections")
+    SHUFFLES = flags.DEFINE_integer(
+        "shuffles", AnalysisOptions.shuffles, "of each test of clusters"
+    )
+    SEED = flags.DEFINE_integer(
+        "seed", AnalysisOptions.seed, "of shuffles and of random projections"
+    )
     cli.run(main, "stopped")

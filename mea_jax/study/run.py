@@ -42,7 +42,7 @@ Say = Callable[[str], Any]
 _EVERY = 15.0  # seconds between lines of progress
 
 
-class Watch:
+class GridProgress:
     """How much of the grid is done, and when the rest will be."""
 
     def __init__(self, whole: float, say: Say):
@@ -71,7 +71,7 @@ class Chunk:
         self.sweep = Sweep(cell.config, members, jax.devices())
         self.histories = [History(grid.spikes) for _ in members]
 
-    def train(self, store: Store, watch: Watch, stop: StopRequest) -> None:
+    def train(self, store: Store, watch: GridProgress, stop: StopRequest) -> None:
         """From its newest checkpoint to the rows of all its runs."""
         config = self.cell.config
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -141,7 +141,7 @@ class Chunk:
                     raise Preempted(f"{self.cell}: stopped after step {step}, which is saved")
         return state
 
-    def _take(self, step: int, metrics: Any, watch: Watch, work: float) -> None:
+    def _take(self, step: int, metrics: Any, watch: GridProgress, work: float) -> None:
         """The metrics of a step, to the histories."""
         found = jax.device_get(metrics)
         for history, loss, skipped in zip(
@@ -185,7 +185,7 @@ def run(grid: Grid, out: Path, say: Say, stop: StopRequest, shard: tuple[int, in
     count = sum(len(members) for _, members in chunks)
     total = sum(len(members) for _, members in wanted)
     say(f"{count} of {total} runs to do, in {len(chunks)} programs")
-    watch = Watch(sum(cell.work() * len(members) for cell, members in chunks), say)
+    watch = GridProgress(sum(cell.work() * len(members) for cell, members in chunks), say)
     for cell, members in chunks:
         began = time.monotonic()
         Chunk(grid, cell, members, out, say).train(store, watch, stop)

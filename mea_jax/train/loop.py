@@ -122,7 +122,9 @@ class Loop:
                 profile_steps = None  # they were traced, or never will be
         finally:
             writer.close()
-        if self.stop.requested and not processes.several():  # in the last step, or just after
+        if (
+            self.stop.requested and not processes.is_distributed()
+        ):  # in the last step, or just after
             self.checkpoints.wait()
             raise Preempted("stopped by SIGTERM after the last step: the same command sums it up")
         return state
@@ -176,9 +178,9 @@ class Loop:
         batches = self._batches(start)
         batch = place(next(batches))
         step_fn = self._compiled(state, batch)
-        progress = checkpoint_metrics.Progress(start, c.steps, enabled=processes.first())
+        progress = checkpoint_metrics.Progress(start, c.steps, enabled=processes.is_first())
         # One process tells enough: all run the same program.
-        traced = profile_steps if processes.first() else None
+        traced = profile_steps if processes.is_first() else None
         directory = self.run_directory.path / "profile"
         profile = profiling.Profile(traced, directory, start, progress.say)
         pending: tuple[int, Any] | None = None

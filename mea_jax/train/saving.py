@@ -26,7 +26,7 @@ class SaveTimes:
         self.options, self.stop = options, stop
         self.stopping = False
         self._saved = time.monotonic()
-        self._board = processes.Board("save") if processes.several() else None
+        self._board = processes.KeyValueStore("save") if processes.is_distributed() else None
         self._asked = False  # this process has told the first one of its request to stop
         self._announced: str | None = None  # by the first process, not yet done
         self._round = 0
@@ -48,11 +48,11 @@ class SaveTimes:
         seconds = self.options.minutes * 60
         return seconds > 0 and time.monotonic() - self._saved >= seconds
 
-    def _agreed(self, step: int, board: "processes.Board") -> bool:
+    def _agreed(self, step: int, board: "processes.KeyValueStore") -> bool:
         if self.stop.requested and not self._asked:
             self._asked = True
             board.set("stop", "1")
-        if processes.first() and self._announced is None:
+        if processes.is_first() and self._announced is None:
             stopping = board.get("stop") is not None
             if stopping or self._time_is_up():
                 self._announced = f"{step + _AHEAD} {int(stopping)}"

@@ -104,7 +104,7 @@ def batch_loss(
 
     Where the mesh of `jax.set_mesh` splits the sequence, the batch is laid out for its shards here.
     """
-    shards = sharding.ways("length")
+    shards = sharding.shard_count("length")
     if shards > 1 and config.model.variant == "talking_heads":
         raise ValueError("talking heads cannot take windows whose positions are split")
     segment_ids_BT, batch = batch["segment_ids"], lay_out(batch, shards)
@@ -114,7 +114,7 @@ def batch_loss(
     weights_BT = (batch["segment_ids"] > 0).astype(jnp.float32)
     arrays = (x_BTD, kernel_DV, batch["targets"], weights_BT)
     products, z_loss = make_backend(config.model), config.optimizer.z_loss
-    words = kernel_DV.shape[1] // sharding.ways("vocab")
+    words = kernel_DV.shape[1] // sharding.shard_count("vocab")
     if teacher is None:
         chunk = positions_within(config.model.loss_chunk, words)
         objective, nll = cross_entropy(*arrays, products, chunk, z_loss)

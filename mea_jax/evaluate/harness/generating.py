@@ -108,7 +108,7 @@ class Writer:
         self.model, self.params, self.mesh, self.budget = model, params, mesh, budget
         self.tokenizer, self.cache_dtype = tokenizer, cache_dtype
         with jax.set_mesh(mesh):
-            self.ways = sharding.ways("batch")
+            self.ways = sharding.shard_count("batch")
         self._generators: dict[int, Generator] = {}
 
     def _generator(self, length: int) -> Generator:

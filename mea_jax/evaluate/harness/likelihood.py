@@ -86,7 +86,7 @@ class Scorer:
     def __init__(self, model: ModelConfig, params: Any, mesh: Mesh, budget: int):
         self.model, self.params, self.mesh, self.budget = model, params, mesh, budget
         with jax.set_mesh(mesh):
-            self.ways = sharding.ways("batch")
+            self.ways = sharding.shard_count("batch")
         self.branches = shares_beginnings(model)
         self._compiled: dict[Any, Any] = {}
 

@@ -351,10 +351,10 @@ def check_arguments(given: Mapping[str, Any]) -> None:
 
 
 def _say(line: str) -> None:
-    if processes.first():
+    if processes.is_first():
         print(line, file=sys.stderr, flush=True)
 
 
 def _progress(total: int, quiet: bool, what: str) -> Any:
-    disable = True if quiet or not processes.first() else None  # None: where no terminal is
+    disable = True if quiet or not processes.is_first() else None  # None: where no terminal is
     return tqdm.tqdm(total=total, desc=what, disable=disable, leave=False)

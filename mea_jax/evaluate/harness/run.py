@@ -177,7 +177,7 @@ def write_samples(samples: dict[str, list[dict[str, Any]]], folder: Path) -> Non
     """Write each task's samples to `folder`/TASK.jsonl, one document and filter a line."""
     from lm_eval.utils import handle_non_serializable
 
-    if not processes.first():
+    if not processes.is_first():
         return
     for task, rows in samples.items():
         path = folder / f"{task.replace('/', '_')}.jsonl"
@@ -213,7 +213,7 @@ def _speed_line(took: dict[str, Any]) -> str:
 def write(report: dict[str, Any], folder: Path) -> str:
     """The table, which goes with results.json into `folder`, by the first process alone."""
     text = differences.table(report["results"])
-    if processes.first():
+    if processes.is_first():
         write_whole(folder / "results.json", to_json(report, indent=1) + "\n")
         (folder / "table.txt").write_text(text + "\n")
     return text

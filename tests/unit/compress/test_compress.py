@@ -104,7 +104,7 @@ def test_data_that_changed_are_read_in_the_models_own_tokens(tiny, corpus, one, 
     for path in text.iterdir():
         path.write_text(path.read_text().replace("o", "zu"))
     said: list[str] = []
-    made = compress_run.Pass(tmp_path / "run", tmp_path / "out", options(), said.append)
+    made = compress_run.CompressionPass(tmp_path / "run", tmp_path / "out", options(), said.append)
     trained = from_directory(tmp_path / "run" / "tokenizer")
     assert made.texts.prepared.tokenizer.encode_batch(["fox"]) == trained.encode_batch(["fox"])
     assert made.texts.prepared.tokenizer.content == trained.content
@@ -183,7 +183,9 @@ def test_repair_brings_layers_nearer(run, one, tmp_path):
 
 def residual_after(run, path, folder):
     """The residual after the last layer of a model, on the calibration text of the original."""
-    made = compress_run.Pass(run, path.with_name(f"{path.name}-unused"), options(), print)
+    made = compress_run.CompressionPass(
+        run, path.with_name(f"{path.name}-unused"), options(), print
+    )
     stream = made.texts.training(folder, 512)
     model = dataclasses.replace(params_of(path)[0], backend="xla", attention_kernel="einsum")
     stored = StoredModel(path, print)
@@ -217,7 +219,7 @@ def test_a_block_that_nothing_was_taken_from_stays(run, one, tmp_path):
 
 def first_layer(run, folder, **changes):
     """The run's first layer on text: its spec, its parameters, and what makes an `Original`."""
-    made = compress_run.Pass(run, folder / "out", options(), print)
+    made = compress_run.CompressionPass(run, folder / "out", options(), print)
     stream = made.texts.training(folder / "text", 512)
     stream.embed(made.model, made.source.top())
     tree = made.source.layer(0)
@@ -275,7 +277,7 @@ def test_a_killed_pass_goes_on(run, one, tmp_path, monkeypatch, stage):
     """Killed after each stage (in the midst of the layers): the same bytes as without."""
     how = options(budget="measured", repair="output")
     compress(run, tmp_path / "whole", how)
-    original, calls = getattr(compress_run.Pass, stage), []
+    original, calls = getattr(compress_run.CompressionPass, stage), []
 
     def dies(self, *args, **kwargs):
         result = original(self, *args, **kwargs) if stage != "finish" else None
@@ -284,12 +286,12 @@ def test_a_killed_pass_goes_on(run, one, tmp_path, monkeypatch, stage):
             raise KeyboardInterrupt
         return result
 
-    monkeypatch.setattr(compress_run.Pass, stage, dies)
+    monkeypatch.setattr(compress_run.CompressionPass, stage, dies)
     before = sorted((p.name, p.stat().st_mtime_ns) for p in run.rglob("*"))
     with pytest.raises(KeyboardInterrupt):
         compress(run, tmp_path / "out", how)
     assert not (tmp_path / "out").exists()
-    monkeypatch.setattr(compress_run.Pass, stage, original)
+    monkeypatch.setattr(compress_run.CompressionPass, stage, original)
     compress(run, tmp_path / "out", how)
     assert_equal(params_of(tmp_path / "out")[1], params_of(tmp_path / "whole")[1])
     assert before == sorted((p.name, p.stat().st_mtime_ns) for p in run.rglob("*"))
@@ -301,9 +303,9 @@ def test_eight_devices_see_the_same_moments(run, devices, tmp_path):
     for count in (1, 8):
         devices(count)
         out = tmp_path / str(count)
-        made = compress_run.Pass(run, out, options(calibration_tokens=2048), print)
+        made = compress_run.CompressionPass(run, out, options(calibration_tokens=2048), print)
         made.calibrate()
-        found.append([vars(made.findings.moments(index)) for index in range(2)])
+        found.append([vars(made.measurements.moments(index)) for index in range(2)])
     for a, b in zip(*found, strict=True):
         assert a["tokens"] == b["tokens"] > 1500
         scale = {name: np.abs(a[name]).max() for name in ("keys", "values", "queries", "outputs")}
@@ -383,7 +385,7 @@ def test_an_output_that_exists_is_kept(run, shell, tmp_path):
 
 
 def test_other_options_do_not_go_on_with_an_unfinished_pass(run, one, tmp_path, monkeypatch):
-    monkeypatch.setattr(compress_run.Pass, "divide", lambda self: 1 / 0)
+    monkeypatch.setattr(compress_run.CompressionPass, "divide", lambda self: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         compress(run, tmp_path / "out", options())
     with pytest.raises(compress_run.UserError, match="unfinished compression with other options"):

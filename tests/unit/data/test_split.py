@@ -250,7 +250,7 @@ def test_commands_that_need_held_out_text_fail_before_they_read_any(monkeypatch)
     config = TrainConfig(data=DataConfig(held_out_fraction=0.0))
     run: Any = types.SimpleNamespace(config=config, run=Path("runs/x"), digest="", tokenizer=None)
     with pytest.raises(UserError, match=r"data of runs/x have no held-out text.*fraction=0\.0"):
-        calibration.Texts(run, Options(), print)
+        calibration.CalibrationTexts(run, Options(), print)
     with pytest.raises(UserError, match=r"data of runs/x hold no held-out text.*--parts"):
         evaluate_run.held_out_text(run, print)
 

@@ -8,7 +8,7 @@ import pytest
 from mea_jax.compress.options import Options
 from mea_jax.train.run import train
 from studies import compression, compression_figures, recovery
-from studies.compression import Name, Study
+from studies.compression import CompressionName, Study
 from studies.compression_figures import BEST, PAPER
 from tests.helpers import PLAIN
 from tests.paths import ROOT
@@ -27,7 +27,7 @@ def test_a_stopped_study_goes_on(run, devices, tmp_path, monkeypatch):
     """What is in rows.jsonl is not made again; what was made but not written is taken."""
     devices(1)
     work, out = tmp_path / "work", tmp_path / "out"
-    study, name = Study(work, out), Name("aligned", "measured", "none")
+    study, name = Study(work, out), CompressionName("aligned", "measured", "none")
     row = study.compress(run, name, 0.5, SMALL)
     assert Study(work, out).done("mha-0", name, 0.5)
     assert not Study(work, out).done("mha-0", name, 0.25)
@@ -46,7 +46,10 @@ def test_a_stopped_study_goes_on(run, devices, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_budgets_measured_once_serve_every_share(run, devices, tmp_path, monkeypatch):
     devices(1)
-    study, name = Study(tmp_path / "work", tmp_path / "out"), Name("aligned", "measured", "none")
+    study, name = (
+        Study(tmp_path / "work", tmp_path / "out"),
+        CompressionName("aligned", "measured", "none"),
+    )
     half = study.compress(run, name, 0.5, SMALL)
     monkeypatch.setattr("mea_jax.compress.measurements.Measurer", lambda *args: 1 / 0)
     quarter = study.compress(run, name, 0.25, SMALL)
@@ -57,11 +60,11 @@ def test_budgets_measured_once_serve_every_share(run, devices, tmp_path, monkeyp
 
 def test_more_effort_is_more_steps_on_more_text():
     usual = Options(repair_steps=100, calibration_tokens=1000)
-    name = Name("aligned", "repaired", "layerwise", effort=4)
+    name = CompressionName("aligned", "repaired", "layerwise", effort=4)
     asked = name.of(usual, 0.5)
     assert (asked.repair_steps, asked.repair_tokens) == (400, 4000)
     assert asked.calibration_tokens == 1000  # else budgets would be measured anew
-    assert name.folder(0.5) != Name("aligned", "repaired", "layerwise").folder(0.5)
+    assert name.folder(0.5) != CompressionName("aligned", "repaired", "layerwise").folder(0.5)
 
 
 def test_a_part_of_the_study_by_its_flags(run, devices, tmp_path, in_process):
@@ -142,7 +145,10 @@ def test_one_command_redraws_all(tmp_path):
 def test_recovery_starts_from_what_was_compressed(run, devices, tmp_path, monkeypatch):
     """Each start at its own loss, the control at the model's; what is finished stays."""
     devices(1)
-    quick = (PAPER, Name("aligned", "uniform", "none"))  # the others differ in nothing here
+    quick = (
+        PAPER,
+        CompressionName("aligned", "uniform", "none"),
+    )  # the others differ in nothing here
     monkeypatch.setattr(recovery, "STARTS", quick)
     monkeypatch.setattr(recovery, "TAUGHT", quick[1])
     study = Study(tmp_path / "work", tmp_path / "out")

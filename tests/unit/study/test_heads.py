@@ -93,7 +93,7 @@ def test_redundancy_is_that_of_the_heads_activations(runs, tmp_path, devices):
     second moment less the mean's, of rank one."""
     devices(1)
     folder = runs / "mea" / "checkpoints" / "8"
-    looks = heads.Looks([folder], tmp_path, heads.Asked(512, 19, 0), print)
+    looks = heads.RunAnalysis([folder], tmp_path, heads.AnalysisOptions(512, 19, 0), print)
     source = looks.sources[0]
     seen = [inputs_DD for _, _, inputs_DD in looks.layers(source)]
     rows = [row for row in looks.at(source) if row["which"] == "value"]

@@ -129,7 +129,7 @@ class Run:
     def __init__(self, patch, count, options):
         words: dict[str, str] = {}
 
-        class Board:
+        class KeyValueStore:
             def __init__(self, name):
                 pass
 
@@ -137,9 +137,9 @@ class Run:
             get = staticmethod(words.get)
 
         self.processes: list[Process] = []
-        patch.setattr(processes, "Board", Board)
+        patch.setattr(processes, "KeyValueStore", KeyValueStore)
         patch.setattr(processes, "several", lambda: True)
-        patch.setattr(processes, "first", lambda: self.current.index == 0)
+        patch.setattr(processes, "is_first", lambda: self.current.index == 0)
         patch.setattr(saving.time, "monotonic", lambda: self.current.now)
         self.processes += [Process(self, index, options) for index in range(count)]
 

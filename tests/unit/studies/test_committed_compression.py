@@ -1,8 +1,7 @@
 """The committed study of compression: its rows are the study's, its tables those of its rows."""
 
+import re
 import shutil
-
-import pytest
 
 from studies import compression_figures as figures
 from studies.compression import read, variants
@@ -38,9 +37,18 @@ def test_its_tables_are_what_its_rows_give(tmp_path):
     assert figures.redraw(tmp_path) == (DATA / "tables.md").read_text()
 
 
-@pytest.mark.parametrize("page", [PAGE, ROOT / "README.md"])
-def test_pages_show_the_table_of_the_rows(page):
-    assert figures.short_table(read(DATA / "rows.jsonl")) in page.read_text()
+def test_the_page_shows_the_table_of_the_rows():
+    assert figures.short_table(read(DATA / "rows.jsonl")) in PAGE.read_text()
+
+
+def test_readme_shows_its_numbers():
+    """The increases of README's four rows are those of the page's table."""
+    page, readme = PAGE.read_text(), (ROOT / "README.md").read_text()
+    rows = re.findall(r"^\| [^|]+ \| (0\.\d{4}) \| (0\.\d{4}) \| (0\.\d{4}) \|$", readme, re.M)
+    assert len(rows) == 4
+    for row in rows:
+        numbers = [re.escape(f"+{number} ") + r"[^|]*" for number in row]
+        assert re.search(r"\| " + r"\| ".join(numbers), page), row
 
 
 def test_the_page_tells_what_was_retrieved():

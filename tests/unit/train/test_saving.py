@@ -138,7 +138,7 @@ class Run:
 
         self.processes: list[Process] = []
         patch.setattr(processes, "KeyValueStore", KeyValueStore)
-        patch.setattr(processes, "several", lambda: True)
+        patch.setattr(processes, "is_distributed", lambda: True)
         patch.setattr(processes, "is_first", lambda: self.current.index == 0)
         patch.setattr(saving.time, "monotonic", lambda: self.current.now)
         self.processes += [Process(self, index, options) for index in range(count)]

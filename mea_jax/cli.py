@@ -1,4 +1,4 @@
-"""What every command shares: flags, one-line errors, where compiled code is kept."""
+"""The parts that all commands share: flags, one-line errors, the compilation cache."""
 
 import errno
 import functools

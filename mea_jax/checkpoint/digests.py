@@ -38,7 +38,7 @@ def seal(folder: Path) -> None:
 
 
 def damage(folder: Path, part: int = 0, parts: int = 1) -> str | None:
-    """What is wrong with `folder` since it was sealed, in a few words; None: nothing.
+    """Return what has changed in `folder` since it was sealed, in a few words, or None.
 
     Reads every `parts`-th of its files from the `part`-th on, so that several processes may share
     the reading; what can be seen without reading, each of them sees.

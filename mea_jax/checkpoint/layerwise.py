@@ -85,7 +85,7 @@ class StoredModel:
 
     @property
     def digest(self) -> str:
-        """Of the data that it was trained on; "" where it was not trained here (interop)."""
+        """Return the digest of the training data; "" for a model that was not trained here."""
         return json.loads((self.folder / "data" / "metadata").read_text())["digest"]
 
     def _open(self, path: tuple[str, ...]) -> Any:
@@ -198,7 +198,7 @@ class Writer:
 
     @property
     def bytes(self) -> int:
-        """Of all parameters."""
+        """Return the number of all parameters."""
         return sum(math.prod(x.shape) for x in self._shapes.values()) * self.dtype.itemsize
 
     def save(self, checkpoint: Path, config: TrainConfig, digest: str) -> None:

@@ -137,7 +137,7 @@ class Checkpoints:
         return max(self.steps(), default=None)
 
     def damage(self, step: int, share: bool = True) -> str | None:
-        """What is wrong with the checkpoint of `step`, in a few words; None: nothing.
+        """Return what is wrong with the checkpoint of `step`, in a few words, or None.
 
         With `share` each process of the run reads a part of the files; otherwise the first reads
         all. The answer is the same on all.

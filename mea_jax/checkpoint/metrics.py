@@ -21,7 +21,7 @@ class EventFile:
     """A TensorBoard event file of scalars, written in the calling thread.
 
     tensorboardX's own SummaryWriter has a thread of its own, which a full disk ends with tracebacks
-    of nobody's asking, and again at exit.
+    that no caller can catch, and again at exit.
     """
 
     FLUSH_SECONDS = 30.0

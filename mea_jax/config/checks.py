@@ -1,4 +1,4 @@
-"""What cannot work is refused before anything is built: one `UserError` that names the key."""
+"""Checks of a config before anything is built; a `UserError` names the key at fault."""
 
 import dataclasses
 import math
@@ -18,7 +18,7 @@ from mea_jax.config.schema import (
 )
 from mea_jax.errors import UserError, nearest, shown
 
-# What is listed, started or filled one by one: above what anyone has use for, and quick enough.
+# Upper bounds of counts that are looped over, so that a typing error ends at once.
 _AT_MOST = {"model.n_layers": 10_000, "data.prefetch": 1_000, "data.read_threads": 1_000}
 _LONGEST_NAME = 255  # bytes, of a folder on the file systems there are
 _ADDRESSES = 2**63  # bytes
@@ -171,7 +171,7 @@ def _validate_start(config: TrainConfig) -> None:
 
 
 def _validate_value(path: str, value: Any) -> None:
-    """What holds for every option of a type."""
+    """Check what holds for every option of a type."""
     if isinstance(value, str):
         _require("\0" not in value, f"{path}={shown(value)} holds a null character: take it out")
         # Paths and texts alike are written and printed as UTF-8.
@@ -305,7 +305,7 @@ def _validate_experts(model: ModelConfig) -> None:
 
 
 def least_parameters(model: ModelConfig) -> int:
-    """How many there are without the small ones, such as norms and gates. Builds nothing."""
+    """Return the number of parameters without small ones, such as norms and gates."""
     d, h, kv, layers = model.d_model, model.head_dim, model.n_kv_heads, model.n_layers
     keys = model.components("key")
     queries = sum(keys) if model.variant == "collaborative" else layers * model.n_heads

@@ -1,4 +1,4 @@
-"""What configs share: baselines by argument (`configs/quickstart.py:mha`), continued training."""
+"""Presets that configs share: baselines (`configs/quickstart.py:mha`), continued training."""
 
 from ml_collections import config_dict
 

@@ -89,11 +89,11 @@ class ModelConfig:
         return (value,) * self.n_layers if isinstance(value, int) else tuple(value)
 
     def mixes(self, which: str) -> bool:
-        """Whether W_lc exists for "key" or "value" heads."""
+        """Return whether W_lc exists for "key" or "value" heads."""
         return which[0] in self.hlc if self.hlc != "none" else False
 
     def mixing_kind(self, which: str) -> str:
-        """How "key" or "value" heads are mixed: a kind of ops/hlc.py."""
+        """Return the kind of mixing of "key" or "value" heads (ops/hlc.py)."""
         return self.key_mixing if which == "key" else self.value_mixing
 
 
@@ -133,7 +133,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class StartConfig:
-    """What a run starts from and learns from besides text, and what it may change.
+    """The start of a run: parameters, a teacher, and which parameters are trained.
 
     A path is a run directory, whose newest checkpoint that is not damaged counts, or one of its
     steps, `<run>/checkpoints/<step>`.
@@ -196,7 +196,7 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """What is saved, and when."""
+    """Options for saving checkpoints."""
 
     every: int = 1000  # steps; 0: by time only; the last step is always saved
     minutes: float = 10.0  # at most so many between two checkpoints; 0: by steps only
@@ -206,7 +206,7 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class GuardConfig:
-    """What a run does about gradients that are not finite, and about spikes of its loss."""
+    """Options for handling gradients that are not finite, and loss spikes."""
 
     max_skipped: int = 10  # updates left out because of their gradient, among the last 1000, until
     # the run stops; 0: it stops at the first

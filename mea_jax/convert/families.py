@@ -1,4 +1,4 @@
-"""Which published models are ours too: their config.json as a `ModelConfig`, and back.
+"""Published models that have a `ModelConfig`: conversion of their config.json, both ways.
 
 Three architectures of transformers: LlamaForCausalLM (with Llama 3.1's rotary scaling),
 Qwen3ForCausalLM (queries and keys normed) and Qwen3MoeForCausalLM (with experts besides). Whatever

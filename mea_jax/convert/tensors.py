@@ -61,7 +61,7 @@ def top_entries(model: ModelConfig) -> list[Entry]:
 
 
 def attention_entries(model: ModelConfig, layer: int) -> list[Entry]:
-    """Of one layer of a model without mixing; its norms among them."""
+    """Return the entries of one layer's attention and norms, in a model without mixing."""
     d, n, k, h = model.d_model, model.n_heads, model.n_kv_heads, model.head_dim
     at = f"model.layers.{layer}"
     matrices = (
@@ -88,7 +88,7 @@ def attention_entries(model: ModelConfig, layer: int) -> list[Entry]:
 
 
 def mlp_entries(model: ModelConfig, layer: int) -> list[Entry]:
-    """Of one layer: SwiGLU, or the router and each expert by itself."""
+    """Return the entries of one layer's SwiGLU, or of its router and each expert."""
     d, at = model.d_model, f"model.layers.{layer}.mlp"
 
     def swiglu(prefix: str, width: int, expert: int | None) -> Iterator[Entry]:

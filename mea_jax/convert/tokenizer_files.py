@@ -62,7 +62,7 @@ def write(tokenizer: Tokenizer, folder: Path, context_length: int) -> None:
 
 
 def _text(tokenizer: Tokenizer, token: int) -> str:
-    """How a special token is spelt."""
+    """Return the text of a special token."""
     if isinstance(tokenizer, SentencePieceTokenizer):
         return "</s>" if token == tokenizer.separator else "<s>"
     return tokenizer.decode([token])

@@ -48,7 +48,7 @@ class LeftOut:
 
 
 def report(lines: list[str], count: int) -> list[str]:
-    """What the user reads of `count` pieces left out, the first of which have `lines`."""
+    """Return the message about `count` pieces that were left out, with the `lines` of the first."""
     named = lines[:_NAMED]
     more = [f"data: and {count - len(named):,} more left out"] if count > len(named) else []
     return [f"data: left out {line}" for line in named] + more

@@ -1,4 +1,4 @@
-"""What every source of text shares: documents, their names, and the files that hold them.
+"""The base of all sources of text: documents, their names, and the files that hold them.
 
 A source is a list of units (a file, or a range of records), the pieces that Beam workers can read
 apart. Names of documents are the same on every machine, because they decide the side of the

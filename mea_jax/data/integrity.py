@@ -23,7 +23,7 @@ _WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS
 
 
 def write_checksums(directory: Path, *more: tuple[str, bytes]) -> None:
-    """Of all files below `directory` but the windows, and of `more` that will be: name, content."""
+    """Write checksums of the files below `directory`, except windows, and of `more` contents."""
     contents = {
         path.relative_to(directory).as_posix(): path.read_bytes()
         for path in sorted(directory.rglob("*"))

@@ -75,7 +75,7 @@ def _cut(
 
 
 def fields(tokens: np.ndarray, segment_ids: np.ndarray) -> dict[str, np.ndarray]:
-    """What a training step reads, of one window or of a batch of them.
+    """Return the arrays that a training step reads, for one window or a batch of windows.
 
     Args:
       tokens: int32 (..., T + 1), as `rows` yields them.

@@ -183,7 +183,7 @@ def summary(prepared: Prepared) -> str:
 
 @dataclass(frozen=True)
 class _Job:
-    """What `_make` makes, and where. `log` and `on_progress` as in `prepare`."""
+    """The inputs of `_make`. `log` and `on_progress` as in `prepare`."""
 
     config: DataConfig
     corpora: Sequence[Corpus]
@@ -276,7 +276,7 @@ def _skipped(table: dict[str, dict[str, int]]) -> int:
 
 
 def _load(config: DataConfig, directory: Path) -> Prepared:
-    """What `_make` wrote. Raises `UserError` if it is damaged."""
+    """Return what `_make` wrote. Raises `UserError` if it is damaged."""
     integrity.verify(directory)
     with integrity.reading(directory / _SUMMARY, directory):
         content = json.loads((directory / _SUMMARY).read_bytes())

@@ -1,4 +1,4 @@
-"""Which text of a source is held out.
+"""The division of a source into training and held-out text.
 
 The hash of a document's name decides, so that the split does not move when documents are added.
 Where this gives a share of bytes that is far from the one asked for (one file, few documents,
@@ -27,7 +27,7 @@ _FACTOR = 4  # between the share of bytes that is asked for and one that is acce
 
 @dataclass(frozen=True)
 class Split:
-    """How the documents of a source are divided into training and held-out text.
+    """A division of a source's documents into training and held-out text.
 
     Attributes:
       fraction: the part of a document that is held out where the document is cut.
@@ -49,7 +49,7 @@ class Split:
 
     @property
     def by_names(self) -> bool:
-        """Whether the hashes alone decide, at the fraction that was asked for."""
+        """Return whether the hashes alone decide, at the fraction that was asked for."""
         return self.longest is None and self.threshold == self.fraction
 
 

@@ -91,7 +91,7 @@ class Tokenizer(abc.ABC):
 
     @property
     def separator_is_named(self) -> bool:
-        """Whether the separator is another than the tokenizer alone would give."""
+        """Return whether the separator is another than the tokenizer alone would give."""
         return False
 
     @property

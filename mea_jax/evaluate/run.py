@@ -34,7 +34,7 @@ Say = Callable[[str], Any]
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What is measured. `None` where the default depends on the models."""
+    """The options of a profile. `None` where the default depends on the models."""
 
     parts: tuple[str, ...] = PARTS
     seed: int = 0  # of the tasks
@@ -52,7 +52,7 @@ class Options:
 
 
 def environment() -> dict[str, Any]:
-    """What a reader needs to get the figures again."""
+    """Return versions, commit and machine: what is needed to reproduce the figures."""
     device = jax.devices()[0]
     packages = ("jax", "jaxlib", "flax", "numpy", "orbax-checkpoint", "tokenizers")
     command = ["git", "-C", str(Path(mea_jax.__file__).parent), "rev-parse", "--short", "HEAD"]
@@ -164,7 +164,7 @@ def _check_length(length: int, limit: int | None, message: str) -> None:
 
 
 def losses_report(losses: dict[str, Losses], base: dict[str, Losses]) -> dict[str, Any]:
-    """Of one model by source, and its increase over the first one's."""
+    """Return a model's losses by source, and their increases over the first model's."""
     report = {}
     for name, source in losses.items():
         more, error = source.increase(base[name])
@@ -181,7 +181,7 @@ def losses_report(losses: dict[str, Losses], base: dict[str, Losses]) -> dict[st
 
 
 def positions_report(losses: dict[str, Losses], base: dict[str, Losses]) -> dict[str, Any]:
-    """Of one model by source and bucket of position, and its increase over the first one's."""
+    """Return losses by source and position, and their increases over the first model's."""
     report = {}
     for name, source in losses.items():
         rows, more = source.by_position(), source.by_position(base[name])

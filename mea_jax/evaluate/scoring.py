@@ -37,14 +37,14 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Scores:
-    """Of each example, in order."""
+    """The scores of the examples, in order."""
 
     exact_E: np.ndarray  # bool: the number that greedy decoding writes is the answer
     nats_E: np.ndarray  # float64: negative log-likelihood of the answer, all tokens together
 
 
 class Answerer(Protocol):
-    """What `score` asks of a model."""
+    """The interface of a model for `score`."""
 
     def generate(self, prompts: Sequence[list[int]], count: int) -> list[list[int]]:
         """At most `count` greedy tokens after each prompt."""

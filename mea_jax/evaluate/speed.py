@@ -71,7 +71,7 @@ def _cycle(served, params, cache: Cache, tokens_B: jax.Array) -> tuple[Cache, ja
 
 
 def _taken_as_full(served, rows: int, length: int, dtype) -> tuple[jax.Array, Cache]:
-    """What `_fill` gives, but for what is in it: all keys and values are 0."""
+    """Return a cache like that of `_fill`, with all keys and values 0."""
     cache = decode.empty_cache(served, rows, length, dtype)
     cache = dataclasses.replace(
         cache,

@@ -87,7 +87,7 @@ def letters(texts: Sequence[str]) -> list[int]:
 
 
 def side(name: str) -> str:
-    """Whether what is asked under `name` belongs to `TRAIN` or `EVALUATION`."""
+    """Return whether what is asked under `name` belongs to `TRAIN` or `EVALUATION`."""
     share = unit_hash(f"mea_jax task: {name}")
     return EVALUATION if share < _EVALUATION_SHARE else TRAIN
 

@@ -24,7 +24,7 @@ FORMS = ("auto", "folded", "absorbed", "explicit")
 
 @dataclasses.dataclass(frozen=True)
 class Served:
-    """What is static about a model that is served; hashable, an argument of `jax.jit`."""
+    """The static description of a served model; hashable, a static argument of `jax.jit`."""
 
     model: ModelConfig
     layers: tuple[LayerSpec, ...]
@@ -44,7 +44,7 @@ class Served:
 
 
 def _folds(model: ModelConfig, which: str, components: int, form: str) -> bool:
-    """Whether mixing is folded away before serving, so that the cache holds composite heads.
+    """Return whether mixing is folded away before serving, so that the cache holds composite heads.
 
     For C = K the cache is no larger for it, and absorbed reading would take C times the FLOPs. Keys
     mixed after their norm cannot be folded.
@@ -93,7 +93,7 @@ def _served_params(served: Served, params: Any) -> Any:
 
 
 def serving(model: ModelConfig, form: str = "auto") -> Served:
-    """How a resolved model is served: `form` as in `serve`."""
+    """Return the static description of a resolved model in serving; `form` as in `serve`."""
     assert form in FORMS
     layers = [_serve_layer(layer, form) for layer in layer_specs(model)]
     return Served(model, tuple(layers))

@@ -28,7 +28,7 @@ _EMPTY = -1  # in place of a token, after a row's end
 
 @struct.dataclass
 class State:
-    """What the loop carries: the cache, what follows each row's last token, and who is done."""
+    """The carry of the decoding loop: the cache, the next logits of each row, and finished rows."""
 
     cache: Cache
     logits_BV: Any
@@ -39,7 +39,7 @@ class State:
 
 @dataclasses.dataclass
 class Report:
-    """What a batch took, compilation apart."""
+    """Tokens and time of batches, without compilation."""
 
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
@@ -105,7 +105,7 @@ def continuation(tokenizer: Tokenizer, prompt: list[int], tokens: list[int]) -> 
 
 @dataclasses.dataclass(frozen=True)
 class Decoding:
-    """How prompts are continued.
+    """Options for continuing prompts.
 
     Attributes:
       count: new tokens of each, at most.

@@ -4,8 +4,8 @@ One interface for MEA and its rivals (variants.py): `layer(x_BTD, context, index
 the layer's output (B, T, D) and its cache. Without a cache that is training; with one and no slot
 in the context it is prefill, T positions from slot 0 on; with a slot it is one decode step.
 
-Who applies a layer with the collection "heads" mutable is shown its heads: queries, composite keys
-and values before positions, outputs before the head norm, and what the output projection reads.
+Apply a layer with the collection "heads" mutable to get its queries, its composite keys and values
+before positions, its outputs before the head norm, and the input of the output projection.
 """
 
 import functools
@@ -55,13 +55,13 @@ class Context:
 
     @property
     def real_BT(self) -> Array:
-        """Which positions hold tokens rather than padding."""
+        """Return a mask (B, T) of the positions that hold tokens rather than padding."""
         ids = self.segment_ids_BT
         return (ids.reach_BT if isinstance(ids, attention.TreeMask) else ids) > 0
 
 
 class HeadLayout(NamedTuple):
-    """What one layer caches of keys or values."""
+    """The layout of one layer's cached keys or values."""
 
     form: str
     heads: int
@@ -81,8 +81,9 @@ class Heads(NamedTuple):
 
 
 class AttentionLayer(nn.Module):
-    """What MEA and its rivals share. `key_components`, `value_components`: C_k, C_v of the layer.
+    """The base of MEA and of the other variants.
 
+    `key_components` and `value_components` are C_k and C_v of the layer.
     `cached_form` is how a cache holds components: "absorbed" or "explicit" (kv_cache.py).
     """
 
@@ -97,7 +98,7 @@ class AttentionLayer(nn.Module):
 
     @nn.nowrap
     def cache_layout(self) -> tuple[HeadLayout, HeadLayout, int]:
-        """Of keys, of values, and how many scalars a position (of a key norm) the cache holds."""
+        """Return the layouts of keys and of values, and the scalars of a key norm per position."""
         c = self.config
         heads = HeadLayout("direct", c.n_kv_heads, c.head_dim)
         return heads, heads, 0
@@ -132,7 +133,10 @@ class AttentionLayer(nn.Module):
         scale: float | None = None,
         norm: HeadNorm | None = None,
     ) -> Array:
-        """Attention of T positions to themselves (training, prefill); watched if asked for."""
+        """Attend from T positions to themselves, in training and prefill.
+
+        The collections "statistics" and "heads" record what they name, if they are mutable.
+        """
         scale = scale or self.config.head_dim**-0.5
         q, k, v = (constrain(x, *HEADS) for x in (q_BTNH, k_BTKH, v_BTKW))
         arrays = (q, k, v, context.segment_ids_BT, scale, slopes_N)
@@ -278,7 +282,7 @@ class Attention(AttentionLayer):
 
     @property
     def scalar_norm(self) -> bool:
-        """Whether keys are normed after mixing, so that a cache of components lacks the norm."""
+        """Return whether keys are normed after mixing: cached components then lack the norm."""
         c = self.config
         return c.qk_norm and c.mixes("key") and c.hlc_order == "before"
 
@@ -334,7 +338,7 @@ class Attention(AttentionLayer):
         return self.turn(k_BTKH, context)
 
     def cached_keys(self, heads: Heads, x_BTD: Array, gamma_H, context: Context):
-        """What a cache holds: component keys (B, T, C, H), and 1/rms (B, T, K) or None."""
+        """Return what is cached: component keys (B, T, C, H), and 1/rms (B, T, K) or None."""
         k_BTCH, inverse_BTK = self.backend.project(x_BTD, heads.kernel_DCH), None
         if gamma_H is not None and not self.scalar_norm:
             k_BTCH = rms_norm.rms_norm(k_BTCH, gamma_H, self.config.norm_eps)

@@ -1,4 +1,4 @@
-"""What a device's experts compute for the tokens that are sent to them.
+"""The experts of a device, applied to the tokens that the router sends to them.
 
 `run_experts` holds all experts there are, `run_share` a part of them: the T k pairs of token and
 expert are sorted by expert and multiplied group by group (ops/grouped.py), so no expert has a
@@ -25,7 +25,7 @@ PRODUCTS = "expert_products"  # of gate and up, under remat "dots" saved like ot
 
 
 class Experts(NamedTuple):
-    """Of a layer, or of a device's part of it."""
+    """The experts' weights of a layer, or of a device's part of it."""
 
     gate_EDF: Array
     up_EDF: Array
@@ -33,7 +33,7 @@ class Experts(NamedTuple):
 
 
 class Routed(NamedTuple):
-    """What each token asks for."""
+    """The experts that each token is sent to, and their weights."""
 
     weights_Tk: Array  # float32; 0 for padding
     ids_Tk: Array  # int32; E for padding
@@ -97,7 +97,7 @@ def _sorted(ids_S: Array, experts: int) -> tuple[Array, Array]:
 
 
 def run_experts(backend: Backend, x_TD: Array, routed: Routed, experts: Experts) -> Array:
-    """What `experts`, all there are, add for each token: (T, D), of the activation dtype."""
+    """Return the sum of the experts' outputs for each token, (T, D), in the activation dtype."""
     order_S, sizes_E = _sorted(routed.ids_Tk.reshape(-1), experts.gate_EDF.shape[0])
     numbers_S = jnp.arange(order_S.shape[0], dtype=order_S.dtype)
     place_S = jnp.zeros_like(order_S).at[order_S].set(numbers_S, unique_indices=True)
@@ -146,9 +146,10 @@ def _later_chunks(chunks: _Chunks, body: Callable[..., Any], start: Any) -> Any:
 
 
 def run_share(backend: Backend, share: int, x_AD: Array, routed: Routed, experts: Experts) -> Array:
-    """What one part in `share` of all experts adds for each token: (A, D), float32.
+    """Return the sum over one part in `share` of all experts for each token, (A, D), float32.
 
-    `routed.ids_Ak` count from the first of `experts`; numbers past the last are others' affair.
+    `routed.ids_Ak` count from the first of `experts`; indices past the last belong to other
+    devices.
 
     Any number of the A k pairs may ask for these experts, and memory for all of them would be
     `share` times what an even load needs. So they come in chunks, of which one is enough as a rule.
@@ -163,7 +164,7 @@ def run_share(backend: Backend, share: int, x_AD: Array, routed: Routed, experts
 
 
 def _chunk_of(backend, pair_R, sizes_E, x_AD, routed, experts):
-    """What the experts add for the pairs of a chunk: (R, D)."""
+    """Return the experts' outputs for the pairs of a chunk, (R, D)."""
     weight_R = routed.weights_Tk.reshape(-1)[pair_R]
     x_RD = x_AD[pair_R // routed.ids_Tk.shape[1]]
     return experts_of(backend, x_RD, weight_R, sizes_E, experts)

@@ -1,4 +1,4 @@
-"""How fresh parameters are drawn: the spread of projections and embeddings."""
+"""Initialisation of projections and embeddings."""
 
 from collections.abc import Sequence
 

@@ -60,7 +60,7 @@ class LayerCache:
 
 
 class Stored(NamedTuple):
-    """What one layer reads in a step: the cache and what came since it was last written."""
+    """One layer's cache: the main part, and the recent positions not yet flushed into it."""
 
     main: LayerCache
     recent: LayerCache
@@ -68,7 +68,7 @@ class Stored(NamedTuple):
 
 @struct.dataclass
 class Cache:
-    """All layers, and whose the slots are: `segment_ids_BS` int32 holds 0 in an empty slot."""
+    """The caches of all layers. `segment_ids_BS` (int32) is 0 in empty slots."""
 
     layers: tuple[LayerCache, ...]
     recent: tuple[LayerCache, ...]  # RECENT positions, all of each row's last segment

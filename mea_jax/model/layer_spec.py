@@ -1,4 +1,4 @@
-"""What is static about one layer: its widths, its heads, and what its cache holds."""
+"""The static description of one layer: its widths, its heads, and the layout of its cache."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -46,12 +46,12 @@ class LayerSpec:
         return Block(self.model, *self.components, self.cached_form)
 
     def cache_layout(self) -> tuple[HeadLayout, HeadLayout, int]:
-        """What the cache holds of keys and of values, and its scalars for each position."""
+        """Return the cache layout of keys and of values, and the number of scalars per position."""
         layer = make_attention(self.model, *self.components, cached_form=self.cached_form)
         return layer.cache_layout()
 
     def forms(self) -> tuple[str, str]:
-        """How keys and values lie in the cache: "direct", "absorbed" or "explicit"."""
+        """Return the cached form of keys and of values: "direct", "absorbed" or "explicit"."""
         key, value, _ = self.cache_layout()
         return key.form, value.form
 

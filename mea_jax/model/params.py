@@ -18,7 +18,7 @@ from mea_jax.parallel import sharding
 class TrainState:
     """Everything a step changes: `step` is the number of updates done.
 
-    Also the shape of trees of shardings or of abstract arrays, one for each array.
+    Trees of shardings or of abstract arrays have this structure too.
     """
 
     step: Any  # () int32

@@ -169,7 +169,7 @@ class Decoder(nn.Module):
         return self.embedding.T if self.config.tie_embeddings else self.head
 
     def hidden_and_unembedding(self, tokens_BT, positions_BT, segment_ids_BT, shards):
-        """What the loss needs: hidden states (B, T, D) and the kernel (D, V)."""
+        """Return the inputs of the loss: hidden states (B, T, D) and the unembedding (D, V)."""
         return self(tokens_BT, positions_BT, segment_ids_BT, shards), self.unembedding()
 
     def to_logits(self, x_BTD: jax.Array) -> jax.Array:

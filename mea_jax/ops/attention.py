@@ -19,8 +19,10 @@ _WATCHED = 512
 
 
 def full_precision(dtype: jnp.dtype) -> jax.lax.Precision | None:
-    """What float32 products need to be float32: by default a TPU rounds their inputs to bfloat16,
-    a GPU may to TF32. None for other dtypes."""
+    """Return the precision that keeps float32 products in float32; None for other dtypes.
+
+    By default a TPU rounds their inputs to bfloat16, and a GPU may round them to TF32.
+    """
     return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
 
@@ -86,7 +88,7 @@ def dot_product_attention(
 
 
 class TreeMask(NamedTuple):
-    """What windows of trees of tokens see; `Backend.attend` takes one in place of segment ids.
+    """A mask for windows that hold trees of tokens; `Backend.attend` takes it for segment ids.
 
     Tokens stand in depth-first order, and `reach_BT` says where the subtree below each ends: one
     beyond its last position; 0 for padding. Position t sees s <= t < reach[s]: the path to it from

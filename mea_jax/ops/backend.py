@@ -248,7 +248,7 @@ def make_backend(model: ModelConfig) -> Backend:
 
 
 def _cpu_multiplies_bfloat16() -> bool:
-    """Whether this machine's CPU has bfloat16 matrix units (AMX), which XLA then uses."""
+    """Return whether this machine's CPU has bfloat16 matrix units (AMX), which XLA then uses."""
     try:
         with open("/proc/cpuinfo") as file:
             return "amx_bf16" in file.read()
@@ -275,7 +275,7 @@ def _lacks(kernel: str, model: ModelConfig, platform: str, dtype: str) -> str | 
 
 
 def _head_widths(model: ModelConfig) -> tuple[int, int]:
-    """Of queries and of values, as attention meets them."""
+    """Return the head widths of queries and of values in attention."""
     if model.variant == "collaborative":
         return max(model.components("key")) * model.head_dim, model.head_dim
     return model.head_dim, model.head_dim * (2 if model.variant == "differential_v1" else 1)

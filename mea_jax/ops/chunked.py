@@ -74,7 +74,7 @@ def _segment_blocks(segment_ids_BT: Array, chunks: int, block: int) -> Array:
 
 
 class Blocks(NamedTuple):
-    """How T positions are cut: `chunks` pieces of the queries and of the keys, in equal blocks.
+    """A division of T positions: `chunks` pieces of the queries and of the keys, in equal blocks.
 
     One piece each, the window itself, or the 2 of a shard's queries and all 2n of the keys.
     """
@@ -92,7 +92,7 @@ def blocks(length: int, limit: int, shards: int = 1) -> Blocks:
 
 
 def pairs(length: int, block: int, shards: int = 1) -> np.ndarray:
-    """What each shard computes: int32 (shards, P, 3), a row for a query block and a key block.
+    """Return the pairs of blocks that each shard computes, int32 (shards, P, 3).
 
     (i, j, ahead): the query block's number on its shard, the key block's in the window, and how far
     the keys' first position lies ahead of the queries'. j runs from 0 to the query block's own

@@ -34,7 +34,7 @@ _MOST_BLOCKS = 16  # of queries, for the same reason
 
 
 def _several_devices() -> bool:
-    """Whether the program being traced may be partitioned: seen from within, all one can know."""
+    """Return whether the traced program may be partitioned: all that can be known from within."""
     return jax.device_count() > 1
 
 

@@ -22,7 +22,7 @@ from mea_jax.parallel.sharding import mesh_axes, on_a_mesh, spec
 
 
 class Products(Protocol):
-    """How a backend multiplies: inputs of `dtype`, float32 results. Hashable."""
+    """The matrix products of a backend: inputs of `dtype`, float32 results. Hashable."""
 
     @property
     def dtype(self) -> jnp.dtype: ...
@@ -41,7 +41,7 @@ class Products(Protocol):
 
 
 class LossOptions(NamedTuple):
-    """What is static about a loss; hashable.
+    """The static options of a loss; hashable.
 
     Attributes:
       products: how matrices are multiplied.
@@ -101,7 +101,7 @@ def distilled_cross_entropy(
 
 
 def positions_within(mebibytes: int, vocabulary: int) -> int:
-    """How many positions' float32 logits of `vocabulary` words fit into that; 0 (all) into 0.
+    """Return the number of positions whose float32 logits fit in `mebibytes`; 0 means no limit.
 
     In whole multiples of 128, a matrix unit's side, if there are as many.
     """

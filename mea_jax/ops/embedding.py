@@ -30,7 +30,8 @@ def lookup(
     def shard(table_VD, ids_BT):
         wanted_BT = jax.lax.all_gather(ids_BT, columns, axis=0, tiled=True)
         if rows is not None:
-            # Of words on other devices zeros, for the sum. Below 0 `take` would count from the end.
+            # Zeros for tokens whose rows live on other devices, so that the results can be summed.
+            # Below 0 `take` would count from the end.
             held = table_VD.shape[0]
             wanted_BT = wanted_BT - jax.lax.axis_index(rows) * held
             wanted_BT = jnp.where(wanted_BT < 0, held, wanted_BT)

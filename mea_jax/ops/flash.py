@@ -138,7 +138,7 @@ def sharded_splash(
 
 
 class _CausalAt(splash_mask.CausalMask):
-    """What queries at positions `order_T` see of keys in natural order.
+    """A mask of the keys, in natural order, that queries at positions `order_T` see.
 
     splash looks at every block of it when a kernel is made. Of those that are all seen or all
     hidden, nearly all, none is computed: at 131,072 positions that would take most of a minute.

@@ -28,7 +28,7 @@ _SMALLEST, _LARGEST = 16, 256  # rows of a block: below, reading matrices is wha
 
 
 class Blocks(NamedTuple):
-    """Which rows each block takes, with which matrix. Blocks after the last one have no rows."""
+    """The rows and the matrix of each block. Blocks after the last one have no rows."""
 
     group_N: Array
     start_N: Array  # the first row
@@ -44,7 +44,7 @@ def block_size(rows: int, groups: int) -> int:
 
 
 def block_count(rows: int, groups: int, size: int) -> int:
-    """How many blocks of `size` rows are enough however the rows fall on the groups."""
+    """Return the number of blocks of `size` rows that suffices for any division into groups."""
     return min(rows, rows // size + groups)
 
 

@@ -61,8 +61,8 @@ def draw(
     """A fresh mixing of `kind`, float32: "identity" (`initial`), or "normal".
 
     Normal entries have the variance at which composite heads are as large as component heads that
-    do not correlate: 1/C of a weight of heads, whose two parts share it in a complex one; 1/(C H)
-    of a dense map's.
+    do not correlate: 1/C for mixings of heads, divided between the real and the imaginary part of
+    complex ones; 1/(C H) for dense maps.
     """
     start = initial(kind, components, composites, head_dim)
     if init == "identity":

@@ -13,7 +13,7 @@ _HIDDEN = -1e30
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How a token is drawn. Temperature 0 takes the most likely one, whatever else is said."""
+    """Options for drawing a token. Temperature 0 takes the most likely one, whatever the others."""
 
     temperature: float = 0.0
     top_k: int = 0  # only the k most likely tokens; 0: all

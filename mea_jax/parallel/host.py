@@ -22,6 +22,6 @@ def keep_freed_memory() -> bool:
 
 
 def accelerator_attached() -> bool:
-    """Whether this Linux machine has a device file of a GPU or TPU: known before jax starts."""
+    """Return whether this Linux machine has a device file of a GPU or TPU; starts no backend."""
     names = ("nvidia[0-9]*", "kfd", "accel[0-9]*", "vfio/[0-9]*")
     return any(True for name in names for _ in Path("/dev").glob(name))

@@ -33,7 +33,7 @@ class Preempted(BaseException):
 
 
 class StopRequest:
-    """Whether this process was asked to stop.
+    """A request to stop this process.
 
     Attributes:
       requested: SIGTERM has come.

@@ -46,12 +46,12 @@ _points = 0  # of agreement so far: the same number on every process
 
 
 def is_distributed() -> bool:
-    """Whether this run has more than one process. Starts no backend, unlike jax.process_count."""
+    """Return whether this run has several processes. Unlike jax.process_count, start no backend."""
     return _client() is not None and jax_distributed.global_state.num_processes > 1
 
 
 def is_first() -> bool:
-    """Whether this is the process that speaks and writes for all."""
+    """Return whether this is the process that prints and writes for all."""
     return not is_distributed() or jax_distributed.global_state.process_id == 0
 
 
@@ -199,7 +199,7 @@ def name() -> str:
 
 
 class KeyValueStore:
-    """Words that processes leave for each other, without waiting for anyone."""
+    """Strings that processes share by key, without waiting for one another."""
 
     def __init__(self, name: str) -> None:
         self.name = f"{_point()}/{name}"
@@ -245,7 +245,7 @@ class SignsOfLife:
                 self._heard[index] = (sign, now)
 
     def lost(self, now: float) -> str | None:
-        """Who has been silent for `LOST_SECONDS`, in words; None: nobody."""
+        """Return which process was silent for `LOST_SECONDS`, as text, or None."""
         for index, (sign, heard) in self._heard.items():
             if now - heard > LOST_SECONDS:
                 where = f" on {sign.partition(' ')[2]}" if sign else ""
@@ -314,7 +314,7 @@ def leave(status: int) -> NoReturn:
 
 
 def lost_another(error: BaseException) -> bool:
-    """Whether `error` is what the loss of another process looks like from here."""
+    """Return whether `error` is what jax raises when another process is lost."""
     return is_distributed() and _LOST.search(str(error)) is not None
 
 

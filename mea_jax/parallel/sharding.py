@@ -94,7 +94,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 
 
 def _slices(devices: Sequence[jax.Device]) -> int | None:
-    """How many slices TPU devices form; None for others, which jax numbers by host if at all."""
+    """Return the number of slices that TPU devices form; None for other devices."""
     if devices[0].platform != "tpu":
         return None
     return len({getattr(device, "slice_index", 0) for device in devices})
@@ -144,7 +144,7 @@ def check_divisible(config: TrainConfig, mesh: Mesh) -> None:
 
 
 def copies(mesh: Mesh) -> int:
-    """How many devices have windows of their own, shares of a sequence and of heads apart."""
+    """Return the number of parts of a batch: devices that share a window count once."""
     return math.prod(mesh.shape[axis] for axis in RULES["batch"] or ())
 
 
@@ -243,13 +243,13 @@ def mesh_axes(*names: str) -> tuple[str, ...]:
 
 
 def shard_count(name: str) -> int:
-    """How many parts a logical axis is in on the mesh of `jax.set_mesh`; 1 without one."""
+    """Return the number of parts of a logical axis on the mesh of `jax.set_mesh`; 1 without one."""
     mesh = jax.sharding.get_abstract_mesh()
     return math.prod(mesh.shape[axis] for axis in mesh_axes(name))
 
 
 def on_a_mesh() -> bool:
-    """Whether `jax.set_mesh` has set a mesh of several devices."""
+    """Return whether `jax.set_mesh` has set a mesh of several devices."""
     mesh = jax.sharding.get_abstract_mesh()
     return not mesh.empty and mesh.size > 1
 
@@ -271,7 +271,7 @@ def require(mesh: Mesh) -> None:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Of an array (batch, length, ...) of token numbers: rows over data, fsdp and expert.
+    """Return the sharding of token ids (batch, length, ...): rows over data, fsdp and expert.
 
     Whole along the length, whatever the mesh: integers are small, and a step that splits its
     windows (`step.batch_loss`) then takes its chunks from them where they are.
@@ -280,5 +280,5 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Of a scalar, or of anything every device holds whole."""
+    """Return the sharding of what every device holds entirely."""
     return NamedSharding(mesh, PartitionSpec())

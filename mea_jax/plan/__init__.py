@@ -1,4 +1,4 @@
-"""What a step will need on devices that need not be there: memory, FLOPs, bytes, collectives.
+"""Plans of a step for devices that need not exist here: memory, FLOPs, bytes, collectives.
 
     python -m mea_jax.plan --config configs/mea_1b.py --topology v5p:4x4x4
 

@@ -1,4 +1,4 @@
-"""What the accelerators are sold as: memory, peak rates, links. Data sheets, not measurements.
+"""Accelerators by their data sheets: memory, peak rates, links. Not measurements.
 
 Sources. TPU: cloud.google.com/tpu/docs (v5e, v5p, v6e), "Bidirectional ICI bandwidth per chip"
 divided by links and directions; memory that programs may use: libtpu 0.0.51's own limit; clock:

@@ -1,4 +1,4 @@
-"""Which mesh axes a collective runs over, and how long its bytes take on the wires.
+"""The mesh axes that a collective runs over, and the time its bytes take on the links.
 
 Times are those of the usual ring algorithms at the links' full rate: lower bounds, latency left
 out. A ring of n devices sends (n - 1)/n of the result to gather it, as much of the operand to
@@ -64,7 +64,7 @@ def wire_bytes(collective: Collective, group: int) -> float:
 
 
 def slices_of(devices: Sequence) -> int:
-    """How many slices the devices form."""
+    """Return the number of slices that the devices form."""
     return len({getattr(d, "slice_index", None) or 0 for d in devices})
 
 

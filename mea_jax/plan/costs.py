@@ -49,7 +49,7 @@ class Collective:
 
 @dataclasses.dataclass
 class Costs:
-    """Of one device, in one run of the program."""
+    """The costs of one device in one run of the program."""
 
     flops: float = 0.0  # of products of matrices, recomputation included
     hbm_bytes: float = 0.0  # read from and written to main memory
@@ -87,7 +87,7 @@ def _count_one(program, computation, instruction, times, costs: Costs, seen: set
     elif opcode == "call":
         _walk(program, program[instruction.called("to_apply") or ""], times, costs, seen)
     elif opcode == "conditional":
-        # One branch runs: the dearest is counted.
+        # Only one branch runs: count the most expensive one.
         branches = re.findall(r"%([\w.\-]+)", instruction.attributes.split("metadata")[0])
         options = []
         for name in (b for b in branches if b in program.computations):

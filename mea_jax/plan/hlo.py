@@ -124,7 +124,7 @@ class Program:
         return self.computations[name]
 
     def trip_count(self, loop: Instruction) -> int | None:
-        """How often a `while` runs; None where the text does not tell.
+        """Return how often a `while` runs; None where the text does not say.
 
         Either the compiler or the model says it, or the condition compares a counter with a
         constant, as those of `lax.scan` and `lax.map` do: they count from 0 in steps of 1.

@@ -16,7 +16,7 @@ _SPARE = 0.05  # of the memory, below which a plan warns: allocators fragment
 
 
 def fits(compiled: Compiled, target: Target) -> bool | None:
-    """Whether the peak is within the chip's memory; None where that is not known."""
+    """Return whether the peak is within the chip's memory; None where that is not known."""
     return None if target.chip is None else compiled.peak <= target.chip.memory
 
 
@@ -144,12 +144,12 @@ def seen(collectives: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def where(row: dict[str, Any]) -> str:
-    """What a collective runs over."""
+    """Return the axes that a collective runs over, as text."""
     return "the network of slices" if row["between_slices"] else row["axes"]
 
 
 def notes(plan: dict[str, Any]) -> str:
-    """What a reader of the numbers must know, as further lines."""
+    """Return notes on the numbers, as further lines."""
     note = "" if plan["exact"] else _INEXACT
     if plan["loops_counted_once"]:
         note += f"\nloops of unknown length, counted once: {plan['loops_counted_once']}"

@@ -23,7 +23,7 @@ from mea_jax.train.warm_start import teacher_model
 
 
 def described(model: ModelConfig) -> str:
-    """What attention runs as, of a resolved model."""
+    """Return a description of the attention of a resolved model."""
     words = f"{model.attention_kernel} attention"
     return words if model.hlc == "none" else f"{words}, HLC {model.hlc_form}"
 

@@ -55,7 +55,7 @@ def candidates(config: TrainConfig, devices: int, slices: int) -> Iterator[Train
 
 
 def describe(config: TrainConfig) -> str:
-    """What a candidate changes, as one types it."""
+    """Return the overrides of a candidate, as they are typed."""
     mesh = config.mesh
     expert = f"--config.mesh.expert={mesh.expert} " if config.model.n_experts else ""
     return (
@@ -68,7 +68,7 @@ def describe(config: TrainConfig) -> str:
 def sweep(
     config: TrainConfig, target: Target, slices: int, say: Callable[[str], Any]
 ) -> list[tuple[TrainConfig, Compiled, Roofline]]:
-    """What fits, the shortest step first. A larger microbatch than one too large is not tried."""
+    """Return what fits, the shortest step first. Skip microbatches above one that is too large."""
     tried = list(candidates(config, len(target.devices), slices))
     if not tried:
         raise UserError(

@@ -1,4 +1,4 @@
-"""What a researcher watches to see MEA work: its heads, its mixing, its attention."""
+"""Diagnostics of MEA: head norms, mixing distances, attention entropy."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +15,7 @@ from mea_jax.train.step import Batch, split_batch, state_shardings
 
 
 def mixing_distance(config: TrainConfig, params: Any) -> dict[str, jax.Array]:
-    """How far each W_lc is from its initialisation: |M - M_0| / |M_0| (Frobenius), per layer.
+    """Return the distance of each W_lc from its start, |M - M_0| / |M_0| (Frobenius), per layer.
 
     {"mixing_distance/key": (L,), "mixing_distance/value": (L,)} for what the model mixes. A
     component count that does not divide K has no initialisation (a compressed model): nan. Of

@@ -1,4 +1,4 @@
-"""What a run does when its loss or its gradient goes wrong, decided from the metrics of each step.
+"""Guards against loss spikes and gradients that are not finite, decided by each step's metrics.
 
 An update whose gradient is not finite has already been left out on the device (`train_step`); here
 it is counted. A spike is defined once for every variant and every study:
@@ -200,7 +200,7 @@ class Guards:
 
 
 def rewindable(config: GuardConfig) -> int:
-    """How much older than the newest checkpoint one must be, that a rewind may need; 0: none.
+    """Return how much older than the newest a checkpoint for a rewind must be, in steps; 0: none.
 
     A spike is known `spike_steps` steps after the update that may be its cause, and the checkpoint
     must be of a step before that.

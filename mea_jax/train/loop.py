@@ -295,7 +295,7 @@ class Loop:
         return tokens / max(self.timing.steps, 1e-9)
 
     def speed(self) -> dict[str, float]:
-        """What this process measured: nothing when it only finished a cut-off run."""
+        """Return what this process measured; nothing when it only finished an interrupted run."""
         t = self.timing
         if not t.timed_steps:
             return {}

@@ -1,4 +1,4 @@
-"""Whether a run can fit: the least it must hold against what its devices have, before it starts.
+"""Check before a run starts that the least it must hold fits in the devices' memory.
 
 Far from an estimate of what it will take (that is `python -m mea_jax.plan`): only what it cannot do
 without. So nothing that would run is refused, and a slip in a size is one line, not the operating
@@ -72,7 +72,9 @@ def check_fits(config: TrainConfig, mesh: Mesh) -> None:
 
     if (room := device_bytes(mesh)) is not None:
         # By arithmetic first: tracing a model has tables to make, of its head_dim and heads.
-        each = 16 if config.start.trainable == "all" else 4  # bytes; frozen ones are all there is
+        each = (
+            16 if config.start.trainable == "all" else 4
+        )  # bytes; frozen parameters have no gradients or moments
         parameters, tokens = each * least_parameters(config.model) // mesh.size, 0
         if parameters <= room:
             parameters, tokens = least_bytes(config, mesh)

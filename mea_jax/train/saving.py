@@ -32,7 +32,7 @@ class SaveTimes:
         self._round = 0
 
     def due(self, step: int) -> bool:
-        """Whether the state after `step` is to be saved."""
+        """Return whether the state after `step` is to be saved."""
         every = self.options.every
         by_steps = every > 0 and step % every == 0
         if self._board is None:
@@ -41,7 +41,7 @@ class SaveTimes:
         return self._agreed(step, self._board) or by_steps
 
     def saved(self) -> None:
-        """To be told of each save."""
+        """Record that a checkpoint was saved now."""
         self._saved = time.monotonic()
 
     def _time_is_up(self) -> bool:

@@ -232,7 +232,7 @@ def train_step(
 
 
 def _compiler_options(mesh: Mesh) -> dict[str, Any] | None:
-    """What the devices' compiler is asked for, or None.
+    """Return options of the devices' compiler, or None.
 
     A TPU's would turn products with gathered weights into loops of partial products that overlap
     with permutes; by its own estimate of cycles that is slower by far here (docs/scaling.md).

@@ -68,7 +68,7 @@ def finish(loop: Loop, state) -> dict[str, Any]:
 
 
 def _events(loop: Loop) -> dict[str, int]:
-    """How often the guards had to act, over the whole run."""
+    """Return how often the guards acted over the entire run."""
     if not loop.run_directory.first:
         return {}
     rows = metrics.read_metrics(loop.run_directory.path / "metrics.jsonl")
@@ -83,7 +83,7 @@ def _events(loop: Loop) -> dict[str, int]:
 
 
 def _before(loop: Loop) -> dict[str, float] | None:
-    """What the held-out text cost at step 0, where the run started from a checkpoint."""
+    """Return the held-out loss at step 0, where the run started from a checkpoint."""
     if not (loop.run_directory.first and loop.config.start.checkpoint):
         return None
     rows = metrics.read_metrics(loop.run_directory.path / "metrics.jsonl")

@@ -1,4 +1,4 @@
-"""What a run starts from and learns from besides text: a checkpoint's parameters, a teacher.
+"""The start of a run: fresh parameters or those of a checkpoint, and a teacher.
 
 Continued training of a compressed model ("recovery") is a run like any other whose first parameters
 are another run's. It keeps that run's model and tokenizer, and nothing else of it: data, schedule

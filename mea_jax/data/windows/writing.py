@@ -23,7 +23,7 @@ NAME, VERSION = "mea_jax_windows", "1.0.0"  # of the TFDS dataset
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What makes the windows of a source; Beam sends it to its workers."""
+    """The description of one source's windows; Beam sends it to its workers."""
 
     source: SourceConfig
     units: Sequence[Any]  # of the source, as they were listed: a file removed since is missed
@@ -37,7 +37,7 @@ class Task:
 
 @dataclasses.dataclass
 class Counts:
-    """Of one split."""
+    """Counts of one split."""
 
     documents: int = 0
     bytes: int = 0  # of the documents' UTF-8
@@ -48,7 +48,7 @@ class Counts:
 
 @dataclasses.dataclass
 class Written:
-    """What `write` has met and made.
+    """The result of `write`.
 
     Attributes:
       counts: of each split; those of an empty one are zero, and it is not written.

@@ -1,4 +1,4 @@
-"""What the harness measured, as rows; the differences of two models, paired by document.
+"""The harness's results as rows, and differences of two models, paired by document.
 
 A metric's value is a function of means over documents, so its standard error is that of the mean of
 each document's influence on it (the delta method); the error of a difference is that of the mean

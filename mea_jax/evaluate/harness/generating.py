@@ -37,7 +37,7 @@ _NEUTRAL = {
 
 @dataclass(frozen=True)
 class Prompt:
-    """What to continue, by at most `count` tokens, before any text of `until` begins."""
+    """A prompt to continue by at most `count` tokens, up to the first text of `until`."""
 
     tokens: list[int]
     until: tuple[str, ...]
@@ -47,7 +47,7 @@ class Prompt:
 
 @dataclasses.dataclass
 class Written:
-    """What answers took; counts of tokens."""
+    """The cost of answers, in tokens."""
 
     requests: int = 0
     prompt_real: int = 0

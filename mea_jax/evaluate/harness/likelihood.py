@@ -32,7 +32,7 @@ _ROWS = (512, 4096)  # positions of a row, unless a request is longer: between t
 
 @dataclasses.dataclass
 class Work:
-    """What requests took; counts of tokens that go through the model."""
+    """The cost of requests, in tokens that go through the model."""
 
     requests: int = 0
     asked: int = 0  # of all requests, each by itself
@@ -45,8 +45,8 @@ class Work:
 
 
 def shares_beginnings(model: ModelConfig) -> bool:
-    """Whether trees of requests can be attended to: not where attention goes by places in the row
-    (ALiBi), nor where it has a form of its own."""
+    """Return whether attention takes a `TreeMask`: not ALiBi, whose biases depend on positions in
+    the row, nor talking heads, which have a form of their own."""
     return model.positions != "alibi" and model.variant != "talking_heads"
 
 

@@ -220,7 +220,7 @@ class HarnessModel(TemplateLM):
         return sums
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """What the model writes after each request's context, before any text of "until"."""
+        """Return the continuation of each request's context, up to the first text of "until"."""
         began = time.perf_counter()
         contexts = self._encode([request.args[0] for request in requests], begin=True)
         prompts = [

@@ -74,7 +74,7 @@ class Rows:
 
 
 def common(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many tokens two lists begin with alike."""
+    """Return the length of the common prefix of two lists of tokens."""
     low, high = 0, min(len(a), len(b))
     while low < high:
         middle = (low + high + 1) // 2

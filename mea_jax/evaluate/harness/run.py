@@ -23,7 +23,7 @@ _FEWSHOT_SEED = 1234  # the harness's own default
 
 @dataclass(frozen=True)
 class Options:
-    """What is measured. Checked by `check`, before anything is read."""
+    """The options of a measurement; `check` checks them before anything is read."""
 
     tasks: tuple[str, ...]
     num_fewshot: int | None = None
@@ -62,8 +62,10 @@ def harness_package() -> None:
 
 
 def load_tasks(options: Options) -> dict[str, Any]:
-    """What `lm_eval.evaluator.evaluate` takes. Raises `UserError`: an unknown task, a file that is
-    none, data that cannot be had."""
+    """Return the tasks as `lm_eval.evaluator.evaluate` takes them.
+
+    Raises `UserError` for an unknown task, a file that is no task, and data that cannot be loaded.
+    """
     from lm_eval.tasks import TaskManager
 
     def matching(manager: Any, name: str) -> list[str]:

@@ -1,9 +1,9 @@
 """What each layer's keys and values cost the whole model when they alone are compressed.
 
-The cost is how far predictions move: the divergence of the changed model's from the original's. On
-text that the original foretells truly that is the increase of the loss in the mean; but the
-increase depends on which token came, and its standard error is several times as large: differences
-of a thousandth of a nat between two divisions would drown in it.
+The cost is the divergence of the changed model's predictions from the original's. In expectation
+over the original's own predictions that equals the increase of the loss, whose standard error is
+several times as large, because it depends on which token came: it would hide differences of a
+thousandth of a nat between two divisions.
 """
 
 import dataclasses

@@ -1,8 +1,8 @@
 """The end of a run from outside: SIGTERM, which schedulers send some time before they kill.
 
 A run that is asked to stop saves a checkpoint at the next step, on all of its processes, and exits
-with `EXIT_STATUS`; the same command goes on from there. This is best effort: what a run can rely on is
-the checkpoint of every so many minutes, since a machine may also vanish without a word.
+with `EXIT_STATUS`; the same command goes on from there. This is best effort: what a run can rely on
+is the checkpoint of every so many minutes, since a machine may also vanish without a word.
 """
 
 import _thread

@@ -1,1 +1,1 @@
-"""Benchmarks: `python -m benchmarks.<name>`; each prints a table and writes JSON and a picture."""
+"""Benchmarks: `python -m benchmarks.<name>` prints a table and can write JSON and a figure."""

@@ -1,10 +1,10 @@
-"""How near decoding comes to the memory's speed: bytes it must read over time, against a copy.
+"""Measures the memory bandwidth that decoding reaches, relative to plain copying and reading.
 
     python -m benchmarks.bandwidth [--contexts 1024,8192,32768] [--out bench/bandwidth]
 
-A decode step must read the weights and the cache once. Those bytes over its time, divided by the
-bytes per second of plain reading and of plain copying measured in the same process, interleaved
-with the steps, are its share of the memory bound. A copy counts what it reads and what it writes.
+A decode step must read the weights and the cache once. Its bandwidth is those bytes over its time.
+Its share of the memory bound is that bandwidth divided by that of a plain read or copy, measured in
+the same process and interleaved with the steps. A copy counts the bytes it reads and writes.
 """
 
 import argparse
@@ -24,15 +24,15 @@ NAMES = ("MHA", "GQA K/2", WHOLE, "MEA C = K/2, absorbed")
 
 
 def plain_copy(size: int) -> Callable[[], Any]:
-    """Copies `size` bytes: reads them once, writes them once."""
+    """Return a function that copies `size` bytes: it reads and writes them once."""
     x = jnp.ones((size // 4,), jnp.float32)
-    # Negated, not just copied: the compiler may hand an unchanged input through.
+    # Negate instead of copy: the compiler may return an unchanged input as it is.
     copy = jax.jit(lambda x: -x)
     return lambda: copy(x)
 
 
 def plain_read(size: int) -> Callable[[], Any]:
-    """Sums `size` bytes: reads them once."""
+    """Return a function that sums `size` bytes: it reads them once."""
     x = jnp.ones((size // 4096, 1024), jnp.float32)
     total = jax.jit(lambda x: jnp.sum(x, axis=0))
     return lambda: total(x)
@@ -71,7 +71,9 @@ def measure(args: argparse.Namespace, dtype: str, context: int) -> list[dict[str
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--out", default="bench/bandwidth", help="of the .json and .png")
+    parser.add_argument(
+        "--out", default="bench/bandwidth", help="path of the .json and .png, without suffix"
+    )
     parser.add_argument("--contexts", default="1024,8192,32768")
     parser.add_argument("--dtypes", default="float32,bfloat16")
     parser.add_argument("--batch", type=int, default=1)
@@ -94,8 +96,8 @@ def main() -> None:
                 "min_ms": ("min", ".2f"),
                 "max_ms": ("max", ".2f"),
                 "gb_per_s": ("GB/s", ".1f"),
-                "of_copy": ("of a copy's", ".2f"),
-                "of_read": ("of a read's", ".2f"),
+                "of_copy": ("over copy", ".2f"),
+                "of_read": ("over read", ".2f"),
             }
             print_table(here, columns)
             rows += here
@@ -111,9 +113,9 @@ def main() -> None:
             for dtype in args.dtypes.split(",")
             for name in NAMES
         },
-        title="Share of the memory's speed that a decode step reaches",
+        title="Share of the memory bandwidth that a decode step reaches",
         x="positions in the cache",
-        y="bytes per second over those of a copy",
+        y="bytes per second relative to a copy",
         log_x=True,
     )
     print(f"\n{args.out}.json and {args.out}.png")

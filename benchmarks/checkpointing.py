@@ -1,10 +1,11 @@
-"""What saving costs a run: how long it holds the loop up, slows it down, and takes to disk.
+"""Measures the cost of saving: how long it blocks and slows training, and the time to disk.
 
     python -m benchmarks.checkpointing [--saves 8] [--out DIR] [--json out.json]
 
-The quickstart's own model and step on random batches, with a save as its loop makes it every few
-steps: a look at the state's loss, then orbax, digests and the disk beside the training. A save's
-cost is the time the loop was held up and what the steps under way took longer than the others.
+It runs the quickstart's model and step on random batches and saves every few steps as the training
+loop does: it evaluates the state's loss, then orbax, checksums and disk writes run during training.
+A save's cost is the time that the loop is blocked, plus the extra time of the steps during the
+write.
 """
 
 import argparse
@@ -27,11 +28,15 @@ from mea_jax.parallel import sharding
 from mea_jax.parallel.host import keep_freed_memory
 from mea_jax.train.step import compile_eval_step, compile_train_step, create_state
 
-BETWEEN = 24  # steps between two saves: enough for the write to end and for some undisturbed ones
+BETWEEN = 24  # steps between two saves: the write ends and some steps run undisturbed
 
 
 def measure(config: TrainConfig, folder: Path, saves: int) -> dict[str, list[float]]:
-    """Seconds of each undisturbed step, and of each save: check, call, to disk, slower steps."""
+    """Return the seconds of each undisturbed "step", and of the parts of each save.
+
+    The parts are "check" (evaluation of the loss), "call", "disk" (until the data are on disk) and
+    "slow" (extra time of the steps during the write).
+    """
     devices = jax.devices()
     model = resolve(config.model, devices, config.data.context_length, 1, 1)
     config = dataclasses.replace(config, model=model)
@@ -90,7 +95,9 @@ def measure(config: TrainConfig, folder: Path, saves: int) -> dict[str, list[flo
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--saves", type=int, default=8)
-    parser.add_argument("--out", type=Path, help="folder for the checkpoints; default: temporary")
+    parser.add_argument(
+        "--out", type=Path, help="folder for the checkpoints; default: a temporary one"
+    )
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     if jax.devices()[0].platform == "cpu":
@@ -103,11 +110,11 @@ def main() -> None:
     cost = median["check"] + median["call"] + median["slow"]
     rows = {
         "step": f"{median['step'] * 1e3:.0f} ms",
-        "held up by the check of the loss": f"{median['check'] * 1e3:.0f} ms",
-        "held up by the save's call": f"{median['call'] * 1e3:.0f} ms",
-        "to disk, sealed": f"{median['disk'] * 1e3:.0f} ms",
-        "held up, of the time to disk": f"{median['call'] / median['disk']:.1%}",
-        "steps beside the write take longer by": f"{median['slow'] * 1e3:.0f} ms in all",
+        "blocked by the check of the loss": f"{median['check'] * 1e3:.0f} ms",
+        "blocked by the save's call": f"{median['call'] * 1e3:.0f} ms",
+        "to disk, with checksums": f"{median['disk'] * 1e3:.0f} ms",
+        "blocked, of the time to disk": f"{median['call'] / median['disk']:.1%}",
+        "extra time of steps during the write": f"{median['slow'] * 1e3:.0f} ms in total",
         f"cost of a save every {every} steps": f"{cost / (every * median['step'] + cost):.2%}",
     }
     for name, value in rows.items():

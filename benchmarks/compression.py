@@ -1,12 +1,12 @@
-"""Compressing a stack of Qwen3-30B-A3B's attention shapes: time and memory, on random weights.
+"""Measures time and memory of compressing Qwen3-30B-A3B's attention shapes with random weights.
 
     python -m benchmarks.compression [--methods svd,aligned] [--layers 48] [--folder /scratch]
 
-48 layers, D 2048, 32 query and 4 key/value heads of width 128, queries and keys normed; the
-feed-forward layers are kept small, since compression only reads and writes them. The checkpoint,
-3.8 GB, is made once below the folder. Each method runs as the command that a user types, in a
-process of its own; its memory is looked at while it runs: what is its own (anonymous), without the
-pages of the files that it maps. The loss means nothing here.
+The model has 48 layers, D 2048, 32 query and 4 key/value heads of width 128, with normed queries
+and keys. Its feed-forward layers are small, because compression only reads and writes them. The
+checkpoint, 3.8 GB, is created once below the folder. Each method runs as the user's command in a
+separate process. Its memory is sampled while it runs: anonymous memory, without the pages of mapped
+files. The loss is meaningless here.
 """
 
 import argparse
@@ -41,11 +41,11 @@ MODEL = ModelConfig(
     tie_embeddings=True,
 )
 TEXT = DataConfig(tokenizer="bytes", context_length=256)
-TOKENS = {"svd": 0, "frequency": 16384, "aligned": 16384}  # of calibration
+TOKENS = {"svd": 0, "frequency": 16384, "aligned": 16384}  # for calibration
 
 
 def make_checkpoint(run: Path, layers: int) -> None:
-    """A run directory with random weights, written layer by layer."""
+    """Write a run directory with random weights, layer by layer."""
     import jax
 
     config = TrainConfig(name="stack", model=dataclasses.replace(MODEL, n_layers=layers), data=TEXT)
@@ -76,7 +76,7 @@ def make_checkpoint(run: Path, layers: int) -> None:
 
 
 def anonymous(pid: int) -> float:
-    """GiB that a process has for itself now."""
+    """Return the GiB of anonymous memory of a process."""
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
         if line.startswith("RssAnon"):
             return int(line.split()[1]) / 2**20
@@ -84,7 +84,7 @@ def anonymous(pid: int) -> float:
 
 
 def compress(run: Path, method: str) -> dict[str, Any]:
-    """Seconds and peak memory of the command."""
+    """Run the command and return its seconds and peak memory."""
     command = [
         *(sys.executable, "-m", "mea_jax.compress", "--checkpoint", str(run)),
         *("--out", str(run.parent / f"stack-{method}"), "--method", method),
@@ -95,11 +95,11 @@ def compress(run: Path, method: str) -> dict[str, Any]:
     while process.poll() is None:
         try:
             peak = max(peak, anonymous(process.pid))
-        except OSError:  # it has just ended
+        except OSError:  # the process has just ended
             break
         time.sleep(0.05)
     if process.wait():
-        sys.exit(f"{method} failed")
+        sys.exit(f"{method} failed: see its messages above")
     return {"seconds": time.monotonic() - began, "peak_gib": peak, "tokens": TOKENS[method]}
 
 
@@ -119,8 +119,8 @@ def main() -> None:
         found = {method: compress(run, method) for method in arguments.methods.split(",")}
     for method, row in found.items():
         print(
-            f"{method:<10} {row['seconds']:7.0f} s   at most {row['peak_gib']:.2f} GiB of its own, "
-            f"{row['tokens']:,} tokens of calibration"
+            f"{method:<10} {row['seconds']:7.0f} s   peak {row['peak_gib']:.2f} GiB anonymous, "
+            f"{row['tokens']:,} calibration tokens"
         )
     if arguments.json:
         rows = [

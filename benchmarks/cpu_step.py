@@ -1,12 +1,12 @@
-"""Training-step speed on a CPU: the project's own step, beside a plain product of its main shape.
+"""Measures training steps on a CPU, next to a plain matrix product of the model's main shape.
 
     python -m benchmarks.cpu_step [--json out.json] [--repeats 9]
 
-One process, variants interleaved A B C A B C, medians. The model has 5.9M parameters (D 256, 6
-layers, 8 heads, feed-forward 704, vocabulary 2048, untied) and takes 8 windows of 256 positions a
-step: forward, backward, clipping and AdamW; the last row is the quickstart's own model, which has
-twice the vocabulary and the dtype that suits this machine. FLOPs by the convention of
-`mea_jax.model.flops`.
+All variants run in one process, interleaved A B C A B C; the table shows medians. The model has
+5.9M parameters (D 256, 6 layers, 8 heads, feed-forward 704, vocabulary 2048, untied). A step takes
+8 windows of 256 positions and does forward, backward, clipping and AdamW. The last row is the
+quickstart's own model, which has twice the vocabulary and this machine's default dtype. FLOPs
+follow the convention of `mea_jax.model.flops`.
 """
 
 import argparse
@@ -57,7 +57,7 @@ STEPS = {
 
 
 def training_step(model: ModelConfig) -> Callable[[], Any]:
-    """A call that runs one training step of `model` and returns its loss."""
+    """Return a function that runs one training step of `model` and returns its loss."""
     config = TrainConfig(
         batch_size=BATCH, model=model, optimizer=OptimizerConfig(learning_rate=1e-3)
     )
@@ -84,7 +84,7 @@ def training_step(model: ModelConfig) -> Callable[[], Any]:
 
 
 def product(dtype: Any) -> Callable[[], Any]:
-    """The model's main product, tokens x D times D x F, from stored inputs to a float32 result."""
+    """Return a function that computes the main product, (tokens, D) x (D, F), to float32."""
     x = jnp.ones((BATCH * LENGTH, MODEL.d_model), dtype)
     w = jnp.ones((MODEL.d_model, MODEL.d_ff), dtype)
     dot = jax.jit(functools.partial(jnp.dot, preferred_element_type=jnp.float32))
@@ -114,7 +114,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--json", help="also write the figures to this file")
+    parser.add_argument("--json", help="also write the measurements to this file")
     parser.add_argument("--repeats", type=int, default=9)
     args = parser.parse_args()
     keep_freed_memory()

@@ -1,15 +1,16 @@
-"""One decode step against the length of the context: what a compressed cache is worth.
+"""Measures one decode step by context length, with full and compressed caches.
 
     python -m benchmarks.decode_step [--contexts 1024,4096,16384,32768] [--out bench/decode_step]
     JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 python -m benchmarks.decode_step --topology v5e:2x2
 
-Whole decode steps (`mea_jax.generate.decode.step`), interleaved in one process. The model has the
-widths below; its variants differ only in key/value heads: MHA with K = N, GQA with K = N/2 (a cache
-as large as the compressed one), and MEA with K = N and C = K/2 in three forms: absorbed (components
-cached, read as they are), folded (the whole cache of K heads) and explicit (components cached, K
-heads rebuilt at each step). A step's time has its share of the flush of recent positions, timed by
-itself. Bytes of caches are counted from their arrays. The second command
-compiles the same steps, and those of two more shapes, for a TPU that need not be there.
+The first command times complete decode steps (`mea_jax.generate.decode.step`), interleaved in one
+process. The model has the widths below; its variants differ only in key/value heads: K = N in MHA,
+K = N/2 in GQA (a cache of the same size as the compressed one), K = N and C = K/2 in MEA in three
+forms: absorbed (components are cached and read directly), folded (the whole cache of K heads) and
+explicit (components are cached, K heads are rebuilt at each step). A step's time includes its share
+of the flush of recent positions, which is timed separately. Bytes of caches are counted from their
+arrays. The second command compiles MEA's steps, and one layer's attention, at
+three shapes for a TPU that need not be present, and counts bytes.
 """
 
 import argparse
@@ -49,7 +50,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], str]] = {
 
 
 def base_model(n: int, k: int, h: int, d: int, layers: int, dtype: str) -> ModelConfig:
-    """MEA with C = K/2; a vocabulary small enough that the cache dominates."""
+    """Return MEA with C = K/2 and a vocabulary so small that the cache dominates."""
     return ModelConfig(
         vocab_size=4096,
         d_model=d,
@@ -66,7 +67,7 @@ def base_model(n: int, k: int, h: int, d: int, layers: int, dtype: str) -> Model
 
 
 def variant_of(base: ModelConfig, name: str) -> tuple[ModelConfig, str]:
-    """A row of `VARIANTS` as a model and the form of its cache."""
+    """Return the model of a row of `VARIANTS`, and the form of its cache."""
     changes, form = VARIANTS[name]
     changes = dict(changes)
     if "n_kv_heads" in changes:
@@ -77,7 +78,7 @@ def variant_of(base: ModelConfig, name: str) -> tuple[ModelConfig, str]:
 
 
 def served_shapes(model: ModelConfig, form: str) -> tuple[decode.Served, Any]:
-    """What is static of a served model, and the shapes of its parameters."""
+    """Return the static part of a served model, and the shapes of its parameters."""
     serve = functools.partial(decode.serve, model, form=form)
     held = {}
 
@@ -96,9 +97,10 @@ def nbytes(tree: Any) -> int:
 def step_of(
     model: ModelConfig, form: str, batch: int, context: int, cache_dtype: Any
 ) -> tuple[Callable[[], Any], Callable[[], Any], dict[str, int]]:
-    """Calls of one step with `context` positions in the cache and of one flush; bytes of a step.
+    """Return functions that run one step and one flush, and the bytes of a step.
 
-    Each call stores its token in the same slot: the context does not grow while it is timed.
+    The cache has `context` positions. Each step stores its token in the same slot, so that the
+    context does not grow while it is timed.
     """
     served, shapes = served_shapes(model, form)
     rng = np.random.default_rng(0)
@@ -123,7 +125,7 @@ def step_of(
 
     compiled = jax.jit(step, donate_argnums=1).lower(params, cache, tokens_B).compile()
     held = {"cache": cache}
-    # Of the embeddings a step reads one row; the head has a kernel of its own.
+    # A step reads only one row of the embeddings; the unembedding has a separate kernel.
     weights = nbytes(params) - nbytes(params["top"]["embedding"])
     sizes = {"cache_bytes": count_bytes(cache.layers), "weight_bytes": weights}
 
@@ -132,7 +134,7 @@ def step_of(
         return chosen_B
 
     def emptied(cache):
-        # The rows are full, and what does not fit is dropped: leave room, or nothing is written.
+        # The rows are full, and a flush drops what does not fit: free some slots so that it writes.
         room = dataclasses.replace(
             cache, lengths_B=cache.lengths_B - RECENT, recent_count=jnp.asarray(RECENT, jnp.int32)
         )
@@ -194,7 +196,7 @@ def timed(
                 "median_ms": ("ms", ".2f"),
                 "min_ms": ("min", ".2f"),
                 "max_ms": ("max", ".2f"),
-                "flush_ms": ("of it flush", ".2f"),
+                "flush_ms": ("flush share", ".2f"),
                 "tokens_per_s": ("tokens/s", ",.1f"),
                 "speedup": ("x whole cache", ".2f"),
                 "speedup_min": ("min", ".2f"),
@@ -207,12 +209,12 @@ def timed(
     return rows
 
 
-# (N, K, H): the shapes compiled for a TPU, all with C = K/2.
+# (N, K, H) of the shapes compiled for a TPU, all with C = K/2.
 TPU_SHAPES = ((32, 8, 64), (32, 8, 128), (16, 16, 128))
 
 
 def attention_step(served: decode.Served, length: int) -> Callable[..., Any]:
-    """One layer's attention of a step, without the rest of the model: what the cache costs."""
+    """Return a function that runs one layer's attention of a step, to isolate the cache's cost."""
     spec = served.layers[0]
     layer = make_attention(
         spec.model, spec.key_components, spec.value_components, cached_form=spec.cached_form
@@ -238,7 +240,7 @@ def attention_step(served: decode.Served, length: int) -> Callable[..., Any]:
 
 
 def compiled_bytes(topology_name: str, batch: int, context: int) -> list[dict[str, Any]]:
-    """Bytes of one step counted by the TPU's compiler: of the attention of a layer, and whole."""
+    """Return the TPU compiler's count of bytes of one layer's attention and of a complete step."""
     where = SingleDeviceSharding(topology.describe(topology_name)[0])
     rows: list[dict[str, Any]] = []
 
@@ -284,7 +286,7 @@ def compiled_bytes(topology_name: str, batch: int, context: int) -> list[dict[st
         "name": ("", "s"),
         "cache_gb": ("cache GB", ".3f"),
         "gbytes": ("GB accessed", ".3f"),
-        "over_whole": ("of the whole cache's", ".3f"),
+        "over_whole": ("over whole cache", ".3f"),
         "temporary_mb": ("temporary MB", ".1f"),
     }
     print_table(rows, columns)
@@ -293,7 +295,9 @@ def compiled_bytes(topology_name: str, batch: int, context: int) -> list[dict[st
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--out", default="bench/decode_step", help="of the .json and .png")
+    parser.add_argument(
+        "--out", default="bench/decode_step", help="path of the .json and .png, without suffix"
+    )
     parser.add_argument("--contexts", default="1024,4096,16384,32768")
     parser.add_argument("--dtypes", default="float32,bfloat16")
     parser.add_argument("--batch", type=int, default=1)
@@ -301,7 +305,7 @@ def main() -> None:
     parser.add_argument("--head_dim", type=int, default=64)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--topology", help="count bytes for this TPU, such as v5e:2x2, instead")
+    parser.add_argument("--topology", help="count bytes for this TPU instead, such as v5e:2x2")
     args = parser.parse_args()
     if args.topology:
         rows = compiled_bytes(args.topology, 16, 32768)
@@ -334,7 +338,7 @@ def main() -> None:
             log_x=True,
             log_y=True,
         )
-    print(f"\n{args.out}.json and one picture a dtype beside it")
+    print(f"\n{args.out}.json and one figure per dtype next to it")
 
 
 if __name__ == "__main__":

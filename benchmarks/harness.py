@@ -1,4 +1,4 @@
-"""What the benchmarks share: interleaved timing, the machine beside the figures, tables, bars."""
+"""Shared code of the benchmarks: interleaved timing, machine description, tables, figures."""
 
 import json
 import os
@@ -23,9 +23,9 @@ Rows = Sequence[Mapping[str, Any]]
 def time_interleaved(
     runs: Mapping[str, Callable[[], Any]], repeats: int, warmup: int = 2, inner: int = 1
 ) -> dict[str, list[float]]:
-    """Seconds a call, `repeats` figures for each run: one of each in turn, then again.
+    """Return seconds per call, `repeats` values for each run, in rounds of one value of each.
 
-    A figure is the mean of `inner` calls, for runs too short for the clock.
+    A value is the mean of `inner` calls, for runs that are too short for the clock.
     """
     for run in runs.values():
         for _ in range(warmup):
@@ -41,7 +41,7 @@ def time_interleaved(
 
 
 def spread(seconds: Sequence[float]) -> dict[str, float]:
-    """Median, smallest and largest in milliseconds."""
+    """Return the median, minimum and maximum in milliseconds."""
     return {
         "median_ms": round(1e3 * statistics.median(seconds), 3),
         "min_ms": round(1e3 * min(seconds), 3),
@@ -50,7 +50,7 @@ def spread(seconds: Sequence[float]) -> dict[str, float]:
 
 
 def ratios(times: Mapping[str, Sequence[float]], base: str) -> dict[str, list[float]]:
-    """Each run's figures over those of `base` taken in the same round."""
+    """Divide each run's values by those of `base` in the same round."""
     return {
         name: [a / b for a, b in zip(seconds, times[base], strict=True)]
         for name, seconds in times.items()
@@ -58,7 +58,7 @@ def ratios(times: Mapping[str, Sequence[float]], base: str) -> dict[str, list[fl
 
 
 def machine() -> dict[str, Any]:
-    """What a reader needs to get a figure again."""
+    """Return machine, versions, commit and command, as needed to reproduce a measurement."""
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
     )
@@ -80,7 +80,7 @@ def write_json(path: str | Path, rows: Rows) -> None:
 
 
 def print_table(rows: Rows, columns: Mapping[str, tuple[str, str]]) -> None:
-    """`columns`: key -> (heading, format). A value that is missing is left blank."""
+    """Print `rows`; `columns` maps a key to (heading, format). A missing value is left blank."""
     texts = [
         [format(row[k], f) if row.get(k) is not None else "" for k, (_, f) in columns.items()]
         for row in rows
@@ -105,7 +105,7 @@ def lines(
     log_x: bool = False,
     log_y: bool = False,
 ) -> None:
-    """A picture of one line a series, each a list of (x, y)."""
+    """Plot one line per series, each a list of (x, y)."""
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     for (name, points), marker in zip(series.items(), "osD^vPX*", strict=False):
         axes.plot(*zip(*points, strict=True), marker=marker, label=name)
@@ -124,7 +124,7 @@ def lines(
 def bars(
     path: str | Path, values: Mapping[str, Sequence[float]], *, title: str, x: str, base: float
 ) -> None:
-    """A picture of one bar a name, its median, with smallest and largest; a line at `base`."""
+    """Plot one bar per name: its median, with minimum and maximum, and a line at `base`."""
     figure, axes = plt.subplots(figsize=(7, 0.5 * len(values) + 1.3), layout="constrained")
     names = list(values)[::-1]
     medians = [statistics.median(values[name]) for name in names]

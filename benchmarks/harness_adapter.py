@@ -1,15 +1,15 @@
-"""Requests a second of lm-evaluation-harness: our model in it against its own `hf` model on a twin.
+r"""Compares requests/s of our model in lm-evaluation-harness with the harness's own `hf` model.
 
     python -m mea_jax.convert to_hf --checkpoint runs/suite --out exported/suite
     python -m studies.harness_suite --out suite
-    python -m benchmarks.harness_adapter --checkpoint runs/suite --exported exported/suite \\
+    python -m benchmarks.harness_adapter --checkpoint runs/suite --exported exported/suite \
         --suite suite
 
-The twin is the exported checkpoint, in torch, on all cores as ours. Both answer the same requests
-in float32, in turn, in one process: log-likelihoods of the suite's choices, and its sums, written.
-Loading is not counted; ours compiles in a round before, as theirs warms up. Written to --out:
-seconds of each round, requests a second, the ratio by round, the largest difference of a
-log-likelihood.
+The `hf` model is the exported checkpoint in torch. Both use all cores and answer the same requests
+in float32, in turn, in one process: log-likelihoods of the suite's choices, and generated answers
+to its sums. Loading is not timed, nor is a first round, in which ours compiles and theirs warms up.
+--out contains seconds of each round, requests/s, the ratio over the rounds and the largest
+difference of a log-likelihood.
 """
 
 import argparse
@@ -32,7 +32,7 @@ TASKS = ("mea_code", "mea_recall", "mea_needle", "mea_arithmetic_choice", "mea_a
 
 
 def collected(tasks: dict[str, Any], limit: int) -> dict[str, list[Instance]]:
-    """All requests by kind."""
+    """Return all requests by kind."""
     found: dict[str, list[Instance]] = {}
     for task in tasks["tasks"].values():
         task.build_all_requests(limit=limit)
@@ -44,11 +44,13 @@ def collected(tasks: dict[str, Any], limit: int) -> dict[str, list[Instance]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--checkpoint", required=True)
-    parser.add_argument("--exported", required=True, help="the same model for transformers")
-    parser.add_argument("--suite", required=True, help="folder that harness.suite wrote")
+    parser.add_argument(
+        "--exported", required=True, help="the same model, exported for transformers"
+    )
+    parser.add_argument("--suite", required=True, help="folder that studies.harness_suite wrote")
     parser.add_argument("--out", default="bench/harness_adapter.json")
-    parser.add_argument("--limit", type=int, default=100, help="documents a task")
-    parser.add_argument("--batch_size", type=int, default=16, help="rows of the hf model")
+    parser.add_argument("--limit", type=int, default=100, help="documents per task")
+    parser.add_argument("--batch_size", type=int, default=16, help="batch size of the hf model")
     parser.add_argument("--max_length", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()

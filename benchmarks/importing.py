@@ -1,13 +1,13 @@
-"""Importing a model of Qwen3-30B-A3B's shapes with small experts: time and memory.
+"""Measures time and memory of importing a model of Qwen3-30B-A3B's shapes with small experts.
 
     python -m benchmarks.importing [--layers 48] [--experts 128] [--width 8] [--folder /scratch]
 
-48 layers of 128 experts, D 2048, 32 query and 4 key/value heads of width 128, a vocabulary of
-151,936 with a head of its own: all shapes are the published ones but the experts' width, 768 there
-and 8 here. 18,867 tensors of bfloat16, 3.7 GB in shards of 1 GB with an index, are made once below
-the folder. The command runs as a user types it, in a process of its own; its memory is looked at
-while it runs: what is its own (anonymous), without the pages of the files that it maps, which the
-system takes back when it needs them.
+The model has 48 layers of 128 experts, D 2048, 32 query and 4 key/value heads of width 128, and a
+vocabulary of 151,936 with an untied unembedding. All shapes are the published ones except the
+experts' width, which is 8 instead of 768. Its 18,867 bfloat16 tensors, 3.7 GB in shards of 1 GB
+with an index, are created once below the folder. The user's command runs in a separate process. Its
+memory is sampled while it runs: anonymous memory, without the pages of mapped files, which the
+system reclaims when it needs them.
 """
 
 import argparse
@@ -47,7 +47,10 @@ CONFIG: dict[str, Any] = {
 
 
 def make_model(folder: Path, layers: int, experts: int, width: int) -> tuple[int, int]:
-    """A folder as published, with random weights; how many tensors, and bytes of the largest."""
+    """Write a folder as published, with random weights.
+
+    Return the number of tensors, and the bytes of the largest.
+    """
     folder.mkdir()
     counts = {"num_hidden_layers": layers, "num_experts": experts, "moe_intermediate_size": width}
     config = CONFIG | counts
@@ -67,7 +70,7 @@ def make_model(folder: Path, layers: int, experts: int, width: int) -> tuple[int
 
 
 def run_import(model: Path, out: Path, dtype: str) -> dict[str, Any]:
-    """Seconds and peak memory of the command, and the bytes of what it wrote."""
+    """Run the command; return its seconds, its peak memory and the bytes of its output."""
     command = [
         *(sys.executable, "-m", "mea_jax.convert", "from_hf", "--model", str(model)),
         *("--out", str(out), "--dtype", dtype),
@@ -77,11 +80,11 @@ def run_import(model: Path, out: Path, dtype: str) -> dict[str, Any]:
     while process.poll() is None:
         try:
             peak = max(peak, anonymous(process.pid))
-        except OSError:  # it has just ended
+        except OSError:  # the process has just ended
             break
         time.sleep(0.05)
     if process.wait():
-        sys.exit("the import failed")
+        sys.exit("the import failed: see its messages above")
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     return {"seconds": time.monotonic() - began, "peak_gib": peak, "bytes": size, "dtype": dtype}
 
@@ -103,7 +106,7 @@ def main() -> None:
     print(f"{count:,} tensors, the largest of {found['largest_gib']:.2f} GiB")
     print(
         f"{found['bytes'] / 1e9:.2f} GB of {found['dtype']} written in {found['seconds']:.0f} s, "
-        f"at most {found['peak_gib']:.2f} GiB of memory of its own"
+        f"peak {found['peak_gib']:.2f} GiB of anonymous memory"
     )
     if arguments.json:
         names = ("layers", "experts", "width")

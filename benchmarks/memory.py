@@ -1,11 +1,12 @@
-"""Resident memory of a training process over its steps: does it grow?
+"""Measures whether the resident memory of a training process grows over its steps.
 
     python -m benchmarks.memory [--steps 2000] [--plot memory.png] [--json out.json]
     python -m benchmarks.memory -- --config.model.d_model=256
 
-Trains a small model by the command line, with evaluations and checkpoints, and looks at the process
-from outside: VmRSS of /proc against the step in metrics.jsonl. The slope is that of a straight line
-through all that comes after the first fifth of the steps; its interval is a bootstrap over blocks.
+This trains a small model with the command line, including evaluations and checkpoints, and observes
+the process from outside: VmRSS in /proc and the step in metrics.jsonl. The slope is that of a
+straight line fitted to all samples after the first fifth of the steps; its interval comes from a
+bootstrap over blocks.
 """
 
 import argparse
@@ -25,11 +26,11 @@ SMALL = (
     *("model.n_kv_heads=4", "model.head_dim=16", "model.vocab_size=512", "data.tokenizer=bytes"),
     *("data.context_length=64", "evaluate.every=100", "checkpoint.every=50", "log_every=1"),
 )
-_EVERY = 0.05  # seconds between two looks
+_EVERY = 0.05  # seconds between two samples
 
 
 def resident(process: int) -> int:
-    """Bytes of memory of a process that are in RAM; 0 once it has ended."""
+    """Return the resident memory of a process in bytes; 0 after it has ended."""
     try:
         lines = Path(f"/proc/{process}/status").read_text().splitlines()
     except OSError:
@@ -39,7 +40,7 @@ def resident(process: int) -> int:
 
 
 def watch(steps: int, overrides: list[str], folder: Path) -> np.ndarray:
-    """(samples, 2): the last step in metrics.jsonl, and bytes resident."""
+    """Train; return (samples, 2), the last step in metrics.jsonl and the resident bytes."""
     command = [
         *(sys.executable, "-m", "mea_jax.train", "--config", "configs/quickstart.py"),
         *("--workdir", str(folder / "run"), f"--config.steps={steps}"),
@@ -59,18 +60,20 @@ def watch(steps: int, overrides: list[str], folder: Path) -> np.ndarray:
             position = size
         samples.append((step, resident(process.pid)))
     if process.returncode:
-        sys.exit(f"error: the training ended with status {process.returncode}")
+        sys.exit(
+            f"error: the training ended with status {process.returncode}; see its messages above"
+        )
     assert read_metrics(metrics)[-1]["step"] == steps
     return np.array([s for s in samples if s[1] and 0 < s[0] < steps], np.float64)
 
 
 def slope(samples: np.ndarray) -> float:
-    """Bytes a step, of the straight line of least squares."""
+    """Return the bytes per step of the least-squares line."""
     return float(np.polyfit(samples[:, 0], samples[:, 1], 1)[0])
 
 
 def interval(samples: np.ndarray, blocks: int = 20, draws: int = 500) -> tuple[float, float]:
-    """Where 95 of 100 slopes lie when blocks of neighbouring samples are drawn anew."""
+    """Return the 95% interval of slopes over resampled blocks of neighbouring samples."""
     rng = np.random.default_rng(0)
     parts = np.array_split(samples, blocks)
     drawn = [
@@ -82,7 +85,7 @@ def interval(samples: np.ndarray, blocks: int = 20, draws: int = 500) -> tuple[f
 
 
 def plot(samples: np.ndarray, start: int, path: Path) -> None:
-    """Resident memory against the step."""
+    """Plot resident memory by step."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -104,19 +107,19 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("overrides", nargs="*", help="after --: as for mea_jax.train")
+    parser.add_argument("overrides", nargs="*", help="after --: overrides for mea_jax.train")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         samples = watch(arguments.steps, arguments.overrides, Path(folder))
     start = arguments.steps // 5
     late = samples[samples[:, 0] > start]
     low, high = interval(late)
-    per = 1000 / 2**20  # bytes a step -> MiB in 1,000 steps
+    per = 1000 / 2**20  # bytes per step -> MiB per 1,000 steps
     print(f"{len(late)} samples from step {start} to {arguments.steps}")
     print(f"resident {late[:, 1].min() / 2**20:.0f} to {late[:, 1].max() / 2**20:.0f} MiB")
     print(
-        f"slope {slope(late) * per:+.2f} MiB in 1,000 steps "
-        f"(95 of 100: {low * per:+.2f} to {high * per:+.2f})"
+        f"slope {slope(late) * per:+.2f} MiB per 1,000 steps "
+        f"(95% interval: {low * per:+.2f} to {high * per:+.2f})"
     )
     if arguments.plot:
         plot(samples, start, arguments.plot)

@@ -1,11 +1,12 @@
-"""Products that a training step of experts computes, over those of its active parameters.
+"""Compares the compiled FLOPs of a mixture-of-experts step to those of its active parameters.
 
     python -m benchmarks.moe_flops [--topology gpu:4] [--out bench/moe_flops]
 
-Compiled ahead of time, nothing runs: with "gpu:4" by XLA for CPUs, as for any device but a TPU;
-with "v5e:2x2" by libtpu (`pip install -e ".[tpu]"`). Over the convention of `mea_jax.model.flops`
-plus, where attention is a plain einsum, the half of its pairs that a mask hides. Two layers of
-D 512, 32 experts of width 256, 4 a token.
+The step is compiled ahead of time and never runs: "gpu:4" is compiled by XLA for CPUs, as is any
+device but a TPU; "v5e:2x2" is compiled by libtpu (`pip install -e ".[tpu]"`). The reference follows
+the convention of `mea_jax.model.flops`, plus the half of attention's pairs that the mask hides if
+attention is a plain einsum. The model has two layers of D 512 with 32 experts of width 256, 4 per
+token.
 """
 
 import argparse
@@ -25,7 +26,7 @@ MESHES: dict[str, dict[str, int]] = {
 
 
 def row(name: str, mesh: dict[str, int], target: Any, remat: str = "none") -> dict[str, Any]:
-    """Of all devices together."""
+    """Compile one step and return its table row, with "ratio" and "gflop" over all devices."""
     from mea_jax.config.schema import DataConfig, MeshConfig, ModelConfig, TrainConfig
     from mea_jax.model import flops
     from mea_jax.plan.programs import train_program
@@ -66,8 +67,10 @@ def row(name: str, mesh: dict[str, int], target: Any, remat: str = "none") -> di
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--topology", default="gpu:4", help="4 devices")
-    parser.add_argument("--out", default="bench/moe_flops", help="of the .json")
+    parser.add_argument("--topology", default="gpu:4", help="must have 4 devices")
+    parser.add_argument(
+        "--out", default="bench/moe_flops", help="path of the .json, without suffix"
+    )
     args = parser.parse_args()
     targets.prepare_environment(args.topology)  # before jax is imported
     from benchmarks.harness import print_table, write_json
@@ -83,7 +86,7 @@ def main() -> None:
         "name": (args.topology, "s"),
         "gflop": ("GFLOP of active parameters", ".1f"),
         "ratio": ("compiled, ratio", ".3f"),
-        "moved_mb": ("MB a device by the experts' collectives", ".1f"),
+        "moved_mb": ("MB per device in the experts' collectives", ".1f"),
     }
     print_table(rows, columns)
     write_json(f"{args.out}.json", rows)

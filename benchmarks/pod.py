@@ -1,13 +1,13 @@
-"""What the pod will do, by its compiler: fit, bind, cost of MEA, compile time, memory of the loss.
+"""Plans pod runs with the TPU compiler: memory, bottleneck, cost of MEA, compile time, loss memory.
 
     python -m benchmarks.pod [--only fit,mea,depth,loss] [--out bench/pod]
 
 Four tables, each compiled ahead of time by libtpu (`pip install -e ".[tpu]"`); no TPU is needed.
 
-- fit: configs/mea_1b.py at the paper's batch on two pods: memory, what binds, time.
+- fit: configs/mea_1b.py at the paper's batch on two pods: memory, bottleneck, time.
 - mea: MEA, folded and explicit, against plain attention of the same shape on fsdp x tensor.
 - depth: seconds to compile 8 and 64 layers.
-- loss: memory of the step with 32,000 and 128,256 words at 8,192 positions.
+- loss: memory of the step with vocabularies of 32,000 and 128,256 tokens at 8,192 positions.
 """
 
 import argparse
@@ -17,14 +17,14 @@ from typing import Any
 from mea_jax.plan import target as targets
 
 PODS: dict[str, dict[str, Any]] = {
-    # One window a copy and time on v5e, whose chips have a sixth of v5p's memory.
+    # One window per replica at a time on v5e, whose chips have a sixth of v5p's memory.
     "v5p:4x4x4": {"mesh.fsdp": 64},
     "v5e:16x16": {"mesh.fsdp": 128, "mesh.tensor": 2},
 }
 
 
 def config_of(variant: str, changes: dict[str, Any]) -> Any:
-    """configs/mea_1b.py with keys changed, validated."""
+    """Return the validated config of configs/mea_1b.py with some keys changed."""
     import importlib.util
 
     from mea_jax.config.parse import from_config_dict
@@ -66,13 +66,13 @@ def fit() -> list[dict[str, Any]]:
                 "days": plan["days"],
             }
         )
-    print("\nmea_1b, 19.9M tokens a step")
+    print("\nmea_1b, 19.9M tokens per step")
     show(
         rows,
         {
             "name": ("", "s"),
             "mesh": ("mesh", "s"),
-            "peak_gb": ("GB a device", ".2f"),
+            "peak_gb": ("GB per device", ".2f"),
             "free": ("free", ".1%"),
             "compute": ("compute s", ".2f"),
             "HBM": ("HBM s", ".2f"),
@@ -86,7 +86,7 @@ def fit() -> list[dict[str, Any]]:
     return rows
 
 
-# A step of one window of 8,192 positions a device.
+# A step with one window of 8,192 positions per device.
 ONE_WINDOW = {"batch_size": 16, "accumulate": 1, "mesh.fsdp": 16, "mesh.tensor": 1}
 FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "plain attention": ("gqa", {}),
@@ -99,7 +99,7 @@ RATIOS = ("tflop", "accessed_gb", "hbm_gb", "wire_gb", "cycles")
 
 
 def mea() -> list[dict[str, Any]]:
-    """On fsdp 4 x tensor 4, one window of 8,192 positions a copy."""
+    """Compile on fsdp 4 x tensor 4, with one window of 8,192 positions per replica."""
     rows = []
     for name, (variant, changes) in FORMS.items():
         config = config_of(
@@ -124,7 +124,7 @@ def mea() -> list[dict[str, Any]]:
         rows,
         {
             "name": ("", "s"),
-            "tflop": ("TFLOP a device", ".3f"),
+            "tflop": ("TFLOP per device", ".3f"),
             "tflop_ratio": ("ratio", ".4f"),
             "accessed_gb": ("GB accessed", ".2f"),
             "accessed_gb_ratio": ("ratio", ".4f"),
@@ -150,13 +150,13 @@ def depth() -> list[dict[str, Any]]:
 
 
 def loss() -> list[dict[str, Any]]:
-    """One window a device; 2 layers, so that the loss is what counts."""
+    """Compile one window per device with 2 layers, so that the loss dominates memory."""
     rows = []
     for words in (32_000, 128_256):
         config = config_of("", ONE_WINDOW | {"model.n_layers": 2, "model.vocab_size": words})
         plan = planned(config, targets.find("v5e:4x4"))
         held = plan["bytes_per_device"]
-        # The whole kernel in bfloat16 and its gradient in float32 are of the parameters' size.
+        # The complete unembedding in bfloat16 and its float32 gradient have the parameters' size.
         whole = words * config.model.d_model * (2 + 4)
         rows.append(
             {
@@ -165,7 +165,7 @@ def loss() -> list[dict[str, Any]]:
                 "apart_gb": (held["temporaries"] - whole) / 1e9,
             }
         )
-    print("\nTemporaries of a step at 8,192 positions, one window a device, 2 layers")
+    print("\nTemporaries of a step at 8,192 positions, one window per device, 2 layers")
     show(
         rows,
         {
@@ -186,7 +186,7 @@ def show(rows: list[dict[str, Any]], columns: dict[str, tuple[str, str]]) -> Non
 def main() -> None:
     targets.prepare_environment("v5e:4x4")  # before jax is imported
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--out", default="bench/pod", help="of the .json")
+    parser.add_argument("--out", default="bench/pod", help="path of the .json, without suffix")
     parser.add_argument("--only", default="fit,mea,depth,loss")
     args = parser.parse_args()
     from benchmarks.harness import write_json

@@ -1,12 +1,12 @@
-"""Log-likelihoods of benchmark tasks with common beginnings computed once, against once each.
+r"""Measures the speed-up from computing common prefixes of benchmark requests only once.
 
     python ../shared/tools/real_tasks.py tasks    # or any folder of lm-evaluation-harness tasks
-    python -m benchmarks.shared_beginnings --checkpoint runs/smol --tasks r_hellaswag \\
+    python -m benchmarks.shared_beginnings --checkpoint runs/smol --tasks r_hellaswag \
         --include_path tasks --limit 25
 
-Both score the same requests in float32, in turn, in one process: as trees of tokens
-(`mea_jax.evaluate.harness.prefix_trees`), and as windows of packed texts. Written to --out: seconds
-of each round, the ratio by round, the largest difference of a log-likelihood.
+Two models score the same requests in float32, in turn, in one process: one as token trees
+(`mea_jax.evaluate.harness.prefix_trees`), the other as windows of packed texts. --out contains
+seconds of each round, the ratio over the rounds and the largest difference of a log-likelihood.
 """
 
 import argparse

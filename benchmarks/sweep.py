@@ -1,11 +1,11 @@
-"""A grid of small models in one program, beside the same runs one after another.
+"""Compares a grid of small models in one program with the same runs one after another.
 
     python -m benchmarks.sweep [--runs 16] [--d_model 128] [--layers 4] [--json out.json]
 
-One process, the two in turn, medians. A figure is one training step (forward, backward, clipping,
-AdamW) of every run: once by the program of `mea_jax.study.vmapped`, once by the compiled step of
-`mea_jax.train`, called for each run's own state. Neither reads data. Compile times and the bytes of
-all states are told as well.
+Both run in turn in one process; the table shows medians. A value is one training step (forward,
+backward, clipping, AdamW) of every run: either by the program of `mea_jax.study.vmapped`, or by the
+compiled step of `mea_jax.train`, called for each run's own state. Neither reads data. Compile times
+are printed as well.
 """
 
 import argparse
@@ -30,7 +30,7 @@ BATCH, LENGTH, VOCABULARY = 8, 128, 1024
 
 
 def config_of(d_model: int, layers: int) -> TrainConfig:
-    """An MEA model in the shape of `configs/lr_study.py`."""
+    """Return an MEA model in the shape of `configs/lr_study.py`."""
     heads = max(d_model // 32, 1)
     model = ModelConfig(
         vocab_size=VOCABULARY,
@@ -57,7 +57,7 @@ def random_batch() -> dict[str, np.ndarray]:
 
 
 def together(config: TrainConfig, runs: int) -> tuple[Any, float]:
-    """A call that steps all runs by one program, and the seconds that it took to compile."""
+    """Return a function that steps all runs in one program, and its compile time in seconds."""
     members = tuple(Member(0, 1e-3 * 2 ** (i / 4)) for i in range(runs))
     sweep = Sweep(config, members, jax.devices())
     with jax.set_mesh(sweep.mesh):
@@ -75,7 +75,7 @@ def together(config: TrainConfig, runs: int) -> tuple[Any, float]:
 
 
 def in_turn(config: TrainConfig, runs: int) -> tuple[Any, float]:
-    """A call that steps each run by the step of `mea_jax.train`, and its seconds of compiling."""
+    """Return a function that steps each run in turn, and its compile time in seconds."""
     device = jax.devices()[:1]
     model = resolve(config.model, device, LENGTH)
     config = dataclasses.replace(config, model=model)
@@ -118,7 +118,7 @@ def main() -> None:
     ]
     for row in rows:
         print(
-            f"{row['name']:<10} {row['median_ms']:10.1f} ms a step of {options.runs} runs "
+            f"{row['name']:<10} {row['median_ms']:10.1f} ms per step of {options.runs} runs "
             f"({row['min_ms']:.1f} to {row['max_ms']:.1f}), compiled in {row['compile_seconds']} s"
         )
     print(

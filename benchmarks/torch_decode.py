@@ -1,13 +1,14 @@
-"""One decode step in PyTorch on a CPU: a model of half the cache against its uncompressed twin.
+"""Compares a PyTorch decode step with half the cache to its uncompressed twin, on a CPU.
 
     python -m benchmarks.torch_decode [--contexts 4096,16384,32768] [--out bench/torch_decode]
 
-Both are what an export writes: the twin as transformers' own class (Llama: as many heads, plain
-attention), MEA with C = K/2 as modeling_mea.py, and a Llama with K/2 heads as well, whose cache is
-as large as the compressed one. Float32, random weights, steps interleaved in one process. A step
-takes a token through the whole model with `DynamicCache`, which copies the cache to make room; the
-token is cut off again, so that the context stays as it is. "in place" is the same step with
-`StaticCache`, which only writes one slot. Bytes are counted from the tensors of the caches.
+The models have the classes of an export: the twin is transformers' own class (Llama with the same
+number of heads and plain attention), MEA with C = K/2 is that of modeling_mea.py. A Llama with K/2
+heads, whose cache has the compressed size, is timed as well. Weights are random float32; steps are
+interleaved in one process. A step runs a token through the full model with `DynamicCache`, which
+copies the cache to make room; the token is then removed, so that the context keeps its length. "in
+place" is the same step with `StaticCache`, which only writes one slot. Bytes are counted from the
+tensors of the caches.
 """
 
 import argparse
@@ -30,13 +31,16 @@ TWIN, HALF, GROUPED = "stock, K heads", "MEA, C = K/2", "stock, K/2 heads"
 
 
 def base_model(n: int, k: int, h: int, d: int, layers: int) -> ModelConfig:
-    """That of `benchmarks.decode_step`, without a head norm and tied, as a Llama may be."""
+    """Return the model of `benchmarks.decode_step` with tied embeddings and without head norm.
+
+    A Llama has no head norm and can have tied embeddings.
+    """
     base = decode_step.base_model(n, k, h, d, layers, "float32")
     return dataclasses.replace(base, head_norm=False, tie_embeddings=True)
 
 
 def stock(model: ModelConfig, heads: int) -> Any:
-    """Plain attention of the same widths with `heads` key and value heads."""
+    """Return a Llama of the same widths with plain attention and `heads` key and value heads."""
     config = mea_config(dataclasses.replace(model, hlc="none", n_kv_heads=heads))
     names = LlamaConfig().to_dict().keys() & config.keys()
     names -= {"architectures", "model_type", "auto_map"}
@@ -54,13 +58,13 @@ def models(model: ModelConfig) -> dict[str, Any]:
 
 
 def cache_bytes(cache: Any) -> int:
-    """Of the tensors that hold keys and values."""
+    """Return the bytes of the tensors that contain keys and values."""
     kept = (tensor for layer in cache.layers for tensor in (layer.keys, layer.values))
     return sum(tensor.numel() * tensor.element_size() for tensor in kept)
 
 
 def filled(module: Any, context: int, batch: int) -> Any:
-    """A cache of `context` positions; random, since what is timed does not depend on them."""
+    """Return a cache of `context` random positions, whose values do not affect the time."""
     cache: Any = DynamicCache()
     with torch.no_grad():
         module(torch.zeros(batch, 1, dtype=torch.long), past_key_values=cache, use_cache=True)
@@ -71,7 +75,7 @@ def filled(module: Any, context: int, batch: int) -> Any:
 
 
 def growing(module: Any, cache: Any, batch: int) -> Callable[[], Any]:
-    """A call of one step that copies the cache to make room for its token, and cuts that off."""
+    """Return a step that copies the cache to make room for its token, and removes the token."""
     token = torch.zeros(batch, 1, dtype=torch.long)
 
     @torch.no_grad()
@@ -83,7 +87,7 @@ def growing(module: Any, cache: Any, batch: int) -> Callable[[], Any]:
 
 
 def in_place(module: Any, cache: Any, batch: int) -> Callable[[], Any]:
-    """A call of one step that writes its token in the last slot of a cache of fixed size."""
+    """Return a step that writes its token to the last slot of a cache of fixed size."""
     context = cache.get_seq_length()
     room: Any = StaticCache(config=module.config, max_cache_len=context + 1)
     for index, layer in enumerate(cache.layers):
@@ -149,7 +153,7 @@ def main() -> None:
     parser.add_argument("--shape", default="16,8,64,512,4", help="N,K,H,D,layers")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=0, help="of PyTorch; 0: its own choice")
+    parser.add_argument("--threads", type=int, default=0, help="threads of PyTorch; 0: its default")
     parser.add_argument("--out", default="bench/torch_decode")
     args = parser.parse_args()
     if args.threads:

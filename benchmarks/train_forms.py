@@ -1,13 +1,13 @@
-"""What MEA costs in training: MHA against MEA with its mixing explicit and folded.
+"""Measures MEA's cost in training: MHA against MEA with explicit and folded mixing.
 
     python -m benchmarks.train_forms [--repeats 9] [--out bench/train_forms]
     JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 python -m benchmarks.train_forms --topology v5e:2x2
 
-The first command times whole training steps (forward, backward, AdamW) and the loss with its
-gradient alone, interleaved in one process, on the device at hand; a ratio is of one round's
-figures. The second compiles one layer's attention, forward and backward, for a TPU that need not
-be there, and counts what the compiler says it moves: with plain einsums, and with the splash
-kernel, beside whose fewer bytes the same extra ones weigh more.
+The first command times complete training steps (forward, backward, AdamW) and only the loss with
+its gradient, interleaved in one process on the local device; ratios are within a round. The second
+compiles one layer's attention, forward and backward, for a TPU that need not be present, and
+reports the bytes that the compiler counts: with plain einsums, and with the splash kernel. The
+splash kernel moves fewer bytes, so the same extra bytes are a larger share.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from mea_jax.parallel import sharding, topology
 from mea_jax.parallel.host import keep_freed_memory
 from mea_jax.train.step import batch_loss, compile_train_step, create_state
 
-# The two shapes of the prototype: (D, L, N, F), heads of width 32 and 64, 8 x 256 positions.
+# The prototype's two shapes (D, L, N, F), with heads of width 32 and 64 and 8 x 256 positions.
 SHAPES: dict[str, dict[str, Any]] = {
     "D 256, 6 layers": {"d_model": 256, "n_layers": 6, "n_heads": 8, "head_dim": 32, "d_ff": 704},
     "D 512, 4 layers": {"d_model": 512, "n_layers": 4, "n_heads": 8, "head_dim": 64, "d_ff": 1408},
@@ -41,7 +41,7 @@ MHA = "MHA"
 
 
 def forms(shape: dict[str, Any], **options: Any) -> dict[str, ModelConfig]:
-    """MHA and MEA, C = K = N, in both training forms, and what the head norm is of it."""
+    """Return MHA, MHA with head norm, and MEA with C = K = N in both training forms."""
     base = ModelConfig(
         vocab_size=VOCAB,
         n_kv_heads=shape["n_heads"],
@@ -61,7 +61,7 @@ def forms(shape: dict[str, Any], **options: Any) -> dict[str, ModelConfig]:
 
 
 def runs_of(model: ModelConfig) -> tuple[Callable[[], Any], Callable[[], Any]]:
-    """A whole training step, and the loss with its gradient: two calls without arguments."""
+    """Return functions that run a complete training step, and the loss with its gradient."""
     config = TrainConfig(
         batch_size=BATCH, model=model, optimizer=OptimizerConfig(learning_rate=1e-3)
     )
@@ -133,7 +133,7 @@ def print_rows(rows: list[dict[str, Any]]) -> None:
     print_table(rows, columns)
 
 
-# What DESIGN calls the layer: B 8, T 2048, D 2048, N = K, H 128, one layer's attention.
+# The reference layer: B 8, T 2048, D 2048, N = K, H 128, one layer's attention.
 TPU_SHAPE: dict[str, Any] = {
     "d_model": 2048,
     "n_layers": 1,
@@ -145,7 +145,7 @@ TPU_BATCH, TPU_LENGTH = 8, 2048
 
 
 def tpu_models(kernel: str) -> dict[str, tuple[ModelConfig, str]]:
-    """Name -> (model, name of the model it is compared with)."""
+    """Return a map from name to (model, name of its baseline)."""
     shared = {"dtype": "bfloat16", "backend": "xla", "attention_kernel": kernel}
     models = {name: (model, MHA) for name, model in forms(TPU_SHAPE, **shared).items()}
     base = models["MEA folded"][0]
@@ -159,7 +159,7 @@ def tpu_models(kernel: str) -> dict[str, tuple[ModelConfig, str]]:
 
 
 def compiled_bytes(topology_name: str) -> list[dict[str, Any]]:
-    """Bytes that the TPU's compiler counts for one layer's attention and its gradients."""
+    """Return the TPU compiler's count of bytes of one layer's attention and its gradients."""
     where = SingleDeviceSharding(topology.describe(topology_name)[0])
     rows: list[dict[str, Any]] = []
     for kernel in ("einsum", "splash"):
@@ -189,7 +189,7 @@ def compiled_bytes(topology_name: str) -> list[dict[str, Any]]:
 
 
 def layer_gradient(model: ModelConfig, where: SingleDeviceSharding) -> Any:
-    """The compiled gradient of one attention layer of `model`."""
+    """Compile the gradient of one attention layer of `model`."""
     components = model.components("key")[0], model.components("value")[0]
     stacked = abstract_params(model)["layers_0"]["attention"]
     params = jax.tree.map(
@@ -211,9 +211,11 @@ def layer_gradient(model: ModelConfig, where: SingleDeviceSharding) -> Any:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--out", default="bench/train_forms", help="of the .json and .png")
+    parser.add_argument(
+        "--out", default="bench/train_forms", help="path of the .json and .png, without suffix"
+    )
     parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--topology", help="count bytes for this TPU, such as v5e:2x2, instead")
+    parser.add_argument("--topology", help="count bytes for this TPU instead, such as v5e:2x2")
     args = parser.parse_args()
     if args.topology:
         write_json(
@@ -235,8 +237,8 @@ def main() -> None:
             ]
             for r in steps
         },
-        title="Training step over that of MHA",
-        x="ratio of wall times, interleaved (median, smallest, largest)",
+        title="Time of a training step relative to MHA",
+        x="ratio of interleaved wall times (median, minimum, maximum)",
         base=1.0,
     )
     print(f"\n{args.out}.json and {args.out}.png")

@@ -1,1 +1,1 @@
-"""Runs, one a file: `python -m mea_jax.train --config configs/<file>.py[:variant]`."""
+"""Configs of runs, one per file: `python -m mea_jax.train --config configs/<file>.py[:variant]`."""

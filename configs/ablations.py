@@ -1,12 +1,13 @@
-"""Ablations of MEA, each near its own best learning rate: which part of it does what.
+"""Ablations of MEA, each near its best learning rate, to measure the effect of each part.
 
     python -m mea_jax.study run --config configs/ablations.py --workers 2
     python -m mea_jax.study run --config configs/ablations.py:parts --list
 
-The argument is a group of variants, all without one: "parts" (head norm x mixing, mixing of keys or
-of values alone, its kinds, start and weight decay), "order" (mixing before or after a key norm and
-the rotation: the same function without that norm), "positions", "rivals". Model, data and schedule
-are those of the smaller size of `configs/lr_study.py`, so that rows of both can be compared.
+The argument is a group of variants; without an argument all groups run. "parts": head norm x
+mixing, mixing of keys or values only, and kinds, initialisation and weight decay of the mixing.
+"order": mixing before or after a key norm and the rotation (the same function without that norm).
+"positions": position encodings. "rivals": baselines. Model, data and schedule are those of the
+smaller size of `configs/lr_study.py`, so that rows of both can be compared.
 """
 
 import importlib.util
@@ -63,7 +64,7 @@ GROUPS = {
 
 def get_config(argument: str = ""):
     if argument and argument not in GROUPS:
-        raise UserError(f"{argument!r} is no group of ablations: {nearest(argument, GROUPS)}")
+        raise UserError(f"the ablations have no group {argument!r}: {nearest(argument, GROUPS)}")
     config = lr_study.get_config()
     config.name = f"ablations_{argument}" if argument else "ablations"
     groups = [argument] if argument else list(GROUPS)

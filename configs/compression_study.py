@@ -3,8 +3,8 @@
     python -m mea_jax.train --config configs/compression_study.py:mha,0 --workdir runs/study/mha-0
 
 The argument is a kind of attention and a seed: "mha", "mea" (head mixing and head norm), or "gqa"
-(8 query and 4 key/value heads, queries and keys normed, the shape of Qwen3). The texts are those of
-`python -m studies.texts`, in the folder `texts`.
+(8 query and 4 key/value heads, with normed queries and keys, as in Qwen3). The texts are those that
+`python -m studies.texts` writes to the folder `texts`.
 """
 
 from mea_jax.config.schema import default_config
@@ -17,7 +17,7 @@ def get_config(argument: str = "mha,0"):
     kind, _, seed = argument.partition(",")
     if kind not in KINDS or not (seed or "0").isdigit():
         raise UserError(
-            f"{argument!r} is not KIND,SEED with a kind of {', '.join(KINDS)}: "
+            f"{argument!r} must be KIND,SEED with one of the kinds {', '.join(KINDS)}: "
             f"{nearest(kind, KINDS)}"
         )
     config = default_config()

@@ -3,15 +3,15 @@
     python -m mea_jax.convert from_hf --model meta-llama/Llama-3.2-1B --out runs/llama
     python -m mea_jax.train --config configs/llama3_2_1b.py:runs/llama --workdir runs/llama_more
 
-The argument is the run directory of the import (or one that came of it, of the same shape): its
-parameters are the first, its tokenizer reads the text. Without it the same shape starts from fresh
-parameters: `python -m mea_jax.train --config configs/llama3_2_1b.py`, with a tokenizer of your own.
-A compressed model has another shape: configs/recover.py goes on from that. configs/mea_1b.py is
-this shape with MEA and an untied head.
+The argument is the run directory of the import, or of a later run of the same shape. Training
+starts from its parameters and uses its tokenizer. Without an argument, training starts from fresh
+parameters: `python -m mea_jax.train --config configs/llama3_2_1b.py`, with your own tokenizer.
+For a compressed model, which has another shape, use configs/recover.py. configs/mea_1b.py is this
+shape with MEA and an untied head.
 
 As published: 1,235,814,400 parameters; 16 layers, 32 query and 8 key/value heads of width 64,
-rotary frequencies scaled by 32 from 8,192 positions on, a tied head. The recipe is chosen here, for
-a first look at continued training; it has not been run.
+rotary frequencies scaled by 32 from 8,192 positions on, a tied head. The recipe is
+our choice for a first test of continued training; it has not been run.
 """
 
 from mea_jax.config.presets import continued

@@ -1,14 +1,14 @@
-"""Continued training in longer windows, on pass keys besides the run's own text.
+r"""Continued training in longer windows, on pass keys in addition to the run's own text.
 
-    python -m mea_jax.evaluate.tasks --out texts/passkeys.jsonl --documents 20000 --length 2600 \\
+    python -m mea_jax.evaluate.tasks --out texts/passkeys.jsonl --documents 20000 --length 2600 \
         --tasks passkey
-    python -m mea_jax.train --config configs/longer.py:runs/study/mha-0 \\
+    python -m mea_jax.train --config configs/longer.py:runs/study/mha-0 \
         --workdir runs/study/mha-long-0
 
 The argument is a run directory or one of its steps. A small model that was trained on short windows
-of plain text finds no pass keys; after this it does, so that what compression does to retrieval can
-be measured (`python -m mea_jax.evaluate --parts passkey`). Windows become four times as long and
-batches a quarter as large; half of the text is `texts/passkeys.jsonl`.
+of plain text finds no pass keys. After this run it finds them, so that the effect of compression on
+retrieval can be measured (`python -m mea_jax.evaluate --parts passkey`). Windows are four times as
+long, batches a quarter as large, and half of the text is `texts/passkeys.jsonl`.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ LONGER = 4
 def get_config(checkpoint: str = ""):
     if not checkpoint:
         raise UserError(
-            "configs/longer.py goes on from a checkpoint: --config configs/longer.py:runs/NAME"
+            "configs/longer.py needs a checkpoint: use --config configs/longer.py:runs/NAME"
         )
     path = Path(checkpoint)
     source = stored_config(path, "the checkpoint")
@@ -37,7 +37,7 @@ def get_config(checkpoint: str = ""):
     kept = dataclasses.replace(source, model=unresolved(source.model)).to_dict()
     config.model.update(kept["model"])
     config.data.update(kept["data"])
-    # A tokenizer that is trained on the spot would be another one with the new text.
+    # A tokenizer that is trained at the start would differ, because the text differs.
     config.data.tokenizer = str(run / "tokenizer")
     config.data.context_length = LONGER * source.data.context_length
     own = sum(item.weight for item in source.data.sources)

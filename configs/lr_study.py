@@ -4,13 +4,13 @@
     python -m mea_jax.study run --config configs/lr_study.py --list
     python -m mea_jax.study run --config configs/lr_study.py:small
 
-The argument "small" leaves MHA and MEA, five learning rates, one size and 200 steps: minutes on a
-laptop.
+The argument "small" selects MHA and MEA, five learning rates, one size and 200 steps, which take
+minutes on a laptop.
 
-Variants are what the paper's claim is made of: MHA, the head norm alone, head mixing alone, both
-(MEA), and Differential V1. Learning rates go by factors of 2 up to where the baseline no longer
-learns. The smaller size has three seeds, the larger one, and fewer learning rates. Schedule:
-warmup, then a cosine to a tenth of the peak. docs/studies/learning_rate.md is what came out.
+The variants cover the paper's claim: MHA, the head norm alone, head mixing alone, both (MEA), and
+Differential V1. Learning rates increase by factors of 2 until the baseline no longer learns. The
+smaller size has three seeds; the larger size has one seed and fewer learning rates. The schedule is
+a warmup, then a cosine to a tenth of the peak. For the results see docs/studies/learning_rate.md.
 """
 
 from mea_jax.errors import UserError
@@ -31,7 +31,7 @@ SIZES = {
 
 def get_config(argument: str = ""):
     if argument not in ("", "small"):
-        raise UserError(f"{argument!r} is no argument of lr_study: nothing, or small")
+        raise UserError(f"configs/lr_study.py has no argument {argument!r}: use small, or none")
     config, small = default_study(), argument == "small"
     config.name = "lr_study_small" if small else "lr_study"
     variants = ("mha", "mea") if small else VARIANTS

@@ -1,13 +1,14 @@
-"""MEA at 124M parameters on your own text: one GPU or a small TPU slice, some hours.
+r"""MEA at 124M parameters on your own text, for one GPU or a small TPU slice in some hours.
 
     python -m mea_jax.train --config configs/mea_125m.py \
         --config.data.sources="({'source': 'text', 'path': 'corpus/**/*.txt'},)"
 
 Baselines of the same shape: configs/mea_125m.py:mha, :gqa and :no_norm.
 
-The shape of GPT-2 small with SwiGLU: D 768, 12 layers, 12 heads of width 64, a byte-level BPE of
-50,304 words trained on the spot. Without an override it reads the Python standard library, enough
-to try the machine but far too little to train on. No result has been measured yet.
+The shape is that of GPT-2 small with SwiGLU: D 768, 12 layers, 12 heads of width 64. The tokenizer
+is a byte-level BPE of 50,304 tokens, trained on the text. Without an override the run reads the
+Python standard library, which is enough to test the machine but far too little to train on. No
+result has been measured yet.
 """
 
 from mea_jax.config.presets import apply_variant

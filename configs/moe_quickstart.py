@@ -1,9 +1,9 @@
-"""A small mixture of experts on the Python standard library's sources, in minutes on two CPU cores.
+"""A small mixture of experts on the Python standard library, in minutes on two CPU cores.
 
-python -m mea_jax.train --config configs/moe_quickstart.py
+    python -m mea_jax.train --config configs/moe_quickstart.py
 
-The attention is that of quickstart.py in half its width; 8 experts, of which each token takes 2.
-metrics.jsonl has the routers' losses, and how much the busiest expert does over the mean.
+The attention is that of quickstart.py at half the width. There are 8 experts, 2 per token.
+metrics.jsonl has the routers' losses, and the load of the busiest expert divided by the mean.
 """
 
 from mea_jax.config.presets import apply_variant

@@ -1,4 +1,4 @@
-"""A small MEA on the Python standard library's sources, in minutes on two CPU cores.
+"""A small MEA on the Python standard library, in minutes on two CPU cores.
 
 python -m mea_jax.train --config configs/quickstart.py
 """
@@ -22,7 +22,7 @@ def get_config(variant: str = ""):
     model.d_model, model.n_layers, model.d_ff = 256, 6, 704
     model.n_heads, model.n_kv_heads, model.head_dim = 8, 8, 32
     model.tie_embeddings = False
-    model.scan_unroll = 6  # on a CPU the stacks of a rolled scan cost a third of the step
+    model.scan_unroll = 6  # on a CPU the stacked arrays of a rolled scan cost a third of the step
     model.loss_chunk = 0
 
     config.optimizer.learning_rate = 3e-3

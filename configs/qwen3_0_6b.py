@@ -3,14 +3,14 @@
     python -m mea_jax.convert from_hf --model Qwen/Qwen3-0.6B --out runs/qwen3
     python -m mea_jax.train --config configs/qwen3_0_6b.py:runs/qwen3 --workdir runs/qwen3_more
 
-The argument is the run directory of the import (or one that came of it, of the same shape): its
-parameters are the first, its tokenizer reads the text. Without it the same shape starts from fresh
-parameters: `python -m mea_jax.train --config configs/qwen3_0_6b.py`, with a tokenizer of your own.
-A compressed model has another shape: configs/recover.py goes on from that.
+The argument is the run directory of the import, or of a later run of the same shape. Training
+starts from its parameters and uses its tokenizer. Without an argument, training starts from fresh
+parameters: `python -m mea_jax.train --config configs/qwen3_0_6b.py`, with your own tokenizer.
+For a compressed model, which has another shape, use configs/recover.py.
 
 As published: 596,049,920 parameters, 440,467,456 of them in the layers; 28 layers, 16 query and 8
-key/value heads of width 128 with QK-norm, a tied head. The recipe is chosen here, for a first look
-at continued training; it has not been run.
+key/value heads of width 128 with QK-norm, a tied head. The recipe is our choice for a first test of
+continued training; it has not been run.
 """
 
 from mea_jax.config.presets import continued

@@ -1,15 +1,15 @@
-"""Qwen3-30B-A3B (arXiv 2505.09388): 128 experts, of which each token takes 8.
+"""Qwen3-30B-A3B (arXiv 2505.09388): 128 experts, 8 per token.
 
     python -m mea_jax.train --config configs/qwen3_30b_a3b.py --workdir /mnt/shared/qwen3_30b_a3b
     python -m mea_jax.plan --config configs/qwen3_30b_a3b.py --topology v5p:4x4x4
 
 As published: 30.5B parameters, 29.9B without embeddings, 3.3B active; 48 layers, 32 query and 4
 key/value heads of width 128 with QK-norm, an untied head. `configs/qwen3_30b_a3b.py:mea` is the
-same shape with MEA: heads mixed, and a norm of each head's output.
+same shape with MEA: mixing of heads, and a norm of each head's output.
 
-The weight of the load-balancing loss, 0.001, is that of the published model's configuration. How it
-was trained otherwise is not stated in such detail: the rest of the recipe is chosen here, and has
-not been run.
+The weight of the load-balancing loss, 0.001, is that of the published model's configuration. Other
+details of its training are not published, so the rest of the recipe is our choice. It has not been
+run.
 """
 
 from mea_jax.config.schema import default_config
@@ -44,7 +44,7 @@ def get_config(variant: str = ""):
     optimizer.warmup_steps = 1_000
     optimizer.load_balance = 1e-3
 
-    # As in mea_1b.py, which says where the files come from.
+    # As in mea_1b.py, which documents the source of the files.
     config.data.sources = ({"source": "tfds:c4/en:3.1.0", "weight": 1.0},)
     config.data.tokenizer = "qwen3/tokenizer.json"  # a copy of the tokenizer you train with
     config.data.context_length = 8192

@@ -1,14 +1,15 @@
-"""A small model that answers the offline suite of `mea_jax.evaluate --tasks`, in minutes on a CPU.
+r"""A small model that answers the offline suite of `mea_jax.evaluate --tasks`, in minutes on a CPU.
 
-    python -m mea_jax.evaluate.tasks --out texts/suite.jsonl --documents 60000 --length 600 \\
+    python -m mea_jax.evaluate.tasks --out texts/suite.jsonl --documents 60000 --length 600 \
         --tasks passkey,arithmetic,recall,repeat
     python -m mea_jax.train --config configs/suite.py
     python -m studies.harness_suite --out suite
-    python -m mea_jax.evaluate --checkpoint runs/suite --include_path suite \\
+    python -m mea_jax.evaluate --checkpoint runs/suite --include_path suite \
         --tasks mea_suite --out profiles/suite
 
-It reads nothing but the suite's own forms; what is asked of it is not in its text. The model is a
-plain one of Llama's shape, so that it can be exported. docs/evaluation.md has what it scores.
+The model is trained only on texts in the format of the suite, which do not contain the suite's
+questions. It is a plain model of Llama's shape, so that it can be exported. For its scores see
+docs/evaluation.md.
 """
 
 from mea_jax.config.schema import default_config

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One machine with NVIDIA GPUs: the one this runs on, or SSH_HOST through ssh.
+# Train on one machine with NVIDIA GPUs: this machine, or SSH_HOST through ssh.
 #
 #   export SSH_HOST=ubuntu@203.0.113.7
 #   launch/gpu_box.sh install
@@ -8,12 +8,13 @@
 #   launch/gpu_box.sh stop
 #
 # Subcommands:
-#   install  puts the code there (with SSH_HOST) and makes its environment; again after a change
-#   run      starts training in the background; what follows -- are VAR=value words for its
-#            environment, then arguments of mea_jax.train. One process drives all the GPUs, so
-#            --distributed is not needed; CUDA_VISIBLE_DEVICES=0,1 first takes some of them
+#   install  copies the code (with SSH_HOST) and creates the virtual environment; run it again
+#            after a change of the code
+#   run      starts training in the background. After -- come VAR=value for its environment, then
+#            arguments of mea_jax.train. One process uses all GPUs, so --distributed is not needed;
+#            begin with CUDA_VISIBLE_DEVICES=0,1 to use some of them
 #   logs     follows the log
-#   stop     ends the training; `run` again resumes from the last checkpoint
+#   stop     stops the training; `run` again resumes from the last checkpoint
 #
 # Options: --dry-run prints every command and runs none; --help.
 #
@@ -39,7 +40,7 @@ copy_to_machines() {
   run scp "$1" "$SSH_HOST:$2"
 }
 
-# worker SUBCOMMAND [-- WORDS]: worker.sh on the machine.
+# worker SUBCOMMAND [-- WORDS]: runs worker.sh on the machine.
 worker() {
   if [[ -n ${SSH_HOST:-} ]]; then
     on_machines "cd mea_jax && $(quote env EXTRA="$EXTRA" launch/worker.sh "$@")"
@@ -54,12 +55,12 @@ else
   no_args
 fi
 if [[ -n ${SSH_HOST:-} ]]; then
-  tool ssh "install OpenSSH, such as sudo apt-get install openssh-client"
+  tool ssh "install OpenSSH, such as with sudo apt-get install openssh-client"
   check_code
 elif [[ -n ${REPO:-} ]]; then
-  die "REPO=$REPO is for another machine: set SSH_HOST, or clone it here"
+  die "REPO=$REPO has no effect on this machine: set SSH_HOST, or clone it here"
 elif [[ $command == install || $command == run ]]; then
-  tool nvidia-smi "install NVIDIA's driver, https://docs.nvidia.com/datacenter/tesla"
+  tool nvidia-smi "install the NVIDIA driver, https://docs.nvidia.com/datacenter/tesla"
 fi
 
 case $command in

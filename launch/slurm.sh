@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# GPU nodes under Slurm. From a checkout on a file system that the login node and all nodes share:
+# Train on GPU nodes under Slurm. Run this in a checkout on a file system that all nodes and the
+# login node share:
 #
 #   export NODES=2 GPUS_PER_NODE=8 WORKDIR=/shared/runs/mea_1b
 #   launch/slurm.sh install
@@ -9,37 +10,36 @@
 #   JOB=1234 launch/slurm.sh cancel
 #
 # Subcommands:
-#   install  makes the environment .venv in the checkout
-#   submit   submits a batch script; what follows -- are VAR=value words for the environment of
-#            training, then arguments of mea_jax.train, after --distributed --workdir
-#   study    submits an array of TASKS jobs, which share a grid of runs (docs/studies.md); what
-#            follows -- are VAR=value words, then arguments of `mea_jax.study run`, after --out
-#            and --shard. Submitted again, it goes on with what is left
-#   logs     follows the log of a job, of task 3 of an array with JOB=1234_3
-#   cancel   ends a job
+#   install  creates the virtual environment .venv in the checkout
+#   submit   submits a batch script. After -- come VAR=value for the environment of training, then
+#            arguments of mea_jax.train, to which the script adds --distributed and --workdir
+#   study    submits an array of TASKS jobs, which share a grid of runs (docs/studies.md). After --
+#            come VAR=value, then arguments of `mea_jax.study run`, to which the script adds --out
+#            and --shard. Submit it again to continue with the remaining runs
+#   logs     follows the log of a job; JOB=1234_3 is task 3 of an array
+#   cancel   cancels a job
 #
-# Options: --dry-run prints every command, the batch script included, and runs none; --yes cancels
-# without a question; --help.
+# Options: --dry-run prints every command, including the batch script, and runs none; --yes cancels
+# without asking; --help.
 #
 # Variables (required unless a default is given):
-#   GPUS_PER_NODE   submit: GPUs taken on each node; study: on the node of each task, whose runs
-#                   they share
-#   WORKDIR         submit: run directory, on the shared file system; study: folder of its rows
-#   TASKS           study: jobs of the array; more than the grid has cells would idle
+#   GPUS_PER_NODE   submit: GPUs per node; study: GPUs per task, shared by the task's runs
+#   WORKDIR         submit: run directory, on the shared file system; study: folder for its rows
+#   TASKS           study: jobs of the array; jobs beyond the number of grid cells would be idle
 #   JOB             logs, cancel: number of the job, which submit prints
-#   NODES           default 1
-#   CPUS_PER_TASK   cores for each GPU's process and its reading of data; default 4
+#   NODES           submit: number of nodes; default 1
+#   CPUS_PER_TASK   cores for each process and its data loading; default 4
 #   JOB_NAME        default mea_jax
-#   PARTITION, ACCOUNT, TIME   as of sbatch; default: the cluster's. sbatch reads others by itself,
-#                   such as SBATCH_QOS, SBATCH_CONSTRAINT and SBATCH_RESERVATION
-#   SETUP           a line for every job to begin with, such as "module load cuda"; default none
+#   PARTITION, ACCOUNT, TIME   options of sbatch; default: the cluster's. sbatch reads others from
+#                   the environment: SBATCH_QOS, SBATCH_CONSTRAINT, SBATCH_RESERVATION, ...
+#   SETUP           first command of every job, such as "module load cuda"; default none
 #   PYTHON          interpreter; default .venv/bin/python in the checkout
 #   EXTRA           install: extra of pyproject.toml; default cuda
 #
-# Prepared data are kept in ~/.cache/mea_jax. Where nodes do not share the home folder, each makes
-# its own, unless the arguments begin with MEA_JAX_CACHE=/shared/cache.
+# Prepared data are cached in ~/.cache/mea_jax. If nodes do not share the home folder, each prepares
+# its own copy, unless the arguments begin with MEA_JAX_CACHE=/shared/cache.
 #
-# A job that is preempted or loses a node goes back to the queue and resumes from its checkpoint.
+# A job that is preempted or loses a node is requeued and resumes from its checkpoint.
 #
 # https://slurm.schedmd.com/sbatch.html  https://slurm.schedmd.com/srun.html
 # https://docs.jax.dev/en/latest/_autosummary/jax.distributed.initialize.html
@@ -52,10 +52,10 @@ export EXTRA=${EXTRA-cuda}
 NODES=${NODES:-1}
 CPUS_PER_TASK=${CPUS_PER_TASK:-4}
 
-# batch_script: one process for each GPU, because that is what jax.distributed.initialize() expects
-# under Slurm (jax/_src/clusters/slurm_cluster.py, cluster.py): process i of a node takes the i-th
-# of the GPUs that it sees, and no other. So each process must see all the GPUs of its node, which
-# --gpus-per-task would prevent.
+# batch_script: prints the batch script. It starts one process per GPU, because
+# jax.distributed.initialize() expects that under Slurm (jax/_src/clusters/slurm_cluster.py,
+# cluster.py): process i of a node takes the i-th of the GPUs that it sees, and no other. So each
+# process must see all GPUs of its node, which --gpus-per-task would prevent.
 batch_script() {
   printf '#!/bin/bash\n'
   printf '#SBATCH %s\n' "--job-name=${JOB_NAME:-mea_jax}" --gpus-per-node="$GPUS_PER_NODE" \
@@ -70,14 +70,14 @@ batch_script() {
   if [[ -n ${PARTITION:-} ]]; then printf '#SBATCH --partition=%s\n' "$PARTITION"; fi
   if [[ -n ${ACCOUNT:-} ]]; then printf '#SBATCH --account=%s\n' "$ACCOUNT"; fi
   if [[ -n ${TIME:-} ]]; then printf '#SBATCH --time=%s\n' "$TIME"; fi
-  printf 'set -eo pipefail\n' # no -u: module files read variables that are not set
+  printf 'set -eo pipefail\n' # without -u, because module files read variables that are not set
   printf 'cd %s\n' "$(quote "$root")"
   if [[ -n ${SETUP:-} ]]; then printf '%s\n' "$SETUP"; fi
-  # srun does not take --cpus-per-task from sbatch since Slurm 22.05.
+  # Since Slurm 22.05, srun does not inherit --cpus-per-task from sbatch.
   local start=(srun --kill-on-bad-exit=1 --label --cpus-per-task="$CPUS_PER_TASK"
     env "${environment[@]}" "${PYTHON:-.venv/bin/python}" -u -m)
   if [[ $command == study ]]; then
-    # One process has all GPUs of its node.
+    # One process uses all GPUs of its node.
     # shellcheck disable=SC2016 # the job expands it
     printf '%s --shard="$SLURM_ARRAY_TASK_ID/%s" %s\n' \
       "$(quote "${start[@]}" mea_jax.study run --out "$WORKDIR")" "$TASKS" "$(quote "${args[@]}")"
@@ -88,21 +88,23 @@ batch_script() {
 }
 
 check_submit() {
-  need GPUS_PER_NODE "GPUs taken on each node" 8
+  need GPUS_PER_NODE "number of GPUs per node" 8
   need WORKDIR "run directory on a file system that all nodes share" /shared/runs/mea_1b
   check_folder WORKDIR
   local name numbers=(NODES GPUS_PER_NODE CPUS_PER_TASK)
   if [[ $command == study ]]; then
-    need TASKS "jobs of the array" 16
+    need TASKS "number of jobs of the array" 16
     numbers+=(TASKS)
     NODES=1
   fi
   for name in "${numbers[@]}"; do
-    [[ ${!name} =~ ^[1-9][0-9]*$ ]] || die "$name=${!name} must be a number, 1 or more"
+    [[ ${!name} =~ ^[1-9][0-9]*$ ]] ||
+      die "$name=${!name} is not a positive integer: must be 1 or more"
   done
-  # sbatch reads its own lines up to blanks, and offers no quoting for all of them.
+  # sbatch splits its option lines at blanks, and not all of them can be quoted.
   [[ $root${JOB_NAME:-} != *[[:space:]]* ]] ||
-    die "sbatch takes no blanks: JOB_NAME=${JOB_NAME:-}, checkout $root"
+    die "JOB_NAME=${JOB_NAME:-} or checkout $root contains blanks, which sbatch does not accept: \
+rename it"
   training
 }
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A Cloud TPU slice, from one host to a pod, or several: created, installed, trained on, deleted.
+# Create one or several Cloud TPU slices, from one host to a pod, install, train, and delete them.
 #
 #   export TPU_NAME=mea ZONE=us-east5-b TPU_TYPE=v6e-64 BUCKET=my-bucket
 #   launch/tpu_pod.sh create
@@ -9,18 +9,19 @@
 #   launch/tpu_pod.sh delete
 #
 # Subcommands:
-#   create   makes the slice; what follows -- goes to gcloud, such as -- --network=my-network
-#   status   its state
-#   install  puts the code there, makes its environment and mounts BUCKET, on every worker; again
-#            after a change of the code, or a restart of the machines
-#   run      starts training in the background on every worker; what follows -- are VAR=value words
-#            for its environment, then arguments of mea_jax.train, after --distributed --workdir
+#   create   creates the slice; arguments after -- go to gcloud, such as -- --network=my-network
+#   status   prints the state of the slice
+#   install  copies the code, creates the virtual environment and mounts BUCKET, on every worker;
+#            run it again after a change of the code, or a restart of the machines
+#   run      starts training in the background on every worker. After -- come VAR=value for its
+#            environment, then arguments of mea_jax.train, to which the script adds --distributed
+#            and --workdir
 #   logs     follows the log of one worker
-#   stop     ends the training on every worker; `run` again resumes from the last checkpoint
+#   stop     stops the training on every worker; `run` again resumes from the last checkpoint
 #   delete   deletes the slice
-#   all      create, wait until it is there, install, run, logs
+#   all      create, wait until the slice is ready, install, run, logs
 #
-# Options: --dry-run prints every command and runs none; --yes deletes without a question; --help.
+# Options: --dry-run prints every command and runs none; --yes deletes without asking; --help.
 #
 # Variables (required unless a default is given; the same for every subcommand):
 #   TPU_NAME   name of the slice
@@ -30,17 +31,17 @@
 #              not required if WORKDIR is given
 #   MOUNT      where it is mounted; default /mnt/bucket
 #   WORKDIR    run directory, which all workers must share; default $MOUNT/runs/$TPU_NAME
-#   PROJECT    default: that of gcloud's configuration
+#   PROJECT    Google Cloud project; default: that of gcloud's configuration
 #   RUNTIME    create: software version; default: the one for TPU_TYPE
-#   QUEUED     1: ask through a queued resource, and wait for capacity; default 0
+#   QUEUED     1: request the slice as a queued resource, and wait for capacity; default 0
 #   SLICES     number of slices; more than 1 implies QUEUED=1; default 1
-#   SPOT       1: create capacity that may be taken back; default 0
+#   SPOT       create: 1 for spot capacity, which can be reclaimed; default 0
 #   REPO       install: git repository to clone; default: the files of this checkout
 #   COMMIT     install: its commit or tag
 #   WORKER     logs: worker to follow; default 0
-#   SLICE      logs: slice to follow, of several; default 0
+#   SLICE      logs: slice to follow, if there are several; default 0
 #
-# Several workers are reached at once: first `ssh-add ~/.ssh/google_compute_engine`.
+# gcloud connects to all workers at the same time: run `ssh-add ~/.ssh/google_compute_engine` first.
 # TPU7x and later are not in this API: use gke_xpk.sh.
 #
 # https://cloud.google.com/sdk/gcloud/reference/compute/tpus/tpu-vm
@@ -55,7 +56,7 @@ parse "create status install run logs stop delete all" "$@"
 need TPU_NAME "name of the TPU slice" mea
 need ZONE "zone of the TPU slice" us-east5-b
 SLICES=${SLICES:-1}
-[[ $SLICES =~ ^[1-9][0-9]*$ ]] || die "SLICES=$SLICES must be 1 or more"
+[[ $SLICES =~ ^[1-9][0-9]*$ ]] || die "SLICES=$SLICES is not a positive integer: must be 1 or more"
 where=(--zone="$ZONE" ${PROJECT:+--project="$PROJECT"})
 queued=0
 if enabled QUEUED || ((SLICES > 1)); then queued=1; fi
@@ -87,7 +88,7 @@ check_create() {
   fi
 }
 
-create() { # [words for gcloud]
+create() { # [arguments for gcloud]
   local spot=()
   if enabled SPOT; then spot=(--spot); fi
   if ((!queued)); then
@@ -105,11 +106,12 @@ create() { # [words for gcloud]
 
 status() {
   local field=state
-  if ((queued)); then field=state.state; fi # of a queued resource, state is a message
+  if ((queued)); then field=state.state; fi # the state of a queued resource is a nested message
   run "${tpus[@]}" describe "$TPU_NAME" "${where[@]}" --format="value($field)"
 }
 
-# await: a queued resource may take hours; a slice asked for directly is there when create returns.
+# await: waits for a queued resource, which can take hours. Without a queue, the slice is ready when
+# create returns.
 await() {
   local state
   ((queued)) || return 0
@@ -118,10 +120,10 @@ await() {
     return
   fi
   while true; do
-    state=$(status) || die "no state of the queued resource $TPU_NAME: see the line above"
+    state=$(status) || die "queued resource $TPU_NAME has no state: see the message above"
     case $state in
       ACTIVE) return ;;
-      FAILED | SUSPEND*) die "the queued resource $TPU_NAME is $state" ;;
+      FAILED | SUSPEND*) die "queued resource $TPU_NAME is $state: delete it and create it again" ;;
     esac
     sleep 60
   done
@@ -136,7 +138,7 @@ install() {
 check_run() {
   training
   check_bucket
-  [[ -n ${BUCKET:-} ]] || need WORKDIR "folder that all workers share; or set BUCKET" /mnt/nfs/mea
+  [[ -n ${BUCKET:-} ]] || need WORKDIR "folder that all workers share (or set BUCKET)" /mnt/nfs/mea
   WORKDIR=${WORKDIR:-$MOUNT/runs/$TPU_NAME}
   check_folder WORKDIR
 }
@@ -155,12 +157,12 @@ logs() {
 
 delete() {
   local force=()
-  if ((queued)); then force=(--force); fi # else a queued resource that has its slices stays
+  if ((queued)); then force=(--force); fi # required for a queued resource that has slices
   confirm "Delete $TPU_NAME in $ZONE?"
   run "${tpus[@]}" delete "$TPU_NAME" "${where[@]}" "${force[@]}" --quiet
 }
 
-# All that can be refused is refused before anything is done.
+# All checks come before the first action.
 case $command in
   create) check_create ;;
   run) check_run ;;

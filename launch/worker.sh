@@ -1,24 +1,24 @@
 #!/usr/bin/env bash
-# What tpu_pod.sh and gpu_box.sh do on each machine that trains, through ssh; on such a machine it
-# serves by itself as well. From the root of a checkout:
+# Install, start and stop training on one machine. tpu_pod.sh and gpu_box.sh run this script through
+# ssh; it can also be used directly, in the root of a checkout:
 #
-#   EXTRA=cuda launch/worker.sh install        a virtual environment .venv with mea_jax
+#   EXTRA=cuda launch/worker.sh install        creates the virtual environment .venv with mea_jax
 #   launch/worker.sh start -- --config configs/mea_125m.py --workdir runs/mea_125m
 #   launch/worker.sh logs                      follows runs/train.log
 #   launch/worker.sh stop
 #
 # Options: --dry-run prints every command and runs none; --help.
 #
-# Training goes on when the terminal or the ssh connection closes. VAR=value words before the
-# arguments of training are set in its environment.
+# Training continues when the terminal or the ssh connection closes. VAR=value before the arguments
+# of training set its environment.
 #
 # Variables:
-#   EXTRA    install: tpu or cuda, the extra of pyproject.toml; empty: a CPU
-#   BUCKET   Cloud Storage bucket to mount, without gs://; its hierarchical namespace must be on,
-#            since folders are renamed when data or a checkpoint are complete
+#   EXTRA    install: tpu or cuda, the extra of pyproject.toml; empty for a CPU
+#   BUCKET   Cloud Storage bucket to mount, without gs://; it must have a hierarchical namespace,
+#            because folders are renamed when data or a checkpoint are complete
 #   MOUNT    where it is mounted; default /mnt/bucket
 #   PYTHON   start: interpreter; default .venv/bin/python
-#   TAIL     logs: lines to begin with; default 100
+#   TAIL     logs: number of past lines to print first; default 100
 #
 # Mounting: https://cloud.google.com/storage/docs/cloud-storage-fuse/install and .../cli-options
 # uv: https://docs.astral.sh/uv/
@@ -32,7 +32,7 @@ check_bucket
 log=runs/train.log
 pid_file=runs/train.pid
 
-# absent PROGRAM: whether it has to be installed; a dry run shows how.
+# absent PROGRAM: succeeds if it has to be installed, and in a dry run, which prints the commands.
 absent() {
   ((dry_run)) || ! command -v "$1" >/dev/null
 }
@@ -40,7 +40,7 @@ absent() {
 install() {
   local target=.${EXTRA:+[$EXTRA]}
   export PATH="$HOME/.local/bin:$PATH"
-  # uv, because TPU VMs have Ubuntu 22.04's Python 3.10, and mea_jax needs 3.11.
+  # uv installs Python: TPU VMs have Ubuntu 22.04's Python 3.10, and mea_jax needs 3.11.
   if absent uv; then
     tool curl "sudo apt-get install curl"
     run bash -o pipefail -c 'curl -LsSf https://astral.sh/uv/install.sh | sh'
@@ -66,13 +66,13 @@ mount_bucket() {
   if ((dry_run)) || ! mountpoint -q "$MOUNT"; then
     run sudo mkdir -p "$MOUNT"
     run sudo chown "$(id -u):$(id -g)" "$MOUNT"
-    # Nothing is remembered about files: several machines write, and each must see the others'.
+    # File metadata is not cached, because several machines write and each must see others' files.
     run gcsfuse --implicit-dirs --metadata-cache-ttl-secs=0 --metadata-cache-negative-ttl-secs=0 \
       "$BUCKET" "$MOUNT"
   fi
 }
 
-# running: the process number of the training that was started here, if it still runs.
+# running: prints the process id of the training that was started here; fails if it has ended.
 running() {
   local pid
   [[ -f $pid_file ]] && pid=$(<"$pid_file") && grep -qas mea_jax.train "/proc/$pid/cmdline" &&
@@ -85,14 +85,14 @@ start() {
   if [[ -n ${BUCKET:-} ]]; then
     ((dry_run)) || mountpoint -q "$MOUNT" ||
       die "$MOUNT is not mounted: run install with BUCKET=$BUCKET"
-    # First, so that a MEA_JAX_CACHE among the arguments wins.
+    # This comes first, so that MEA_JAX_CACHE among the arguments overrides it.
     environment=("MEA_JAX_CACHE=$MOUNT/mea_jax_cache" "${environment[@]}")
   fi
   if ((!dry_run)) && pid=$(running); then
-    die "training runs already, process $pid: stop it first"
+    die "training is already running as process $pid: stop it first"
   fi
   run mkdir -p runs
-  # A session of its own, so that closing the connection does not end it.
+  # A separate session, so that closing the connection does not end it.
   run bash -c "setsid nohup \"\$@\" >>$log 2>&1 </dev/null & echo \$! >$pid_file" start \
     env "${environment[@]}" "${PYTHON:-.venv/bin/python}" -u -m mea_jax.train "${args[@]}"
 }
@@ -104,15 +104,15 @@ stop() {
     return
   fi
   pid=$(running) || {
-    echo "no training runs here"
+    echo "no training is running here"
     return
   }
-  run kill -TERM -- "-$pid" # its whole group, readers of data included
+  run kill -TERM -- "-$pid" # the entire process group, including data readers
   for _ in {1..60}; do
     running >/dev/null || return 0
     sleep 1
   done
-  die "process $pid did not end within a minute: kill -9 -- -$pid"
+  die "process $pid did not end within a minute: run kill -9 -- -$pid"
 }
 
 [[ $command == start ]] || no_args

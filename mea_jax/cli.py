@@ -1,4 +1,4 @@
-"""The parts that all commands share: flags, one-line errors, the compilation cache."""
+"""Code that all commands share: flags, one-line errors, the compilation cache."""
 
 import errno
 import functools
@@ -28,8 +28,9 @@ from mea_jax.parallel.host import accelerator_attached, keep_freed_memory
 from mea_jax.parallel.preemption import Preempted
 
 _OVERRIDE = re.compile(r"--?(config\.[\w.\[\]]+)")
-# jax's words, without its advice at the end. For example "ABORTED: The TPU is already in use by
-# process with pid 1. Not attempting to load libtpu.so in this process." comes from libtpu.
+# jax's message, without the advice at its end. The reason comes from the platform, such as
+# "ABORTED: The TPU is already in use by process with pid 1. Not attempting to load libtpu.so in
+# this process." from libtpu.
 _NO_BACKEND = re.compile(
     r"Unable to initialize backend '(\w+)': (.*?)\.?( \([^()]*\))?$", re.DOTALL
 )
@@ -38,53 +39,57 @@ _HELD = re.compile("already in use|resource busy", re.IGNORECASE)
 
 
 def define_config_flag():
-    """`--config file.py[:arg]` with `--config.key=value` overrides."""
+    """Define `--config file.py[:arg]` with `--config.key=value` overrides; return its holder."""
     return config_flags.DEFINE_config_file(
         "config",
         None,
         "config file with an optional variant, such as configs/quickstart.py:mha, or the name of "
         "an installed one, such as quickstart:mha; "
-        "--config.key=value overrides one of its keys (all of them: mea_jax/config/schema.py)",
+        "--config.key=value overrides one of its keys (all keys: mea_jax/config/schema.py)",
     )
 
 
 def given_config(flag, example: str) -> config_dict.ConfigDict:
-    """The value of a config flag. Raises `UserError` where there is none, or no such file."""
+    """Return the value of a config flag; raise `UserError` if it is missing or unreadable."""
     if flag.value is None:
         raise UserError(f"no config given: add --config {example}")
     try:
         flag.value.to_dict()
-    except OSError as error:  # ml_collections hands out an object that raises when it is read
+    except OSError as error:  # ml_collections returns an object that raises when it is read
         path = getattr(flags.FLAGS["config"], "config_filename", "").split(":")[0]
         reason = str(error).strip().splitlines()[-1].strip()
-        hint = f"; --config {Path(path).stem} takes the installed one" if is_shipped(path) else ""
+        hint = (
+            f"; use --config {Path(path).stem} for the installed one"
+            if is_shipped(path)
+            else "; check the path"
+        )
         raise UserError(f"config file {path} cannot be read: {reason}{hint}") from error
     return flag.value
 
 
 def parse_config(flag) -> TrainConfig:
-    """The validated config of a `define_config_flag`. Raises `UserError`."""
+    """Return the config of a `define_config_flag`; raise `UserError` if it is not valid."""
     return from_config_dict(given_config(flag, "configs/quickstart.py"))
 
 
 def define_process_flags() -> None:
-    """The flags of a run of several processes: `join_processes` reads them."""
+    """Define the flags of a distributed run, which `join_processes` reads."""
     flags.DEFINE_bool(
         "distributed", False, "join the other processes of a TPU pod, Slurm job or other cluster"
     )
     flags.DEFINE_string(
         "coordinator", None, "HOST:PORT of process 0, on machines without a cluster"
     )
-    flags.DEFINE_integer("num_processes", None, "with --coordinator: processes of the run")
-    flags.DEFINE_integer("process_id", None, "with --coordinator: this one's number, from 0")
-    flags.DEFINE_float("startup_timeout", 300.0, "seconds until all processes must be there")
+    flags.DEFINE_integer("num_processes", None, "with --coordinator: number of processes")
+    flags.DEFINE_integer("process_id", None, "with --coordinator: index of this process, from 0")
+    flags.DEFINE_float("startup_timeout", 300.0, "seconds to wait for all processes")
 
 
 def join_processes(same: dict[str, Any]) -> None:
-    """Joins the run's other processes, if it has any, and sees that all have the `same` tree: their
-    config.
+    """Join the other processes of a distributed run; check that all have the `same` config.
 
-    Raises `UserError` for flags that do not belong together, and as `processes.start`.
+    Raises `UserError` for flags that do not belong together, and as `processes.start` and
+    `processes.check_same` do.
     """
     values = flags.FLAGS
     given = {n: getattr(values, n) for n in ("coordinator", "num_processes", "process_id")}
@@ -106,14 +111,17 @@ def join_processes(same: dict[str, Any]) -> None:
         raise UserError(f"--num_processes {count} must be 1 or more")
     if not 0 <= index < count:
         raise UserError(
-            f"--process_id {index}: with --num_processes {count} the numbers are 0 to {count - 1}"
+            f"--process_id {index} must be from 0 to {count - 1} with --num_processes {count}"
         )
     processes.start(coordinator=values.coordinator, count=count, index=index, timeout=timeout)
     processes.check_same(same, timeout)
 
 
 def enable_compilation_cache() -> None:
-    """Keeps compiled programs between runs, unless jax was told where (or not) to keep them."""
+    """Keep compiled programs between runs, unless jax's own cache directory is set.
+
+    Raises `UserError` if another process holds the TPU.
+    """
     if getattr(jax.config, "jax_compilation_cache_dir", None) is None:
         jax.config.update("jax_compilation_cache_dir", str(cache_root(DataConfig()) / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
@@ -123,7 +131,7 @@ def enable_compilation_cache() -> None:
 def _check_fallback() -> None:
     """Raise `UserError` if jax runs on the CPU only because another process holds the TPU.
 
-    jax itself says so only at its log level INFO.
+    jax itself logs this only at level INFO.
     """
     jax.devices()
     reason = xla_bridge._backend_errors.get("tpu", "")
@@ -133,13 +141,13 @@ def _check_fallback() -> None:
 
 def _held_by_another(platform: str, reason: str) -> str:
     return (
-        f"another process holds the {platform.upper()} ({reason}): wait for it or end it, or set "
-        "JAX_PLATFORMS=cpu to run without"
+        f"another process holds the {platform.upper()} ({reason}): wait until it ends, stop it, or "
+        "set JAX_PLATFORMS=cpu"
     )
 
 
 def no_devices(error: BaseException) -> str | None:
-    """Return what to print if `error` is jax's failure to start a device platform, else None."""
+    """Return the message if jax failed to start a device platform, otherwise None."""
     asked = getattr(jax.config, "jax_platforms", None)
     if isinstance(error, RuntimeError) and (match := _NO_BACKEND.match(str(error))):
         platform, reason = match[1], " ".join(match[2].split())
@@ -160,7 +168,7 @@ def no_devices(error: BaseException) -> str | None:
 
 
 def _check_overrides(argv: Sequence[str]) -> None:
-    """Raise `UserError` for a `--config.key` that names no option, or one without a --config."""
+    """Raise `UserError` for a `--config.key` that is not an option or has no --config."""
     known = [f"config.{key}" for key in flatten(TrainConfig().to_dict())]
     overrides = [match[1] for argument in argv if (match := _OVERRIDE.match(argument))]
     for override in overrides:
@@ -169,7 +177,7 @@ def _check_overrides(argv: Sequence[str]) -> None:
             raise UserError(f"unknown config key {key}: {nearest(key, known)}")
     if overrides and not any(re.match(r"--?config(=|$)", argument) for argument in argv):
         raise UserError(
-            f"--{overrides[0]} overrides a key of a config, and no config is given: add --config "
+            f"--{overrides[0]} overrides a key of a config, but no config is given: add --config "
             "quickstart, or a config file"
         )
 
@@ -177,13 +185,13 @@ def _check_overrides(argv: Sequence[str]) -> None:
 def _last_overrides(argv: Sequence[str]) -> list[str]:
     """Return `argv` with only the last value of each `--config.key`.
 
-    ml_collections concatenates the values of a key that holds a tuple. Here the last one wins, as
-    for all other flags.
+    ml_collections concatenates the values of a key that holds a tuple. Here the last value wins,
+    as for all other flags.
     """
     kept: list[str] = []
     seen = set()
     end = argv.index("--") if "--" in argv else len(argv)
-    values: list[str] = []  # what follows the flag that comes before it, as we walk backwards
+    values: list[str] = []  # of the preceding flag, because the loop runs backwards
     for argument in reversed(argv[:end]):
         match = _OVERRIDE.fullmatch(argument.partition("=")[0])
         if match is None and not argument.startswith("-"):
@@ -202,22 +210,22 @@ def _last_overrides(argv: Sequence[str]) -> list[str]:
 
 
 def _config_file_error(message: str, argv: Sequence[str]) -> str:
-    """A config file's own exception as one line; a misspelt key with the nearest real one."""
+    """Return a config file's exception as one line, with the nearest key if one is misspelt."""
     if match := re.match(r"(?:Attribute|Key)Error: \W*(\w+)", message):
-        for argument in argv:  # ml_collections' word for an override of what is not there
+        for argument in argv:  # ml_collections' error for an override of a missing key
             key = argument.lstrip("-").split("=")[0]
             if key.startswith("config.") and match[1] in re.split(r"[.\[\]]", key):
                 near = re.search(r'Did you mean "(\w+)"', message)
-                mend = f"did you mean {near[1]!r}?" if near else "mend the name, or the file"
-                return f"--{key}: the config sets no {match[1]!r} there: {mend}"
+                mend = f"did you mean {near[1]!r}?" if near else "correct the name, or the file"
+                return f"--{key}: the config has no {match[1]!r} there: {mend}"
     if match := re.search(r'Key "(\w+)" does not exist', message):
         names = {part for key in flatten(TrainConfig().to_dict()) for part in key.split(".")}
         return f"the config file sets the unknown key {match[1]!r}: {nearest(match[1], names)}"
-    return f"the config file fails: {message}"
+    return f"the config file fails, correct it: {message}"
 
 
 def _parse_flags(argv: Sequence[str], training: bool) -> list[str]:
-    """absl's parser, its errors as one line: a flag, a config file or a config key is wrong."""
+    """Parse flags with absl; print an error in a flag, config file or key as one line and exit."""
     try:
         if training:
             _check_overrides(argv)
@@ -228,31 +236,31 @@ def _parse_flags(argv: Sequence[str], training: bool) -> list[str]:
     except UserError as error:
         fail(error)
     except flags.Error as error:
-        if "Error whilst parsing config file" in str(error):  # with the file's whole traceback
+        if "Error whilst parsing config file" in str(error):  # with the file's full traceback
             fail(_config_file_error(str(error).strip().splitlines()[-1], argv))
         fail(error)
-    except Exception as error:  # whatever the user's config file raises
+    except Exception as error:  # any error of the user's config file
         fail(_config_file_error(f"{type(error).__name__}: {error}", argv))
 
 
 def _discard_output() -> None:
-    """Send the rest of stdout to nowhere, so that Python's shutdown does not fail to write it."""
+    """Discard the rest of stdout, so that Python's shutdown does not fail to write it."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _output_problem(error: Exception) -> str | None:
-    """Return what to print if `error` comes from an output that takes nothing more, else None.
+    """Return the message if `error` comes from a full or broken stdout, otherwise None.
 
-    Such an error of stdout names no file. Errors of files that do are no surprise to the commands.
+    An error of stdout names no file. Commands themselves handle errors that name a file.
     """
     if not isinstance(error, OSError) or error.filename is not None or error.errno not in _FULL:
         return None
     _discard_output()
-    return f"the output cannot be written: {error.strerror}; free space, or send it elsewhere"
+    return f"the output cannot be written: {error.strerror}; free space, or redirect it"
 
 
 def outside_problem(error: Exception) -> str | None:
-    """Return what to print if no defect but the machine is behind `error`, else None."""
+    """Return the message if the machine, not a bug, caused `error`, otherwise None."""
     return no_devices(error) or _output_problem(error)
 
 
@@ -261,23 +269,24 @@ def run(
     interrupted: str = "stopped; the same command resumes from the last checkpoint",
     training: bool = True,
 ) -> None:
-    """Runs a command: flags parsed, a `UserError` printed as one line with exit status 2.
+    """Run a command: parse flags, and print a `UserError` as one line with exit status 2.
 
-    `interrupted` is what Ctrl-C prints. `training`: its --config, if any, is a `TrainConfig`. With
-    several processes, how one ends the others end too.
+    `interrupted` is the message after Ctrl-C. Set `training` if --config is a `TrainConfig`. In a
+    distributed run, an error in one process ends all processes.
     """
 
     def wrapped(argv: Sequence[str]) -> None:
         if len(argv) > 1:
-            fail(f"unexpected argument {argv[1]!r}: every option is a --flag; see --help")
-        logging.set_verbosity(logging.WARNING)  # libraries report each of their steps at INFO
+            fail(f"unexpected argument {argv[1]!r}: write options as --flags, see --help")
+        logging.set_verbosity(logging.WARNING)  # libraries log each of their steps at INFO
         preemption.resend_ignored()
         if not accelerator_attached():
-            keep_freed_memory()  # before jax has threads: each would keep freed memory of its own
-        if sys.stdout is None:  # closed by whoever started this
+            keep_freed_memory()  # before jax starts threads, which would keep freed memory
+        if sys.stdout is None:  # closed by the parent process
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(errors="backslashreplace")  # where the encoding lacks a letter
+            # The encoding may lack characters of the output.
+            sys.stdout.reconfigure(errors="backslashreplace")
         try:
             main()
             sys.stdout.flush()
@@ -286,10 +295,10 @@ def run(
             processes.end(2, f"error: {' '.join(str(error).split())}")
         except Preempted as error:
             processes.end(preemption.EXIT_STATUS, str(error), by_signal=True)
-        except BrokenPipeError:  # whoever read the output has seen enough, as `head` does
+        except BrokenPipeError:  # the reader of the output has exited, as `head` does
             _discard_output()
             if processes.is_distributed():
-                processes.end(141, "error: whoever read the output has gone")
+                processes.end(141, "error: the reader of the output has exited")
             sys.exit(141)
         except KeyboardInterrupt:
             processes.end(130, f"\n{interrupted}", by_signal=True)
@@ -302,8 +311,8 @@ def run(
             if processes.lost_another(error):
                 processes.end(
                     1,
-                    f"error: the connection to another process was lost ({reason}): its own log "
-                    f"says why; {processes.AGAIN}",
+                    f"error: the connection to another process was lost ({reason}): see its log "
+                    f"for the cause; {processes.AGAIN}",
                 )
             processes.end(1, f"{traceback.format_exc()}error: {type(error).__name__}: {reason}")
 
@@ -311,7 +320,7 @@ def run(
 
 
 def pyplot() -> Any:
-    """matplotlib.pyplot, imported at the first figure, which draws into files only."""
+    """Return matplotlib.pyplot, imported on first use, with a backend that only writes files."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -321,10 +330,10 @@ def pyplot() -> Any:
 
 
 def run_word(package: str, commands: Sequence[str], about: str | None) -> None:
-    """Runs the module of `mea_jax.<package>` that the first argument names.
+    """Run the module of `mea_jax.<package>` that the first argument names.
 
-    Without one, or with --help, prints `about` and the commands; an unknown one is an error of one
-    line. Flags are the module's own: nothing else of the package is imported.
+    Without an argument, or with --help, print `about` and the commands. An unknown command is a
+    one-line error. The module defines its own flags; nothing else of the package is imported.
     """
     if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
         print(about)
@@ -337,13 +346,13 @@ def run_word(package: str, commands: Sequence[str], about: str | None) -> None:
 
 
 def table(rows: list[tuple[str, str]]) -> str:
-    """Two aligned columns."""
+    """Return rows as two aligned columns."""
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"  {name:<{width}}  {value}" for name, value in rows)
 
 
 def si(value: float, unit: str = "") -> str:
-    """1234567 -> "1.23 M"."""
+    """Format a number with an SI prefix: 1234567 -> "1.23 M"."""
     if not math.isfinite(value) or value < 1000:
         return f"{value:.3g} {unit}".strip()
     prefixes = ("k", "M", "G", "T", "P", "E")

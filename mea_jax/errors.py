@@ -1,7 +1,8 @@
-"""The one exception a user may cause, and how a command prints it.
+"""The exception for mistakes of a user, and how a command prints it.
 
-A `UserError` says what is wrong, where, and how to mend it. Commands print it without a
-traceback and exit with status 2; anything else is a defect of ours and keeps its traceback.
+The message of a `UserError` names what is wrong, where, and how to fix it. Commands print it
+without a traceback and exit with status 2. Any other exception is a bug in mea_jax and keeps its
+traceback.
 """
 
 import difflib
@@ -13,11 +14,11 @@ _SHOWN = 80  # characters of a value in a message
 
 
 class UserError(Exception):
-    """A mistake in a config, an input file, a machine's set-up: one line, no traceback."""
+    """A mistake in a config, an input file or a machine's setup: one line, no traceback."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The tail "did you mean 'x'?" for a misspelt `name`, or the list of what exists."""
+    """Return "did you mean 'x'?" for a misspelt `name`, or the list of known names."""
     names = sorted(known)
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     if close:
@@ -26,17 +27,17 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def shown(value: Any) -> str:
-    """`repr(value)` on one line, cut where it is long: what a message says that was given."""
+    """Return `repr(value)` for a message: on one line, shortened if it is long."""
     try:
         text = repr(value)
-    except Exception:  # whatever an object in a config file raises; int beyond 4,300 digits
+    except Exception:  # any error of an object in a config file; an int of over 4,300 digits
         return f"something of type {type(value).__name__}"
     text = " ".join(text.splitlines())
     return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 10]}...{text[-7:]}"
 
 
 def fail(error: BaseException | str) -> NoReturn:
-    """Prints `error` as one line on stderr and exits with status 2."""
+    """Print `error` as one line on stderr and exit with status 2."""
     line = " ".join(str(error).split())
     sys.stderr.write(f"error: {line}\n")
     sys.exit(2)

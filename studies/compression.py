@@ -1,12 +1,12 @@
-"""The study of compression: every method at several shares of the cache, on several models.
+r"""Run the study of compression: every method at several shares of the cache, on several models.
 
-    python -m studies.compression --model runs/study/mha-0 --model runs/study/gqa-0 \\
+    python -m studies.compression --model runs/study/mha-0 --model runs/study/gqa-0 \
         --work runs/study/compressed --out docs/studies/compression
 
-A model is a run directory called KIND-SEED (`configs/compression_study.py`). Each compression is a
-row of `rows.jsonl` in `--out`, what was measured of each layer one of `layers.jsonl`; what is there
-already is not made again, so a stopped study goes on. `--keep`, `--method`, `--budget`, `--repair`
-and `--effort` choose a part of it. `python -m studies.compression_figures` draws both.
+A model is a run directory named KIND-SEED (`configs/compression_study.py`). Each compression is a
+row of `rows.jsonl` in `--out`, and each layer's measurements are a row of `layers.jsonl`. Existing
+rows are not computed again, so a stopped study continues. `--keep`, `--method`, `--budget`,
+`--repair` and `--effort` select a part of it. `python -m studies.compression_figures` draws both.
 """
 
 import dataclasses
@@ -29,26 +29,26 @@ from mea_jax.compress.options import Options
 from mea_jax.compress.run import compress
 from mea_jax.errors import UserError
 
-KEEPS = (0.5, 0.25, 0.75, 0.125)  # the most asked for first: a stopped study has those
+KEEPS = (0.5, 0.25, 0.75, 0.125)  # the most important first, in case the study is stopped
 OURS = ("aligned", "frequency")
 Row = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class CompressionName:
-    """What tells a compression of a model from the others."""
+    """The options that distinguish a compression of a model from the others."""
 
     method: str
     budget: str
     repair: str
-    effort: int = 1  # times the usual steps of repair, and text for them
+    effort: int = 1  # factor of the usual repair steps, and of the text for them
 
     def folder(self, keep: float) -> str:
         effort = f"-x{self.effort}" if self.effort > 1 else ""
         return f"{self.method}-{self.budget}-{self.repair}{effort}-{keep:g}"
 
     def of(self, options: Options, keep: float) -> Options:
-        """`options` of this compression."""
+        """Return `options` with the values of this compression."""
         return dataclasses.replace(
             options,
             method=self.method,
@@ -61,11 +61,11 @@ class CompressionName:
 
 
 def variants(keep: float) -> Iterator[CompressionName]:
-    """What is tried at a share of the cache."""
+    """Yield the compressions to try at a share of the cache."""
     yield from (CompressionName(method, "uniform", "none") for method in METHODS)
     yield from (CompressionName(method, "measured", "none") for method in OURS)
     yield from (CompressionName(method, "repaired", "layerwise") for method in OURS)
-    if keep == 0.5:  # which part of the best does what
+    if keep == 0.5:  # ablations of the best compression
         yield from (CompressionName(method, "repaired", "layerwise", effort=4) for method in OURS)
         yield from (CompressionName(method, "repaired", "blockwise") for method in OURS)
         yield from (
@@ -79,12 +79,12 @@ def variants(keep: float) -> Iterator[CompressionName]:
 
 
 def _rounded(value: float | None) -> float | None:
-    """To a millionth; None for what is not known, such as the error of a single batch."""
+    """Round to a millionth; return None for an unknown value, such as a single batch's error."""
     return None if value is None or not math.isfinite(value) else round(value, 6)
 
 
 def row_of(model: str, name: CompressionName, summary: dict[str, Any], seconds: float) -> Row:
-    """A compression's summary as a line of `rows.jsonl`."""
+    """Return a compression's summary as a row of `rows.jsonl`."""
     kind, _, seed = model.rpartition("-")
     options, held_out = summary["options"], summary["held_out"]
     domains = {Path(name).stem: d for name, d in held_out["domains"].items()}
@@ -109,7 +109,7 @@ def row_of(model: str, name: CompressionName, summary: dict[str, Any], seconds: 
 
 
 def layers_of(model: str, summary: dict[str, Any]) -> list[Row]:
-    """What a measured compression knows of each layer."""
+    """Return the measured sensitivities of a compression as rows of `layers.jsonl`."""
     kind, _, seed = model.rpartition("-")
     options = summary["options"]
     about = {"kind": kind, "seed": int(seed), "method": options["method"]}
@@ -124,7 +124,7 @@ def layers_of(model: str, summary: dict[str, Any]) -> list[Row]:
 
 
 class Study:
-    """The rows that are known, and the folders where compressions are made."""
+    """The finished rows, and the folders for compressed models (`work`) and results (`out`)."""
 
     def __init__(self, work: Path, out: Path):
         self.work, self.out = work, out
@@ -138,7 +138,7 @@ class Study:
         return any(all(row[k] == value for k, value in wanted.items()) for row in self.rows)
 
     def compress(self, run: Path, name: CompressionName, keep: float, options: Options) -> Row:
-        """One row, made anew. The compressed model stays at half the cache only."""
+        """Compress `run` and return its row. The compressed model is kept only if `keep` is 0.5."""
         folder, began = self.work / run.name, time.monotonic()
         asked = name.of(options, keep)
         out = folder / name.folder(keep)
@@ -165,13 +165,16 @@ class Study:
 
 
 def read(path: Path) -> list[Row]:
-    """The rows of a file, none where there is no file. Raises `UserError` for a damaged one."""
+    """Return the rows of a file, or none if it does not exist.
+
+    Raise `UserError` if it is damaged.
+    """
     if not path.exists():
         return []
     try:
         return [json.loads(line) for line in path.read_text().splitlines()]
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}): remove it, or mend it") from error
+        raise UserError(f"{path} cannot be read ({error}): fix or remove it") from error
 
 
 def _runs() -> list[Path]:
@@ -180,12 +183,15 @@ def _runs() -> list[Path]:
         raise UserError("no model given: add --model runs/study/mha-0")
     for run in runs:
         if not run.name.rpartition("-")[2].isdigit():
-            raise UserError(f"--model {run}: a run directory called KIND-SEED, such as mha-0")
+            raise UserError(
+                f"--model {run} has no seed in its name: give a run directory named KIND-SEED, "
+                "such as mha-0"
+            )
     return runs
 
 
 def _chosen() -> list[tuple[float, CompressionName]]:
-    """Shares and variants that the command line asks for. Raises `UserError` where none is left."""
+    """Return the shares and variants that the flags select. Raise `UserError` if there are none."""
     asked: dict[str, list[Any]] = {
         "method": METHOD.value,
         "budget": BUDGET.value,
@@ -201,7 +207,7 @@ def _chosen() -> list[tuple[float, CompressionName]]:
     ]
     if not found:
         said = " ".join(f"--{k} {x}" for k, of in {"keep": KEEP.value, **asked}.items() for x in of)
-        raise UserError(f"{said}: nothing in the study is like that")
+        raise UserError(f"{said}: no compression of the study matches; remove one of these flags")
     return found
 
 
@@ -236,14 +242,22 @@ def main() -> None:
 if __name__ == "__main__":
     MODEL = flags.DEFINE_multi_string("model", [], "run directory KIND-SEED; repeated")
     WORK = flags.DEFINE_string("work", "runs/study/compressed", "folder for compressed models")
-    OUT = flags.DEFINE_string("out", "docs/studies/compression", "folder for rows.jsonl")
-    HELD_OUT = flags.DEFINE_integer("held_out_tokens", 98_304, "looked at")
-    CALIBRATION = flags.DEFINE_integer("calibration_tokens", Options.calibration_tokens, "")
-    MEASURE = flags.DEFINE_integer("measure_tokens", Options.measure_tokens, "for budgets")
-    STEPS = flags.DEFINE_integer("repair_steps", Options.repair_steps, "of each layer")
-    KEEP = flags.DEFINE_multi_float("keep", [], "shares of the cache; all of them without")
-    METHOD = flags.DEFINE_multi_string("method", [], "methods; all of them without")
-    BUDGET = flags.DEFINE_multi_string("budget", [], "kinds of budgets; all of them without")
-    EFFORT = flags.DEFINE_multi_integer("effort", [], "times the repair; all of them without")
-    REPAIR = flags.DEFINE_multi_string("repair", [], "kinds of repair; all of them without")
-    cli.run(main, "stopped; the same command goes on")
+    OUT = flags.DEFINE_string(
+        "out", "docs/studies/compression", "folder for rows.jsonl and layers.jsonl"
+    )
+    HELD_OUT = flags.DEFINE_integer(
+        "held_out_tokens", 98_304, "maximum number of held-out tokens for the loss"
+    )
+    CALIBRATION = flags.DEFINE_integer(
+        "calibration_tokens", Options.calibration_tokens, "tokens of training text for calibration"
+    )
+    MEASURE = flags.DEFINE_integer(
+        "measure_tokens", Options.measure_tokens, "tokens on which budgets are measured"
+    )
+    STEPS = flags.DEFINE_integer("repair_steps", Options.repair_steps, "steps for each layer")
+    KEEP = flags.DEFINE_multi_float("keep", [], "shares of the cache; default: all")
+    METHOD = flags.DEFINE_multi_string("method", [], "methods; default: all")
+    BUDGET = flags.DEFINE_multi_string("budget", [], "kinds of budgets; default: all")
+    EFFORT = flags.DEFINE_multi_integer("effort", [], "factors of the repair; default: all")
+    REPAIR = flags.DEFINE_multi_string("repair", [], "kinds of repair; default: all")
+    cli.run(main, "stopped; run the same command again to continue")

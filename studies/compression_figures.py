@@ -1,9 +1,10 @@
-"""Tables and pictures of the study of compression, from its rows alone.
+"""Draw the tables and figures of the study of compression from its rows.
 
     python -m studies.compression_figures --data docs/studies/compression
 
-Reads `rows.jsonl` and `layers.jsonl` (`studies.compression`), and `recovery.jsonl`
-(`studies.recovery`) where it is; writes `tables.md` and a picture of each beside them.
+Reads `rows.jsonl` and, if they exist, `layers.jsonl` (both from `studies.compression`) and
+`recovery.jsonl` (from `studies.recovery`). Writes `tables.md` and a figure of each to the same
+folder.
 """
 
 from collections.abc import Iterable, Sequence
@@ -37,7 +38,7 @@ SHORT = (
     BEST,
     CompressionName("frequency", "repaired", "layerwise"),
 )
-_STYLES = {  # what the picture of losses shows: colour, marker, line
+_STYLES = {  # compressions in the figure of losses: colour, marker, line
     PAPER: ("#c0392b", "o", "-"),
     CompressionName("gqa_mean", "uniform", "none"): ("#e59866", "v", ":"),
     CompressionName("gqa_aligned", "uniform", "none"): ("#b7950b", "^", ":"),
@@ -52,7 +53,7 @@ _STYLES = {  # what the picture of losses shows: colour, marker, line
 
 
 def words(name: CompressionName) -> str:
-    """What a compression is called in tables and legends."""
+    """Return the label of a compression in tables and legends."""
     budget = {"uniform": "", "measured": ", measured", "residual": ", by residual"}
     said = name.method + budget.get(name.budget, ", measured repaired")
     repair = {"output": ", W_O refitted", "layerwise": ", repaired", "blockwise": ", in blocks"}
@@ -70,20 +71,20 @@ def name_of(row: Row) -> CompressionName:
 
 
 def select(rows: Iterable[Row], **wanted: Any) -> list[Row]:
-    """The rows with these values, by seed."""
+    """Return the rows that have these values, sorted by seed."""
     found = [r for r in rows if all(r[key] == value for key, value in wanted.items())]
     return sorted(found, key=lambda r: r["seed"])
 
 
 def of_name(rows: Iterable[Row], kind: str, name: CompressionName, keep: float) -> list[Row]:
-    """One compression of one kind of model, by seed."""
+    """Return the rows of one compression of one kind of model, sorted by seed."""
     return [r for r in select(rows, kind=kind, keep=keep) if name_of(r) == name]
 
 
 def ratios(
     rows: Sequence[Row], kind: str, name: CompressionName, keep: float, value: str = "increase"
 ) -> list[float]:
-    """`value` over that of the paper's method at the same bytes, for each seed."""
+    """Return `value` over that of the paper's method at the same `keep`, for each seed."""
     own, paper = (
         {r["seed"]: r[value] for r in of_name(rows, kind, n, keep) if value in r}
         for n in (name, PAPER)
@@ -92,17 +93,17 @@ def ratios(
 
 
 def share(ratio: float) -> str:
-    """ "1/66.2", or "1.10" of what is no smaller."""
+    """Format a ratio: "1/66.2" if it is between 0 and 1, otherwise "1.10"."""
     return f"1/{1 / ratio:.3g}" if 0 < ratio < 1 else f"{ratio:.2f}"
 
 
 def _seeds(values: Sequence[float], form: str) -> str:
-    """One number a seed: "+0.0112, +0.0131"."""
+    """Format one number per seed: "+0.0112, +0.0131", or "-" without any."""
     return ", ".join(format(value, form) for value in values) or "-"
 
 
 def increases_table(rows: Sequence[Row], keep: float) -> str:
-    """Of every variant and kind of model at a share of the cache."""
+    """Return the table of increases of every variant and kind of model at a share of the cache."""
     kinds = [kind for kind in KINDS if select(rows, kind=kind, keep=keep)]
     lines = [
         "| | " + " | ".join(f"{KINDS[kind]} | of the paper's" for kind in kinds) + " |",
@@ -121,12 +122,12 @@ def increases_table(rows: Sequence[Row], keep: float) -> str:
 
 
 def short_table(rows: Sequence[Row], keep: float = 0.5) -> str:
-    """README's: means over seeds, and how much smaller than the paper's they are."""
+    """Return the short table of increases: means over seeds, and their ratios to the paper's."""
     return _means(rows, keep, "increase of held-out loss, nats", "increase", "error", "+.4f")
 
 
 def divergence_table(rows: Sequence[Row], keep: float = 0.5) -> str:
-    """Likewise of how far predictions moved."""
+    """Return the short table of divergences: means over seeds, and their ratios to the paper's."""
     title = "KL(original, compressed), held out, nats"
     return _means(rows, keep, title, "divergence", "divergence_error", ".4f")
 
@@ -154,7 +155,10 @@ def _means(rows: Sequence[Row], keep: float, title: str, value: str, error: str,
 
 
 def domains_table(rows: Sequence[Row], keep: float) -> str:
-    """The increase in each domain, for the paper's method and the best, mean over seeds."""
+    """Return the table of increases per domain, means over seeds, for the paper's and three more.
+
+    The others are `aligned` with uniform budgets, with measured budgets, and the best compression.
+    """
     shown = (PAPER, _BASE, CompressionName("aligned", "measured", "none"), BEST)
     domains = list(rows[0]["domains"])
     lines = [
@@ -172,7 +176,7 @@ def domains_table(rows: Sequence[Row], keep: float) -> str:
 
 
 def heads_table(rows: Sequence[Row], keep: float) -> str:
-    """What measured budgets chose."""
+    """Return the table of the heads per layer that measured budgets chose for `aligned`."""
     lines = ["| | seed | | keys | values |", "|---|---|---|---|---|"]
     for kind in KINDS:
         for row in select(rows, kind=kind, keep=keep):
@@ -184,7 +188,7 @@ def heads_table(rows: Sequence[Row], keep: float) -> str:
 
 
 def draw_losses(rows: Sequence[Row], path: Path) -> None:
-    """Increase of the loss against the cache kept, a panel for each kind of model."""
+    """Draw the increase of the loss against the cache kept, with a panel per kind of model."""
     plt = cli.pyplot()
     kinds = [kind for kind in KINDS if select(rows, kind=kind)]
     figure, axes = plt.subplots(
@@ -218,7 +222,7 @@ def draw_losses(rows: Sequence[Row], path: Path) -> None:
 
 
 def draw_layers(layers: Sequence[Row], path: Path, method: str = "aligned") -> None:
-    """What each layer's keys, and values, cost alone at half of their heads."""
+    """Draw the cost of compressing one layer's keys or values to half of their heads."""
     plt = cli.pyplot()
     kinds = [kind for kind in KINDS if select(layers, kind=kind, method=method)]
     figure, axes = plt.subplots(
@@ -247,7 +251,7 @@ def draw_layers(layers: Sequence[Row], path: Path, method: str = "aligned") -> N
 
 
 def recovery_table(rows: Sequence[Row]) -> str:
-    """What is lost against the control before training on and after it, on all held-out text."""
+    """Return the table of held-out losses over the control's, before and after recovery."""
     lines = [
         "| | seed | start | over the control before | after | loss after |",
         "|---|---|---|---|---|---|",
@@ -264,20 +268,20 @@ def recovery_table(rows: Sequence[Row]) -> str:
 
 
 def start_words(start: str) -> str:
-    """A start of `recovery.jsonl` as it is called in tables and legends."""
+    """Return the label of a start of `recovery.jsonl` in tables and legends."""
     folder, *taught = start.split(", ")
     known = {name.folder(KEEP): words(name) for name in STARTS}
     return ", ".join([known.get(folder, folder), *taught])
 
 
 def ends(rows: Sequence[Row], start: str) -> tuple[float, float]:
-    """A start's first and last loss."""
+    """Return a start's first and last loss."""
     of = sorted(select(rows, start=start), key=lambda row: row["step"])
     return of[0]["loss"], of[-1]["loss"]
 
 
 def draw_recovery(rows: Sequence[Row], path: Path) -> None:
-    """What each start loses against the control trained as long, over steps."""
+    """Draw the loss of each start over that of the control at the same step."""
     plt = cli.pyplot()
     kinds = [kind for kind in KINDS if select(rows, kind=kind)]
     figure, axes = plt.subplots(
@@ -313,10 +317,10 @@ def _save(figure: Any, path: Path) -> None:
 
 
 def sections(data: Path) -> list[tuple[str, str]]:
-    """Titles and tables of what there is."""
+    """Return titles and tables of the existing rows. Raise `UserError` if there are none."""
     rows = read(data / "rows.jsonl")
     if not rows:
-        raise UserError(f"{data} has no rows.jsonl: run python -m studies.compression")
+        raise UserError(f"{data} has no rows.jsonl: run python -m studies.compression first")
     found = []
     for keep in sorted(KEEPS, reverse=True):
         if select(rows, keep=keep):
@@ -333,7 +337,7 @@ def sections(data: Path) -> list[tuple[str, str]]:
 
 
 def redraw(data: Path) -> str:
-    """Writes the tables and all pictures; the tables' text."""
+    """Write the tables and all figures; return the tables' text."""
     text = "".join(f"## {title}\n\n{table}\n\n" for title, table in sections(data))
     with disk_errors(data / "tables.md"):
         write_whole(data / "tables.md", text)
@@ -350,5 +354,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    DATA = flags.DEFINE_string("data", "docs/studies/compression", "folder of the rows")
+    DATA = flags.DEFINE_string(
+        "data", "docs/studies/compression", "folder that contains the rows and gets the results"
+    )
     cli.run(main, "stopped")

@@ -1,10 +1,11 @@
-"""The paper's protocol on a pretrained model: import, compress, recover, evaluate, one table.
+"""Run the paper's protocol on a pretrained model: import, compress, recover, evaluate, report.
 
     python -m studies.halve --config configs/studies/qwen3_halve.py --model FOLDER
 
-Each stage is a command that a user could type, run one after another as processes of their own, so
-that none holds the memory of another. What is finished is listed in `stages.json` and not done
-again; the same command goes on after a kill. `report.md` and `report.json` land in `--out`.
+Each stage is a command that a user could run. The stages run one after another in separate
+processes, so that each frees its memory. Finished stages are listed in `stages.json` and not
+repeated, so the same command continues after a kill. `report.md` and `report.json` are written to
+`--out`.
 """
 
 import dataclasses
@@ -45,7 +46,7 @@ KEYS: dict[str, Any] = {
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """One command. `module` follows `python -m`."""
+    """One command: `python -m module` with the arguments `words`."""
 
     name: str
     module: str
@@ -57,26 +58,34 @@ class Stage:
 
 
 def check(config: Mapping[str, Any]) -> None:
-    """Raises `UserError` for a config that is none of this study's."""
+    """Raise `UserError` for a config that is not valid for this study."""
     for key in config:
         if key not in KEYS:
             raise UserError(f"unknown config key config.{key}: {nearest(key, KEYS)}")
     for key, kind in KEYS.items():
         if key not in config:
-            raise UserError(f"config.{key} is missing: see configs/studies/qwen3_halve.py")
+            raise UserError(f"config.{key} is missing: add it as in configs/studies/qwen3_halve.py")
         if not isinstance(config[key], kind):
-            raise UserError(f"config.{key}={config[key]!r} is of another type than expected")
+            raise UserError(
+                f"config.{key}={config[key]!r} has the wrong type: set it as in "
+                "configs/studies/qwen3_halve.py"
+            )
     if not config["compressions"]:
-        raise UserError("config.compressions is empty: nothing would be compressed")
+        raise UserError("config.compressions is empty: add at least one compression")
     for name in config["compressions"]:
         if name in (ORIGINAL, CONTROL) or name.endswith(RECOVERED) or "/" in name:
-            raise UserError(f"config.compressions.{name}: choose another name")
+            raise UserError(
+                f"config.compressions.{name} is a reserved name or contains a slash: choose "
+                "another name"
+            )
     if not 0 < config["keep"] <= 1:
-        raise UserError(f"config.keep={config['keep']} must lie above 0 and up to 1")
+        raise UserError(
+            f"config.keep={config['keep']} must be in (0, 1]: set the share of the cache to keep"
+        )
 
 
 def stages(config: Mapping[str, Any], model: str, out: Path) -> Iterator[Stage]:
-    """All commands, in an order in which each finds what it reads."""
+    """Yield all stages, each after those whose results it reads."""
     original = out / ORIGINAL
     words = ["from_hf", "--model", model, "--out", str(original), "--text", config["text"]]
     words += ["--dtype", config["dtype"], "--context_length", str(config["context_length"])]
@@ -116,7 +125,7 @@ def _harness(options: Mapping[str, Any]) -> list[str]:
 
 
 class FinishedStages:
-    """`stages.json`: the commands that are finished, by stage."""
+    """The finished commands by stage, stored in `stages.json` of the folder `out`."""
 
     def __init__(self, out: Path):
         self.file = out / "stages.json"
@@ -128,7 +137,7 @@ class FinishedStages:
             raise UserError(f"{self.file} is damaged ({error}): remove it") from error
 
     def has(self, stage: Stage) -> bool:
-        """Raises `UserError` where the stage was done by another command."""
+        """Return whether `stage` is finished. Raise `UserError` if another command finished it."""
         if stage.name not in self.commands:
             return False
         words = [stage.module, *stage.words]
@@ -136,8 +145,8 @@ class FinishedStages:
             old, new = (set(command) for command in (self.commands[stage.name], words))
             differing = sorted(old ^ new)
             raise UserError(
-                f"{self.file.parent} holds {stage.name} of other options ({', '.join(differing)}): "
-                "choose another --out, or remove the folder"
+                f"{self.file.parent} contains {stage.name} with other options "
+                f"({', '.join(differing)}): choose another --out, or remove the folder"
             )
         return True
 
@@ -154,7 +163,11 @@ def run(
     say: Callable[[str], Any],
     call: Callable[[list[str]], int] = lambda command: subprocess.run(command).returncode,
 ) -> str:
-    """Runs what is not done yet; the report's Markdown. Raises `UserError`."""
+    """Run the unfinished stages, write the report, and return its Markdown.
+
+    `say` logs a line. `call` runs a command and returns its exit status. Raise `UserError` if the
+    config is not valid, a stage fails, or `out` contains stages with other options.
+    """
     check(config)
     done, todo = FinishedStages(out), list(stages(config, model, out))
     left = [stage for stage in todo if not done.has(stage)]
@@ -163,8 +176,8 @@ def run(
         began = time.monotonic()
         if status := call(stage.command):
             raise UserError(
-                f"{stage.name} failed with status {status}, as said above: mend it, and the same "
-                "command goes on"
+                f"stage '{stage.name}' failed with status {status}: fix the error logged above, "
+                "then run the same command again to continue"
             )
         done.add(stage)
         say(f"[{number}/{len(left)}] {stage.name}: {time.monotonic() - began:.0f} s")
@@ -180,7 +193,7 @@ def run(
 def main() -> None:
     config = cli.given_config(CONFIG, "configs/studies/qwen3_halve.py").to_dict()
     if not MODEL.value:
-        raise UserError("no model given: add --model FOLDER, or a model's name on the hub")
+        raise UserError("--model is missing: add --model FOLDER, or a model's name on the hub")
     out = Path(OUT.value or Path("runs") / config["name"])
     if LIST.value:
         check(config)
@@ -194,8 +207,10 @@ def main() -> None:
 
 if __name__ == "__main__":
     CONFIG = config_flags.DEFINE_config_file("config", None, "configs/studies/qwen3_halve.py")
-    MODEL = flags.DEFINE_string("model", None, "folder of a model of transformers, or its name")
-    OUT = flags.DEFINE_string("out", None, "folder of everything; default runs/<config's name>")
-    LIST = flags.DEFINE_bool("list", False, "print the commands, and run none")
+    MODEL = flags.DEFINE_string(
+        "model", None, "folder of a transformers model, or its name on the hub"
+    )
+    OUT = flags.DEFINE_string("out", None, "folder for all results; default: runs/<config.name>")
+    LIST = flags.DEFINE_bool("list", False, "print the commands without running them")
     flags.declare_key_flag("config")
-    cli.run(main, "stopped; the same command goes on", training=False)
+    cli.run(main, "stopped; run the same command again to continue", training=False)

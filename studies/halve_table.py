@@ -1,4 +1,4 @@
-"""The table of `studies.halve`: what the paper reports, and what it leaves out."""
+"""Write the report of `studies.halve`: the paper's results, and those that the paper omits."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -8,7 +8,7 @@ from typing import Any
 from mea_jax.errors import UserError
 
 Row = dict[str, Any]
-# Of the metrics that a task reports, the one that stands for it: the first of these that it has.
+# The metric that represents a task is the first of these that it reports.
 METRICS = ("acc_norm", "exact_match", "acc", "f1", "bits_per_byte", "perplexity")
 
 
@@ -16,11 +16,14 @@ def _read(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}): remove stages.json beside it") from error
+        raise UserError(
+            f"{path} cannot be read ({error}): remove stages.json in --out, then run the same "
+            "command again"
+        ) from error
 
 
 def _tasks(folder: Path) -> list[Row]:
-    """One row a task: value and difference from the original, with standard errors."""
+    """Return a row per task: value and difference from the original, with standard errors."""
     file = folder / "results.json"
     if not file.exists():
         return []
@@ -33,7 +36,7 @@ def _tasks(folder: Path) -> list[Row]:
 
 
 def _mean(tasks: Sequence[Row]) -> Row | None:
-    """The mean over tasks; its error takes tasks as independent."""
+    """Return the mean over tasks, with an error that assumes independent tasks; None without."""
     if not tasks:
         return None
     result: Row = {}
@@ -46,12 +49,16 @@ def _mean(tasks: Sequence[Row]) -> Row | None:
 
 
 def collect(out: Path, names: Sequence[str], trained: Sequence[str]) -> Row:
-    """{"models": one row a model} from what the stages have left in `out`. Raises `UserError`."""
+    """Return {"models": a row per model}, read from the results of the stages in `out`.
+
+    `names` are compressed models, `trained` are the control and the recovered models. Raise
+    `UserError` if a result cannot be read.
+    """
     rows: list[Row] = []
     for name in (*names, *trained):
         original, own = _read(out / "profiles" / name / "report.json")["models"]
         tasks = _tasks(out / "tasks" / name)
-        if not rows:  # the original is measured beside each; the first time stands for it
+        if not rows:  # the original is measured with each model; its first measurement is used
             rows.append(_row("original", original, original))
             base = [
                 row | {"value": row["baseline"], "error": row["baseline_error"]} for row in tasks
@@ -90,7 +97,7 @@ def _signed(value: float, error: float | None) -> str:
 
 
 def markdown(report: Mapping[str, Any], config: Mapping[str, Any]) -> str:
-    """The report as a page."""
+    """Return the report as a Markdown page."""
     rows = report["models"]
     heads = ["model", "cache, bytes per token", "kept", "loss", "increase"]
     heads += [f"decode at {s['context']:,}" for s in rows[1]["speed"]]
@@ -107,9 +114,13 @@ def markdown(report: Mapping[str, Any], config: Mapping[str, Any]) -> str:
         lines.append(cells + speeds + [""] * (len(heads) - len(cells) - len(speeds)))
     steps = config["recover"].get("steps", 0)
     text = f"# {config['name']}\n\n"
-    text += "Held-out loss in nats per token; increases over the original, paired by document. "
+    text += (
+        "Held-out loss is in nats per token. Increases are over the original, paired by document. "
+    )
     text += '"control" and "recovered" are the original and the compressed models after '
-    text += f"{steps} further steps; decoding speed is over the original's, measured in turn.\n\n"
+    text += (
+        f"{steps} further steps. Decoding speed is relative to the original, measured in turn.\n\n"
+    )
     text += _table(lines)
     if rows[0]["tasks"]:
         tasks = [row["task"] for row in rows[0]["tasks"]]
@@ -121,9 +132,9 @@ def markdown(report: Mapping[str, Any], config: Mapping[str, Any]) -> str:
                 [row["name"].replace("_", " "), *cells, _score(row["mean"], row is rows[0])]
             )
         text += (
-            "\n## Tasks\n\nOf lm-evaluation-harness; in brackets the difference from the original "
+            "\n## Tasks\n\nTasks are from lm-evaluation-harness. Brackets contain the difference "
         )
-        text += "and its standard error, paired by document.\n\n" + _table(lines)
+        text += "from the original and its standard error, paired by document.\n\n" + _table(lines)
     return text
 
 

@@ -1,4 +1,4 @@
-"""Lines of the Python standard library's functions: which of four comes next?"""
+"""Make multiple-choice questions for the next line of a function of Python's standard library."""
 
 import ast
 import functools
@@ -9,16 +9,16 @@ from typing import Any
 
 import numpy as np
 
-_BEFORE = (3, 10)  # lines of the function before the one that is asked for
-_LINE = (16, 60)  # letters of such a line, indentation apart
+_BEFORE = (3, 10)  # lines of the function before the line to choose
+_LINE = (16, 60)  # characters of that line, without indentation
 _CHOICES = 4
-_FOLDERS = ("test", "tests", "idle_test", "site-packages", "lib2to3")  # not of the library proper
-_DRAWS = 200  # of a wrong line until one fits
+_FOLDERS = ("test", "tests", "idle_test", "site-packages", "lib2to3")  # not part of the library
+_DRAWS = 200  # lines drawn to find the wrong choices of a question
 
 
 @functools.cache
 def library_functions() -> tuple[list[str], ...]:
-    """Lines of each function of the library, without what stands before its `def`, in order."""
+    """Return the lines of each function of the library, from its `def`, in a fixed order."""
     return tuple(_read_functions())
 
 
@@ -31,7 +31,7 @@ def _read_functions() -> Iterator[list[str]]:
             text = path.read_text(encoding="utf-8")
             tree = ast.parse(text)
         except (OSError, UnicodeDecodeError, SyntaxError, ValueError):
-            continue  # some files hold errors on purpose
+            continue  # some files contain errors on purpose
         lines = text.split("\n")
         for node in ast.walk(tree):
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
@@ -43,8 +43,12 @@ def _indentation(line: str) -> int:
 
 
 def questions(count: int, rng: np.random.Generator) -> list[dict[str, Any]]:
-    """[{"prompt", "choices", "answer"}, ...]: the beginning of a function, four lines, and which of
-    them follows; the others come from other functions, as long within a quarter, as far in."""
+    """Return up to `count` questions [{"prompt", "choices", "answer"}, ...].
+
+    The prompt is the beginning of a function. The choices are four lines, of which number `answer`
+    comes next. The others come from other functions; their length differs by at most a quarter, and
+    they get the same indentation.
+    """
     asked: list[tuple[str, str, str]] = []  # prompt, line, the function's text
     low, high = _LINE
     for lines in library_functions():
@@ -56,7 +60,7 @@ def questions(count: int, rng: np.random.Generator) -> list[dict[str, Any]]:
         if places and "\t" not in "".join(lines):
             i = places[int(rng.integers(len(places)))]
             asked.append(("\n".join(lines[:i]) + "\n", lines[i], "\n".join(lines)))
-    # The same function in two files would be asked twice.
+    # Remove questions from functions that occur in several files.
     asked = list({question[0]: question for question in asked}.values())
     found = []
     for i in rng.permutation(len(asked)):

@@ -1,18 +1,19 @@
-"""Writes tasks of our own in the harness's format: a folder that needs no network.
+r"""Write evaluation tasks in lm-evaluation-harness's format, into a folder that needs no network.
 
     python -m studies.harness_suite --out suite
-    python -m mea_jax.evaluate --checkpoint runs/suite --include_path suite --tasks mea_suite \\
+    python -m mea_jax.evaluate --checkpoint runs/suite --include_path suite --tasks mea_suite \
         --out profiles/suite
 
-- mea_arithmetic: sums after four solved ones, written; exact match. An untrained model gets none.
-- mea_arithmetic_choice: the same, chosen of four results that are near; by chance a quarter.
-- mea_code: the next line of a function of Python's library, of four; a quarter. Read acc_norm, by
-  letters: lines differ in length.
-- mea_recall: the word beside a name in a table of six; a sixth.
-- mea_needle: which of three hidden pass keys is asked for, by its depth; a third.
+- mea_arithmetic: generate the result of a sum or difference after four solved ones; exact match.
+  Chance is 0.
+- mea_arithmetic_choice: choose the result among four close numbers. Chance is 1/4.
+- mea_code: choose the next line of a function of Python's library among four. Chance is 1/4. Read
+  acc_norm, which is normalised by characters, because lines differ in length.
+- mea_recall: choose the word next to a name in a table of six. Chance is 1/6.
+- mea_needle: choose the requested one of three hidden pass keys; one task per depth. Chance is 1/3.
 
-A small model learns all but code from the documents of `mea_jax.evaluate.tasks`; what is asked here
-is not among them.
+A small model learns all of these but code from the documents of `mea_jax.evaluate.tasks`. The
+questions here are not among those documents.
 """
 
 import functools
@@ -31,13 +32,13 @@ from mea_jax.errors import UserError
 from mea_jax.evaluate import tasks
 from studies import harness_functions as functions
 
-DEPTHS = (0, 25, 50, 75, 100)  # per cent
+DEPTHS = (0, 25, 50, 75, 100)  # percent
 _PAIRS = 6  # rows of a table
 _NEEDLES = 3
 _LOAD = "load.py"
 
-# Read by the harness, beside the task files: the folder can be moved as a whole.
-_LOADER = '''"""Documents of the tasks beside this file."""
+# The harness reads this from the folder of the task files, so the folder can be moved.
+_LOADER = '''"""Load the documents of the tasks in this folder."""
 
 import json
 from pathlib import Path
@@ -111,11 +112,11 @@ def _chosen(rng: np.random.Generator, prompt: str, right: str, wrong: list[str])
 
 
 def _sums(count: int, rng: np.random.Generator) -> list[tuple[str, int]]:
-    """`count` different problems of one and two digits after four solved ones, and results."""
+    """Return `count` problems of one or two digits after four solved ones, and their results."""
     found: dict[str, tuple[str, int]] = {}
     while len(found) < count:
         operation = tasks.OPERATIONS[int(rng.integers(2))]
-        digits = 1 if rng.random() < 0.1 else 2  # few problems of one digit are asked
+        digits = 1 if rng.random() < 0.1 else 2  # there are few problems of one digit
         example = tasks.arithmetic(rng, operation=operation, digits=digits)
         question = example.prompt.rsplit("\n", 1)[-1]
         found.setdefault(question, (example.prompt, int(example.answer)))
@@ -123,12 +124,15 @@ def _sums(count: int, rng: np.random.Generator) -> list[tuple[str, int]]:
 
 
 def arithmetic(count: int, rng: np.random.Generator) -> list[dict[str, Any]]:
-    """Sums whose result is to be written."""
+    """Return `count` sums or differences, whose results the model generates."""
     return [{"prompt": prompt, "answer": f"{result}"} for prompt, result in _sums(count, rng)]
 
 
 def arithmetic_choice(count: int, rng: np.random.Generator) -> list[dict[str, Any]]:
-    """Sums with four results of at most 12 apart, the right one anywhere among them by size."""
+    """Return `count` problems with four choices, the wrong ones within 12 of the right result.
+
+    The right result can have any rank among them by size.
+    """
     rows = []
     for prompt, result in _sums(count, rng):
         near = [n for n in range(max(result - 12, 0), result + 13) if n != result]
@@ -138,7 +142,7 @@ def arithmetic_choice(count: int, rng: np.random.Generator) -> list[dict[str, An
 
 
 def recall(count: int, rng: np.random.Generator) -> list[dict[str, Any]]:
-    """Tables, and a name of them; to choose from: all their words."""
+    """Return `count` tables, each with a name to look up, and all their words as choices."""
     rows = []
     for _ in range(count):
         example = tasks.recall(rng, pairs=_PAIRS)
@@ -151,7 +155,10 @@ def recall(count: int, rng: np.random.Generator) -> list[dict[str, Any]]:
 def needle(
     count: int, rng: np.random.Generator, depth: float, letters: int
 ) -> list[dict[str, Any]]:
-    """Filler of `letters` with three pass keys in it, the one asked for at `depth`."""
+    """Return `count` texts of `letters` characters with three pass keys, one of them requested.
+
+    The requested one is at the fraction `depth` of the text. The choices are the three keys.
+    """
     rows: list[dict[str, Any]] = []
     while len(rows) < count:
         example = tasks.passkey(rng, size=letters, depth=depth, needles=_NEEDLES)
@@ -163,8 +170,11 @@ def needle(
 
 
 def write(folder: Path, count: int, seed: int, letters: int) -> list[str]:
-    """Writes all tasks, `count` documents each; their names. A function of its arguments, and for
-    mea_code of this Python's library."""
+    """Write all tasks with `count` documents each into `folder`; return their names.
+
+    The depths of mea_needle share `count`. The documents depend only on the arguments, and those of
+    mea_code also on this Python's library.
+    """
     choices: dict[str, Callable[[np.random.Generator], list[dict[str, Any]]]] = {
         "mea_arithmetic_choice": lambda rng: arithmetic_choice(count, rng),
         "mea_code": lambda rng: functions.questions(count, rng),
@@ -191,26 +201,31 @@ def write(folder: Path, count: int, seed: int, letters: int) -> list[str]:
 
 def main() -> None:
     if not OUT.value:
-        raise UserError("no folder given: add --out suite")
+        raise UserError("--out is missing: add --out suite")
     if not 1 <= DOCUMENTS.value <= 2000:
-        raise UserError(f"--documents={DOCUMENTS.value} must lie in [1, 2000]")
+        raise UserError(f"--documents={DOCUMENTS.value} is out of range: must be in [1, 2000]")
     if not 0 <= SEED.value < 2**32:
-        raise UserError(f"--seed={SEED.value} must lie in [0, 2^32)")
+        raise UserError(f"--seed={SEED.value} is out of range: must be in [0, 2^32)")
     shortest = tasks.shortest_passkey(_NEEDLES)
     if LETTERS.value < shortest:
-        raise UserError(f"--letters={LETTERS.value}: {_NEEDLES} pass keys take {shortest}")
+        raise UserError(
+            f"--letters={LETTERS.value} is too short for {_NEEDLES} pass keys: must be at least "
+            f"{shortest}"
+        )
     folder = Path(OUT.value)
     try:
         make_writable(folder)
         names = write(folder, DOCUMENTS.value, SEED.value, LETTERS.value)
     except OSError as error:
-        raise UserError(f"--out {folder} cannot be written: {error.strerror}") from error
-    print(f"{len(names)} tasks in {folder}: {', '.join(names)}; all of them: mea_suite")
+        raise UserError(
+            f"--out {folder} cannot be written: {error.strerror}; choose a writable --out"
+        ) from error
+    print(f"{len(names)} tasks in {folder}: {', '.join(names)}; tag of all tasks: mea_suite")
 
 
 if __name__ == "__main__":
-    OUT = flags.DEFINE_string("out", None, "the folder to write, for --include_path")
-    DOCUMENTS = flags.DEFINE_integer("documents", 500, "of each task")
-    SEED = flags.DEFINE_integer("seed", 0, "of everything that is drawn")
-    LETTERS = flags.DEFINE_integer("letters", 450, "of a text with pass keys")
+    OUT = flags.DEFINE_string("out", None, "folder for the tasks, to use as --include_path")
+    DOCUMENTS = flags.DEFINE_integer("documents", 500, "documents for each task")
+    SEED = flags.DEFINE_integer("seed", 0, "seed for all random choices")
+    LETTERS = flags.DEFINE_integer("letters", 450, "characters of a text with pass keys")
     cli.run(main, "stopped")

@@ -1,12 +1,12 @@
-"""Trains compressed models on, and the original as long: what of the difference stays?
+r"""Continue the training of compressed models and of the original, and compare their losses.
 
-    python -m studies.recovery --model runs/study/mha-0 --work runs/study/compressed \\
+    python -m studies.recovery --model runs/study/mha-0 --work runs/study/compressed \
         --out docs/studies/compression
 
-Starts are the model itself (the control) and what `studies.compression` has left in `--work`
-at half the cache. Each is trained by configs/recover.py with the same data, steps and schedule, the
-best one a second time with the model as its teacher; the held-out losses become rows of
-`recovery.jsonl`. What is finished is not trained again.
+The starts are the model itself (the control) and the models that `studies.compression` has left in
+`--work` at half the cache. Each is trained with configs/recover.py on the same data, with the same
+steps and schedule. The best one is trained a second time with the model as its teacher. The
+held-out losses are written as rows of `recovery.jsonl`. Finished trainings are not repeated.
 """
 
 import json
@@ -38,12 +38,15 @@ TAUGHT = CompressionName("aligned", "repaired", "layerwise")
 
 
 def starts(run: Path, work: Path) -> list[tuple[str, Path, bool]]:
-    """Name, checkpoint and whether the original teaches, of each training. Raises `UserError`."""
+    """Return the name, the checkpoint and whether to distill from the original, of each training.
+
+    Raise `UserError` if a compressed model is missing.
+    """
     found = [(CONTROL, run, False)]
     for name in STARTS:
         folder = work / run.name / name.folder(KEEP)
         if not folder.exists():
-            raise UserError(f"{folder} is not there: run python -m studies.compression first")
+            raise UserError(f"{folder} does not exist: run python -m studies.compression first")
         found.append((name.folder(KEEP), folder, False))
         if name == TAUGHT:
             found.append((f"{name.folder(KEEP)}, taught", folder, True))
@@ -51,11 +54,16 @@ def starts(run: Path, work: Path) -> list[tuple[str, Path, bool]]:
 
 
 def recovery_config(recipe: str, checkpoint: Path, steps: int, rate: float) -> TrainConfig:
-    """configs/recover.py with the study's schedule. Raises `UserError`."""
+    """Return the config of `recipe` (configs/recover.py) with the study's schedule.
+
+    `rate` is the peak learning rate. Raise `UserError` if `recipe` cannot be read.
+    """
     try:
         config = runpy.run_path(recipe)["get_config"](str(checkpoint))
     except OSError as error:
-        raise UserError(f"--recipe {recipe} cannot be read: {error.strerror}") from error
+        raise UserError(
+            f"--recipe {recipe} cannot be read: {error.strerror}; give a config file"
+        ) from error
     config.steps, config.optimizer.learning_rate = steps, rate
     config.optimizer.warmup_steps = steps // 10
     config.evaluate.every = config.checkpoint.every = max(steps // 4, 1)
@@ -63,7 +71,7 @@ def recovery_config(recipe: str, checkpoint: Path, steps: int, rate: float) -> T
 
 
 def rows_of(run: Path, name: str, folder: Path) -> list[Row]:
-    """The held-out losses of one training."""
+    """Return the held-out losses of one training, a row per evaluated step."""
     kind, _, seed = run.name.rpartition("-")
     about = {"kind": kind, "seed": int(seed), "start": name}
     metrics = read_metrics(folder / "metrics.jsonl")
@@ -72,7 +80,7 @@ def rows_of(run: Path, name: str, folder: Path) -> list[Row]:
 
 
 def recover(run: Path, work: Path, recipe: str, steps: int, rate: float) -> list[Row]:
-    """All trainings of one model; their rows."""
+    """Run all trainings of one model; return their rows."""
     rows: list[Row] = []
     for name, checkpoint, taught in starts(run, work):
         config = recovery_config(recipe, checkpoint, steps, rate)
@@ -97,7 +105,7 @@ def main() -> None:
     cli.enable_compilation_cache()
     out = Path(OUT.value) / "recovery.jsonl"
     if not MODEL.value:
-        raise UserError("no model given: add --model runs/study/mha-0")
+        raise UserError("--model is missing: add --model runs/study/mha-0")
     for model in map(Path, MODEL.value):
         new = recover(model, Path(WORK.value), RECIPE.value, STEPS.value, RATE.value)
         of = (new[0]["kind"], new[0]["seed"])
@@ -112,6 +120,6 @@ if __name__ == "__main__":
     WORK = flags.DEFINE_string("work", "runs/study/compressed", "folder of compressed models")
     OUT = flags.DEFINE_string("out", "docs/studies/compression", "folder for recovery.jsonl")
     RECIPE = flags.DEFINE_string("recipe", "configs/recover.py", "config of the training")
-    STEPS = flags.DEFINE_integer("steps", 200, "of each training")
-    RATE = flags.DEFINE_float("learning_rate", 3e-4, "at its peak")
-    cli.run(main, "stopped; the same command goes on")
+    STEPS = flags.DEFINE_integer("steps", 200, "steps of each training")
+    RATE = flags.DEFINE_float("learning_rate", 3e-4, "peak learning rate")
+    cli.run(main, "stopped; run the same command again to continue")

@@ -1,1 +1,1 @@
-"""What a run writes, and how it is verified and read."""
+"""Write, verify and read the files of a run."""

@@ -1,8 +1,8 @@
-"""A folder's digests: what was written is what will be read, and nothing outside is.
+"""Write and verify the checksums of a folder.
 
-`seal` writes `digests.json` into a folder: size and SHA-256 of every file below it. `damage`
-compares. A folder that was changed in a single bit, cut short, that lacks a file or has one more,
-is found out; so is one whose files are links, which could lead anywhere.
+`seal` writes `digests.json` into a folder: the size and SHA-256 of every file below it. `damage`
+compares. It detects a single changed bit, a truncated, missing or additional file, and links, which
+could point outside the folder.
 """
 
 import hashlib
@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 FILE = "digests.json"
-_THREADS = 2  # hashing leaves Python's lock; more would only take cores from training
+_THREADS = 2  # hashing releases Python's lock; more threads would only take cores from training
 
 
 def seal(folder: Path) -> None:
-    """Writes the digests of all files below `folder`, and has the disk take everything.
+    """Write the checksums of all files below `folder`, and sync all of it to disk.
 
-    Raises `OSError` when the disk refuses.
+    Raise `OSError` if a write fails.
     """
     names = sorted(set(_names(folder)) - {FILE})
     with ThreadPoolExecutor(_THREADS) as pool:
@@ -29,7 +29,7 @@ def seal(folder: Path) -> None:
     path = folder / FILE
     body = json.dumps({"files": files}, sort_keys=True)
     with path.open("w") as file:
-        # Its own digest comes first: a flipped bit in the list must not pass as another list.
+        # The list's own checksum comes first, so that a flipped bit in the list is detected.
         file.write(f"{hashlib.sha256(body.encode()).hexdigest()} {body}\n")
         file.flush()
         os.fsync(file.fileno())
@@ -38,10 +38,10 @@ def seal(folder: Path) -> None:
 
 
 def damage(folder: Path, part: int = 0, parts: int = 1) -> str | None:
-    """Return what has changed in `folder` since it was sealed, in a few words, or None.
+    """Return a short description of what has changed in `folder` since `seal`, or None.
 
-    Reads every `parts`-th of its files from the `part`-th on, so that several processes may share
-    the reading; what can be seen without reading, each of them sees.
+    Read every `parts`-th file from the `part`-th on, so that several processes can share the
+    reading. Each of them checks the names of all files.
     """
     try:
         text = (folder / FILE).read_text()
@@ -78,9 +78,9 @@ def damage(folder: Path, part: int = 0, parts: int = 1) -> str | None:
 
 
 def links(folder: Path) -> str | None:
-    """The first entry below `folder` that is neither a plain file nor a folder, or None.
+    """Return a message about an entry below `folder` that is neither file nor folder, or None.
 
-    Raises `OSError` where `folder` cannot be read.
+    Raise `OSError` if `folder` cannot be read.
     """
     try:
         for _ in _names(folder):
@@ -91,7 +91,7 @@ def links(folder: Path) -> str | None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Has the disk take the names in `folder`; where it has no such thing, does nothing."""
+    """Sync the names in `folder` to disk; do nothing if the file system cannot."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except OSError:
@@ -105,7 +105,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def _names(folder: Path) -> Iterator[str]:
-    """Relative names of the files below `folder`. Raises `ValueError` at anything else."""
+    """Yield the relative names of the files below `folder`. Raise `ValueError` at a link."""
     waiting = [""]
     while waiting:
         prefix = waiting.pop()

@@ -1,4 +1,4 @@
-"""Files that are replaced as a whole, strict JSON, and the disk's errors as one line."""
+"""Replace files atomically, write strict JSON, and report disk errors on one line."""
 
 import contextlib
 import json
@@ -13,7 +13,7 @@ from mea_jax.errors import UserError
 
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turns the disk's refusal to write `path` into a `UserError`."""
+    """Turn an `OSError` from writing `path` into a `UserError`."""
     try:
         yield
     except OSError as error:
@@ -24,7 +24,7 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 def make_writable(folder: Path) -> None:
-    """Makes a folder, if need be, and tries to write there. Raises `OSError`."""
+    """Make `folder` if it does not exist, and test writing to it. Raise `OSError` on failure."""
     folder.mkdir(parents=True, exist_ok=True)
     probe = folder / ".writable"
     probe.write_text("")
@@ -32,14 +32,14 @@ def make_writable(folder: Path) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Replaces a file's text, or leaves it as it was."""
+    """Replace a file's text atomically: if this fails, the file stays as it was."""
     scratch = path.with_name(path.name + ".tmp")
     scratch.write_text(text)
     os.replace(scratch, path)
 
 
 def to_json(tree: Any, indent: int | None = None) -> str:
-    """Strict JSON, which any reader takes: it has no numbers that are not finite; they are null."""
+    """Return `tree` as strict JSON, which every parser reads: NaN and infinities become null."""
 
     def finite(value: Any) -> Any:
         if isinstance(value, float):
@@ -54,6 +54,6 @@ def to_json(tree: Any, indent: int | None = None) -> str:
 
 
 def write_json(path: Path, tree: Any) -> None:
-    """Writes whole or not at all. Raises `UserError` when the disk refuses."""
+    """Write `tree` as JSON, atomically. Raise `UserError` if the disk refuses."""
     with disk_errors(path):
         write_whole(path, to_json(tree, indent=1) + "\n")

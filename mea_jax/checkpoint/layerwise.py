@@ -1,8 +1,8 @@
-"""Checkpoints read and written layer by layer: never more than one layer's parameters in memory.
+"""Read and write checkpoints layer by layer, with at most one layer's parameters in memory.
 
-Reading takes slices of the stacked arrays straight from the store that orbax wrote. Writing fills
-files that are mapped into memory, from which orbax writes the checkpoint chunk by chunk at the end;
-until then they survive a kill.
+Reading takes slices of the stacked arrays directly from the store that orbax wrote. Writing fills
+memory-mapped files, from which orbax writes the checkpoint chunk by chunk at the end; until then
+they survive a kill.
 """
 
 import json
@@ -32,8 +32,8 @@ from mea_jax.model.transformer import stretches
 Tree = dict[str, Any]
 _STACK = re.compile(r"layers_(\d+)")
 _CHUNK = 64 << 20  # bytes of a chunk of a written array
-_FILE = 128 << 20  # bytes of a data file of the store: what is not in one yet waits in memory
-_CACHE = 256 << 20  # bytes of decoded chunks that reading may hold: a chunk may span many layers
+_FILE = 128 << 20  # bytes of a data file of the store: chunks not yet written to one are in memory
+_CACHE = 256 << 20  # bytes of decoded chunks that reading may cache: a chunk may span many layers
 
 
 def _flat(tree: Tree, prefix: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
@@ -55,7 +55,7 @@ def _nested(leaves: Iterator[tuple[tuple[str, ...], Any]]) -> Tree:
 
 
 def places(model: ModelConfig) -> list[tuple[str, int]]:
-    """Where each layer lies: the name of its stack of equal layers, and its number there."""
+    """Return, for each layer, the name of its stack of equal layers and its index in the stack."""
     return [(f"layers_{first}", i) for first, length, *_ in stretches(model) for i in range(length)]
 
 
@@ -67,14 +67,17 @@ class StoredModel:
     """A checkpoint's config, and its parameters one layer at a time.
 
     Attributes:
-      run: its run directory.
-      step: which checkpoint of it.
-      config: as it was trained.
+      run: the run directory.
+      step: the step of the checkpoint.
+      config: the config of the training run.
     """
 
     def __init__(self, path: Path, say: Callable[[str], Any]):
-        """`say` is told of damaged checkpoints that were passed over. Raises `UserError` where
-        there is no good one at `path`."""
+        """Open the newest good checkpoint of a run directory, or one step of it.
+
+        `say` receives a line for each damaged checkpoint that is skipped. Raise `UserError` if
+        there is no good one at `path`.
+        """
         trained = open_trained(path, say)
         self.step, self.config = trained.step, trained.config
         self.run = trained.checkpoints.directory.parent
@@ -85,7 +88,7 @@ class StoredModel:
 
     @property
     def digest(self) -> str:
-        """Return the digest of the training data; "" for a model that was not trained here."""
+        """The digest of the training data; "" for a model that was not trained here."""
         return json.loads((self.folder / "data" / "metadata").read_text())["digest"]
 
     def _open(self, path: tuple[str, ...]) -> Any:
@@ -100,24 +103,26 @@ class StoredModel:
         except Exception as error:
             reason = str(error).strip().splitlines()[0]
             raise UserError(
-                f"{self.folder} cannot be read at {'/'.join(path)}: {reason}"
+                f"{self.folder} cannot be read at {'/'.join(path)}: {reason}; use another "
+                "checkpoint"
             ) from error
         if array.shape != self._shapes[path].shape:
             raise UserError(
-                f"{self.folder} holds {'/'.join(path)} as {array.shape}, its config says "
-                f"{self._shapes[path].shape}"
+                f"{self.folder} contains {'/'.join(path)} with shape {array.shape}, its config "
+                f"says {self._shapes[path].shape}: use another checkpoint"
             )
         return array
 
     @property
     def dtype(self) -> np.dtype:
-        """In which the parameters lie on disk: float32, or bfloat16 after an import."""
+        """The dtype of the parameters on disk: float32, or bfloat16 after an import."""
         return self._open(("embedding",)).dtype.numpy_dtype
 
     def leaf(self, path: tuple[str, ...], layer: int | None = None, item: int | None = None):
-        """One parameter as it lies on disk, or the `item` of its first axis, such as an expert.
+        """Return a parameter in its stored dtype, or the `item` of its first axis (an expert).
 
-        `path` is that within the layer, or from the top where there is no `layer`.
+        `path` is the path within the layer, or within the entire tree if `layer` is None. Raise
+        `UserError` if the parameter cannot be read.
         """
         where: tuple[int, ...] = ()
         if layer is not None:
@@ -127,36 +132,36 @@ class StoredModel:
         return np.asarray(self._open(path)[where].read().result())
 
     def layer(self, index: int) -> Tree:
-        """The parameters of one layer, without the axis of layers, float32 on the host."""
+        """Return one layer's parameters, without the axis of layers, float32 on the host."""
         stack, place = self._places[index]
         paths = [path for path in self._shapes if path[0] == stack]
         reads = [(path[1:], self._open(path)[place].read()) for path in paths]
         return _nested((path, _float32(read)) for path, read in reads)
 
     def top(self) -> Tree:
-        """The parameters outside the layers: embeddings and the final norm."""
+        """Return the parameters outside the layers (embeddings, final norm), float32 on host."""
         paths = [path for path in self._shapes if not _STACK.fullmatch(path[0])]
         return _nested((path, _float32(self._open(path).read())) for path in paths)
 
 
 class Writer:
-    """A checkpoint in the making, in files below `folder`, to be resumed after a kill.
+    """A writer of a checkpoint, layer by layer; its files below `folder` survive a kill.
 
-    `dtype`: in which the parameters are stored, float32 or bfloat16.
+    `dtype` is the dtype of the stored parameters, float32 or bfloat16.
     """
 
     def __init__(self, folder: Path, model: ModelConfig, dtype: str = "float32"):
         self.folder, self.model, self.dtype = folder, model, jnp.dtype(dtype)
         self._shapes = dict(_flat(abstract_params(model)))
         self._places = places(model)
-        plain_path(folder)  # refused now rather than when all is done
+        plain_path(folder)  # raises now rather than at the end
         with disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
 
     def _array(self, path: tuple[str, ...], mode: str) -> Any:
         file = self.folder / (".".join(path) + ".npy")
         if not file.exists():
-            # NumPy's files know no bfloat16: its bits lie in them as whole numbers.
+            # The .npy format has no bfloat16: its bits are stored as unsigned integers.
             kept = np.dtype(f"u{self.dtype.itemsize}")
             array = np.lib.format.open_memmap(file, "w+", kept, self._shapes[path].shape)
         else:
@@ -164,7 +169,7 @@ class Writer:
         return array.view(self.dtype)
 
     def open(self, path: tuple[str, ...], layer: int | None = None) -> np.ndarray:
-        """One parameter to be filled in place; `path` as in `StoredModel.leaf`."""
+        """Return one parameter, to be filled in place; `path` is as in `StoredModel.leaf`."""
         with disk_errors(self.folder):
             if layer is None:
                 return self._array(path, "r+")
@@ -176,21 +181,23 @@ class Writer:
             array = self._array(path, "r+")
             where = ... if place is None else place
             if array[where].shape != value.shape:
-                raise ValueError(f"{path}: {value.shape} for {array[where].shape}")
+                raise ValueError(f"{path}: shape {value.shape} must be {array[where].shape}")
             array[where] = value
             array.flush()
 
     def write_layer(self, index: int, tree: Tree) -> None:
+        """Write the parameters of one layer, without the axis of layers."""
         stack, place = self._places[index]
         for path, leaf in _flat(tree):
             self._write((stack, *path), place, leaf)
 
     def write_top(self, tree: Tree) -> None:
+        """Write the parameters outside the layers."""
         for path, leaf in _flat(tree):
             self._write(path, None, leaf)
 
     def layer(self, index: int) -> Tree:
-        """A layer that was written."""
+        """Return a layer that was written, float32."""
         stack, place = self._places[index]
         paths = [path for path in self._shapes if path[0] == stack]
         found = ((path, self._array(path, "r")[place]) for path in paths)
@@ -198,17 +205,20 @@ class Writer:
 
     @property
     def bytes(self) -> int:
-        """Return the number of all parameters."""
+        """The size of all parameters in bytes."""
         return sum(math.prod(x.shape) for x in self._shapes.values()) * self.dtype.itemsize
 
     def save(self, checkpoint: Path, config: TrainConfig, digest: str) -> None:
-        """Writes the checkpoint, sealed. It holds parameters only: no moments, step 0's data."""
+        """Write the checkpoint with checksums: parameters only, no moments, data from batch 0 on.
+
+        Raise `UserError` if it cannot be written, or cannot be read back.
+        """
         arrays = {path: np.asarray(self._array(path, "r")) for path in self._shapes}
         params = _nested(iter(arrays.items()))
         chunks = jax.tree.map(
             lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK, shard_axes=(0,)), params
         )
-        # Orbax warns that there is no handler of jax's arrays, of which there are none.
+        # Orbax warns that there is no handler for jax's arrays; there are no such arrays here.
         absl_logging.set_verbosity(absl_logging.FATAL)
         # The default handler would copy all arrays first.
         numpy_handler = ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)
@@ -235,5 +245,8 @@ class Writer:
                 force=True,
             )
             if problem := missing(checkpoint / "state", names_of({"params": params})):
-                raise UserError(f"what was written to {checkpoint} cannot be read back: {problem}")
+                raise UserError(
+                    f"{checkpoint} was written, but cannot be read back: {problem}; check the disk "
+                    "and run the command again"
+                )
             digests.seal(checkpoint)

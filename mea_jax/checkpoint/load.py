@@ -1,4 +1,4 @@
-"""A trained model on disk, as the commands after training take it."""
+"""Open trained models on disk, for the commands after training."""
 
 import dataclasses
 import sys
@@ -20,22 +20,26 @@ from mea_jax.ops.backend import resolve
 
 @dataclass(frozen=True)
 class Trained:
-    """A checkpoint that is whole; its arrays are not read yet."""
+    """A complete checkpoint, whose arrays are not read yet."""
 
-    path: Path  # as it was given
+    path: Path  # the argument of `open_trained`
     checkpoints: Checkpoints
     step: int
     config: TrainConfig
     tokenizer: Tokenizer
 
     def params(self, abstract: Any) -> Any:
-        """The parameters alone, laid out as `abstract` says. Raises `UserError`."""
+        """Return the parameters alone, with the shapes, dtypes and shardings of `abstract`.
+
+        Raise `UserError` if they cannot be read.
+        """
         return self.checkpoints.params(self.step, abstract)
 
     def on_first_device(self, dtype: str, length: int = 0) -> tuple[ModelConfig, Any]:
-        """The model, resolved for `length` positions (0: its window), and its parameters.
+        """Return the model, resolved for `length` positions (0: its window), and its parameters.
 
-        `dtype` is that of products. Raises `UserError`.
+        `dtype` is the dtype of products. Raise `UserError` if the checkpoint cannot be read, or the
+        device cannot run the model.
         """
         device, length = jax.devices()[0], length or self.config.data.context_length
         model = dataclasses.replace(unresolved(self.config.model), dtype=dtype)
@@ -48,42 +52,47 @@ class Trained:
 
 
 def open_trained(path: Path, say: Callable[[str], Any], option: str = "--checkpoint") -> Trained:
-    """The model of a run directory's newest good checkpoint, or of one step; `say` is told of
-    damaged ones that were passed over. With several processes, each of them calls this.
+    """Return the model of a run directory's newest good checkpoint, or of one step.
 
-    Raises `UserError`, which names `option`: no such folder, no checkpoint, a damaged one.
+    `say` receives a line for each damaged checkpoint that is skipped. In a distributed run every
+    process must call this. Raise `UserError`, which names `option`, if there is no such folder or
+    no checkpoint, or the step is damaged.
     """
     run, step = find_checkpoint(path, option)
     checkpoints = Checkpoints(run)
     if step is None:
         step = checkpoints.newest_good(say)
     elif problem := checkpoints.damage(step):
-        raise UserError(f"{option} {path} is damaged: {problem}; take another step")
+        raise UserError(f"{option} {path} is damaged: {problem}; use another step")
     if step is None:
-        raise UserError(f"{option} {path}: no checkpoint there is complete")
+        raise UserError(
+            f"{option} {path}: no checkpoint there is complete; give a run that has saved one"
+        )
     return Trained(
         path, checkpoints, step, checkpoints.config(step), from_directory(run / "tokenizer")
     )
 
 
 def stored_config(path: Path, option: str = "--checkpoint") -> TrainConfig:
-    """The config inside the newest checkpoint of a run directory, or inside one step of it.
+    """Return the config inside the newest checkpoint of a run directory, or inside one step of it.
 
-    Only that is read: whether the arrays are whole is for `open_trained`, which may take an older
-    step. Raises `UserError`.
+    Nothing else is read: `open_trained` verifies the arrays, and may use an older step. Raise
+    `UserError` if there is no checkpoint, or its config cannot be read.
     """
     run, step = find_checkpoint(path, option)
     checkpoints = Checkpoints(run)
     step = checkpoints.latest() if step is None else step
     if step is None:
-        raise UserError(f"{option} {path}: no checkpoint there is complete")
+        raise UserError(
+            f"{option} {path}: no checkpoint there is complete; give a run that has saved one"
+        )
     return checkpoints.config(step)
 
 
 def unresolved(model: ModelConfig) -> ModelConfig:
-    """`model` with what was resolved for the machine that trained left open for this one.
+    """Return `model` with all choices that depend on the machine set back to "auto".
 
-    Its dtype stays: that is what the model was trained to compute with.
+    The dtype stays: the model was trained to compute with it.
     """
     asked = {"backend": "auto", "attention_kernel": "auto", "hlc_form": "auto"}
     return ModelConfig(**(vars(model) | asked))
@@ -92,9 +101,10 @@ def unresolved(model: ModelConfig) -> ModelConfig:
 def load(
     path: Path, length: int = 0, dtype: str = "auto"
 ) -> tuple[ModelConfig, Any, Tokenizer, int]:
-    """Model, parameters, tokenizer and cache length of a checkpoint, on the first device.
+    """Return the model, parameters, tokenizer and cache length of a checkpoint.
 
-    `length` 0: the window that the model was trained on. Raises `UserError`.
+    The parameters are on the first device. A `length` of 0 means the window that the model was
+    trained on. `dtype` is the dtype of products. Raise `UserError` as `open_trained`.
     """
     trained = open_trained(path, lambda line: print(line, file=sys.stderr))
     length = length or trained.config.data.context_length

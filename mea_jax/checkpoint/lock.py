@@ -1,9 +1,10 @@
-"""One run, one run directory: a second process that is started on it refuses.
+"""Lock a run directory, so that a second run in it stops with an error.
 
-The lock is the system's own (flock) on `<workdir>/.lock`, which goes with its holder however that
-ends. Where a file system has no locks (some mounted buckets), or keeps them within one host, the
-words in the file help: each run writes its own, and before every checkpoint sees whether they are
-still there. Then the first of two runs stops, before it could mix its checkpoints with the other's.
+The lock is the system's (flock) on `<workdir>/.lock`; it is released when its process ends, in any
+way. Some file systems (mounted buckets) have no locks, or have them within one host only.
+So each run also writes its identity into the file, and checks before every checkpoint that it is
+still there. If not, the first of the two runs stops before it mixes its checkpoints with the
+other's.
 """
 
 import contextlib
@@ -29,25 +30,25 @@ class Lock:
         self.path, self.words = path, words
 
     def check(self) -> None:
-        """Raises `UserError` when another process has taken the directory over."""
+        """Raise `UserError` if another process has taken over the directory."""
         try:
             now = json.loads(self.path.read_text())
         except (FileNotFoundError, ValueError):
             now = None
         except OSError:
-            return  # a file system that stumbles is no takeover
+            return  # an error of the file system is not a takeover
         if now != self.words:
             raise UserError(
-                f"{_holder(now)} has taken over the run directory {self.path.parent}, and goes on "
+                f"{_holder(now)} has taken over the run directory {self.path.parent}, and resumes "
                 "from its last checkpoint: this process stops; give each run its own --workdir"
             )
 
 
 @contextlib.contextmanager
 def hold(workdir: Path, say: Callable[[str], Any]) -> Iterator[Lock]:
-    """Holds the lock of `workdir`; `say` is told where the file system has none.
+    """Hold the lock of `workdir` within the block; if the file system has none, report it to `say`.
 
-    Raises `UserError` when another process holds it, or the folder cannot be written.
+    Raise `UserError` if another process holds it, or the folder cannot be written.
     """
     path = workdir / FILE
     words = {
@@ -57,9 +58,12 @@ def hold(workdir: Path, say: Callable[[str], Any]) -> Iterator[Lock]:
         "token": uuid.uuid4().hex,
     }
     try:
-        file = path.open("ab+", buffering=0)  # not "w": its holder's words must stay
+        file = path.open("ab+", buffering=0)  # not "w": the holder's identity must stay
     except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}") from error
+        raise UserError(
+            f"{path} cannot be written: {error.strerror}; make it writable, or choose another "
+            "--workdir"
+        ) from error
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -70,14 +74,17 @@ def hold(workdir: Path, say: Callable[[str], Any]) -> Iterator[Lock]:
                 "it, or choose another --workdir"
             ) from error
         except OSError:
-            say(f"{workdir} lies on a file system without locks: start no second run in it")
+            say(f"{workdir} is on a file system without locks: do not start a second run in it")
         try:
             file.seek(0)
             file.truncate()
             file.write(json.dumps(words).encode())
             os.fsync(file.fileno())  # some mounted buckets show a file to other hosts only then
         except OSError as error:
-            raise UserError(f"{path} cannot be written: {error.strerror}") from error
+            raise UserError(
+                f"{path} cannot be written: {error.strerror}; make it writable, or choose another "
+                "--workdir"
+            ) from error
         yield Lock(path, words)
 
 

@@ -1,13 +1,13 @@
-"""Checkpoints that describe themselves: orbax behind one small interface.
+"""Save and restore self-contained checkpoints, with orbax behind one small interface.
 
-A checkpoint `<workdir>/checkpoints/<step>` holds the training state, the whole config as JSON, the
-run's position (where it stands in the data, what its guards know) and digests of all its files. It
-is restored into an abstract tree that carries target shardings, so the mesh may differ from the
-one that wrote it.
+A checkpoint `<workdir>/checkpoints/<step>` contains the training state, the entire config as JSON,
+the run's position (in the data, and the state of its guards) and checksums of all its files. It is
+restored into an abstract tree that carries target shardings, so the mesh may differ from the one
+that wrote it.
 
-Saves are asynchronous: the loop goes on while a thread waits for orbax, which writes `<step>.part`,
-seals that with digests and renames it to `<step>`. So a folder whose name is a number is whole,
-whatever killed the run; and what happened to it later shows when it is read.
+Saves are asynchronous: training continues while a thread waits for orbax to write `<step>.part`,
+adds the checksums and renames the folder to `<step>`. So a folder whose name is a number is
+complete, whatever killed the run, and later damage is detected when it is read.
 """
 
 import json
@@ -34,13 +34,13 @@ from mea_jax.model.params import TrainState
 from mea_jax.parallel import processes
 
 FORMAT = 2
-_UNSEALED = 1  # the format before digests
+_UNSEALED = 1  # the format before checksums
 _LEFTOVER = re.compile(r"\d+\.(part|old)\b.*")  # of a run that was killed
 
 
 @dataclass(frozen=True)
 class Position:
-    """Where a run stands, apart from its arrays."""
+    """The position of a run: its state besides the arrays."""
 
     next_batch: int  # number of the first batch not yet trained on
     digest: str  # `Prepared.digest` of the data that the run reads
@@ -48,9 +48,10 @@ class Position:
 
 
 def find_checkpoint(path: Path, option: str = "--checkpoint") -> tuple[Path, int | None]:
-    """The run directory of a path that names it, its `checkpoints` or one step below; the step.
+    """Return the run directory and step of a path.
 
-    Raises `UserError`, which names `option`, where there is no checkpoint.
+    The path is a run directory or its `checkpoints` (then the step is None), or one step below.
+    Raise `UserError`, which names `option`, if there are no checkpoints.
     """
     run, step = path, None
     if path.name.isdigit() and path.parent.name == "checkpoints":
@@ -60,20 +61,20 @@ def find_checkpoint(path: Path, option: str = "--checkpoint") -> tuple[Path, int
     refuse_published(path, option)
     if not (run / "checkpoints").is_dir():
         raise UserError(
-            f"{option} {path} holds no checkpoints: give a run directory of train, such as "
+            f"{option} {path} contains no checkpoints: give a run directory of train, such as "
             "runs/quickstart, or one step of it, runs/quickstart/checkpoints/500"
         )
     return run, step
 
 
 class Checkpoints:
-    """The checkpoints of one run directory. Use as a context manager: leaving waits for writes."""
+    """The checkpoints of one run directory; a context manager that waits for writes at its end."""
 
     def __init__(self, workdir: Path, options: CheckpointConfig | None = None, rewindable: int = 0):
-        """With no `options` the directory is only read.
+        """Open the checkpoints of `workdir`: to read and write, or only to read without `options`.
 
-        With `rewindable` a checkpoint at least so many steps older than the newest is always kept,
-        if there was one.
+        With `rewindable`, a checkpoint at least that many steps older than the newest is always
+        kept, if there is one. Raise `UserError` if the directory cannot be written.
         """
         self.directory = (workdir / "checkpoints").absolute()
         self._plain = plain_path(self.directory)  # as orbax takes it
@@ -82,15 +83,15 @@ class Checkpoints:
         self.pending: int | None = None  # the step whose write may still be under way
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
-        # Orbax logs each phase of each save, and each failure with tracebacks: ours is one line.
+        # Orbax logs each phase of each save, and tracebacks of each failure; we print one line.
         absl_logging.set_verbosity(absl_logging.FATAL)
         quiet_threads()
         self._writer: ocp.AsyncCheckpointer | None = None
         if options is not None:
             if processes.is_first():
                 self._prepare()
-            # Folders made beside the training would, where they cannot be made, be waited for until
-            # a time limit of many minutes.
+            # If orbax made folders asynchronously and this failed, it would wait for them until a
+            # timeout of many minutes.
             how = ocp.options.AsyncOptions(create_directories_asynchronously=False)
             handler = ocp.CompositeCheckpointHandler()
             self._writer = ocp.AsyncCheckpointer(handler, async_options=how)
@@ -119,28 +120,28 @@ class Checkpoints:
         if self._writer is not None:
             try:
                 self._writer.close()
-            except Exception as error:  # of a failed write once more
+            except Exception as error:  # a failed write, raised a second time
                 problem = problem or self._write_error(error)
-        if problem is not None and kind is None:  # else what is already on its way out comes first
+        if problem is not None and kind is None:  # an exception of the block takes precedence
             raise problem
 
-    # -- what there is ---------------------------------------------------------------------
+    # -- listing and verifying -------------------------------------------------------------
 
     def steps(self) -> list[int]:
-        """Steps of the complete checkpoints, ascending."""
+        """Return the steps of the complete checkpoints, ascending."""
         if not self.directory.is_dir():
             return []
         return sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdigit())
 
     def latest(self) -> int | None:
-        """The newest complete checkpoint's step, or None. It may be damaged: see `newest_good`."""
+        """Return the newest complete checkpoint's step, or None. It may be damaged."""
         return max(self.steps(), default=None)
 
     def damage(self, step: int, share: bool = True) -> str | None:
-        """Return what is wrong with the checkpoint of `step`, in a few words, or None.
+        """Return a short description of the damage to the checkpoint of `step`, or None.
 
         With `share` each process of the run reads a part of the files; otherwise the first reads
-        all. The answer is the same on all.
+        all. The result is the same on all processes.
         """
         index, count = (jax.process_index(), jax.process_count()) if share else (0, 1)
         found = None
@@ -148,11 +149,11 @@ class Checkpoints:
             folder = self.directory / str(step)
             found = digests.damage(folder, index, count)
             if not (folder / digests.FILE).exists() and self._unsealed(folder):
-                found = digests.links(folder)  # all that can be said of it
+                found = digests.links(folder)  # nothing else can be verified
         return processes.any_of(found)
 
     def _unsealed(self, folder: Path) -> bool:
-        """Whether this is a checkpoint of the format that had no digests."""
+        """Return whether this is a checkpoint of the format without checksums."""
         try:
             return json.loads((folder / "data" / "metadata").read_text())["format"] == _UNSEALED
         except (OSError, ValueError, LookupError, TypeError, RecursionError):
@@ -161,13 +162,13 @@ class Checkpoints:
     def newest_good(
         self, say: Callable[[str], Any], below: int | None = None, share: bool = True
     ) -> int | None:
-        """The newest step (under `below`) whose checkpoint is as it was written; None: there is
-        none at all. `say` is told of each damaged one that was passed over.
+        """Return the newest step (under `below`) whose checkpoint is undamaged.
 
-        Where the directory is written, damaged ones are moved to `<workdir>/damaged`, since the run
-        will write the same steps again; nothing is deleted.
+        If there are no checkpoints, return None. `say` receives a line for each damaged checkpoint
+        that is skipped. If this object may write, damaged checkpoints are moved to
+        `<workdir>/damaged`, since the run will write the same steps again; nothing is deleted.
 
-        Raises `UserError` when all checkpoints are damaged.
+        Raise `UserError` if all checkpoints are damaged, or one cannot be moved.
         """
         steps: list[int] = json.loads(processes.broadcast(json.dumps(self.steps())))
         steps = [step for step in steps if below is None or step < below]
@@ -184,15 +185,15 @@ class Checkpoints:
             bad[step] = problem
         if bad:
             listed = "; ".join(f"step {number}: {words}" for number, words in bad.items())
-            anew = ", or choose another --workdir to start anew" if self.options else ""
+            anew = ", or choose another --workdir to start a new run" if self.options else ""
             raise UserError(
-                f"every checkpoint in {self.directory} is damaged ({listed}): bring good copies "
-                f"back{anew}"
+                f"every checkpoint in {self.directory} is damaged ({listed}): restore good copies"
+                f"{anew}"
             )
         return None
 
     def _set_aside(self, step: int) -> Path | None:
-        """Moves a checkpoint out of the way, by the first process; where it lies now."""
+        """Let the first process move a checkpoint to `damaged`. Return its new path there."""
         problem, target = None, None
         if processes.is_first():
             names = [str(step), *(f"{step}-{n}" for n in range(1, 1000))]
@@ -203,13 +204,13 @@ class Checkpoints:
             except OSError as error:
                 problem = (
                     f"the damaged checkpoint of step {step} cannot be moved to {target}: "
-                    f"{error.strerror}; move it away by hand"
+                    f"{error.strerror}; move it away manually"
                 )
         processes.agree(problem)
         return target
 
     def forget_after(self, step: int) -> None:
-        """Removes checkpoints newer than `step`: the run has gone back and will write them anew."""
+        """Remove checkpoints newer than `step`: the run was rewound and will write them again."""
         self.wait()
         if processes.is_first():
             for newer in self.steps():
@@ -218,19 +219,19 @@ class Checkpoints:
         processes.agree(None)
 
     def _remove(self, step: int) -> None:
-        old = self.directory / f"{step}.old"  # no longer a checkpoint, however far removal comes
+        old = self.directory / f"{step}.old"  # not a checkpoint, even if the removal is interrupted
         os.rename(self.directory / str(step), old)
         shutil.rmtree(old)
 
     # -- writing ---------------------------------------------------------------------------
 
     def save(self, step: int, state: TrainState, config: TrainConfig, position: Position) -> None:
-        """Starts writing `state`; returns when its buffers may be reused.
+        """Start writing `state`, and return when its buffers may be reused.
 
-        Raises `UserError` when this or an earlier write failed (disk full, read-only, ...).
+        Raise `UserError` if this or an earlier write failed (disk full, read-only, ...).
         """
         assert self._writer is not None
-        self.wait()  # for the write before, so that an error is told of the step that it belongs to
+        self.wait()  # for the write before, so that its error names the right step
         self.pending = step
         content = {
             "format": FORMAT,
@@ -254,14 +255,14 @@ class Checkpoints:
         self._thread.start()
 
     def _complete(self, step: int, shapes: dict[str, tuple[int, ...]]) -> None:
-        """Waits for orbax; then checks, seals, renames and removes what is no longer kept."""
+        """Wait for orbax; then verify, add checksums, rename, and remove old checkpoints."""
         part = self.directory / f"{step}.part"
         try:
             assert self._writer is not None
             self._writer.wait_until_finished()
             if processes.is_first():
                 if problem := missing(part / "state", shapes):
-                    raise OSError(f"what was written cannot be read back: {problem}")
+                    raise OSError(f"the written files cannot be read back: {problem}")
                 digests.seal(part)
                 os.rename(part, self.directory / str(step))
                 digests.sync_folder(self.directory)
@@ -281,17 +282,17 @@ class Checkpoints:
                 self._remove(step)
 
     def writing(self) -> bool:
-        """Whether a save is still on its way to disk."""
+        """Return whether a save is still being written to disk."""
         return self._thread is not None and self._thread.is_alive()
 
     def check(self) -> None:
-        """Raises `UserError` when a write under way has failed; does not wait for it."""
+        """Raise `UserError` if an asynchronous write has failed; do not wait for it."""
         if self._failure is not None:
             error, self._failure = self._failure, None
             raise self._write_error(error) from error
 
     def wait(self) -> None:
-        """Blocks until what was saved is on disk. Raises `UserError` when it could not be."""
+        """Wait until the last save is on disk. Raise `UserError` if it could not be written."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -314,8 +315,8 @@ class Checkpoints:
     def _unreadable(self, step: int, item: str, error: Exception) -> UserError:
         reason = str(error).strip().splitlines()
         return UserError(
-            f"checkpoint {self.directory / str(step)} could not be read, it holds no {item} "
-            f"that can be restored: {reason[0] if reason else type(error).__name__}"
+            f"checkpoint {self.directory / str(step)} could not be read, its {item} cannot be "
+            f"restored: {reason[0] if reason else type(error).__name__}; use another checkpoint"
         )
 
     def _json(self, step: int, item: str) -> Any:
@@ -332,27 +333,37 @@ class Checkpoints:
             raise self._unreadable(step, "state", error) from error
 
     def restore(self, step: int, abstract: TrainState) -> TrainState:
-        """The state of `step`, laid out as `abstract` says: shapes, dtypes and shardings."""
+        """Return the state of `step`, with the shapes, dtypes and shardings of `abstract`.
+
+        Raise `UserError` if it cannot be read.
+        """
         handler = ocp.StandardCheckpointHandler()
         return self._arrays(step, handler, ocp.args.StandardRestore(abstract))
 
     def params(self, step: int, abstract: Any) -> Any:
-        """The parameters of `step` alone, laid out as `abstract`: no moments are read."""
+        """Return only the parameters of `step`, laid out as `abstract`; no moments are read.
+
+        Raise `UserError` if they cannot be read.
+        """
         restore_args = ocp.checkpoint_utils.construct_restore_args({"params": abstract})
         how = ocp.args.PyTreeRestore({"params": abstract}, restore_args, partial_restore=True)
         return self._arrays(step, ocp.PyTreeCheckpointHandler(), how)["params"]
 
     def config(self, step: int) -> TrainConfig:
-        """The config inside the checkpoint of `step`: JSON, never code."""
+        """Return the config inside the checkpoint of `step`: JSON, never code.
+
+        Raise `UserError` if it cannot be read, or is not valid.
+        """
         try:
             return from_dict(self._json(step, "config"))
         except UserError as error:
             raise UserError(f"checkpoint {self.directory / str(step)}: {error}") from error
 
     def position(self, step: int, data_digest: str) -> Position:
-        """Where the run of `step` stands.
+        """Return the position of the run at `step`.
 
-        Raises `UserError` unless `data_digest` is that of the data that the checkpoint has read.
+        Raise `UserError` unless `data_digest` is the digest of the data that the run has read, or
+        if the position cannot be read.
         """
         folder, data = self.directory / str(step), self._json(step, "data")
         try:
@@ -363,12 +374,12 @@ class Checkpoints:
         if version not in (_UNSEALED, FORMAT):
             raise UserError(
                 f"checkpoint {folder} has format {version}, this version of mea_jax reads "
-                f"{_UNSEALED} and {FORMAT}"
+                f"{_UNSEALED} and {FORMAT}: use the version that wrote it"
             )
         if position.digest != data_digest:
             raise UserError(
                 f"the data have changed since step {step} of {self.directory.parent} (checkpoint "
-                f"{folder}): other files or another tokenizer would mean other tokens; bring the "
-                "old data back, or choose another --workdir"
+                f"{folder}): different files or another tokenizer give different tokens; restore "
+                "the old data, or choose another --workdir"
             )
         return position

@@ -1,4 +1,4 @@
-"""What a run leaves for people and programs: metrics.jsonl, TensorBoard, loss.png, the bar."""
+"""Write a run's metrics.jsonl, TensorBoard events and loss.png, and show its progress bar."""
 
 import contextlib
 import itertools
@@ -20,16 +20,19 @@ from mea_jax.checkpoint.files import disk_errors, to_json, write_whole
 class EventFile:
     """A TensorBoard event file of scalars, written in the calling thread.
 
-    tensorboardX's own SummaryWriter has a thread of its own, which a full disk ends with tracebacks
-    that no caller can catch, and again at exit.
+    tensorboardX's SummaryWriter writes in another thread. On a full disk this thread ends with
+    tracebacks that no caller can catch, and again at exit.
     """
 
     FLUSH_SECONDS = 30.0
-    _number = itertools.count()  # a process may open several within the second of their names
+    _number = itertools.count()  # names contain the second, in which a process may open several
 
     def __init__(self, directory: Path, purge_step: int):
-        """What earlier files say of `purge_step` and later is void. Raises `OSError`."""
-        # They take a second to import.
+        """Open a file in which `purge_step` and later steps replace those of earlier files.
+
+        Raise `OSError` if the disk refuses.
+        """
+        # These take a second to import.
         from tensorboardX import event_file_writer
         from tensorboardX.proto import event_pb2, summary_pb2
 
@@ -42,7 +45,7 @@ class EventFile:
         self._flushed = time.monotonic()
 
     def add(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Scalars of a step by their names. Raises `OSError`."""
+        """Add the scalars of a step by their names. Raise `OSError` if the disk refuses."""
         values = [
             self._summary.Summary.Value(tag=name, simple_value=value)
             for name, value in scalars.items()
@@ -56,16 +59,16 @@ class EventFile:
         self._file.write_event(self._event.Event(wall_time=time.time(), **content))
 
     def close(self) -> None:
-        """Raises `OSError`."""
+        """Close the file. Raise `OSError` if the disk refuses the rest."""
         self._file.close()
 
 
 class MetricsWriter:
-    """Appends rows to metrics.jsonl and scalars to TensorBoard; rows are flushed at once.
+    """A writer that appends rows to metrics.jsonl and scalars to TensorBoard.
 
-    Rows of steps after `start_step` were written by a run that was cut off after its last
-    checkpoint: they are dropped, since those steps run again. So are rows of `start_step` itself
-    whose kind is in `redo`.
+    Each row is flushed immediately. Rows of steps after `start_step` were written by a run that was
+    interrupted after its last checkpoint: they are dropped, since those steps run again. So are
+    rows of `start_step` itself whose kind is in `redo`.
     """
 
     def __init__(self, workdir: Path, start_step: int, redo: Sequence[str] = ()):
@@ -82,11 +85,9 @@ class MetricsWriter:
             self.board = EventFile(workdir / "tensorboard", start_step + 1)
 
     def write(self, step: int, kind: str, values: Mapping[str, Any]) -> None:
-        """One row {"step", "kind", ...}; arrays become lists in the file, their means on the board.
+        """Write one row {"step", "kind", ...}, with arrays as lists; TensorBoard gets their means.
 
-        What is not finite is null in the file.
-
-        Raises `UserError` when the disk refuses.
+        Numbers that are not finite are null in the file. Raise `UserError` if the disk refuses.
         """
         row = {name: np.asarray(value).tolist() for name, value in values.items()}
         with disk_errors(self.path):
@@ -96,13 +97,13 @@ class MetricsWriter:
             self.board.add(step, means)
 
     def close(self) -> None:
-        """Raises `UserError` when the disk refuses what is left to write."""
+        """Close both files. Raise `UserError` if the disk refuses the rest."""
         with disk_errors(self.path), contextlib.closing(self.file):
             self.board.close()
 
 
 class NoWriter:
-    """The `MetricsWriter` of every process but the first."""
+    """The `MetricsWriter` of every process except the first; it writes nothing."""
 
     def write(self, step: int, kind: str, values: Mapping[str, Any]) -> None:
         pass
@@ -112,7 +113,7 @@ class NoWriter:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl; a last line that a kill cut short is left out."""
+    """Return the rows of a metrics.jsonl, up to a line that a kill has cut short."""
     rows = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
@@ -123,7 +124,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 class Progress:
-    """A bar with loss, speed and ETA on a terminal; elsewhere a line now and then."""
+    """A progress bar with loss, speed and ETA on a terminal; otherwise a line every 15 s."""
 
     LINE_SECONDS = 15.0
 
@@ -140,7 +141,7 @@ class Progress:
         )
 
     def update(self, step: int, loss: float, tokens_per_second: float) -> None:
-        """`step` updates are done."""
+        """Show that `step` updates are done, with the loss and the speed."""
         self.bar.set_postfix_str(f"loss {loss:.3f}, {tokens_per_second:,.0f} tokens/s", False)
         self.bar.update(step - self.bar.n)
         now = time.monotonic()
@@ -153,7 +154,7 @@ class Progress:
             )
 
     def say(self, line: str) -> None:
-        """Prints above the bar."""
+        """Print a line above the bar."""
         if not self.bar.disable:
             tqdm.tqdm.write(line, file=sys.stderr)
         elif self.lines:
@@ -166,15 +167,17 @@ class Progress:
 def plot_loss(
     workdir: Path, title: str, bits_per_nat: float | None, baselines: Mapping[str, float]
 ) -> Path:
-    """Draws loss.png from metrics.jsonl: training and held-out loss against the step.
+    """Draw loss.png from metrics.jsonl: training and held-out loss against the step.
 
     Args:
       workdir: the run directory.
-      title: of the figure.
+      title: the title of the figure.
       bits_per_nat: bits per byte of held-out text for one nat per token; gives a second axis.
       baselines: bits per byte of other compressors by name, as horizontal lines.
-    """
 
+    Returns:
+      The path of loss.png. Raises `UserError` if the disk refuses it.
+    """
     plt = cli.pyplot()
     rows = read_metrics(workdir / "metrics.jsonl")
 
@@ -222,14 +225,14 @@ def plot_loss(
 
 
 def _mark_events(axis: Any, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Lines on the axis of steps where a guard acted."""
+    """Draw vertical lines at the steps where a guard acted."""
     kinds = {
-        "skipped_update": ("update left out", "0.4", ":"),
+        "skipped_update": ("update skipped", "0.4", ":"),
         "spike": ("spike", "C3", "--"),
         "rewind": ("rewound to here", "C3", "-"),
     }
     for kind, (label, color, style) in kinds.items():
-        # A spike begins before the step at which it is known; a rewind's step is where it went.
+        # A spike begins before the step that detects it; a rewind's step is where it goes back to.
         where = "first" if kind == "spike" else "step"
         steps = [row[where] for row in rows if row["kind"] == kind]
         for number, step in enumerate(steps):

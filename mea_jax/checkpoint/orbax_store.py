@@ -1,4 +1,4 @@
-"""What orbax leaves to its callers: paths that it can take, a look at what it has written."""
+"""Make paths that orbax accepts, silence its threads, and verify the stores that it has written."""
 
 import functools
 import hashlib
@@ -20,12 +20,12 @@ from mea_jax.errors import UserError
 _PATTERN = set("*?[")  # characters of a glob
 
 
-@functools.cache  # once a process: each call would wrap the hooks once more
+@functools.cache  # once per process: each call would wrap the hooks again
 def quiet_threads() -> None:
-    """Keep orbax's threads and coroutines from printing tracebacks of their own after a failure.
+    """Keep orbax's threads and coroutines from printing their own tracebacks after a failure.
 
-    When a write or read fails, orbax closes its event loop while others are under way; each of them
-    then complains, of the closed loop or of a failure of its own. The failure itself is raised.
+    When a write or read fails, orbax closes its event loop while others are running. Each of them
+    then prints a traceback, of the closed loop or of its own failure. The first failure is raised.
     """
     hook, unraisable = sys.excepthook, sys.unraisablehook
     known = ("Event loop is closed", "Encountered error while reading array")
@@ -41,7 +41,7 @@ def quiet_threads() -> None:
         if not is_known(args.exc_value):
             unraisable(args)
 
-    # Not restored at the end: a failure's threads may outlive the run that started them.
+    # The hooks are never restored: after a failure, threads may outlive the run that started them.
     sys.excepthook, sys.unraisablehook = quiet_hook, quiet_unraisable
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", message="coroutine '.*' was never awaited")
@@ -51,17 +51,15 @@ def plain_path(folder: Path) -> Path:
     """Return a path to `folder` without the characters of a glob, for orbax.
 
     Orbax finds the parts of a checkpoint by a pattern that begins with the path of the checkpoint,
-    so it finds none below "runs/sweep[lr=1]". There, a link in the cache folder leads to `folder`,
-    which need not exist yet.
-
-    Raises `UserError` where the link cannot be made.
+    so it finds none below "runs/sweep[lr=1]". For such a `folder`, return a link to it in the cache
+    folder; `folder` need not exist yet. Raise `UserError` if the link cannot be made.
     """
     folder = folder.absolute()
     if not _PATTERN & set(str(folder)):
         return folder
     name = hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]
     link = cache_root(DataConfig()).absolute() / "paths" / name
-    reason = "holds them as well"
+    reason = "contains one as well"
     if not _PATTERN & set(str(link)):
         try:
             link.parent.mkdir(parents=True, exist_ok=True)
@@ -74,21 +72,21 @@ def plain_path(folder: Path) -> Path:
         if link.is_symlink() and os.readlink(link) == str(folder):
             return link
     raise UserError(
-        f"{folder} holds one of the characters * ? [, and the cache folder {link.parent}, where a "
-        f"link could avoid them, {reason}: choose a path without them"
+        f"{folder} contains one of the characters * ? [, and the cache folder {link.parent}, where "
+        f"a link could avoid them, {reason}: choose a path without them"
     )
 
 
 def names_of(tree: Any) -> dict[str, tuple[int, ...]]:
-    """Return the shape of each array of `tree` by its name in a store of orbax."""
+    """Return the shape of each array of `tree`, by its name in a store of orbax."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(p, simple=True, separator="."): x.shape for p, x in leaves}
 
 
 def missing(folder: Path, shapes: dict[str, tuple[int, ...]]) -> str | None:
-    """Return what a store lacks of arrays of these names and `shapes`, or None: nothing.
+    """Return a message about an array that a store lacks or has in another shape, or None.
 
-    Reads the manifest and the description of each array, not its values.
+    Read the manifest and the metadata of each array in `shapes`, not its values.
     """
     base = {"driver": "file", "path": f"{folder.absolute()}/"}
     try:

@@ -1,8 +1,8 @@
-"""Recognise published models and run directories where the other one is expected.
+"""Detect a published model given for a run directory, or a run directory given for a model.
 
-A run directory is what training or an import writes; a published model is a folder as transformers
-saves it, a name on the Hugging Face hub, or a GGUF file. Users give one for the other: the line
-that they get names the command that turns what they have into what is needed.
+Training and imports write run directories. A published model is a folder as transformers saves it,
+a name on the Hugging Face hub, or a GGUF file. When a user gives one for the other, the error names
+the command that converts the one into the other.
 """
 
 import os
@@ -13,8 +13,8 @@ from mea_jax.errors import UserError
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth")
 _NO_GGUF = (
-    "is a model of llama.cpp (GGUF), which is not read here: fetch the same model as transformers "
-    "saves it, with config.json and safetensors, and give its folder to "
+    "is a llama.cpp model (GGUF), which is not supported: download the same model in the format of "
+    "transformers, with config.json and safetensors, and give its folder to "
     "python -m mea_jax.convert from_hf --model FOLDER --out RUN"
 )
 
@@ -27,26 +27,26 @@ def is_gguf(path: Path) -> bool:
 
 
 def is_transformers(path: Path) -> bool:
-    """Return whether `path` is a folder as transformers saves a model."""
+    """Return whether `path` is a folder with a model as transformers saves it."""
     return (path / "config.json").is_file() and any(any(path.glob(p)) for p in _WEIGHTS)
 
 
 def refuse_published(path: Path, option: str) -> None:
     """Raise `UserError` if `path`, given for a run directory with `option`, is a published model.
 
-    Also for a path that does not exist, which may be a name on the hub.
+    Raise it also if `path` does not exist: it may be a name on the hub.
     """
     if is_gguf(path):
         raise UserError(f"{option} {path} {_NO_GGUF}")
     folder = path.parent if path.is_file() else path
     if is_transformers(folder):
         raise UserError(
-            f"{option} {path} is a model of transformers, not a run directory: import it first: "
-            f"{_convert(folder)}"
+            f"{option} {path} is a model of transformers, not a run directory: import it first, "
+            f"with {_convert(folder)}"
         )
-    if not os.path.exists(path):  # unlike Path.exists, also where the name is none the system takes
+    if not os.path.exists(path):  # unlike Path.exists, also for names that the system rejects
         hub = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(path)) and path.parts[0] != "runs"
-        tail = f"; a model of the Hugging Face hub is imported first: {_convert(path)}"
+        tail = f", or import a model of the Hugging Face hub first: {_convert(path)}"
         raise UserError(
             f"{option} {path}: no such folder; give a run directory of train{tail if hub else ''}"
         )

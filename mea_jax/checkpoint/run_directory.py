@@ -1,4 +1,4 @@
-"""A run's directory: what lies where, and the checks that keep two runs apart."""
+"""Lay out a run directory, and check that only one run uses it."""
 
 import contextlib
 import json
@@ -21,7 +21,7 @@ _SHARED_SECONDS = 15.0  # that a shared file system may take to show a new file 
 
 
 def stored_dtype(path: Path) -> str | None:
-    """The dtype of the run that `path` holds: a run started with "auto" stays what it was."""
+    """Return the dtype of the run in `path`, or None. A run with "auto" keeps what was resolved."""
     try:
         return json.loads((path / "config.json").read_text())["model"]["dtype"]
     except (OSError, ValueError, LookupError, TypeError):
@@ -29,27 +29,30 @@ def stored_dtype(path: Path) -> str | None:
 
 
 def stored_config(path: Path) -> TrainConfig | None:
-    """The config of the run that `path` holds, "auto" resolved; None: there is no run.
+    """Return the config of the run in `path`, with "auto" resolved, or None if there is no run.
 
-    Raises `UserError` where it is damaged.
+    Raise `UserError` if the config is damaged.
     """
     path = path / "config.json"
     if not path.exists():
         return None
     try:
-        # Through the dataclasses: a key younger than the run has its default.
+        # Through the dataclasses: a key that was added after the run gets its default.
         return from_dict(json.loads(path.read_text()))
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}); choose another --workdir") from error
 
 
 class RunDirectory:
-    """`config.json`, `tokenizer/`, `metrics.jsonl`, `tensorboard/`, `checkpoints/`, `loss.png`
-    and `summary.json` below `path`; `.lock` and, if need be, `damaged/`. Only the first process
-    writes; all of them check.
+    """The directory of one run.
 
-    Raises `UserError` when the directory belongs to another config or cannot be written, or when
-    not every process sees it.
+    It contains `config.json`, `tokenizer/`, `metrics.jsonl`, `tensorboard/`, `checkpoints/`,
+    `loss.png`, `summary.json`, `.lock` and, if a checkpoint was damaged, `damaged/`. Only the first
+    process writes these files except checkpoints; all processes check the directory.
+
+    Raises:
+      UserError: if the directory belongs to another config or cannot be written, or not every
+        process sees it.
     """
 
     def __init__(self, path: Path, config: TrainConfig):
@@ -69,7 +72,10 @@ class RunDirectory:
             self._check_shared()
 
     def _check_shared(self) -> None:
-        """Checkpoints are written by all processes, so all must see the first one's folder."""
+        """Check that all processes see the same folder, since all of them write checkpoints to it.
+
+        Raise `UserError` on all processes if one does not.
+        """
         there = self.path.absolute() / f".shared-{uuid.uuid4().hex}"
         there = Path(processes.broadcast(str(there)))
         probe, problem = self.path / there.name, None
@@ -96,20 +102,20 @@ class RunDirectory:
         if old is not None and (lines := differences(old.to_dict(), self.config.to_dict())):
             more = old.steps < self.config.steps and self.finished() is not None
             remedy = (
-                f"this run is finished; to train on from it, give --config.start.checkpoint="
+                f"this run is finished; to train further from it, give --config.start.checkpoint="
                 f"{self.path} and another --workdir"
                 if more
                 else "choose another --workdir, or set these keys back to resume"
             )
             raise UserError(
-                f"{self.path} holds a run of another config ({'; '.join(lines)}): {remedy}"
+                f"{self.path} contains a run with another config ({'; '.join(lines)}): {remedy}"
             )
 
     @contextlib.contextmanager
     def claim(self) -> Iterator[None]:
-        """Keeps other processes from training in this directory.
+        """Keep other runs from training in this directory within the block.
 
-        Raises `UserError` when one does so already.
+        Raise `UserError` on all processes if another run already does.
         """
         with contextlib.ExitStack() as stack:
             problem = None
@@ -122,22 +128,22 @@ class RunDirectory:
             yield
 
     def check_claim(self) -> None:
-        """Raises `UserError` where another process has taken this directory since `claim`."""
+        """Raise `UserError` if another process has taken this directory since `claim`."""
         if self._lock is not None:
             self._lock.check()
 
     def finished(self) -> dict[str, Any] | None:
-        """The summary of a run that is done, or None."""
+        """Return the summary of a finished run, or None."""
         path = self.path / "summary.json"
         return json.loads(path.read_text()) if path.exists() else None
 
     def say(self, line: str) -> None:
-        """A line on stderr, from the first process."""
+        """Print a line on stderr, on the first process only."""
         if self.first:
             print(line, file=sys.stderr, flush=True)
 
     def write_config(self, tokenizer) -> None:
-        """Stores the config, with "auto" resolved, and the tokenizer."""
+        """Write the config, with "auto" resolved, and the tokenizer; `UserError` if this fails."""
         if not self.first:
             return
         write_json(self.path / "config.json", self.config.to_dict())
@@ -147,7 +153,7 @@ class RunDirectory:
             tokenizer.save(directory)
 
     def open_metrics(self, start_step: int, redo: Sequence[str] = ()) -> MetricsWriter | NoWriter:
-        """The writer of this process; those of other processes write nowhere."""
+        """Return the metrics writer of this process; only the first process's writes files."""
         return MetricsWriter(self.path, start_step, redo) if self.first else NoWriter()
 
     def write_summary(self, summary: dict[str, Any]) -> None:

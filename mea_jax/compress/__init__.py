@@ -1,1 +1,1 @@
-"""Compression: a trained model's keys and values from fewer heads, layer by layer."""
+"""Compression: rebuild a trained model's keys and values from fewer heads, layer by layer."""

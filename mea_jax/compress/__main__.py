@@ -1,7 +1,7 @@
-"""Compresses the KV cache of a trained model: fewer key and value heads, found without training.
+r"""Compress the KV cache of a trained model: find fewer key and value heads, without training.
 
 python -m mea_jax.compress --checkpoint runs/quickstart --keep 0.5 --out runs/half
-python -m mea_jax.compress --checkpoint runs/quickstart --keep 0.5 --budget measured \\
+python -m mea_jax.compress --checkpoint runs/quickstart --keep 0.5 --budget measured \
     --repair layerwise --out runs/half
 """
 
@@ -19,66 +19,79 @@ from mea_jax.errors import UserError
 
 
 def main() -> None:
+    """Run the command."""
     if CHECKPOINT.value is None or OUT.value is None:
         raise UserError(
-            "give --checkpoint RUN and --out FOLDER, such as --checkpoint runs/quickstart"
+            "--checkpoint or --out is missing: give both, such as --checkpoint runs/quickstart "
+            "--out runs/half"
         )
     values = flags.FLAGS.flag_values_dict()
     options = Options(**{name: values[name] for name in Options.__dataclass_fields__})
     cli.enable_compilation_cache()
     if not options.calibration_tokens:
-        print("no calibration text: methods see the weights alone", file=sys.stderr)
+        print("no calibration text: the methods use the weights only", file=sys.stderr)
     measurements = Path(MEASUREMENTS.value) if MEASUREMENTS.value else None
     summary = compress(Path(CHECKPOINT.value), Path(OUT.value), options, measurements)
     print(damage.table(summary))
-    print(f"\nrun directory {OUT.value}, with compression.json and compression.png")
+    print(f"\nrun directory {OUT.value}, contains compression.json and compression.png")
     print(f"devices       {len(jax.devices())} x {jax.devices()[0].device_kind}")
 
 
 if __name__ == "__main__":
-    CHECKPOINT = flags.DEFINE_string("checkpoint", None, "run directory, or one of its steps")
-    OUT = flags.DEFINE_string("out", None, "run directory of the compressed model, a new one")
-    MEASUREMENTS = flags.DEFINE_string(
-        "measurements", None, "folder for what is measured of the original, shared by compressions"
+    CHECKPOINT = flags.DEFINE_string(
+        "checkpoint", None, "run directory, or one of its checkpoint steps"
     )
-    flags.DEFINE_float("keep", Options.keep, "share of the cache that stays, of the layers chosen")
+    OUT = flags.DEFINE_string("out", None, "new run directory for the compressed model")
+    MEASUREMENTS = flags.DEFINE_string(
+        "measurements", None, "folder for measurements of the original, shared by compressions"
+    )
+    flags.DEFINE_float("keep", Options.keep, "share of the cache to keep in the chosen layers")
     flags.DEFINE_enum("method", Options.method, methods.METHODS, "how heads are rebuilt")
     flags.DEFINE_enum(
-        "budget", Options.budget, budgets.BUDGETS, "how the cache is divided over layers and sides"
+        "budget",
+        Options.budget,
+        budgets.BUDGETS,
+        "how the cache is divided over layers, keys and values",
     )
-    flags.DEFINE_string("layers", "full", "full, deep, half (as in the paper), or such as 2,4-7")
-    flags.DEFINE_enum("repair", Options.repair, repair.REPAIRS, "what is fitted to the original")
+    flags.DEFINE_string(
+        "layers", "full", "layers to compress: full, deep, half (as in the paper), or 2,4-7"
+    )
+    flags.DEFINE_enum(
+        "repair", Options.repair, repair.REPAIRS, "what is fitted to the original model"
+    )
     flags.DEFINE_integer(
         "repair_steps",
         repair.STEPS,
-        "of each layer, with --repair layerwise or blockwise",
+        "steps for each layer, with --repair layerwise or blockwise",
         lower_bound=1,
     )
     flags.DEFINE_integer(
         "repair_tokens",
         0,
-        "of training text for --repair; 0: as many as --calibration_tokens",
+        "tokens of training text for --repair; 0: as many as --calibration_tokens",
         lower_bound=0,
     )
     flags.DEFINE_integer(
         "calibration_tokens",
         Options.calibration_tokens,
-        "of training text; 0: weights alone",
+        "tokens of training text for calibration; 0: use the weights only",
         lower_bound=0,
     )
-    flags.DEFINE_string("calibration_source", "", "other text, such as jsonl:FILE or text:FOLDER")
+    flags.DEFINE_string(
+        "calibration_source", "", "other calibration text, such as jsonl:FILE or text:FOLDER"
+    )
     flags.DEFINE_integer(
         "measure_tokens",
         Options.measure_tokens,
-        "on which --budget measured tries each layer",
+        "tokens on which --budget measured or repaired tries each layer",
         lower_bound=1,
     )
     flags.DEFINE_integer(
         "held_out_tokens",
         Options.held_out_tokens,
-        "compared before and after, at most",
+        "maximum number of held-out tokens on which the loss is compared",
         lower_bound=1,
     )
-    flags.DEFINE_enum("dtype", "auto", ["auto", "float32", "bfloat16"], "of products")
-    flags.DEFINE_integer("seed", 0, "of the choice of calibration text")
-    cli.run(main, "stopped; the same command goes on")
+    flags.DEFINE_enum("dtype", "auto", ["auto", "float32", "bfloat16"], "dtype of matrix products")
+    flags.DEFINE_integer("seed", 0, "seed for the choice of calibration text")
+    cli.run(main, "stopped; run the same command again to continue")

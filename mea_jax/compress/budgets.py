@@ -1,9 +1,9 @@
-"""How many heads each layer keeps, of keys and of values, at one total of cache bytes.
+"""Choose the number of key heads and of value heads of each layer, at a given total of cache bytes.
 
-Keys need far more heads than values, and the first layer more than the others, by how much differs
-from model to model: so it is measured. For each layer, and for its keys and values apart, it is
-measured how far predictions move with that one thing compressed to each number of heads; the best
-choice at a total of bytes is then a knapsack, solved exactly.
+Keys need far more heads than values, and the first layer needs more than the others. By how much
+differs between models, so it is measured: for each layer, and separately for its keys and values,
+the divergence of the predictions when only they are compressed, to each number of heads. The best
+choice at a total of bytes is then a knapsack problem, which is solved exactly.
 """
 
 import functools
@@ -20,14 +20,14 @@ from mea_jax.model.kv_cache import count_bytes
 
 BUDGETS = ("uniform", "measured", "repaired", "residual")
 LAYERS = ("full", "deep", "half")
-_POSITIONS = 128  # of the cache whose arrays are counted
-ROUNDING = 0.005  # of a share: as whole heads count those that are so close to them
+_POSITIONS = 128  # length of the cache whose arrays are counted
+ROUNDING = 0.005  # a number of heads this close to an integer, relatively, counts as that integer
 
 
 def cache_bytes(model: ModelConfig) -> list[tuple[int, int]]:
-    """Bytes per position of each layer's keys (with their scalars) and values, in bfloat16.
+    """Return the bytes per position of each layer's keys (with their scalars) and values.
 
-    Counted from the arrays that a generator would make. `model` is resolved.
+    They are counted from the bfloat16 arrays that a generator would create. `model` is resolved.
     """
     empty = functools.partial(empty_cache, serving(model), 1, _POSITIONS, jnp.bfloat16)
     found = []
@@ -39,10 +39,11 @@ def cache_bytes(model: ModelConfig) -> list[tuple[int, int]]:
 
 
 def choose_layers(words: str, n_layers: int) -> list[int]:
-    """Which layers are compressed: all ("full"), all but the first sixteenth ("deep": all but 3 of
-    48), the middle half ("half": 12 to 35 of 48), or a list such as "2,4-7".
+    """Return the numbers of the layers to compress, in ascending order.
 
-    Raises `UserError` for anything else.
+    `words` selects all layers ("full"), all but the first sixteenth ("deep": all but 3 of 48), the
+    middle half ("half": 12 to 35 of 48), or a list such as "2,4-7". Raise `UserError` for anything
+    else.
     """
     if words in LAYERS:
         first = {"full": 0, "deep": math.ceil(n_layers / 16), "half": n_layers // 4}[words]
@@ -54,21 +55,25 @@ def choose_layers(words: str, n_layers: int) -> list[int]:
         last_word = last_word or first_word
         if not (first_word.isdigit() and last_word.isdigit()):
             raise UserError(
-                f"--layers={words}: expected {', '.join(LAYERS)}, or numbers such as 2,4-7"
+                f"--layers={words} names no layers: give {', '.join(LAYERS)}, or numbers such as "
+                "2,4-7"
             )
         chosen.update(range(int(first_word), int(last_word) + 1))
     if not chosen or max(chosen) >= n_layers:
-        raise UserError(f"--layers={words}: the model has layers 0 to {n_layers - 1}")
+        raise UserError(
+            f"--layers={words}: the model has layers 0 to {n_layers - 1}; choose among these"
+        )
     return sorted(chosen)
 
 
 def heads_kept(keep: float, heads: int) -> float:
-    """Return the component heads of a layer that make up `keep` of its cache, maybe not whole.
+    """Return the number of component heads that `keep` of a layer's cache amounts to.
 
-    Shares such as 0.333 of three heads count as whole heads. Raises `UserError` for less than one.
+    It may be fractional, but a share such as 0.333 of three heads counts as one head. Raise
+    `UserError` if `keep` is outside (0, 1] or leaves less than one head.
     """
     if not 0 < keep <= 1:
-        raise UserError(f"--keep={keep} must lie in (0, 1]: the share of the cache that stays")
+        raise UserError(f"--keep={keep} must be in (0, 1]: give the share of the cache to keep")
     found = keep * heads
     if abs(found - round(found)) <= ROUNDING * found:
         found = float(round(found))
@@ -80,18 +85,19 @@ def heads_kept(keep: float, heads: int) -> float:
 
 
 def uniform(keep: float, heads: int) -> int:
-    """Return the component heads of every layer at `keep` of the cache.
+    """Return the number of component heads of every layer at `keep` of the cache.
 
-    Raises `UserError` where `keep` is no whole number of heads, with the shares that are.
+    Raise `UserError` if `keep` is not a whole number of heads; the message gives the nearest shares
+    that are.
     """
     found = heads_kept(keep, heads)
     if found != int(found):
         below = math.floor(found)
         raise UserError(
-            f"--keep={keep} cannot be met by the same number of heads in every layer: of {heads} "
-            f"key/value heads, {below} are {below / heads:.3g} of the cache and {below + 1} are "
-            f"{(below + 1) / heads:.3g}; give one of these, or --budget measured, which gives "
-            "layers different numbers"
+            f"--keep={keep} is not a whole number of heads per layer: of {heads} key/value heads, "
+            f"{below} are {below / heads:.3g} of the cache and {below + 1} are "
+            f"{(below + 1) / heads:.3g}; give one of these, or --budget measured, which chooses "
+            "the number of heads for each layer"
         )
     return int(found)
 
@@ -99,18 +105,18 @@ def uniform(keep: float, heads: int) -> int:
 def allot(
     costs: Sequence[Sequence[int]], losses: Sequence[Sequence[float]], total: int
 ) -> list[int]:
-    """The option of each item that makes the sum of losses least, at a cost of at most `total`.
+    """Return the options that minimise the sum of losses, at a total cost of at most `total`.
 
     Args:
-      costs: whole numbers, of each option of each item.
-      losses: alike; what lies below 0 counts as 0.
-      total: of costs.
+      costs: the integer cost of each option of each item.
+      losses: the loss of each option of each item; a negative loss counts as 0.
+      total: the upper bound of the sum of costs.
 
     Returns:
-      The number of each item's option. Exact, by dynamic programming over costs.
+      The index of each item's option. It is exact, by dynamic programming over costs.
 
     Raises:
-      ValueError: even the cheapest options cost more than `total`.
+      ValueError: the cheapest options cost more than `total`.
     """
     unit = math.gcd(*(cost for options in costs for cost in options))
     room = total // unit

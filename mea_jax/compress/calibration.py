@@ -1,4 +1,4 @@
-"""The text that a compression looks at: windows of the checkpoint's own data, or of other text."""
+"""The text that a compression reads: windows of the checkpoint's own data, or of other text."""
 
 import dataclasses
 import math
@@ -19,19 +19,21 @@ from mea_jax.data.prepare import Prepared, prepare
 from mea_jax.errors import UserError
 from mea_jax.parallel import sharding
 
-WINDOWS = 8  # of a batch, on each device
+WINDOWS = 8  # per device, in a batch
 
 
 def held_out_share(tokens: int, batch_tokens: int, sources: int) -> int:
-    """Batches of each source that `tokens` in all amount to, at least one."""
+    """Return the number of batches per source that make up `tokens` in total, at least one."""
     return max(tokens // (batch_tokens * sources), 1)
 
 
 class CalibrationTexts:
-    """Streams of training and of held-out windows, split over all devices there are.
+    """The streams of training and of held-out windows, split over all devices.
+
+    Creating one raises `UserError` if the checkpoint's data have no held-out text.
 
     Attributes:
-      prepared: the checkpoint's own data, in its own tokens.
+      prepared: the checkpoint's own data, tokenized with its own tokenizer.
     """
 
     def __init__(self, source: StoredModel, options: Options, say: Callable[[str], Any]):
@@ -40,11 +42,11 @@ class CalibrationTexts:
         self.batch = WINDOWS * len(jax.devices())
         data = source.config.data
         none = UserError(
-            f"the data of {source.run} have no held-out text to measure the loss on "
+            f"{source.run}: its data have no held-out text to measure the loss on "
             f"(config.data.held_out_fraction={data.held_out_fraction}): train with a larger "
             "fraction, or convert the model with more text"
         )
-        if not split.has_held_out(data):  # known before anything is read
+        if not split.has_held_out(data):  # fails before any data are read
             raise none
         self.prepared = self._own(data, say)
         if not any(part.held_out_windows for part in self.prepared.sources):
@@ -57,13 +59,13 @@ class CalibrationTexts:
         return dataclasses.replace(data, tokenizer=str(self.source.run / "tokenizer"))
 
     def _own(self, data: DataConfig, say: Callable[[str], Any]) -> Prepared:
-        if not self.source.digest:  # a published model, which no text of ours has trained
+        if not self.source.digest:  # a published model, trained on other data
             return self._prepare(self._in_its_tokens(data))
         found = self._prepare(data)
         if found.digest == self.source.digest:
             return found
-        # A tokenizer that is trained on the spot would be another one.
-        say("the data are not as they were in training: taking what is there now")
+        # A tokenizer trained on the changed data would differ from the model's.
+        say("the data have changed since training: using the current data")
         return self._prepare(self._in_its_tokens(data))
 
     def _calibration(self) -> Prepared:
@@ -76,17 +78,19 @@ class CalibrationTexts:
         return self._prepare(self._in_its_tokens(data))
 
     def training(self, folder: Path, tokens: int) -> Stream:
-        """A stream of so many training tokens, always the same. Raises `UserError` where the text
-        has fewer."""
+        """Return a stream of at least `tokens` training tokens, the same for the same seed.
+
+        Raise `UserError` if the text has fewer.
+        """
         prepared, length = self._calibration(), self.source.config.data.context_length
         windows = sum(source.train_windows for source in prepared.sources)
         count = max(math.ceil(tokens / (self.batch * length)), 1)
         if count * self.batch > windows:
             raise UserError(
                 f"{tokens:,} tokens of training text are {count * self.batch:,} windows of "
-                f"{length}, the text has {windows:,}: give more text, or at most "
-                f"{windows // self.batch * self.batch * length} as --calibration_tokens and "
-                "--repair_tokens"
+                f"{length}, but the text has {windows:,}: give more text, or set "
+                "--calibration_tokens and --repair_tokens to at most "
+                f"{windows // self.batch * self.batch * length}"
             )
         batches = train_batches(
             prepared, seed=self.options.seed, batch_size=self.batch, threads=0, prefetch=0
@@ -95,7 +99,7 @@ class CalibrationTexts:
         return Stream(found, ["text"] * count, folder, self.mesh)
 
     def held_out(self, folder: Path) -> Stream:
-        """Held-out windows, a share of each source's, labelled by source."""
+        """Return a stream of held-out batches labelled by source, with one limit per source."""
         batches, labels = [], []
         length = self.prepared.context_length
         sources = [source for source in self.prepared.sources if source.held_out_windows]

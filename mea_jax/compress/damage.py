@@ -1,4 +1,4 @@
-"""What a compression did, as a table, JSON and a picture."""
+"""Report the effect of a compression as a table, JSON and a figure."""
 
 import math
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from mea_jax.compress.probe import Sensitivity
 from mea_jax.compress.stream import Losses
 from mea_jax.ops.statistics import ratio_of_sums
 
-Batches = Sequence[Sequence[float]]  # of `Losses`
+Batches = Sequence[Sequence[float]]  # a value of `Losses`
 
 
 def summarise(
@@ -26,7 +26,16 @@ def summarise(
     sensitivities: list[Sensitivity],
     heads: int,
 ) -> dict[str, Any]:
-    """Everything about one compression, as JSON values. `cache`, `losses`: before and after."""
+    """Return all facts about one compression, as JSON values.
+
+    Args:
+      options: the options of the compression.
+      cache: bytes per position of each layer's keys and values, before and after.
+      rows: a row per layer.
+      losses: held-out losses, before and after.
+      sensitivities: those that were measured; may be empty.
+      heads: the number of composite key/value heads, K.
+    """
     before, after = ([sum(layer) for layer in side] for side in cache)
     domains = {name: _compared(losses[0][name], losses[1][name]) for name in losses[0]}
     tokens = [sum(n for _, n in batches) for batches in losses[0].values()]
@@ -55,8 +64,11 @@ def summarise(
 
 
 def _compared(before: Batches, after: Batches) -> dict[str, float]:
-    """Losses in nats a token, the increase and the divergence, each with its standard error, of
-    which batches are the units. An increase is that of each batch over itself."""
+    """Return losses, their increase and the divergence, in nats per token.
+
+    The increase and the divergence have standard errors over batches. The increase is paired: each
+    batch is compared with itself.
+    """
     old_U, tokens_U = np.transpose(before)
     new_U, _, moved_U = np.transpose(after)
     found = {
@@ -69,8 +81,10 @@ def _compared(before: Batches, after: Batches) -> dict[str, float]:
 
 
 def _overall(domains: Sequence[dict[str, float]], weights: Sequence[float]) -> dict[str, float]:
-    """Of all text, domains weighted by their tokens or alike. Domains are what they are: what
-    differs between them is no error."""
+    """Return the weighted mean over `domains` of each of `_compared`'s values.
+
+    The domains are fixed, not a sample, so differences between them do not add to the errors.
+    """
     share = np.array(weights) / sum(weights)
     found = {}
     for name in domains[0]:
@@ -80,7 +94,7 @@ def _overall(domains: Sequence[dict[str, float]], weights: Sequence[float]) -> d
 
 
 def table(summary: dict[str, Any]) -> str:
-    """The table at the end of the command."""
+    """Return the table that the command prints at its end."""
     k = summary["kv_heads"]
     repaired = any("repair" in row for row in summary["layers"])
     head = f"{'layer':>5}  {'keys':>7}  {'values':>7}  {'lost of keys':>12}  {'of values':>9}"
@@ -115,14 +129,17 @@ def table(summary: dict[str, Any]) -> str:
     unseen = sum(row["unseen"] for row in summary["layers"])
     if unseen:
         lines.append(
-            f"{unseen} directions of keys and values are not in the calibration text: their "
+            f"{unseen} directions of keys and values do not occur in the calibration text; their "
             "moments count as 0"
         )
     return "\n".join(lines)
 
 
 def draw(summary: dict[str, Any], path: Path) -> None:
-    """Heads kept in each layer; what each layer would cost alone; what the loss became."""
+    """Draw heads kept per layer, the cost of each layer alone, and the loss, into the file `path`.
+
+    Raise `UserError` if the disk is full or `path` is not writable.
+    """
     plt = cli.pyplot()
     rows, heads = summary["layers"], summary["kv_heads"]
     figure, axes = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")

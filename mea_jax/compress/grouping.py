@@ -1,4 +1,4 @@
-"""Which heads share a component: the best partition of K heads into C groups, by a cost a group."""
+"""Find the heads that share a component: the cheapest partition of K heads into C groups."""
 
 import functools
 import itertools
@@ -6,16 +6,16 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-_EXACT = 10  # heads up to which all 2^K groups are tried; above, groups are joined one by one
+_EXACT = 10  # up to this many heads, all 2^K groups are tried; above, groups are merged greedily
 
 Cost = Callable[[tuple[int, ...]], float]
 
 
 def partition(heads: int, groups: int, cost: Cost) -> list[tuple[int, ...]]:
-    """`groups` groups of `heads` heads with the least sum of `cost`.
+    """Return the partition of `heads` heads into `groups` groups with the least sum of `cost`.
 
-    Exact up to ten heads (a dynamic programme over subsets); above, the two groups whose union adds
-    least are joined until `groups` are left.
+    It is exact up to ten heads (dynamic programming over subsets). Above, the two groups whose
+    union adds the least cost are merged until `groups` are left.
     """
     cost = functools.cache(cost)
     return (_exact if heads <= _EXACT else _joined)(heads, groups, cost)
@@ -26,10 +26,10 @@ def _exact(heads: int, groups: int, cost: Cost) -> list[tuple[int, ...]]:
 
     @functools.cache
     def best(left: int, count: int) -> tuple[float, tuple[int, ...]]:
-        """The least cost of the heads in the bits of `left` in `count` groups; the groups."""
+        """Return the least cost of `count` groups of the heads in bits `left`, and the groups."""
         if count == 0:
             return (0.0, ()) if left == 0 else (np.inf, ())
-        first = left & -left  # is in some group: the one that is chosen here
+        first = left & -left  # the loop chooses the group that contains this head
         found: tuple[float, tuple[int, ...]] = (np.inf, ())
         rest = left ^ first
         subset = rest
@@ -60,7 +60,7 @@ def _joined(heads: int, groups: int, cost: Cost) -> list[tuple[int, ...]]:
 
 
 def one_hot(groups: Sequence[tuple[int, ...]], heads: int) -> np.ndarray:
-    """A partition as a mixing (C, K) of zeros and ones."""
+    """Return a partition as a mixing matrix (C, K) of zeros and ones."""
     mix_CK = np.zeros((len(groups), heads))
     for c, group in enumerate(groups):
         mix_CK[c, list(group)] = 1.0

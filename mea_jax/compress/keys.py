@@ -1,16 +1,17 @@
-"""Keys: C component heads from which K composite keys are rebuilt, before or after rotation alike.
+"""Solve for C component key heads from which K composite keys are rebuilt.
 
-With feature f and f + H/2 of a head as one complex number k_gf, a rotary position is a factor
-e^(i t theta_f), and a score is Re sum_f conj(q_gf) k_gf. So any complex mixing per frequency
+Keys can be rebuilt before or after rotation. With features f and f + H/2 of a head as one complex
+number k_gf, a rotary position is a factor e^(i t theta_f), and a score is
+Re sum_f conj(q_gf) k_gf. So any complex mixing per frequency
 
     k_gf ~ sum_c N_cgf z_cf,    z_cf = sum_g T_gcf k_gf
 
-commutes with positions. The methods differ in the N that they allow (real and alike over
-frequencies, that times one complex number a head and frequency, anything), and all minimise
+commutes with positions. The methods differ in the N that they allow: real and the same for all
+frequencies, that times one complex number per head and frequency, or any N. All minimise
 
     sum_f sum_g w_gf E|k_gf - sum_c N_cgf z_cf|^2
 
-of which they need only the complex moments of `moments.complex_blocks`: Gram matrices (F, K, K).
+for which they need only the complex moments of `moments.complex_blocks`: Gram matrices (F, K, K).
 """
 
 import dataclasses
@@ -22,19 +23,20 @@ from mea_jax.compress.moments import ridged
 from mea_jax.ops.hlc import block_identity
 
 _SWEEPS = 300
-_LOOK = 10  # sweeps between two looks at the residual
-_SETTLED = 1e-6  # relative gain between two looks at which the iteration ends
+_LOOK = 10  # sweeps between two checks of the residual
+_SETTLED = 1e-6  # the iteration ends when the relative gain between two checks is below this
 
 
 @dataclasses.dataclass(frozen=True)
 class Keys:
-    """A solution. `mix` real (C, K) with `gauge` (K, F): N = mix gauge; else `mix` is N (F, C, K).
+    """A solution for the keys of one layer.
 
     Attributes:
-      combine: T (F, K, C), complex: components from composite heads.
-      mix: (C, K) float64, the paper's W_lc; or (F, C, K) complex.
-      gauge: (K, F) complex, or None: all ones.
-      residual: share of the (weighted) energy of keys that is lost.
+      combine: T (F, K, C), complex, which maps composite heads to components.
+      mix: (C, K) float64, the paper's W_lc, with N = `mix` * `gauge`; or N itself, (F, C, K)
+        complex.
+      gauge: (K, F) complex; None means all ones.
+      residual: the lost share of the (weighted) energy of the keys.
     """
 
     combine: np.ndarray
@@ -43,23 +45,23 @@ class Keys:
     residual: float
 
     def full_mix(self) -> np.ndarray:
-        """N (F, C, K), complex."""
+        """Return N (F, C, K), complex."""
         if self.mix.ndim == 3:
             return self.mix
         whole_FCK = np.broadcast_to(self.mix, (self.combine.shape[0], *self.mix.shape))
         return whole_FCK if self.gauge is None else whole_FCK * self.gauge.T[:, None]
 
     def components(self, w_DKF: np.ndarray) -> np.ndarray:
-        """Component heads (D, C, F) of complex composite heads."""
+        """Return the component heads (D, C, F) of complex composite heads (D, K, F)."""
         return np.einsum("dgf,fgc->dcf", w_DKF, self.combine, optimize=True)
 
     def rebuilt(self, w_DKF: np.ndarray) -> np.ndarray:
-        """What composite heads become: (D, K, F), complex."""
+        """Return the composite heads (D, K, F), complex, rebuilt from their components."""
         return np.einsum("dcf,fcg->dgf", self.components(w_DKF), self.full_mix(), optimize=True)
 
 
 def _loss(gram_FKK: np.ndarray, combine: np.ndarray, mix: np.ndarray) -> float:
-    """tr (1 - T N)^H Gram (1 - T N), of the whole."""
+    """Return sum_f tr (1 - T N)^H Gram (1 - T N) over sum_f tr Gram, with T `combine`, N `mix`."""
     rest = np.eye(gram_FKK.shape[-1]) - combine @ mix
     lost = np.einsum("fhg,fhk,fkg->", rest.conj(), gram_FKK, rest, optimize=True).real
     return float(lost / np.einsum("fgg->", gram_FKK).real)
@@ -82,9 +84,9 @@ def _solution(gram, weights_KF, combine, mix, gauge) -> Keys:
 
 
 def head_mixing(gram_FKK: np.ndarray, components: int, weights_K: np.ndarray) -> Keys:
-    """One real number for each pair of heads: the leading eigenvectors of the K x K Gram matrix.
+    """Solve for one real number per pair of heads: leading eigenvectors of the K x K Gram matrix.
 
-    Of moments of weights, with equal `weights_K`, this is the paper's SVD of (D H, K).
+    With moments of the weights and equal `weights_K`, this is the paper's SVD of (D H, K).
     """
     frequencies, heads = gram_FKK.shape[:2]
     weights_KF = np.repeat(weights_K[:, None], frequencies, axis=1)
@@ -96,7 +98,7 @@ def head_mixing(gram_FKK: np.ndarray, components: int, weights_K: np.ndarray) ->
 
 
 def mean_groups(gram_FKK: np.ndarray, components: int) -> Keys:
-    """Neighbouring heads share their mean, as GQA is made of MHA in arXiv 2305.13245."""
+    """Replace neighbouring heads by their mean, as arXiv 2305.13245 converts MHA to GQA."""
     frequencies, heads = gram_FKK.shape[:2]
     mix = np.asarray(block_identity(components, heads), np.float64)
     combine = np.broadcast_to(
@@ -106,7 +108,7 @@ def mean_groups(gram_FKK: np.ndarray, components: int) -> Keys:
 
 
 def per_frequency(gram_FKK: np.ndarray, components: int, weights_KF: np.ndarray) -> Keys:
-    """Any complex N, in closed form: the leading eigenvectors of each frequency's Gram matrix."""
+    """Solve for any complex N, in closed form: leading eigenvectors per frequency's Gram matrix."""
     root_FK = np.sqrt(weights_KF).T
     _, vectors = np.linalg.eigh(_weighted(gram_FKK, weights_KF))
     leading = vectors[:, :, ::-1][:, :, :components]
@@ -115,23 +117,24 @@ def per_frequency(gram_FKK: np.ndarray, components: int, weights_KF: np.ndarray)
 
 
 def aligned_groups(gram_FKK, components: int, weights_KF, unit: bool) -> Keys:
-    """Each head is one component times a gauge: GQA with the best groups and gauges."""
+    """Solve for one component and a gauge per head: GQA with the best groups and gauges."""
     start = _grouped_start(_weighted(gram_FKK, weights_KF), components)
     return _alternate(gram_FKK, weights_KF, *start, unit=unit, move_mix=False)
 
 
 def aligned(gram_FKK: np.ndarray, components: int, weights_KF: np.ndarray, unit: bool) -> Keys:
-    """The paper's architecture with a gauge: N_cgf = M_cg b_gf, M real, b complex.
+    """Solve for the paper's architecture with a gauge: N_cgf = M_cg b_gf, M real, b complex.
 
-    A gauge changes nothing in the model: its conjugate goes into the queries. Alternating least
-    squares (each step closed, so the loss never rises) from two starts: the eigenvectors of the
-    Gram matrix, and the best groups. Ten random starts differ by few percent.
+    A gauge does not change the model: its conjugate goes into the queries. The solver is
+    alternating least squares (each step in closed form, so the loss never rises) from two starts:
+    the eigenvectors of the Gram matrix, and the best groups. Ten random starts differ by a few
+    percent.
 
     Args:
       gram_FKK: complex moments of the keys.
       components: C.
-      weights_KF: of each head's and frequency's error.
-      unit: the gauge's numbers have modulus 1, so that norms of heads stay (a key norm).
+      weights_KF: weights of the error of each head and frequency.
+      unit: whether the gauge has modulus 1, which keeps the norms of heads (for a key norm).
     """
     weighted, heads = _weighted(gram_FKK, weights_KF), gram_FKK.shape[-1]
     plain = np.linalg.eigh(weighted.real.sum(axis=0))[1][:, ::-1][:, :components].T
@@ -145,7 +148,7 @@ def aligned(gram_FKK: np.ndarray, components: int, weights_KF: np.ndarray, unit:
 
 
 def _grouped_start(weighted_FKK, components: int) -> tuple[np.ndarray, np.ndarray]:
-    """The best groups as a mixing of zeros and ones, and their leading gauges (K, F)."""
+    """Return the best groups as a mixing matrix (C, K) of 0 and 1, and their gauges (K, F)."""
     frequencies, heads = weighted_FKK.shape[:2]
 
     def cost(group: tuple[int, ...]) -> float:
@@ -165,7 +168,7 @@ def _grouped_start(weighted_FKK, components: int) -> tuple[np.ndarray, np.ndarra
 def _alternate(gram_FKK, weights_KF, mix, gauge, unit: bool, move_mix: bool = True) -> Keys:
     gram = _weighted(gram_FKK, weights_KF)
     root_KF, last = np.sqrt(weights_KF), np.inf
-    if unit:  # the gauge of the weighted keys has the weights' modulus
+    if unit:  # for weighted keys, the modulus of the gauge is that of the weights
         gauge = root_KF * _phase(gauge)
 
     def combined(mix, gauge):

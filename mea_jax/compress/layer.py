@@ -1,8 +1,8 @@
-"""One layer's attention, from a model's parameters to those of the compressed model.
+"""Convert one attention layer's parameters to those of the compressed model.
 
-A layer is taken apart into composite heads (what HLC made is folded), the methods solve for
+A layer is split into composite heads (an existing HLC is folded into them), the methods solve for
 components, and gauges go into neighbouring weights: into the queries for keys, into the output
-projection for values. The result is a layer of the project's own attention, nothing else.
+projection for values. The result is an ordinary layer of `mea_jax.model.attention`.
 """
 
 import dataclasses
@@ -17,12 +17,12 @@ from mea_jax.config.schema import ModelConfig
 from mea_jax.ops import hlc
 
 Tree = dict[str, Any]
-_ONE = 1e-6  # a gauge so near to 1 is none
+_ONE = 1e-6  # a gauge within this distance of 1 is ignored
 
 
 @dataclasses.dataclass(frozen=True)
 class Heads:
-    """A layer as plain attention; float64. Norm weights are (H,), None where there is no norm."""
+    """A layer as plain attention, in float64. Norm weights are (H,), or None without that norm."""
 
     query_DNH: np.ndarray
     key_DKH: np.ndarray
@@ -34,7 +34,7 @@ class Heads:
 
 
 def take_apart(model: ModelConfig, attention: Tree) -> Heads:
-    """The composite heads of a layer with parameters `attention`."""
+    """Return the composite heads of a layer with parameters `attention`."""
 
     def scale(name: str) -> np.ndarray | None:
         return np.asarray(attention[name]["scale"], np.float64) if name in attention else None
@@ -52,28 +52,29 @@ def take_apart(model: ModelConfig, attention: Tree) -> Heads:
 
 
 def tie_pairs(scale_H: np.ndarray) -> np.ndarray:
-    """A norm's weight made alike within rotary pairs, (F,): the root of their mean square."""
+    """Return one norm weight per rotary pair, (F,): the root mean square of the pair's weights."""
     pairs = scale_H.reshape(2, -1)
     return np.sqrt(np.mean(np.square(pairs), axis=0))
 
 
 def repeat_pairs(x_F: np.ndarray) -> np.ndarray:
-    """(F,) to (H,): alike for both features of a pair."""
+    """Return (H,) from (F,): the same value for both features of a rotary pair."""
     return np.concatenate([x_F, x_F])
 
 
 def _per_query(x_KX: np.ndarray, queries: int) -> np.ndarray:
-    """What belongs to a composite head, for each query head that reads it."""
+    """Repeat the row of each composite head for every query head that reads it: (N, ...)."""
     return np.repeat(x_KX, queries // x_KX.shape[0], axis=0)
 
 
 def with_keys(heads: Heads, keys: Keys, tree: Tree) -> Tree:
-    """`tree` with component keys, their mixing, and the gauge in the queries.
+    """Return `tree` with component keys, their mixing, and the gauge in the queries.
 
-    Under a key norm a gauge (of modulus 1) commutes with the norm's weight only where that is alike
-    within rotary pairs: then both norms' weights are tied, and what they differ by goes into the
-    projections before the norm, which is nearly but not quite the same. Mixing per frequency
-    needs none of that: components carry the weight (model.attention.Attention.key_inverse_rms).
+    Under a key norm, a gauge (of modulus 1) commutes with the norm's weight only if the weight is
+    equal within rotary pairs. So the weights of both norms are tied within pairs, and the ratio to
+    the original weights goes into the projections before the norm. That is an approximation,
+    because the norm then sees scaled features. Mixing per frequency does not need this: its
+    components carry the weight (`model.attention.Attention.key_inverse_rms`).
     """
     frequency = keys.mix.ndim == 3
     gauged = keys.gauge is not None and bool(np.abs(keys.gauge - 1).max() > _ONE)
@@ -103,10 +104,10 @@ def with_keys(heads: Heads, keys: Keys, tree: Tree) -> Tree:
 
 
 def with_values(heads: Heads, values: Values, tree: Tree) -> Tree:
-    """`tree` with component values, their mixing, and the gauge in the output projection.
+    """Return `tree` with component values, their mixing, and the gauge in the output projection.
 
-    A rotation commutes with the head norm but not with its weight, which goes into the output
-    projection first.
+    A rotation commutes with the head norm but not with the norm's weight, so the weight is first
+    moved into the output projection.
     """
     tree, out_NHD = dict(tree), heads.out_NHD
     tree["value"] = values.components(heads.value_DKH)
@@ -123,7 +124,7 @@ def with_values(heads: Heads, values: Values, tree: Tree) -> Tree:
 
 
 def as_float32(tree: Tree) -> Tree:
-    """The tree of parameters as they are stored."""
+    """Return the tree of parameters in float32, as they are stored."""
     return {
         name: as_float32(leaf) if isinstance(leaf, dict) else np.asarray(leaf, np.float32)
         for name, leaf in tree.items()

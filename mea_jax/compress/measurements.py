@@ -1,9 +1,9 @@
-"""What is learned about the original model before anything is compressed.
+"""Measure the original model before anything is compressed.
 
-Moments of every layer, the held-out loss and the last residuals behind it, and what each layer's
-keys and values cost at each number of heads. All of it lies in a folder, a file as soon as it is
-known, so a killed pass goes on, and several compressions of a checkpoint can share it: none of it
-depends on how much is kept.
+The measurements are the moments of every layer, the held-out loss with the last residuals, and the
+cost of each layer's keys and values at each number of heads. Each is written to a file in one
+folder as soon as it is computed, so a killed pass can continue. None depends on how much is kept,
+so several compressions of a checkpoint can share the folder.
 """
 
 import dataclasses
@@ -30,7 +30,10 @@ SHARED = ("calibration_tokens", "calibration_source", "held_out_tokens", "dtype"
 
 
 class Measurements:
-    """About one checkpoint, on one choice of text (the options named in `SHARED`)."""
+    """The measurements of one checkpoint on one choice of text (the options named in `SHARED`).
+
+    Creating one raises `UserError` if `folder` contains measurements with other options.
+    """
 
     def __init__(
         self,
@@ -58,17 +61,17 @@ class Measurements:
         stored = json.loads(settings.read_text())
         if differing := [name for name in wanted if stored.get(name) != wanted[name]]:
             raise UserError(
-                f"--measurements {self.folder} holds those of another {differing[0]} "
+                f"--measurements {self.folder} was made with another {differing[0]} "
                 f"({stored.get(differing[0])}): choose another folder"
             )
 
     def calibrate(self) -> Losses:
-        """Moments of every layer, into the folder; the held-out loss of its batches."""
-        # Which windows are held out goes by the batch, and so by the number of devices.
+        """Write the moments of every layer to the folder, and return the held-out losses."""
+        # The held-out windows depend on the batch size, and so on the number of devices.
         before = self.folder / f"losses-{self.texts.batch}.json"
         total, calibration = self.model.n_layers, self.folder / "calibration"
         if before.exists():
-            shutil.rmtree(calibration, ignore_errors=True)  # a kill may have left it
+            shutil.rmtree(calibration, ignore_errors=True)  # left over if a pass was killed
             return json.loads(before.read_text())
         done = 0
         while self._moments_file(done).exists():
@@ -99,7 +102,7 @@ class Measurements:
         return self.folder / f"held_out-{self.texts.batch}"
 
     def held_out(self) -> Stream:
-        """The held-out text behind the original's last layer, where `calibrate` has left it."""
+        """Return the held-out stream after the original's last layer, where `calibrate` left it."""
         stream = self.texts.held_out(self._held_out_folder())
         stream.start(self.model, self.source.top(), self.model.n_layers, self.source.layer)
         return stream
@@ -114,13 +117,17 @@ class Measurements:
             scratch.rename(self._moments_file(index))
 
     def moments(self, index: int) -> Moments:
+        """Read the moments of layer `index`."""
         with np.load(self._moments_file(index)) as stored:
             return Moments(
                 **{n: stored[n] for n in stored.files[:-1]}, tokens=int(stored["tokens"])
             )
 
     def sensitivities(self, chosen: list[int]) -> list[Sensitivity]:
-        """Of the layers `chosen`, keys and values apart; measured where they are not there yet."""
+        """Return the sensitivities of keys and of values of the layers `chosen`.
+
+        Those that the folder does not contain yet are measured first.
+        """
         missing = [index for index in chosen if not self._sensitivity_file(index).exists()]
         if missing:
             self._residuals(missing) if self.options.budget == "residual" else self._measure(
@@ -147,7 +154,7 @@ class Measurements:
             self._keep(residuals(self.options.method, heads, self.moments(index), index))
 
     def _measure(self, missing: list[int]) -> None:
-        """Tries each layer in the whole model; the layers before the first missing one run once."""
+        """Measure each layer in `missing` within the full model; earlier layers run only once."""
         options, top = self.options, self.source.top()
         streams = [self.texts.training(self.folder / "measure", options.measure_tokens)]
         if options.budget == "repaired":

@@ -1,14 +1,14 @@
-"""The methods by name: which keys and which values each of them solves for.
+"""Solve for the component keys and values of a layer with a method chosen by name.
 
 | method | keys | values |
 |---|---|---|
-| svd | the paper's: one number a pair of heads, from the weights | likewise |
+| svd | the paper's: one number per pair of heads, from the weights | the same |
 | calibrated | the same, from activations, weighted by queries | by the output projection |
-| aligned | that and a complex gauge, which goes into the queries | a gauge, into the output |
-| frequency | a complex number a pair of heads and frequency | a dense map from one latent |
-| gqa_mean | neighbouring heads share their mean | likewise |
-| gqa_aligned | the best groups share a head, by gauges | likewise |
-| latent | one latent rebuilt before rotation (a bound: it cannot be read as it is) | dense |
+| aligned | that with a complex gauge, which goes into the queries | a gauge, into the output |
+| frequency | a complex number per pair of heads and frequency | a dense map from one latent |
+| gqa_mean | neighbouring heads are replaced by their mean | the same |
+| gqa_aligned | the best groups share a head, through gauges | the same |
+| latent | one latent, rebuilt before rotation (a bound: it cannot be cached as it is) | dense |
 """
 
 import dataclasses
@@ -28,15 +28,20 @@ from mea_jax.config.schema import ModelConfig
 from mea_jax.errors import UserError
 
 METHODS = ("svd", "calibrated", "aligned", "frequency", "gqa_mean", "gqa_aligned", "latent")
-SHARPENED = ("aligned", "frequency")  # whose queries get a temperature where there is text; the
-# rivals stay as they were published
-_LEAST = 1e-9  # of a frequency's weight, the mean being 1: none is left out altogether
-NEED_TEXT = ("calibrated",)  # which are something else without any
+# The queries of these get a temperature if there is text. The baselines stay as published.
+SHARPENED = ("aligned", "frequency")
+_LEAST = 1e-9  # lower bound of a frequency's weight (the mean is 1): no frequency is ignored
+NEED_TEXT = ("calibrated",)  # without text these would be another method
 
 
 @dataclasses.dataclass(frozen=True)
 class Latent:
-    """Keys as a low-rank product, rebuilt before rotation: `project` (K H, K H) of rank C H."""
+    """Keys as a low-rank product, rebuilt before rotation.
+
+    Attributes:
+      project: the projection (K H, K H) of rank C H.
+      residual: the lost share of the energy of the keys.
+    """
 
     project: np.ndarray
     residual: float
@@ -45,9 +50,12 @@ class Latent:
 def target_model(
     model: ModelConfig, method: str, keys: list[int], values: list[int]
 ) -> ModelConfig:
-    """The compressed model's config. Raises `UserError` for attention that no method fits."""
+    """Return the compressed model's config, with `keys` and `values` components per layer.
+
+    Raise `UserError` if `method` does not apply to the model's attention.
+    """
     check_model(model, method)
-    if method == "latent":  # keys stay whole heads, of low rank together
+    if method == "latent":  # keys stay complete heads, which together have low rank
         return dataclasses.replace(
             model,
             hlc="v",
@@ -70,22 +78,26 @@ def target_model(
 
 
 def check_model(model: ModelConfig, method: str) -> None:
-    """Raises `UserError` unless `method` applies to attention like this."""
+    """Raise `UserError` if `method` does not apply to the model's attention."""
     if model.variant != "mea":
         raise UserError(
-            f"this model's attention is {model.variant!r}: only MEA, MHA, GQA and MQA compress"
+            f"config.model.variant={model.variant!r} cannot be compressed: choose a model with "
+            "MEA, MHA, GQA or MQA"
         )
     if model.qk_norm and model.hlc_order == "after" and model.mixes("key"):
         raise UserError(
-            "this model mixes keys after their norm (hlc_order='after'): they are no linear "
-            "function of the input, and cannot be rebuilt from fewer heads"
+            "config.model.hlc_order='after' mixes keys after their norm, so they are not linear in "
+            "the input and cannot be rebuilt from fewer heads: choose a model with 'before'"
         )
     if model.head_dim % 2:
-        raise UserError(f"head_dim={model.head_dim} is odd: keys are taken in pairs of features")
+        raise UserError(
+            f"config.model.head_dim={model.head_dim} is odd, but keys are taken in pairs of "
+            "features: choose a model with an even head_dim"
+        )
     if model.gate == "feature" and method in ("aligned", "gqa_aligned"):
         raise UserError(
-            f"--method {method} turns each head's features, which this model's gate of each "
-            "feature (gate='feature') does not allow: take --method frequency or calibrated"
+            f"--method {method} rotates each head's features, which config.model.gate='feature' "
+            "does not allow: use --method frequency or calibrated"
         )
 
 
@@ -95,16 +107,17 @@ def _scaled(moment: np.ndarray, scale_H: np.ndarray, heads: int) -> np.ndarray:
 
 
 def _key_problem(heads: Heads, moments: Moments, weigh: str) -> tuple[np.ndarray, np.ndarray]:
-    """Gram matrices (F, K, K) of keys as `layer.with_keys` takes them, and weights (K, F).
+    """Return Gram matrices (F, K, K) of the keys that `layer.with_keys` uses, and weights (K, F).
 
-    Errors of a key count as much as the queries that read it are long, at each frequency. Under a
-    key norm a head's length does not matter: each head's errors count relative to its power, and
-    `weigh` ("tied", "whole" or "none") says what part of the norm's weight keys carry.
+    At each frequency, an error of a key is weighted by the power of the queries that read it. Under
+    a key norm the length of a key does not matter, so each head's errors are relative to its power.
+    `weigh` selects the part of the norm's weight that is included in the keys: "tied" is the ratio
+    to the weight tied within rotary pairs, "whole" is all of it, and "none" is nothing.
     """
     count, moment = heads.key_DKH.shape[1], moments.keys
     weights_KF = moments.queries
     if heads.key_norm_H is not None and heads.query_norm_H is not None:
-        if not moments.tokens:  # the norm is not in the queries' weights
+        if not moments.tokens:  # moments of weights do not include the query norm
             weights_KF = np.broadcast_to(
                 np.square(layers.tie_pairs(heads.query_norm_H)), moments.queries.shape
             )
@@ -127,10 +140,10 @@ def _key_problem(heads: Heads, moments: Moments, weigh: str) -> tuple[np.ndarray
 
 
 def solve_keys(method: str, heads: Heads, moments: Moments, components: int) -> Keys | Latent:
-    """Component keys by `method`."""
+    """Return `components` component keys by `method`."""
     count = heads.key_DKH.shape[1]
     unit = heads.key_norm_H is not None
-    with threadpool_limits(1, "blas"):  # many small products: threads would wait for one another
+    with threadpool_limits(1, "blas"):  # for many small products, synchronising threads is slower
         if method == "latent":
             return _latent(moments.keys, components * heads.key_DKH.shape[2])
         if method in ("svd", "gqa_mean"):
@@ -159,7 +172,7 @@ def _latent(moment: np.ndarray, rank: int) -> Latent:
 
 
 def solve_values(method: str, heads: Heads, moments: Moments, components: int) -> Values:
-    """Component values by `method`."""
+    """Return `components` component values by `method`."""
     count = heads.value_DKH.shape[1]
     norm_H = heads.head_norm_H
     weights_KHH = value_solvers.output_weights(heads.out_NHD, norm_H, moments.outputs, count)
@@ -181,8 +194,11 @@ def solve_values(method: str, heads: Heads, moments: Moments, components: int) -
 
 
 def rebuilt_keys(heads: Heads, keys: Keys | Latent) -> np.ndarray:
-    """The composite keys' projection (D, K, H) that the components amount to, in the model's own
-    basis: what a model looks like whose keys alone are compressed."""
+    """Return the projection (D, K, H) of composite keys rebuilt from components, without gauges.
+
+    It is in the model's original basis, so it can replace the original keys while all other
+    parameters stay the same.
+    """
     d, count, width = heads.key_DKH.shape
     if isinstance(keys, Latent):
         return (heads.key_DKH.reshape(d, -1) @ keys.project).reshape(d, count, width)

@@ -1,4 +1,4 @@
-"""What is asked of a compression."""
+"""Define and check the options of a compression."""
 
 import dataclasses
 
@@ -10,47 +10,48 @@ from mea_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What is asked for; see the flags of the command."""
+    """The options of a compression, which are also the flags of the command."""
 
-    keep: float = 0.5  # share of the cache that stays, of the layers chosen
+    keep: float = 0.5  # share of the cache to keep in the chosen layers
     method: str = "aligned"  # methods.METHODS
     budget: str = "uniform"  # budgets.BUDGETS
     layers: str = "full"  # budgets.choose_layers
     repair: str = "none"  # repair.REPAIRS
-    repair_steps: int = REPAIR_STEPS  # of each layer
-    repair_tokens: int = 0  # of text for them; 0: as many as for calibration
-    calibration_tokens: int = 131072  # 0: methods see weights alone
+    repair_steps: int = REPAIR_STEPS  # for each layer
+    repair_tokens: int = 0  # text for the repair; 0: as many as for calibration
+    calibration_tokens: int = 131072  # 0: methods use the weights only
     calibration_source: str = ""  # "kind:path", as config.data.sources; "": the checkpoint's own
-    measure_tokens: int = 16384  # on which budgets are measured
-    held_out_tokens: int = 131072  # at most, of all sources together, looked at before and after
-    dtype: str = "auto"  # of products
-    seed: int = 0  # of the choice of calibration text
+    measure_tokens: int = 16384  # text on which budgets are measured
+    held_out_tokens: int = 131072  # at most, in all sources together, compared before and after
+    dtype: str = "auto"  # of matrix products
+    seed: int = 0  # for the choice of calibration text
 
 
 def check(options: Options) -> None:
-    """Raises `UserError` for options that do not belong together."""
+    """Raise `UserError` for options that contradict each other."""
     if options.method in methods.NEED_TEXT and not options.calibration_tokens:
         raise UserError(
-            f"--method {options.method} is made of activations: give --calibration_tokens"
+            f"--method {options.method} needs activations: give --calibration_tokens above 0"
         )
     if options.budget in ("measured", "repaired") and not options.calibration_tokens:
         raise UserError(
-            f"--budget {options.budget} needs text: give --calibration_tokens, or take "
+            f"--budget {options.budget} needs text: give --calibration_tokens above 0, or use "
             "--budget residual"
         )
     if options.budget == "repaired" and options.repair not in STEPWISE:
         raise UserError(
-            "--budget repaired divides the cache for a model to be repaired: add --repair "
-            "layerwise or blockwise, or take --budget measured"
+            "--budget repaired divides the cache for a model that is repaired afterwards: add "
+            "--repair layerwise or blockwise, or use --budget measured"
         )
     if options.repair != "none" and not options.calibration_tokens:
-        raise UserError(f"--repair {options.repair} needs text: give --calibration_tokens")
+        raise UserError(f"--repair {options.repair} needs text: give --calibration_tokens above 0")
     if options.repair_tokens and options.repair == "none":
         raise UserError(
-            f"--repair_tokens={options.repair_tokens} is text for a repair: add --repair layerwise"
+            f"--repair_tokens={options.repair_tokens} has no effect with --repair none: add "
+            "--repair layerwise"
         )
 
 
 def repair_text(options: Options) -> int:
-    """Tokens on which layers are repaired."""
+    """Return the number of tokens on which layers are repaired."""
     return options.repair_tokens or options.calibration_tokens

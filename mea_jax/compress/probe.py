@@ -1,9 +1,9 @@
-"""What each layer's keys and values cost the whole model when they alone are compressed.
+"""Measure the cost to the model when only the keys or the values of one layer are compressed.
 
 The cost is the divergence of the changed model's predictions from the original's. In expectation
-over the original's own predictions that equals the increase of the loss, whose standard error is
-several times as large, because it depends on which token came: it would hide differences of a
-thousandth of a nat between two divisions.
+over the original's own predictions it equals the increase of the loss. The increase has a several
+times larger standard error, because it depends on the actual next tokens, and would hide
+differences of a thousandth of a nat between two divisions of the cache.
 """
 
 import dataclasses
@@ -33,17 +33,19 @@ from mea_jax.model.layer_spec import LayerSpec, layer_specs, plain_spec
 
 Tree = dict[str, Any]
 _SOLVERS: dict[str, Any] = {"key": solve_keys, "value": solve_values}
-_PROBE = 40  # steps of repair before a layer is tried, for budgets of a model to be repaired
+_PROBE = 40  # repair steps before a changed layer is measured, with --budget repaired
 
 
 @dataclasses.dataclass(frozen=True)
 class Sensitivity:
-    """One layer's keys or values: what is lost with C = 1 .. K heads.
+    """The losses from compressing one layer's keys or values to C = 1 .. K heads.
 
     Attributes:
-      layer, which: of the model; "key" or "value".
-      residuals: share of the (weighted) energy that is lost.
-      losses: KL(original || changed) of predictions, nats per token; empty where not measured.
+      layer: index of the layer.
+      which: "key" or "value".
+      residuals: the lost share of the (weighted) energy, for each C.
+      losses: KL(original || changed) of predictions, in nats per token, for each C; empty if not
+        measured.
     """
 
     layer: int
@@ -53,7 +55,7 @@ class Sensitivity:
 
 
 def plain_layer(heads: Heads, tree: Tree) -> Tree:
-    """A layer's parameters for `plain_spec`."""
+    """Return a layer's parameters for `plain_spec`: composite heads, without mixing matrices."""
     dropped = ("key_mixing", "value_mixing")
     attention = {name: leaf for name, leaf in tree["attention"].items() if name not in dropped}
     attention |= {"key": heads.key_DKH, "value": heads.value_DKH}
@@ -61,7 +63,7 @@ def plain_layer(heads: Heads, tree: Tree) -> Tree:
 
 
 def residuals(method: str, heads: Heads, moments: Moments, index: int) -> list[Sensitivity]:
-    """Of one layer, without measuring losses."""
+    """Return the sensitivities of layer `index`, for C = 1 .. K, without measuring losses."""
     counts = range(1, heads.key_DKH.shape[1] + 1)
     keys = [solve_keys(method, heads, moments, c).residual for c in counts]
     values = [solve_values(method, heads, moments, c).residual for c in counts]
@@ -69,7 +71,7 @@ def residuals(method: str, heads: Heads, moments: Moments, index: int) -> list[S
 
 
 class Measurer:
-    """The model on the mesh as a whole, and windows of text that each change is tried on."""
+    """The complete model on the mesh, with windows of text on which each change is measured."""
 
     def __init__(
         self,
@@ -79,8 +81,16 @@ class Measurer:
         stream: Stream,
         repairing: Stream | None = None,
     ):
-        """`trees` are the layers' parameters for `plain_spec`; the streams are embedded already.
-        With `repairing` what is tried is repaired first, on that text."""
+        """Place the model on the mesh and compute the last residuals of `stream`.
+
+        Args:
+          model: the resolved config.
+          top: parameters outside the layers.
+          trees: the layers' parameters for `plain_spec`.
+          stream: text on which changes are measured, already embedded.
+          repairing: text on which each changed layer is first repaired, already embedded; None
+            means no repair.
+        """
         self.model, self.spec, self.stream, self.repairing = (
             model,
             plain_spec(model),
@@ -101,13 +111,13 @@ class Measurer:
         return zip(self.residuals, self.batches, strict=True)
 
     def _rest(self, x_BTD: jax.Array, batch: Any, first: int) -> jax.Array:
-        """The last residual, from the one before layer `first`."""
+        """Return the last residual, given the one before layer `first`."""
         for index in range(first, len(self.trees)):
             x_BTD = run_block(self.spec, self.trees[index], x_BTD, batch, index)
         return x_BTD
 
     def _moved(self, spec: LayerSpec, tree: Tree) -> float:
-        """Nats per token by which predictions move with `tree` in the place of the next layer."""
+        """Return KL(original || changed), nats per token, with `tree` as the next layer."""
         moved, tokens, done = 0.0, 0.0, self.stream.done
         with jax.set_mesh(self.stream.mesh):
             for (x_BTD, batch), original_BTD in zip(self._windows(), self.last, strict=True):
@@ -117,14 +127,14 @@ class Measurer:
         return moved / tokens
 
     def advance(self) -> None:
-        """To the next layer."""
+        """Move all streams past the next layer."""
         tree = self.trees[self.stream.done]
         for stream in filter(None, (self.repairing, self.stream)):
             stream.advance(self.spec, tree)
         self._read()
 
     def sensitivity(self, method: str, heads: Heads, moments: Moments) -> list[Sensitivity]:
-        """Of the next layer's keys and values at 1 .. K heads; K heads lose nothing."""
+        """Measure the next layer's keys and values at C = 1 .. K heads; C = K counts as no loss."""
         count, index = heads.key_DKH.shape[1], self.stream.done
         tree, found = self.trees[index], []
         scale, text = tree["attention_norm"]["scale"], self.repairing or self.stream
@@ -144,8 +154,11 @@ class Measurer:
         return found
 
     def _changed(self, method: str, heads: Heads, keys, values, which: str, counts):
-        """The next layer with its keys or values compressed: in place of the originals, so that one
-        program serves all; or, to be repaired, as the compressed layer it would become."""
+        """Return the spec and parameters of the next layer with its keys or values compressed.
+
+        Without repair, rebuilt composite heads replace the original ones, so that all candidates
+        share one compiled program. With repair, the layer is the actual compressed layer.
+        """
         tree = self.trees[self.stream.done]
         sharpen = which == "key" and method in SHARPENED
         if self.repairing is None:
@@ -168,7 +181,7 @@ class Measurer:
 
 
 def assemble(heads: Heads, keys: Keys | Latent, values: Values, attention: Tree) -> Tree:
-    """A layer's attention, with parameters `attention`, from its compressed keys and values."""
+    """Return a layer's attention parameters with compressed keys and values, in float32."""
     kept = {n: v for n, v in attention.items() if n not in ("key_mixing", "value_mixing")}
     if isinstance(keys, Latent):
         kept["key"] = rebuilt_keys(heads, keys)

@@ -1,11 +1,11 @@
-"""Local repair: a compressed layer is brought nearer to the original layer, without labels.
+"""Local repair: fit a compressed layer to the original layer, without labels.
 
-A temperature makes attention as sharp as it was; "output" refits the output projection in closed
-form; "layerwise" moves all of the attention's projections by a few hundred small steps, so that it
-gives what the original gives on the original model's inputs. "blockwise" then moves all parameters
-of the block, on the inputs that the compressed model gives it, towards the residual that the
-original has after it: what earlier layers have lost is made up for as far as one block can. No
-gradient goes through more than one layer.
+A temperature restores the sharpness of attention. "output" refits the output projection in closed
+form. "layerwise" then updates all projections of the attention with a few hundred small steps, to
+match the original's output on the original model's inputs. "blockwise" then updates all parameters
+of the block, on the inputs from the compressed model, to match the residual of the original model
+after the block. So each block also compensates for the losses of earlier layers. No gradient goes
+through more than one layer.
 """
 
 import functools
@@ -29,26 +29,27 @@ from mea_jax.compress.stream import (
 )
 
 Tree = dict[str, Any]
-Layer = tuple[LayerSpec, Tree]  # what is static about an attention layer, and its parameters
+Layer = tuple[LayerSpec, Tree]  # the static part of a layer, and its parameters
 REPAIRS = ("none", "output", "layerwise", "blockwise")
-STEPWISE = ("layerwise", "blockwise")  # those by gradient steps
+STEPWISE = ("layerwise", "blockwise")  # those that take gradient steps
 STEPS, WARMUP = 400, 20
-# What queries are multiplied by. Least squares shrinks keys towards what it can rebuild of them, so
-# logits come out too small by a few percent, more where more is lost.
+# Factors of the queries. Least squares shrinks keys towards the part that it can rebuild, so logits
+# are too small by a few percent, and by more if more is lost.
 _TEMPERATURES = (1.0, 1.03, 1.06, 1.1, 1.15, 1.2, 1.3, 1.4, 1.6)
-TEMPERED = 4096  # tokens on which one is chosen
-# Steps are shares of a parameter's root mean square: of Muon `_MOST` where much is lost, less where
-# little is (directions have a size of their own: at one rate a layer that is nearly whole would be
-# shaken). Fewer than `_FEW` are Adam's: orthogonal directions need more to average their noise out.
-_MOST, _RATE = 0.02, 0.05  # the second times the root of the share of the output that is lost
+TEMPERED = 4096  # tokens on which a temperature is chosen
+# A step's size is a share of the parameter's root mean square. With Muon the share is
+# min(_MOST, _RATE * sqrt(lost share of the output)): its directions have a fixed size, so one rate
+# for all would damage a layer that has lost little. Runs of fewer than `_FEW` steps use Adam at
+# `_FEW_RATE`, because orthogonal directions need more steps to average out their noise.
+_MOST, _RATE = 0.02, 0.05
 _FEW, _FEW_RATE = 100, 0.01
-_RIDGE = 1e-4  # of the mean square of the outputs
+_RIDGE = 1e-4  # relative to the mean square of the outputs
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _normal_equations(spec: LayerSpec, attention: Tree, normed_BTD, target_BTD, batch, index):
-    """Sums of o o^T and o y^T over tokens, o (N H) what the output projection reads."""
+    """Return sums of o o^T, o y^T and 1 over tokens; o (N H) is the output projection's input."""
     _, heads = apply_attention(spec, attention, normed_BTD, batch, index, heads=True)
     o_BTX = heads["written"][0].astype(jnp.float32)
     weight_BT1 = (batch["segment_ids"] > 0).astype(jnp.float32)[..., None]
@@ -60,8 +61,10 @@ def _normal_equations(spec: LayerSpec, attention: Tree, normed_BTD, target_BTD, 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _squares(whole: bool, spec: LayerSpec, params, x_BTD, target_BTD, base_BTD, batch, index):
-    """|f(x) - target|^2 and |target - base|^2; f is the attention (of normed inputs), or the
-    `whole` block."""
+    """Return |f(x) - target|^2 and |target - base|^2, summed over tokens.
+
+    f is the complete block if `whole`, otherwise its attention, which reads normed inputs.
+    """
     weight_BT1 = (batch["segment_ids"] > 0).astype(jnp.float32)[..., None]
     target_BTD = target_BTD.astype(jnp.float32)
     run = run_block if whole else apply_attention
@@ -74,9 +77,9 @@ def _squares(whole: bool, spec: LayerSpec, params, x_BTD, target_BTD, base_BTD, 
 
 
 class Original:
-    """An original layer on the text of a stream, which has come to that layer.
+    """An original layer, applied to the text of a stream that has reached that layer.
 
-    What the layer reads and gives is kept once it is known: two arrays (B, T, D) a batch.
+    The layer's inputs and outputs are kept once computed: two arrays (B, T, D) per batch.
     """
 
     def __init__(self, spec: LayerSpec, attention: Tree, norm_scale_D, stream: Stream):
@@ -85,7 +88,10 @@ class Original:
         self._known: dict[int, tuple] = {}
 
     def batch(self, number: int) -> tuple:
-        """A batch on the mesh, the layer's normed input and its output. Under the mesh."""
+        """Return a batch on the mesh, the attention's normed input and its output.
+
+        The caller sets the mesh.
+        """
         if number not in self._known:
             batch = self.stream.put(self.stream.batches[number])
             x_BTD = self.stream.residual(number, self.spec.model)
@@ -94,7 +100,7 @@ class Original:
         return self._known[number]
 
     def error(self, compressed: Layer, most: int | None = None) -> float:
-        """|attn'(x) - attn(x)|^2 / |attn(x)|^2 over the first `most` batches."""
+        """Return |attn'(x) - attn(x)|^2 / |attn(x)|^2 over the first `most` batches (None: all)."""
         placed, lost, whole = self.stream.place(compressed[1]), 0.0, 0.0
         with jax.set_mesh(self.stream.mesh):
             for number in range(len(self.stream))[:most]:
@@ -106,7 +112,7 @@ class Original:
 
 
 def sharpened(attention: Tree, temperature: float) -> Tree:
-    """The layer with its logits multiplied by `temperature`."""
+    """Return the attention parameters with the logits multiplied by `temperature`."""
     if "query_norm" in attention:
         scale_H = attention["query_norm"]["scale"] * np.float32(temperature)
         return attention | {"query_norm": {"scale": scale_H}}
@@ -114,22 +120,24 @@ def sharpened(attention: Tree, temperature: float) -> Tree:
 
 
 def temperature(original: Original, compressed: Layer) -> float:
-    """The one of `_TEMPERATURES` at which the compressed layer's error is least, over the first
-    `TEMPERED` tokens."""
+    """Return the one of `_TEMPERATURES` with the least error of the compressed layer.
+
+    The error is measured on the first `TEMPERED` tokens.
+    """
     most = max(TEMPERED // original.stream.batches[0]["inputs"].size, 1)
     best, least = 1.0, np.inf
     for value in _TEMPERATURES:
         now = original.error((compressed[0], sharpened(compressed[1], value)), most)
-        if now >= least:  # one valley
+        if now >= least:  # the error has a single minimum
             break
         best, least = value, now
     return best
 
 
 def refit_output(original: Original, compressed: Layer) -> Tree:
-    """The compressed layer with W_O refitted: least squares of the original's outputs.
+    """Return the compressed layer with W_O refitted to the original's outputs by least squares.
 
-    A ridge holds what the text leaves open where it was.
+    A ridge keeps directions that the text does not determine at their current values.
     """
     (spec, attention), stream = compressed, original.stream
     placed = stream.place(attention)
@@ -149,9 +157,9 @@ def refit_output(original: Original, compressed: Layer) -> Tree:
 
 
 def _matrix(path: tuple, leaf: Any) -> MuonDimensionNumbers | None:
-    """Which axes of a parameter are a matrix's rows and columns; None: it is no matrix.
+    """Return the axes of a parameter's rows and columns for Muon, or None if it is not a matrix.
 
-    Each head of a projection is one, as is each expert.
+    Each head of a projection is a separate matrix, and so is each expert.
     """
     name = path[-1].key
     if name.endswith("_mixing") or leaf.ndim < 2:
@@ -162,15 +170,18 @@ def _matrix(path: tuple, leaf: Any) -> MuonDimensionNumbers | None:
 
 
 def _even(path: tuple, leaf: jax.Array) -> jax.Array:
-    """A matrix of equal singular values 1, to a root mean square of 1."""
+    """Scale a matrix whose singular values are all 1 to a root mean square of 1."""
     matrix = _matrix(path, leaf)
     assert matrix is not None
     return leaf * math.sqrt(max(leaf.shape[axis] for axis in matrix))
 
 
 def _optimizer(steps: int) -> optax.GradientTransformation:
-    """Muon's directions for matrices and Adam's for the rest (of few steps for all), each of a root
-    mean square near 1, times the schedule; what they are shares of comes later."""
+    """Return an optimizer whose updates have a root mean square near 1, times the schedule.
+
+    It uses Muon for matrices and Adam for the rest, or Adam for all if `steps` is below `_FEW`. The
+    caller multiplies the updates by the sizes of the parameters.
+    """
     over = jax.tree_util.tree_map_with_path
 
     def kinds(params):
@@ -189,14 +200,14 @@ def _optimizer(steps: int) -> optax.GradientTransformation:
 
 
 def _lost(*inputs):
-    """The ratio of `_squares`."""
+    """Return the ratio of the two results of `_squares`."""
     lost, change = _squares(*inputs)
     return lost / change
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(3, 4))
 def _step(whole: bool, spec: LayerSpec, steps: int, params, state, sizes, *read):
-    """One step down `_lost` of what `read` holds: parameters and state."""
+    """Take one step that reduces `_lost` on the batch `read`; return parameters and state."""
     gradient = jax.grad(_lost, argnums=2)(whole, spec, params, *read)
     updates, state = _optimizer(steps).update(gradient, state, params)
     return optax.apply_updates(params, jax.tree.map(jnp.multiply, updates, sizes)), state
@@ -212,8 +223,11 @@ def _descend(
     read: Any,
     index: int,
 ) -> Tree:
-    """`tree` after `steps`. A step takes one batch of the stream, in turn, as `read(number)` gives
-    it, and moves each parameter by a share of its own root mean square. Under the mesh."""
+    """Return the parameters `tree` after `steps` updates.
+
+    A step takes the next batch of the stream, read by `read(number)`, and changes each parameter by
+    a share of its root mean square. The caller sets the mesh. `words` labels the progress bar.
+    """
     params = stream.place(jax.tree.map(jnp.array, tree))
     rate = _FEW_RATE
     if steps >= _FEW:
@@ -231,7 +245,10 @@ def _descend(
 def reconstruct(
     original: Original, compressed: Layer, steps: int = STEPS, words: str = "repair"
 ) -> Tree:
-    """The compressed attention after `steps` towards the original's output on its own inputs."""
+    """Return the compressed attention after `steps` towards the original's output.
+
+    Both read the inputs that the original layer has in the original model.
+    """
     spec, attention = compressed
     stream = original.stream
 
@@ -244,9 +261,9 @@ def reconstruct(
 
 
 class Followed:
-    """A block on the same text twice: as the original model reads it, and the compressed one.
+    """A block applied to the same text in the original model and in the compressed model.
 
-    `block` is the original's: its spec and all its parameters.
+    `block` is the original's: its spec and all its parameters. Both streams have reached it.
     """
 
     def __init__(self, block: Layer, text: Stream, compressed: Stream):
@@ -256,8 +273,10 @@ class Followed:
         self._known: dict[int, tuple] = {}
 
     def batch(self, number: int) -> tuple:
-        """What the compressed block reads, where it is to lead, where the original begins; the
-        batch. Under the mesh."""
+        """Return the compressed block's input, its target, the original's input, and the batch.
+
+        The target is the residual after the original block. The caller sets the mesh.
+        """
         if number not in self._known:
             batch = self.text.put(self.text.batches[number])
             x_BTD = self.text.residual(number, self.spec.model)
@@ -267,7 +286,7 @@ class Followed:
         return self._known[number]
 
     def rebuild(self, compressed: Layer, steps: int, words: str = "repair") -> Tree:
-        """The compressed block, all its parameters, after `steps` towards the original's output."""
+        """Return all parameters of the compressed block after `steps` towards the target."""
         spec, tree = compressed
         with jax.set_mesh(self.text.mesh):
             return _descend(True, spec, tree, self.text, steps, words, self.batch, self.index)

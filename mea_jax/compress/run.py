@@ -1,7 +1,7 @@
-"""The pass over a checkpoint: calibrate, divide the cache, compress each layer, look at the loss.
+"""Compress a checkpoint: calibrate, divide the cache, compress each layer, evaluate the loss.
 
-Everything that takes long is kept below `<out>.part` as soon as it is known, so the same command
-goes on after a kill; the result appears at `<out>` by one rename.
+Every result that takes long is stored in `<out>.part` as soon as it is computed, so the same
+command continues after a kill. The result appears at `<out>` by one rename.
 """
 
 import dataclasses
@@ -34,8 +34,12 @@ Tree = dict[str, Any]
 
 
 class CompressionPass:
-    """One compression. `say` takes lines for the user; `measurements` is a folder of `Measurements`
-    that outlive it."""
+    """One compression of a checkpoint.
+
+    `say` logs a line. `measurements` is a folder of `Measurements` that is kept; without it they
+    are in the work folder. Creating a pass raises `UserError` for options or a model that cannot
+    work, and if `out` exists.
+    """
 
     def __init__(
         self,
@@ -49,7 +53,7 @@ class CompressionPass:
         self.options, self.out, self.say = options, out, say
         self.part = out.with_name(f"{out.name}.part")
         if out.exists():
-            raise UserError(f"--out {out} exists: choose another, or remove it")
+            raise UserError(f"--out {out} exists: choose another --out, or remove it")
         self.source = StoredModel(checkpoint, say)
         config = self.source.config
         auto = dataclasses.replace(unresolved(config.model), dtype=options.dtype)
@@ -58,7 +62,7 @@ class CompressionPass:
         methods.check_model(self.model, options.method)
         self.chosen = budgets.choose_layers(options.layers, self.model.n_layers)
         self.count = self.model.n_kv_heads
-        self.kept = budgets.heads_kept(options.keep, self.count)  # a layer's, on average
+        self.kept = budgets.heads_kept(options.keep, self.count)  # per layer, on average
         if options.budget == "uniform":
             self.kept = budgets.uniform(options.keep, self.count)
         self._claim()
@@ -67,7 +71,7 @@ class CompressionPass:
         self.measurements = Measurements(folder, self.source, self.model, self.texts, options)
 
     def _claim(self) -> None:
-        """The work folder: a new one, or one that this very command has left."""
+        """Create the work folder, or take over the one that the same command has left."""
         wanted = dataclasses.asdict(self.options) | {
             "checkpoint": str(self.source.folder.absolute())
         }
@@ -75,10 +79,10 @@ class CompressionPass:
         if settings.exists():
             if json.loads(settings.read_text()) != wanted:
                 raise UserError(
-                    f"{self.part} holds an unfinished compression with other options: remove it, "
-                    "or choose another --out"
+                    f"{self.part} contains an unfinished compression with other options: remove "
+                    "it, or choose another --out"
                 )
-            self.say(f"going on with what {self.part} holds")
+            self.say(f"continuing the compression in {self.part}")
             return
         with disk_errors(self.part):
             self.part.mkdir(parents=True, exist_ok=True)
@@ -87,11 +91,11 @@ class CompressionPass:
     # -- the stages ------------------------------------------------------------------------
 
     def calibrate(self) -> Losses:
-        """The original's held-out loss; the moments of its layers are known after it."""
+        """Compute the moments of all layers, and return the original's held-out losses."""
         return self.measurements.calibrate()
 
     def divide(self) -> tuple[list[int], list[int], list[Sensitivity]]:
-        """C_k and C_v of every layer, and what was measured on the way."""
+        """Return C_k and C_v of every layer, and the sensitivities that were used."""
         keys, values = [self.count] * self.model.n_layers, [self.count] * self.model.n_layers
         if self.options.budget == "uniform":
             for index in self.chosen:
@@ -103,8 +107,11 @@ class CompressionPass:
         return keys, values, found
 
     def cache_of(self, keys: list[int], values: list[int]) -> list[tuple[int, int]]:
-        """Bytes per position of each layer's keys and values. Under `latent` what the latents would
-        take: its keys cannot be read as they are."""
+        """Return the bytes per position of each layer's keys and values.
+
+        For the method `latent` these are the bytes of the latents, although the model written by it
+        caches complete keys.
+        """
         if self.options.method == "latent":
             width = 2 * self.model.head_dim
             scalars = 4 * self.count if self.model.qk_norm else 0
@@ -117,10 +124,10 @@ class CompressionPass:
         )
 
     def _allot(self, found: list[Sensitivity], keys: list[int], values: list[int]) -> None:
-        """Put the best division at the bytes that were asked for into `keys` and `values`.
+        """Write the best division at the requested bytes into `keys` and `values`.
 
-        Those are the bytes of the uniform division; between two of them where a layer's share is
-        no whole number of heads.
+        The requested bytes are those of the uniform division. If a layer's share is not a whole
+        number of heads, they are interpolated between the two nearest uniform divisions.
         """
         layers_of = self.model.n_layers
         by_count = [
@@ -128,10 +135,10 @@ class CompressionPass:
         ]
         totals = [sum(sum(row[index]) for index in self.chosen) for row in by_count]
         below = int(self.kept)
-        part = self.kept - below  # of one more head
+        part = self.kept - below  # the fraction of one more head
         total = totals[below - 1]
         total += round(part * (totals[min(below, self.count - 1)] - total))
-        if part:  # to the nearest whole head, not to the one below
+        if part:  # round to the nearest whole head, not down
             total += by_count[0][self.chosen[0]][1] // 2
         costs = [[row[s.layer][s.which == "value"] for row in by_count] for s in found]
         losses = [s.losses or s.residuals for s in found]
@@ -141,12 +148,12 @@ class CompressionPass:
         met = heads / (2 * self.count * len(self.chosen))
         if abs(met - self.options.keep) > budgets.ROUNDING:
             self.say(
-                f"--keep={self.options.keep:g}: the nearest that whole heads of keys and values of "
-                f"{len(self.chosen)} layers come to is {met:.3g}"
+                f"--keep={self.options.keep:g}: the nearest share that whole key and value heads "
+                f"of {len(self.chosen)} layers reach is {met:.3g}"
             )
 
     def compress(self, keys: list[int], values: list[int]) -> tuple[Writer, list[dict[str, Any]]]:
-        """Every layer, into the work folder; a row about each."""
+        """Compress every layer into the work folder; return the writer and a row per layer."""
         options = self.options
         target = methods.target_model(self.model, options.method, keys, values)
         writer = Writer(self.part / "arrays", target)
@@ -170,7 +177,7 @@ class CompressionPass:
         for index in progress(rest, "compressing, layers"):
             tree = self.source.layer(index)
             counts = keys[index], values[index]
-            # Before the first layer with fewer heads the two models are one.
+            # Before the first layer with fewer heads, the two models are the same.
             apart = min(*keys[: index + 1], *values[: index + 1]) < self.count
             behind = followed if apart else None
             row = self._compress_layer(index, tree, counts, writer, text, behind)
@@ -242,7 +249,7 @@ class CompressionPass:
         return repair.reconstruct(original, (compressed[0], attention), steps, words)
 
     def look(self, writer: Writer) -> Losses:
-        """The compressed model's held-out loss, and how far it has moved from the original."""
+        """Return the compressed model's held-out losses and divergences from the original."""
         file = self.part / "look.json"
         if file.exists():
             return json.loads(file.read_text())
@@ -256,14 +263,17 @@ class CompressionPass:
         return losses
 
     def finish(self, writer: Writer, summary: dict[str, Any], draw: Callable[[Path], Any]) -> None:
-        """Writes the run directory, and puts it where it was asked for."""
+        """Write the run directory in the work folder, rename it to `out`, remove the work folder.
+
+        `draw(path)` draws the figure. Raise `UserError` if the disk is full or not writable.
+        """
         run = self.part / "run"
         shutil.rmtree(run, ignore_errors=True)
         checkpoint = run / "checkpoints" / str(self.source.step)
         with disk_errors(run):
             checkpoint.parent.mkdir(parents=True)
             shutil.copytree(self.source.run / "tokenizer", run / "tokenizer")
-        own = self.source.config.model  # how it runs is no matter of compression
+        own = self.source.config.model  # compression keeps the options that select how it runs
         kept = {n: getattr(own, n) for n in ("dtype", "backend", "attention_kernel", "hlc_form")}
         model = dataclasses.replace(writer.model, **kept)
         name = f"{self.source.config.name}_{self.options.method}"
@@ -281,10 +291,10 @@ class CompressionPass:
 def compress(
     checkpoint: Path, out: Path, options: Options, measurements: Path | None = None
 ) -> dict:
-    """Compresses `checkpoint` into the run directory `out`; the summary (`report.summarise`).
+    """Compress `checkpoint` into the run directory `out`; return `damage.summarise`'s summary.
 
-    What is measured of the original stays in `measurements`, and is taken from there. Raises
-    `UserError`.
+    Measurements of the original are stored in the folder `measurements` and reused from there.
+    Raise `UserError` for options, a model or data that cannot work.
     """
 
     def say(line: str) -> None:
@@ -302,7 +312,7 @@ def compress(
     keys, values, sensitivities = work.divide()
     stage(f"compressing: {options.method}, repair {options.repair}")
     writer, rows = work.compress(keys, values)
-    stage("looking at the held-out loss")
+    stage("evaluating the held-out loss")
     after = work.look(writer)
     whole = [work.count] * work.model.n_layers
     summary = damage.summarise(

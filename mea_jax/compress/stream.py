@@ -1,8 +1,8 @@
-"""Windows of text through a stored model, one layer in memory at a time.
+"""Run windows of text through a stored model, with one layer in memory at a time.
 
-The residuals of all windows wait on disk between two layers, so neither depth nor text is bounded
-by memory. Each layer runs as one compiled function over batches split over the mesh's devices; its
-parameters are on every device, for as long as it is that layer's turn.
+The residuals of all windows are stored on disk between two layers, so memory limits neither the
+depth nor the amount of text. Each layer runs as one compiled function over batches split over the
+mesh's devices. Its parameters are on every device while it runs.
 """
 
 import functools
@@ -35,18 +35,19 @@ from mea_jax.parallel import sharding
 
 Tree = dict[str, Any]
 Batch = dict[str, np.ndarray]
-# Of each batch, by label: nats, tokens, and where two models are compared KL(original || changed).
+# By label, for each batch: nats, tokens and, if two models are compared, KL(original || changed).
 Losses = dict[str, list[list[float]]]
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
 def context_of(model: ModelConfig, batch: Any) -> Context:
+    """Return the attention context of a batch: its segment ids and rotary table, if any."""
     return Context(batch["segment_ids"], rope_of(model, batch["positions"]))
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def run_block(spec: LayerSpec, params: Tree, x_BTD, batch, index):
-    """The residual (B, T, D) after a layer."""
+    """Return the residual (B, T, D) after a layer."""
     block = Block(spec.alone, *spec.components)
     out: Any = block.apply({"params": params}, x_BTD, context_of(spec.model, batch), index)
     return out[0]
@@ -54,7 +55,7 @@ def run_block(spec: LayerSpec, params: Tree, x_BTD, batch, index):
 
 @functools.partial(jax.jit, static_argnums=0)
 def watch_block(spec: LayerSpec, params: Tree, x_BTD, batch, index):
-    """`run_block`, and sums over tokens of what `Moments` are means of, float32."""
+    """Return `run_block`'s residual and float32 sums over tokens, whose means are `Moments`."""
     block = Block(spec.alone, *spec.components)
     out: Any = block.apply(
         {"params": params}, x_BTD, context_of(spec.model, batch), index, mutable=["heads"]
@@ -81,7 +82,7 @@ def watch_block(spec: LayerSpec, params: Tree, x_BTD, batch, index):
 
 @functools.partial(jax.jit, static_argnums=0)
 def run_attention(spec: LayerSpec, attention: Tree, norm_scale_D, x_BTD, batch, index):
-    """The normed input of a layer's attention and its output, (B, T, D) each."""
+    """Return the normed input of a layer's attention and its output, (B, T, D) each."""
     normed_BTD = rms_norm(x_BTD, norm_scale_D, spec.model.norm_eps)
     return normed_BTD, apply_attention(spec, attention, normed_BTD, batch, index)
 
@@ -89,7 +90,7 @@ def run_attention(spec: LayerSpec, attention: Tree, norm_scale_D, x_BTD, batch, 
 def apply_attention(
     spec: LayerSpec, attention: Tree, normed_BTD, batch, index, heads: bool = False
 ):
-    """An attention layer's output (B, T, D); with `heads` also what its collection shows."""
+    """Return an attention layer's output (B, T, D), with `heads` also its collection "heads"."""
     module = make_attention(spec.alone, *spec.components)
     inputs = ({"params": attention}, normed_BTD, context_of(spec.model, batch), index)
     if heads:
@@ -111,7 +112,7 @@ def _embed(model: ModelConfig, top: Tree, batch):
 
 
 def _unembedding(model: ModelConfig, top: Tree) -> tuple[jax.Array, int]:
-    """The kernel (D, V) from hidden states to logits, and positions of which they exist at once."""
+    """Return the unembedding kernel (D, V), and the number of positions per chunk of logits."""
     kernel_DV = top["embedding"].T if model.tie_embeddings else top["head"]
     return kernel_DV, positions_within(model.loss_chunk, kernel_DV.shape[1])
 
@@ -122,7 +123,7 @@ def _hidden(model: ModelConfig, top: Tree, x_BTD) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnums=0)
 def loss_sums(model: ModelConfig, top: Tree, x_BTD, batch) -> tuple[jax.Array, jax.Array]:
-    """Sum of nats and number of tokens of a batch whose last residual is `x_BTD`."""
+    """Return the sum of nats and the number of tokens of a batch with last residual `x_BTD`."""
     kernel_DV, chunk = _unembedding(model, top)
     weights_BT = (batch["segment_ids"] > 0).astype(jnp.float32)
     read = (_hidden(model, top, x_BTD), kernel_DV, batch["targets"], weights_BT)
@@ -134,8 +135,11 @@ def loss_sums(model: ModelConfig, top: Tree, x_BTD, batch) -> tuple[jax.Array, j
 def compared_sums(
     model: ModelConfig, top: Tree, x_BTD, original_BTD, batch
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """`loss_sums` of a changed model, and the sum over tokens of KL(original || changed), nats;
-    `x_BTD` and `original_BTD` are the last residuals of the two."""
+    """Return `loss_sums` of a changed model and the sum over tokens of KL(original || changed).
+
+    All but the number of tokens are in nats. `x_BTD` and `original_BTD` are the last residuals of
+    the changed and of the original model.
+    """
     kernel_DV, chunk = _unembedding(model, top)
     weights_BT = (batch["segment_ids"] > 0).astype(jnp.float32)
     changed, original = (_hidden(model, top, x) for x in (x_BTD, original_BTD))
@@ -146,12 +150,12 @@ def compared_sums(
 
 
 class Stream:
-    """Batches of windows on their way through a model, and their residuals on disk.
+    """Batches of windows that pass through a model, with their residuals on disk.
 
     Attributes:
-      batches: of equal shape, each with `inputs`, `targets`, `segment_ids`, `positions`.
+      batches: batches of equal shape, each with `inputs`, `targets`, `segment_ids`, `positions`.
       labels: a name for each batch, such as its domain.
-      done: layers that the residuals have passed.
+      done: the number of layers that the residuals have passed.
     """
 
     def __init__(self, batches: Sequence[Batch], labels: Sequence[str], folder: Path, mesh: Mesh):
@@ -169,11 +173,11 @@ class Stream:
         return len(self.batches)
 
     def put(self, batch: Batch) -> Any:
-        """A batch on the mesh."""
+        """Return a batch on the mesh, split over its devices."""
         return jax.device_put(batch, sharding.batch_sharding(self.mesh))
 
     def place(self, tree: Any) -> Any:
-        """Parameters on every device of the mesh."""
+        """Return parameters replicated on every device of the mesh."""
         return jax.device_put(tree, sharding.replicated(self.mesh))
 
     def _file(self, layer: int) -> Path:
@@ -181,7 +185,7 @@ class Stream:
 
     def _new(self, layer: int, x: np.ndarray) -> np.memmap:
         shape = (len(self.batches), *x.shape)
-        # numpy has no name for bfloat16 in its files: the bits are stored.
+        # numpy's file format has no bfloat16, so the bits are stored as uint16.
         kind = x.dtype if x.dtype == np.float32 else np.dtype(np.uint16)
         path = self._file(layer).with_suffix(".part")
         return np.lib.format.open_memmap(path, "w+", kind, shape)
@@ -196,7 +200,7 @@ class Stream:
         self._residuals = np.load(self._file(layer), mmap_mode="r")
 
     def resume(self, layer: int) -> bool:
-        """Whether residuals after `layer` layers are there from an earlier start; takes them."""
+        """Load residuals after `layer` layers from an earlier start; return whether they exist."""
         if not self._file(layer).exists():
             return False
         self.done, self._residuals = layer, np.load(self._file(layer), mmap_mode="r")
@@ -205,8 +209,10 @@ class Stream:
     def start(
         self, model: ModelConfig, top: Tree, layer: int, layers_done: Callable[[int], Tree]
     ) -> None:
-        """To after `layer` layers: found from an earlier start, or run anew through
-        `layers_done`."""
+        """Move to after `layer` layers: load stored residuals, or compute them again.
+
+        `layers_done(index)` returns the parameters of a layer that has been passed.
+        """
         if self.resume(layer):
             return
         self.embed(model, top)
@@ -214,7 +220,7 @@ class Stream:
             self.advance(layer_specs(model)[index], layers_done(index))
 
     def residual(self, number: int, model: ModelConfig) -> jax.Array:
-        """The residual (B, T, D) of one batch, on the mesh."""
+        """Return the residual (B, T, D) of one batch, on the mesh."""
         assert self._residuals is not None
         x = np.asarray(self._residuals[number])
         if x.dtype == np.uint16:
@@ -231,7 +237,7 @@ class Stream:
         self._keep(layer, array)
 
     def embed(self, model: ModelConfig, top: Tree) -> None:
-        """The residuals before the first layer."""
+        """Compute the residuals before the first layer."""
         placed = self.place(top)
         with jax.set_mesh(self.mesh):
             self._store(0, (_embed(model, placed, self.put(batch)) for batch in self.batches))
@@ -239,7 +245,7 @@ class Stream:
     def advance(
         self, spec: LayerSpec, layer: Tree, watch: bool = False
     ) -> dict[str, np.ndarray] | None:
-        """Through the next layer, whose parameters are `layer`; with `watch` sums for `Moments`."""
+        """Run the next layer, with parameters `layer`; with `watch`, return sums for `Moments`."""
         placed, index = self.place(layer), self.done
         sums: dict[str, np.ndarray] = {}
 
@@ -260,8 +266,11 @@ class Stream:
         return sums if watch else None
 
     def losses(self, model: ModelConfig, top: Tree, original: "Stream | None" = None) -> Losses:
-        """Nats and tokens of each batch after the last layer; with the `original` model's stream,
-        after its last, also by how many nats predictions have moved from that model's."""
+        """Return nats and tokens of each batch, by label, from the residuals after the last layer.
+
+        With the `original` model's stream, which is after its last layer too, a batch also has the
+        sum of KL(original || this model), in nats.
+        """
         placed = self.place(top)
         found: Losses = {label: [] for label in self.labels}
         with jax.set_mesh(self.mesh):
@@ -277,7 +286,7 @@ class Stream:
 
 
 def moments_of(sums: dict[str, np.ndarray], heads: int) -> Moments:
-    """Means of the sums that `Stream.advance` returns."""
+    """Return the means of the sums that `Stream.advance` returns; `heads` is K."""
     tokens = max(float(sums["tokens"]), 1.0)
     power_NH = sums["queries"] / tokens
     half = power_NH.shape[1] // 2
@@ -292,5 +301,5 @@ def moments_of(sums: dict[str, np.ndarray], heads: int) -> Moments:
 
 
 def progress(items: Iterable, words: str, total: int | None = None) -> Any:
-    """A bar on stderr, where that is a terminal."""
+    """Return `items` with a progress bar on stderr, which is shown on terminals only."""
     return tqdm.tqdm(items, desc=words, total=total, leave=False, dynamic_ncols=True, disable=None)

@@ -1,13 +1,15 @@
-"""Values: C component heads, or one latent of their width, from which K composite values come.
+"""Solve for C component value heads, or one latent of their width, that rebuild K composite values.
 
-Values carry no position, so a head's features may be mixed freely: v_g ~ sum_c M_cg z_c B_g, where
-the gauge B_g (H, H) goes into the output projection, or v_g ~ z N_g with any N_g (C H, H). Errors
-count as the output projection sees them: with Q_g = sum of W_O W_O^T over the group's query heads,
+Values have no position, so the features of a head can be mixed freely: v_g ~ sum_c M_cg z_c B_g,
+where the gauge B_g (H, H) goes into the output projection, or v_g ~ z N_g with any N_g (C H, H).
+Errors are weighted by the output projection: with Q_g = sum of W_O W_O^T over the group's query
+heads, the methods minimise
 
     sum_g E|(v_g - v'_g) Q_g^(1/2)|^2.
 
-Under a head norm the model sees a head's direction only: then Q_g is divided by the heads' power,
-and a gauge must be orthogonal to commute with the norm. All of it needs only E[v v^T], (K H, K H).
+Under a head norm only the direction of a head's output matters. Q_g is then divided by the power
+of the heads, and a gauge must be orthogonal to commute with the norm. All methods need only
+E[v v^T], (K H, K H).
 """
 
 import dataclasses
@@ -25,13 +27,13 @@ _SETTLED = 1e-6
 
 @dataclasses.dataclass(frozen=True)
 class Values:
-    """A solution.
+    """A solution for the values of one layer.
 
     Attributes:
-      combine: (K H, C H): components from composite heads.
+      combine: (K H, C H), which maps composite heads to components.
       mix: (C, K), the paper's W_lc; or (C, H, K, H), the dense map.
-      gauge: (K, H, H), to be multiplied into each head's output from the right; None: identity.
-      residual: share of the (weighted) energy of values that is lost.
+      gauge: (K, H, H), multiplied into each head's output from the right; None means identity.
+      residual: the lost share of the (weighted) energy of the values.
     """
 
     combine: np.ndarray
@@ -40,12 +42,12 @@ class Values:
     residual: float
 
     def components(self, w_DKH: np.ndarray) -> np.ndarray:
-        """Component heads (D, C, H) of composite heads."""
+        """Return the component heads (D, C, H) of composite heads (D, K, H)."""
         d, _, width = w_DKH.shape
         return (w_DKH.reshape(d, -1) @ self.combine).reshape(d, -1, width)
 
     def back(self) -> np.ndarray:
-        """From components to composite heads in the model's own basis: (C H, K H)."""
+        """Return the map (C H, K H) from components to composite heads in the model's own basis."""
         if self.mix.ndim == 4:
             c, width, heads, _ = self.mix.shape
             return self.mix.reshape(c * width, heads * width)
@@ -59,15 +61,16 @@ class Values:
         return np.einsum("cg,ghj->chgj", self.mix, gauge).reshape(c * width, heads * width)
 
     def rebuilt(self, w_DKH: np.ndarray) -> np.ndarray:
-        """What composite heads become: (D, K, H)."""
+        """Return the composite heads (D, K, H) rebuilt from their components."""
         flat = w_DKH.reshape(w_DKH.shape[0], -1) @ self.combine @ self.back()
         return flat.reshape(w_DKH.shape)
 
 
 def output_weights(out_NHD, norm_scale_H, power_N, heads: int) -> np.ndarray:
-    """Q_g (K, H, H): how errors of each value feature reach the residual.
+    """Return Q_g (K, H, H), the weights of errors of value features in the residual.
 
-    `norm_scale_H` is the head norm's weight, None without one; `power_N` the outputs' power.
+    `norm_scale_H` is the head norm's weight, or None without one. `power_N` is the mean square of
+    each query head's output.
     """
     out = out_NHD.astype(np.float64)
     if norm_scale_H is not None:
@@ -81,7 +84,7 @@ def _scalars(weights_KHH: np.ndarray) -> np.ndarray:
 
 
 def _weigh(moment: np.ndarray, roots_KHH: np.ndarray) -> np.ndarray:
-    """E[x x^T] of x_g = v_g Q_g^(1/2)."""
+    """Return E[x x^T] of x_g = v_g Q_g^(1/2)."""
     heads, width, _ = roots_KHH.shape
     blocks = by_head(moment, heads)
     weighed = np.einsum("gih,gikl,klj->ghkj", roots_KHH, blocks, roots_KHH, optimize=True)
@@ -94,7 +97,7 @@ def _loss(gram: np.ndarray, combine: np.ndarray, back: np.ndarray) -> float:
 
 
 def _spread(mix_CK: np.ndarray, width: int) -> np.ndarray:
-    """A mixing of heads as one of features: (C H, K H)."""
+    """Return a mixing of heads (C, K) as a mixing of features (C H, K H)."""
     return np.kron(mix_CK, np.eye(width))
 
 
@@ -105,7 +108,7 @@ def _plain(gram, mix_CK, combine_KC, heads: int) -> Values:
 
 
 def head_mixing(moment: np.ndarray, components: int, weights_K: np.ndarray) -> Values:
-    """One number for each pair of heads: eigenvectors of the K x K Gram matrix of heads."""
+    """Solve for one number per pair of heads: leading eigenvectors of the K x K Gram matrix."""
     heads = len(weights_K)
     root_K = np.sqrt(weights_K)
     gram_KK = root_K[:, None] * np.einsum("ghkh->gk", by_head(moment, heads)) * root_K
@@ -114,13 +117,13 @@ def head_mixing(moment: np.ndarray, components: int, weights_K: np.ndarray) -> V
 
 
 def mean_groups(moment: np.ndarray, components: int, heads: int) -> Values:
-    """Neighbouring heads share their mean."""
+    """Replace neighbouring heads by their mean."""
     mix = np.asarray(block_identity(components, heads), np.float64)
     return _plain(moment, mix, (mix / mix.sum(axis=1, keepdims=True)).T, heads)
 
 
 def dense(moment: np.ndarray, components: int, weights_KHH: np.ndarray) -> Values:
-    """One latent of width C H and any map to each head: a whitened SVD, in closed form."""
+    """Solve for one latent of width C H with any map to each head: a whitened SVD, closed form."""
     heads, width, _ = weights_KHH.shape
     roots, inverses = root(weights_KHH)
     gram = _weigh(moment, roots)
@@ -134,16 +137,16 @@ def dense(moment: np.ndarray, components: int, weights_KHH: np.ndarray) -> Value
 
 
 def aligned_groups(moment, components: int, weights_KHH, orthogonal: bool) -> Values:
-    """Each head is one component times a gauge: GQA with the best groups and gauges."""
+    """Solve for one component and a gauge per head: GQA with the best groups and gauges."""
     return _aligned(moment, components, weights_KHH, orthogonal, move_mix=False)
 
 
 def aligned(moment, components: int, weights_KHH, orthogonal: bool) -> Values:
-    """The paper's architecture with a gauge: v_g ~ sum_c M_cg z_c B_g.
+    """Solve for the paper's architecture with a gauge: v_g ~ sum_c M_cg z_c B_g.
 
-    Alternating least squares from two starts, the eigenvectors of the heads' Gram matrix and the
-    best groups. `orthogonal`: B_g commutes with a norm of the head's output; then errors are
-    weighted by one number a head.
+    The solver is alternating least squares from two starts: the eigenvectors of the heads' Gram
+    matrix, and the best groups. If `orthogonal`, B_g is orthogonal, to commute with a norm of the
+    head's output, and errors are weighted by one number per head.
     """
     return _aligned(moment, components, weights_KHH, orthogonal, move_mix=True)
 
@@ -171,7 +174,7 @@ def _aligned(moment, components, weights_KHH, orthogonal: bool, move_mix: bool) 
     )
     if (
         orthogonal
-    ):  # the weights are numbers: they go with the mixing, and the gauge stays a rotation
+    ):  # the weights are one number per head: they go into the mixing, the gauge stays orthogonal
         mix = mix * np.sqrt(1 / _scalars(weights_KHH))
     else:
         gauge = gauge @ inverses
@@ -179,7 +182,7 @@ def _aligned(moment, components, weights_KHH, orthogonal: bool, move_mix: bool) 
 
 
 def _grouped_start(blocks_KHKH, components: int) -> tuple[np.ndarray, np.ndarray]:
-    """The best groups as a mixing, and each head's gauge from its group's leading directions."""
+    """Return the best groups as a mixing matrix (C, K), and their gauges (K, H, H)."""
     heads, width = blocks_KHKH.shape[:2]
 
     def of(group: tuple[int, ...]) -> np.ndarray:
@@ -200,7 +203,7 @@ def _grouped_start(blocks_KHKH, components: int) -> tuple[np.ndarray, np.ndarray
 
 
 def _alternate(gram, mix, gauge, orthogonal: bool, move_mix: bool):
-    """(combine, mix, gauge, loss) of the weighed values."""
+    """Return (combine, mix, gauge, loss) for the weighted values."""
     heads, width, _ = gauge.shape
     components, last = mix.shape[0], np.inf
     size = components * width
@@ -220,11 +223,11 @@ def _alternate(gram, mix, gauge, orthogonal: bool, move_mix: bool):
             last = now
         crossed = (combine.T @ gram).reshape(components, width, heads, width)  # A^T X
         among = crossed.reshape(size, -1) @ combine  # A^T A
-        # As rows of pairs of components and columns of pairs of features, so that both halves of
-        # a sweep are matrix products.
+        # Rows are pairs of components and columns are pairs of features, so that both halves of a
+        # sweep are matrix products.
         among = among.reshape(components, width, components, width).transpose(0, 2, 1, 3)
         among = among.reshape(components**2, width**2)
-        side = np.tensordot(mix.T, crossed, (1, 0))  # (K, H, K, H), of which the head's own:
+        side = np.tensordot(mix.T, crossed, (1, 0))  # (K, H, K, H), then its equal heads:
         side = side[np.arange(heads), :, np.arange(heads)]  # Y_g^T X_g
         if orthogonal:
             gauge = _rotation(side)
@@ -246,6 +249,6 @@ def _alternate(gram, mix, gauge, orthogonal: bool, move_mix: bool):
 
 
 def _rotation(x_KHH: np.ndarray) -> np.ndarray:
-    """The orthogonal matrix nearest to each (Procrustes)."""
+    """Return the orthogonal matrix nearest to each matrix (Procrustes)."""
     u, _, v = np.linalg.svd(x_KHH)
     return u @ v

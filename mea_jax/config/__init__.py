@@ -1,1 +1,1 @@
-"""The options of a run: their schema, how they are read and checked, presets, and paths."""
+"""The options of a run: schema, parsing, checks, presets, and paths."""

@@ -1,4 +1,4 @@
-"""Checks of a config before anything is built; a `UserError` names the key at fault."""
+"""Checks of a config before anything is built; a `UserError` names the wrong key."""
 
 import dataclasses
 import math
@@ -18,9 +18,9 @@ from mea_jax.config.schema import (
 )
 from mea_jax.errors import UserError, nearest, shown
 
-# Upper bounds of counts that are looped over, so that a typing error ends at once.
+# Upper bounds of loop counts, so that a typing error is reported immediately.
 _AT_MOST = {"model.n_layers": 10_000, "data.prefetch": 1_000, "data.read_threads": 1_000}
-_LONGEST_NAME = 255  # bytes, of a folder on the file systems there are
+_LONGEST_NAME = 255  # bytes, of a folder on common file systems
 _ADDRESSES = 2**63  # bytes
 _SMALLEST, _LARGEST = 2.0**-126, 2.0**128  # float32's least normal number, and past its largest
 
@@ -35,7 +35,7 @@ def _one_of(path: str, value: str, allowed: Iterable[str]) -> None:
 
 
 def validate(config: TrainConfig) -> None:
-    """Raises `UserError` for the first thing in `config` that cannot work on any machine."""
+    """Raise `UserError` for the first option that cannot work on any machine."""
     for key, value in flatten(dataclasses.asdict(config)).items():
         _validate_value(f"config.{key}", value)
     for path, most in _AT_MOST.items():
@@ -56,13 +56,13 @@ def validate(config: TrainConfig) -> None:
         "evaluate.sample_tokens",
     ):
         _positive(config, path)
-    _require(0 <= config.seed < 2**31, f"config.seed={config.seed} must lie in [0, 2^31)")
+    _require(0 <= config.seed < 2**31, f"config.seed={config.seed} must be in [0, 2^31)")
     _require(
         config.name not in ("", ".", "..")
         and "/" not in config.name
         and len(config.name.encode()) <= _LONGEST_NAME,
-        f"config.name={shown(config.name)} must name a folder of its own below runs/, in at most "
-        f"{_LONGEST_NAME} bytes",
+        f"config.name={shown(config.name)} must be the name of a folder below runs/, without "
+        f"'/' and of at most {_LONGEST_NAME} bytes",
     )
     _require(len(data.sources) > 0, "config.data.sources is empty: name at least one source")
     for i, source in enumerate(data.sources):
@@ -78,13 +78,14 @@ def validate(config: TrainConfig) -> None:
     )
     _require(
         config.batch_size % config.accumulate == 0,
-        f"config.accumulate={config.accumulate} does not divide batch_size={config.batch_size}",
+        f"config.accumulate={config.accumulate} does not divide batch_size={config.batch_size}: "
+        "choose a divisor",
     )
     _validate_start(config)
     _one_of("config.optimizer.schedule", optim.schedule, SCHEDULES)
     _require(
         0 <= optim.warmup_steps < config.steps or config.steps == 1,
-        f"config.optimizer.warmup_steps={optim.warmup_steps} leaves nothing of "
+        f"config.optimizer.warmup_steps={optim.warmup_steps} must be 0 or more, and below "
         f"steps={config.steps}: shorten the warmup or lengthen the run",
     )
     rate = optim.learning_rate
@@ -96,12 +97,12 @@ def validate(config: TrainConfig) -> None:
         value = getattr(optim, name)
         _require(
             value == 0 or config.model.n_experts > 0,
-            f"config.optimizer.{name}={value} is about a router, and config.model.n_experts=0 has "
+            f"config.optimizer.{name}={value} needs a router, but config.model.n_experts=0 has "
             "none: set it to 0",
         )
     for name in ("b1", "b2"):
         value = getattr(optim, name)
-        _require(0 <= value < 1, f"config.optimizer.{name}={value} must lie in [0, 1)")
+        _require(0 <= value < 1, f"config.optimizer.{name}={value} must be in [0, 1)")
     _require(optim.eps > 0, f"config.optimizer.eps={optim.eps} must be positive")
     for name in ("every", "sample_temperature"):
         value = getattr(config.evaluate, name)
@@ -122,21 +123,22 @@ def validate(config: TrainConfig) -> None:
     _require(margin > 0, f"config.guards.spike_margin={margin} must be positive")
     _require(
         config.guards.spike_steps > 0 or not config.guards.rewind,
-        "config.guards.rewind needs spikes to be detected: set config.guards.spike_steps",
+        "config.guards.rewind=True needs spike detection: set config.guards.spike_steps above 0",
     )
     _one_of("config.data.bad_input", data.bad_input, ("stop", "skip"))
     for name in ("final_fraction", "decay_fraction"):
         value = getattr(optim, name)
-        _require(0 <= value <= 1, f"config.optimizer.{name}={value} must lie in [0, 1]")
+        _require(0 <= value <= 1, f"config.optimizer.{name}={value} must be in [0, 1]")
     _require(
         config.model.positions != "learned" or data.context_length <= config.model.max_positions,
         f"config.model.max_positions={config.model.max_positions} is below "
-        f"data.context_length={data.context_length}: a window may hold one document of its length",
+        f"data.context_length={data.context_length}: set it to the context length or more, because "
+        "one document can fill a window",
     )
     _require(
         data.context_length > 1 or not config.evaluate.sample_prompt,
         f"config.evaluate.sample_prompt={shown(config.evaluate.sample_prompt)} cannot be continued "
-        "within data.context_length=1: set it to '' or use longer windows",
+        "within data.context_length=1: set it to '', or use longer windows",
     )
     sizes = dataclasses.asdict(config.mesh)
     slices = sizes.pop("slices")
@@ -145,12 +147,12 @@ def validate(config: TrainConfig) -> None:
     _require(slices > 0, f"config.mesh.slices={slices} must be positive")
     _require(
         sizes["data"] == -1 or sizes["data"] % slices == 0,
-        f"config.mesh.data={sizes['data']} is not a multiple of slices={slices}: only data runs "
-        "over slices",
+        f"config.mesh.data={sizes['data']} is not a multiple of slices={slices}: choose a "
+        "multiple, because data is the axis that spans slices",
     )
     _require(
         list(sizes.values()).count(-1) <= 1,
-        "config.mesh: only one axis can be -1 (take what the others leave)",
+        "config.mesh: only one axis can be -1 (all remaining devices): set the others to numbers",
     )
 
 
@@ -158,32 +160,32 @@ def _validate_start(config: TrainConfig) -> None:
     start, at = config.start, "config.start"
     _one_of(f"{at}.trainable", start.trainable, TRAINABLE)
     share = start.distillation
-    _require(0 <= share <= 1, f"{at}.distillation={share} must lie in [0, 1]")
+    _require(0 <= share <= 1, f"{at}.distillation={share} must be in [0, 1]")
     _require(
         share == 0 or start.teacher != "",
-        f"{at}.distillation={share} needs a model to imitate: set {at}.teacher",
+        f"{at}.distillation={share} needs a teacher model: set {at}.teacher",
     )
     _require(
         share > 0 or start.teacher == "",
-        f"{at}.teacher={shown(start.teacher)} would teach nothing with distillation=0: set "
-        f"{at}.distillation, up to 1, or leave the teacher out",
+        f"{at}.teacher={shown(start.teacher)} has no effect with distillation=0: set "
+        f"{at}.distillation above 0, at most 1, or remove the teacher",
     )
 
 
 def _validate_value(path: str, value: Any) -> None:
-    """Check what holds for every option of a type."""
+    """Check one option by the rules for its type."""
     if isinstance(value, str):
-        _require("\0" not in value, f"{path}={shown(value)} holds a null character: take it out")
-        # Paths and texts alike are written and printed as UTF-8.
+        _require("\0" not in value, f"{path}={shown(value)} contains a null character: remove it")
+        # Paths and texts are written and printed as UTF-8.
         valid = not any("\ud800" <= letter <= "\udfff" for letter in value)
-        _require(valid, f"{path}={shown(value)} is not valid UTF-8: write it anew")
+        _require(valid, f"{path}={shown(value)} is not valid UTF-8: replace the invalid characters")
     elif isinstance(value, float):
-        # JSON, which keeps the config, has no such numbers.
+        # The config is stored as JSON, which has no such numbers.
         _require(math.isfinite(value), f"{path}={value} must be a finite number")
         _require(
             value == 0 or _SMALLEST <= abs(value) < _LARGEST,
-            f"{path}={value} is {'0' if abs(value) < 1 else 'infinite'} in float32, in which a "
-            "run computes: choose a number between 1.2e-38 and 3.4e38",
+            f"{path}={value} is {'0' if abs(value) < 1 else 'infinite'} in float32, the "
+            "precision of a run: choose a number between 1.2e-38 and 3.4e38",
         )
     elif isinstance(value, tuple):  # sources, or component heads
         for i, item in enumerate(value):
@@ -221,17 +223,17 @@ def _validate_model(model: ModelConfig) -> None:
         _require(value > 0, f"{at}.{name}={value} must be positive")
     _require(
         model.rope_theta >= 1,
-        f"{at}.rope_theta={model.rope_theta} must be 1 or more: frequencies fall from pair to pair",
+        f"{at}.rope_theta={model.rope_theta} must be 1 or more, so that frequencies decrease",
     )
     _require(
         model.n_heads % model.n_kv_heads == 0,
         f"{at}.n_heads={model.n_heads} is not a multiple of n_kv_heads={model.n_kv_heads}: "
-        "query heads share key/value heads in equal groups",
+        "choose a multiple, because all query groups have the same size",
     )
     rotary = model.positions == "rope" or "frequency" in (model.key_mixing, model.value_mixing)
     _require(
         model.head_dim % 2 == 0 or not rotary,
-        f"{at}.head_dim={model.head_dim} must be even: rotary positions turn pairs of features",
+        f"{at}.head_dim={model.head_dim} must be even: rotary positions rotate pairs of features",
     )
     _one_of(f"{at}.variant", model.variant, VARIANTS)
     _one_of(f"{at}.hlc", model.hlc, ("kv", "k", "v", "none"))
@@ -258,7 +260,8 @@ def _validate_model(model: ModelConfig) -> None:
         name, counts = f"{at}.{which}_components", model.components(which)
         _require(
             len(counts) == model.n_layers,
-            f"{name} lists {len(counts)} layers, but n_layers={model.n_layers}",
+            f"{name} lists {len(counts)} layers, but n_layers={model.n_layers}: list one number "
+            "per layer, or give one for all",
         )
         for layer, count in enumerate(counts):
             where = f"{name}={count} (layer {layer})"
@@ -266,24 +269,24 @@ def _validate_model(model: ModelConfig) -> None:
             _require(
                 count <= model.n_kv_heads,
                 f"{where} exceeds n_kv_heads={model.n_kv_heads}: "
-                "composite heads are built from as many component heads or fewer",
+                "choose as many component heads as composite heads, or fewer",
             )
             _require(
                 count == model.n_kv_heads
                 or model.mixes(which)
                 or (model.variant == "collaborative" and which == "key"),
-                f"{where} is below n_kv_heads={model.n_kv_heads}, which needs the mixing that "
-                f"hlc={model.hlc!r} leaves out for {which}s",
+                f"{where} is below n_kv_heads={model.n_kv_heads}, but "
+                f"hlc={model.hlc!r} does not mix {which}s: set it to n_kv_heads, or change hlc",
             )
 
     _validate_experts(model)
     _validate_variant(model)
     count = least_parameters(model)
-    # Of float32: parameters, two moments, gradients.
+    # 16 bytes per parameter: float32 parameters, two moments, gradients.
     _require(
         16 * count < _ADDRESSES,
-        f"{at} describes about {count:.0e} parameters, which no computer can address: look for "
-        "the size that is a slip",
+        f"{at} describes about {count:.0e} parameters, which no computer can address: "
+        "correct the size that is too large",
     )
 
 
@@ -294,18 +297,19 @@ def _validate_experts(model: ModelConfig) -> None:
         value = getattr(model, name)
         _require(
             value > 0 if experts else value == 0,
-            f"{at}.{name}={value} must be positive where n_experts={experts}"
+            f"{at}.{name}={value} must be positive with n_experts={experts}"
             if experts
-            else f"{at}.{name}={value} is about experts, and n_experts=0 has none: set it to 0",
+            else f"{at}.{name}={value} needs experts, but n_experts=0 has none: set it to 0",
         )
     _require(
         model.experts_per_token <= experts,
-        f"{at}.experts_per_token={model.experts_per_token} exceeds n_experts={experts}",
+        f"{at}.experts_per_token={model.experts_per_token} exceeds n_experts={experts}: "
+        "choose a smaller number",
     )
 
 
 def least_parameters(model: ModelConfig) -> int:
-    """Return the number of parameters without small ones, such as norms and gates."""
+    """Return the number of parameters, without small ones such as norms and gates."""
     d, h, kv, layers = model.d_model, model.head_dim, model.n_kv_heads, model.n_layers
     keys = model.components("key")
     queries = sum(keys) if model.variant == "collaborative" else layers * model.n_heads
@@ -331,46 +335,47 @@ def _validate_variant(model: ModelConfig) -> None:
         )
     _require(
         model.variant != "talking_heads" or model.attention_kernel in ("auto", "einsum"),
-        f"{at}.attention_kernel={model.attention_kernel!r} cannot run talking_heads, which mix the "
-        "logits of all heads: set it to 'auto'",
+        f"{at}.attention_kernel={model.attention_kernel!r} cannot run talking_heads, which mixes "
+        "the logits of all heads: set it to 'auto'",
     )
     if model.variant == "differential_v1":
         for name in ("n_heads", "n_kv_heads"):
             value = getattr(model, name)
             _require(
                 value % 2 == 0,
-                f"{at}.{name}={value} must be even: differential_v1 takes heads in pairs",
+                f"{at}.{name}={value} must be even: differential_v1 uses pairs of heads",
             )
     for which, kind in (("key", model.key_mixing), ("value", model.value_mixing)):
         _require(
             kind == "heads" or model.mixes(which),
-            f"{at}.{which}_mixing={kind!r} needs mixing of {which}s, which hlc={model.hlc!r} "
-            "leaves out",
+            f"{at}.{which}_mixing={kind!r} needs mixing of {which}s, but hlc={model.hlc!r} "
+            "has none: set it to 'heads', or change hlc",
         )
     _require(
         model.hlc_order == "before" or model.mixes("key"),
-        f"{at}.hlc_order='after' needs mixing of keys, which hlc={model.hlc!r} leaves out",
+        f"{at}.hlc_order='after' needs mixing of keys, but hlc={model.hlc!r} has none: set it to "
+        "'before', or change hlc",
     )
     _require(
         model.max_positions >= 0 and (model.max_positions > 0) == (model.positions == "learned"),
-        f"{at}.max_positions={model.max_positions} with positions={model.positions!r}: learned "
-        "positions need a table as long as the longest document, the others take 0",
+        f"{at}.max_positions={model.max_positions} with positions={model.positions!r}: set it "
+        "to the length of the longest document for learned positions, and to 0 for all others",
     )
 
 
 def validate_from_scratch(model: ModelConfig) -> None:
-    """Raises `UserError` where a fresh initialisation is not defined.
+    """Raise `UserError` if `model` cannot be trained from a fresh initialisation.
 
-    Block identity lets each component head serve K/C consecutive composite heads, so C must
-    divide K; a compressed model that is read from a checkpoint may have any C. One expert a token
-    with its weight divided by itself gives a router no gradient.
+    In block identity each component head serves K/C consecutive composite heads, so C must divide
+    K. A compressed model that is read from a checkpoint may have any C. If a token has one expert,
+    whose weight is divided by itself, the router gets no gradient.
     """
     _require(
         model.experts_per_token != 1 or not model.normalise_router,
         "config.model.normalise_router=True with experts_per_token=1 makes every weight 1, so the "
         "router would not learn: set it to False",
     )
-    if model.variant == "collaborative":  # its rows are defined for any number of shared keys
+    if model.variant == "collaborative":  # its rows accept any number of shared keys
         return
     for which in ("key", "value"):
         for layer, count in enumerate(model.components(which)):

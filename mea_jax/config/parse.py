@@ -1,4 +1,4 @@
-"""Makes a checked `TrainConfig` of a `ConfigDict` or of a JSON tree."""
+"""Conversion of a `ConfigDict` or a JSON tree to a checked `TrainConfig`."""
 
 import dataclasses
 import types
@@ -11,17 +11,17 @@ from mea_jax.config.checks import validate
 from mea_jax.config.schema import TrainConfig
 from mea_jax.errors import UserError, nearest, shown
 
-_LONGEST_KEY = 80  # that a message spells out
-_INTEGERS, _FLOATS = 2**31, 2**128  # what a run's numbers, of 32 bits, cannot reach
+_LONGEST_KEY = 80  # characters of a key in a message
+_INTEGERS, _FLOATS = 2**31, 2**128  # bounds of the 32-bit numbers of a run
 
 
 def from_config_dict(config: config_dict.ConfigDict) -> TrainConfig:
-    """Validates a `ConfigDict` into frozen dataclasses. Raises `UserError` with the key's path."""
+    """Return a `ConfigDict` as checked dataclasses; raise `UserError` with a wrong key's path."""
     return from_dict(config.to_dict())
 
 
 def from_dict(tree: dict[str, Any]) -> TrainConfig:
-    """The inverse of `TrainConfig.to_dict`. Raises `UserError` as `from_config_dict` does."""
+    """Invert `TrainConfig.to_dict`; raise `UserError` as `from_config_dict` does."""
     config = _build(TrainConfig, tree, "config")
     validate(config)
     return config
@@ -29,7 +29,7 @@ def from_dict(tree: dict[str, Any]) -> TrainConfig:
 
 def _build(cls: type, tree: Any, path: str):
     if not isinstance(tree, typing.Mapping):
-        raise UserError(f"{path} must hold the keys of {cls.__name__}, not {shown(tree)}")
+        raise UserError(f"{path} must contain the keys of {cls.__name__}, not {shown(tree)}")
     known = {f.name: f for f in dataclasses.fields(cls)}
     for key in tree:
         if key not in known:
@@ -41,7 +41,7 @@ def _build(cls: type, tree: Any, path: str):
 
 
 def _coerce(hint: Any, value: Any, path: str) -> Any:
-    """`value` as the type `hint`, or `UserError`. Lists become tuples, whole floats stay floats."""
+    """Return `value` as type `hint` or raise `UserError`; lists become tuples, ints floats."""
     if dataclasses.is_dataclass(hint):
         return _build(typing.cast(type, hint), value, path)
     if isinstance(hint, types.UnionType):
@@ -59,6 +59,6 @@ def _coerce(hint: Any, value: Any, path: str) -> Any:
     if not (whole if hint is int else isinstance(value, hint) or (hint is float and whole)):
         raise UserError(f"{path} must be of type {hint.__name__}, not {shown(value)}")
     if whole and abs(value) >= (_INTEGERS if hint is int else _FLOATS):
-        limit = "2^31: whole numbers" if hint is int else "3.4e38: numbers"
-        raise UserError(f"{path}={shown(value)} must lie within +-{limit} of a run have 32 bits")
-    return hint(value)  # a plain one, as JSON has them: numpy's float64 is a float as well
+        limit = "2^31: integers" if hint is int else "3.4e38: numbers"
+        raise UserError(f"{path}={shown(value)} must be within +-{limit} of a run have 32 bits")
+    return hint(value)  # converts to the plain type, as in JSON: numpy's float64 is a float too

@@ -1,4 +1,4 @@
-"""Where the cache of prepared data is."""
+"""The path of the cache of prepared data."""
 
 import os
 from pathlib import Path
@@ -8,8 +8,10 @@ from mea_jax.errors import UserError
 
 
 def cache_root(config: DataConfig) -> Path:
-    """The folder that prepared data, and compiled programs, are kept in."""
+    """Return the folder for prepared data and compiled programs; raise `UserError` for a URL."""
     root = config.cache_dir or os.environ.get("MEA_JAX_CACHE") or "~/.cache/mea_jax"
     if "://" in root:
-        raise UserError(f"cache folder {root}: give a local folder; mount the bucket as a path")
+        raise UserError(
+            f"cache folder {root} is a URL: choose a local folder, or mount the bucket as one"
+        )
     return Path(root).expanduser().resolve()

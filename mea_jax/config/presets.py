@@ -1,4 +1,4 @@
-"""Presets that configs share: baselines (`configs/quickstart.py:mha`), continued training."""
+"""Presets that configs share: baselines (`configs/quickstart.py:mha`) and continued training."""
 
 from ml_collections import config_dict
 
@@ -9,12 +9,13 @@ VARIANT_ARGUMENTS = ("mha", "gqa", "mqa", "head_norm", "no_norm", "gated", *VARI
 
 
 def apply_variant(config: config_dict.ConfigDict, variant: str) -> config_dict.ConfigDict:
-    """Turns an MEA config into one of its baselines or rivals of the same shape; renames the run.
+    """Turn an MEA config into a baseline of the same shape, in place, and rename the run.
 
-    "" is MEA as configured. Less of it: "no_norm" without the head norm; "head_norm" without the
-    mixing; "mha", "gqa", "mqa" without both, with as many key/value heads as query heads, as many
-    as before (a quarter if that is all), or one. Rivals: "gated" (the mixing and the head norm
-    give way to a gate a head), and the variants of model/variants.py by name.
+    "" leaves MEA as configured. "no_norm" removes the head norm and "head_norm" the mixing. "mha",
+    "gqa" and "mqa" remove both; "mha" has as many key/value heads as query heads, "gqa" as many as
+    configured (a quarter of the query heads if that is all), "mqa" one. "gated" replaces the mixing
+    and the head norm with one gate per head. Other names are the variants of model/variants.py.
+    Raises `UserError` for an unknown name.
     """
     if variant not in ("", *VARIANT_ARGUMENTS):
         raise UserError(
@@ -34,7 +35,7 @@ def apply_variant(config: config_dict.ConfigDict, variant: str) -> config_dict.C
     if variant == "mqa":
         model.n_kv_heads = 1
     if variant == "gqa" and model.n_kv_heads == model.n_heads:
-        # An MEA config whose K equals N has no GQA of its own; a quarter is the common choice.
+        # An MEA config with K = N does not define a GQA; a quarter is the common choice.
         model.n_kv_heads = max(model.n_heads // 4, 1)
     if variant == "gated":
         model.gate = "head"
@@ -48,15 +49,18 @@ def apply_variant(config: config_dict.ConfigDict, variant: str) -> config_dict.C
 def continued(
     config: config_dict.ConfigDict, checkpoint: str, tokenizer: str
 ) -> config_dict.ConfigDict:
-    """The recipe for a published model's shape: from the run directory `checkpoint` of its import,
-    whose tokenizer reads the text, or ("") fresh with the file `tokenizer`."""
+    """Set the recipe for continued training of a published model, in place.
+
+    It starts from `checkpoint`, the run directory of the import, and uses its tokenizer. If
+    `checkpoint` is "", it starts from fresh parameters and uses the file `tokenizer`.
+    """
     config.steps = 1_000
     config.batch_size = 64
     config.optimizer.learning_rate = 1e-5 if checkpoint else 1e-3
     config.optimizer.warmup_steps = 50
 
     config.start.checkpoint = checkpoint
-    # As in configs/mea_1b.py, which says where the files come from.
+    # As in configs/mea_1b.py, which documents the source of the files.
     config.data.sources = ({"source": "tfds:c4/en:3.1.0", "weight": 1.0},)
     config.data.tokenizer = f"{checkpoint}/tokenizer" if checkpoint else tokenizer
     config.data.context_length = 4096

@@ -1,6 +1,6 @@
-"""The config files that come with the package: `--config quickstart` takes one by its name.
+"""The config files of the package: `--config quickstart` selects one by its name.
 
-They lie in `configs/` of a clone. A wheel installs them in `share/mea_jax/configs`.
+They are in `configs/` of a clone. A wheel installs them in `share/mea_jax/configs`.
 """
 
 import re
@@ -14,7 +14,7 @@ _INSTALLED = "share/mea_jax/configs/*.py"
 
 
 def shipped_configs() -> dict[str, Path]:
-    """Return the config files by name: those of the clone, or else the installed ones."""
+    """Return the config files by name: those of the clone if any, or the installed ones."""
     clone = Path(__file__).parents[2] / "configs"
     paths = list(clone.glob("*.py"))
     if not paths:
@@ -27,15 +27,15 @@ def shipped_configs() -> dict[str, Path]:
 
 
 def is_shipped(path: str) -> bool:
-    """Return whether the file name of `path` is that of a shipped config."""
+    """Return True if the file name of `path` is that of a shipped config."""
     return Path(path).suffix == ".py" and Path(path).stem in shipped_configs()
 
 
 def find_shipped(argv: Sequence[str]) -> list[str]:
-    """Return `argv` with the path of the shipped config where --config gives its name.
+    """Return `argv` with the name of a shipped config after --config replaced by its path.
 
-    A name has no suffix and no folder, and is no file here. What follows a colon stays. Raises
-    `UserError`, which lists the names, for an unknown one.
+    A name has no suffix and no folder, and is not an existing file. The part after a colon is kept.
+    Raises `UserError`, which lists the names, for an unknown name.
     """
     found = list(argv)
     for index, argument in enumerate(found):
@@ -58,7 +58,7 @@ def _resolve(value: str) -> str:
     known = shipped_configs()
     if name not in known:
         raise UserError(
-            f"--config {name}: no such file, and no installed config has that name; "
-            f"installed: {', '.join(known)}"
+            f"--config {name}: no such file and no installed config of that name; "
+            f"choose a file or one of: {', '.join(known)}"
         )
     return f"{known[name]}{colon}{variant}"

@@ -1,1 +1,1 @@
-"""The commands that bring published models in and take models out."""
+"""Convert published models to run directories, and checkpoints to models for other programs."""

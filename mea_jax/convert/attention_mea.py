@@ -1,9 +1,10 @@
-"""Multi-head Explicit Attention (arXiv 2601.19611) in PyTorch: what modeling_mea.py is made of.
+"""Multi-head Explicit Attention (arXiv 2601.19611) in PyTorch, the layers of modeling_mea.py.
 
-A layer projects to C component heads and mixes them, linearly and alike at every position, to the
-K composite heads that queries read. The cache holds components only. A decode step reads them as
-they are: the mixing moves to the query and to the weighted sum ("absorbed"), so nothing of size
-S x K x H is made. A prompt is mixed first and goes through PyTorch's own attention.
+A layer projects its input to C component heads. It mixes them linearly, in the same way at every
+position, to the K composite heads that queries read. The cache contains components only. A decode
+step reads them unmixed: the mixing is applied to the query and to the weighted sum instead
+("absorbed"), so no array of size S x K x H is made. A prompt is mixed first and goes through
+PyTorch's own attention.
 
 Letters: B batch, T query positions, S key positions, D model width, N query heads, K composite and
 C component heads, G = N/K, H head width, F = H/2 rotary frequencies, M rows of a product, X the
@@ -21,11 +22,11 @@ from transformers.cache_utils import Cache
 from .configuration_mea import MEAConfig
 
 Tensor = torch.Tensor
-MASKED = -1e30  # a masked logit: finite, for rows that are masked as a whole
+MASKED = -1e30  # a masked logit: finite, for rows in which all logits are masked
 
 
 def rope_frequencies(config: MEAConfig) -> Tensor:
-    """Radians per position of each rotary pair, float32 (F,), with Llama 3.1's scaling."""
+    """Return radians per position of each rotary pair, float32 (F,), with Llama 3.1's scaling."""
     rope: dict[str, Any] = config.rope_parameters or {}
     exponents_F = torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim
     frequencies_F = float(rope["rope_theta"]) ** -exponents_F
@@ -38,7 +39,7 @@ def rope_frequencies(config: MEAConfig) -> Tensor:
 
 
 def rotate(x_BTNH: Tensor, table: tuple[Tensor, Tensor] | None) -> Tensor:
-    """Feature f turned with feature f + H/2, in float32; unchanged without a table."""
+    """Rotate features f and f + H/2 by each position's angle, in float32; no table: no rotation."""
     if table is None:
         return x_BTNH
     (cos, sin), (x1, x2) = table, x_BTNH.float().chunk(2, dim=-1)
@@ -46,12 +47,16 @@ def rotate(x_BTNH: Tensor, table: tuple[Tensor, Tensor] | None) -> Tensor:
 
 
 def inverse_rms(x: Tensor, eps: float) -> Tensor:
-    """1 / sqrt(mean(x^2) + eps) over the last axis, float32."""
+    """Return 1 / sqrt(mean(x^2) + eps) over the last axis, which stays with size 1, float32."""
     return torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)
 
 
 def complex_product(letters: str, x: Tensor, mixing: Tensor, sign: float) -> Tensor:
-    """Rotary pairs times complex numbers (..., F, 2), conjugated if sign is -1."""
+    """Multiply rotary pairs by complex numbers (..., F, 2), conjugated if sign is -1.
+
+    Feature f of `x` (..., 2F) is the real part of pair f, feature f + F its imaginary part.
+    `letters` is the einsum of the pairs (..., F) with the numbers (..., F).
+    """
     real, imaginary = mixing[..., 0], sign * mixing[..., 1]
     x1, x2 = x.chunk(2, dim=-1)
     y1 = torch.einsum(letters, x1, real) - torch.einsum(letters, x2, imaginary)
@@ -60,9 +65,9 @@ def complex_product(letters: str, x: Tensor, mixing: Tensor, sign: float) -> Ten
 
 
 class MEAMixing(nn.Module):
-    """How K composite heads of width H are made of C component heads.
+    """The mixing of C component heads to K composite heads of width H.
 
-    `weight`, by kind: "heads" (C, K), "frequency" (C, K, F, 2), "dense" (C, H, K, H).
+    The shape of `weight` by kind: "heads" (C, K), "frequency" (C, K, F, 2), "dense" (C, H, K, H).
     """
 
     def __init__(self, kind: str, components: int, composites: int, width: int):
@@ -73,7 +78,7 @@ class MEAMixing(nn.Module):
         self.weight = nn.Parameter(torch.empty(shapes[kind]))
 
     def start(self) -> Tensor:
-        """Block identity: component c serves K/C composite heads, as in plain attention."""
+        """Return the initial weight, a block identity: a component serves K/C composite heads."""
         (c, k, h), eye = self.shape, torch.eye
         mix_CK = eye(c)[:, torch.arange(k) * c // k]
         if self.kind == "heads":
@@ -83,7 +88,7 @@ class MEAMixing(nn.Module):
         return mix_CK[:, :, None, None] * torch.tensor([1.0, 0.0]).expand(h // 2, 2)
 
     def forward(self, x_BSCH: Tensor) -> Tensor:
-        """Component heads to composite heads (B, S, K, H)."""
+        """Return composite heads (B, S, K, H) of component heads (B, S, C, H)."""
         weight = self.weight.to(x_BSCH.dtype)
         if self.kind == "frequency":
             return complex_product("bscf,ckf->bskf", x_BSCH, weight, 1.0)
@@ -91,30 +96,36 @@ class MEAMixing(nn.Module):
         return torch.einsum(letters, x_BSCH, weight)
 
     def absorb(self, q_BKGTH: Tensor) -> Tensor:
-        """Queries for unmixed keys: q . mix(k) = absorb(q) . k, (B, K, G, T, C, H)."""
+        """Return the queries for unmixed keys, (B, K, G, T, C, H).
+
+        Their product with the components equals that of `q_BKGTH` with the mixed keys. The kind is
+        "heads" or "frequency": keys have no "dense" mixing.
+        """
         weight = self.weight.to(q_BKGTH.dtype)
         if self.kind == "frequency":
             return complex_product("bkgtf,ckf->bkgtcf", q_BKGTH, weight, -1.0)
         return torch.einsum("bkgth,ck->bkgtch", q_BKGTH, weight)
 
     def outputs(self, o_BKGTCH: Tensor) -> Tensor:
-        """Sums of unmixed values, each query head's to its composite head: (B, K, G, T, H)."""
+        """Return the outputs (B, K, G, T, H) of weighted sums of component values."""
         letters = "bkgtch,ck->bkgth" if self.kind == "heads" else "bkgtch,chkj->bkgtj"
         return torch.einsum(letters, o_BKGTCH, self.weight.to(o_BKGTCH.dtype))
 
 
 def pack(scalars: Tensor, dtype: torch.dtype) -> Tensor:
-    """Float32 numbers as columns of a cache of `dtype`: bit by bit where that is narrower."""
+    """Return float32 `scalars` as columns of a cache of `dtype`: as raw bits if it is narrower."""
     return scalars.contiguous().view(dtype) if dtype.itemsize < 4 else scalars.to(dtype)
 
 
 def unpack(columns: Tensor) -> Tensor:
-    """The inverse of `pack`, float32."""
+    """Return the float32 scalars of columns that `pack` made."""
     narrow = columns.dtype.itemsize < 4
     return columns.contiguous().view(torch.float32) if narrow else columns.float()
 
 
 class MEARMSNorm(nn.Module):
+    """RMSNorm over the last axis, in float32, with a weight."""
+
     def __init__(self, width: int, eps: float):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
@@ -124,11 +135,16 @@ class MEARMSNorm(nn.Module):
 
 
 class View(NamedTuple):
-    """Where the tokens of a call stand and what they may read; shared by all layers.
+    """The positions of the tokens of a call and what they may read; shared by all layers.
 
-    `mask` (B or 1, 1, T, S) is boolean, or added to logits; None: T tokens read one another,
-    causally. `distance_BTS`: by how many tokens a slot lies ahead, float32. `few`: a cache is read
-    by so few tokens that it is read as it lies. `slots_T`: where in a cache the T tokens belong.
+    Attributes:
+      table: cosine and sine of the rotary angles, broadcastable to (B, T, heads, F); None without
+        rotary positions.
+      mask: (B or 1, 1, T, S), boolean (True: may be read) or added to logits; None: the T tokens
+        attend causally to each other.
+      distance_BTS: key position minus query position in tokens, float32 (B or 1, T, S).
+      few: True if so few tokens read a cache that its components are not mixed first.
+      slots_T: the indices of the T tokens in the cache.
     """
 
     table: tuple[Tensor, Tensor] | None
@@ -138,12 +154,18 @@ class View(NamedTuple):
     slots_T: Tensor
 
     def hide(self, logits_BNTS: Tensor) -> Tensor:
+        """Return the logits with `mask` applied."""
         if self.mask is None or self.mask.dtype != torch.bool:
             return logits_BNTS if self.mask is None else logits_BNTS + self.mask
         return logits_BNTS.masked_fill(~self.mask, MASKED)
 
 
 class MEAAttention(nn.Module):
+    """Attention with component heads in its cache and composite heads that queries read.
+
+    `index` is the number of the layer.
+    """
+
     def __init__(self, config: MEAConfig, index: int):
         super().__init__()
         c, d, h, self.index = config, config.hidden_size, config.head_dim, index
@@ -166,7 +188,7 @@ class MEAAttention(nn.Module):
             self.value_mixing = MEAMixing(c.value_mixing, self.value_C, self.K, h)
         self.q_norm = MEARMSNorm(h, self.eps) if c.qk_norm else None
         self.k_norm = MEARMSNorm(h, self.eps) if c.qk_norm else None
-        # Whether keys are normed after they are mixed: then a cache of components lacks the norm.
+        # True if keys are normed after they are mixed: then cached components are not normed.
         self.scalars = c.qk_norm and self.key_mixing is not None and c.hlc_order == "before"
         self.head_norm = MEARMSNorm(h, self.eps) if c.head_norm else None
         width = {"none": 0, "head": 1, "feature": h}[c.output_gate]
@@ -175,11 +197,12 @@ class MEAAttention(nn.Module):
         self.slopes = slopes if c.positions == "alibi" else None
 
     def components(self, x_BTD: Tensor, table) -> tuple[Tensor, Tensor, Tensor | None]:
-        """What a cache holds: keys and values (B, T, C, H), and 1/rms (B, T, K) or None.
+        """Return what is cached: keys and values (B, T, C, H), and 1/rms (B, T, K) or None.
 
-        The norm of composite keys is one number for each head and position, and components carry
-        its weight. Complex mixing does not commute with a weight within rotary pairs: there the
-        projection holds the weight already, and k/weight is measured.
+        The norm of composite keys is one number 1/rms per head and position, and a weight, which
+        the component keys are multiplied by. Complex mixing does not commute with a weight within
+        rotary pairs: there the projection contains the weight already, and the rms is that of
+        k/weight.
         """
         k_BTCH = self.k_proj(x_BTD).unflatten(-1, (self.key_C, self.H))
         v_BTCH = self.v_proj(x_BTD).unflatten(-1, (self.value_C, self.H))
@@ -199,10 +222,11 @@ class MEAAttention(nn.Module):
 
     @staticmethod
     def stored(x_BTCH: Tensor, mixed: bool, scalars_BTK: Tensor | None = None) -> Tensor:
-        """Heads as caches of transformers take them.
+        """Return heads in the layout of the caches of transformers.
 
-        Unmixed heads (B, K, T, H). Components (B, 1, T, X), "one head" of all their features with
-        the scalars behind: a position lies in one piece, and one product reads it whole.
+        Heads without mixing become (B, K, T, H). Components become (B, 1, T, X): one head of all
+        their features, followed by the scalars. So a position is contiguous, and one product reads
+        all of it.
         """
         if not mixed:
             return x_BTCH.transpose(1, 2)
@@ -212,7 +236,7 @@ class MEAAttention(nn.Module):
         return x_BTX[:, None]
 
     def composites(self, stored: Tensor, mixing: MEAMixing | None) -> Tensor:
-        """Heads as attention reads them, (B, K, S, H), from what `stored` gave."""
+        """Return composite heads (B, K, S, H) of cached heads in the layout of `stored`."""
         if mixing is None:
             return stored
         x_BSX, width = stored[:, 0], mixing.shape[0] * self.H
@@ -222,12 +246,12 @@ class MEAAttention(nn.Module):
         return x_BSKH.transpose(1, 2)
 
     def biases(self, view: View) -> Tensor:
-        """ALiBi (B or 1, N, T, S), float32."""
+        """Return the ALiBi biases (B or 1, N, T, S), float32."""
         slopes_N = torch.tensor(self.slopes, device=view.distance_BTS.device)
         return slopes_N[:, None, None] * view.distance_BTS[:, None]
 
     def explicit(self, q_BNTH: Tensor, keys: Tensor, values: Tensor, view: View) -> Tensor:
-        """Attention to composite heads, which are built first: (B, N, T, H)."""
+        """Build the composite heads, and attend to them: (B, N, T, H)."""
         k_BKSH = self.composites(keys, self.key_mixing)
         v_BKSH = self.composites(values, self.value_mixing)
         mask = view.mask if self.slopes is None else view.hide(self.biases(view))
@@ -243,7 +267,7 @@ class MEAAttention(nn.Module):
         )
 
     def absorbed(self, q_BNTH: Tensor, keys: Tensor, values: Tensor, view: View) -> Tensor:
-        """Attention to a cache as it lies: (B, N, T, H)."""
+        """Attend to the unmixed cache: (B, N, T, H)."""
         b, n, t, h = q_BNTH.shape
         s, grouped = keys.shape[2], (b, self.K, n // self.K * t, -1)
         q_BNTH = (q_BNTH.float() * h**-0.5).to(q_BNTH.dtype)

@@ -1,9 +1,9 @@
-"""MEA and compressed models for other programs: as a plain model, or as one of modeling_mea.py.
+"""Convert MEA and compressed models for other programs: to a plain model, or to modeling_mea.py.
 
 Without a head norm an MEA layer is plain attention of its composite heads: `rebuild` folds the
-mixing into full projections, which any server runs, at the cache bytes of an uncompressed model.
-`mea_config`, `mea_tensors` and `mea_top_tensors` say everything else that a layer can be, in the
-names of `modeling_mea.py`, whose cache holds components only.
+mixing into full projections, which any server runs, with the cache size of an uncompressed model.
+`mea_config`, `mea_tensors` and `mea_top_tensors` convert every MEA model to the names of
+`modeling_mea.py`, whose cache contains components only.
 """
 
 import dataclasses
@@ -21,20 +21,20 @@ _HERE = Path(__file__).parent
 # The oldest and the newest versions that MODEL_FILES were run with. config.json records them, and
 # the model warns when it is loaded with others.
 TESTED_WITH = {"transformers": ["5.4", "5.24"], "torch": ["2.13", "2.13"]}
-# What `from_pretrained(..., trust_remote_code=True)` reads beside the weights.
+# The files that `from_pretrained(..., trust_remote_code=True)` reads in addition to the weights.
 MODEL_FILES = tuple(_HERE / f"{name}_mea.py" for name in ("configuration", "attention", "modeling"))
 _NORMS = {"query_norm": "q_norm", "key_norm": "k_norm", "head_norm": "head_norm"}
 
 
 def check_rebuildable(model: ModelConfig) -> None:
-    """Raises `UserError` unless the composite heads of `model` make a model of a stock class."""
+    """Raise `UserError` unless the composite heads of `model` make a model of a stock class."""
     mea_only = "no stock class of transformers has: export it with --form mea"
     check_exportable(model)
     if model.head_norm:
         raise UserError(f"this model norms each head's output (head_norm), which {mea_only}")
     if model.gate != "none":
         raise UserError(
-            f"this model gates its heads' outputs (gate={model.gate!r}), which {mea_only}"
+            f"this model gates each head's output (gate={model.gate!r}), which {mea_only}"
         )
     if model.positions != "rope":
         raise UserError(f"this model's positions are {model.positions!r}, which {mea_only}")
@@ -45,22 +45,24 @@ def check_rebuildable(model: ModelConfig) -> None:
 
 
 def check_exportable(model: ModelConfig) -> None:
-    """Raises `UserError` where not even modeling_mea.py computes what `model` does."""
+    """Raise `UserError` if modeling_mea.py cannot compute `model` either."""
     if model.variant != "mea":
         raise UserError(
             f"this model's attention is {model.variant!r}: only MEA, MHA, GQA and MQA are exported"
+            "; give a checkpoint of one of them"
         )
 
 
 def rebuild(model: ModelConfig, layer: Tree) -> tuple[ModelConfig, Tree]:
-    """A layer's composite heads as the only heads of plain attention: the same function.
+    """Return a layer as plain attention of its composite heads, which computes the same function.
 
-    `layer` holds one layer's parameters, without the axis of layers. Key and value projections
-    come out as (D, K, H), float32, folded in float32. A key norm acts on composite keys, so folding
-    passes under it; frequency mixing holds the norm's weight, which is divided out.
+    `layer` contains one layer's parameters, without the axis of layers. The new key and value
+    projections are (D, K, H), float32, folded in float32. A key norm acts on composite keys, so
+    folding leaves it as it is; frequency mixing contains the norm's weight, which is divided out.
 
-    Raises `UserError` where the result would be no model of a stock class (`check_rebuildable`),
-    or a weight of the key norm is zero that would have to be divided by.
+    Raises:
+      UserError: if the result is no model of a stock class (`check_rebuildable`), or a weight of
+        the key norm that must be divided out is zero.
     """
     check_rebuildable(model)
     if model.hlc == "none":
@@ -76,10 +78,10 @@ def rebuild(model: ModelConfig, layer: Tree) -> tuple[ModelConfig, Tree]:
 
 
 def mea_config(model: ModelConfig, context_length: int = 2048) -> dict[str, Any]:
-    """The content of config.json for `modeling_mea.MEAForCausalLM`.
+    """Return the content of config.json for `modeling_mea.MEAForCausalLM`.
 
-    `context_length`: positions that the model is meant for, where no table of positions says so.
-    Raises `UserError` for attention that `modeling_mea` does not hold.
+    `context_length` is the number of positions that the model is meant for; a table of learned
+    positions takes precedence. Raise `UserError` for attention that `modeling_mea` does not have.
     """
     check_exportable(model)
     rope: dict[str, Any] | None = None
@@ -129,19 +131,19 @@ def mea_config(model: ModelConfig, context_length: int = 2048) -> dict[str, Any]
 
 
 def _linear(kernel: Any, inputs: int = 1) -> np.ndarray:
-    """A kernel whose first `inputs` axes are contracted, as torch's Linear has it: (out, in).
+    """Return a view (out, in), as in torch's Linear, of a kernel that contracts `inputs` axes.
 
-    A view: it is written in pieces, and nothing is copied before.
+    It is written in pieces, so nothing is copied before.
     """
     kernel = np.asarray(kernel)
     return kernel.reshape(int(np.prod(kernel.shape[:inputs])), -1).T
 
 
 def mea_tensors(model: ModelConfig, index: int, layer: Tree) -> dict[str, np.ndarray]:
-    """One layer's parameters, without the axis of layers, by their names in `modeling_mea`.
+    """Return one layer's parameters, without the axis of layers, by their names in `modeling_mea`.
 
-    Many are transposed views, of which `safetensors.numpy.save_file` would write the wrong bytes:
-    it needs `np.ascontiguousarray`.
+    Many are transposed views. `safetensors.numpy.save_file` would write them wrongly: call
+    `np.ascontiguousarray` first. Raise `UserError` as `check_exportable`.
     """
     check_exportable(model)
     attention, mlp, at = layer["attention"], layer["mlp"], f"model.layers.{index}"
@@ -171,7 +173,7 @@ def mea_tensors(model: ModelConfig, index: int, layer: Tree) -> dict[str, np.nda
 
 
 def mea_top_tensors(model: ModelConfig, top: Tree) -> dict[str, np.ndarray]:
-    """The parameters outside the layers by their names in `modeling_mea`."""
+    """Return the parameters outside the layers by their names in `modeling_mea`."""
     tensors = {
         "model.embed_tokens.weight": np.asarray(top["embedding"]),
         "model.norm.weight": np.asarray(top["final_norm"]["scale"]),

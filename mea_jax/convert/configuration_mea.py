@@ -1,10 +1,10 @@
-"""The configuration of modeling_mea.py, in the names of transformers where it has one."""
+"""The configuration of modeling_mea.py."""
 
 from transformers import PretrainedConfig
 
 
 class MEAConfig(PretrainedConfig):
-    """What `MEAForCausalLM` is built from: the names of transformers where it has one."""
+    """The configuration of `MEAForCausalLM`, with the names of transformers where they exist."""
 
     model_type = "mea"
     keys_to_ignore_at_inference = ("past_key_values",)
@@ -16,7 +16,7 @@ class MEAConfig(PretrainedConfig):
     num_attention_heads: int = 8
     num_key_value_heads: int = 8  # composite heads
     head_dim: int = 32
-    key_components: list | None = None  # component heads of each layer; None: composite heads
+    key_components: list | None = None  # component heads per layer; None: as many as composite
     value_components: list | None = None
     hlc: str = "kv"  # heads that are mixed: "kv", "k", "v" or "none"
     key_mixing: str = "heads"  # "heads": (C, K); "frequency": (C, K, F, 2), complex
@@ -24,12 +24,12 @@ class MEAConfig(PretrainedConfig):
     hlc_order: str = "before"  # keys are mixed "before" or "after" their norm and rotation
     head_norm: bool = True  # RMSNorm of each head's output
     qk_norm: bool = False  # RMSNorm of queries and keys
-    output_gate: str = "none"  # sigmoid(x W) on outputs: one number a "head", or a "feature"
+    output_gate: str = "none"  # sigmoid(x W) on outputs: one number per "head" or per "feature"
     positions: str = "rope"  # "rope", "alibi", "learned" or "none"
     rope_parameters: dict | None = None  # rope_type "default" or "llama3", rope_theta, ...
     max_position_embeddings: int = 2048  # the table of "learned" positions has as many rows
     rms_norm_eps: float = 1e-5
-    n_experts: int = 0  # 0: one SwiGLU a layer
+    n_experts: int = 0  # 0: one SwiGLU per layer
     experts_per_token: int = 0
     d_expert: int = 0
     normalise_router: bool = True  # the chosen experts' weights add up to 1

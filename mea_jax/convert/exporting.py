@@ -1,4 +1,4 @@
-"""A checkpoint becomes a folder that transformers loads: as a stock class, or with its own code."""
+"""Export a checkpoint to a folder that transformers loads: a stock class, or with its own code."""
 
 import json
 import math
@@ -23,13 +23,13 @@ from mea_jax.model.params import abstract_params
 FORMS = ("auto", "stock", "mea")
 Arrays = Iterator[tuple[str, np.ndarray]]
 Plan = list[tuple[str, tuple[int, ...]]]
-_SPARE = 1 << 27  # bytes of disk beside the tensors
+_SPARE = 1 << 27  # bytes of disk in addition to the tensors
 
 
 def choose_form(model: ModelConfig, form: str) -> str:
-    """ "auto" is a stock class where one computes `model` as it is, else our own code.
+    """Return "stock" or "mea"; "auto" means "stock" if a stock class computes `model` as it is.
 
-    Raises `UserError` where `form` cannot hold it.
+    Raise `UserError` if `form` is unknown.
     """
     if form not in FORMS:
         raise UserError(f"--form={form}: {nearest(form, FORMS)}")
@@ -47,7 +47,7 @@ def _mixes(model: ModelConfig) -> bool:
 
 
 class _Stock:
-    """A stock class: tensor by tensor; where heads are mixed, layer by layer."""
+    """The export to a stock class: tensor by tensor, or layer by layer if heads are mixed."""
 
     def __init__(self, stored: StoredModel):
         self.stored, self.own = stored, stored.config.model
@@ -77,11 +77,11 @@ class _Stock:
             yield entry.name, entry.to_theirs(np.asarray(array))
 
     def finish(self, folder: Path) -> None:
-        """Nothing more belongs to it."""
+        """Do nothing: a stock class needs no further files."""
 
 
 class _Own:
-    """Our own code beside the weights, which keep their component heads."""
+    """The export with our own code next to the weights, which keep their component heads."""
 
     def __init__(self, stored: StoredModel, context_length: int):
         self.stored, self.model = stored, stored.config.model
@@ -96,7 +96,7 @@ class _Own:
         shapes = abstract_params(self.model)
 
         def empty(name: str, skip: int) -> dict[str, Any]:
-            def zeros(x: Any) -> np.ndarray:  # of no memory
+            def zeros(x: Any) -> np.ndarray:  # takes no memory
                 return np.broadcast_to(np.float32(0), x.shape[skip:])
 
             return jax.tree.map(zeros, shapes[name])
@@ -134,16 +134,21 @@ def export_model(
     dtype: str = "auto",
     shard_size: int = 5 * 10**9,
 ) -> dict[str, Any]:
-    """Writes a checkpoint as the folder `out` of a model of transformers; a summary of it.
+    """Write a checkpoint to the folder `out` as a model of transformers.
 
     Args:
       checkpoint: a run directory, or one of its steps.
-      say: is told of damaged checkpoints that were passed over.
+      out: the folder, which must not exist.
+      say: receives a line for each damaged checkpoint that is skipped.
       form: "stock", "mea" or "auto" (`choose_form`).
-      dtype: of the tensors; "auto": as they lie in the checkpoint.
-      shard_size: bytes of a file, at most.
+      dtype: the dtype of the tensors; "auto": the dtype in the checkpoint.
+      shard_size: the largest size of a file in bytes.
 
-    Raises `UserError`; then there is no `out`.
+    Returns:
+      The class, form, dtype, number of parameters and bytes of the model.
+
+    Raises:
+      UserError: if the model cannot be exported or written; then there is no `out`.
     """
     with folders.whole(out) as part:
         stored = StoredModel(checkpoint, say)

@@ -1,8 +1,8 @@
-"""Published models that have a `ModelConfig`: conversion of their config.json, both ways.
+"""Convert between `ModelConfig` and the config.json of published models.
 
-Three architectures of transformers: LlamaForCausalLM (with Llama 3.1's rotary scaling),
-Qwen3ForCausalLM (queries and keys normed) and Qwen3MoeForCausalLM (with experts besides). Whatever
-a config.json asks for that our model does not compute is refused by the key's name.
+Three architectures of transformers are supported: LlamaForCausalLM (with Llama 3.1's rotary
+scaling), Qwen3ForCausalLM (with normed queries and keys) and Qwen3MoeForCausalLM (with experts in
+addition). If a config.json needs what our model does not compute, an error names the key.
 """
 
 import json
@@ -17,9 +17,9 @@ from mea_jax.errors import UserError, shown
 Json = Mapping[str, Any]
 
 THETA = 10_000.0  # transformers' own default
-_WINDOW = 4096  # likewise, of the Qwen3 classes
+_WINDOW = 4096  # the default of transformers' Qwen3 classes
 _ROPE = "rope_parameters"
-# Keys that no number of the model depends on: those of the config that it came with are given back.
+# Keys that do not change what the model computes: an export keeps those of the imported config.
 KEPT = (
     "max_position_embeddings",
     "bos_token_id",
@@ -34,7 +34,7 @@ KEPT = (
 
 @dataclass(frozen=True)
 class Family:
-    """One architecture, and what sets it apart from the others."""
+    """One architecture, and its differences from the others."""
 
     architecture: str
     model_type: str
@@ -53,23 +53,23 @@ FAMILIES = (
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a model's folder. Raises `UserError`."""
+    """Return config.json of a model's folder. Raise `UserError` if it is missing or malformed."""
     path = folder / "config.json"
     try:
         found = json.loads(path.read_text())
     except FileNotFoundError as error:
         raise UserError(
-            f"{folder} holds no config.json: give the folder of a model as transformers saves it"
+            f"{folder} contains no config.json: give the folder of a model as transformers saves it"
         ) from error
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
+        raise UserError(f"{path} cannot be read: {error}; fetch it again") from error
     if not isinstance(found, dict):
-        raise UserError(f"{path} holds no config of a model but {shown(found)}")
+        raise UserError(f"{path} holds no config of a model but {shown(found)}: fetch it again")
     return found
 
 
 def family_of(config: Json, where: str) -> Family:
-    """The family that a config.json names. Raises `UserError` for an architecture not known."""
+    """Return the family that a config.json names. Raise `UserError` for an unknown architecture."""
     names = config.get("architectures") or []
     kind = config.get("model_type")
     for family in FAMILIES:
@@ -81,7 +81,7 @@ def family_of(config: Json, where: str) -> Family:
 
 
 class _Reader:
-    """Values of a config.json with their types checked."""
+    """The values of a config.json, with checks of their types that raise `UserError`."""
 
     def __init__(self, config: Json, where: str):
         self.config, self.where = config, where
@@ -126,24 +126,24 @@ class _Reader:
 
 
 def model_config(config: Json, where: str) -> ModelConfig:
-    """The model that a config.json describes.
+    """Return the model that a config.json describes.
 
-    Raises `UserError`, which begins with `where` and names the key, for what we do not compute.
+    Raise `UserError`, which begins with `where` and names the key, for what we do not compute.
     """
     family, read = family_of(config, where), _Reader(config, where)
-    no_bias = "projections have no biases here"
+    no_bias = "projections must have no biases"
     read.only("attention_bias", (None, False), no_bias)
     read.only("mlp_bias", (None, False), no_bias)
-    read.only("hidden_act", (None, "silu", "swish"), "the feed-forward layers are SwiGLU here")
+    read.only("hidden_act", (None, "silu", "swish"), "feed-forward layers must be SwiGLU")
     read.only("quantization_config", (None,), "give the model in float32, float16 or bfloat16")
     # The Qwen3 classes have a window by default, which only `use_sliding_window` turns on.
     window = config.get("sliding_window", _WINDOW if family.qk_norm else None)
     if config.get("use_sliding_window") and window is not None:
-        read.refuse("use_sliding_window", True, "attention sees all positions here")
+        read.refuse("use_sliding_window", True, "attention must see all positions")
     kinds = config.get("layer_types") or ()
     for kind in kinds:
         if kind != "full_attention":
-            read.refuse("layer_types", kind, "attention sees all positions here")
+            read.refuse("layer_types", kind, "attention must see all positions")
     named = {"the length of layer_types": len(kinds) or None}
     read.agreed({"num_hidden_layers": read.whole("num_hidden_layers"), **named})
     heads, width = read.whole("num_attention_heads"), read.whole("hidden_size")
@@ -165,7 +165,7 @@ def model_config(config: Json, where: str) -> ModelConfig:
         **_rope(read),
     }
     if family.experts:
-        del fields["d_ff"]  # of layers without experts, of which there are none
+        del fields["d_ff"]  # for layers without experts; there are none
         fields |= _experts(read)
     return ModelConfig(**fields)
 
@@ -182,7 +182,7 @@ def _rope(read: _Reader) -> dict[str, Any]:
         read.agreed({f"{key}.{fact}": of.get(fact) for key, of in zip(keys, found, strict=False)})
     facts = found[0]
     if facts["partial_rotary_factor"] != 1:
-        why = "all features of a head are rotated here"
+        why = "all features of a head must be rotated"
         read.refuse("partial_rotary_factor", facts["partial_rotary_factor"], why)
     fields: dict[str, Any] = {"rope_theta": read.number("rope_theta", of=facts)}
     if facts["rope_type"] == "llama3":
@@ -198,13 +198,13 @@ def _rope(read: _Reader) -> dict[str, Any]:
 
 
 def _rope_facts(read: _Reader, key: str) -> dict[str, Any]:
-    """Return what the object `key` of a config says, with what stands outside it, or defaults."""
+    """Return the facts of the object `key` of a config, of keys outside it, or defaults."""
     config, given = read.config, read.config.get(key) or {}
     if not isinstance(given, dict):
-        read.refuse(key, given, "expected an object")
+        read.refuse(key, given, "it must be an object")
     for name, value in given.items():
         if isinstance(value, dict):
-            read.refuse(f"{key}.{name}", value, "all layers have the same positions here")
+            read.refuse(f"{key}.{name}", value, "all layers must have the same positions")
 
     def fact(name: str, default: Any, other: str | None = None) -> Any:
         outer = {other or name: (given if other else config).get(other or name)}
@@ -216,7 +216,7 @@ def _rope_facts(read: _Reader, key: str) -> dict[str, Any]:
     facts["rope_theta"] = fact("rope_theta", THETA)
     facts["partial_rotary_factor"] = fact("partial_rotary_factor", 1)
     if facts["rope_type"] == "llama3":
-        # transformers takes the model's own context if the object names none.
+        # transformers uses the model's own context if the object names none.
         name = "original_max_position_embeddings"
         inner = given.get(name) or context_of(config, read.where)
         facts[name] = read.agreed({f"{key}.{name}": inner, name: config.get(name)})
@@ -225,7 +225,7 @@ def _rope_facts(read: _Reader, key: str) -> dict[str, Any]:
 
 def _experts(read: _Reader) -> dict[str, Any]:
     config = read.config
-    dense = "every layer has experts here"
+    dense = "every layer must have experts"
     read.only("decoder_sparse_step", (None, 1), dense)
     read.only("mlp_only_layers", (None, []), dense)
     # transformers 5 writes the second name.
@@ -242,14 +242,14 @@ def _experts(read: _Reader) -> dict[str, Any]:
 
 
 def _products(read: _Reader) -> str:
-    """Return the dtype of the model's products. Models in float16 run in bfloat16."""
+    """Return the dtype of the model's products: models in float16 run in bfloat16."""
     keys = ("dtype", "torch_dtype")
     names = {k: str(v).removeprefix("torch.") for k in keys if (v := read.config.get(k))}
     return "bfloat16" if read.agreed(names) in ("bfloat16", "float16") else "float32"
 
 
 def context_of(config: Json, where: str) -> int:
-    """Positions that the model was made for."""
+    """Return the number of positions that the model was made for, 2048 if none is given."""
     return _Reader(config, where).whole("max_position_embeddings", 2048)
 
 
@@ -257,9 +257,9 @@ def context_of(config: Json, where: str) -> int:
 
 
 def stock_family(model: ModelConfig) -> Family:
-    """The stock class that computes `model`.
+    """Return the stock class that computes `model`.
 
-    Raises `UserError` that names what no stock class has.
+    Raise `UserError`, which names the feature, if no stock class does.
     """
     mixes = model.mixes("key") or model.mixes("value")
     for lacking, what in (
@@ -270,27 +270,27 @@ def stock_family(model: ModelConfig) -> Family:
         (model.positions != "rope", f"positions={model.positions!r}"),
     ):
         if lacking:
-            raise UserError(f"no class of transformers has {what}: --form mea exports it")
+            raise UserError(f"no class of transformers has {what}: export it with --form mea")
     for family in FAMILIES:
         if (family.qk_norm, family.experts) == (model.qk_norm, bool(model.n_experts)):
             break
     else:
         raise UserError(
-            "no class of transformers that is known here has experts without qk_norm: "
-            "--form mea exports it"
+            "no supported class of transformers has experts without qk_norm: "
+            "export it with --form mea"
         )
     if not family.qk_norm and model.d_model % model.n_heads:
         raise UserError(
-            f"LlamaForCausalLM takes no d_model={model.d_model} that n_heads={model.n_heads} does "
-            "not divide: --form mea exports it"
+            f"LlamaForCausalLM cannot have d_model={model.d_model}, which n_heads={model.n_heads} "
+            "does not divide: export it with --form mea"
         )
     return family
 
 
 def stock_config(model: ModelConfig, dtype: str, kept: Json) -> dict[str, Any]:
-    """config.json of a model that a stock class computes, in names that transformers 4 reads too.
+    """Return config.json of a stock class, in names that transformers 4 reads as well.
 
-    `kept` holds values for the keys of `KEPT`. Raises `UserError` as `stock_family`.
+    `kept` contains values for the keys of `KEPT`. Raise `UserError` as `stock_family`.
     """
     family = stock_family(model)
     config: dict[str, Any] = {
@@ -329,7 +329,7 @@ def stock_config(model: ModelConfig, dtype: str, kept: Json) -> dict[str, Any]:
 
 
 def rope_scaling(model: ModelConfig) -> dict[str, Any] | None:
-    """Theirs, or None where frequencies are not scaled."""
+    """Return the value of `rope_scaling`, or None if frequencies are not scaled."""
     scaling = model.rope_scaling
     if scaling.factor == 1.0:
         return None

@@ -1,4 +1,4 @@
-"""Output folders that are there as a whole or not at all."""
+"""Write output folders completely or not at all."""
 
 import contextlib
 import fcntl
@@ -10,15 +10,15 @@ from typing import IO
 from mea_jax.checkpoint.files import disk_errors
 from mea_jax.errors import UserError
 
-_MARK = ".unfinished"  # by which we know a work folder as ours
+_MARK = ".unfinished"  # marks a work folder as ours
 
 
 @contextlib.contextmanager
 def whole(out: Path, option: str = "--out") -> Iterator[Path]:
-    """Yields the work folder `<out>.part`; what is then in its `result` becomes `out`.
+    """Yield the work folder `<out>.part`, and rename the folder `result` in it to `out` at the end.
 
-    What a conversion that was killed has left there is removed: it begins anew. Raises `UserError`
-    where `out` exists, the disk refuses, or another process is at it.
+    The files of a conversion that was killed are removed: it starts from the beginning. Raise
+    `UserError` if `out` exists, the disk refuses, or another process is writing it.
     """
     if out.exists() or out.is_symlink():
         raise UserError(f"{option} {out} exists: choose another, or remove it")
@@ -39,7 +39,7 @@ def whole(out: Path, option: str = "--out") -> Iterator[Path]:
         try:
             yield part
         except UserError:
-            shutil.rmtree(part, ignore_errors=True)  # no other run of it would go better
+            shutil.rmtree(part, ignore_errors=True)  # another attempt would fail as well
             raise
         with disk_errors(out):
             result.rename(out)
@@ -58,13 +58,13 @@ def _claim(mark: IO[str], out: Path, option: str) -> None:
 
 
 def check_space(folder: Path, needed: int) -> None:
-    """Raises `UserError` where the disk of `folder` has no room for so many bytes.
+    """Raise `UserError` if the disk of `folder` has fewer than `needed` bytes free.
 
-    A file that is mapped into memory cannot report a disk that is full.
+    A memory-mapped file cannot report a full disk.
     """
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise UserError(
-            f"{folder.parent} has {free / 2**30:.1f} GiB free, the conversion takes "
+            f"{folder.parent} has {free / 2**30:.1f} GiB free, the conversion needs "
             f"{needed / 2**30:.1f} GiB: free space, or choose another --out"
         )

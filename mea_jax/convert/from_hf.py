@@ -1,4 +1,4 @@
-"""Makes a run directory of a model of transformers: Llama 3, Qwen3 or Qwen3-MoE.
+"""Import a model of transformers (Llama 3, Qwen3 or Qwen3-MoE) as a run directory.
 
 python -m mea_jax.convert from_hf --model Qwen3-0.6B --out runs/qwen3
 python -m mea_jax.convert from_hf --model Qwen/Qwen3-0.6B --out runs/qwen3 --dtype bfloat16
@@ -15,12 +15,16 @@ from mea_jax.errors import UserError, nearest
 
 
 def main() -> None:
+    """Run the command: check the flags, import the model and print a summary."""
     if MODEL.value is None or OUT.value is None:
-        raise UserError("give --model FOLDER and --out RUN, such as --out runs/qwen3")
+        raise UserError(
+            "--model or --out is missing: give --model FOLDER and --out RUN, such as "
+            "--out runs/qwen3"
+        )
     if DTYPE.value not in DTYPES:
         raise UserError(f"--dtype={DTYPE.value}: {nearest(DTYPE.value, DTYPES)}")
     if CONTEXT.value < 0:
-        raise UserError(f"--context_length={CONTEXT.value} must be 1 or more, or 0: chosen")
+        raise UserError(f"--context_length={CONTEXT.value} must be 1 or more, or 0 for the default")
     out = Path(OUT.value)
     found = import_model(locate(MODEL.value), out, DTYPE.value, CONTEXT.value, TEXT.value)
     rows = [
@@ -35,12 +39,12 @@ def main() -> None:
 
 
 def _vocabulary(size: int, new: list[str]) -> list[tuple[str, str]]:
-    """Return a row of the table about tokens that the model had no row for, if there are any."""
+    """Return a row about new tokens, whose rows the model's embedding lacked, if there are any."""
     if not new:
         return []
     names = ", ".join(new[:4]) + (", ..." if len(new) > 4 else "")
     count = "1 row is new" if len(new) == 1 else f"{len(new)} rows are new"
-    why = f"the tokenizer has {names} beyond the embedding; set to the mean of the others"
+    why = f"the tokenizer has {names} beyond the embedding; they get the mean of the other rows"
     return [("vocabulary", f"{size:,} tokens, of which {count}: {why}")]
 
 
@@ -48,17 +52,17 @@ if __name__ == "__main__":
     MODEL = flags.DEFINE_string(
         "model", None, "folder with config.json and safetensors, or a model's name on the hub"
     )
-    OUT = flags.DEFINE_string("out", None, "run directory to make, a new one")
+    OUT = flags.DEFINE_string("out", None, "new run directory to write")
     DTYPE = flags.DEFINE_string(
-        "dtype", "float32", "of the stored parameters: " + ", ".join(DTYPES)
+        "dtype", "float32", "dtype of the stored parameters: " + ", ".join(DTYPES)
     )
     CONTEXT = flags.DEFINE_integer(
-        "context_length", 0, "positions of a window of text; 0: at most 2048, as the model takes"
+        "context_length", 0, "positions of a text window; 0: the model's maximum, at most 2048"
     )
     TEXT = flags.DEFINE_string(
         "text",
         "python_stdlib",
-        "what evaluate and compress read in place of the model's own training text, such as "
+        "text that evaluate and compress read instead of the model's own training text, such as "
         "text:FOLDER or jsonl:FILE",
     )
-    cli.run(main, "stopped; the same command begins anew", training=False)
+    cli.run(main, "stopped; the same command starts from the beginning", training=False)

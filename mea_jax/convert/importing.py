@@ -1,8 +1,8 @@
-"""A published model becomes a run directory: one tensor after another, from map to map.
+"""Import a published model as a run directory, one tensor after another.
 
-Sources are mapped files, targets are mapped files (`layerwise.Writer`): beside them memory holds a
-few megabytes. Everything is checked before the first number is read: the config, the shards, their
-index, the tokenizer.
+Sources and targets (`layerwise.Writer`) are memory-mapped files, so memory holds only a few
+megabytes in addition. The config, the shards, their index and the tokenizer are checked before the
+first number is read.
 """
 
 import dataclasses
@@ -31,56 +31,60 @@ from mea_jax.ops.backend import resolve
 
 DTYPES = ("float32", "bfloat16")
 _PATTERNS = ("*.safetensors", "*.json", "*.jinja", "merges.txt", "tokenizer.model")
-_HELD_OUT = 0.1  # of the text: none of it trains the model, and there may be little
-_WINDOW = 2048  # positions of a window, of models that take as many
-# Buffers that old versions of transformers wrote: constants, made anew from the config.
+_HELD_OUT = 0.1  # fraction of the text: none of it trains the model, and there may be little
+_WINDOW = 2048  # positions of a window, if the model supports as many
+# Buffers that old versions of transformers wrote: constants that follow from the config.
 _UNUSED = re.compile(
     r"(.*\.)?rotary_emb\.(inv_freq|original_inv_freq|cos_cached|sin_cached)"
     r"|(.*\.)?self_attn\.masked_bias"
 )
 _WORDS = ("embedding", "head")  # parameters with a row for each token
 _NEW = 64  # tokens that a tokenizer may have beyond the embedding
-_SPARE = 1 << 28  # bytes of disk beside the arrays
+_SPARE = 1 << 28  # bytes of disk in addition to the arrays
 
 
 def locate(model: str) -> Path:
-    """The folder of a model: one on disk, or the hub's of that name, fetched if need be.
+    """Return the folder of a model on disk, or of that name on the hub, downloaded if necessary.
 
-    Raises `UserError`.
+    Raise `UserError` if there is neither, or `model` is a run directory or a file.
     """
     path = Path(model).expanduser()
     refuse_unpublished(path, "--model")
     if path.is_dir():
         return path
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
-        raise UserError(f"--model {model}: no such folder, and no name of the hub (OWNER/NAME)")
+        raise UserError(
+            f"--model {model}: no such folder, and no name of the hub: give a folder or OWNER/NAME"
+        )
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:
         raise UserError(
-            f"--model {model}: no such folder; fetching it needs pip install 'mea_jax[hf]'"
+            f"--model {model}: no such folder; to download it, first pip install 'mea_jax[hf]'"
         ) from error
     try:
         return Path(snapshot_download(model, allow_patterns=list(_PATTERNS)))
     except Exception as error:  # of many kinds: no network, no such model, no permission
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"--model {model}: no such folder, and the hub does not give it ({reason})"
+            f"--model {model}: no such folder, and it cannot be downloaded from the hub ({reason})"
+            ": check the name and the network"
         ) from error
 
 
 class Source:
-    """A model's folder, checked; `arrays` gives its tensors in our shapes' order.
+    """The checked folder of a published model.
 
     Attributes:
-      config: its config.json.
-      model: the same as ours, with rows for `new_tokens`.
-      tokenizer: with the files that come along.
+      config: the content of config.json.
+      model: our config of the same model, with rows for `new_tokens`.
+      tokenizer: the tokenizer, with its companion files.
       new_tokens: tokens that were added to the tokenizer and have no row in the embedding.
+      entries: the tensors of `model`, in the published order.
     """
 
     def __init__(self, folder: Path):
-        """Raises `UserError` for whatever is wrong with it."""
+        """Check all files of `folder`. Raise `UserError` if anything is wrong."""
         self.folder, self.where = folder, str(folder / "config.json")
         self.config = families.read_config(folder)
         self.model: ModelConfig = families.model_config(self.config, self.where)
@@ -103,6 +107,7 @@ class Source:
             if found.shape != wanted:
                 raise UserError(
                     f"{self.folder}: {name} has shape {found.shape}, config.json asks for {wanted}"
+                    ": fetch the model again"
                 )
         for name in self._tensors:
             if name not in known and not _UNUSED.fullmatch(name):
@@ -110,38 +115,41 @@ class Source:
 
     def _check_surplus(self, name: str) -> None:
         if name != "lm_head.weight":
-            raise UserError(f"{self.folder}: holds {name}, which config.json has no place for")
+            raise UserError(
+                f"{self.folder}: contains {name}, which the model of config.json does not have: "
+                "give a model without it"
+            )
         head, embedding = (
             self._tensors[n].array().view(np.uint8) for n in (name, "model.embed_tokens.weight")
         )
         if not np.array_equal(head, embedding):
             raise UserError(
-                f"{self.folder}: config.json says tie_word_embeddings, but {name} is not the "
+                f"{self.folder}: config.json sets tie_word_embeddings, but {name} is not the "
                 "embedding: set the key to false"
             )
 
     def _find(self, entry: tensors.Entry) -> tuple[str, "_Part"]:
-        """The tensor that holds `entry`, and which part of it."""
+        """Return the name of the tensor that contains `entry`, and the part that `entry` is."""
         if (tensor := self._tensors.get(entry.name)) is not None:
             return entry.name, _Part(tensor)
-        if entry.expert is not None:  # as transformers 5 holds them in memory: all in one
+        if entry.expert is not None:  # as transformers 5 keeps them in memory: all in one tensor
             base, ours = entry.name.partition(".experts.")[0], entry.path[-1]
             name = f"{base}.experts.{'down_proj' if ours == 'down' else 'gate_up_proj'}"
             if (tensor := self._tensors.get(name)) is not None:
                 half = {"gate": 0, "up": 1}.get(ours)
                 return name, _Part(tensor, (entry.expert, self.model.n_experts), half)
-        raise UserError(f"{self.folder}: {entry.name} is missing")
+        raise UserError(f"{self.folder}: {entry.name} is missing: fetch the model again")
 
     def arrays(self) -> Iterator[tuple[tensors.Entry, np.ndarray]]:
-        """Each entry with its tensor, theirs, mapped."""
+        """Yield each entry with its published tensor, memory-mapped, in the order of `entries`."""
         for entry in self.entries:
             yield entry, self._find(entry)[1].array()
 
 
 class _Part:
-    """A tensor, or one expert's part of one that holds them all (E, out, in).
+    """A tensor, or one expert's part of a tensor of all experts (E, out, in).
 
-    `half`: gate (0) and up (1) lie behind one another along `out`.
+    `expert` is (index, E). `half` is 0 for gate and 1 for up, which are concatenated along `out`.
     """
 
     def __init__(
@@ -171,7 +179,7 @@ class _Part:
 
 
 def _tokenizer(folder: Path, model: ModelConfig) -> Tokenizer:
-    """Return the model's tokenizer, with its companions. Raises `UserError` if it is another's."""
+    """Return the tokenizer with its companion files. Raise `UserError` if it is another model's."""
     config = {tokenizers.MODEL_CONFIG: (folder / "config.json").read_bytes()}
     tokenizer = slow_tokenizers.read(folder, config)
     beyond = tokenizer.vocab_size - model.vocab_size
@@ -179,7 +187,7 @@ def _tokenizer(folder: Path, model: ModelConfig) -> Tokenizer:
     if beyond > 0 and not (named and beyond <= _NEW):
         raise UserError(
             f"{folder}: the tokenizer does not match: it has ids up to {tokenizer.vocab_size - 1}, "
-            f"config.json has vocab_size={model.vocab_size}"
+            f"config.json has vocab_size={model.vocab_size}: fetch the model's own tokenizer"
         )
     return tokenizer
 
@@ -190,20 +198,21 @@ def _new_tokens(tokenizer: Tokenizer, vocab_size: int) -> list[str]:
 
 
 def run_config(source: Source, out: Path, context_length: int, text: str) -> TrainConfig:
-    """The config inside the checkpoint; arguments as those of `import_model`.
+    """Return the config of the checkpoint; the arguments are those of `import_model`.
 
-    Raises `UserError` for what cannot be.
+    Raise `UserError` if the model does not have that many positions, the text cannot be read, or
+    the model cannot run here.
     """
     longest = families.context_of(source.config, source.where)
     if context_length > longest:
         raise UserError(
             f"--context_length {context_length} is beyond the model's max_position_embeddings="
-            f"{longest}"
+            f"{longest}: give at most that"
         )
     kind, _, path = text.partition(":")
     given = SourceConfig(source=kind, path=str(Path(path).expanduser().absolute()) if path else "")
     try:
-        next(documents(given))  # it has text, and the field that is asked for
+        next(documents(given))  # checks that it has text, and the field of a jsonl source
     except UserError as error:
         raise UserError(f"--text {text}: {error}") from error
     data = DataConfig(
@@ -228,16 +237,22 @@ def import_model(
     context_length: int = 0,
     text: str = "python_stdlib",
 ) -> Mapping[str, Any]:
-    """Makes the run directory `out` of a model's folder; a summary of it.
+    """Import a model's folder as the run directory `out`.
 
     Args:
-      folder: as transformers saves a model.
-      dtype: of the stored parameters.
-      context_length: windows of the checkpoint's config; 0: chosen.
-      text: what stands for the data of its training, which a published model does not bring, such
-        as "text:FOLDER" or "jsonl:FILE"; the default is there on every machine.
+      folder: a model as transformers saves it.
+      out: the run directory, which must not exist.
+      dtype: the dtype of the stored parameters, float32 or bfloat16.
+      context_length: the positions of a window in the checkpoint's config; 0: the model's maximum,
+        at most 2048.
+      text: a replacement for the training data, which a published model does not include, such as
+        "text:FOLDER" or "jsonl:FILE"; the default exists on every machine.
 
-    Raises `UserError`; then there is no `out`.
+    Returns:
+      The model's architecture, sizes, window and new tokens.
+
+    Raises:
+      UserError: if anything is wrong with the arguments or the model; then there is no `out`.
     """
     with folders.whole(out) as part:
         source = Source(folder)
@@ -275,6 +290,6 @@ def _fill(entry: tensors.Entry, array: np.ndarray, writer: Writer) -> None:
         known[where] = piece
         if len(new):
             total += piece.sum(axis=0, dtype=np.float64)
-    # Rows of tokens that the model does not know. With the mean of all rows, their logit is the
-    # mean of all logits, so they are never the most likely token, as they may be with zeros.
+    # Rows of tokens that are new to the model. With the mean of all rows, their logit is the mean
+    # of all logits, so they are never the most likely token, as they could be with zeros.
     new[:] = total / len(array)

@@ -1,13 +1,13 @@
 """Multi-head Explicit Attention (arXiv 2601.19611) for transformers, self-contained.
 
-This file, attention_mea.py and configuration_mea.py lie beside the weights of an exported model and
-need nothing but torch and transformers:
+This file, attention_mea.py and configuration_mea.py are stored next to the weights of an exported
+model and need only torch and transformers:
 
     AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True)
 
-The KV cache, any of transformers', holds component heads only. transformers up to 5.23 calls it
-`past_key_values`, later versions call it `cache`; both names work here with every version. Letters
-as in attention_mea.py.
+The KV cache may be of any class of transformers; it contains component heads only. transformers up
+to 5.23 calls it `past_key_values`, later versions call it `cache`; both names work here with every
+version. Array names end in the letters of attention_mea.py.
 """
 
 from typing import Any
@@ -29,8 +29,8 @@ from .configuration_mea import MEAConfig
 
 logger = logging.get_logger(__name__)
 Tensor = torch.Tensor
-# New positions up to which a cache is read as it lies. Each costs every query head C products of
-# width H in place of one; mixing the cache first costs a pass over S K H numbers.
+# The largest number of new positions that read a cache unmixed. Each of them costs every query head
+# C products of width H instead of one; mixing the cache first costs a pass over S K H numbers.
 ABSORBED = 8
 _RETURNED = next(
     name
@@ -40,8 +40,9 @@ _RETURNED = next(
 
 
 def untested_versions(tested_with: dict[str, list[str]] | None) -> str:
-    """Return what to warn about if an installed version is outside of the range that was tested,
-    else "". Patch releases count as the minor release that they belong to.
+    """Return a description of installed versions that are outside of the tested range, or "".
+
+    Patch releases count as the minor release that they belong to.
     """
     installed = {"transformers": transformers.__version__, "torch": torch.__version__}
     found = []
@@ -54,7 +55,7 @@ def untested_versions(tested_with: dict[str, list[str]] | None) -> str:
 
 
 def returned(cache: Cache | None) -> dict[str, Any]:
-    """Return `cache` under the name that the installed transformers looks for in an output."""
+    """Return `cache` under the name that outputs of the installed transformers use."""
     return {_RETURNED: cache}
 
 
@@ -63,11 +64,15 @@ def find_cache(
 ) -> Cache | None:
     """Return the cache that was given under either name.
 
-    `others` are the keywords that the model does not know. Raises `TypeError` if one of them looks
-    like a cache, since ignoring it would lose the context without a word.
+    `others` are the keywords that the model does not have.
+
+    Raises:
+      TypeError: if one of `others` looks like a cache, since ignoring it would lose the context
+        silently, or if the cache is not a `Cache`.
+      ValueError: if two different caches are given.
     """
     for name, value in others.items():
-        # transformers 4 passes `cache_position`, which follows from the cache itself.
+        # transformers 4 passes `cache_position`, which the cache itself determines.
         looks = isinstance(value, Cache) or "cache" in name or "past" in name
         if looks and value is not None and name != "cache_position":
             raise TypeError(
@@ -86,7 +91,7 @@ def find_cache(
 
 
 class MEAMLP(nn.Module):
-    """SwiGLU."""
+    """A SwiGLU feed-forward layer."""
 
     def __init__(self, config: MEAConfig):
         super().__init__()
@@ -100,7 +105,7 @@ class MEAMLP(nn.Module):
 
 
 class MEAExperts(nn.Module):
-    """A mixture of SwiGLU experts: the router's softmax in float32, the largest few of it."""
+    """A mixture of SwiGLU experts, weighted by the largest entries of a softmax in float32."""
 
     def __init__(self, config: MEAConfig):
         super().__init__()
@@ -127,6 +132,8 @@ class MEAExperts(nn.Module):
 
 
 class MEADecoderLayer(GradientCheckpointingLayer):
+    """A pre-norm decoder layer: attention, then a SwiGLU layer or a mixture of experts."""
+
     def __init__(self, config: MEAConfig, index: int):
         super().__init__()
         self.self_attn = MEAAttention(config, index)
@@ -140,6 +147,8 @@ class MEADecoderLayer(GradientCheckpointingLayer):
 
 
 class MEAPreTrainedModel(PreTrainedModel):
+    """The base class of MEA models; it initializes weights and warns about untested versions."""
+
     config: MEAConfig
     config_class = MEAConfig
     base_model_prefix = "model"
@@ -161,12 +170,14 @@ class MEAPreTrainedModel(PreTrainedModel):
         if isinstance(module, MEAExperts):
             for weight in (module.gate, module.up, module.down):
                 nn.init.normal_(weight, std=self.config.initializer_range)
-        # What a checkpoint filled is marked, and torch's own initialisers pass over it.
+        # Weights from a checkpoint are marked; torch's own initialisers skip them.
         if isinstance(module, MEAMixing) and not hasattr(module.weight, "_is_hf_initialized"):
             module.weight.copy_(module.start())
 
 
 class MEAModel(MEAPreTrainedModel):
+    """A decoder-only transformer with MEA; it returns hidden states."""
+
     def __init__(self, config: MEAConfig):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -180,8 +191,11 @@ class MEAModel(MEAPreTrainedModel):
         self.post_init()
 
     def look(self, x_BTD: Tensor, position_ids: Tensor, attention_mask, past: int) -> View:
-        """What the T newest of past + T tokens may read. `attention_mask` as transformers has it:
-        (B, past + T), 0 at padding, or (B, 1, T, S) ready made."""
+        """Return the positions of the newest T of past + T tokens, and what they may read.
+
+        `attention_mask` is that of transformers: (B, past + T), 0 at padding, or a complete mask
+        (B, 1, T, S).
+        """
         t, device, mask, table = x_BTD.shape[1], x_BTD.device, attention_mask, None
         if self.config.positions == "rope":
             frequencies_F = rope_frequencies(self.config).to(device)
@@ -194,7 +208,7 @@ class MEAModel(MEAPreTrainedModel):
         if mask is None or mask.ndim == 2:
             seen_BTS = (ahead_TS <= 0)[None]
             padded = mask is not None and (past > 0 or not bool(mask.all()))
-            if padded:  # padding reads itself: a row with nothing to read has no softmax
+            if padded:  # padding reads itself: a row with everything masked has no softmax
                 seen_BTS = seen_BTS & (mask[:, None].bool() | (ahead_TS == 0))
                 places_BS = mask.long().cumsum(-1)
                 distance_BTS = places_BS[:, None] - places_BS[:, past : past + t, None]
@@ -204,8 +218,11 @@ class MEAModel(MEAPreTrainedModel):
         return View(table, mask, distance_BTS.float(), few, slots_T)
 
     def cache_for(self, given: Cache | None, use_cache: bool | None) -> Cache | None:
-        """Return the cache to write to: the given one, a new one or, where layers are run again
-        for their gradients, none. Raises `ValueError` if that would lose a filled cache."""
+        """Return the cache to write to: the given one, a new one, or None.
+
+        With gradient checkpointing, which runs layers again for their gradients, there is none.
+        Raise `ValueError` if that would lose a filled cache.
+        """
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             if given is not None and given.get_seq_length():
@@ -235,9 +252,9 @@ class MEAModel(MEAPreTrainedModel):
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give either input_ids or inputs_embeds")
+            raise ValueError("give either input_ids or inputs_embeds, exactly one of them")
         if kwargs.get("output_attentions"):
-            raise ValueError("attention maps are not kept: leave output_attentions out")
+            raise ValueError("attention maps are not returned: leave output_attentions out")
         x_BTD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         cache = self.cache_for(find_cache(past_key_values, cache, kwargs), use_cache)
         past = 0 if cache is None else int(cache.get_seq_length())
@@ -267,6 +284,8 @@ class MEAModel(MEAPreTrainedModel):
 
 
 class MEAForCausalLM(MEAPreTrainedModel, GenerationMixin):
+    """A causal language model: `MEAModel` with a head over the vocabulary."""
+
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 - likewise
 
     def __init__(self, config: MEAConfig):

@@ -1,8 +1,8 @@
-"""Files of safetensors: read by their headers and checked before a number is used, and written.
+"""Read and write safetensors files; check their headers before a number is used.
 
 The format: 8 bytes with the length of a JSON header, the header with each tensor's dtype, shape and
-place, and the tensors' bytes, end to end (github.com/huggingface/safetensors). A model lies in
-`model.safetensors`, or in several such files and `model.safetensors.index.json`, which names the
+offsets, and the tensors' bytes without gaps (github.com/huggingface/safetensors). A model is stored
+in `model.safetensors`, or in several such files and `model.safetensors.index.json`, which names the
 file of each tensor.
 """
 
@@ -30,12 +30,12 @@ _DTYPES: dict[str, np.dtype] = {
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _LONGEST_HEADER = 100_000_000  # bytes, as in the format's own library
-_ALIGNED = 8  # bytes, to which a header is filled up with spaces
+_ALIGNED = 8  # bytes: a header is padded with spaces to a multiple of this
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """Where a tensor lies; nothing of it is read yet."""
+    """The location of a tensor in a file; its numbers are not read yet."""
 
     file: Path
     dtype: np.dtype
@@ -43,7 +43,7 @@ class Tensor:
     start: int  # byte of the file
 
     def array(self) -> np.ndarray:
-        """The tensor, mapped into memory: only what is used is read."""
+        """Return the memory-mapped tensor: only the numbers that are used are read."""
         if 0 in self.shape:
             return np.zeros(self.shape, self.dtype)
         return np.memmap(self.file, self.dtype, "r", self.start, self.shape)
@@ -53,9 +53,9 @@ class Tensor:
 
 
 def read_file(path: Path) -> dict[str, Tensor]:
-    """The tensors of one file by name.
+    """Return the tensors of one file by name.
 
-    Raises `UserError` that names the file where it is missing, cut short or malformed.
+    Raise `UserError`, which names the file, if it is missing, cut short or malformed.
     """
     try:
         size = path.stat().st_size
@@ -63,14 +63,14 @@ def read_file(path: Path) -> dict[str, Tensor]:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > min(size - 8, _LONGEST_HEADER):
                 raise UserError(
-                    f"{path} is cut short, or no file of safetensors: its header of {length} "
+                    f"{path} is cut short, or not a safetensors file: its header of {length} "
                     f"bytes does not fit in {size} bytes; fetch it again"
                 )
             text = file.read(length)
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing: fetch it again") from error
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+        raise UserError(f"{path} cannot be read: {error.strerror}; make it readable") from error
     try:
         header = json.loads(text)
         header.pop("__metadata__", None)
@@ -83,7 +83,7 @@ def read_file(path: Path) -> dict[str, Tensor]:
             raise UserError(f"{path}: its header is damaged ({name} overlaps); fetch it again")
         end += math.prod(tensor.shape) * tensor.dtype.itemsize
     if size != end:
-        words = "is cut short" if size < end else "is longer than it says"
+        words = "is cut short" if size < end else "is longer than its header says"
         raise UserError(f"{path} {words}: {size:,} bytes instead of {end:,}; fetch it again")
     return found
 
@@ -96,24 +96,25 @@ def _tensor(path: Path, base: int, entry: Any) -> Tensor:
         )
     shape, (start, end) = tuple(entry["shape"]), entry["data_offsets"]
     if not all(type(n) is int and n >= 0 for n in (*shape, start, end)):
-        raise ValueError("a shape or place that is no whole number")
+        raise ValueError("a shape or an offset is not a whole number")
     if end - start != math.prod(shape) * dtype.itemsize:
         raise ValueError(f"{end - start} bytes for a shape of {shape}")
     return Tensor(path, dtype, shape, base + start)
 
 
 def read_folder(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a model's folder by name; an index is compared with what is there.
+    """Return all tensors of a model's folder by name; compare the index with the files.
 
-    Raises `UserError` that names what is missing, cut short, or not as the index says.
+    Raise `UserError`, which names the file, if one is missing, cut short, malformed, or does not
+    match the index.
     """
     if (folder / SINGLE).exists():
         return read_file(folder / SINGLE)
     path = folder / INDEX
     if not path.exists():
         raise UserError(
-            f"{folder} holds neither {SINGLE} nor {INDEX}: only safetensors are read; "
-            "transformers' save_pretrained writes them"
+            f"{folder} contains neither {SINGLE} nor {INDEX}: only safetensors are read; "
+            "write them with transformers' save_pretrained"
         )
     try:
         places: dict[str, str] = json.loads(path.read_text())["weight_map"]
@@ -126,12 +127,16 @@ def read_folder(folder: Path) -> dict[str, Tensor]:
     shards = {file: read_file(folder / file) for file in files}
     for name, file in places.items():
         if name not in shards[file]:
-            raise UserError(f"{path}: {name} is not in {file}, where the index says it is")
+            raise UserError(
+                f"{path}: {name} is not in {file}, where the index puts it; fetch both again"
+            )
     for file, tensors in shards.items():
         for name in tensors:
             if places.get(name) != file:
-                named = f"puts it in {places[name]}" if name in places else "does not know it"
-                raise UserError(f"{path}: {file} holds {name}, and the index {named}")
+                named = f"puts it in {places[name]}" if name in places else "does not name it"
+                raise UserError(
+                    f"{path}: {file} contains {name}, but the index {named}; fetch both again"
+                )
     return {name: shards[file][name] for name, file in places.items()}
 
 
@@ -141,7 +146,7 @@ Plan = Sequence[tuple[str, tuple[int, ...]]]
 
 
 def size_of(plan: Plan, dtype: str) -> int:
-    """Bytes of the tensors of `plan`."""
+    """Return the bytes of the tensors of `plan`."""
     return sum(math.prod(shape) for _, shape in plan) * jnp.dtype(dtype).itemsize
 
 
@@ -152,14 +157,19 @@ def write_folder(
     dtype: str,
     shard_size: int,
 ) -> None:
-    """Writes tensors one after another, in files of at most `shard_size` bytes (or one tensor).
+    """Write tensors one after another as safetensors files, with an index if there are several.
 
     Args:
-      plan: names and shapes of all of them, in order.
-      arrays: the tensors in the same order, of any dtype; no more than one is held.
-      dtype: in which they are written, float32 or bfloat16.
+      folder: an existing folder.
+      plan: names and shapes of all tensors, in order.
+      arrays: the tensors in the same order, of any dtype; at most one is in memory.
+      dtype: the dtype in the files, float32 or bfloat16.
+      shard_size: the largest size of a file in bytes; a larger tensor gets its own file.
 
-    Raises `OSError` when the disk refuses, `UserError` where `dtype` cannot hold a number.
+    Raises:
+      OSError: if the disk refuses.
+      UserError: if `dtype` cannot represent a number.
+      ValueError: if `arrays` does not match `plan`.
     """
     target = jnp.dtype(dtype)
     shards: list[list[tuple[str, tuple[int, ...]]]] = []
@@ -180,7 +190,7 @@ def write_folder(
             for name, shape in shard:
                 given, array = next(tensors)
                 if (given, array.shape) != (name, shape):
-                    raise ValueError(f"{given} {array.shape} where {name} {shape} was planned")
+                    raise ValueError(f"{given} {array.shape} must be {name} {shape} of the plan")
                 for _, piece in casts(name, array, target):
                     out.write(piece.reshape(-1).view(np.uint8).data)
             out.flush()

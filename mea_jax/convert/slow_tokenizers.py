@@ -1,8 +1,8 @@
-"""Tokenizers that are published without tokenizer.json: vocab.json and merges.txt alone.
+"""Build tokenizers that are published without tokenizer.json, from vocab.json and merges.txt.
 
-Two classes of transformers are known, GPT2Tokenizer and Qwen2Tokenizer. Both are byte-level
-byte-pair encodings; they differ in how they split text before it is merged. What is made here
-gives the same ids as transformers does.
+Two classes of transformers are supported, GPT2Tokenizer and Qwen2Tokenizer. Both are byte-level
+byte-pair encodings; they differ in how they split text before merging. The tokenizers built here
+give the same ids as transformers.
 """
 
 import json
@@ -26,7 +26,7 @@ _QWEN2_SPLIT = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _END = "<|endoftext|>"
-# Special tokens of each class, where tokenizer_config.json does not name them.
+# Special tokens of each class, if tokenizer_config.json does not name them.
 _DEFAULTS: dict[str, dict[str, str]] = {
     "GPT2Tokenizer": {"bos_token": _END, "eos_token": _END, "unk_token": _END},
     "Qwen2Tokenizer": {"eos_token": _END, "unk_token": _END, "pad_token": _END},
@@ -38,7 +38,8 @@ _NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_
 def read(folder: Path, more: Mapping[str, bytes]) -> Tokenizer:
     """Return the tokenizer in a model's folder, fast or slow.
 
-    `more` are companions that the tokenizer gets beside those in the folder. Raises `UserError`.
+    `more` are companion files of the tokenizer in addition to those in the folder. Raise
+    `UserError` if a file is missing or damaged, or the class is not supported.
     """
     slow = all((folder / name).is_file() for name in (_VOCABULARY, _MERGES))
     if not slow or any((folder / kind.FILE).is_file() for kind in tokenizers.KINDS):
@@ -53,15 +54,15 @@ def read(folder: Path, more: Mapping[str, bytes]) -> Tokenizer:
     if name not in _DEFAULTS:
         given = "no tokenizer_class" if kind is None else f"tokenizer_class {shown(kind)}"
         raise UserError(
-            f"{folder}: holds no tokenizer.json, and of {given} it cannot be made here (known: "
-            f"{', '.join(_DEFAULTS)}): make it with transformers, "
+            f"{folder}: contains no tokenizer.json, and it names {given}, unsupported here (known: "
+            f"{', '.join(_DEFAULTS)}): build it with transformers, "
             f"AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
         )
     try:
         model = hf.models.BPE.from_file(str(folder / _VOCABULARY), str(folder / _MERGES))
     except Exception as error:  # of the library's own kinds
         raise UserError(
-            f"{folder}: {_VOCABULARY} or {_MERGES} is damaged ({detail(error)})"
+            f"{folder}: {_VOCABULARY} or {_MERGES} is damaged ({detail(error)}); fetch both again"
         ) from error
     tokenizer = _byte_level(model, name, bool(config.get("add_prefix_space")))
     if "added_tokens_decoder" not in config:  # as transformers wrote them before version 4.34
@@ -100,14 +101,16 @@ def _byte_level(model: hf.models.Model, name: str, prefix_space: bool) -> hf.Tok
 def _add_tokens(
     tokenizer: hf.Tokenizer, config: Mapping[str, Any], name: str, folder: Path
 ) -> None:
-    """Add the tokens that the files name: those with ids in order, then special ones without.
+    """Add the tokens that the files name: first those with ids, in order, then special ones.
 
-    Raises `UserError` if a token would get another id than the one in the file.
+    Raise `UserError` if a token would get another id than in the file, or a file is damaged.
     """
     try:
         given = {int(i): token for i, token in config["added_tokens_decoder"].items()}
     except (TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{folder}: {_CONFIG} or {_ADDED} is damaged ({error})") from error
+        raise UserError(
+            f"{folder}: {_CONFIG} or {_ADDED} is damaged ({error}); fetch both again"
+        ) from error
     for i, token in sorted(given.items()):
         text = _text(token)
         flags = token if isinstance(token, dict) else {}
@@ -119,6 +122,7 @@ def _add_tokens(
             raise UserError(
                 f"{folder}: the added token {shown(text)} has the id {i}, and the vocabulary would "
                 f"give it {tokenizer.token_to_id(text)}: {_VOCABULARY} is not the one of this model"
+                "; fetch it again"
             )
     tokenizer.add_special_tokens([text for text in _special_tokens(config, name) if text])
 
@@ -131,7 +135,7 @@ def _special_tokens(config: Mapping[str, Any], name: str) -> Iterator[str]:
 
 
 def _text(token: Any) -> str:
-    """Return the text of a token that is given by itself or as an object with "content"."""
+    """Return the text of a token that is a string or an object with "content"; "" otherwise."""
     token = token.get("content") if isinstance(token, dict) else token
     return token if isinstance(token, str) else ""
 
@@ -140,5 +144,5 @@ def _object(companions: Mapping[str, bytes], name: str, folder: Path) -> dict[st
     try:
         tree = json.loads(companions.get(name, b"{}"))
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{folder / name} is damaged ({detail(error)})") from error
+        raise UserError(f"{folder / name} is damaged ({detail(error)}); fetch it again") from error
     return tree if isinstance(tree, dict) else {}

@@ -1,7 +1,8 @@
-"""Every parameter by both its names: ours, a path in the tree, and transformers'.
+"""Map the path of each parameter in our tree to its name in transformers.
 
-Their linear layers are (out, in) matrices, ours (in, out) with the heads' axis apart; everything
-else is the same numbers in the same order. So each of their tensors is a view of ours.
+Linear layers of transformers are (out, in) matrices; ours are (in, out), with a separate axis of
+heads. All other parameters are the same numbers in the same order. So each tensor of transformers
+is a view of one of ours.
 """
 
 from collections.abc import Iterator
@@ -16,14 +17,15 @@ Path = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Entry:
-    """One of their tensors.
+    """One tensor of transformers and the parameter that it corresponds to.
 
     Attributes:
-      name: theirs.
-      path: ours, within the layer, or from the top where `layer` is None.
-      shape: ours, of one layer and of one expert.
-      layer, expert: which one, or None.
-      turned: whether theirs is the matrix (out, in).
+      name: the name in transformers.
+      path: our path, within the layer, or within the entire tree if `layer` is None.
+      shape: our shape, of one layer and of one expert.
+      layer: the index of the layer, or None.
+      expert: the index of the expert, or None.
+      turned: True if the tensor in transformers is a matrix (out, in).
     """
 
     name: str
@@ -35,7 +37,7 @@ class Entry:
 
     @property
     def theirs(self) -> tuple[int, ...]:
-        """Their shape."""
+        """The shape in transformers."""
         if not self.turned:
             return self.shape
         # The output projection alone sums over two axes.
@@ -44,12 +46,12 @@ class Entry:
         return int(np.prod(self.shape[inputs:])), into
 
     def to_theirs(self, array: np.ndarray) -> np.ndarray:
-        """A view of our `array` in their shape."""
+        """Return a view of our `array` in the shape of transformers."""
         return array.reshape(self.theirs[::-1]).T if self.turned else array
 
 
 def top_entries(model: ModelConfig) -> list[Entry]:
-    """Embedding, final norm and, where it is not the embedding, head."""
+    """Return the entries of the embedding, the final norm and, if it is not tied, the head."""
     words, width = model.vocab_size, model.d_model
     entries = [
         Entry("model.embed_tokens.weight", ("embedding",), (words, width), turned=False),
@@ -104,11 +106,12 @@ def mlp_entries(model: ModelConfig, layer: int) -> list[Entry]:
 
 
 def layer_entries(model: ModelConfig, layer: int) -> list[Entry]:
+    """Return the entries of one layer, in a model without mixing."""
     return attention_entries(model, layer) + mlp_entries(model, layer)
 
 
 def entries(model: ModelConfig) -> list[Entry]:
-    """All tensors of a model that a stock class computes, in the published order."""
+    """Return all tensors of a model that a stock class computes, in the published order."""
     layers = (entry for layer in range(model.n_layers) for entry in layer_entries(model, layer))
     embedding, *rest = top_entries(model)
     return [embedding, *layers, *rest]

@@ -1,4 +1,4 @@
-"""Writes a checkpoint as a model of transformers: a stock class, or with its own code.
+"""Export a checkpoint as a model of transformers: a stock class, or with its own code.
 
 python -m mea_jax.convert to_hf --checkpoint runs/qwen3 --out exported/qwen3
 python -m mea_jax.convert to_hf --checkpoint runs/half --form stock --out exported/half
@@ -20,17 +20,21 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 def parse_size(text: str) -> int:
-    """Bytes of such as "5GB". Raises `UserError`."""
+    """Return the bytes of a size such as "5GB" (10^9 each). Raise `UserError` if malformed."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(|KB|MB|GB)", text.strip().upper())
     size = int(float(match[1]) * _UNITS[match[2]]) if match else 0
     if size < 1:
-        raise UserError(f"--shard_size={text}: give such as 5GB or 500MB")
+        raise UserError(f"--shard_size={text} is no size: give one such as 5GB or 500MB")
     return size
 
 
 def main() -> None:
+    """Run the command: check the flags, export the checkpoint and print a summary."""
     if CHECKPOINT.value is None or OUT.value is None:
-        raise UserError("give --checkpoint RUN and --out FOLDER, such as --checkpoint runs/half")
+        raise UserError(
+            "--checkpoint or --out is missing: give --checkpoint RUN and --out FOLDER, such as "
+            "--checkpoint runs/half"
+        )
     for name, value, known in (("form", FORM.value, FORMS), ("dtype", DTYPE.value, DTYPES)):
         if value not in known:
             raise UserError(f"--{name}={value}: {nearest(value, known)}")
@@ -54,13 +58,14 @@ def main() -> None:
 
 if __name__ == "__main__":
     CHECKPOINT = flags.DEFINE_string("checkpoint", None, "run directory, or one of its steps")
-    OUT = flags.DEFINE_string("out", None, "folder to make, a new one")
+    OUT = flags.DEFINE_string("out", None, "new folder to write")
     FORM = flags.DEFINE_string(
         "form",
         "auto",
         "stock: a class of transformers, composite heads rebuilt; mea: the model with its own "
-        "code, component heads kept; auto: stock where no head is mixed and a class fits",
+        "code, component heads kept; auto: stock if no head is mixed and a class fits, otherwise "
+        "mea",
     )
-    DTYPE = flags.DEFINE_string("dtype", "auto", "of tensors: " + ", ".join(DTYPES))
-    SHARD_SIZE = flags.DEFINE_string("shard_size", "5GB", "of a file, at most")
-    cli.run(main, "stopped; the same command begins anew", training=False)
+    DTYPE = flags.DEFINE_string("dtype", "auto", "dtype of the tensors: " + ", ".join(DTYPES))
+    SHARD_SIZE = flags.DEFINE_string("shard_size", "5GB", "largest size of a file")
+    cli.run(main, "stopped; the same command starts from the beginning", training=False)

@@ -1,4 +1,4 @@
-"""The tokenizer of a run directory as the files that transformers reads."""
+"""Write the tokenizer of a run directory as the files that transformers reads."""
 
 import json
 from pathlib import Path
@@ -13,9 +13,10 @@ _CONFIG, _GENERATION = "tokenizer_config.json", "generation_config.json"
 
 
 def kept_config(tokenizer: Tokenizer, context_length: int) -> dict[str, Any]:
-    """Ids and lengths for config.json: those that the model came with, or what follows from here.
+    """Return ids and lengths for config.json: of the imported model, or of our own tokenizer.
 
-    `context_length`: windows that the model was trained on, which may be longer than before.
+    `context_length` is the window that the model was trained on here, which may be longer than that
+    of the imported model.
     """
     if (published := tokenizer.companions.get(tokenizers.MODEL_CONFIG)) is not None:
         own = json.loads(published)
@@ -27,9 +28,9 @@ def kept_config(tokenizer: Tokenizer, context_length: int) -> dict[str, Any]:
 
 
 def write(tokenizer: Tokenizer, folder: Path, context_length: int) -> None:
-    """Writes the tokenizer, and what it came with or, where it was made here, what stands for it.
+    """Write the tokenizer with its companion files or, if it was made here, with new ones.
 
-    Raises `OSError`.
+    Raise `OSError` if the disk refuses.
     """
     published = tokenizers.MODEL_CONFIG in tokenizer.companions
     file, content = tokenizer.FILE, tokenizer.content
@@ -71,7 +72,7 @@ def _text(tokenizer: Tokenizer, token: int) -> str:
 def with_start(content: bytes, start: int) -> bytes:
     """Return a tokenizer.json that puts the token `start` before each text, and nothing else.
 
-    One that does so already is returned unchanged.
+    Return `content` unchanged if it does so already.
     """
     tokenizer = hf.Tokenizer.from_str(content.decode())
     text = tokenizer.encode("a", add_special_tokens=False).ids
@@ -89,7 +90,7 @@ def with_start(content: bytes, start: int) -> bytes:
 
 
 def of_bytes() -> hf.Tokenizer:
-    """The bytes tokenizer in the library's terms: the same ids for any text."""
+    """Return our bytes tokenizer as one of the tokenizers library, with the same ids."""
     letters = _letters()
     vocabulary = {letter: byte for byte, letter in enumerate(letters)}
     tokenizer = hf.Tokenizer(hf.models.BPE(vocabulary, []))
@@ -100,9 +101,9 @@ def of_bytes() -> hf.Tokenizer:
 
 
 def _letters() -> list[str]:
-    """How byte-level tokenizers spell each byte: as it prints, else in letters from 256 on.
+    """Return the character of each byte: itself if it is printable, otherwise one from 256 on.
 
-    As GPT-2's encoder does it (github.com/openai/gpt-2, src/encoder.py).
+    This is the table of GPT-2's encoder (github.com/openai/gpt-2, src/encoder.py).
     """
     printed = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [byte for byte in range(256) if byte not in set(printed)]

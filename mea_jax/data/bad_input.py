@@ -1,8 +1,8 @@
-"""Input that cannot be read as text: the end of the reading, or left out and counted.
+"""Handling of input that cannot be read as text: stop with an error, or leave it out and count it.
 
-A reader raises `BadInputError` for a piece of its input (a line, a row, a file) and hands it to its
-`LeftOut` where it could go on behind that piece. Mistakes that no piece of input is to blame for,
-such as a package that is not installed, are a plain `UserError` and always the end.
+A reader raises `BadInputError` for a piece of its input (a line, a row, a file). If it can continue
+after that piece, it passes the error to its `LeftOut`. Errors that no piece of input causes, such
+as a package that is not installed, are a plain `UserError` and always stop the run.
 """
 
 from collections.abc import Iterable
@@ -10,9 +10,9 @@ from collections.abc import Iterable
 from mea_jax.errors import UserError
 
 OPTION = "--config.data.bad_input=skip"
-_NAMED = 5  # pieces told to the user one by one
-KEPT = 100  # messages kept, however many pieces there are
-_DETAIL = 200  # characters of what comes from the input or from a library
+_NAMED = 5  # pieces reported one by one
+KEPT = 100  # messages kept; further pieces are only counted
+_DETAIL = 200  # characters of text from the input or from a library
 
 
 class BadInputError(UserError):
@@ -20,12 +20,12 @@ class BadInputError(UserError):
 
 
 class LeftOut:
-    """The pieces that one reading of a source has left out.
+    """The pieces of input that one pass over a source has left out.
 
     Attributes:
       allowed: whether pieces may be left out.
-      count: how many were.
-      lines: the messages of the first of them.
+      count: the number of pieces left out.
+      lines: the messages of the first `KEPT` of them.
     """
 
     def __init__(self, allowed: bool = False):
@@ -34,10 +34,11 @@ class LeftOut:
         self.lines: list[str] = []
 
     def add(self, error: BadInputError, tolerated: bool = False) -> None:
-        """Counts a piece, if that is allowed or it is one that is `tolerated` anyway.
+        """Count a piece as left out.
 
         Raises:
-          UserError: else, with the message of `error`.
+          UserError: pieces may not be left out, and this one is not `tolerated`; has the message
+            of `error`.
         """
         line = one_line(error)
         if not (self.allowed or tolerated):
@@ -48,26 +49,26 @@ class LeftOut:
 
 
 def report(lines: list[str], count: int) -> list[str]:
-    """Return the message about `count` pieces that were left out, with the `lines` of the first."""
+    """Return the log lines about `count` pieces left out; `lines` are the first messages."""
     named = lines[:_NAMED]
     more = [f"data: and {count - len(named):,} more left out"] if count > len(named) else []
     return [f"data: left out {line}" for line in named] + more
 
 
 def one_line(text: object) -> str:
-    """`text` on one line that any stream can print, whatever a file has brought into it."""
+    """Return `text` as one line that every stream can print, with escapes where necessary."""
     line = " ".join(str(text).split()).encode(errors="backslashreplace").decode()
     return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in line)
 
 
 def detail(text: object) -> str:
-    """As `one_line`, and cut short: for the words of a library, which may quote a whole file."""
+    """Return `one_line(text)`, cut to 200 characters: a library may quote an entire file."""
     line = one_line(text)
     return line if len(line) <= _DETAIL else f"{line[:_DETAIL]}..."
 
 
 def some(names: Iterable[object], most: int = 10) -> str:
-    """The first of `names`, sorted and joined by commas, and how many more there are."""
+    """Return the first `most` of the sorted `names`, comma-separated, and the number of others."""
     ordered = sorted(str(name) for name in names)
     tail = f" and {len(ordered) - most} more" if len(ordered) > most else ""
     return detail(", ".join(ordered[:most])) + tail

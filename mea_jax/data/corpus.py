@@ -1,9 +1,9 @@
-"""The base of all sources of text: documents, their names, and the files that hold them.
+"""The base classes of all sources of text: documents, their names, and the files they come from.
 
-A source is a list of units (a file, or a range of records), the pieces that Beam workers can read
-apart. Names of documents are the same on every machine, because they decide the side of the
-held-out split: the relative path of a file, the content hash of a record (so copies of one record
-always fall on one side).
+A source is a list of units (a file, or a range of records), which Beam workers can read separately.
+The name of a document is the relative path of its file, or the content hash of its record. Names
+are the same on every machine, because they decide which documents are held out. Copies of one
+record have one name, so all of them are held out or none is.
 """
 
 import abc
@@ -22,35 +22,35 @@ from mea_jax.data.bad_input import BadInputError, LeftOut, some
 
 @dataclass(frozen=True)
 class Document:
-    """One text, and a name that is the same on every machine."""
+    """A text, and a name that is the same on every machine."""
 
     name: str
     text: str
 
 
 def unit_hash(name: str) -> float:
-    """A number in [0, 1), uniform over names and the same on every machine."""
+    """Return a number in [0, 1), uniform over names and the same on every machine."""
     digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64
 
 
 def content_name(text: str) -> str:
-    """The name of a document that has none of its own: a hash of its content."""
+    """Return a name for a document that has none: a hash of its content."""
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 class Corpus(abc.ABC):
-    """An opened source: its units and how to read one.
+    """An opened source: its units, and the code that reads one.
 
     Attributes:
-      units: the pieces that are read one after another, or by several workers.
-      size: bytes of all units, about; progress bars count with it.
+      units: the pieces to read, one after another or by several workers.
+      size: the approximate size of all units in bytes, for progress bars.
       left_out: the pieces of input that could not be read so far.
       read_documents: the number of documents with text that were read so far.
       empty: the number of documents without text that were read so far.
-      kind: what `amount` counts, in the singular.
+      kind: the noun for `amount`, in the singular.
       amount: the number of files or records.
-      passed_over: what lies in the source's folders and is not read, with its number.
+      passed_over: the numbers of entries in the source's folders that are not read, by kind.
     """
 
     units: Sequence[Any]
@@ -68,23 +68,25 @@ class Corpus(abc.ABC):
         return len(self.units)
 
     def document_sizes(self) -> dict[str, int] | None:
-        """Return the bytes of each document by its name, or None if reading is needed for that."""
+        """Return the bytes of each document by name, or None if that needs reading them."""
         return None
 
     @abc.abstractmethod
     def read(self, unit: Any) -> Iterator[Document]:
-        """Documents of one unit.
+        """Yield the documents of one unit.
 
-        Malformed input goes to `left_out`, by its place. Raises `BadInputError` where the reading
-        cannot go on behind it: the rest of the unit is then one piece.
+        Malformed input goes to `left_out`, with its position.
+
+        Raises:
+          BadInputError: reading cannot continue; the rest of the unit then counts as one piece.
         """
 
     @abc.abstractmethod
     def identity(self) -> Any:
-        """JSON values that change when the documents do."""
+        """Return JSON values that change when the documents change."""
 
     def documents(self, shard: int = 0, shards: int = 1) -> Iterator[Document]:
-        """Documents with text of every `shards`-th unit from unit `shard` on."""
+        """Yield the documents with text of every `shards`-th unit, starting at unit `shard`."""
         for unit in self.units[shard::shards]:
             try:
                 for document in self.read(unit):
@@ -98,10 +100,10 @@ class Corpus(abc.ABC):
 
 
 class FileCorpus(Corpus):
-    """Files below a root; the units are their paths relative to it.
+    """A source of files below a root folder; the units are their paths relative to it.
 
     Attributes:
-      ONE_DOCUMENT: whether each file is a document, named by its path.
+      ONE_DOCUMENT: whether each file is one document, whose name is the unit.
     """
 
     ONE_DOCUMENT = False
@@ -133,24 +135,29 @@ class FileCorpus(Corpus):
         try:
             return (self.root / name).read_bytes()
         except OSError as error:
-            raise BadInputError(f"{self.root / name}: cannot be read: {error.strerror}") from error
+            raise BadInputError(
+                f"{self.root / name}: cannot be read: {error.strerror}; "
+                "check that it exists and is readable"
+            ) from error
 
 
 def _stat(root: Path, name: str) -> os.stat_result:
     try:
-        name.encode()  # as the names of documents are, for their hashes
+        name.encode()  # `unit_hash` does the same
         return os.stat(root / name)
     except UnicodeEncodeError as error:
         raise BadInputError(f"{root / name}: the file's name is not UTF-8; rename it") from error
     except OSError as error:  # removed since it was listed, for example
-        raise BadInputError(f"{root / name}: cannot be read: {error.strerror}") from error
+        raise BadInputError(
+            f"{root / name}: cannot be read: {error.strerror}; check that it exists and is readable"
+        ) from error
 
 
 def field_path(field: str, record: Any, inside: Callable[[Any], Any]) -> list[str] | None:
-    """Return the names that lead from `record` to `field`, or None if they lead nowhere.
+    """Return the path of names from `record` to `field`, or None if there is no such field.
 
     Args:
-      field: a name, or several joined by dots. A name that itself has a dot goes first.
+      field: a name, or several joined by dots. A name that itself contains a dot takes precedence.
       record: a mapping from names.
       inside: returns the mapping inside a value of `record`, or None if it has none.
     """
@@ -166,12 +173,12 @@ def field_path(field: str, record: Any, inside: Callable[[Any], Any]) -> list[st
 
 
 def without_mark(data: bytes) -> bytes:
-    """Return `data`, the beginning of a file, without the byte-order mark of UTF-8."""
+    """Return `data`, the beginning of a file, without the UTF-8 byte-order mark."""
     return data.removeprefix(codecs.BOM_UTF8)
 
 
 def decode(data: bytes, where: str) -> str:
-    """UTF-8 text. Raises `BadInputError` that says `where` the bytes come from."""
+    """Return `data` as UTF-8 text, or raise `BadInputError`; `where` is the source of the bytes."""
     try:
         return data.decode()
     except UnicodeDecodeError as error:
@@ -181,9 +188,13 @@ def decode(data: bytes, where: str) -> str:
 
 
 def text_field(record: dict[str, Any], field: str, where: str) -> str:
-    """The text in `record[field]`, a string or UTF-8 bytes. Raises `BadInputError`.
+    """Return the text in `record[field]`, a string or UTF-8 bytes.
 
-    A field "a.b" is looked for as it is, then as the field "b" of the record's field "a".
+    A field "a.b" is first looked up as one name, then as the field "b" of the record's field "a".
+
+    Raises:
+      BadInputError: there is no such field, or it is not valid text; `where` is the record's
+        position.
     """
     path = field_path(field, record, lambda value: value if isinstance(value, dict) else None)
     if path is None:
@@ -198,13 +209,14 @@ def text_field(record: dict[str, Any], field: str, where: str) -> str:
         return decode(value, where)
     if not isinstance(value, str):
         raise BadInputError(
-            f"{where}: field {field!r} is of type {type(value).__name__}, expected a string"
+            f"{where}: field {field!r} is of type {type(value).__name__}, expected a string; "
+            "set the field of the data source to one with text"
         )
     try:
         value.encode()
     except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
         raise BadInputError(
             f"{where}: field {field!r} has a lone surrogate at character {error.start}, "
-            "which is not valid text"
+            "which is not valid text; remove it"
         ) from error
     return value

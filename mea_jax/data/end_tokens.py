@@ -1,34 +1,34 @@
-"""The tokens that end a text, as the files of a published model name them.
+"""The tokens that end a text, as named by the files of a published model.
 
-Four files may name them: by id (generation_config.json, config.json) or by their text
-(tokenizer_config.json, special_tokens_map.json). They need not agree: a chat model's tokenizer
-often names the end of a turn, and its generation config the end of a text as well.
+Four files may name them: by id (generation_config.json, config.json) or by text
+(tokenizer_config.json, special_tokens_map.json). The files need not agree: a chat model's tokenizer
+often names only the end of a turn, while its generation config also names the end of a text.
 """
 
 import json
 from collections.abc import Mapping
 from typing import Any
 
-MODEL_CONFIG = "model_config.json"  # "config.json" where it was published
+MODEL_CONFIG = "model_config.json"  # published as "config.json"
 GENERATION = "generation_config.json"
 TOKENIZER_CONFIG, SPECIAL_TOKENS = "tokenizer_config.json", "special_tokens_map.json"
 _IDS = (GENERATION, MODEL_CONFIG)
 _TEXTS = (TOKENIZER_CONFIG, SPECIAL_TOKENS)
 
-# The ends of a document in published vocabularies, in order of preference.
+# Tokens that end a document in published vocabularies, in order of preference.
 END_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<|im_end|>", "<eos>")
-# The ends of a turn: a model that names one of them as its end was made for conversations, and the
-# documents of its pretraining ended with another token if the vocabulary has one.
+# Tokens that end a turn. A model that names one of them as its end was made for conversations; its
+# pretraining documents ended with one of `END_TOKENS` if the vocabulary has one.
 _TURNS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|eot|>", "<|end|>", "<end_of_turn>")
 
 
 def named_ends(
     companions: Mapping[str, bytes], vocabulary: Mapping[str, int], size: int
 ) -> dict[str, tuple[int, ...]]:
-    """Return the ids that each file names as ends.
+    """Return the ids that each file names as ends, by file name.
 
     Args:
-      companions: contents of files by name. Those that are no JSON name nothing.
+      companions: contents of files by name. Files that are not JSON name no ends.
       vocabulary: ids by token.
       size: the number of ids. Ids out of range are left out.
     """
@@ -45,11 +45,11 @@ def named_ends(
 def separator_of(
     companions: Mapping[str, bytes], vocabulary: Mapping[str, int], size: int
 ) -> int | None:
-    """Return the id that ends a document; None if the files and the vocabulary name none.
+    """Return the id that ends a document, or None if the files and the vocabulary name none.
 
-    It is the end that the tokenizer's own files or the model's config name. A known end of
-    documents in the vocabulary comes first if one of the files names it, or if they name the end of
-    a turn only.
+    The tokenizer's own files or the model's config name this id. A token of `END_TOKENS` in the
+    vocabulary takes precedence if one of the files names it, or if the files name only ends of
+    turns. Arguments as in `named_ends`.
     """
     ends = named_ends(companions, vocabulary, size)
     known = known_separator(vocabulary)
@@ -62,7 +62,7 @@ def separator_of(
 
 
 def known_separator(vocabulary: Mapping[str, int]) -> int | None:
-    """Return the id of the first of `END_TOKENS` in a vocabulary; None if it has none of them."""
+    """Return the id of the first of `END_TOKENS` in a vocabulary, or None if it has none."""
     return next((vocabulary[token] for token in END_TOKENS if token in vocabulary), None)
 
 
@@ -75,6 +75,6 @@ def _tree(content: bytes) -> dict[str, Any]:
 
 
 def _text(value: Any) -> str:
-    """Return the text of a token that is given by itself or as an object with "content"."""
+    """Return the text of a token, given as a string or as an object with "content"."""
     value = value.get("content") if isinstance(value, dict) else value
     return value if isinstance(value, str) else ""

@@ -1,4 +1,4 @@
-"""The files of a source: which of a folder or glob are read, and what is passed over."""
+"""Selection of a source's files: which files of a folder or glob are read, and which are not."""
 
 import functools
 import glob
@@ -20,14 +20,14 @@ _UNREADABLE = "folders that cannot be read"
 def find_files(
     source: SourceConfig, suffixes: tuple[str, ...] = ("",)
 ) -> tuple[Path, list[str], Counter[str]]:
-    """Return the root folder of `source.path`, its files, and what is passed over.
+    """Return the root folder of `source.path`, its files, and the entries passed over.
 
-    Of a folder the files are those whose names end in one of `suffixes`, also in folders that
-    links lead to; of a glob they are all that it matches.
+    If the path is a folder, the files are those below it whose names end in one of `suffixes`,
+    including files in linked folders. If the path is a glob, they are all files that it matches.
 
     Returns:
-      The root; the sorted names of the files relative to it; the number of entries of each kind
-      that are not read.
+      The root; the sorted file names relative to it; the number of entries that are not read, by
+      kind.
 
     Raises:
       UserError: there are no files, or they cannot be listed.
@@ -35,7 +35,9 @@ def find_files(
     try:
         return _find_files(source, suffixes)
     except OSError as error:
-        raise UserError(f"{source.path}: cannot be read: {error.strerror}") from error
+        raise UserError(
+            f"{source.path}: cannot be read: {error.strerror}; make it readable"
+        ) from error
 
 
 def _find_files(
@@ -58,21 +60,21 @@ def _find_files(
         root = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), path.parts))
         found = _matches(pattern, root, passed_over)
     else:
-        raise UserError(f"{source.path}: no such file or folder; mend the path of the data source")
+        raise UserError(f"{source.path}: no such file or folder; correct the data source's path")
     names = sorted(p.relative_to(root).as_posix() for p in found)
     if not names:
         tail = f" (passed over: {counted(passed_over)})" if passed_over else ""
-        raise UserError(f"{source.path}: matches no {what}{tail}; mend the path of the data source")
+        raise UserError(f"{source.path}: matches no {what}{tail}; correct the data source's path")
     return root, names, passed_over
 
 
 def counted(passed_over: Counter[str]) -> str:
-    """Return the kinds with their numbers, as in "broken links (2), special files (1)"."""
+    """Return the kinds and their counts, such as "broken links (2), special files (1)"."""
     return ", ".join(f"{kind} ({number:,})" for kind, number in sorted(passed_over.items()))
 
 
 def _walk(root: Path, suffixes: tuple[str, ...], passed_over: Counter[str]) -> Iterator[Path]:
-    """Yield the files below `root`. Each folder is read once, whatever links lead to it."""
+    """Yield the files below `root`; read each folder once, even if several links lead to it."""
 
     def unreadable(error: OSError) -> None:
         if error.filename == str(root):
@@ -80,7 +82,7 @@ def _walk(root: Path, suffixes: tuple[str, ...], passed_over: Counter[str]) -> I
         passed_over[_UNREADABLE] += 1
 
     seen, waiting = set(), [root]
-    while waiting:  # links wait until all folders that need none are read
+    while waiting:  # linked folders are read after all folders that are reachable without links
         start = waiting.pop(0)
         for place, folders, files in os.walk(start, onerror=unreadable, followlinks=False):
             status = os.stat(place)
@@ -105,7 +107,7 @@ def _walk(root: Path, suffixes: tuple[str, ...], passed_over: Counter[str]) -> I
 
 
 def _matches(pattern: str, root: Path, passed_over: Counter[str]) -> Iterator[Path]:
-    """Yield the files that `pattern` matches, but not by a link to a folder around it."""
+    """Yield the files that `pattern` matches, except through a link to a folder above the link."""
     real = functools.cache(os.path.realpath)
     for name in glob.iglob(pattern, recursive=True):
         path = Path(name)

@@ -1,8 +1,8 @@
-"""The folder of prepared data: where it is, and that it is whole.
+"""The folder of prepared data: its lock and its checksums.
 
-A preparation holds the lock of what it makes. Beside the windows, whose files carry checksums of
-their own, it writes the checksums of all other files: a damaged count, tokenizer or description of
-the windows is found before anything is trained on it.
+A preparation holds a lock on the folder that it makes. The files of the windows contain their own
+checksums. The preparation writes checksums of all other files, so that damaged counts, tokenizers
+and descriptions of the windows are found before training starts.
 """
 
 import contextlib
@@ -34,9 +34,9 @@ def write_checksums(directory: Path, *more: tuple[str, bytes]) -> None:
 
 
 def verify(directory: Path) -> None:
-    """Raises `UserError` if a file of `write_checksums` is not as it was.
+    """Raise `UserError` if a file differs from its checksum of `write_checksums`.
 
-    Data prepared before there were checksums have none, and pass.
+    Data prepared by versions without checksums pass.
     """
     path = directory / _CHECKSUMS
     if not path.exists():
@@ -48,14 +48,15 @@ def verify(directory: Path) -> None:
         with reading(path, directory):
             content = path.read_bytes()
         if _checksum(content) != expected:
-            raise damaged(path, directory, "not as it was written")
+            raise damaged(path, directory, "does not match its checksum")
 
 
 @contextlib.contextmanager
 def reading(path: Path, directory: Path) -> Iterator[None]:
-    """Whatever is raised in reading `path`, a file of the prepared data in `directory`.
+    """Turn every exception while reading `path` into the `UserError` of `damaged`.
 
-    It becomes a `UserError` that says so: such a file is ours, and only damage makes it malformed.
+    The file is part of the prepared data in `directory`. We wrote it, so it is malformed only if it
+    was damaged.
     """
     try:
         yield
@@ -67,12 +68,12 @@ def reading(path: Path, directory: Path) -> Iterator[None]:
 
 
 def damaged(path: Path, directory: Path, reason: object, skippable: bool = False) -> UserError:
-    """The error to raise at a damaged file of the prepared data in `directory`.
+    """Return the error to raise for a damaged file of the prepared data in `directory`.
 
-    `skippable`: whether `bad_input` "skip" would let the run go on.
+    `skippable` says whether the run could continue with `bad_input` "skip".
     """
     return UserError(
-        f"{path}: {reason}; remove the folder {directory}, and the next run prepares it anew"
+        f"{path}: {reason}; remove the folder {directory}, and the next run prepares it again"
         + (f"; or leave such windows out with {OPTION}" if skippable else "")
     )
 
@@ -83,10 +84,11 @@ def _checksum(content: bytes) -> str:
 
 @contextlib.contextmanager
 def lock(path: Path, log: Callable[[str], Any]) -> Iterator[None]:
-    """Holds a lock that no other process of this machine holds, by the file `path`.
+    """Hold an exclusive lock on the file `path` among the processes of this machine.
 
-    Where the file system has no locks this does nothing: then two do the same work, each apart.
-    The lock goes with its holder, however that ends. `log` is told when there is one to wait for.
+    If another process holds the lock, log that and wait. The lock is released when its holder ends,
+    even if it is killed. On a file system without locks this does nothing: two processes then do
+    the same work separately.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:
@@ -95,10 +97,10 @@ def lock(path: Path, log: Callable[[str], Any]) -> Iterator[None]:
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
-                    log(f"another process prepares these data in {path.parent}: waiting for it")
+                    log(f"another process is preparing this data in {path.parent}: waiting for it")
                     fcntl.flock(file, fcntl.LOCK_EX)
                 mine = os.path.samestat(os.fstat(file.fileno()), path.stat())
-            except FileNotFoundError:  # its holder before has removed it: no one else would find it
+            except FileNotFoundError:  # the last holder removed the file: others cannot see it
                 mine = False
             except OSError:
                 mine = True
@@ -112,13 +114,13 @@ def lock(path: Path, log: Callable[[str], Any]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def write_errors(root: Path) -> Iterator[None]:
-    """Disk full, no permission and their like become a `UserError` that names the folder."""
+    """Turn errors of writing, such as a full disk, into a `UserError` that names the folder."""
     try:
         yield
     except (OSError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         if isinstance(error, RuntimeError):
-            # ArrayRecord reports a failed write so, with the system's words in a longer text.
+            # ArrayRecord raises it for a failed write, with the system's message in a longer text.
             words = [os.strerror(code) for code in _WRITE_ERRORS]
             reason = next((word for word in words if word in reason), "")
             if not reason:

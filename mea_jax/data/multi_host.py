@@ -1,8 +1,8 @@
-"""Preparation of a run's data when several processes share the run.
+"""Preparation of the data of a distributed run.
 
-The first process prepares while the others wait; then each of them finds the result. Where the
-cache folder is not one that all hosts share, each host's processes make their own (one of them,
-while the others of that host wait for its lock), which must come out the same.
+The first process prepares the data while the others wait; then each of them finds the result. If
+the hosts do not share the cache folder, each host prepares its own copy: one of its processes does
+so while its other processes wait for the lock. All copies must be the same.
 """
 
 import contextlib
@@ -19,20 +19,20 @@ from mea_jax.data.prepare import Prepared, prepare
 from mea_jax.errors import UserError
 from mea_jax.parallel import processes
 
-STALL_SECONDS = 1800.0  # without progress of the first process until the others give up
+STALL_SECONDS = 1800.0  # without progress of the first process before the others give up
 _REPORT_SECONDS = 10.0  # between two reports of its progress
 _HOW_FAR, _DONE = "how far", "done"
-_WEEK = 7 * 24 * 3600.0  # hosts that make data of their own take as long as they take
+_WEEK = 7 * 24 * 3600.0  # in effect no timeout, for hosts that prepare their own copy
 
 
 def prepare_together(
     config: DataConfig, vocab_size: int | None, log: Callable[[str], Any]
 ) -> Prepared:
-    """As `prepare`, on every process of the run; `log` takes the first one's lines.
+    """Run `prepare` on every process of the run; the first process prepares before the others.
 
     Raises:
       UserError: as `prepare`; the first process has made no progress for half an hour; a process
-        has other data than the first.
+        has different data from the first.
     """
     if not processes.is_distributed():
         return prepare(config, vocab_size, log)
@@ -48,18 +48,19 @@ def prepare_together(
     processes.agree(
         None
         if prepared.digest == digest
-        else f"{processes.name()} has made other data than process 0, in {prepared.directory}: "
+        else f"{processes.name()} has different data from process 0, in {prepared.directory}: "
         "the files of config.data.sources or the tokenizer differ between the hosts; copy them "
-        "anew, or put them and --config.data.cache_dir where all hosts share them"
+        "again, or put them and --config.data.cache_dir in storage that all hosts share"
     )
     return prepared
 
 
 @contextlib.contextmanager
 def _reports(tell: Callable[[str], Any], root: Path) -> Iterator[Callable[[int], Any]]:
-    """Tells, now and then, something that changes as the preparation goes on.
+    """Call `tell` every 10 s with a text that changes while the preparation makes progress.
 
-    That is the bytes read so far, counted by the function yielded, and the bytes written.
+    The text contains the bytes read and the bytes written so far. Yields the function that counts
+    the bytes read.
     """
     read, stop = [0], threading.Event()
 
@@ -84,10 +85,12 @@ def _reports(tell: Callable[[str], Any], root: Path) -> Iterator[Callable[[int],
 
 
 def wait(look: Callable[[], str | None], stall: float = STALL_SECONDS) -> None:
-    """Until `look` finds that the first process is done.
+    """Wait until `look` returns that the first process is done.
 
-    Raises `UserError` when what it tells has not changed for `stall` seconds. That process's
-    failure, and its death, end this one from elsewhere: see `distributed`.
+    If the first process fails or is killed, `parallel.processes` ends this process.
+
+    Raises:
+      UserError: the result of `look` has not changed for `stall` seconds.
     """
     last, since, pause = None, time.monotonic(), 0.05
     while (now := look()) != _DONE:
@@ -96,8 +99,8 @@ def wait(look: Callable[[], str | None], stall: float = STALL_SECONDS) -> None:
         elif time.monotonic() - since > stall:
             raise UserError(
                 f"process 0 prepares the data and has neither read nor written anything for "
-                f"{stall / 60:.0f} minutes: see its log and the disk; or prepare them before, "
-                "with python -m mea_jax.data.prepare"
+                f"{stall / 60:.0f} minutes: check its log and the disk, or prepare the data before "
+                "the run with python -m mea_jax.data.prepare"
             )
         time.sleep(pause)
         pause = min(2 * pause, 2.0)

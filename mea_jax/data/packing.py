@@ -1,30 +1,30 @@
-"""Documents laid end to end into windows of equal length.
+"""Packing of documents into windows of equal length.
 
-All documents form one stream, a separator before each and one at the end:
+All documents form one stream, with a separator before each and one at the end:
 
     sep a1 a2 a3 sep b1 b2 sep ...
 
-A window of T positions is a stretch of T + 1 tokens of it: `inputs` are all but the last,
-`targets` all but the first. So each document is read as inputs [sep, t1..tn] with targets
-[t1..tn, sep], a document cut at a window's edge goes on in the next window from the token that
-was the last target, and every target occurs exactly once. Padding exists only at the end of the
-last window. Attention must not cross documents: `segment_ids` keeps them apart.
+A window of T positions is a stretch of T + 1 tokens of the stream: `inputs` are all but the last,
+`targets` all but the first. So each document has inputs [sep, t1..tn] and targets [t1..tn, sep].
+A document cut at the end of a window continues in the next one, whose first input is the last
+target of the window before; every target occurs exactly once. Padding exists only at the end of the
+last window. Attention must not cross documents: `segment_ids` separates them.
 
-Where a tokenizer has a beginning of text and an end of text, `sep` is the beginning, and each
-document comes with its end as its last token.
+If a tokenizer has a beginning-of-text and an end-of-text token, `sep` is the beginning, and each
+document already contains the end as its last token.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-_CHUNK = 1 << 18  # tokens gathered before a stretch of windows is cut
+_CHUNK = 1 << 18  # tokens collected before they are cut into windows
 
 
 def rows(
     documents: Iterable[Sequence[int]], length: int, separator: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Windows in the compact form that is stored: all else follows from it by `fields`.
+    """Yield windows in the compact form that is stored; `fields` computes the other arrays.
 
     Args:
       documents: token ids of each document, without separators.
@@ -32,11 +32,11 @@ def rows(
       separator: the id before each document and at the end.
 
     Yields:
-      tokens: int32 (T + 1,), inputs and, shifted by one, targets; 0 where there is padding.
+      tokens: int32 (T + 1,), the inputs and, shifted by one, the targets; 0 for padding.
       segment_ids: int32 (T,), 1, 2, .. for the documents in the window, 0 for padding.
     """
     pieces: list[np.ndarray] = []  # of the stream, in order
-    begins: list[int] = []  # where in the pieces documents begin, at their separators
+    begins: list[int] = []  # offsets in the pieces of the separators before documents
     size = 0
     for document in documents:
         begins.append(size)
@@ -46,7 +46,7 @@ def rows(
             stream = np.concatenate(pieces)
             count = (size - 1) // length
             yield from _cut(stream, begins, count, length)
-            kept = count * length  # the last target, where the next window's inputs begin
+            kept = count * length  # the last target is the first input of the next window
             pieces, begins = [stream[kept:]], [begin - kept for begin in begins if begin >= kept]
             size -= kept
     if not pieces:
@@ -64,10 +64,10 @@ def rows(
 def _cut(
     stream: np.ndarray, begins: list[int], count: int, length: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The first `count` windows of `stream`, whose documents begin at `begins`."""
+    """Yield the first `count` windows of `stream`, whose documents begin at `begins`."""
     first = np.zeros((count, length), np.int32)
     first.flat[[begin for begin in begins if begin < count * length]] = 1
-    first[:, 0] = 1  # a document cut by the window's edge is a new segment there
+    first[:, 0] = 1  # a document that continues from the window before is a new segment
     segment_ids = np.cumsum(first, axis=1, dtype=np.int32)
     for window in range(count):
         start = window * length
@@ -75,15 +75,15 @@ def _cut(
 
 
 def fields(tokens: np.ndarray, segment_ids: np.ndarray) -> dict[str, np.ndarray]:
-    """Return the arrays that a training step reads, for one window or a batch of windows.
+    """Return the arrays that a training step reads, of one window or of a batch of windows.
 
     Args:
       tokens: int32 (..., T + 1), as `rows` yields them.
       segment_ids: int32 (..., T).
 
     Returns:
-      int32 (..., T) each: `inputs`; `targets`; `segment_ids`; `positions`, from 0 in each
-      segment. All are 0 where there is padding.
+      Arrays int32 (..., T): `inputs`, `targets`, `segment_ids`, and `positions`, which start at 0
+      in each segment. All are 0 for padding.
     """
     length = segment_ids.shape[-1]
     real = segment_ids > 0
@@ -92,7 +92,7 @@ def fields(tokens: np.ndarray, segment_ids: np.ndarray) -> dict[str, np.ndarray]
     begins[..., 1:] = segment_ids[..., 1:] != segment_ids[..., :-1]
     start = np.maximum.accumulate(np.where(begins, index, 0), axis=-1)
     return {
-        "inputs": tokens[..., :-1] * real,  # the last target lies where padding begins
+        "inputs": tokens[..., :-1] * real,  # the last target is at the first position of padding
         "targets": tokens[..., 1:],
         "segment_ids": segment_ids,
         "positions": (index - start).astype(np.int32) * real,

@@ -1,9 +1,9 @@
 """Batches from prepared windows, read with grain.
 
-Training batch i is a function of (seed, i, batch size) alone: its row r is element
-i * batch_size + r of one infinite sequence, each source shuffled anew every epoch and the sources
-mixed by weight. So a run resumes at any step without skipping over data, and on any number of
-processes, each of which reads only the rows that its devices hold.
+Training batch i depends only on (seed, i, batch size): its row r is element i * batch_size + r of
+one infinite sequence, which mixes the sources by weight and shuffles each source again every epoch.
+So a run can resume at any step without reading the data before it, and on any number of processes.
+Each process reads only the rows of its own devices.
 """
 
 import hashlib
@@ -33,25 +33,26 @@ def train_batches(
     left_out: Sequence[tuple[int, int]] = (),
     skip_bad: bool = False,
 ) -> Iterator[Batch]:
-    """Rows of the batches of the updates from `start_step` on, without end.
+    """Return an endless iterator over the training batches, starting with step `start_step`.
 
     Args:
       prepared: the windows.
-      seed: of the order of windows.
-      batch_size: B, windows of a whole batch, over all processes.
-      start_step: the first update, counted from 0; its batch is `batch_number` of it.
-      rows: R of the numbers 0 .. B - 1, the rows to read; None reads all.
-      threads: that read ahead; 0 reads in the calling thread.
-      prefetch: batches read ahead; 0 reads in the calling thread.
+      seed: the seed of the order of windows.
+      batch_size: B, windows in the entire batch, over all processes.
+      start_step: the first step, counted from 0; its batch is `batch_number(start_step)`.
+      rows: the R rows to read, numbers in 0 .. B - 1; None reads all.
+      threads: the number of threads that read ahead; 0 reads in the calling thread.
+      prefetch: the number of batches read ahead; 0 reads in the calling thread.
       left_out: batches that are never read, as in `batch_number`.
       skip_bad: whether a window that cannot be read is padding, as in `reader.open_windows`.
-        All other windows are where they would be without it.
+        All other windows keep their places.
 
-    Yields:
-      `inputs`, `targets`, `segment_ids`, `positions` as in `packing.fields`, int32 (R, T).
+    Returns:
+      An iterator over batches: `inputs`, `targets`, `segment_ids` and `positions` as in
+      `packing.fields`, int32 (R, T).
 
     Raises:
-      UserError: no source has a positive weight; a window that cannot be read.
+      UserError: no source has a positive weight; while iterating, a window cannot be read.
     """
     numbers = range(batch_size) if rows is None else rows
     windows = _training_sequence(prepared, seed, skip_bad)
@@ -64,14 +65,14 @@ def train_batches(
 
 
 def batch_number(step: int, left_out: Sequence[tuple[int, int]] = ()) -> int:
-    """The number of the batch of update `step`, both counted from 0.
+    """Return the number of the batch of a step, both counted from 0.
 
     Args:
-      step: the update.
+      step: the step.
       left_out: closed intervals (first, last) of batch numbers, ascending and disjoint.
 
     Returns:
-      The `step`-th of the natural numbers that lie in none of the intervals.
+      The `step`-th of the natural numbers that are in none of the intervals.
     """
     number = step
     for first, last in left_out:
@@ -89,21 +90,22 @@ def held_out_batches(
     rows: Sequence[int] | None = None,
     skip_bad: bool = False,
 ) -> Iterator[Batch]:
-    """Rows of the held-out batches, always the same ones in the same order.
+    """Return an iterator over the held-out batches, always the same ones in the same order.
 
     Args:
       prepared: the windows.
-      batch_size: B, windows of a whole batch, over all processes.
-      max_batches: at most so many, of windows spread evenly over all; None reads every window.
+      batch_size: B, windows in the entire batch, over all processes.
+      max_batches: the most batches to read, with windows spread evenly over all held-out windows;
+        None reads every window.
       rows: as in `train_batches`.
       skip_bad: as in `train_batches`.
 
-    Yields:
-      As `train_batches`. Windows that are missing in the last batch are all zero, and so are
-      their segment ids: padding.
+    Returns:
+      An iterator over batches as in `train_batches`. The last batch is filled up with padding:
+      windows whose tokens and segment ids are all 0.
 
     Raises:
-      UserError: a window that cannot be read.
+      UserError: a window cannot be read.
     """
     import grain
 
@@ -128,12 +130,12 @@ def held_out_batches(
 
 
 def _training_sequence(prepared: Prepared, seed: int, skip_bad: bool) -> Any:
-    """The infinite sequence of training windows, a `grain.MapDataset`."""
+    """Return the infinite sequence of training windows, a `grain.MapDataset`."""
     import grain
 
     parts = [
-        # Grain's shuffle of epoch e uses seed + e. A hash keeps the epochs of one seed from being
-        # those of the next, and sources of equal length from being shuffled alike.
+        # Grain shuffles epoch e with seed + e. The hash keeps seeds s and s + 1 from sharing
+        # epochs, and sources of equal length from being shuffled in the same way.
         grain.MapDataset.source(
             reader.open_windows(source.directory, writing.TRAIN, prepared.context_length, skip_bad)
         )
@@ -151,7 +153,7 @@ def _training_sequence(prepared: Prepared, seed: int, skip_bad: bool) -> Any:
 def _iterate(
     read: Callable[[int], Batch], start: int, stop: int, threads: int, prefetch: int
 ) -> Iterator[Batch]:
-    """`read(start)`, `read(start + 1)`, .. up to `stop`, read ahead by grain's threads."""
+    """Return an iterator over `read(i)` for start <= i < stop, read ahead by grain."""
     import grain
 
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
@@ -159,7 +161,7 @@ def _iterate(
 
 
 def _stack(windows: Sequence[dict[str, np.ndarray]]) -> Batch:
-    """Stored windows to one batch; the derived fields are computed for all rows at once."""
+    """Stack stored windows into one batch and compute its fields."""
     tokens = np.stack([window["tokens"] for window in windows])
     return packing.fields(tokens, np.stack([window["segment_ids"] for window in windows]))
 

@@ -1,9 +1,9 @@
-"""The pieces of text that byte-pair merges stay within.
+"""Splitting of text into the pieces that byte-pair merges stay within.
 
-Merging takes time that grows with the square of a piece's length, so a line of 2 MB without a
-space or sign would take hours. Text with runs of letters, signs or white space longer than
-`LONGEST` is therefore cut into pieces of that many characters, in training and by the tokenizer
-that comes of it. Other text gives the tokenizer that it would give without this bound.
+The time to merge grows with the square of a piece's length, so a line of 2 MB without a space or
+sign would take hours. If the training text has runs of letters, signs or white space longer than
+`LONGEST`, such runs are cut into pieces of that many characters, in training and by the trained
+tokenizer. Without such runs, the trained tokenizer is the same as without this limit.
 """
 
 import re
@@ -11,12 +11,12 @@ from collections.abc import Iterator
 
 import tokenizers as hf
 
-LONGEST = 128  # characters of one class in a row; Python's own sources have at most 109
+LONGEST = 128  # characters of one class in a row; the Python standard library has at most 109
 
 
 def _pattern(some: str, any_number: str) -> str:
-    """Return the expression of a piece; the arguments are the repeats, such as "+" and "*"."""
-    # For code and English alike. In order:
+    """Return the regular expression of a piece; arguments are quantifiers such as "+" and "*"."""
+    # For code and English. In order:
     return "|".join(
         (
             r"'(?i:s|t|d|m|ll|re|ve)(?!\p{L})",  # contractions
@@ -24,10 +24,10 @@ def _pattern(some: str, any_number: str) -> str:
             rf"(?: |[^\s\p{{L}}\p{{N}}])?[\p{{L}}\p{{M}}]{some}",
             r"\p{N}{1,3}",  # digits by threes
             # Signs with the line's end and the next line's indentation, as in "):\n    ". The last
-            # space of the indentation stays with the word that follows.
+            # space of the indentation belongs to the next word.
             rf" ?[^\s\p{{L}}\p{{N}}]{some}(?:[\r\n]{some}(?:[ \t]{some}(?!\S))?)?",
             rf"\s{any_number}[\r\n]{some}(?:[ \t]{some}(?!\S))?",  # line ends and indentation
-            rf"\s{some}(?!\S)",  # other white space, its last character left to the next word
+            rf"\s{some}(?!\S)",  # other white space; its last character belongs to the next word
             rf"\s{some}",
         )
     )
@@ -42,7 +42,7 @@ _RUN = "|".join(
 
 
 def splitter(bounded: bool) -> hf.pre_tokenizers.PreTokenizer:
-    """Return what cuts text into pieces, of at most `LONGEST` characters a class if `bounded`."""
+    """Return the pre-tokenizer; `bounded` limits pieces to `LONGEST` characters of one class."""
     pattern = _BOUNDED if bounded else _UNBOUNDED
     return hf.pre_tokenizers.Sequence(
         [
@@ -53,10 +53,11 @@ def splitter(bounded: bool) -> hf.pre_tokenizers.PreTokenizer:
 
 
 class Watched:
-    """Texts on their way to a trainer.
+    """An iterable of training texts that detects long runs.
 
     Attributes:
-      long_runs: whether one so far had a run of letters, signs or white space above `LONGEST`.
+      long_runs: whether a text so far had a run of letters, signs or white space longer than
+        `LONGEST`.
     """
 
     def __init__(self, texts: Iterator[str]):
@@ -70,6 +71,6 @@ class Watched:
             yield text
 
     def _has_long_run(self, text: str) -> bool:
-        # The first search is quick, but long runs without white space may have signs and digits.
+        # The first search is fast, but its long runs may mix letters, signs and digits.
         suspects = (match.group() for match in _SUSPECT.finditer(text))
         return any(self._remove.normalize_str(suspect) != suspect for suspect in suspects)

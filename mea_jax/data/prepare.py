@@ -1,11 +1,11 @@
-"""Text to windows on disk, once: later runs with the same data options find them ready.
+"""Preparation of text as windows on disk, once: later runs with the same data options reuse them.
 
-`prepare` trains a tokenizer where the config asks for one, writes the windows of every source and
-split, and measures what a general-purpose compressor makes of the held-out text. The result lies
-in `<cache_dir>/<fingerprint>`, which appears by one rename when it is complete: a killed
-preparation leaves nothing that could be taken for whole. Of two at once the second waits for the
-first, and takes what it made; on a file system without locks both work and do not disturb each
-other.
+`prepare` trains a tokenizer if the config requires one, writes the windows of every source and
+split, and measures the compressed size of the held-out text under gzip and xz. The result is in
+`<cache_dir>/<fingerprint>`. This folder appears by one rename when it is complete, so a killed
+preparation leaves nothing that looks complete. If two processes prepare the same data, the second
+waits for the first and uses its result; on a file system without locks both do the work and do not
+disturb each other.
 
 As a command: python -m mea_jax.data.prepare --config configs/quickstart.py
 """
@@ -40,9 +40,9 @@ from mea_jax.data.tokenizers import Tokenizer
 from mea_jax.data.windows import writing
 from mea_jax.errors import UserError
 
-_FORMAT = 1  # of the cache; a new number makes all old ones unused
+_FORMAT = 1  # version of the cache; a new number invalidates all existing caches
 _SUMMARY = "prepared.json"
-_SHARES = "-shares"  # ends the names of data that are not split by the documents' names alone
+_SHARES = "-shares"  # suffix of folders whose data is not split by the documents' names alone
 _SPLITS = (writing.HELD_OUT, writing.TRAIN)
 _PASSED_OVER = "; passed over: "
 _BASELINE_LIMIT = 8 << 20  # bytes of held-out text up to which the compressors run
@@ -50,10 +50,10 @@ _BASELINE_LIMIT = 8 << 20  # bytes of held-out text up to which the compressors 
 
 @dataclass(frozen=True)
 class PreparedSource:
-    """One source's part: counts of its two splits."""
+    """One source of the prepared data: the counts of its two splits."""
 
     name: str
-    weight: float  # of the config at hand: it is no part of the cache
+    weight: float  # from the current config, not from the cache
     directory: Path  # for `reader.open_windows`
     train_windows: int
     train_tokens: int  # targets
@@ -63,23 +63,23 @@ class PreparedSource:
     held_out_tokens: int
     held_out_bytes: int
     held_out_documents: int
-    waste: float  # share of positions that are padding
-    skipped: int  # pieces of input left out, of either split: lines, rows, files
+    waste: float  # fraction of positions that are padding
+    skipped: int  # pieces of input left out of both splits: lines, rows, files
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Windows ready to read, and the tokenizer they were made with."""
+    """Windows that are ready to read, and the tokenizer they were made with."""
 
     directory: Path
     tokenizer: Tokenizer
     context_length: int  # T
     sources: tuple[PreparedSource, ...]
-    # Bytes of the held-out documents compressed one by one, {"gzip_bytes", "xz_bytes"}; None when
-    # there is too much text, or none.
+    # Bytes of the held-out documents, compressed one by one: {"gzip_bytes", "xz_bytes"}. None if
+    # there is no held-out text, or more than `_BASELINE_LIMIT`.
     baselines: dict[str, int] | None
-    digest: str  # of the tokenizer and the amounts of text and tokens of each source
-    inputs: tuple[str, ...] = ()  # one line a source: what was read and what was passed over
+    digest: str  # of the tokenizer and the counts of each source
+    inputs: tuple[str, ...] = ()  # one line per source: the amounts read and passed over
 
 
 def prepare(
@@ -90,21 +90,20 @@ def prepare(
     beam_options: Sequence[str] = (),
     on_progress: Callable[[int], Any] = lambda size: None,
 ) -> Prepared:
-    """Makes the windows of `config`, or finds them where an earlier call left them.
+    """Write the windows of `config`, or reuse those of an earlier call.
 
     Args:
       config: the data options.
-      vocab_size: the model's; None skips the check that the tokenizer fits.
-      log: takes the lines for the user: what each source gave, what was left out, and the one
-        that sums up.
-      beam_runner: as in `writing.write`. What Beam wrote serves later calls without it as well;
-        the windows' edges lie elsewhere than they would without Beam.
+      vocab_size: the model's vocabulary size; None skips the check that the tokenizer fits.
+      log: called with each log line: the amounts of each source, the input left out, a summary.
+      beam_runner: as in `writing.write`. Later calls without Beam reuse windows written with Beam,
+        although their boundaries differ from those written without it.
       beam_options: as in `writing.write`.
-      on_progress: called with the bytes of each document read, but not by Beam's workers.
+      on_progress: called with the bytes of each document read, but not by Beam workers.
 
     Raises:
-      UserError: a source or tokenizer that cannot be read, a tokenizer larger than `vocab_size`,
-        a cache folder that cannot be written, or prepared data that are damaged.
+      UserError: a source or tokenizer cannot be read; the tokenizer is larger than `vocab_size`;
+        the cache folder cannot be written; or the prepared data is damaged.
     """
     bpe_size = tokenizers.bpe_size(config.tokenizer)
     given = tokenizers.load(config.tokenizer) if bpe_size is None else None
@@ -112,17 +111,17 @@ def prepare(
     corpora = [sources.open_source(s, tokenizer_training.left_out(config)) for s in config.sources]
     root = cache_root(config)
     whole = root / _fingerprint(config, corpora, given)
-    # Data that are not split by names alone have another name: an older version may have split
-    # the same text by names. So have data with gaps, which `bad_input` "stop" does not look for.
-    # What has none is the same under both, so a run may go over to "skip" when its windows are
-    # damaged.
+    # Data that is not split by names alone gets a suffix, because an older version may have split
+    # the same text by names. Data with input left out gets the suffix "-skip", which `bad_input`
+    # "stop" does not search. Data without gaps is the same for both settings, so a run can change
+    # to "skip" when its windows are damaged.
     tails = ["", "-skip"] if config.bad_input == "skip" else [""]
     places = [root / f"{whole.name}{s}{t}" for s in ("", _SHARES) for t in tails]
     final, made = _find(places, config, corpora), False
     if final is None:
         with integrity.write_errors(root), integrity.lock(root / f"{whole.name}.lock", log):
             final = _find(places, config, corpora)
-            if final is None:  # else another process made it meanwhile
+            if final is None:  # otherwise another process made it meanwhile
                 scratch = root / f"{whole.name}.incomplete-{uuid.uuid4().hex[:8]}"
                 scratch.mkdir(parents=True)
                 made = True
@@ -149,7 +148,7 @@ def prepare(
 
 
 def _find(places: Sequence[Path], config: DataConfig, corpora: Sequence[Corpus]) -> Path | None:
-    """Return the first of `places` with prepared data, split as they would be now."""
+    """Return the first of `places` with prepared data that is split as this version would."""
     found = (place for place in places if (place / _SUMMARY).is_file())
     return next((place for place in found if _is_current(place, config, corpora)), None)
 
@@ -157,17 +156,17 @@ def _find(places: Sequence[Path], config: DataConfig, corpora: Sequence[Corpus])
 def _is_current(place: Path, config: DataConfig, corpora: Sequence[Corpus]) -> bool:
     try:
         content = json.loads((place / _SUMMARY).read_bytes())
-        if "splits" in content:  # else an older version wrote it
+        if "splits" in content:  # otherwise an older version wrote it
             return True
         sizes = [[table[s]["bytes"] for s in _SPLITS] for table in content["sources"]]
         pairs = zip(corpora, sizes, strict=True)
         return all(split.is_current(config, corpus, *size) for corpus, size in pairs)
     except (OSError, ValueError, LookupError, TypeError):
-        return True  # damaged, which reading it says
+        return True  # damaged: `_load` raises the error
 
 
 def summary(prepared: Prepared) -> str:
-    """One line on what there is."""
+    """Return the log line that summarizes the prepared data."""
     parts = prepared.sources
     train = sum(part.train_windows for part in parts)
     held_out = sum(part.held_out_windows for part in parts)
@@ -183,7 +182,7 @@ def summary(prepared: Prepared) -> str:
 
 @dataclass(frozen=True)
 class _Job:
-    """The inputs of `_make`. `log` and `on_progress` as in `prepare`."""
+    """The inputs of `_make`; `log` and `on_progress` are as in `prepare`."""
 
     config: DataConfig
     corpora: Sequence[Corpus]
@@ -196,10 +195,10 @@ class _Job:
 def _make(
     job: _Job, given: Tokenizer | None, beam_runner: str | None, beam_options: Sequence[str]
 ) -> tuple[list[str], int]:
-    """Fills the job's directory with everything that `_load` reads; the summary file comes last.
+    """Write everything that `_load` reads into the job's directory, the summary file last.
 
     Returns:
-      The messages of the first pieces of input that were left out, and how many there were.
+      The messages of the first pieces of input that were left out, and the number of all pieces.
     """
     config, corpora, directory = job.config, job.corpora, job.directory
     tokenizer = given or tokenizer_training.train_tokenizer(
@@ -227,7 +226,7 @@ def _make(
             place = _source_directory(directory, index)
             written = writing.write(task, place, advance, beam_runner, beam_options)
         for counts_of_split in written.counts.values():
-            counts_of_split.skipped += corpus.left_out.count  # of the listing, so far
+            counts_of_split.skipped += corpus.left_out.count  # while the files were listed
         messages.append([*corpus.left_out.lines, *written.left_out][: bad_input.KEPT])
         tables.append({name: dataclasses.asdict(c) for name, c in written.counts.items()})
         inputs.append(_input_line(corpus, written, _skipped(tables[-1])))
@@ -242,7 +241,7 @@ def _make(
         else None,
         "inputs": inputs,
         "splits": [dataclasses.asdict(how) for how in job.splits],
-        # For the reader of the file; not read back.
+        # For people who read the file; the code does not read it.
         "data": dataclasses.asdict(config),
         "left_out": messages,
     }
@@ -253,7 +252,7 @@ def _make(
 
 
 def _input_line(corpus: Corpus, written: writing.Written, unreadable: int) -> str:
-    """Return what a source gave and what of it was passed over, for a line after its name."""
+    """Return the log text about a source: its size, documents, held-out part and exclusions."""
     held_out, train = (written.counts[name].bytes for name in _SPLITS)
     size = f"{corpus.size / 1e6:,.1f} MB" if corpus.size >= 1e5 else f"{corpus.size:,} bytes"
     skipped = Counter(
@@ -271,12 +270,12 @@ def _some(number: int, what: str) -> str:
 
 
 def _skipped(table: dict[str, dict[str, int]]) -> int:
-    """Pieces of a source left out: each split's pass meets them all."""
+    """Return the number of pieces left out; the pass of each split counts all of them."""
     return max(counts["skipped"] for counts in table.values())
 
 
 def _load(config: DataConfig, directory: Path) -> Prepared:
-    """Return what `_make` wrote. Raises `UserError` if it is damaged."""
+    """Return the data that `_make` wrote, or raise `UserError` if it is damaged."""
     integrity.verify(directory)
     with integrity.reading(directory / _SUMMARY, directory):
         content = json.loads((directory / _SUMMARY).read_bytes())
@@ -284,7 +283,7 @@ def _load(config: DataConfig, directory: Path) -> Prepared:
         baselines = content["baselines"]
     with integrity.reading(directory, directory):
         tokenizer = tokenizers.from_directory(directory)
-    # Not of the directory's name, which holds the files' dates.
+    # Without the directory's name, which depends on the files' modification times.
     digest = hashlib.blake2b(tokenizer.content, digest_size=16)
     digest.update(json.dumps(content["sources"], sort_keys=True).encode())
     if tokenizer.separator_is_named:
@@ -335,7 +334,7 @@ def _source_directory(directory: Path, index: int) -> Path:
 
 
 def _fingerprint(config: DataConfig, corpora: Sequence[Corpus], given: Tokenizer | None) -> str:
-    """A name that changes with everything the windows depend on."""
+    """Return a name that changes with everything that the windows depend on."""
     content = [
         _FORMAT,
         [corpus.identity() for corpus in corpora],
@@ -356,7 +355,7 @@ def _check_size(spec: str, size: int | None, vocab_size: int | None) -> None:
     if size is not None and vocab_size is not None and size > vocab_size:
         raise UserError(
             f"tokenizer {spec!r} has {size} tokens, the model's vocabulary only {vocab_size}: "
-            f"set --config.model.vocab_size={size} or more, or take a smaller tokenizer"
+            f"set --config.model.vocab_size={size} or more, or use a smaller tokenizer"
         )
 
 
@@ -364,20 +363,20 @@ def _rename(scratch: Path, final: Path) -> None:
     try:
         scratch.rename(final)
     except OSError:
-        # Another process may have been first; its result is as good.
+        # Another process may have been first; its result is equivalent.
         if not (final / _SUMMARY).is_file():
             raise
 
 
 def main() -> None:
-    """The command. Flags are defined here: importing this module must not define `--config`."""
+    """Run the command. The flags are defined here so that an import does not define `--config`."""
     from absl import flags
 
     from mea_jax import cli
 
     config = cli.define_config_flag()
     runner = flags.DEFINE_string("beam_runner", None, "Beam runner, such as DirectRunner")
-    options = flags.DEFINE_multi_string("beam_option", [], "Option of Beam; may be repeated")
+    options = flags.DEFINE_multi_string("beam_option", [], "Beam option; may be repeated")
 
     def run() -> None:
         train = cli.parse_config(config)

@@ -1,4 +1,4 @@
-"""Records with a field of text: JSON lines, Parquet files, datasets prepared by TFDS."""
+"""Sources of records with a text field: JSON lines, Parquet files, datasets prepared by TFDS."""
 
 import contextlib
 import gzip
@@ -25,11 +25,11 @@ from mea_jax.errors import UserError, nearest
 
 _TFDS_UNIT = 4096  # records per unit of a TFDS source
 _PARQUET_ROWS = 256  # rows in memory at a time
-_LINE_LIMIT = 256 << 20  # bytes of a line of JSON: what has no line ends is no such file
+_LINE_LIMIT = 256 << 20  # bytes of a line; a file without line ends is not JSON lines
 
 
 def _pyarrow(what: str) -> Any:
-    """The package pyarrow, an optional extra that `what` needs. Raises `UserError`."""
+    """Return the package pyarrow, or raise `UserError` that `what` needs this optional extra."""
     try:
         import pyarrow
         import pyarrow.parquet
@@ -41,9 +41,9 @@ def _pyarrow(what: str) -> Any:
 
 
 class JsonlCorpus(FileCorpus):
-    """Each line is a JSON object, one of its fields the text of a document.
+    """A source of JSON lines: each line is an object with the text of a document in one field.
 
-    Files whose names end in .gz or .zst are decompressed as they are read.
+    Files whose names end in .gz or .zst are decompressed while they are read.
     """
 
     def __init__(self, source: SourceConfig, left_out: LeftOut):
@@ -67,11 +67,13 @@ class JsonlCorpus(FileCorpus):
         except (OSError, EOFError, zlib.error) as error:
             if unit.endswith((".gz", ".zst")) and not getattr(error, "errno", None):
                 raise BadInputError(
-                    f"{path}: broken beyond line {number} ({detail(error)}); it was cut short or "
-                    f"is no {unit[unit.rindex('.') :]} file: fetch it again"
+                    f"{path}: broken after line {number} ({detail(error)}); it is truncated or not "
+                    f"a {unit[unit.rindex('.') :]} file: fetch it again"
                 ) from error
             reason = getattr(error, "strerror", None) or error
-            raise BadInputError(f"{path}: cannot be read: {reason}") from error
+            raise BadInputError(
+                f"{path}: cannot be read: {reason}; check that it exists and is readable"
+            ) from error
 
     def _open(self, unit: str) -> io.BufferedIOBase:
         path = self.root / unit
@@ -83,9 +85,9 @@ class JsonlCorpus(FileCorpus):
         return open(path, "rb")
 
     def _text(self, line: bytes | None, where: str) -> str | None:
-        """None of an empty line."""
+        """Return the text of a line, or None if the line is empty."""
         if line is None:
-            raise BadInputError(f"{where}: longer than {_LINE_LIMIT >> 20} MiB")
+            raise BadInputError(f"{where}: longer than {_LINE_LIMIT >> 20} MiB; shorten it")
         if not line.strip():
             return None
         try:
@@ -95,17 +97,21 @@ class JsonlCorpus(FileCorpus):
                 f"{where}: not JSON ({error.msg} at column {error.colno}); "
                 "each line must be one JSON object"
             ) from error
-        except ValueError as error:  # Python reads no integer of more than 4300 digits
-            raise BadInputError(f"{where}: a number of too many digits") from error
+        except ValueError as error:  # Python does not read integers of more than 4300 digits
+            raise BadInputError(
+                f"{where}: an integer has too many digits; write it as a string"
+            ) from error
         except RecursionError as error:
-            raise BadInputError(f"{where}: nested too deeply to be read") from error
+            raise BadInputError(f"{where}: nested too deeply; reduce its nesting") from error
         if not isinstance(record, dict):
-            raise BadInputError(f"{where}: a JSON {type(record).__name__}, expected an object")
+            raise BadInputError(
+                f"{where}: a JSON {type(record).__name__}; each line must be one JSON object"
+            )
         return text_field(record, self.source.field, where)
 
 
 def _lines(stream: io.BufferedIOBase) -> Iterator[bytes | None]:
-    """The lines of `stream`; None for one that is too long to be held in memory."""
+    """Yield the lines of `stream`, or None for a line of more than `_LINE_LIMIT` bytes."""
     while line := stream.readline(_LINE_LIMIT):
         if len(line) < _LINE_LIMIT or line.endswith(b"\n"):
             yield line
@@ -116,10 +122,10 @@ def _lines(stream: io.BufferedIOBase) -> Iterator[bytes | None]:
 
 
 class ParquetCorpus(FileCorpus):
-    """Rows of Parquet files, one of their columns the text of a document.
+    """A source of Parquet files: each row has the text of a document in one column.
 
-    Only that column, or one field of it, is read, some rows at a time: a file is never whole in
-    memory.
+    Only that column, or one field of it, is read, `_PARQUET_ROWS` rows at a time: a file is never
+    loaded into memory completely.
     """
 
     def __init__(self, source: SourceConfig, left_out: LeftOut):
@@ -131,7 +137,7 @@ class ParquetCorpus(FileCorpus):
     def read(self, unit: str) -> Iterator[Document]:
         pyarrow, path, field = _pyarrow("source 'parquet'"), self.root / unit, self.source.field
         with _parquet_errors(f"{path}"):
-            # Read piece by piece: otherwise a row group, of whatever size, is fetched at once.
+            # Without these options pyarrow loads an entire row group, of any size, into memory.
             file = pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20)
         with file:
             with _parquet_errors(f"{path}"):
@@ -173,7 +179,7 @@ def _columns(fields: Any) -> dict[str, Any]:
 
 
 def _fields(kind: Any) -> dict[str, Any] | None:
-    """Return the fields inside a column's type, or None if it is no struct."""
+    """Return the fields inside a column's type, or None if it is not a struct."""
     return _columns(kind) if _pyarrow("source 'parquet'").types.is_struct(kind) else None
 
 
@@ -182,13 +188,13 @@ def _column(batch: Any, names: list[str]) -> Any:
     column = batch.column(batch.schema.get_field_index(names[0]))
     if len(names) == 1:
         return column
-    from pyarrow import compute  # whose `struct_field` gives null where a struct is null
+    from pyarrow import compute  # its `struct_field` returns null if a struct is null
 
     return compute.struct_field(column, names[1:])
 
 
 def _values(column: Any) -> list[Any]:
-    """The column as Python objects; strings that are not UTF-8 as bytes."""
+    """Return the column as Python objects; as bytes if one of its strings is not UTF-8."""
     try:
         return column.to_pylist()
     except UnicodeDecodeError:
@@ -207,20 +213,20 @@ def _parquet_errors(where: str) -> Iterator[None]:
 
 
 class TfdsCorpus(Corpus):
-    """Records of a dataset that TFDS has prepared in a format with random access."""
+    """A dataset that TFDS has prepared in a format with random access."""
 
     kind = "record"
 
     def __init__(self, source: SourceConfig, left_out: LeftOut):
         super().__init__(source, left_out)
-        # Imported here: it takes a second, and the other sources do without.
+        # Imported here because it takes a second and the other sources do not need it.
         import tensorflow_datasets as tfds
 
         name = source.source.removeprefix("tfds:")
         data_dir = source.path or None
         where = f" data_dir={data_dir!r}," if data_dir else ""
         remedy = (
-            "give the folder that it was prepared in as the path of the data source, or import its "
+            "set the path of the data source to the folder that it was prepared in, or import its "
             f"builder and run tfds.builder({name!r},{where} file_format='array_record')"
             ".download_and_prepare() in Python first (docs/data.md, also for other forms of it)"
         )
@@ -231,9 +237,9 @@ class TfdsCorpus(Corpus):
                 f"TFDS finds no dataset {name!r} in "
                 f"{data_dir or tfds.core.constants.DATA_DIR}: {remedy}"
             ) from error
-        except ValueError as error:  # not a name that TFDS can read
+        except ValueError as error:  # a name that TFDS cannot parse
             raise UserError(
-                f"{source.source!r} names no TFDS dataset: write tfds:<name>, tfds:<name>/<config> "
+                f"{source.source!r} names no TFDS dataset: use tfds:<name>, tfds:<name>/<config> "
                 "or tfds:<name>/<config>:<version>"
             ) from error
         if not self._builder.is_prepared():
@@ -249,8 +255,8 @@ class TfdsCorpus(Corpus):
             self._records = self._builder.as_data_source(split=source.split)
         except NotImplementedError as error:
             raise UserError(
-                f"TFDS dataset {name!r} is prepared in a format without random access: convert it, "
-                "where TensorFlow is installed, with tfds convert_format --dataset_version_dir="
+                f"TFDS dataset {name!r} is prepared in a format without random access: convert it "
+                "(this needs TensorFlow) with tfds convert_format --dataset_version_dir="
                 f"{self._builder.data_path} --out_file_format=array_record --out_dir=<new folder>"
             ) from error
         total = len(self._records)
@@ -280,8 +286,8 @@ class TfdsCorpus(Corpus):
     def _record(self, index: int, where: str) -> dict[str, Any]:
         try:
             return self._records[index]
-        # ArrayRecord raises RuntimeError at a broken or missing file, and the decoders of TFDS
-        # whatever they come upon in a broken record.
+        # ArrayRecord raises RuntimeError for a broken or missing file. TFDS's decoders raise many
+        # kinds of exceptions for a broken record.
         except Exception as error:
             raise BadInputError(
                 f"{where}: cannot be read ({detail(error)}): prepare the dataset again"

@@ -1,4 +1,4 @@
-"""Where text comes from: one name for each kind of source, and Python's own standard library."""
+"""Sources of text: their kinds by name, text files, and the Python standard library."""
 
 import os
 import platform
@@ -21,16 +21,18 @@ _STDLIB_EXCLUDES = frozenset(
 
 
 def describe(source: SourceConfig) -> str:
-    """A source's short name for messages and reports."""
+    """Return a short name of a source for messages and reports."""
     return f"{source.source}:{source.path}" if source.path else source.source
 
 
 def open_source(source: SourceConfig, left_out: LeftOut | None = None) -> Corpus:
-    """Opens `source`; what cannot be read of it goes to `left_out`, None: is an error.
+    """Open `source`.
+
+    Input that cannot be read goes to `left_out`; if that is None, it raises an error.
 
     Raises:
-      UserError: the source is unknown, its path is missing or matches nothing, or a TFDS dataset
-        is not prepared.
+      UserError: the source is unknown, its path is missing or matches nothing, a package that it
+        needs is not installed, or a TFDS dataset is not prepared.
     """
     left_out = LeftOut() if left_out is None else left_out
     if source.source.startswith("tfds:"):
@@ -50,11 +52,11 @@ def open_source(source: SourceConfig, left_out: LeftOut | None = None) -> Corpus
 
 
 def documents(source: SourceConfig, left_out: LeftOut | None = None) -> Iterator[Document]:
-    """All documents of `source` that have text, in a fixed order.
+    """Yield all documents of `source` that have text, in a fixed order.
 
     Raises:
-      UserError: as `open_source`; input that cannot be read as text, named by file and byte or
-        line, unless `left_out` takes it; no text in the whole source.
+      UserError: as `open_source`; input cannot be read as text and may not be left out (the message
+        has its file and byte or line); or the entire source has no text.
     """
     left_out = LeftOut() if left_out is None else left_out
     empty = True
@@ -64,12 +66,13 @@ def documents(source: SourceConfig, left_out: LeftOut | None = None) -> Iterator
     if empty:
         tail = f"; left out {left_out.count:,}, first {left_out.lines[0]}" if left_out.count else ""
         raise UserError(
-            f"source {describe(source)} holds no text: no document, or only empty ones{tail}"
+            f"source {describe(source)} contains no text, only empty documents or none{tail}; "
+            "choose another source"
         )
 
 
 class _StdlibCorpus(FileCorpus):
-    """The modules of the running Python, available offline everywhere."""
+    """The modules of Python's standard library, which are available offline everywhere."""
 
     ONE_DOCUMENT = True
 
@@ -77,7 +80,7 @@ class _StdlibCorpus(FileCorpus):
         if source.path:
             raise UserError(
                 f"config.data.sources: python_stdlib takes no path, got {source.path!r}; "
-                "use source='text' for files of your own"
+                "use source='text' for your own files"
             )
         root = Path(sysconfig.get_path("stdlib"))
         names = []
@@ -87,7 +90,7 @@ class _StdlibCorpus(FileCorpus):
         if not names:
             raise UserError(
                 f"no Python files in {root} (a Python packed into an archive?); "
-                "use source='text' with files of your own"
+                "use source='text' with your own files"
             )
         super().__init__(
             source, left_out, root, sorted(p.relative_to(root).as_posix() for p in names)
@@ -101,14 +104,14 @@ class _StdlibCorpus(FileCorpus):
         data = self._bytes(unit)
         try:
             text = decode(without_mark(data), f"{self.root / unit}")
-        except BadInputError as error:  # not the user's to mend
+        except BadInputError as error:  # the user cannot fix it
             self.left_out.add(error, tolerated=True)
         else:
             yield Document(unit, text)
 
 
 class _TextCorpus(FileCorpus):
-    """Each file is a document."""
+    """A source of text files, each of them one document."""
 
     ONE_DOCUMENT = True
 

@@ -1,10 +1,11 @@
 """The division of a source into training and held-out text.
 
-The hash of a document's name decides, so that the split does not move when documents are added.
-Where this gives a share of bytes that is far from the one asked for (one file, few documents,
-documents of unlike sizes), documents that are longer than the entire held-out share are cut and
-their last part is held out; of the others, those with the lowest hashes are held out until their
-share is reached. The decision depends on the documents and the fraction alone.
+The hash of a document's name decides, so that the split does not change when documents are added.
+If this holds out a fraction of the bytes that is far from the configured one (one file, few
+documents, very different sizes), the split is made by size instead. Documents longer than the
+entire held-out share are then cut, and their last part is held out. Of the other documents, those
+with the lowest hashes are held out until their share is reached. The decision depends only on the
+documents and the fraction.
 """
 
 import array
@@ -20,9 +21,9 @@ from mea_jax.data import sources
 from mea_jax.data.bad_input import LeftOut
 from mea_jax.data.corpus import Corpus, Document, unit_hash
 
-# Sources above this many bytes are not measured: no line or row is so long that it matters there.
+# Larger sources, in bytes, are not measured: a single line or row cannot unbalance them.
 MEASURED = 8 << 30
-_FACTOR = 4  # between the share of bytes that is asked for and one that is accepted
+_FACTOR = 4  # largest accepted ratio between the configured and the actual fraction of bytes
 
 
 @dataclass(frozen=True)
@@ -30,9 +31,9 @@ class Split:
     """A division of a source's documents into training and held-out text.
 
     Attributes:
-      fraction: the part of a document that is held out where the document is cut.
-      threshold: other documents are held out if the hash of their name is below it.
-      longest: bytes of the longest document that is not cut; None: no document is cut.
+      fraction: the held-out part of each document that is cut.
+      threshold: other documents are held out if the hash of their name is below this.
+      longest: longer documents, in bytes, are cut; None cuts no document.
     """
 
     fraction: float
@@ -49,7 +50,7 @@ class Split:
 
     @property
     def by_names(self) -> bool:
-        """Return whether the hashes alone decide, at the fraction that was asked for."""
+        """True if the hashes alone decide, with the configured fraction as threshold."""
         return self.longest is None and self.threshold == self.fraction
 
 
@@ -57,12 +58,12 @@ NOTHING, EVERYTHING = Split(0.0, 0.0), Split(1.0, 1.0)
 
 
 def has_held_out(config: DataConfig) -> bool:
-    """Return whether the config asks for any held-out text."""
+    """Return whether the config requires held-out text."""
     return config.held_out_fraction > 0 or any(source.held_out for source in config.sources)
 
 
 def is_balanced(held_out: float, total: float, fraction: float) -> bool:
-    """Return whether `held_out` of `total` bytes are near enough to `fraction` of them."""
+    """Return whether `held_out` bytes are close enough to `fraction` of `total` bytes."""
     if fraction in (0, 1):
         return True
     train, least = total - held_out, fraction / _FACTOR
@@ -71,7 +72,7 @@ def is_balanced(held_out: float, total: float, fraction: float) -> bool:
 
 
 def is_current(config: DataConfig, corpus: Corpus, held_out: int, train: int) -> bool:
-    """Return whether a source of an older version, of so many bytes, is split as `decide` would."""
+    """Return whether data of an older version, with these bytes, is split as `decide` would."""
     measured = corpus.size <= MEASURED or corpus.document_sizes() is not None
     return not measured or is_balanced(held_out, held_out + train, config.held_out_fraction)
 
@@ -84,19 +85,19 @@ def decide(
     Args:
       config: the data options.
       corpus: the opened source.
-      on_progress: called with the bytes of each document, where documents must be read for it.
+      on_progress: called with the bytes of each document, if documents must be read for this.
 
     Raises:
-      UserError: a document that cannot be read.
+      UserError: a document cannot be read.
     """
     if corpus.source.held_out:
         return EVERYTHING
-    # With a source that is named as held-out, the others are for training.
+    # If a source is marked as held-out, the others are for training.
     fraction = 0.0 if any(s.held_out for s in config.sources) else config.held_out_fraction
     if fraction == 0:
         return NOTHING
     skip = config.bad_input == "skip"
-    known = None if skip else corpus.document_sizes()  # those of unreadable files do not count
+    known = None if skip else corpus.document_sizes()  # the sizes of unreadable files do not count
     if known is None and corpus.size > MEASURED:
         return Split(fraction, fraction)
     sizes, hashes = array.array("q"), array.array("d")
@@ -124,14 +125,14 @@ def _decide(sizes: np.ndarray, hashes: np.ndarray, fraction: float) -> Split:
     if not len(order):
         return Split(fraction, 0.0, longest)
     last = np.searchsorted(sums, fraction * sums[-1])
-    threshold = float(np.nextafter(hashes[order[last]], 2))  # with all copies of the document
+    threshold = float(np.nextafter(hashes[order[last]], 2))  # includes all copies of the document
     if whole.all() and (hashes < threshold).all():
         return Split(fraction, 0.0, 0)  # all copies of one document, for example
     return Split(fraction, threshold, longest)
 
 
 def _cut(text: str, fraction: float) -> int:
-    """Return where the last `fraction` of `text` begins, at the start of a line if one is near."""
+    """Return the index of the last `fraction` of `text`, at the start of a line if one is near."""
     at = max(min(round(len(text) * (1 - fraction)), len(text) - 1), 1)
     near = text.rfind("\n", at - (len(text) - at) // 2, at) + 1
     return near or at

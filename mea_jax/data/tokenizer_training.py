@@ -1,4 +1,4 @@
-"""Passes over the documents of a preparation that write no windows."""
+"""Passes over the documents that write no windows: tokenizer training and compression baselines."""
 
 import gzip
 import lzma
@@ -12,11 +12,11 @@ from mea_jax.data.corpus import Corpus, Document, unit_hash
 from mea_jax.data.split import Split
 from mea_jax.data.tokenizers import Tokenizer
 
-_BPE_SAMPLE = 32 << 20  # bytes of training text that merges are learned from
+_BPE_SAMPLE = 32 << 20  # bytes of training text from which merges are learned
 
 
 def left_out(config: DataConfig) -> LeftOut:
-    """Return what takes the input that cannot be read in one pass, if the config allows it."""
+    """Return a `LeftOut` for one pass, which leaves out bad input if the config allows that."""
     return LeftOut(config.bad_input == "skip")
 
 
@@ -49,7 +49,7 @@ def train_tokenizer(
                 if text:
                     yield text
                 continue
-            # By pieces, because a few documents may be most of the text.
+            # Sample pieces, not documents, because a few documents may be most of the text.
             for start in range(0, len(text), 1 << 16):
                 if unit_hash(f"{document.name}#{start}") < fraction:
                     yield text[start : start + (1 << 16)]
@@ -65,7 +65,7 @@ def train_tokenizer(
 def baselines(
     config: DataConfig, splits: Sequence[Split], size: int, on_progress: Callable[[int], Any]
 ) -> dict[str, int]:
-    """Return the bytes of the held-out documents, each compressed by itself."""
+    """Return the bytes of the held-out documents, each compressed separately."""
     total = {"gzip_bytes": 0, "xz_bytes": 0}
     title = "gzip and xz of the held-out text"
     with waiting.progress(title, size, on_progress) as (advance, bar):
@@ -79,9 +79,9 @@ def baselines(
 
 
 def _xz(data: bytes) -> bytes:
-    """As `xz -9e`, except that the dictionary is no larger than the text.
+    """Compress like `xz -9e`, except that the dictionary is no larger than the text.
 
-    The preset's 64 MB change nothing about the result and take longer to allocate than to use.
+    The preset's 64 MB dictionary gives the same result but takes longer to allocate than to use.
     """
     size = min(max(len(data), 4096), 64 << 20)
     lzma2 = {"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": size}

@@ -1,10 +1,10 @@
-"""Tokenizers behind one small interface, saved in files that say what they are.
+"""Tokenizers behind one small interface; the name of a saved file identifies its kind.
 
 Text is never searched for special tokens: a document that spells out "<|endoftext|>" is encoded
-as those characters, so the separator's id occurs only where packing puts it.
+as those characters, so the separator's id occurs only where packing inserts it.
 
-A published model's tokenizer brings files of its own (`COMPANIONS`): they are kept beside it as
-they are, and say what its model ends a text with.
+A published model's tokenizer comes with other files (`COMPANIONS`). They are saved unchanged next
+to it and name the tokens with which the model ends a text.
 """
 
 import abc
@@ -25,11 +25,11 @@ from mea_jax.errors import UserError
 
 SEPARATOR = "<|endoftext|>"
 
-# What every tokenizer of a file is tried on when it is read.
+# Every tokenizer read from a file is tested on these texts.
 _TRIAL = ["", " ", "The 1st line,\n\tthe 2nd: it's\r\n", "naïve 東京 \U0001f642\x00", SEPARATOR]
-_UNUSED = 1 << 16  # ids below the largest that no token may have
+_UNUSED = 1 << 16  # most ids below the largest that may have no token
 
-# Files of a published model that travel with its tokenizer, unread but for the ids of its ends.
+# Files of a published model that are copied with its tokenizer; only their end tokens are read.
 COMPANIONS = (
     MODEL_CONFIG,
     GENERATION,
@@ -47,15 +47,15 @@ NONE: Mapping[str, bytes] = MappingProxyType({})
 
 
 class Tokenizer(abc.ABC):
-    """Text to token ids and back.
+    """A conversion between text and token ids.
 
     Attributes:
-      FILE: the name of the file it is saved in, which tells the kind.
+      FILE: the name of the saved file, which identifies the kind.
       vocab_size: one more than the largest id.
-      separator: the id that a document ends with.
-      start: the id that one begins with: `separator`, unless the tokenizer has another for it.
-      content: the bytes of its file.
-      companions: files that came with it (`COMPANIONS`) and are saved with it, by name.
+      separator: the id at the end of a document.
+      start: the id at the beginning of a document: `separator`, unless the tokenizer has another.
+      content: the bytes of the saved file.
+      companions: the contents of files (`COMPANIONS`) that are saved with it, by name.
     """
 
     FILE: ClassVar[str]
@@ -67,44 +67,45 @@ class Tokenizer(abc.ABC):
 
     @abc.abstractmethod
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of each text, without separators."""
+        """Return the token ids of each text, without separators."""
 
     @abc.abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`. Bytes that are not UTF-8 and ids out of range become U+FFFD."""
+        """Return the text of `ids`; invalid UTF-8 and ids out of range become U+FFFD."""
 
     def save(self, directory: Path) -> None:
-        """Writes the file that `from_directory` finds, and its companions."""
+        """Write the file that `from_directory` reads, and its companions."""
         for name, content in (dict(self.companions) | {self.FILE: self.content}).items():
             (directory / name).write_bytes(content)
 
     @property
     def stops(self) -> tuple[int, ...]:
-        """Ids that end what a model writes: the separator, and all that its files name as ends."""
+        """The ids that end generated text: the separator and all ends that the companions name."""
         ends = end_tokens.named_ends(self.companions, self.vocabulary, self.vocab_size)
         return tuple(dict.fromkeys((self.separator, *(i for ids in ends.values() for i in ids))))
 
     @property
     def vocabulary(self) -> Mapping[str, int]:
-        """Return the ids of the tokens by their texts."""
+        """The ids of the tokens by their texts."""
         return {}
 
     @property
     def separator_is_named(self) -> bool:
-        """Return whether the separator is another than the tokenizer alone would give."""
+        """True if the separator differs from that of the tokenizer without companions."""
         return False
 
     @property
     def added(self) -> frozenset[int]:
-        """Ids of tokens that were added to a vocabulary that had been learned."""
+        """The ids of tokens that were added to the learned vocabulary."""
         return frozenset()
 
     @classmethod
     @abc.abstractmethod
     def read(cls, path: Path, companions: Mapping[str, bytes] = NONE) -> "Tokenizer":
-        """Return the tokenizer in a file. `companions` came with it, and may name its separator.
+        """Return the tokenizer in a file; its `companions` may name its separator.
 
-        Raises `UserError` if the file is malformed.
+        Raises:
+          UserError: the file is malformed, or a package to read it is not installed.
         """
 
 
@@ -112,7 +113,7 @@ TokenizerT = TypeVar("TokenizerT", bound=Tokenizer)
 
 
 class BytesTokenizer(Tokenizer):
-    """The 256 bytes of UTF-8, and the separator."""
+    """A tokenizer whose tokens are the 256 bytes and the separator."""
 
     FILE = "tokenizer.bytes.json"
     vocab_size = 257
@@ -137,32 +138,35 @@ class BytesTokenizer(Tokenizer):
             content = json.loads(_bytes(path))
         except (ValueError, RecursionError) as error:
             raise UserError(
-                f"{path}: truncated, or not a tokenizer file ({detail(error)})"
+                f"{path}: truncated, or not a tokenizer file ({detail(error)}); copy it again"
             ) from error
         if content != json.loads(cls.content):
-            raise UserError(f"{path}: not a bytes tokenizer; expected {cls.content.decode()}")
+            raise UserError(
+                f"{path}: not a bytes tokenizer; its content must be {cls.content.decode()}"
+            )
         return cls(companions)
 
 
 class HuggingFaceTokenizer(Tokenizer):
-    """A tokenizer of the Hugging Face `tokenizers` library, also those trained here."""
+    """A tokenizer of the Hugging Face `tokenizers` library, published or trained by `train_bpe`."""
 
     FILE = "tokenizer.json"
 
     def __init__(self, tokenizer: hf.Tokenizer, where: str, companions: Mapping[str, bytes] = NONE):
-        """`where` names the tokenizer in the errors raised when it is of no use."""
+        """Wrap `tokenizer`, or raise `UserError` that starts with `where` if it is unusable."""
         self._where, self.companions = where, companions
         vocabulary = tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
         if self.vocab_size > len(vocabulary) + _UNUSED:
-            # No model should have them, and the library would list them all in `to_str`.
+            # No real model has such gaps, and the library would list all unused ids in `to_str`.
             raise UserError(
-                f"{where}: has ids up to {self.vocab_size - 1} for {len(vocabulary)} tokens"
+                f"{where}: has ids up to {self.vocab_size - 1} for {len(vocabulary)} tokens; "
+                "change its ids"
             )
-        self.content = tokenizer.to_str().encode()  # as it came, before the changes below
+        self.content = tokenizer.to_str().encode()  # before the changes below
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        tokenizer.encode_special_tokens = True  # as text; see the module's docstring
+        tokenizer.encode_special_tokens = True  # encode them as text; see the module's docstring
         self._tokenizer = tokenizer
         end = end_tokens.separator_of(companions, vocabulary, self.vocab_size)
         if end is None:
@@ -170,8 +174,10 @@ class HuggingFaceTokenizer(Tokenizer):
         self.separator = end
         if list(vocabulary.values()).count(end) > 1:
             text = next((token for token in END_TOKENS if vocabulary.get(token) == end), end)
-            raise UserError(f"{where}: another token has the id of the end token {text!r}")
-        # What its own template puts before a text, such as Llama 3's <|begin_of_text|>.
+            raise UserError(
+                f"{where}: another token has the id of the end token {text!r}; give it its own id"
+            )
+        # The token that its template puts before a text, such as Llama 3's <|begin_of_text|>.
         before = tokenizer.encode("", add_special_tokens=True).ids
         self.start = before[0] if before else self.separator
 
@@ -206,7 +212,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A SentencePiece model, as of Llama 2, Gemma and Mistral."""
+    """A SentencePiece model, such as those of Llama 2, Gemma and Mistral."""
 
     FILE = "tokenizer.model"
 
@@ -257,31 +263,40 @@ KINDS: tuple[type[Tokenizer], ...] = (BytesTokenizer, HuggingFaceTokenizer, Sent
 
 
 def companions_of(directory: Path) -> dict[str, bytes]:
-    """Return the contents of the `COMPANIONS` in a folder by name. Raises `UserError`."""
+    """Return the contents of the `COMPANIONS` in a folder, by name.
+
+    Raises:
+      UserError: one of them cannot be read.
+    """
     return {n: _bytes(directory / n) for n in COMPANIONS if (directory / n).is_file()}
 
 
 def from_directory(directory: Path, more: Mapping[str, bytes] = NONE) -> Tokenizer:
-    """Return the tokenizer in a folder, as `save` or transformers wrote it.
+    """Return the tokenizer in a folder that `save` or transformers wrote.
 
-    It also gets the companions `more`. Raises `UserError` if there is none or it is malformed.
+    Args:
+      directory: the folder.
+      more: companions in addition to those in the folder, which they replace.
+
+    Raises:
+      UserError: there is no tokenizer, or it is malformed.
     """
     for kind in KINDS:
         if (directory / kind.FILE).is_file():
             return kind.read(directory / kind.FILE, companions_of(directory) | dict(more))
     raise UserError(
-        f"{directory}: holds no tokenizer; expected {' or '.join(kind.FILE for kind in KINDS)}"
+        f"{directory}: contains no tokenizer; add {' or '.join(kind.FILE for kind in KINDS)}"
     )
 
 
 def load(spec: str) -> Tokenizer:
-    """The tokenizer of a spec as in `DataConfig.tokenizer`, those trained on the spot excepted.
+    """Return the tokenizer of `DataConfig.tokenizer`, unless it must be trained.
 
     Args:
-      spec: "bytes", the path of a *.json or *.model file, or a folder that holds one.
+      spec: "bytes", the path of a *.json or *.model file, or a folder that contains one.
 
     Raises:
-      UserError: no such file, a malformed file, or a spec of no known kind.
+      UserError: the file does not exist or is malformed, or the spec is of no known kind.
     """
     if spec == "bytes":
         return BytesTokenizer()
@@ -296,38 +311,40 @@ def load(spec: str) -> Tokenizer:
     kind = kinds.get(path.name) or suffixes.get(path.suffix)
     if kind is None:
         raise UserError(
-            f"config.data.tokenizer: {spec!r} is none of 'bytes', 'bpe:<size>', "
+            f"config.data.tokenizer: {spec!r} is not a tokenizer: set it to 'bytes', 'bpe:<size>', "
             "a path ending in .json or .model, or a folder with such a file"
         )
     if not path.is_file():
-        raise UserError(f"config.data.tokenizer: {spec}: no such file")
+        raise UserError(f"config.data.tokenizer: {spec}: no such file; correct the path")
     return kind.read(path)
 
 
 def bpe_size(spec: str) -> int | None:
-    """The vocabulary size of a "bpe:<size>" spec, None for any other spec.
+    """Return the vocabulary size of a "bpe:<size>" spec, or None for any other spec.
 
     Raises:
-      UserError: the size is not a number of at least 257 (256 bytes and the separator).
+      UserError: the size is not an integer of at least 257 (256 bytes and the separator).
     """
     if not spec.startswith("bpe"):
         return None
     size = spec.removeprefix("bpe").removeprefix(":")
     if not size.isdecimal() or int(size) < 257:
         raise UserError(
-            f"config.data.tokenizer: {spec!r} is not 'bpe:<size>' with a size of at least 257 "
+            f"config.data.tokenizer: {spec!r} is not 'bpe:<size>': the size must be at least 257 "
             "(256 bytes and the separator)"
         )
     return int(size)
 
 
 def train_bpe(texts: Iterator[str], vocab_size: int) -> HuggingFaceTokenizer:
-    """Byte-level byte-pair encoding, lossless for any text; the same texts give the same merges.
+    """Train a byte-level byte-pair encoding, which is lossless for every text.
+
+    The same texts give the same merges.
 
     Args:
       texts: the training texts.
-      vocab_size: tokens with the 256 bytes and the separator; fewer come of it when the texts
-        are too small for as many merges.
+      vocab_size: the number of tokens, including the 256 bytes and the separator; the result has
+        fewer if the texts are too small for this number of merges.
     """
     tokenizer = hf.Tokenizer(hf.models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.splitter(bounded=True)
@@ -348,17 +365,19 @@ def _bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+        raise UserError(f"{path}: cannot be read: {error.strerror}; make it readable") from error
 
 
 def _tried(tokenizer: TokenizerT, path: Path) -> TokenizerT:
-    """`tokenizer`, read from `path`. Raises `UserError` if it cannot encode or decode.
+    """Return `tokenizer`, read from `path`, or raise `UserError` if it cannot encode or decode.
 
-    The libraries read some files that they then fail on, or give ids that they do not have.
+    The libraries accept some files that later fail or encode text as ids out of range.
     """
     for ids in tokenizer.encode_batch(_TRIAL):
         if not all(0 <= i < tokenizer.vocab_size for i in ids):
-            raise UserError(f"{path}: encodes text as ids that are not in its vocabulary")
+            raise UserError(
+                f"{path}: encodes text as ids that are not in its vocabulary; fetch the file again"
+            )
         tokenizer.decode(ids)
     tokenizer.decode(range(min(tokenizer.vocab_size, 1 << 20)))
     return tokenizer
@@ -367,16 +386,16 @@ def _tried(tokenizer: TokenizerT, path: Path) -> TokenizerT:
 def _no_end(where: str, why: str) -> UserError:
     return UserError(
         f"{where}: has no end token to separate documents ({why}): name it as eos_token in the "
-        "model's tokenizer_config.json, and give the folder with both"
+        "model's tokenizer_config.json, and set the tokenizer to the folder with both files"
     )
 
 
 @contextlib.contextmanager
 def _library_errors(what: str) -> Iterator[None]:
-    """Whatever a tokenizer library raises becomes a `UserError`: `what`, and its reason.
+    """Turn every exception of a tokenizer library into a `UserError`: `what` and the reason.
 
-    Both raise for all that is wrong with a file, under many names, and Hugging Face's library
-    panics where it did not foresee a value. A panic is no `Exception`, and cannot be imported.
+    Both libraries raise many types for malformed files, and Hugging Face's library panics for
+    unexpected values. A panic is not an `Exception`, and its type cannot be imported.
     """
     try:
         yield
@@ -385,11 +404,11 @@ def _library_errors(what: str) -> Iterator[None]:
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__module__ != "pyo3_runtime":
             raise
-        raise UserError(f"{what} ({detail(error)})") from error
+        raise UserError(f"{what} ({detail(error)}); fetch the tokenizer again") from error
 
 
 def _decode_known(ids: Sequence[int], vocab_size: int, decode: Any) -> str:
-    """`decode` of the stretches of `ids` below `vocab_size`, U+FFFD for each id between them."""
+    """Apply `decode` to runs of ids in [0, vocab_size) and insert U+FFFD for each other id."""
     text, known = [], []
     for i in ids:
         if 0 <= i < vocab_size:

@@ -1,7 +1,7 @@
-"""Long steps of a preparation: what is shown of them, and that Ctrl-C ends them.
+"""Long calls that show their progress and that Ctrl-C can interrupt.
 
-A call into a library runs to its end before Python handles a signal. `call` makes it in a thread
-of its own, so that the waiting thread can be interrupted.
+Python handles a signal only after a call into a library has returned. `call` runs the library in a
+separate thread, so that the waiting thread can be interrupted.
 """
 
 import contextlib
@@ -14,23 +14,23 @@ from absl import logging
 
 T = TypeVar("T")
 _REFRESH_SECONDS = 0.5
-_GRACE_SECONDS = 1.0  # for a call to notice that nobody waits for it any more
+_GRACE_SECONDS = 1.0  # for an abandoned call to end
 
 
 class Abandoned(Exception):
-    """Nobody waits for the call that reads these items."""
+    """The error in a call that reads more items after it was abandoned."""
 
 
 def call(function: Callable[..., T], *args: Any, bar: tqdm.tqdm | None = None) -> T:
     """Return `function(*args)`, computed in another thread, or raise what it raises.
 
-    If this thread is interrupted, by Ctrl-C or SIGTERM, the call is abandoned: it gets no more
-    items from arguments made by `items`, and what it returns is lost.
+    If this thread is interrupted by Ctrl-C or SIGTERM, the call is abandoned: its iterator
+    arguments raise `Abandoned` at their next item, and its result is lost.
 
     Args:
-      function: what to call; it must release the interpreter, as most libraries do.
-      *args: its arguments. An iterator among them is read by the other thread.
-      bar: a progress bar whose elapsed time is to be shown meanwhile.
+      function: the function to call; it must release the GIL, as most libraries do.
+      *args: its arguments. Iterators among them are read in the other thread.
+      bar: a progress bar whose elapsed time is refreshed during the call.
     """
     outcome: list[Any] = []
     abandoned = threading.Event()
@@ -71,10 +71,11 @@ def _until(abandoned: threading.Event, items: Iterable[T]) -> Iterator[T]:
 def progress(
     title: str, size: int, on_progress: Callable[[int], Any]
 ) -> Iterator[tuple[Callable[[int], Any], tqdm.tqdm]]:
-    """Show a bar on stderr over `size` bytes, if that is a terminal.
+    """Show a progress bar over `size` bytes on stderr, if stderr is a terminal.
 
     Yields:
-      A function that advances the bar and calls `on_progress`; the bar.
+      A function that advances the bar by a number of bytes and calls `on_progress` with it; the
+      bar.
     """
 
     def advance(count: int) -> None:
@@ -83,9 +84,9 @@ def progress(
 
     import tensorflow_datasets as tfds
 
-    tfds.disable_progress_bar()  # TFDS's own show numbers of examples without an end
+    tfds.disable_progress_bar()  # TFDS's own bars count examples without a total
     verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.WARNING)  # and its log is of no use to the reader
+    logging.set_verbosity(logging.WARNING)  # its log does not help the user
     try:
         with tqdm.tqdm(
             total=size, desc=title, unit="B", unit_scale=True, disable=None, leave=False

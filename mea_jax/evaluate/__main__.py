@@ -1,9 +1,9 @@
-"""Profiles a model, or several side by side: cache, loss, retrieval, arithmetic, speed.
+"""Profiles one model or compares several: cache, loss, retrieval, arithmetic, speed.
 
 python -m mea_jax.evaluate --checkpoint runs/quickstart --out profiles/quickstart
 python -m mea_jax.evaluate --checkpoint runs/whole --checkpoint runs/half --out profiles/half
 
-With --tasks: benchmarks of lm-evaluation-harness instead, of a model or of two.
+With --tasks, it runs benchmarks of lm-evaluation-harness instead, on one model or two.
 
 python -m mea_jax.evaluate --checkpoint runs/half --baseline runs/whole --tasks hellaswag,piqa \
     --out profiles/tasks
@@ -32,7 +32,7 @@ CACHE_DTYPES = ("auto", "float32", "bfloat16", "int8")
 
 
 def say(line: str) -> None:
-    """Progress: to the terminal, not into what is piped on."""
+    """Print a line of progress to stderr, on the first process only."""
     if processes.is_first():
         print(line, file=sys.stderr, flush=True)
 
@@ -43,7 +43,7 @@ def _parts() -> tuple[str, ...]:
         if part not in run.PARTS:
             raise UserError(f"--parts {part}: {nearest(part, run.PARTS)}")
     if not chosen:
-        raise UserError(f"--parts names none: choose from {', '.join(run.PARTS)}")
+        raise UserError(f"--parts is empty: choose from {', '.join(run.PARTS)}")
     return chosen
 
 
@@ -67,10 +67,10 @@ def _numbers(
 def _options() -> run.Options:
     lengths = contexts = None
     if LENGTHS.value is not None:
-        what = "lengths are multiples of the training window, above 0 and up to 1024"
+        what = "lengths must be multiples of the training window, above 0 and up to 1024"
         lengths = _numbers("lengths", LENGTHS.value, float, 1e-9, 1024, what)
     if CONTEXTS.value is not None:
-        what = "contexts are whole numbers of positions, 1 or more"
+        what = "contexts must be whole numbers of positions, 1 or more"
         contexts = _numbers("contexts", CONTEXTS.value, int, 1, 2**30, what)
     return run.Options(
         parts=_parts(),
@@ -78,7 +78,7 @@ def _options() -> run.Options:
         batch_size=BATCH_SIZE.value,
         max_batches=MAX_BATCHES.value or None,
         lengths=lengths,
-        depths=_numbers("depths", DEPTHS.value, float, 0, 1, "depths lie in [0, 1]"),
+        depths=_numbers("depths", DEPTHS.value, float, 0, 1, "depths must be in [0, 1]"),
         samples=SAMPLES.value,
         needles=NEEDLES.value,
         contexts=contexts,
@@ -90,34 +90,36 @@ def _options() -> run.Options:
 
 
 def _folder() -> Path:
-    """The output folder, made and tried before anything is measured."""
+    """Create the output folder and check that it is writable, before anything is measured."""
     if not OUT.value:
         raise UserError("no folder for the report given: add --out profiles/mine")
     folder = Path(OUT.value)
     try:
         make_writable(folder)
     except OSError as error:
-        raise UserError(f"--out {folder} cannot be written: {error.strerror}") from error
+        raise UserError(
+            f"--out {folder} cannot be written: {error.strerror}; choose another one"
+        ) from error
     return folder
 
 
 def _given(names: Sequence[str]) -> list[str]:
-    """Those of `names` that stand on the command line."""
+    """Return the flags of `names` that are given on the command line."""
     return [f"--{name}" for name in names if flags.FLAGS[name].present]
 
 
 def _check_kind(tasks: bool) -> None:
-    """Raises `UserError` for a flag of the profile with --tasks, or one of --tasks without."""
+    """Raise `UserError` for a flag of the profile with --tasks, or one of --tasks without it."""
     if tasks and (others := _given(OF_PROFILE)):
         raise UserError(
-            f"--tasks runs the harness, and {others[0]} is the profile's: give one or the other"
+            f"--tasks runs the harness, but {others[0]} is for the profile: give one or the other"
         )
     if not tasks and (others := _given(OF_TASKS)):
-        raise UserError(f"{others[0]} goes with --tasks, and no --tasks are given")
+        raise UserError(f"{others[0]} requires --tasks: add --tasks or remove it")
 
 
 def tasks_main() -> None:
-    """The command with --tasks."""
+    """Run the command with --tasks. Raise `UserError` for wrong options, tasks or paths."""
     limit = LIMIT.value
     if limit is not None and limit.is_integer():
         limit = int(limit)
@@ -142,13 +144,16 @@ def tasks_main() -> None:
     try:
         text = harness_run.write(report, folder)
     except OSError as error:
-        raise UserError(f"--out {folder} cannot be written: {error.strerror}") from error
+        raise UserError(
+            f"--out {folder} cannot be written: {error.strerror}; free space or choose another one"
+        ) from error
     if processes.is_first():
         samples = f", {folder / 'samples'}" if options.log_samples else ""
         print(f"{text}\n\n{folder / 'results.json'}, {folder / 'table.txt'}{samples}")
 
 
 def main() -> None:
+    """Run the profile, or the tasks of --tasks. Raise `UserError` for wrong options or inputs."""
     _check_kind(TASKS.value is not None)
     if TASKS.value is not None:
         tasks_main()
@@ -181,8 +186,8 @@ def main() -> None:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise UserError(
-            "out of memory: give fewer models at once, or smaller --contexts, --lengths, "
-            f"--batch_size or --rows; what was measured before is in {folder / 'report.json'}"
+            "out of memory: give fewer models, or smaller --contexts, --lengths, --batch_size or "
+            f"--rows; earlier measurements are in {folder / 'report.json'}"
         ) from error
     print(text)
     written = [folder / "report.json", folder / "table.txt", *pictures]
@@ -191,54 +196,62 @@ def main() -> None:
 
 if __name__ == "__main__":
     CHECKPOINT = flags.DEFINE_multi_string(
-        "checkpoint", [], "run directory or one of its steps; repeated: compared with the first"
+        "checkpoint",
+        [],
+        "run directory or one of its steps; repeat the flag to compare more with the first",
     )
     OUT = flags.DEFINE_string("out", None, "folder for report.json, table.txt and figures")
-    PARTS = flags.DEFINE_list("parts", list(run.PARTS), "what is measured")
-    SEED = flags.DEFINE_integer("seed", 0, "of the tasks", lower_bound=0, upper_bound=2**32 - 1)
+    PARTS = flags.DEFINE_list("parts", list(run.PARTS), "parts to measure")
+    SEED = flags.DEFINE_integer("seed", 0, "of the examples", lower_bound=0, upper_bound=2**32 - 1)
     SAMPLES = flags.DEFINE_integer(
-        "samples", 20, "pass keys a cell, and problems a kind", lower_bound=1
+        "samples", 20, "pass keys per length and depth, problems per kind", lower_bound=1
     )
     LENGTHS = flags.DEFINE_list(
-        "lengths", None, "contexts of pass keys, in windows of training; default 0.5,1,2,4"
+        "lengths", None, "contexts of pass keys in training windows; default 0.5,1,2,4"
     )
     DEPTHS = flags.DEFINE_list(
-        "depths", list(map(str, run.DEPTHS)), "of the keys: 0 beginning, 1 end"
+        "depths", list(map(str, run.DEPTHS)), "depths of the pass keys: 0 beginning, 1 end"
     )
     NEEDLES = flags.DEFINE_integer(
-        "needles", 1, "keys in a context, one of which is asked for", lower_bound=1, upper_bound=8
+        "needles",
+        1,
+        "pass keys per context, one of which is asked for",
+        lower_bound=1,
+        upper_bound=8,
     )
     CONTEXTS = flags.DEFINE_list(
-        "contexts", None, "cached positions of speed; default 256,1024,4096,16384"
+        "contexts", None, "cached positions for speed; default 256,1024,4096,16384"
     )
-    ROWS = flags.DEFINE_integer("rows", 1, "sequences at once, of speed", lower_bound=1)
+    ROWS = flags.DEFINE_integer("rows", 1, "sequences per batch for speed", lower_bound=1)
     REPEATS = flags.DEFINE_integer(
         "repeats", 5, "rounds of speed, the models in turn", lower_bound=1
     )
     PREFILL = flags.DEFINE_boolean(
-        "prefill", True, "of speed: read and time prompts; --noprefill: only decode"
+        "prefill", True, "for speed: prefill and time prompts; --noprefill: only decode"
     )
-    BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "held-out windows at once", lower_bound=1)
+    BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "held-out windows per batch", lower_bound=1)
     MAX_BATCHES = flags.DEFINE_integer(
-        "max_batches", 0, "of held-out windows a source; 0: all", lower_bound=0
+        "max_batches", 0, "maximum batches of held-out windows per source; 0: all", lower_bound=0
     )
-    DTYPE = flags.DEFINE_enum("dtype", "auto", DTYPES, "of products")
-    CACHE_DTYPE = flags.DEFINE_enum("cache_dtype", "auto", CACHE_DTYPES, "of the cache")
-    TASKS = flags.DEFINE_list("tasks", None, "of lm-evaluation-harness, instead of the profile")
-    BASELINE = flags.DEFINE_string("baseline", None, "checkpoint that --tasks compares with")
-    INCLUDE_PATH = flags.DEFINE_string("include_path", None, "folder with further tasks")
+    DTYPE = flags.DEFINE_enum("dtype", "auto", DTYPES, "dtype of products")
+    CACHE_DTYPE = flags.DEFINE_enum("cache_dtype", "auto", CACHE_DTYPES, "dtype of the cache")
+    TASKS = flags.DEFINE_list(
+        "tasks", None, "run these lm-evaluation-harness tasks instead of the profile"
+    )
+    BASELINE = flags.DEFINE_string("baseline", None, "checkpoint to compare with in --tasks")
+    INCLUDE_PATH = flags.DEFINE_string("include_path", None, "folder with more tasks for --tasks")
     NUM_FEWSHOT = flags.DEFINE_integer("num_fewshot", None, "solved examples; default: each task's")
     LIMIT = flags.DEFINE_float(
-        "limit", None, "documents of each task, at most; below 1: this share of them"
+        "limit", None, "maximum documents of each task; below 1: this share of them"
     )
     LOG_SAMPLES = flags.DEFINE_boolean(
-        "log_samples", False, "of --tasks: write each document's request, answer and metrics"
+        "log_samples", False, "for --tasks: write each document's request, answer and metrics"
     )
     MAX_LENGTH = flags.DEFINE_integer(
-        "max_length", None, "tokens of a request of --tasks; default: the window of training"
+        "max_length", None, "maximum tokens of a request of --tasks; default: the training window"
     )
     BATCH_TOKENS = flags.DEFINE_integer(
-        "batch_tokens", None, "of --tasks, at once on a device; default 4096"
+        "batch_tokens", None, "for --tasks: tokens per batch on each device; default 4096"
     )
     cli.define_process_flags()
     OF_TASKS = ["baseline", "include_path", "num_fewshot", "limit", "max_length", "batch_tokens"]

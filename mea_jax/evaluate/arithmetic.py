@@ -1,4 +1,4 @@
-"""Additions and subtractions of one to three digits, after a few solved ones."""
+"""Scores a model on additions and subtractions of one to three digits, after solved examples."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,15 +11,16 @@ from mea_jax.evaluate import scoring, tasks
 from mea_jax.evaluate.tasks import Example
 
 DIGITS = (1, 2, 3)
-_STREAM = 1  # of random numbers, apart from that of other tasks
+_STREAM = 1  # random stream, separate from those of other tasks
 
 
 def arithmetic_examples(
     operation: str, digits: int, samples: int = 32, seed: int = 0, shots: int = 4
 ) -> list[Example]:
-    """`samples` problems of one kind, each after `shots` solved ones; a function of its arguments.
+    """Draw `samples` different problems of one kind, each after `shots` solved ones.
 
-    No problem twice, so fewer where there are no more: of one digit.
+    The result depends on the arguments only. It has fewer problems if no more exist, which happens
+    with one digit.
     """
     which = tasks.OPERATIONS.index(operation)
     found: dict[str, Example] = {}
@@ -43,10 +44,10 @@ def arithmetic(
     cache_dtype: str | None = None,
     say: Callable[[str], Any] = lambda line: None,
 ) -> list[dict[str, Any]]:
-    """Scores of additions and subtractions of one to three digits; arguments as of `retrieval`.
+    """Score additions and subtractions of one to three digits; arguments as for `retrieval`.
 
     Returns:
-      Rows {"operation", "digits", "samples", "exact", "nats", "nats_error"}, as of `retrieval`.
+      Rows {"operation", "digits", "samples", "exact", "nats", "nats_error"}, as for `retrieval`.
     """
     kinds = [(operation, digits) for operation in tasks.OPERATIONS for digits in DIGITS]
     groups = [arithmetic_examples(*kind, samples, seed, shots) for kind in kinds]
@@ -60,5 +61,5 @@ def arithmetic(
         rows.append({"operation": operation, "digits": digits, **scoring.summary(cell)})
         first += len(group)
     whole = scoring.summary(scores)
-    say(f"arithmetic: {whole['exact']:.0%} right, {whole['nats']:.2f} nats an answer")
+    say(f"arithmetic: {whole['exact']:.0%} right, {whole['nats']:.2f} nats per answer")
     return rows

@@ -1,4 +1,4 @@
-"""Figures of a report, each readable by itself."""
+"""Draws the figures of a report, each understandable on its own."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -16,9 +16,9 @@ _COLUMNS = 4  # models side by side in the heat maps
 
 
 def draw(report: Report, folder: Path) -> list[Path]:
-    """Draws what the report holds: loss.png, positions.png, passkey.png, speed.png.
+    """Draw the parts that the report contains: loss.png, positions.png, passkey.png, speed.png.
 
-    Raises `OSError` where one cannot be written.
+    Return the paths. Raise `OSError` if a file cannot be written.
     """
     plt = cli.pyplot()
     drawings = {"loss": _loss, "positions": _positions, "passkey": _passkey, "speed": _speed}
@@ -40,7 +40,7 @@ def _compared(models: Sequence[Any]) -> bool:
 
 
 def _shown(models: Sequence[Any]) -> Sequence[Any]:
-    """Models with something to show: the first one's increase over itself is none."""
+    """Return the models to draw: all but the first, which is the baseline, unless it is alone."""
     return models[1:] if _compared(models) else models
 
 
@@ -92,7 +92,7 @@ def _loss(report: Report) -> Any:
 
 
 def _label(model: Any, first: Any) -> str:
-    """A model's name and what its cache takes."""
+    """Return a model's name with the size of its cache."""
     size, whole = (m["cache"]["bytes_per_token"] for m in (model, first))
     share = f", {size / whole:.3g}x {first['name']}" if model is not first else ""
     return f"{model['name']} ({size:,.0f} cache bytes per token{share})"
@@ -113,7 +113,7 @@ def _positions(report: Report) -> Any:
     for i, model in enumerate(_shown(models)):
         cells = model["positions"]["all"]
         values = [math.nan if cell[key] is None else cell[key] for cell in cells]
-        # Side by side, so that error bars of several models can be told apart.
+        # Side by side, so that the error bars of several models do not overlap.
         where = np.arange(len(cells)) + 0.06 * (i - (len(models) - 2) / 2)
         axes.errorbar(
             where,
@@ -126,13 +126,13 @@ def _positions(report: Report) -> Any:
         )
     labels = [f"{b['from']:,}-{b['to']:,}\n{b['tokens']:,} tokens" for b in buckets]
     axes.set_xticks(range(len(buckets)), labels, fontsize=8)
-    axes.set_xlabel("tokens of the same document before, in the window")
+    axes.set_xlabel("preceding tokens of the same document in the window")
     axes.set_ylabel("nats per token, with standard errors")
     if compared:
         axes.axhline(0, color="black", linewidth=0.8)
-        title = f"Held-out loss above that of {first['name']}, by how much context there is"
+        title = f"Held-out loss above that of {first['name']}, by length of context"
     else:
-        title = f"Held-out loss of {first['name']}, by how much context there is"
+        title = f"Held-out loss of {first['name']}, by length of context"
     axes.set_title(title)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize=8)
@@ -160,7 +160,7 @@ def _passkey(report: Report) -> Any:
     samples = cells[0]["samples"]
     scores = (
         ("exact", "share of keys right", "viridis", 1.0, ".0%"),
-        ("nats", "nats an answer", "viridis_r", worst, ".1f"),
+        ("nats", "nats per answer", "viridis_r", worst, ".1f"),
     )
     for number, (key, title, colors, top, how) in enumerate(scores):
         image: Any = None
@@ -187,7 +187,7 @@ def _passkey(report: Report) -> Any:
         figure.colorbar(image, ax=chosen, fraction=0.03)
     keys = report["options"]["needles"]
     of = f"one of {keys} five-digit keys" if keys > 1 else "a five-digit key"
-    figure.suptitle(f"Finding {of} in filler text, {samples} examples a cell", fontsize=11)
+    figure.suptitle(f"Finding {of} in filler text, {samples} examples per cell", fontsize=11)
     return figure
 
 

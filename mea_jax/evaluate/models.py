@@ -1,4 +1,4 @@
-"""The checkpoints under evaluation, loaded and known to be comparable."""
+"""Loads the checkpoints under evaluation and checks that they are comparable."""
 
 import dataclasses
 import sys
@@ -31,22 +31,23 @@ class Loaded:
     tokenizer: Tokenizer
 
     def resolved(self, length: int) -> ModelConfig:
-        """The model with kernels chosen for this machine and `length` positions."""
+        """Return the model with kernels chosen for this machine and `length` positions."""
         return resolve(self.model, [jax.devices()[0]], length)
 
     def generator(self, length: int, cache_dtype: str | None = None) -> Generator:
-        """The model served from a cache of `length` positions."""
+        """Return a generator that serves the model from a cache of `length` positions."""
         return Generator(self.resolved(length), self.params, length=length, cache_dtype=cache_dtype)
 
     def longest(self) -> int | None:
-        """Positions that the model has at most; None: any number."""
+        """Return the maximum number of positions of the model, or None if there is no limit."""
         return self.model.max_positions if self.model.positions == "learned" else None
 
 
 def load(path: Path, name: str, dtype: str = "auto") -> Loaded:
-    """The newest good checkpoint of a run directory, or the step that `path` names.
+    """Load the newest intact checkpoint of a run directory, or the step that `path` names.
 
-    Only parameters are read. `dtype`: of products. Raises `UserError`.
+    Only parameters are read. `dtype` is that of products. Raise `UserError` if there is no complete
+    checkpoint or it is damaged.
     """
     trained = open_trained(path, lambda line: print(line, file=sys.stderr))
     model = dataclasses.replace(unresolved(trained.config.model), dtype=dtype)
@@ -56,9 +57,9 @@ def load(path: Path, name: str, dtype: str = "auto") -> Loaded:
 
 
 def names(paths: Sequence[Path]) -> list[str]:
-    """A short name for each path: its folder's, with the step where one is given; all different.
+    """Return a short, unique name for each path: its folder's, with the step if one is given.
 
-    Raises `UserError` for a path given twice.
+    Raise `UserError` if a path is given twice.
     """
 
     def short(path: Path) -> str:
@@ -72,21 +73,24 @@ def names(paths: Sequence[Path]) -> list[str]:
     found = [n if counts[n] == 1 else str(p) for n, p in zip(found, paths, strict=True)]
     for name, count in Counter(found).items():
         if count > 1:
-            raise UserError(f"--checkpoint {name} is given {count} times: each model once")
+            raise UserError(f"--checkpoint {name} is given {count} times: give each model once")
     return found
 
 
 def check_comparable(models: Sequence[Loaded]) -> None:
-    """Raises `UserError` unless all models read the same tokens: losses compare nothing else."""
+    """Raise `UserError` unless all models have the same tokenizer and vocabulary size.
+
+    Losses per token are not comparable otherwise.
+    """
     first = models[0]
     for other in models[1:]:
         if other.tokenizer.content != first.tokenizer.content:
             raise UserError(
-                f"--checkpoint {other.run} has another tokenizer than {first.run}: their losses "
-                "per token cannot be compared; evaluate them one by one"
+                f"--checkpoint {other.run} has a different tokenizer from {first.run}, so losses "
+                "per token are not comparable: run the command on each separately"
             )
         if other.model.vocab_size != first.model.vocab_size:
             raise UserError(
-                f"--checkpoint {other.run} has a vocabulary of {other.model.vocab_size} words, "
-                f"{first.run} one of {first.model.vocab_size}: evaluate them one by one"
+                f"--checkpoint {other.run} has a vocabulary of {other.model.vocab_size} tokens, "
+                f"{first.run} one of {first.model.vocab_size}: run the command on each separately"
             )

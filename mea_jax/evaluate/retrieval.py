@@ -1,4 +1,4 @@
-"""Pass keys by the length of the context and the key's depth in it."""
+"""Scores a model on finding pass keys, by context length and the key's depth in the context."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,12 +12,12 @@ from mea_jax.evaluate import scoring, tasks
 from mea_jax.evaluate.tasks import Example
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
-_STREAM = 2  # of random numbers, apart from that of other tasks
-_ROOM = 16  # tokens of a context that are kept for the answer: of five digits, whatever tokenizer
+_STREAM = 2  # random stream, separate from those of other tasks
+_ROOM = 16  # tokens of a context reserved for the answer: five digits in any tokenizer
 
 
 def shortest_context(tokenizer: Tokenizer, needles: int = 1) -> int:
-    """Tokens that the shortest context for pass keys takes, about."""
+    """Return the approximate number of tokens of the shortest context for pass keys."""
     size = tasks.shortest_passkey(needles)
     text = tasks.passkey(np.random.default_rng(0), size=size, depth=0.0, needles=needles).prompt
     return len(tokenizer.encode_batch([text])[0]) + _ROOM + 4 * needles
@@ -31,9 +31,9 @@ def passkey_examples(
     seed: int = 0,
     needles: int = 1,
 ) -> list[Example]:
-    """`samples` pass keys for each depth, in turn, in contexts of `length` tokens, answer included.
+    """Draw `samples` pass keys for each depth in turn, in contexts of `length` tokens with answer.
 
-    A function of its arguments alone. Raises `UserError` where `length` is too short.
+    The result depends on the arguments only. Raise `UserError` if `length` is too short.
     """
 
     def measure(texts: Sequence[str]) -> list[int]:
@@ -50,7 +50,7 @@ def passkey_examples(
             except ValueError as error:
                 raise UserError(
                     f"pass keys in a context of {length} tokens: {error} and {_ROOM + 1} more; "
-                    "take a longer one"
+                    "choose a longer one"
                 ) from error
             examples.append(example)
     return examples
@@ -69,27 +69,27 @@ def retrieval(
     cache_dtype: str | None = None,
     say: Callable[[str], Any] = lambda line: None,
 ) -> list[dict[str, Any]]:
-    """Scores of hidden pass keys for each of `lengths` x `depths`.
+    """Score the retrieval of hidden pass keys for each of `lengths` x `depths`.
 
     Args:
-      model: kernels that are "auto" are chosen for each length.
+      model: need not be resolved; the attention kernel is chosen for each length.
       params: training parameters.
       tokenizer: the model's.
-      lengths: tokens of whole contexts, prompt and answer; beyond the window of training too.
+      lengths: tokens of complete contexts, prompt and answer; may exceed the training window.
       depths: 0 at the beginning of the context, 1 just before the question.
-      samples: examples a cell.
-      seed: of the examples; the same ones for every model with this tokenizer.
-      needles: keys of as many names in a context; one is asked for.
+      samples: examples per length and depth.
+      seed: of the examples, which are the same for every model with this tokenizer.
+      needles: keys per context, each with a different name; the question is about one of them.
       cache_dtype: of keys and values; None for the model's compute dtype.
-      say: takes a line of progress a length.
+      say: prints a line of progress per length.
 
     Returns:
       Rows {"length", "depth", "samples", "exact", "nats", "nats_error"}: the share of keys that
-      greedy decoding writes right, and mean nats of a whole answer (a blind guess: log 90,000 =
-      11.4).
+      greedy decoding writes correctly, and the mean nats of a complete answer (a blind guess: log
+      90,000 = 11.4).
 
     Raises:
-      UserError: a length too short for the question, or longer than learned positions.
+      UserError: a length is too short for the question, or longer than the learned positions.
     """
     rows = []
     for length in lengths:
@@ -99,5 +99,5 @@ def retrieval(
             cell = scoring.select(scores, range(at * samples, (at + 1) * samples))
             rows.append({"length": length, "depth": depth, **scoring.summary(cell)})
         whole = scoring.summary(scores)
-        say(f"{length:,} tokens: {whole['exact']:.0%} right, {whole['nats']:.2f} nats an answer")
+        say(f"{length:,} tokens: {whole['exact']:.0%} right, {whole['nats']:.2f} nats per answer")
     return rows

@@ -1,4 +1,4 @@
-"""The report on one model, or on several side by side: what is measured, in which order."""
+"""Measures the parts of the report, in order, on one or several models."""
 
 import dataclasses
 import datetime
@@ -27,39 +27,39 @@ from mea_jax.evaluate.retrieval import DEPTHS, retrieval, shortest_context
 from mea_jax.evaluate.token_losses import ALL, Losses, domain_losses
 
 PARTS = ("loss", "positions", "passkey", "arithmetic", "speed")
-LENGTHS = (0.5, 1.0, 2.0, 4.0)  # windows of training
+LENGTHS = (0.5, 1.0, 2.0, 4.0)  # multiples of the training window
 CONTEXTS = (256, 1024, 4096, 16384)
 Say = Callable[[str], Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """The options of a profile. `None` where the default depends on the models."""
+    """The options of a profile; None if the default depends on the models."""
 
     parts: tuple[str, ...] = PARTS
     seed: int = 0  # of the tasks
-    batch_size: int = 8  # held-out windows at once
+    batch_size: int = 8  # held-out windows per batch
     max_batches: int | None = None  # of each source; None: every held-out window
     lengths: tuple[float, ...] | None = None  # of pass-key contexts, in windows; None: `LENGTHS`
     depths: tuple[float, ...] = DEPTHS
-    samples: int = 20  # of a cell of pass keys, or a kind of arithmetic
-    needles: int = 1  # keys in a context
+    samples: int = 20  # per length and depth of pass keys, and per kind of arithmetic
+    needles: int = 1  # keys per context
     contexts: tuple[int, ...] | None = None  # of speed; None: `CONTEXTS`
-    rows: int = 1  # sequences at once, of speed
+    rows: int = 1  # sequences per batch, of speed
     repeats: int = 5  # rounds of speed
-    prefill: bool = True  # whether speed reads and times prompts
+    prefill: bool = True  # whether speed prefills and times prompts
     cache_dtype: str | None = None  # None: the compute dtype
 
 
 def environment() -> dict[str, Any]:
-    """Return versions, commit and machine: what is needed to reproduce the figures."""
+    """Return command, date, versions, commit and machine, as needed to reproduce a report."""
     device = jax.devices()[0]
     packages = ("jax", "jaxlib", "flax", "numpy", "orbax-checkpoint", "tokenizers")
     command = ["git", "-C", str(Path(mea_jax.__file__).parent), "rev-parse", "--short", "HEAD"]
     try:
         commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        commit = None  # installed without its history
+        commit = None  # installed without git history
     return {
         "command": sys.argv,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -79,27 +79,27 @@ def environment() -> dict[str, Any]:
 
 
 def held_out_text(first: Loaded, say: Say) -> Prepared:
-    """The windows of a checkpoint's own data config, tokenized with its own tokenizer.
+    """Prepare the windows of a checkpoint's own data config, tokenized with its own tokenizer.
 
-    Raises `UserError` where its texts are not on this machine.
+    Raise `UserError` if there is no held-out text, or its texts are not on this machine.
     """
     remedy = (
-        "; run where the training's texts are (relative paths count from there), or leave out what "
-        "needs them: --parts passkey,arithmetic,speed"
+        "; run in the directory that the paths of the training texts are relative to, or leave out "
+        "what needs them: --parts passkey,arithmetic,speed"
     )
     config = first.config.data
     none = UserError(
-        f"the data of {first.run} hold no held-out text (held_out_fraction is "
+        f"the data of {first.run} have no held-out text (held_out_fraction is "
         f"{config.held_out_fraction}): leave out loss and positions with --parts"
     )
-    if not split.has_held_out(config):  # known before anything is read
+    if not split.has_held_out(config):  # before anything is read
         raise none
-    if not bpe_size(config.tokenizer):  # a file, which may have moved: the run has a copy
+    if not bpe_size(config.tokenizer):  # a file that may have moved; the run has a copy
         config = dataclasses.replace(config, tokenizer=str(first.run / "tokenizer"))
     try:
         prepared = prepare(config, first.config.model.vocab_size, log=say)
         if prepared.tokenizer.content != first.tokenizer.content:
-            say("the texts here are not those of training (another tokenizer comes of them)")
+            say("texts differ from those of training: they yield a different tokenizer")
             config = dataclasses.replace(config, tokenizer=str(first.run / "tokenizer"))
             prepared = prepare(config, first.config.model.vocab_size, log=say)
     except UserError as error:
@@ -110,9 +110,10 @@ def held_out_text(first: Loaded, say: Say) -> Prepared:
 
 
 def settle(models: Sequence[Loaded], options: Options, say: Say) -> Options:
-    """`options` with defaults filled in, of which those that a model cannot take are left out.
+    """Fill in the defaults of `options`, except those that a model does not support.
 
-    Raises `UserError` for what was asked for and cannot be.
+    Report the defaults that are left out through `say`. Raise `UserError` if a model does not
+    support an option that is given.
     """
     limits = [limit for model in models if (limit := model.longest()) is not None]
     limit, window = min(limits, default=None), models[0].config.data.context_length
@@ -132,16 +133,16 @@ def settle(models: Sequence[Loaded], options: Options, say: Say) -> Options:
             )
             if round(x * window) < shortest:
                 raise UserError(
-                    f"--lengths {x:g} is {round(x * window)} tokens, and a pass key with its "
-                    f"question takes {shortest}: give longer ones"
+                    f"--lengths {x:g} is {round(x * window)} tokens, but a pass key with its "
+                    f"question takes {shortest}: choose longer ones"
                 )
         if lengths is None and len(fitting) < len(LENGTHS):
-            say(f"pass keys: of {LENGTHS} windows of {window} only {fitting} can be asked")
+            say(f"pass keys: of {LENGTHS} windows of {window} tokens, only {fitting} fit")
         lengths = fitting if lengths is None else lengths
         if not lengths:
             raise UserError(
                 f"no default context for pass keys fits (a question takes {shortest} tokens): give "
-                "--lengths in windows of training, or leave passkey out of --parts"
+                "--lengths in training windows, or leave passkey out of --parts"
             )
     contexts = options.contexts
     if "speed" in options.parts:
@@ -150,11 +151,12 @@ def settle(models: Sequence[Loaded], options: Options, say: Say) -> Options:
         if contexts is None:
             contexts = tuple(c for c in CONTEXTS if fits(c, limit)) or (limit or window,)
             if len(contexts) < len(CONTEXTS):
-                say(f"speed: of {CONTEXTS} positions only {contexts}: a model learned {limit}")
+                say(f"speed: of {CONTEXTS} positions, only {contexts}: a model learned {limit}")
     return dataclasses.replace(options, lengths=lengths, contexts=contexts)
 
 
 def fits(length: int, limit: int | None) -> bool:
+    """Return whether `length` is at most `limit`; None means no limit."""
     return limit is None or length <= limit
 
 
@@ -210,16 +212,16 @@ def profile(
     say: Say = lambda line: None,
     save: Callable[[dict[str, Any]], Any] = lambda report: None,
 ) -> dict[str, Any]:
-    """Measures `options.parts` of all models; the tree of report.json.
+    """Measure `options.parts` of all models; return the contents of report.json.
 
     Args:
       models: comparable ones (`models.check_comparable`); increases are over the first.
       options: from `settle`.
-      say: takes lines of progress.
-      save: is given the report so far after each part.
+      say: prints a line of progress.
+      save: is called with the report so far after each part.
 
     Raises:
-      UserError: held-out text that cannot be read.
+      UserError: held-out text cannot be read.
     """
     window = models[0].config.data.context_length
     report: dict[str, Any] = {
@@ -301,7 +303,7 @@ def profile(
 
 
 def _description(model: Loaded, window: int, cache_dtype: str | None) -> dict[str, Any]:
-    """A model's row before anything is measured."""
+    """Return a model's entry in the report before anything is measured."""
     generator = model.generator(window, cache_dtype)
     return {
         "name": model.name,

@@ -1,6 +1,6 @@
-"""Answers of a model, given through the KV cache in which it is served, and how good they are.
+"""Scores a model's answers, generated through its KV cache as in serving.
 
-Letters: E examples, A tokens of an answer, P of a prompt.
+Letters: E examples, A tokens of an answer, P tokens of a prompt.
 """
 
 import dataclasses
@@ -21,14 +21,14 @@ from mea_jax.generate import decode
 from mea_jax.generate.generator import Decoding, Generator, continuation
 from mea_jax.ops.backend import resolve
 
-_TOKENS = 1 << 16  # of cache that all rows of a batch take together
-MARGIN = 2  # tokens generated beyond an answer's: a longer number must not pass for a right one
+_TOKENS = 1 << 16  # cache positions of a batch, over all rows
+MARGIN = 2  # tokens generated past an answer's length, so that a longer number counts as wrong
 _NUMBER = re.compile(r"\s*(-?\d+)")
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """An example as tokens; the prompt begins with the start, as a document in training."""
+    """An example as tokens; the prompt starts with the begin token, as documents in training do."""
 
     prompt: list[int]
     answer: list[int]
@@ -39,27 +39,27 @@ class Encoded:
 class Scores:
     """The scores of the examples, in order."""
 
-    exact_E: np.ndarray  # bool: the number that greedy decoding writes is the answer
-    nats_E: np.ndarray  # float64: negative log-likelihood of the answer, all tokens together
+    exact_E: np.ndarray  # bool: greedy decoding writes the right number
+    nats_E: np.ndarray  # float64: negative log-likelihood of the answer, summed over its tokens
 
 
 class Answerer(Protocol):
-    """The interface of a model for `score`."""
+    """The interface of a model that `score` uses."""
 
     def generate(self, prompts: Sequence[list[int]], count: int) -> list[list[int]]:
-        """At most `count` greedy tokens after each prompt."""
+        """Generate at most `count` greedy tokens after each prompt."""
         ...
 
     def nats(self, prompts: Sequence[list[int]], answers: Sequence[list[int]]) -> np.ndarray:
-        """Negative log-likelihood in nats of each answer after its prompt, (E,)."""
+        """Return the negative log-likelihood in nats of each answer after its prompt, (E,)."""
         ...
 
 
 def encode(tokenizer: Tokenizer, examples: Sequence[Example]) -> list[Encoded]:
-    """Tokens of examples: the answer's are those that it adds to its prompt.
+    """Encode examples; an answer's tokens are those that it adds to the prompt's.
 
-    Where a tokenizer would merge the two, the answer is encoded by itself: that is what a model can
-    write behind the prompt.
+    If the tokenizer merges tokens across the two, the answer is encoded separately, because that is
+    what a model can write after the prompt.
     """
     prompts = tokenizer.encode_batch([e.prompt for e in examples])
     wholes = tokenizer.encode_batch([e.prompt + e.answer for e in examples])
@@ -75,13 +75,13 @@ def encode(tokenizer: Tokenizer, examples: Sequence[Example]) -> list[Encoded]:
 
 
 def number(text: str) -> str | None:
-    """The number that `text` begins with, white space apart; None: it does not."""
+    """Return the integer at the beginning of `text`, after any white space, or None."""
     found = _NUMBER.match(text)
     return found[1] if found else None
 
 
 def score(tokenizer: Tokenizer, examples: Sequence[Encoded], answerer: Answerer) -> Scores:
-    """Both scores of all examples."""
+    """Return both scores of all examples."""
     prompts, answers = [e.prompt for e in examples], [e.answer for e in examples]
     count = max(map(len, answers)) + MARGIN
     new = answerer.generate(prompts, count)
@@ -91,7 +91,7 @@ def score(tokenizer: Tokenizer, examples: Sequence[Encoded], answerer: Answerer)
 
 
 def _answer_nll(served, length, dtype, params, tokens_BP, lengths_B, answers_BA) -> jax.Array:
-    """Nats of each token of answers that are forced upon the model one by one, (B, A)."""
+    """Return the nats of each answer token by teacher forcing, one step at a time, (B, A)."""
     cache = decode.empty_cache(served, tokens_BP.shape[0], length, dtype)
     positions_BP = jnp.broadcast_to(jnp.arange(tokens_BP.shape[1])[None], tokens_BP.shape)
     segments_BP = (positions_BP < lengths_B[:, None]).astype(jnp.int32)
@@ -108,9 +108,9 @@ def _answer_nll(served, length, dtype, params, tokens_BP, lengths_B, answers_BA)
 
 
 class Served:
-    """The `Answerer` of a model behind its cache. One shape is compiled for all batches of a call.
+    """An `Answerer` that serves a model from its KV cache.
 
-    `rows`: examples at once, at most.
+    Each call compiles one shape for all of its batches. `rows` is the maximum batch size.
     """
 
     def __init__(self, generator: Generator, rows: int):
@@ -119,7 +119,7 @@ class Served:
         self._nll: Any = jax.jit(functools.partial(_answer_nll, *static))
 
     def _batches(self, total: int) -> list[list[int]]:
-        """Numbers of examples in batches of equal size; the last one's last is repeated."""
+        """Return example indices in batches of equal size, padded with the last index."""
         batches = -(-total // self.rows)
         size = -(-total // batches)
         return [
@@ -152,7 +152,7 @@ class Served:
 
 
 def summary(scores: Scores) -> dict[str, Any]:
-    """{"samples", "exact": share, "nats": mean per answer, "nats_error": its standard error}."""
+    """Return {"samples", "exact": share, "nats": mean per answer, "nats_error": its error}."""
     count = len(scores.nats_E)
     error = float(scores.nats_E.std(ddof=1) / count**0.5) if count > 1 else float("nan")
     return {
@@ -164,7 +164,7 @@ def summary(scores: Scores) -> dict[str, Any]:
 
 
 def select(scores: Scores, chosen: Sequence[int]) -> Scores:
-    """The scores of some of the examples."""
+    """Return the scores of the chosen examples."""
     where = np.asarray(chosen, int)
     return Scores(scores.exact_E[where], scores.nats_E[where])
 
@@ -177,10 +177,10 @@ def through_cache(
     length: int,
     cache_dtype: str | None = None,
 ) -> Scores:
-    """Scores of a model that is served from a cache of `length` positions.
+    """Score a model that is served from a cache of `length` positions.
 
-    Kernels are chosen for that length. Raises `UserError` where the model has no such positions, or
-    an example no room.
+    The attention kernel is chosen for that length. Raise `UserError` if the model lacks that many
+    positions, or an example does not fit.
     """
     auto = dataclasses.replace(model, attention_kernel="auto")
     resolved = resolve(auto, [jax.devices()[0]], length)

@@ -1,7 +1,7 @@
-"""Tokens per second of decoding, and seconds of prefill, against the length of the context.
+"""Measures decoding in tokens per second and prefill in seconds, by context length.
 
-Models take turns, A B A B, in one process: on a shared machine only their ratios within a round
-mean anything.
+Models take turns, A B A B, in one process: on a shared machine only their ratios within a round are
+meaningful.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from mea_jax.ops.backend import resolve
 def interleaved(
     runs: Mapping[str, Callable[[], Any]], repeats: int, warmup: int = 1
 ) -> dict[str, list[float]]:
-    """Seconds of `repeats` calls of each run: one of each in turn, then again."""
+    """Return the seconds of `repeats` calls of each run, in rounds of one call of each."""
     for run in runs.values():
         for _ in range(warmup):
             jax.block_until_ready(run())
@@ -38,13 +38,13 @@ def interleaved(
 
 
 def quartiles(values: Sequence[float]) -> dict[str, float]:
-    """{"median", "low", "high"}: the second, first and third quartile."""
+    """Return {"median", "low", "high"}: the second, first and third quartile."""
     low, median, high = np.quantile(values, (0.25, 0.5, 0.75))
     return {"median": float(median), "low": float(low), "high": float(high)}
 
 
 def _fill(served, length, dtype, params, tokens_BT) -> tuple[jax.Array, Cache]:
-    """A cache full of a prompt, and the token after it, as generation makes them."""
+    """Prefill a cache with prompts; return the greedy next token of each row, and the cache."""
     cache = decode.empty_cache(served, tokens_BT.shape[0], length, dtype)
     positions_BT = jnp.broadcast_to(jnp.arange(length)[None], tokens_BT.shape)
     segments_BT = jnp.ones_like(tokens_BT)
@@ -53,9 +53,9 @@ def _fill(served, length, dtype, params, tokens_BT) -> tuple[jax.Array, Cache]:
 
 
 def _cycle(served, params, cache: Cache, tokens_B: jax.Array) -> tuple[Cache, jax.Array]:
-    """`RECENT` greedy tokens and the flush of them: what generation repeats.
+    """Decode `RECENT` greedy tokens and flush them to the cache, as generation does repeatedly.
 
-    The last `RECENT` slots are written over, so that the context does not grow while it is timed.
+    This overwrites the last `RECENT` slots, so that the context does not grow while it is timed.
     """
     slots = cache.segment_ids_BS.shape[1]
     before_B = jnp.full_like(cache.lengths_B, max(slots - RECENT, 0))
@@ -71,7 +71,7 @@ def _cycle(served, params, cache: Cache, tokens_B: jax.Array) -> tuple[Cache, ja
 
 
 def _taken_as_full(served, rows: int, length: int, dtype) -> tuple[jax.Array, Cache]:
-    """Return a cache like that of `_fill`, with all keys and values 0."""
+    """Return tokens and a cache like those of `_fill`, with all keys and values 0."""
     cache = decode.empty_cache(served, rows, length, dtype)
     cache = dataclasses.replace(
         cache,
@@ -90,9 +90,10 @@ def _programs(
     cache_dtype: str | None,
     prompts: bool,
 ) -> tuple[Callable[[], Any] | None, Callable[[], Any]]:
-    """Calls that prefill `rows` prompts of `context` tokens, and that decode `RECENT` more each.
+    """Compile a prefill of `rows` prompts of `context` tokens, and a decode of `RECENT` more each.
 
-    Without `prompts` nothing is prefilled, and the first is None.
+    Return both as functions without arguments. Without `prompts` nothing is prefilled, and the
+    first is None.
     """
     auto = dataclasses.replace(model, attention_kernel="auto")
     resolved = resolve(auto, [jax.devices()[0]], context)
@@ -132,25 +133,24 @@ def speeds(
     prefill: bool = True,
     say: Callable[[str], Any] = lambda line: None,
 ) -> dict[str, list[dict[str, Any]]]:
-    """Speed of each model at each context, the models in turn.
+    """Measure the speed of each model at each context length, the models in turn.
 
     Args:
-      models: (model, training parameters) by name; kernels that are "auto" are chosen for each
-        context.
-      contexts: slots of the cache: a step reads as many, whatever the model.
-      rows: sequences at once.
-      repeats: rounds; each decodes `kv_cache.RECENT` tokens a row, the flush of the cache included.
+      models: (model, training parameters) by name; the attention kernel is chosen for each context.
+      contexts: slots of the cache, all of which a step of any model reads.
+      rows: sequences per batch.
+      repeats: rounds; each decodes `kv_cache.RECENT` tokens per row, including the cache's flush.
       cache_dtype: of keys and values; None for the model's compute dtype.
-      prefill: whether prompts are read and timed, which takes most of the time of long contexts;
-        if not, caches are taken as full of zeros: the same program, the same bytes.
-      say: takes a line of progress a context.
+      prefill: whether to prefill and time prompts, which takes most of the time for long contexts.
+        Otherwise caches are full of zeros: the same program reads the same number of bytes.
+      say: prints a line of progress per model and context.
 
     Returns:
-      For each name rows {"context", "rows", "tokens_per_second", "over_first",
-      "prefill_seconds", "prefill_over_first"}; but for the first two, quartiles over the rounds:
-      {"median", "low", "high"}. `tokens_per_second` counts all rows, `over_first` divides it by
-      that of the first model in the same round; `prefill_over_first` likewise divides seconds.
-      Without `prefill` those two are not there.
+      For each name, rows {"context", "rows", "tokens_per_second", "over_first",
+      "prefill_seconds", "prefill_over_first"}. All but the first two are quartiles over the rounds:
+      {"median", "low", "high"}. `tokens_per_second` counts all rows; `over_first` divides it by
+      that of the first model in the same round. `prefill_over_first` likewise divides seconds. The
+      last two are missing without `prefill`.
     """
     result: dict[str, list[dict[str, Any]]] = {name: [] for name in models}
     first = next(iter(models))
@@ -159,7 +159,7 @@ def speeds(
             name: _programs(model, params, context, rows, cache_dtype, prefill)
             for name, (model, params) in models.items()
         }
-        # Each of these has been run once, to fill its cache.
+        # Each of these has already run once, to fill its cache.
         fills = {name: p[0] for name, p in programs.items() if p[0] is not None}
         filling = interleaved(fills, repeats, warmup=0)
         decoding = interleaved({name: p[1] for name, p in programs.items()}, repeats)

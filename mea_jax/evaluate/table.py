@@ -1,4 +1,4 @@
-"""The report as a table for the terminal: measures down, models across."""
+"""Formats the report as a table for the terminal: one row per measure, one column per model."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -8,12 +8,12 @@ Report = Mapping[str, Any]
 
 
 def short(source: str) -> str:
-    """A source's name without its path: "jsonl:texts/english.jsonl" is "english.jsonl"."""
+    """Strip the path from a source's name: "jsonl:texts/en.jsonl" becomes "en.jsonl"."""
     return source.split(":", 1)[1].rstrip("/").rsplit("/", 1)[-1] if ":" in source else source
 
 
 def text(report: Report) -> str:
-    """The whole table. Of all models but the first, losses and speeds are set against its."""
+    """Return the complete table, with losses and speeds also relative to the first model."""
     models = report["models"]
     rows: list[list[str]] = [["", *(model["name"] for model in models)]]
 
@@ -31,7 +31,7 @@ def text(report: Report) -> str:
             for m in models[1:]
         ],
     )
-    add("  held as", [f"{m['cache']['dtype']}, {m['cache']['forms']}" for m in models])
+    add("  stored as", [f"{m['cache']['dtype']}, {m['cache']['forms']}" for m in models])
     if "loss" in first:
         add("held-out loss, nats per token", [""] * len(models))
         for name in first["loss"]:
@@ -43,12 +43,12 @@ def text(report: Report) -> str:
             cells = [m["positions"]["all"][i] for m in models]
             add(f"  {bucket['from']:,} to {bucket['to']:,}", _against(cells, "loss"))
     if "passkey" in first:
-        add("pass keys right (nats an answer)", [""] * len(models))
+        add("pass keys right (nats per answer)", [""] * len(models))
         for length in dict.fromkeys(row["length"] for row in first["passkey"]):
             chosen = [[r for r in m["passkey"] if r["length"] == length] for m in models]
             add(f"  {length:,} tokens", [_answers(some) for some in chosen])
     if "arithmetic" in first:
-        add("sums right (nats an answer)", [""] * len(models))
+        add("sums right (nats per answer)", [""] * len(models))
         for digits in dict.fromkeys(row["digits"] for row in first["arithmetic"]):
             chosen = [[r for r in m["arithmetic"] if r["digits"] == digits] for m in models]
             add(f"  {digits} digit{'s' if digits > 1 else ''}", [_answers(some) for some in chosen])
@@ -75,7 +75,7 @@ def _number(value: float | None, how: str) -> str:
 
 
 def _against(cells: Sequence[Mapping[str, Any]], key: str) -> list[str]:
-    """The first one's value, and the others' increases over it, each with its standard error."""
+    """Return the first value, and the others' increases over it, each with its standard error."""
 
     def with_error(value: str, error: float) -> str:
         return f"{value} ±{error:.4f}" if math.isfinite(error) else value
@@ -94,7 +94,7 @@ def _times(values: Sequence[str], cells: Sequence[Mapping[str, Any]], ratio: str
 
 
 def _answers(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The share of right answers and mean nats over rows, by their samples."""
+    """Return the share of right answers and mean nats over rows, weighted by their samples."""
     samples = sum(row["samples"] for row in rows)
     exact = sum(row["samples"] * row["exact"] for row in rows) / samples
     nats = sum(row["samples"] * row["nats"] for row in rows) / samples

@@ -1,15 +1,15 @@
-"""Tasks with right and wrong answers, as text for any tokenizer: pass keys, sums, tables to recall.
+"""Draws tasks with right and wrong answers as text: pass keys, sums, tables to recall.
 
     python -m mea_jax.evaluate.tasks --out passkeys.jsonl --documents 20000 --seed 1 --length 600
 
-writes training documents ({"text": ...} a line): as one more `jsonl` source of the data they teach
-a model these forms, without which a small one cannot do them. A document should be well shorter
-than the window, or a key is often cut off from its question; at 3 letters a token, 600 letters suit
-a window of 256.
+writes training documents, one {"text": ...} per line. Added to the data as a `jsonl` source, they
+teach a model the formats of these tasks, which a small model cannot solve otherwise. A document
+should be much shorter than the window; otherwise a key is often separated from its question. At 3
+letters per token, 600 letters suit a window of 256.
 
-What is asked in an evaluation never occurs in these documents, whatever the seeds: a hash of a pass
-key, of a problem (a + b and b + a are one), or of a row of a table puts a fifth of all on the side
-of evaluation (`side`), and each side draws from its own.
+Evaluation questions never occur in these documents, for any seed. `side` assigns a fifth of all
+pass keys, problems (a + b and b + a are one) and table rows to the evaluation split by a hash, and
+the rest to the training split. Each split draws only from its own.
 """
 
 import json
@@ -27,13 +27,13 @@ from mea_jax.errors import UserError, nearest
 
 TRAIN, EVALUATION = "train", "evaluation"
 KINDS = ("passkey", "arithmetic", "recall", "repeat")
-USUAL_KINDS = KINDS[:2]  # what `mea_jax.evaluate` itself asks
+USUAL_KINDS = KINDS[:2]  # those that `mea_jax.evaluate` itself measures
 OPERATIONS = ("+", "-")
 _EVALUATION_SHARE = 0.2
 _KEYS = (10_000, 100_000)  # all five-digit numbers
-_BLOCK = 64  # sentences drawn and measured at once
-_MOST_NEEDLES = 3  # of a training document
-_NUMBERS = 0.25  # of a list's items
+_BLOCK = 64  # sentences drawn and measured together
+_MOST_NEEDLES = 3  # pass keys of a training document
+_NUMBERS = 0.25  # share of a list's items that are numbers
 
 Measure = Callable[[Sequence[str]], Sequence[int]]  # sizes of texts, in letters or tokens
 
@@ -75,30 +75,30 @@ _VALUES = (*_ADJECTIVES, *_NOUNS, *_VERBS)  # of tables
 
 @dataclass(frozen=True)
 class Example:
-    """A question: the text before the answer, and the answer with the space before it."""
+    """A question: the text before the answer, and the answer with its leading space."""
 
     prompt: str
     answer: str
 
 
 def letters(texts: Sequence[str]) -> list[int]:
-    """The measure of texts in letters."""
+    """Return the sizes of texts in letters."""
     return [len(text) for text in texts]
 
 
 def side(name: str) -> str:
-    """Return whether what is asked under `name` belongs to `TRAIN` or `EVALUATION`."""
+    """Return the split, `TRAIN` or `EVALUATION`, of the question with this name."""
     share = unit_hash(f"mea_jax task: {name}")
     return EVALUATION if share < _EVALUATION_SHARE else TRAIN
 
 
 def key_side(key: int) -> str:
-    """The side of a pass key."""
+    """Return the split of a pass key."""
     return side(f"pass key {key}")
 
 
 def problem_side(a: int, operation: str, b: int) -> str:
-    """The side of a problem; the same for a + b and b + a."""
+    """Return the split of a problem, which is the same for a + b and b + a."""
     a, b = (min(a, b), max(a, b)) if operation == "+" else (a, b)
     return side(f"{a} {operation} {b}")
 
@@ -127,7 +127,10 @@ def _needle(name: str, key: int) -> str:
 
 
 def _question(name: str) -> str:
-    """The key stands right after the name here as it does in the needle: see `_table_text`."""
+    """Return the question, which ends with the name so that the key follows as in the needle.
+
+    See `_table_text` for the reason.
+    """
     return f"\nQuestion: what is the pass key of {name}?\nAnswer: {name}"
 
 
@@ -138,14 +141,14 @@ def _hide(
     size: int,
     measure: Measure,
 ) -> str:
-    """Filler with `needles` (depth, text) in it and `end` after it, as long as `size` allows.
+    """Return the longest text within `size`: filler with `needles` (depth, text) in it, then `end`.
 
-    Raises `ValueError` where not even needles and end fit.
+    Raise `ValueError` if needles and end alone do not fit.
     """
 
     def text(count: int) -> str:
         pieces = list(filler[:count])
-        # The deepest first, so that those before do not move it.
+        # Insert the deepest first, so that earlier ones do not shift it.
         for depth, needle in sorted(needles, reverse=True):
             pieces.insert(round(depth * count), needle)
         return " ".join(pieces) + end
@@ -159,7 +162,7 @@ def _hide(
         filler += [_sentence(rng) for _ in range(_BLOCK)]
         sizes += measure([f" {sentence}" for sentence in filler[-_BLOCK:]])
     count = int(np.searchsorted(np.cumsum(sizes), size - least, side="right"))
-    while (excess := measure([text(count)])[0] - size) > 0:  # pieces may be longer together
+    while (excess := measure([text(count)])[0] - size) > 0:  # joined pieces may be longer
         count = max(0, count - -(-excess // max(max(sizes), 1)))
     return text(count)
 
@@ -173,21 +176,22 @@ def passkey(
     which: str = EVALUATION,
     measure: Measure = letters,
 ) -> Example:
-    """One pass key hidden in filler, asked for at the end.
+    """Hide a pass key in filler and ask for it at the end.
 
     Args:
-      rng: everything is drawn from it.
-      size: of the prompt by `measure`, at most and but for one sentence.
-      depth: where the key stands in the filler: 0 at its beginning, 1 at its end.
-      needles: keys in all; those of other names lie anywhere.
-      which: the side that keys are drawn from.
-      measure: sizes of texts.
+      rng: source of all random draws.
+      size: maximum size of the prompt by `measure`, which it reaches within one sentence.
+      depth: position of the key in the filler: 0 at its beginning, 1 at its end.
+      needles: total number of keys; the other ones have other names and random depths.
+      which: the split that keys are drawn from.
+      measure: returns the sizes of texts.
 
     Raises:
-      ValueError: `size` is too short for the question, or `needles` are more than there are names.
+      ValueError: `size` is too short for the question, or `needles` is not between 1 and the number
+        of names.
     """
     if not 1 <= needles <= len(_NAMES):
-        raise ValueError(f"needles={needles} must lie in [1, {len(_NAMES)}]")
+        raise ValueError(f"needles={needles} must be in [1, {len(_NAMES)}]")
     names = [_NAMES[i] for i in rng.choice(len(_NAMES), needles, replace=False)]
     keys = [_draw_key(rng, which) for _ in names]
     depths = [depth, *rng.random(needles - 1).tolist()]
@@ -196,13 +200,13 @@ def passkey(
 
 
 def shortest_passkey(needles: int) -> int:
-    """Letters of the longest prompt of `passkey` without any filler."""
+    """Return the letters of the longest prompt of `passkey` without any filler."""
     name = max(_NAMES, key=len)
     return needles * len(f"{_needle(name, _KEYS[0])} ") + len(_question(name))
 
 
 def _passkey_document(rng: np.random.Generator, size: int) -> str:
-    """One to three keys, each of them asked for."""
+    """Return a document with one to three keys and a question for each."""
     names = [_NAMES[i] for i in rng.permutation(len(_NAMES))]
     for count in range(int(rng.integers(1, _MOST_NEEDLES + 1)), 0, -1):
         keys = [_draw_key(rng, TRAIN) for _ in range(count)]
@@ -223,7 +227,7 @@ def _passkey_document(rng: np.random.Generator, size: int) -> str:
 def _draw_problem(
     rng: np.random.Generator, operation: str, digits: int, which: str
 ) -> tuple[str, str]:
-    """("23 + 58 =", " 81\\n") of two numbers with `digits` digits each; no result is negative."""
+    r"""Return ("23 + 58 =", " 81\n") for two numbers of `digits` digits; no result is negative."""
     low, high = (0 if digits == 1 else 10 ** (digits - 1)), 10**digits
     while True:
         a, b = (int(x) for x in rng.integers(low, high, 2))
@@ -242,7 +246,7 @@ def arithmetic(
     shots: int = 4,
     which: str = EVALUATION,
 ) -> Example:
-    """A problem after `shots` solved ones of its kind, which are always of the training side."""
+    """Draw a problem after `shots` solved ones of its kind, which are from the training split."""
     solved = ["".join(_draw_problem(rng, operation, digits, TRAIN)) for _ in range(shots)]
     question, answer = _draw_problem(rng, operation, digits, which)
     return Example("".join(solved) + question, answer)
@@ -262,9 +266,9 @@ def _arithmetic_document(rng: np.random.Generator, size: int) -> str:
 
 
 def recall(rng: np.random.Generator, *, pairs: int, which: str = EVALUATION) -> Example:
-    """A table of `pairs` names with a word each, and one of them asked for again.
+    """Draw a table of `pairs` names with a word each, and repeat one name as the question.
 
-    Raises `ValueError` where there are fewer names.
+    Raise `ValueError` unless `pairs` is between 1 and the number of names.
     """
     table = _draw_table(rng, pairs, which)
     name, value = table[int(rng.integers(pairs))]
@@ -272,14 +276,14 @@ def recall(rng: np.random.Generator, *, pairs: int, which: str = EVALUATION) -> 
 
 
 def recall_side(name: str, value: str) -> str:
-    """The side of a row of a table."""
+    """Return the split of a row of a table."""
     return side(f"{name} has {value}")
 
 
 def _draw_table(rng: np.random.Generator, pairs: int, which: str) -> list[tuple[str, str]]:
-    """Rows of different names and different words."""
+    """Draw rows with different names and different words."""
     if not 1 <= pairs <= len(_NAMES):
-        raise ValueError(f"pairs={pairs} must lie in [1, {len(_NAMES)}]")
+        raise ValueError(f"pairs={pairs} must be in [1, {len(_NAMES)}]")
     table: dict[str, str] = {}
     for i in rng.choice(len(_NAMES), pairs, replace=False):
         while True:
@@ -291,15 +295,16 @@ def _draw_table(rng: np.random.Generator, pairs: int, which: str) -> list[tuple[
 
 
 def _table_text(table: Sequence[tuple[str, str]]) -> str:
-    """A row a line, as it is asked for, so that tokens are the same: with " Ada" in the table and
-    "Ada" in the question a small model finds nothing. Nor does it where something stands between
-    name and value, as the token of the space before a number.
+    """Format a table with one row per line, so that a name has the same tokens in the question.
+
+    With " Ada" in the table and "Ada" in the question, a small model finds nothing. The same is
+    true if a token separates name and value, such as that of the space before a number.
     """
     return "Table:\n" + "".join(f"{name} {value}\n" for name, value in table) + "Again:\n"
 
 
 def _recall_document(rng: np.random.Generator, size: int) -> str:
-    """Tables, each followed by all of its rows in another order."""
+    """Return tables, each followed by all of its rows in another order."""
     text = ""
     while True:
         table = _draw_table(rng, int(rng.integers(2, 9)), TRAIN)
@@ -310,16 +315,16 @@ def _recall_document(rng: np.random.Generator, size: int) -> str:
         text += _table_text(table) + asked
 
 
-# -- lists, twice -------------------------------------------------------------------------------
+# -- repeated lists -----------------------------------------------------------------------------
 
 
 def _repeat_document(rng: np.random.Generator, size: int) -> str:
-    """Lists of words and a few numbers, the end of each said twice more, from anywhere on.
+    """Return lists of words and a few numbers, each followed by two of its tails.
 
-    Half of their tokens can be known from what stood after the same word before, and from nothing
-    else: not from places, and with no comma between. That is what pass keys and tables ask for too,
-    but a few tokens a document teach it slowly. No row of a table, no pass key and no sum occurs in
-    them.
+    The tails begin at random items. Half of the tokens can be predicted only from what followed the
+    same word before: positions do not help, and no comma separates the items. Pass keys and tables
+    need the same skill, but teach it slowly with their few such tokens per document. The lists
+    contain no row of a table, no pass key and no sum.
     """
     text = ""
     while True:
@@ -341,9 +346,10 @@ def _repeat_document(rng: np.random.Generator, size: int) -> str:
 def documents(
     count: int, seed: int, length: int, kinds: Sequence[str] = USUAL_KINDS
 ) -> Iterator[str]:
-    """`count` training documents of at most `length` letters, the kinds in turn.
+    """Yield `count` training documents of at most `length` letters, the kinds in turn.
 
-    Document i depends on (seed, i) alone. Lengths are drawn evenly from a quarter of `length` on.
+    Document i depends only on (seed, i), `length` and `kinds`. Target lengths are uniform between a
+    quarter of `length` and `length`.
     """
     makers = {
         "passkey": _passkey_document,
@@ -358,21 +364,22 @@ def documents(
 
 
 def main() -> None:
+    """Write the training documents to --out. Raise `UserError` for an option out of range."""
     kinds = [kind for kind in KINDS_FLAG.value if kind]
     for kind in kinds:
         if kind not in KINDS:
             raise UserError(f"--tasks {kind}: {nearest(kind, KINDS)}")
     if not kinds:
-        raise UserError(f"--tasks names none: choose from {', '.join(KINDS)}")
+        raise UserError(f"--tasks is empty: choose from {', '.join(KINDS)}")
     if OUT.value is None:
         raise UserError("no file given: add --out passkeys.jsonl")
     if DOCUMENTS.value < 1:
         raise UserError(f"--documents={DOCUMENTS.value} must be 1 or more")
     shortest = shortest_passkey(1) + len(" 10000.\n")
     if LENGTH.value < shortest:
-        raise UserError(f"--length={LENGTH.value}: a pass key with its question takes {shortest}")
+        raise UserError(f"--length={LENGTH.value}: a pass key takes {shortest} letters; raise it")
     if not 0 <= SEED.value < 2**32:
-        raise UserError(f"--seed={SEED.value} must lie in [0, 2^32)")
+        raise UserError(f"--seed={SEED.value} must be in [0, 2^32)")
     path, size = Path(OUT.value), 0
     texts = documents(DOCUMENTS.value, SEED.value, LENGTH.value, kinds)
     try:
@@ -382,15 +389,17 @@ def main() -> None:
                 size += len(text)
                 out.write(json.dumps({"text": text}) + "\n")
     except OSError as error:
-        raise UserError(f"--out {path} cannot be written: {error.strerror}") from error
+        raise UserError(
+            f"--out {path} cannot be written: {error.strerror}; choose another one"
+        ) from error
     print(f"{DOCUMENTS.value:,} documents, {size:,} letters in {path}")
 
 
 if __name__ == "__main__":
     OUT = flags.DEFINE_string("out", None, "the .jsonl file to write")
-    DOCUMENTS = flags.DEFINE_integer("documents", 20_000, "how many")
-    LENGTH = flags.DEFINE_integer("length", 600, "letters of a document, at most")
-    SEED = flags.DEFINE_integer("seed", 1, "of everything that is drawn")
+    DOCUMENTS = flags.DEFINE_integer("documents", 20_000, "number of documents")
+    LENGTH = flags.DEFINE_integer("length", 600, "maximum letters of a document")
+    SEED = flags.DEFINE_integer("seed", 1, "of all random draws")
     KINDS_FLAG = flags.DEFINE_list(
         "tasks", list(USUAL_KINDS), f"kinds of documents, in turn: {', '.join(KINDS)}"
     )

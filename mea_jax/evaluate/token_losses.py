@@ -1,6 +1,6 @@
-"""Held-out loss by source of text, and by how much context a token has.
+"""Measures held-out loss by source of text and by the length of a token's context.
 
-Letters: U documents, P buckets of position; the others as everywhere.
+Letters: U documents, P buckets of positions, C positions of a chunk; others as in architecture.md.
 """
 
 import dataclasses
@@ -25,15 +25,14 @@ from mea_jax.ops.backend import make_backend
 from mea_jax.ops.cross_entropy import positions_within
 from mea_jax.ops.statistics import ratio_of_sums
 
-ALL = "all"  # the name of all sources together
-_LOGITS = 256  # MiB of them at one time, where the config does not bound them
+ALL = "all"  # name of the total over all sources
+_LOGITS = 256  # MiB of logits in memory at the same time if the config sets no limit
 
 
 def token_nll(model: ModelConfig, params: Any, batch: Mapping[str, Any]) -> jax.Array:
-    """Negative log-likelihood of each target in nats, float32 (B, T); 0 where there is padding.
+    """Return the negative log-likelihood of each target in nats, float32 (B, T); 0 in padding.
 
-    `model` is resolved. Logits of no more positions exist at one time than `model.loss_chunk`
-    allows.
+    `model` is resolved. `model.loss_chunk` limits the MiB of logits in memory at the same time.
     """
     targets_BT = jnp.asarray(batch["targets"])
     segment_ids_BT = jnp.asarray(batch["segment_ids"])
@@ -46,7 +45,7 @@ def token_nll(model: ModelConfig, params: Any, batch: Mapping[str, Any]) -> jax.
     chunk = min(positions_within(model.loss_chunk or _LOGITS, kernel_DV.shape[1]), positions)
     count = -(-positions // chunk)
 
-    def chunks(y):  # (B, T, ...) to (chunks, positions of one, ...), filled up with zeros
+    def chunks(y):  # (B, T, ...) to (chunks, positions per chunk, ...), padded with zeros
         y = y.reshape(positions, *y.shape[2:])
         y = jnp.pad(y, ((0, count * chunk - positions),) + ((0, 0),) * (y.ndim - 1))
         return y.reshape(count, chunk, *y.shape[1:])
@@ -68,7 +67,7 @@ def _compiled_nll(model: ModelConfig, params: Any, batch: Mapping[str, Any]) -> 
 
 
 def bucket_edges(length: int) -> tuple[int, ...]:
-    """Bounds of buckets over `length` positions: 0, 16, 32, 64, ..., `length`."""
+    """Return the bounds of buckets over `length` positions: 0, 16, 32, 64, ..., `length`."""
     edges = [0]
     while (edge := max(16, 2 * edges[-1])) < length:
         edges.append(edge)
@@ -77,17 +76,17 @@ def bucket_edges(length: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Losses:
-    """Sums of one source's held-out text, document by document and bucket by bucket.
+    """Sums over one source's held-out text, by document and bucket.
 
-    Bucket p holds the targets with edges[p] to edges[p + 1] - 1 tokens of their document before
-    their input within the window: what attention can look back on.
+    Bucket p contains the targets whose input has edges[p] to edges[p + 1] - 1 earlier tokens of the
+    same document in the window, which attention can read.
     """
 
     name: str
     nats_UP: np.ndarray  # float64
     tokens_UP: np.ndarray  # float64
     edges: tuple[int, ...]
-    bits_per_nat: float | None  # bits per byte of text for one nat per token; None: no text
+    bits_per_nat: float | None  # bits per byte for one nat per token; None without text
 
     @property
     def tokens(self) -> int:
@@ -99,12 +98,12 @@ class Losses:
 
     @property
     def loss(self) -> float:
-        """Nats per token."""
+        """The loss in nats per token."""
         return ratio_of_sums(self.nats_UP.sum(1), self.tokens_UP.sum(1))[0]
 
     @property
     def error(self) -> float:
-        """Standard error of `loss`, nats per token, over documents; nan for a single one."""
+        """The standard error of `loss` in nats per token, over documents; nan for one document."""
         return ratio_of_sums(self.nats_UP.sum(1), self.tokens_UP.sum(1))[1]
 
     @property
@@ -112,15 +111,14 @@ class Losses:
         return None if self.bits_per_nat is None else self.loss * self.bits_per_nat
 
     def increase(self, base: "Losses") -> tuple[float, float]:
-        """Nats per token above `base` on the same text, and its standard error.
+        """Return the nats per token above `base` on the same text, and its standard error.
 
-        Differences are taken document by document, so what makes one document harder than another
-        is not in the error.
+        Differences are paired by document, so the error excludes the documents' varying difficulty.
         """
         return ratio_of_sums((self.nats_UP - base.nats_UP).sum(1), self.tokens_UP.sum(1))
 
     def by_position(self, base: "Losses | None" = None) -> list[tuple[float, float]]:
-        """(nats per token, standard error) of each bucket; above those of `base`, if given."""
+        """Return (nats per token, standard error) of each bucket, or its increase over `base`."""
         nats_UP = self.nats_UP if base is None else self.nats_UP - base.nats_UP
         return [ratio_of_sums(n, t) for n, t in zip(nats_UP.T, self.tokens_UP.T, strict=True)]
 
@@ -135,20 +133,20 @@ def domain_losses(
     skip_bad: bool = False,
     progress: str = "",
 ) -> dict[str, Losses]:
-    """Held-out losses of each source of `prepared` by its name, and last of "all" together.
+    """Measure the held-out loss of each source of `prepared` by name; the last is the total, "all".
 
     Args:
       model: resolved for windows of `prepared.context_length` positions.
       params: training parameters.
       prepared: its held-out windows are read; sources without any are left out.
-      batch_size: B, windows at once.
-      max_batches: at most so many batches a source, spread evenly; None reads every window. Then
-        a document is what of it lies in one window.
+      batch_size: B, windows per batch.
+      max_batches: maximum number of batches per source, spread evenly; None reads every window. If
+        it skips windows, the part of a document in one window counts as one document.
       skip_bad: as in `pipeline.held_out_batches`.
-      progress: title of a bar on stderr, if that is a terminal; "": none.
+      progress: title of a progress bar on stderr if that is a terminal; "" for no bar.
 
     Raises:
-      UserError: there is no held-out text; a window that cannot be read.
+      UserError: there is no held-out text, or a window cannot be read.
     """
     edges = bucket_edges(prepared.context_length)
     found: dict[str, Losses] = {}
@@ -174,7 +172,7 @@ def domain_losses(
         found[name] = Losses(name, *sums.arrays(), edges, _bits_per_nat([source]))
     if not found:
         raise UserError(
-            "the data hold no held-out text: train with config.data.held_out_fraction above 0"
+            "the data have no held-out text: train with config.data.held_out_fraction above 0"
         )
     found[ALL] = Losses(
         ALL,
@@ -187,7 +185,7 @@ def domain_losses(
 
 
 def source_names(prepared: Prepared) -> list[str]:
-    """The sources' names, numbered where two are alike."""
+    """Return the sources' names, numbered if two are equal."""
     seen: Counter[str] = Counter()
     names = []
     for source in prepared.sources:
@@ -204,9 +202,10 @@ def _bits_per_nat(sources: Sequence[Any]) -> float | None:
 
 
 class _Sums:
-    """Nats and tokens by document and bucket, of windows that come in the order of the text.
+    """Nats and tokens by document and bucket, of windows in the order of the text.
 
-    A document begins at its `start`, and goes on in the next window unless windows are `sampled`.
+    A document begins at a `start` token and continues in the next window unless windows are
+    `sampled`.
     """
 
     def __init__(self, edges: tuple[int, ...], start: int, sampled: bool):
@@ -220,8 +219,8 @@ class _Sums:
         if self.sampled:
             begins_BT[:, 0] |= real_BT[:, 0]
         document = self.documents + np.cumsum(begins_BT.reshape(-1))[real_BT.reshape(-1)] - 1
-        # A stream starts with it; should a lost window have held it, what follows counts
-        # as of the first document.
+        # A stream begins with `start`. If that was in a window that could not be read, the tokens
+        # that follow count for the first document.
         document = np.maximum(document, 0)
         self.documents += int(begins_BT.sum())
         buckets = len(self.edges) - 1

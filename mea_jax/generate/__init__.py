@@ -1,1 +1,1 @@
-"""Text from a KV cache."""
+"""Text generation with a KV cache."""

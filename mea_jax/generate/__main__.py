@@ -1,4 +1,4 @@
-"""Continues prompts with a trained model, from its KV cache.
+"""The command that continues prompts with a trained model, using a KV cache.
 
 python -m mea_jax.generate --checkpoint runs/quickstart --prompt "def main("
 python -m mea_jax.generate --checkpoint runs/quickstart --prompts prompts.txt --output out.jsonl
@@ -36,9 +36,9 @@ def _check_flags() -> None:
     if (PROMPT.value is None) == (PROMPTS.value is None):
         raise UserError("give either --prompt TEXT or --prompts FILE")
     if PROMPT.value == "":
-        raise UserError("--prompt is empty: there is nothing to continue")
+        raise UserError("--prompt is empty: give at least one character")
     if OUTPUT.value and PROMPTS.value is None:
-        raise UserError("--output takes the JSON lines of --prompts; --prompt is printed")
+        raise UserError("--output works only with --prompts: replace --prompt, or remove --output")
 
 
 def _generate(session: Session, prompts: list[str]) -> None:
@@ -47,7 +47,7 @@ def _generate(session: Session, prompts: list[str]) -> None:
         reason = stream_one(session, prompts[0])
         print(f"\n{summary(session, 1)}; ended by {reason}", file=sys.stderr)
         return
-    # Refused before a file of results is opened, so that an old one is not lost.
+    # Check all prompts before opening the output file, so that errors do not overwrite an old one.
     ids = encode(session.generator, session.tokenizer, prompts, f"prompt {{}} of {PROMPTS.value}")
     records = continue_file(session, prompts, ids, batch)
     if OUTPUT.value is None:
@@ -57,12 +57,15 @@ def _generate(session: Session, prompts: list[str]) -> None:
             with open(OUTPUT.value, "w", encoding="utf-8") as out:
                 _write_records(records, out, len(prompts))
         except OSError as error:
-            raise UserError(f"--output {OUTPUT.value}: {error.strerror}") from error
-        print(f"{len(prompts)} lines in {OUTPUT.value}", file=sys.stderr)
+            raise UserError(
+                f"--output {OUTPUT.value}: {error.strerror}; choose another file"
+            ) from error
+        print(f"{len(prompts)} lines written to {OUTPUT.value}", file=sys.stderr)
     print(summary(session, batch), file=sys.stderr)
 
 
 def main() -> None:
+    """Run the command."""
     _check_flags()
     sampling = Sampling(TEMPERATURE.value, TOP_K.value, TOP_P.value)
     path = Path(PROMPTS.value or "")
@@ -89,35 +92,35 @@ def main() -> None:
         rows = min(BATCH_SIZE.value, len(prompts))
         raise UserError(
             f"out of memory with a cache of {si(size * rows, 'B')} for {rows} rows of "
-            f"{generator.length} positions: lower --cache_length or --batch_size, or take "
-            "--cache_dtype int8"
+            f"{generator.length} positions: lower --cache_length or --batch_size, or set "
+            "--cache_dtype=int8"
         ) from error
 
 
 if __name__ == "__main__":
     CHECKPOINT = flags.DEFINE_string("checkpoint", None, "run directory, or one of its steps")
     PROMPT = flags.DEFINE_string("prompt", None, "text to continue; the result is streamed")
-    PROMPTS = flags.DEFINE_string("prompts", None, "file of prompts: lines, or *.jsonl")
+    PROMPTS = flags.DEFINE_string("prompts", None, "file of prompts: one per line, or *.jsonl")
     OUTPUT = flags.DEFINE_string("output", None, "file for the JSON lines of --prompts")
-    MAX_TOKENS = flags.DEFINE_integer("max_tokens", 128, "new tokens, at most", lower_bound=1)
-    TEMPERATURE = flags.DEFINE_float("temperature", 0.7, "0 takes the most likely token")
-    TOP_K = flags.DEFINE_integer("top_k", 0, "draw from the k most likely tokens; 0: all")
-    TOP_P = flags.DEFINE_float("top_p", 1.0, "draw from the fewest tokens that reach p; 1: all")
+    MAX_TOKENS = flags.DEFINE_integer("max_tokens", 128, "maximum of new tokens", lower_bound=1)
+    TEMPERATURE = flags.DEFINE_float("temperature", 0.7, "0: the most likely token")
+    TOP_K = flags.DEFINE_integer("top_k", 0, "sample from the k most likely tokens; 0: all")
+    TOP_P = flags.DEFINE_float("top_p", 1.0, "sample from the fewest tokens that reach p; 1: all")
     SEED = flags.DEFINE_integer(
-        "seed", 0, "of the random draws", lower_bound=0, upper_bound=2**32 - 1
+        "seed", 0, "seed for sampling", lower_bound=0, upper_bound=2**32 - 1
     )
     STOP = flags.DEFINE_multi_string("stop", [], "text that ends a continuation; may be repeated")
     BATCH_SIZE = flags.DEFINE_integer(
-        "batch_size", 8, "prompts of a file taken at once", lower_bound=1
+        "batch_size", 8, "number of prompts continued at the same time", lower_bound=1
     )
     CACHE_LENGTH = flags.DEFINE_integer(
         "cache_length",
         0,
-        "positions of the cache; 0: the window of training",
+        "positions of the cache; 0: length of a training window",
         lower_bound=0,
         upper_bound=2**31 - 1,
     )
-    CACHE_DTYPE = flags.DEFINE_enum("cache_dtype", "auto", CACHE_DTYPES, "of the cache")
+    CACHE_DTYPE = flags.DEFINE_enum("cache_dtype", "auto", CACHE_DTYPES, "dtype of the cache")
     CACHE_FORM = flags.DEFINE_enum("cache_form", "auto", decode.FORMS, "how mixed heads are cached")
-    DTYPE = flags.DEFINE_enum("dtype", "auto", ["auto", "float32", "bfloat16"], "of products")
+    DTYPE = flags.DEFINE_enum("dtype", "auto", ["auto", "float32", "bfloat16"], "compute dtype")
     cli.run(main, "stopped")

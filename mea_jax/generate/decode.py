@@ -1,8 +1,8 @@
-"""Inference: parameters made ready once, then prefill and single-token steps over a KV cache.
+"""Inference: converts parameters once, then runs prefill and single-token steps on a KV cache.
 
-Layers are unrolled, each with parameters and cache arrays of its own: a scan would copy every
-layer's cache in and out at every step, while an array of its own is read where it lies.
-All functions are pure and meant for `jax.jit` with the cache donated.
+Layers are unrolled, each with its own parameter and cache arrays: a scan would copy every layer's
+cache in and out at every step, while separate arrays are read in place. All functions are pure and
+meant for `jax.jit` with the cache donated.
 """
 
 import dataclasses
@@ -24,13 +24,13 @@ FORMS = ("auto", "folded", "absorbed", "explicit")
 
 @dataclasses.dataclass(frozen=True)
 class Served:
-    """The static description of a served model; hashable, a static argument of `jax.jit`."""
+    """The static description of a served model; hashable, so it can be a static jit argument."""
 
     model: ModelConfig
     layers: tuple[LayerSpec, ...]
 
     def describe(self) -> str:
-        """The forms of the cache in a few words, such as "keys absorbed, values direct (x6)"."""
+        """Return the cached forms in a few words, such as "keys absorbed, values direct"."""
         kinds: dict[tuple[str, str], int] = {}
         for layer in self.layers:
             kinds[layer.forms()] = kinds.get(layer.forms(), 0) + 1
@@ -44,10 +44,10 @@ class Served:
 
 
 def _folds(model: ModelConfig, which: str, components: int, form: str) -> bool:
-    """Return whether mixing is folded away before serving, so that the cache holds composite heads.
+    """Return whether mixing is folded into the weights, so that the cache has composite heads.
 
-    For C = K the cache is no larger for it, and absorbed reading would take C times the FLOPs. Keys
-    mixed after their norm cannot be folded.
+    With C = K this does not enlarge the cache, and absorbed reading would take C times the FLOPs.
+    Keys that are mixed after their norm cannot be folded.
     """
     if not model.mixes(which):
         return False
@@ -69,9 +69,9 @@ def _serve_layer(layer: LayerSpec, form: str) -> LayerSpec:
 
 
 def _served_params(served: Served, params: Any) -> Any:
-    """Layers apart, mixing folded where the layer says so, matrices in the compute dtype.
+    """Return separate layers, with mixing folded as specified and matrices in the compute dtype.
 
-    Routers stay float32: a choice of experts is no matter of rounding.
+    Routers stay float32, so that rounding does not change the choice of experts.
     """
     model, dtype = served.model, make_backend(served.model).dtype
     layers = []
@@ -93,18 +93,24 @@ def _served_params(served: Served, params: Any) -> Any:
 
 
 def serving(model: ModelConfig, form: str = "auto") -> Served:
-    """Return the static description of a resolved model in serving; `form` as in `serve`."""
+    """Return the static description of a resolved model for serving; `form` as in `serve`."""
     assert form in FORMS
     layers = [_serve_layer(layer, form) for layer in layer_specs(model)]
     return Served(model, tuple(layers))
 
 
 def serve(model: ModelConfig, params: Any, form: str = "auto") -> tuple[Served, Any]:
-    """A resolved model and its training parameters, ready for inference.
+    """Convert a resolved model and its training parameters for inference.
 
-    `form`: "folded" caches composite heads; "absorbed" caches components and reads them as they
-    are; "explicit" caches components and rebuilds composites at each step; "auto" is folded where
-    C = K and absorbed where C < K, for keys and values apart.
+    Args:
+      model: the resolved config.
+      params: the training parameters.
+      form: "folded" caches composite heads. "absorbed" caches component heads and reads them
+        directly. "explicit" caches component heads and computes composite heads at each step.
+        "auto" is folded if C = K and absorbed if C < K, separately for keys and values.
+
+    Returns:
+      The static description; the parameters for `prefill` and `step`.
     """
     served = serving(model, form)
     return served, jax.jit(_served_params, static_argnums=0)(served, params)
@@ -127,9 +133,10 @@ def _empty_layers(served: Served, batch: int, length: int, dtype: Any) -> tuple[
 
 
 def empty_cache(served: Served, batch: int, length: int, dtype: Any) -> Cache:
-    """A cache for `batch` rows of at most `length` positions; `dtype` is that of keys and values.
+    """Return an empty cache of `batch` rows with at most `length` positions each.
 
-    Use under `jax.eval_shape` to count its bytes before there is room for it.
+    `dtype` is the dtype of keys and values. Call this under `jax.eval_shape` to compute the size of
+    a cache without allocating it.
     """
     return Cache(
         layers=_empty_layers(served, batch, length, dtype),
@@ -161,10 +168,13 @@ def _decoder(served: Served, params: Any, method, *arguments) -> Array:
 def prefill(
     served: Served, params: Any, cache: Cache, tokens_BP, segment_ids_BP, positions_BP
 ) -> tuple[Array, Cache]:
-    """Fills an empty cache with prompts: logits (B, V), float32, after each row's last token.
+    """Prefill an empty cache with prompts.
 
-    Each row's tokens come first and padding, segment 0, after them; a row of several segments is
-    continued in its last. P may be anything up to the cache's length.
+    Each row starts with its tokens, followed by padding with segment id 0. A row with several
+    segments is continued in its last one. P is at most the length of the cache.
+
+    Returns:
+      The logits (B, V), float32, after each row's last token; the filled cache.
     """
     rows = jnp.arange(tokens_BP.shape[0])
     lengths_B = jnp.sum(segment_ids_BP > 0, axis=1, dtype=jnp.int32)
@@ -182,9 +192,12 @@ def prefill(
 
 
 def step(served: Served, params: Any, cache: Cache, tokens_B: Array) -> tuple[Array, Cache]:
-    """One more token a row: logits (B, V), float32, of what follows it, and the longer cache.
+    """Append one token to each row of the cache.
 
-    After `RECENT` steps the cache must be `kv_cache.flush`ed: callers keep count.
+    Callers must count the steps and call `kv_cache.flush` after every `RECENT` of them.
+
+    Returns:
+      The logits (B, V), float32, for the next token of each row; the extended cache.
     """
     rows, slot = jnp.arange(tokens_B.shape[0]), cache.recent_count
     segment_B = cache.segment_ids_BS[rows, jnp.maximum(cache.lengths_B - 1, 0)]

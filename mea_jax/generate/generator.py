@@ -1,4 +1,4 @@
-"""Text from a model: prompts prefilled at once, then many tokens a call in one jitted loop."""
+"""Text generation: one prefill per batch of prompts, then many tokens per call of a jitted loop."""
 
 import dataclasses
 import functools
@@ -21,9 +21,9 @@ from mea_jax.ops.sampling import Sampling, choose
 from mea_jax.parallel import sharding
 
 _SHORTEST_PREFILL = (
-    16  # prompts are padded to this or a power of two of it: few programs to compile
+    16  # prompts are padded to this times a power of two, so that few programs are compiled
 )
-_EMPTY = -1  # in place of a token, after a row's end
+_EMPTY = -1  # in place of tokens after a row's end
 
 
 @struct.dataclass
@@ -32,14 +32,14 @@ class State:
 
     cache: Cache
     logits_BV: Any
-    keys_B: Any  # random keys, one a row: a row's text does not depend on its neighbours
-    limits_B: Any  # int32, cache slots that each row may fill
+    keys_B: Any  # random keys, one per row, so that a row's text does not depend on the other rows
+    limits_B: Any  # int32, number of cache slots that each row may fill
     done_B: Any
 
 
 @dataclasses.dataclass
 class Report:
-    """Tokens and time of batches, without compilation."""
+    """The number of tokens and the time of all batches, without compilation."""
 
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
@@ -47,7 +47,7 @@ class Report:
 
 
 def _prefill(served, length, dtype, params, tokens_BP, lengths_B, limits_B, rows_B, seed) -> State:
-    # The cache is made in here, where the compiler lays it out as the parameters ask for.
+    # Created inside the jitted function: the compiler shards the cache to match the parameters.
     cache = decode.empty_cache(served, tokens_BP.shape[0], length, dtype)
     positions_BP = jnp.broadcast_to(jnp.arange(tokens_BP.shape[1])[None], tokens_BP.shape)
     segments_BP = (positions_BP < lengths_B[:, None]).astype(jnp.int32)
@@ -57,9 +57,11 @@ def _prefill(served, length, dtype, params, tokens_BP, lengths_B, limits_B, rows
 
 
 def _advance(served, sampling, stop, count, params, state: State) -> tuple[State, tuple]:
-    """At most `count` <= RECENT more tokens a row, (B, count); fewer if all are done before.
+    """Decode at most `count` <= RECENT more tokens per row; stop early if all rows are done.
 
-    Beside the new state: these tokens, and who is done.
+    Returns:
+      The new state; a pair of the tokens, int32 (B, count), `_EMPTY` after a row's end, and the
+      flags of finished rows, bool (B,).
     """
     rows = state.logits_BV.shape[0]
     stop_S = jnp.asarray(stop, jnp.int32)
@@ -94,9 +96,10 @@ def _part(x: np.ndarray, index: Any) -> np.ndarray:
 
 
 def continuation(tokenizer: Tokenizer, prompt: list[int], tokens: list[int]) -> str:
-    """The text of `tokens` after `prompt`.
+    """Return the text of `tokens` after `prompt`.
 
-    Decoded behind the prompt's end: some tokenizers drop the space before a text's first word.
+    They are decoded together with the end of the prompt, because some tokenizers drop the space
+    before the first word of a text.
     """
     before = prompt[1:][-8:]
     start, whole = tokenizer.decode(before), tokenizer.decode(before + tokens)
@@ -108,13 +111,13 @@ class Decoding:
     """Options for continuing prompts.
 
     Attributes:
-      count: new tokens of each, at most.
-      sampling: how a token is drawn.
-      seed: of the random draws.
-      stop: token ids before which a continuation ends.
-      ends: token ids with which it ends.
-      chunk: tokens between returns to the host, at most `kv_cache.RECENT`; 0: as many.
-      padded: tokens that prompts are filled up to; 0: a power of two.
+      count: the maximum number of new tokens per prompt.
+      sampling: the sampling method.
+      seed: the seed for sampling.
+      stop: token ids that end a continuation and are not part of it.
+      ends: token ids that end a continuation and are part of it.
+      chunk: tokens between returns to the host, at most `kv_cache.RECENT`; 0: `kv_cache.RECENT`.
+      padded: the length that prompts are padded to; 0: a power of two, at least 16.
     """
 
     count: int
@@ -127,15 +130,20 @@ class Decoding:
 
 
 class Generator:
-    """A model ready to continue batches of prompts.
+    """A model that is ready to continue batches of prompts.
 
-    `model` is resolved; `params` are training parameters. `length`: slots of the cache, prompt and
-    new tokens together. `cache_dtype`: of keys and values, None for the model's compute dtype.
-    `form` as in `decode.serve`. Programs are compiled once a shape of batch.
+    `model` is resolved and `params` are training parameters. `length` is the number of cache slots
+    for prompt and new tokens together. `cache_dtype` is the dtype of keys and values; None means
+    the model's compute dtype. `form` is as in `decode.serve`. Programs are compiled once per batch
+    shape.
 
-    With a `mesh`, on which `params` lie, rows are split over its batch axes: their number must
-    divide, `run` is called under `jax.set_mesh(mesh)`, and on several hosts by each of them alike.
-    Without one, rows are whole on every device that holds parameters.
+    With a `mesh`, on which `params` must be placed, rows are sharded over its batch axes. The size
+    of these axes must divide the number of rows. `run` must be called under `jax.set_mesh(mesh)`,
+    by every host with the same arguments. Without a mesh, rows are replicated on all devices of
+    the parameters.
+
+    Raises:
+      UserError: `length` exceeds the number of learned positions.
     """
 
     def __init__(
@@ -151,7 +159,7 @@ class Generator:
         if model.positions == "learned" and length > model.max_positions:
             raise UserError(
                 f"a cache of {length} positions is longer than the {model.max_positions} positions "
-                "that the model learned"
+                "that the model learned, config.model.max_positions: shorten the cache"
             )
         self.served, self.params = decode.serve(model, params, form)
         self.length, self.mesh = length, mesh
@@ -159,13 +167,13 @@ class Generator:
         self._compiled: dict[Any, Any] = {}
 
     def cache_bytes_per_token(self) -> float:
-        """Bytes of keys and values that each position of a row takes, over all layers."""
+        """Return the bytes of keys and values per position of a row, over all layers."""
         empty = functools.partial(decode.empty_cache, self.served, 1, self.length)
         shapes = jax.eval_shape(functools.partial(empty, self.cache_dtype))
         return count_bytes(shapes.layers) / self.length
 
     def _place(self, x: np.ndarray) -> Any:
-        """An array of rows where it is needed; every host has it whole."""
+        """Shard an array of rows over the mesh, if there is one; every host has the full array."""
         if self.mesh is None:
             return x
         where = NamedSharding(self.mesh, sharding.spec(("batch", *(None,) * (x.ndim - 1))))
@@ -174,10 +182,10 @@ class Generator:
     def _program(
         self, name: str, function: Callable, donate: tuple[int, ...], *arguments, out: Any = None
     ):
-        """`function` compiled for the shapes of `arguments`, those at `donate` reused.
+        """Return `function` compiled for the shapes of `arguments`, with those at `donate` donated.
 
-        `out` are shardings of the result: on a mesh, what goes round a loop must come out as it
-        went in.
+        `out` are the shardings of the result: on a mesh, the carry of a loop must have the same
+        shardings before and after each iteration.
         """
         leaves = jax.tree.leaves(arguments)
         key = (name, tuple((x.shape, str(x.dtype)) for x in leaves))
@@ -187,17 +195,20 @@ class Generator:
         return self._compiled[key]
 
     def check(self, prompt: Sequence[int], where: str = "the prompt") -> None:
-        """Raises `UserError` for a prompt that cannot be continued."""
+        """Raise `UserError` that starts with `where` if a prompt cannot be continued."""
         if not prompt:
-            raise UserError(f"{where} is empty: there is nothing to continue")
+            raise UserError(f"{where} is empty: give at least the tokenizer's `start`")
         if len(prompt) >= self.length:
             raise UserError(
                 f"{where} has {len(prompt)} tokens, which leave no room for another in a cache of "
-                f"{self.length} positions: shorten it, or give a longer cache (--cache_length)"
+                f"{self.length} positions: shorten it, or set a longer cache (--cache_length)"
             )
         vocab = self.served.model.vocab_size
         if (bad := max(prompt)) >= vocab or min(prompt) < 0:
-            raise UserError(f"{where} has token {bad}, and the model's vocabulary has {vocab}")
+            raise UserError(
+                f"{where} has token {bad}, and the model's vocabulary has {vocab}: use the "
+                "tokenizer of the run, config.data.tokenizer"
+            )
 
     def run(
         self,
@@ -209,21 +220,28 @@ class Generator:
         report: Report | None = None,
         counted: int | None = None,
     ) -> list[list[int]]:
-        """New tokens for each prompt; fewer than asked for where a row's cache is full.
+        """Return the new tokens of each prompt.
+
+        A prompt gets fewer than `decoding.count` if it ends or if its row of the cache is full.
 
         Args:
-          prompts: token ids; `check` says which can be continued.
-          decoding: how they are continued.
-          rows: numbers of the prompts for the random keys, so that a prompt's text is the same in
-            whatever batch it comes; None counts from 0.
-          on_tokens: called with all new tokens so far after each chunk; returns for each row
-            whether it is done.
-          report: gets timings, and the number of tokens drawn, stop tokens among them.
-          counted: only the first so many rows count for the report; None counts all.
+          prompts: token ids of each prompt; `check` defines which can be continued.
+          decoding: the options.
+          rows: the numbers of the prompts for the random keys, so that the text of a prompt does
+            not depend on its batch; None counts from 0.
+          on_tokens: called with all new tokens so far after each chunk; returns a flag for each
+            row that is True if the row is done.
+          report: is updated with timings and the number of sampled tokens, including stop tokens.
+          counted: the number of leading rows whose tokens are reported; None reports all rows.
+
+        Raises:
+          UserError: a prompt cannot be continued.
+          ValueError: `decoding.count` is below 1, or `decoding.padded` does not fit the prompts and
+            the cache.
         """
         count, chunk, padded = decoding.count, decoding.chunk, decoding.padded
         if count < 1:
-            raise ValueError(f"count={count} new tokens: ask for at least one")
+            raise ValueError(f"count={count} new tokens: must be at least 1")
         for i, prompt in enumerate(prompts):
             self.check(prompt, f"prompt {i + 1}" if len(prompts) > 1 else "the prompt")
 
@@ -234,7 +252,7 @@ class Generator:
         batch, chunk = len(prompts), min(chunk or RECENT, count, RECENT)
         longest = max(map(len, prompts))
         if padded and not longest <= padded <= self.length:
-            raise ValueError(f"padded={padded}: a prompt has {longest} of {self.length} tokens")
+            raise ValueError(f"padded={padded}: must be between {longest} and {self.length} tokens")
         if not padded:
             padded = _SHORTEST_PREFILL
             while padded < longest:

@@ -1,4 +1,4 @@
-"""Continues a prompt as a stream, or a file of prompts in batches."""
+"""Continuation of one prompt as a stream, or of a file of prompts in batches."""
 
 import dataclasses
 import json
@@ -15,18 +15,19 @@ from mea_jax.model.kv_cache import RECENT
 
 CACHE_DTYPES = ("auto", "float32", "bfloat16", "int8")
 _STREAM = 8  # tokens between two pieces of streamed text
-_BATCH = 64  # tokens between two looks at the stop texts of a file's prompts
+_BATCH = 64  # tokens between two searches for stop texts, for a file of prompts
 
 
 @dataclasses.dataclass(frozen=True)
 class Session:
-    """A model that continues prompts in one way.
+    """A model and the options with which it continues prompts.
 
     Attributes:
-      generator, tokenizer: the model's.
-      decoding: how it continues.
-      stops: texts before which a continuation ends.
-      report: sums up what it took.
+      generator: the generator of the model.
+      tokenizer: the tokenizer of the model.
+      decoding: the options for decoding.
+      stops: texts that end a continuation and are not part of it.
+      report: the number of tokens and the time so far.
     """
 
     generator: Generator
@@ -37,15 +38,21 @@ class Session:
 
 
 def read_prompts(path: Path) -> list[str]:
-    """Prompts of a file: "prompt" of each line of *.jsonl, else each line that is not empty.
+    """Return the prompts of a file: the field "prompt" of each line of *.jsonl, otherwise lines.
 
-    Raises `UserError` that names the line.
+    Empty lines are skipped.
+
+    Raises:
+      UserError: the file cannot be read, has no prompt, or has a malformed line (the message has
+        its number).
     """
     try:
-        # A byte-order mark is no text; other separators may stand within a line.
+        # "utf-8-sig" drops a byte-order mark. Lines may contain other separators than "\n".
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--prompts {path} cannot be read: {error}") from error
+        raise UserError(
+            f"--prompts {path} cannot be read: {error}; give a readable file in UTF-8"
+        ) from error
     if path.suffix != ".jsonl":
         prompts = [line for line in lines if line.strip()]
     else:
@@ -60,20 +67,20 @@ def read_prompts(path: Path) -> list[str]:
                     f'{path}, line {number}: expected an object such as {{"prompt": "..."}}'
                 ) from error
             if not isinstance(prompts[-1], str):
-                raise UserError(f"{path}, line {number}: its prompt is no text")
+                raise UserError(f"{path}, line {number}: its prompt must be a string")
     if not prompts:
-        raise UserError(f"--prompts {path} holds no prompt")
+        raise UserError(f"--prompts {path} contains no prompt: add one per line")
     return prompts
 
 
 def cut_at(text: str, stops: list[str]) -> tuple[str, bool]:
-    """`text` up to the first of `stops` in it, and whether there was one."""
+    """Return `text` up to the first of `stops` in it, and whether there was one."""
     found = [text.index(stop) for stop in stops if stop in text]
     return (text[: min(found)], True) if found else (text, False)
 
 
 class Stream:
-    """Prints a growing text piece by piece; what may still change is held back."""
+    """A printer of a growing text that holds back characters that may still change."""
 
     def __init__(
         self, tokenizer: Tokenizer, stops: list[str], out: TextIO, prompt: Sequence[int] = ()
@@ -82,10 +89,10 @@ class Stream:
         self.prompt = list(prompt)
 
     def show(self, tokens: list[int], last: bool = False) -> bool:
-        """Prints what is new; returns whether a stop text has come."""
+        """Print the text that is new and final; return whether a stop text has occurred."""
         text, stopped = cut_at(continuation(self.tokenizer, self.prompt, tokens), self.stops)
         if not (last or stopped):
-            # The end may be half a character, or the beginning of a stop text.
+            # The end may be part of a character, or the beginning of a stop text.
             text = text.rstrip("\ufffd")
             longest = max(map(len, self.stops), default=1)
             for size in range(min(longest - 1, len(text)), 0, -1):
@@ -101,18 +108,22 @@ class Stream:
 def encode(
     generator: Generator, tokenizer: Tokenizer, prompts: list[str], where: str
 ) -> list[list[int]]:
-    """Token ids with the start before them, as a document starts in training; checked.
+    """Return the token ids of prompts, each after the tokenizer's start as in training.
 
-    `where` names a prompt for a `UserError`; "{}" in it becomes its number.
+    Raises:
+      UserError: a prompt cannot be continued. The message starts with `where`, in which "{}" is
+        replaced by the number of the prompt.
     """
     for i, prompt in enumerate(prompts, start=1):
         named = where.replace("{}", str(i))
         if not prompt:
-            raise UserError(f"{named} is empty: there is nothing to continue")
+            raise UserError(f"{named} is empty: --prompt and --prompts must contain text")
         try:
             prompt.encode()
         except UnicodeEncodeError as error:
-            raise UserError(f"{named} is not valid Unicode: {error.reason}") from error
+            raise UserError(
+                f"{named} is not valid Unicode ({error.reason}): correct --prompt or --prompts"
+            ) from error
     ids = [[tokenizer.start] + ids for ids in tokenizer.encode_batch(prompts)]
     for i, prompt_ids in enumerate(ids, start=1):
         generator.check(prompt_ids, where.replace("{}", str(i)))
@@ -120,7 +131,7 @@ def encode(
 
 
 def stream_one(session: Session, prompt: str) -> str:
-    """Prints a prompt and its continuation as it comes; returns why it ended."""
+    """Print a prompt, stream its continuation to stdout, and return the reason why it ended."""
     generator, tokenizer = session.generator, session.tokenizer
     ids = encode(generator, tokenizer, [prompt], "the prompt")
     stream = Stream(tokenizer, session.stops, sys.stdout, ids[0])
@@ -137,7 +148,7 @@ def stream_one(session: Session, prompt: str) -> str:
 
 
 def ended_by(generator: Generator, prompt: list[int], tokens: list[int], count: int) -> str:
-    """Why a continuation without a stop text is no longer."""
+    """Return the reason why a continuation without a stop text ended."""
     if len(tokens) == count:
         return "max_tokens"
     return "cache" if len(prompt) + len(tokens) >= generator.length else "end_of_document"
@@ -146,12 +157,12 @@ def ended_by(generator: Generator, prompt: list[int], tokens: list[int], count: 
 def continue_file(
     session: Session, prompts: list[str], ids: list[list[int]], batch: int
 ) -> Iterator[dict[str, Any]]:
-    """One record a prompt, in order."""
+    """Yield one record per prompt, in order; `ids` are the token ids of `prompts`."""
     generator, tokenizer, stops = session.generator, session.tokenizer, session.stops
     decoding = dataclasses.replace(session.decoding, chunk=_BATCH if stops else 0)
     for start in range(0, len(prompts), batch):
         rows = list(range(start, min(start + batch, len(prompts))))
-        padded = rows + rows[-1:] * (batch - len(rows))  # one shape, compiled once
+        padded = rows + rows[-1:] * (batch - len(rows))  # one shape, so one compilation
 
         def on_tokens(new, padded=padded):
             texts = (continuation(tokenizer, ids[i], t) for i, t in zip(padded, new, strict=True))
@@ -168,7 +179,7 @@ def continue_file(
         for i, tokens in zip(rows, new, strict=False):
             text, stopped = cut_at(continuation(tokenizer, ids[i], tokens), stops)
             while stopped and cut_at(continuation(tokenizer, ids[i], tokens[:-1]), stops)[1]:
-                tokens = tokens[:-1]  # drawn after the stop text, before anyone looked
+                tokens = tokens[:-1]  # sampled after the stop text, before the next search
             yield {
                 "prompt": prompts[i],
                 "text": text,
@@ -181,7 +192,7 @@ def continue_file(
 
 
 def summary(session: Session, batch: int) -> str:
-    """Speed and cache, for stderr."""
+    """Return a line about speed and cache size, for stderr."""
     generator, report = session.generator, session.report
     served = generator.served
     rate = report.tokens / max(report.decode_seconds, 1e-9)
@@ -198,7 +209,7 @@ def summary(session: Session, batch: int) -> str:
 
 
 def _write_records(records: Iterator[dict[str, Any]], out: TextIO, total: int) -> None:
-    escaped = not (out.encoding or "").lower().startswith("utf")  # for a terminal without UTF-8
+    escaped = not (out.encoding or "").lower().startswith("utf")  # for terminals without UTF-8
     for done, record in enumerate(records, start=1):
         out.write(json.dumps(record, ensure_ascii=escaped) + "\n")
         out.flush()

@@ -1,11 +1,12 @@
-"""Attention layers as thin Linen modules: what they all share, and MEA itself.
+"""Attention layers as thin Linen modules: their base class, and MEA itself.
 
-One interface for MEA and its rivals (variants.py): `layer(x_BTD, context, index, cache)` returns
-the layer's output (B, T, D) and its cache. Without a cache that is training; with one and no slot
-in the context it is prefill, T positions from slot 0 on; with a slot it is one decode step.
+MEA and its baselines (variants.py) have one interface: `layer(x_BTD, context, index, stored)`
+returns the layer's output (B, T, D) and its updated cache. A call without a cache is training. With
+a cache but no slot in the context it is prefill, T positions from slot 0 on. With a slot it is one
+decode step.
 
-Apply a layer with the collection "heads" mutable to get its queries, its composite keys and values
-before positions, its outputs before the head norm, and the input of the output projection.
+Apply a layer with the collection "heads" mutable to get its queries, composite keys and values
+before rotary positions, its outputs before the head norm, and the input of the output projection.
 """
 
 import functools
@@ -32,18 +33,18 @@ HEADS = ("batch", "length", "activation_heads", None)
 class Slots(NamedTuple):
     """A decode step's view of one part of the cache."""
 
-    seen_BS: Array  # which slots each row's token may read (its own among them)
-    distance_BS: Array  # int32, how far each slot lies from the row's own: 0 or less where seen
+    seen_BS: Array  # bool, True for slots that the row's token may read (including its own)
+    distance_BS: Array  # int32, a slot's position minus the token's: 0 or less where seen
 
 
 @struct.dataclass
 class Context:
-    """Where the tokens of a call stand; shared by all layers.
+    """The positions, segments and cache slots of a call's tokens; shared by all layers.
 
-    `rope` is a table of ops/rope.py or None. `shards` says in how many parts of the sequence the
-    tokens are laid out, in the order of ops/context_parallel.py; 1: in their natural order. Segment
-    ids are in natural order always. In a decode step, `slot` () int32 says where the token is
-    stored in `Cache.recent`, `main` and `recent` what it may read.
+    `rope` is a table of ops/rope.py or None. Tokens are ordered for `shards` shards of the sequence
+    (ops/context_parallel.py); 1 means natural order. Segment ids are always in natural order.
+    In a decode step, `slot` () int32 is the token's slot in `Cache.recent`; `main` and `recent` are
+    the `Slots` it may read.
     """
 
     segment_ids_BT: Any  # or a `TreeMask`
@@ -55,7 +56,7 @@ class Context:
 
     @property
     def real_BT(self) -> Array:
-        """Return a mask (B, T) of the positions that hold tokens rather than padding."""
+        """The mask (B, T) of positions that hold tokens, not padding."""
         ids = self.segment_ids_BT
         return (ids.reach_BT if isinstance(ids, attention.TreeMask) else ids) > 0
 
@@ -69,22 +70,22 @@ class HeadLayout(NamedTuple):
 
 
 class Heads(NamedTuple):
-    """Parameters of key or value heads: a projection (D, C, H) and, if mixed, its mixing."""
+    """The parameters of key or value heads: a projection (D, C, H) and, if mixed, its mixing."""
 
     kernel_DCH: Array
     kind: str
     mixing: Array | None
 
     def mix(self, x_BTCH: Array) -> Array:
-        """Components to composites; the heads themselves where nothing is mixed."""
+        """Return composite heads (B, T, K, H); the input itself if there is no mixing."""
         return x_BTCH if self.mixing is None else hlc.mix(self.kind, x_BTCH, self.mixing)
 
 
 class AttentionLayer(nn.Module):
-    """The base of MEA and of the other variants.
+    """The base class of MEA and of the other variants.
 
     `key_components` and `value_components` are C_k and C_v of the layer.
-    `cached_form` is how a cache holds components: "absorbed" or "explicit" (kv_cache.py).
+    `cached_form` is the form of cached components: "absorbed" or "explicit" (kv_cache.py).
     """
 
     config: ModelConfig
@@ -98,29 +99,29 @@ class AttentionLayer(nn.Module):
 
     @nn.nowrap
     def cache_layout(self) -> tuple[HeadLayout, HeadLayout, int]:
-        """Return the layouts of keys and of values, and the scalars of a key norm per position."""
+        """Return the layouts of cached keys and values, and the number of 1/rms per position."""
         c = self.config
         heads = HeadLayout("direct", c.n_kv_heads, c.head_dim)
         return heads, heads, 0
 
     @nn.nowrap
     def slopes(self, n_heads: int) -> Array | None:
-        """ALiBi's slopes of the query heads, or None under other positions."""
+        """Return ALiBi's slopes of the query heads, or None if positions are not "alibi"."""
         return ops_rope.alibi_slopes(n_heads) if self.config.positions == "alibi" else None
 
     def head_kernel(self, name: str, heads: int, width: int, axis: str = "heads") -> Array:
-        """A projection (D, heads, width) from the residual."""
+        """Declare a float32 projection (D, heads, width) from the residual."""
         d_model = self.config.d_model
         return kernel(self, name, (d_model, heads, width), ("embed", axis, "head_dim"), d_model)
 
     def project_heads(self, name: str, x_BTD: Array, heads: int, width: int) -> Array:
-        """Heads (B, T, heads, width) by a projection of their own."""
+        """Return heads (B, T, heads, width), projected by the separate kernel `name`."""
         x_BTNH = self.backend.project(x_BTD, self.head_kernel(name, heads, width))
         return constrain(x_BTNH, *HEADS)
 
     @staticmethod
     def turn(x_BTNH: Array, context: Context) -> Array:
-        """Rotated by position, if positions are rotary."""
+        """Rotate heads by their positions, if positions are rotary."""
         return x_BTNH if context.rope is None else ops_rope.apply_rope(x_BTNH, context.rope)
 
     def attend(
@@ -133,9 +134,11 @@ class AttentionLayer(nn.Module):
         scale: float | None = None,
         norm: HeadNorm | None = None,
     ) -> Array:
-        """Attend from T positions to themselves, in training and prefill.
+        """Compute attention of T positions to themselves (B, T, N, W), in training and prefill.
 
-        The collections "statistics" and "heads" record what they name, if they are mutable.
+        `scale` defaults to 1/sqrt(H). `norm` is applied to the outputs. If the collection
+        "statistics" is mutable, `watch` records into it; if "heads" is, the outputs before `norm`
+        are recorded.
         """
         scale = scale or self.config.head_dim**-0.5
         q, k, v = (constrain(x, *HEADS) for x in (q_BTNH, k_BTKH, v_BTKW))
@@ -151,9 +154,9 @@ class AttentionLayer(nn.Module):
         return constrain(o_BTNW, *HEADS)
 
     def watch(self, q_BTNH, k_BTKH, o_BTNW, context: Context, slopes_N, scale: float) -> None:
-        """Per head (N,): attention entropy, largest logit, output RMS before any norm.
+        """Record attention entropy, largest logit and output RMS of each head, (N,).
 
-        Of tokens in their natural order.
+        The outputs are those before any norm. Tokens must be in natural order.
         """
         assert context.shards == 1
         weight_BT = context.real_BT.astype(jnp.float32)
@@ -167,7 +170,7 @@ class AttentionLayer(nn.Module):
     def store(
         self, stored: Stored, key_BTCH, value_BTCW, context: Context, inverse_rms_BTK=None
     ) -> Stored:
-        """The cache with these positions written: a prompt to the cache, a step to the recent."""
+        """Return `stored` with new positions: a prompt in `main`, a decode step in `recent`."""
         prefill = context.slot is None
         part, slot = (stored.main, 0) if prefill else (stored.recent, context.slot)
         scalars = part.inverse_rms_BKS
@@ -188,7 +191,7 @@ class AttentionLayer(nn.Module):
         slopes_N=None,
         heads: Heads | None = None,
     ) -> list[Array]:
-        """Biased logits (B, K, G, S), float32, of one position; of the cache and of the recent."""
+        """Return one position's logits of both parts, with ALiBi: float32 (B, K, G, S) each."""
         assert stored is not None
         b, _, n, width = q_B1NX.shape
         k = self.config.n_kv_heads
@@ -205,7 +208,10 @@ class AttentionLayer(nn.Module):
         ]
 
     def cached_softmax(self, logits: list[Array], context: Context) -> tuple[list[Array], Array]:
-        """exp(logit - largest), 0 where a row may not see, of both parts; their sum (B, K, G)."""
+        """Return exp(logit - maximum) of both parts, and the sum of all these weights (B, K, G).
+
+        Weights of slots that a row may not see are 0.
+        """
         seen = context.main.seen_BS, context.recent.seen_BS
         hidden = [kv_cache.hide(part, seen_BS) for part, seen_BS in zip(logits, seen, strict=True)]
         top_BKG1 = functools.reduce(
@@ -218,7 +224,7 @@ class AttentionLayer(nn.Module):
     def cached_sum(
         self, weights: list[Array], stored: Stored | None, heads: Heads | None = None
     ) -> Array:
-        """The sum of cached values by weights (B, K, G, S) of both parts: (B, 1, N, W), float32."""
+        """Sum the values of both parts by weights (B, K, G, S): float32 (B, 1, N, W)."""
         assert stored is not None
         kind, mix = (heads.kind, heads.mixing) if heads else ("heads", None)
         main, recent = (
@@ -237,17 +243,17 @@ class AttentionLayer(nn.Module):
         key: Heads | None = None,
         value: Heads | None = None,
     ) -> Array:
-        """Attention of one position to every slot it may see: (B, 1, N, W)."""
+        """Compute attention of one position to all slots it may see: (B, 1, N, W)."""
         logits = self.cached_logits(q_B1NX, stored, context, slopes_N, key)
-        # The softmax's division comes last, on N W numbers in place of N S: one pass less over
-        # the weights, which at small K H are no small part of what is read.
+        # Divide by the softmax's sum last, on N W numbers instead of N S. This saves one pass over
+        # the weights, which at small K H are a considerable part of the bytes read.
         weights, total_BKG = self.cached_softmax(logits, context)
         o_B1NW = self.cached_sum(weights, stored, value)
         o_B1NW = o_B1NW / total_BKG.reshape(*o_B1NW.shape[:3], 1)
         return o_B1NW.astype(self.backend.activation)
 
     def write_residual(self, o_BTNW: Array) -> Array:
-        """The output projection: (B, T, N, W) to (B, T, D)."""
+        """Project head outputs (B, T, N, W) to the residual (B, T, D)."""
         self.sow("heads", "written", o_BTNW)
         n, width = o_BTNW.shape[2:]
         shape, axes = (n, width, self.config.d_model), ("heads", "head_dim", "embed")
@@ -260,12 +266,13 @@ class Attention(AttentionLayer):
     """MEA (arXiv 2601.19611): HLC on keys and values, causal attention, per-head RMSNorm.
 
     With `config.hlc == "none"` and no head norm this is MHA, GQA or MQA, and its parameter tree
-    holds nothing of HLC. Optional: a norm of queries and keys (Qwen3), a gate on each head's output
-    (gated attention, arXiv 2505.06708).
+    contains no HLC parameters. Optional: a norm of queries and keys (Qwen3), and a gate on each
+    head's output (gated attention, arXiv 2505.06708).
 
-    HLC commutes with rotary positions and comes first, unless `hlc_order` says otherwise. A key
-    norm it does not commute with: then the cache holds components, rotated and times the norm's
-    weight, and for each composite head and position the one number 1/rms that is missing.
+    HLC commutes with rotary positions and is applied before them, unless `hlc_order` is "after". It
+    does not commute with a key norm. If a key norm follows HLC, the cache contains components,
+    rotated and multiplied by the norm's weight, and the missing factor 1/rms of each composite head
+    and position.
     """
 
     @nn.nowrap
@@ -282,12 +289,12 @@ class Attention(AttentionLayer):
 
     @property
     def scalar_norm(self) -> bool:
-        """Return whether keys are normed after mixing: cached components then lack the norm."""
+        """True if keys are normed after mixing; cached components then lack the factor 1/rms."""
         c = self.config
         return c.qk_norm and c.mixes("key") and c.hlc_order == "before"
 
     def heads(self, which: str) -> Heads:
-        """The parameters of "key" or "value" heads."""
+        """Declare the parameters of "key" or "value" heads."""
         c = self.config
         components = self.key_components if which == "key" else self.value_components
         kernel_DCH = self.head_kernel(which, components, c.head_dim, "components")
@@ -304,7 +311,7 @@ class Attention(AttentionLayer):
         )
 
     def composites(self, which: str, heads: Heads, x_BTD: Array) -> Array:
-        """Composite heads (B, T, K, H), folded or explicit."""
+        """Compute composite heads (B, T, K, H), in the folded or the explicit form."""
         if heads.mixing is None:
             return self.backend.project(x_BTD, heads.kernel_DCH)
         if hlc.training_form(self.config, which, heads.kernel_DCH.shape[1]) == "folded":
@@ -313,17 +320,18 @@ class Attention(AttentionLayer):
         return heads.mix(self.backend.project(x_BTD, heads.kernel_DCH))
 
     def key_inverse_rms(self, heads: Heads, k_BTKH: Array, gamma_H: Array) -> Array:
-        """1/rms of composite keys, (B, T, K, 1), float32.
+        """Return 1/rms of composite keys, (B, T, K, 1), float32.
 
-        Complex mixing commutes with a weight per feature only if that is alike within rotary pairs.
-        So there the projection is taken to hold the weight already: the key without it is k/gamma.
+        Complex mixing commutes with a weight per feature only if both features of a rotary pair
+        have the same weight. So under "frequency" mixing the projection is assumed to include the
+        norm's weight already: the key without it is k / gamma.
         """
         if heads.kind == "frequency":
             k_BTKH = k_BTKH.astype(jnp.float32) / rms_norm.along_last(gamma_H, 4)
         return rms_norm.inverse_rms(k_BTKH, self.config.norm_eps)
 
     def training_keys(self, heads: Heads, x_BTD: Array, gamma_H, context: Context) -> Array:
-        """Keys (B, T, K, H) as attention reads them: mixed, normed, rotated."""
+        """Return keys (B, T, K, H) as attention reads them: mixed, normed, rotated."""
         c = self.config
         if c.hlc_order == "after":
             return heads.mix(self.cached_keys(heads, x_BTD, gamma_H, context)[0])
@@ -338,7 +346,7 @@ class Attention(AttentionLayer):
         return self.turn(k_BTKH, context)
 
     def cached_keys(self, heads: Heads, x_BTD: Array, gamma_H, context: Context):
-        """Return what is cached: component keys (B, T, C, H), and 1/rms (B, T, K) or None."""
+        """Return the arrays to cache: component keys (B, T, C, H), and 1/rms (B, T, K) or None."""
         k_BTCH, inverse_BTK = self.backend.project(x_BTD, heads.kernel_DCH), None
         if gamma_H is not None and not self.scalar_norm:
             k_BTCH = rms_norm.rms_norm(k_BTCH, gamma_H, self.config.norm_eps)
@@ -350,7 +358,7 @@ class Attention(AttentionLayer):
         return self.turn(k_BTCH, context), inverse_BTK
 
     def with_cache(self, q_BTNH, x_BTD, key: Heads, value: Heads, gamma_H, norm, context, stored):
-        """Prefill or a decode step: the heads' outputs (B, T, N, H), normed, and the cache."""
+        """Run prefill or a decode step: normed head outputs (B, T, N, H), and the cache."""
         c = self.config
         k_BTCH, inverse_BTK = self.cached_keys(key, x_BTD, gamma_H, context)
         v_BTCH = self.backend.project(x_BTD, value.kernel_DCH)

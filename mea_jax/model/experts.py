@@ -1,12 +1,12 @@
 """The experts of a device, applied to the tokens that the router sends to them.
 
-`run_experts` holds all experts there are, `run_share` a part of them: the T k pairs of token and
-expert are sorted by expert and multiplied group by group (ops/grouped.py), so no expert has a
-capacity and no token is dropped. A weight p_e multiplies the F features before W_down, which is
-linear: an expert's D outputs need not be kept for the gradient of p_e.
+`run_experts` applies all experts, `run_share` a part of them. Both sort the pairs of token and
+expert by expert and multiply them group by group (ops/grouped.py). So no expert has a capacity and
+no token is dropped. A weight p_e multiplies the F features before W_down. W_down is linear, so the
+gradient of p_e does not need an expert's D outputs.
 
-Letters as in docs/architecture.md; T all tokens of a device, A those gathered from its neighbours
-too, S = T k or A k pairs of a token and an expert, R of them in a chunk.
+Letters as in docs/architecture.md. T is all tokens of a device, A also those gathered from its
+neighbours, S = T k or A k the pairs of token and expert, R the pairs in a chunk.
 """
 
 import functools
@@ -21,11 +21,11 @@ from mea_jax.ops.backend import Backend
 from mea_jax.ops.grouped import grouped_product
 
 Array = jax.Array
-PRODUCTS = "expert_products"  # of gate and up, under remat "dots" saved like other products
+PRODUCTS = "expert_products"  # of gate and up; remat "dots" saves them like other products
 
 
 class Experts(NamedTuple):
-    """The experts' weights of a layer, or of a device's part of it."""
+    """The weights of a layer's experts, or of a device's part of them."""
 
     gate_EDF: Array
     up_EDF: Array
@@ -41,14 +41,17 @@ class Routed(NamedTuple):
 
 @jax.custom_vjp
 def dispatch(x_TD: Array, order_S: Array, place_S: Array) -> Array:
-    """The token of each sorted pair: (S, D). `order_S` lists pairs t k + i as they are sorted,
-    `place_S` is its inverse. The transpose of `combine`; both only gather."""
+    """Gather the token of each sorted pair: (S, D).
+
+    `order_S` lists the pairs t k + i (choice i of token t) in sorted order; `place_S` is its
+    inverse. This is the transpose of `combine`; both only gather.
+    """
     return x_TD[order_S // (order_S.shape[0] // x_TD.shape[0])]
 
 
 @jax.custom_vjp
 def combine(y_SD: Array, order_S: Array, place_S: Array, shape: Array) -> Array:
-    """The sum of each token's sorted pairs: (T, D), summed in float32. T is that of `shape`."""
+    """Sum each token's sorted pairs in float32: (T, D), where `shape` has T rows."""
     y_TkD = y_SD[place_S].reshape(shape.shape[0], -1, y_SD.shape[1])
     return jnp.sum(y_TkD, axis=1, dtype=jnp.float32).astype(y_SD.dtype)
 
@@ -77,8 +80,11 @@ combine.defvjp(_combine_forward, _combine_backward)
 def experts_of(
     backend: Backend, rows_SD: Array, weight_S: Array, sizes_E: Array, experts: Experts
 ) -> Array:
-    """Each row's expert times its weight: (S, D), of the activation dtype. Rows sorted by expert,
-    of which `sizes_E` says how many each has; rows past them are zero."""
+    """Apply each row's expert, times the row's weight: (S, D), in the activation dtype.
+
+    Rows are sorted by expert, and `sizes_E` is the number of rows of each expert. The results of
+    rows past their sum are zero.
+    """
 
     def product(x, w):
         return grouped_product(x, w, sizes_E, backend)
@@ -90,8 +96,10 @@ def experts_of(
 
 
 def _sorted(ids_S: Array, experts: int) -> tuple[Array, Array]:
-    """The pairs of tokens and experts in the order of their experts (S,), and how many each expert
-    has (E,). Pairs whose expert is not one of the first `experts` come last."""
+    """Return the order (S,) of the pairs by expert, and the number of pairs of each expert (E,).
+
+    Pairs whose expert is not one of the first `experts` come last.
+    """
     sizes_E = jnp.sum(ids_S[:, None] == jnp.arange(experts)[None], axis=0, dtype=jnp.int32)
     return jnp.argsort(jnp.minimum(ids_S, experts), stable=True), sizes_E
 
@@ -108,15 +116,15 @@ def run_experts(backend: Backend, x_TD: Array, routed: Routed, experts: Experts)
 
 
 class _Chunks(NamedTuple):
-    """The pairs that a device's experts are sent, sorted, in chunks of R."""
+    """The sorted pairs of a device's experts, in chunks of R."""
 
-    pair_R: Callable[[Array | int], Array]  # of a chunk's number; past the last pair, any
-    sizes_E: Callable[[Array | int], Array]  # how many rows of the chunk each expert has
-    number: Array  # of chunks; depends on the router
+    pair_R: Callable[[Array | int], Array]  # pairs of a chunk by number; arbitrary past the last
+    sizes_E: Callable[[Array | int], Array]  # rows of each expert in a chunk
+    number: Array  # number of chunks; depends on the router
 
 
 def _chunks(ids_Ak: Array, experts: int, share: int) -> _Chunks:
-    """Chunks of an even share and an eighth: as a rule one of them is enough."""
+    """Split the pairs into chunks of 9/8 of an even share, so that one is usually enough."""
     order_S, sizes_E = _sorted(ids_Ak.reshape(-1), experts)
     rows = len(order_S)
     size = min(-(-rows * 9 // (8 * share)), rows)
@@ -135,8 +143,8 @@ def _chunks(ids_Ak: Array, experts: int, share: int) -> _Chunks:
 
 
 def _later_chunks(chunks: _Chunks, body: Callable[..., Any], start: Any) -> Any:
-    """`body(pairs (R,), sizes (E,), carry)` for each chunk but the first."""
-    with jax.named_scope("about_0_rounds"):  # for plan.hlo, which cannot know the count
+    """Run `carry = body(pairs (R,), sizes (E,), carry)` for each chunk except the first."""
+    with jax.named_scope("about_0_rounds"):  # for plan.hlo, which cannot derive the count
         return jax.lax.fori_loop(
             1,
             chunks.number,
@@ -148,12 +156,12 @@ def _later_chunks(chunks: _Chunks, body: Callable[..., Any], start: Any) -> Any:
 def run_share(backend: Backend, share: int, x_AD: Array, routed: Routed, experts: Experts) -> Array:
     """Return the sum over one part in `share` of all experts for each token, (A, D), float32.
 
-    `routed.ids_Ak` count from the first of `experts`; indices past the last belong to other
-    devices.
+    The indices `routed.ids_Tk` (A, k) count from the first of `experts`; indices past the last
+    belong to other devices.
 
-    Any number of the A k pairs may ask for these experts, and memory for all of them would be
-    `share` times what an even load needs. So they come in chunks, of which one is enough as a rule.
-    It is differentiated like any other products; what an uneven load adds comes in a loop.
+    The router may send all A k pairs to these experts. Memory for all of them would be `share`
+    times that of an even load, so pairs are processed in chunks, and one chunk is usually enough.
+    The first chunk is differentiated like any other product; the others run in a loop.
     """
     chunks = _chunks(routed.ids_Tk, experts.gate_EDF.shape[0], share)
     pair_R = chunks.pair_R(0)
@@ -172,8 +180,11 @@ def _chunk_of(backend, pair_R, sizes_E, x_AD, routed, experts):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _run_later(backend, share, y_AD, x_AD, routed, experts):
-    """`y_AD` and what the chunks after the first add. How many they are only the router knows, so
-    nothing is kept for the gradient but the inputs: it runs their experts again."""
+    """Add the outputs of all chunks after the first to `y_AD`.
+
+    Their number depends on the router. So only the inputs are kept for the gradient, which runs
+    these experts again.
+    """
     k = routed.ids_Tk.shape[1]
 
     def body(pair_R, sizes_E, y_AD):
@@ -188,7 +199,7 @@ def _later_forward(backend, share, y_AD, x_AD, routed, experts):
 
 
 def _later_backward(backend, share, saved, g_AD):
-    """Sums in float32."""
+    """Return the gradients, accumulated in float32."""
     x_AD, routed, experts = saved
     k = routed.ids_Tk.shape[1]
 

@@ -1,18 +1,18 @@
-"""The project's one convention for FLOPs, and the peak rates that MFU divides by.
+"""The FLOPs of a model, counted by one convention, and the peak rates that MFU divides by.
 
-A multiply-add counts two. Counted: every product of the model, attention over the positions a
-causal mask leaves (half of T x T), the mixing of heads in the form that runs, the router and the
-experts that a token is sent to, and the unembedding; the backward pass as twice the forward. Not
-counted: norms, softmax, rotary positions, lookups, recomputation (remat), the optimizer and a
-teacher's forward pass; frozen parameters count as if they had gradients. So MFU compares useful
-work, whatever is recomputed.
+A multiply-add counts as two FLOPs. The count includes all products of the model: projections,
+attention over the positions that a causal mask leaves (half of T x T), the mixing of heads in the
+form that runs, the router and the experts that a token is sent to, and the unembedding. The
+backward pass counts as twice the forward pass. The count excludes norms, softmax, rotary positions,
+lookups, recomputation (remat), the optimizer, and a teacher's forward pass. Frozen parameters count
+as if they had gradients. So MFU measures useful work, independent of recomputation.
 """
 
 from mea_jax.config.schema import ModelConfig
 from mea_jax.ops.hlc import training_form
 
 # Dense bfloat16 FLOP/s of one device, by a prefix of `jax.Device.device_kind`, from the vendors'
-# data sheets. A device that is not listed has no MFU; its FLOP/s are reported all the same.
+# data sheets. A device that is not listed has no MFU; its FLOP/s are still reported.
 PEAK_FLOPS = {
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
@@ -29,13 +29,13 @@ PEAK_FLOPS = {
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """Peak bfloat16 FLOP/s of a device kind, or None where it is not known."""
+    """Return the peak bfloat16 FLOP/s of a device kind, or None if it is not listed."""
     matches = [name for name in PEAK_FLOPS if device_kind.startswith(name)]
     return PEAK_FLOPS[max(matches, key=len)] if matches else None
 
 
 def _mixing_products(model: ModelConfig, which: str, components: int) -> tuple[int, int]:
-    """Multiply-adds of projecting one position to K heads, and of folding once a step."""
+    """Return multiply-adds of projecting one position to K heads, and of one folding per step."""
     d, h, k = model.d_model, model.head_dim, model.n_kv_heads
     if not model.mixes(which):
         return d * components * h, 0
@@ -47,7 +47,7 @@ def _mixing_products(model: ModelConfig, which: str, components: int) -> tuple[i
 
 
 def _attention_products(model: ModelConfig, c_key: int, c_value: int) -> tuple[int, int]:
-    """Multiply-adds of one layer's attention: per position, and per pair of query and key."""
+    """Return multiply-adds of one layer's attention: per position, and per query-key pair."""
     d, h, n, k = model.d_model, model.head_dim, model.n_heads, model.n_kv_heads
     if model.variant == "differential_v1":  # both maps of a pair read values of width 2H
         return 2 * d * n * h + 2 * d * k * h, n * h + n * 2 * h
@@ -66,7 +66,7 @@ def _attention_products(model: ModelConfig, c_key: int, c_value: int) -> tuple[i
 
 
 def _feed_forward_products(model: ModelConfig) -> int:
-    """Multiply-adds of one layer's feed-forward half; of the experts those that run."""
+    """Return multiply-adds per position of a feed-forward half; only experts that run count."""
     if not model.n_experts:
         return 3 * model.d_model * model.d_ff
     router = model.d_model * model.n_experts
@@ -74,7 +74,7 @@ def _feed_forward_products(model: ModelConfig) -> int:
 
 
 def forward_flops_per_token(model: ModelConfig, length: int) -> float:
-    """FLOPs of a forward pass over windows of `length` positions, per position."""
+    """Return the FLOPs per position of a forward pass over windows of `length` positions."""
     total = 0.0
     for c_key, c_value in zip(model.components("key"), model.components("value"), strict=True):
         position, pair = _attention_products(model, c_key, c_value)
@@ -84,7 +84,7 @@ def forward_flops_per_token(model: ModelConfig, length: int) -> float:
 
 
 def step_flops(model: ModelConfig, length: int, tokens: int) -> float:
-    """FLOPs of a training step on `tokens` positions: three forwards, and folding once.
+    """Return the FLOPs of a training step on `tokens` positions: 3 forward passes, 1 folding.
 
     Folding again for each part of an accumulated batch is recomputation, so it is not counted.
     """

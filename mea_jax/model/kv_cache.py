@@ -1,23 +1,24 @@
 """The KV cache: preallocated, read once a step in the form in which it is stored.
 
-New positions go to a small buffer, `Cache.recent`, at one slot that is the same for all rows, and
-from there, once in `RECENT` steps, to the cache itself, each row's behind its own last
-(`flush`). So a step writes a few slots and only reads the rest: written at every step, the large
-arrays would be copied by the CPU's compiler, and need a scatter on a TPU.
+A decode step writes its positions to a small buffer, `Cache.recent`, at one slot that is the same
+for all rows. Once in `RECENT` steps, `flush` moves them to the main arrays, behind each row's last
+position. So a step writes a few slots and only reads the rest. If a step wrote to the large arrays,
+the CPU's compiler would copy them, and a TPU would need a scatter.
 
 A layer stores keys and values each in one of three forms:
 
-- "direct": the K heads that attention reads, (B, K, S, H). Plain attention, or mixing folded away.
-- "absorbed": C component heads, (B, S, C H), read as they are: the mixing is applied to the query
-  and to the weighted sum. C/K of the bytes, and nothing of size S x K x H is ever made.
-- "explicit": the same bytes, but composite heads are rebuilt at every step: for comparison.
+- "direct": the K heads that attention reads, (B, K, S, H). For plain attention or folded mixing.
+- "absorbed": C component heads, (B, S, C H), read as they are stored. The mixing is applied to the
+  query and to the weighted sum. This takes C/K of the bytes, and no array of size S x K x H is ever
+  built.
+- "explicit": the same bytes, but composite heads are rebuilt at every step. For comparison.
 
-The layouts put the features that one product contracts next to one another in memory, whole:
-H of one head if direct, all C H of a position if absorbed.
+The layouts keep the features that one product contracts contiguous in memory: H of one head in the
+direct form, all C H of a position in the absorbed form.
 
-int8 storage keeps one float32 step for each vector that a product reads whole, so the step factors
-out of the product, and the stored integers are all that is read. Letters as in ops/attention.py, S
-the cache's length, X = C H.
+int8 storage keeps one float32 step for each vector of H or C H features. So the step factors out of
+the product, which reads only the stored integers. Letters as in ops/attention.py; S is the cache's
+length and X = C H.
 """
 
 import math
@@ -37,22 +38,25 @@ Array = jax.Array
 
 @struct.dataclass
 class HeadCache:
-    """Keys or values of one layer. `data` (B, K, S, H) or (B, S, C H); `step` only for int8."""
+    """The keys or values of one layer: (B, K, S, H) or (B, S, C H); `step` only for int8."""
 
     data: Any
-    step: Any  # float32 (B, K, S) or (B, S): what one unit of the integers is worth
+    step: Any  # float32 (B, K, S) or (B, S): the value of one unit of the integers
     form: str = struct.field(pytree_node=False)
     width: int = struct.field(pytree_node=False)  # features of a head
 
     @property
     def axis(self) -> int:
-        """The axis of positions."""
+        """The axis of positions in `data`."""
         return 2 if self.form == "direct" else 1
 
 
 @struct.dataclass
 class LayerCache:
-    """One layer. `inverse_rms_BKS` is there where a key norm meets mixed keys, float32."""
+    """The cache of one layer.
+
+    `inverse_rms_BKS` (float32) exists if keys are normed after mixing; otherwise it is None.
+    """
 
     key: HeadCache
     value: HeadCache
@@ -68,14 +72,14 @@ class Stored(NamedTuple):
 
 @struct.dataclass
 class Cache:
-    """The caches of all layers. `segment_ids_BS` (int32) is 0 in empty slots."""
+    """The caches of all layers; `segment_ids_BS` (int32) is 0 in empty slots."""
 
     layers: tuple[LayerCache, ...]
-    recent: tuple[LayerCache, ...]  # RECENT positions, all of each row's last segment
+    recent: tuple[LayerCache, ...]  # RECENT positions, in each row's last segment
     segment_ids_BS: Any
-    lengths_B: Any  # int32, slots of `layers` in use: each row's tokens lie in its first slots
-    recent_count: Any  # () int32, slots of `recent` in use, by all rows alike
-    positions_B: Any  # int32, of the next token within its segment
+    lengths_B: Any  # int32, slots of `layers` in use: each row's tokens are in its first slots
+    recent_count: Any  # () int32, slots of `recent` in use, the same for all rows
+    positions_B: Any  # int32, position of the next token within its segment
 
 
 RECENT = 128  # positions between two flushes: one tile of a TPU's registers
@@ -84,7 +88,7 @@ RECENT = 128  # positions between two flushes: one tile of a TPU's registers
 def empty_heads(
     form: str, batch: int, length: int, heads: int, width: int, dtype: Any
 ) -> HeadCache:
-    """Room for `length` positions of `heads` heads."""
+    """Return an empty cache for `length` positions of `heads` heads."""
     shape = (batch, heads, length) if form == "direct" else (batch, length)
     features = width if form == "direct" else heads * width
     step = jnp.zeros(shape, jnp.float32) if dtype == jnp.int8 else None
@@ -92,12 +96,12 @@ def empty_heads(
 
 
 def count_bytes(layers: Iterable[LayerCache]) -> int:
-    """Bytes of the arrays that grow with the context, counted from the arrays themselves."""
+    """Return the bytes of the layers' arrays, which grow with the context."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tuple(layers)))
 
 
 def write_heads(cache: HeadCache, new_BTCH: Array, slot: Array | int) -> HeadCache:
-    """Stores heads of T positions from `slot` on, the same for all rows."""
+    """Return `cache` with heads of T positions from `slot` on, the same slot for all rows."""
     b, t = new_BTCH.shape[:2]
     axis, step = cache.axis, cache.step
     new = jnp.swapaxes(new_BTCH, 1, 2) if axis == 2 else new_BTCH.reshape(b, t, -1)
@@ -110,7 +114,7 @@ def write_heads(cache: HeadCache, new_BTCH: Array, slot: Array | int) -> HeadCac
 
 
 def write_scalars(stored_BKS: Array, new_BTK: Array, slot: Array | int) -> Array:
-    """`write_heads` for one number a head and position."""
+    """Return `stored_BKS` with one number per head and position, as `write_heads` does."""
     return _write(stored_BKS, jnp.swapaxes(new_BTK, 1, 2), slot, 2)
 
 
@@ -119,9 +123,9 @@ def _write(stored: Array, new: Array, slot: Array | int, axis: int) -> Array:
 
 
 def flush(cache: Cache) -> Cache:
-    """The cache with its recent positions moved behind each row's last, and room for new ones.
+    """Return the cache with the recent positions moved behind each row's last, `recent` free.
 
-    What a full row has no slot for is dropped: callers keep count.
+    Positions for which a full row has no slot are dropped, so callers must count them.
     """
     slots_BR = cache.lengths_B[:, None] + jnp.arange(RECENT)[None]
     length = cache.segment_ids_BS.shape[1]
@@ -134,8 +138,8 @@ def flush(cache: Cache) -> Cache:
     )
 
     def move(stored: Array, recent: Array, axis: int) -> Array:
-        # Heads before the positions are rows of the scatter like the batch: apart, a TPU's
-        # compiler would copy the whole array into another layout and back.
+        # Merge the axes of batch and heads into rows of the scatter. If they were separate, a
+        # TPU's compiler would copy the entire array into another layout and back.
         rows, rest = math.prod(stored.shape[:axis]), stored.shape[axis + 1 :]
         slots = jnp.repeat(slots_BR, rows // slots_BR.shape[0], axis=0)
         new = recent.reshape(rows, RECENT, *rest)
@@ -163,10 +167,10 @@ def flush(cache: Cache) -> Cache:
 def read_logits(
     backend: Backend, q_BKGH: Array, layer: LayerCache, kind: str, mix: Array | None
 ) -> Array:
-    """q . k for every slot: float32 (B, K, G, S), neither masked nor biased.
+    """Return q . k for all slots: float32 (B, K, G, S), neither masked nor biased.
 
-    `q_BKGH` carries the scale. `kind` and `mix` say how cached components make composite keys;
-    `mix` is None for "direct" keys, and for queries that are absorbed already, (B, K, G, C H).
+    `q_BKGH` includes the scale. `kind` and `mix` are the mixing of the cached components. `mix` is
+    None for "direct" keys, and for queries that are already absorbed, (B, K, G, C H).
     """
     cache, dtype = layer.key, backend.dtype
     b, k, g, _ = q_BKGH.shape
@@ -192,7 +196,7 @@ def read_logits(
 def read_values(
     backend: Backend, p_BKGS: Array, cache: HeadCache, kind: str, mix: Array | None
 ) -> Array:
-    """Sums of values weighted by `p_BKGS`, mixed to composite heads: float32 (B, K, G, H)."""
+    """Return sums of values by weights `p_BKGS`, of composite heads: float32 (B, K, G, H)."""
     dtype = backend.dtype
     b, k, g, s = p_BKGS.shape
     if cache.form == "absorbed":
@@ -213,7 +217,7 @@ def read_values(
 
 
 def _rebuilt(backend: Backend, cache: HeadCache, kind: str, mix: Array | None) -> Array:
-    """Composite heads (B, K, S, H) of every slot from the cached components."""
+    """Rebuild composite heads (B, K, S, H) of all slots from the cached components."""
     assert mix is not None
     data = cache.data.astype(backend.activation)
     if cache.step is not None:
@@ -224,7 +228,7 @@ def _rebuilt(backend: Backend, cache: HeadCache, kind: str, mix: Array | None) -
 
 
 def add_slopes(logits_BKGS: Array, distance_BS: Array, slopes_N: Array | None) -> Array:
-    """ALiBi: each head's slope times how far a slot lies from the row's own (0 or less)."""
+    """Add ALiBi's bias, each head's slope times `distance_BS` (0 or less); None adds nothing."""
     if slopes_N is None:
         return logits_BKGS
     _, k, g, _ = logits_BKGS.shape
@@ -233,5 +237,5 @@ def add_slopes(logits_BKGS: Array, distance_BS: Array, slopes_N: Array | None) -
 
 
 def hide(logits_BKGS: Array, seen_BS: Array) -> Array:
-    """Logits with the slots hidden that a row may not see."""
+    """Mask the logits of slots that a row may not see."""
     return jnp.where(seen_BS[:, None, None], logits_BKGS, MASKED)

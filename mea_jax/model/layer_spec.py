@@ -15,12 +15,12 @@ SIDES = ("key", "value")
 
 @dataclasses.dataclass(frozen=True)
 class LayerSpec:
-    """One layer of a model; hashable, a static argument of `jax.jit`.
+    """One layer of a model; hashable, so it can be a static argument of `jax.jit`.
 
     Attributes:
-      model: the config, without lists of components for its layers.
+      model: the config, with its `key_components` and `value_components` set to None.
       key_components, value_components: C_k and C_v of this layer.
-      cached_form: how a cache holds components: "absorbed" or "explicit" (model/kv_cache.py).
+      cached_form: the form of cached components: "absorbed" or "explicit" (model/kv_cache.py).
     """
 
     model: ModelConfig
@@ -35,14 +35,14 @@ class LayerSpec:
 
     @property
     def alone(self) -> ModelConfig:
-        """The config of a model that has this layer only, without rematerialisation."""
+        """The config in which all layers are like this one, without rematerialisation."""
         key, value = self.components
         return dataclasses.replace(
             self.model, key_components=key, value_components=value, remat="none"
         )
 
     def block(self) -> Block:
-        """The Linen module of the layer."""
+        """Return the Linen module of the layer."""
         return Block(self.model, *self.components, self.cached_form)
 
     def cache_layout(self) -> tuple[HeadLayout, HeadLayout, int]:
@@ -57,14 +57,14 @@ class LayerSpec:
 
 
 def layer_specs(model: ModelConfig) -> list[LayerSpec]:
-    """The spec of each layer. Layers of equal shape have equal specs, and share a program."""
+    """Return each layer's spec; equal layers have equal specs and share a compiled program."""
     shared = dataclasses.replace(model, key_components=None, value_components=None)
     pairs = zip(*(model.components(side) for side in SIDES), strict=True)
     return [LayerSpec(shared, key, value) for key, value in pairs]
 
 
 def fold_model(model: ModelConfig, sides: tuple[str, ...] = SIDES) -> ModelConfig:
-    """The config of one layer of `model` once the mixing of `sides` is folded away."""
+    """Return the config of one layer of `model` after folding the mixing of `sides`."""
     mixed = [side for side in SIDES if model.mixes(side) and side not in sides]
     return dataclasses.replace(
         model,
@@ -80,7 +80,7 @@ def fold_model(model: ModelConfig, sides: tuple[str, ...] = SIDES) -> ModelConfi
 def fold_layer(
     model: ModelConfig, attention: Mapping[str, Any], sides: tuple[str, ...] = SIDES
 ) -> dict[str, Any]:
-    """A layer's attention parameters once the mixing of `sides` is folded into projections."""
+    """Fold the mixing of `sides` into the projections of a layer's attention parameters."""
     folded = [side for side in sides if model.mixes(side)]
     dropped = [f"{side}_mixing" for side in folded]
     kept = {name: leaf for name, leaf in attention.items() if name not in dropped}
@@ -88,5 +88,5 @@ def fold_layer(
 
 
 def plain_spec(model: ModelConfig) -> LayerSpec:
-    """A layer with the composite heads of `model` as its only heads: the same function."""
+    """Return the spec of the equivalent layer whose only heads are the composite heads."""
     return LayerSpec(fold_model(model), model.n_kv_heads, model.n_kv_heads)

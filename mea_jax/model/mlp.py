@@ -10,7 +10,7 @@ from mea_jax.parallel.sharding import constrain
 
 
 class MLP(nn.Module):
-    """SwiGLU (arXiv 2002.05202)."""
+    """A SwiGLU layer (arXiv 2002.05202)."""
 
     config: ModelConfig
 

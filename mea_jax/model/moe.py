@@ -1,20 +1,21 @@
-"""Mixture of experts in place of the feed-forward half of a block, dropless.
+"""A dropless mixture of experts, in place of the feed-forward half of a block.
 
-A router gives each token probabilities over E experts, softmax(x W_r) in float32; the k most
-probable run, each a SwiGLU of its own of width F, and their outputs are summed by those
-probabilities (divided by their sum where `normalise_router` says so, as in Qwen3-MoE):
+A router gives each token probabilities over E experts, softmax(x W_r) in float32. The k most
+probable experts run, each a separate SwiGLU of width F. Their outputs are summed, weighted by
+those probabilities (divided by their sum if `normalise_router` is set, as in Qwen3-MoE):
 
     y = sum over chosen e of p_e W_down,e (silu(x W_gate,e) * x W_up,e).
 
 No expert has a capacity, so no token is dropped (experts.py).
 
-On a mesh the experts are divided over the axis `expert`, as rows of the batch are. Each device
-gathers its neighbours' tokens along that axis, computes what its own experts add, and the sums are
-scattered back: exact whatever the router does, and on every backend. See docs/scaling.md for what
-that moves. Padding, segment 0, is sent to no expert and counts in no loss.
+On a mesh the experts are sharded over the axis `expert`, and so are the rows of the batch. Each
+device gathers its neighbours' tokens along that axis and computes the outputs of its own experts;
+the sums are scattered back. The result is exact for any routing, on every backend. See
+docs/scaling.md for the communication. Padding (segment 0) is sent to no expert and counts in no
+loss.
 
-Letters as in docs/architecture.md; T here all tokens of a device, A those gathered from its
-neighbours too.
+Letters as in docs/architecture.md. T is all tokens of a device, A also those gathered from its
+neighbours.
 """
 
 from typing import Any, NamedTuple
@@ -33,7 +34,7 @@ from mea_jax.ops.context_parallel import lay_out
 from mea_jax.parallel.sharding import mesh_axes, on_a_mesh, shard_count, spec
 
 Array = jax.Array
-_AGAIN = ("all_gather", "gather")  # operations that the backward pass does again
+_AGAIN = ("all_gather", "gather")  # operations that the backward pass repeats
 _AXES = {  # logical axes of the parameters
     "router": ("embed", "router"),
     "gate": ("experts", "expert_embed", "mlp"),
@@ -43,35 +44,39 @@ _AXES = {  # logical axes of the parameters
 
 
 class RouterSums(NamedTuple):
-    """Sums over real tokens, float32; stacked over layers (L, ...) by the decoder."""
+    """Sums over real tokens, float32; the decoder stacks them over layers, (L, ...)."""
 
-    chosen_E: Array  # how many chose each expert, of their k choices
+    chosen_E: Array  # tokens that chose each expert among their k
     probability_E: Array
     z: Array  # of logsumexp(logits)^2
     tokens: Array
 
     def load_balance(self) -> Array:
-        """E sum_e f_e P_e (arXiv 2101.03961, eq. 4): f_e the share of choices that fell on expert
-        e, P_e its mean probability. 1 where both are even, up to E where one expert takes all."""
+        """Return the load-balancing loss E sum_e f_e P_e (arXiv 2101.03961, eq. 4).
+
+        f_e is the share of choices that fell on expert e, P_e its mean probability. The loss is 1
+        if both are even, and up to E if one expert gets all tokens.
+        """
         share = self.chosen_E / jnp.sum(self.chosen_E, axis=-1, keepdims=True)
         mean = self.probability_E / self.tokens[..., None]
         return self.chosen_E.shape[-1] * jnp.sum(share * mean, axis=-1)
 
     def z_loss(self) -> Array:
-        """The mean of logsumexp(logits)^2 (arXiv 2202.08906, eq. 5)."""
+        """Return the mean of logsumexp(logits)^2 (arXiv 2202.08906, eq. 5)."""
         return self.z / self.tokens
 
     def busiest(self) -> Array:
-        """The most that an expert has to do, over the mean."""
+        """Return the load of the busiest expert divided by the mean load."""
         return jnp.max(self.chosen_E, axis=-1) / jnp.mean(self.chosen_E, axis=-1)
 
 
 def route(
     x_TD: Array, real_T: Array, router_DE: Array, count: int, normalise: bool
 ) -> tuple[Routed, RouterSums]:
-    """The `count` most probable experts of each token; float32 throughout.
+    """Return the `count` most probable experts of each token, and sums; float32 throughout.
 
-    `real_T`: bool, False for padding. Among equals the expert of the lower number is taken.
+    `real_T` is bool, False for padding. Of equally probable experts the one of lower index is
+    chosen.
     """
     logits_TE = jnp.dot(
         x_TD.astype(jnp.float32),
@@ -99,16 +104,16 @@ def _tokens(x_BTD: Array, segment_ids_BT: Array) -> tuple[Array, Array]:
 
 
 def _on_a_mesh(model, backend, x_BTD, segment_ids_BT, router_DE, experts):
-    """`mixture` on the mesh of `jax.set_mesh`."""
+    """Compute `mixture` on the mesh of `jax.set_mesh`."""
     divided = all(
         size % shard_count(name) == 0
         for size, name in zip(x_BTD.shape[:2], ("batch", "length"), strict=True)
-    )  # a lone prompt is not: every device then takes all of its tokens
+    )  # False for a single prompt: every device then processes all of its tokens
     of_ids = spec(("batch", "length")) if divided else PartitionSpec()
     of_x = spec(("batch", "length", None)) if divided else PartitionSpec()
     token_axes = mesh_axes("batch", "length") if divided else ()
     exchange, columns = mesh_axes("experts"), mesh_axes("expert_embed")
-    # Sums over devices are left to the partitioner, which knows that their results are alike.
+    # The partitioner sums over devices, because it can infer that all results are equal.
     parts = mesh_axes("mlp") if divided else (*exchange, *mesh_axes("mlp"))
 
     def gathered(w: Array, axis: int) -> Array:
@@ -148,15 +153,18 @@ def _on_a_mesh(model, backend, x_BTD, segment_ids_BT, router_DE, experts):
         _again(shard),
         in_specs=(of_x, of_ids, spec(_AXES["router"]), of_experts),
         out_specs=(PartitionSpec(parts or None, *of_x), PartitionSpec(token_axes or None)),
-        check_vma=False,  # it cannot follow loops whose start is alike everywhere
+        check_vma=False,  # it does not support loops that start from equal values on all devices
     )
     y, sums = split(x_BTD, segment_ids_BT, router_DE, experts)
     return jnp.sum(y, axis=0), jax.tree.map(lambda s: jnp.sum(s, axis=0), sums)
 
 
 def _again(function: Any) -> Any:
-    """`function` whose gradient gathers weights and rows again: saved, those would be the largest
-    arrays of a layer, k times the residual and the experts whole."""
+    """Wrap `function` so that its gradient gathers weights and rows again.
+
+    If saved, these would be the largest arrays of a layer: k times the residual, and the complete
+    experts.
+    """
 
     def policy(primitive, *_, **__) -> bool:
         return primitive.name not in _AGAIN
@@ -167,9 +175,10 @@ def _again(function: Any) -> Any:
 def mixture(
     model: ModelConfig, x_BTD: Array, segment_ids_BT: Array, router_DE: Array, experts: Experts
 ) -> tuple[Array, RouterSums]:
-    """The experts' outputs (B, T, D), of the activation dtype, and the router's sums.
+    """Return the experts' outputs (B, T, D), in the activation dtype, and the router's sums.
 
-    On a mesh of `jax.set_mesh` the arrays are split as their logical axes say. `model` is resolved.
+    On a mesh of `jax.set_mesh` the arrays are sharded by their logical axes. `model` must be
+    resolved.
     """
     backend = make_backend(model)
     if on_a_mesh():
@@ -186,7 +195,7 @@ def mixture(
 
 
 class MoE(nn.Module):
-    """`mixture` with its parameters; `RouterSums` go to the collection "router"."""
+    """A mixture of experts that sows its `RouterSums` in the collection "router"."""
 
     config: ModelConfig
 

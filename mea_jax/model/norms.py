@@ -1,4 +1,4 @@
-"""RMSNorm (arXiv 1910.07467), in float32 whatever the input."""
+"""RMSNorm (arXiv 1910.07467), computed in float32 for any input dtype."""
 
 import flax.linen as nn
 import jax
@@ -8,7 +8,7 @@ from mea_jax.parallel.sharding import parameter
 
 
 class Scale(nn.Module):
-    """One learned weight a feature, (features,), float32, where the norm itself is elsewhere."""
+    """One learned weight per feature, float32 (features,), of a norm computed elsewhere."""
 
     features: int
 
@@ -18,7 +18,7 @@ class Scale(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """RMSNorm over the last axis, of width `features`, with one learned weight a feature."""
+    """RMSNorm over the last axis, of width `features`, with one learned weight per feature."""
 
     features: int
     eps: float

@@ -1,4 +1,4 @@
-"""The parameters of a model: initialised, placed on a mesh, or as shapes alone."""
+"""The parameters of a model: initialised, placed on a mesh, or as shapes only."""
 
 import dataclasses
 from typing import Any
@@ -16,7 +16,7 @@ from mea_jax.parallel import sharding
 
 @struct.dataclass
 class TrainState:
-    """Everything a step changes: `step` is the number of updates done.
+    """Everything that a step changes; `step` is the number of completed updates.
 
     Trees of shardings or of abstract arrays have this structure too.
     """
@@ -27,27 +27,27 @@ class TrainState:
 
 
 def init_params(model: ModelConfig, key: jax.Array) -> Any:
-    """A parameter tree whose leaves carry logical axes (`nn.LogicallyPartitioned`)."""
+    """Initialise parameters, whose leaves carry logical axes (`nn.LogicallyPartitioned`)."""
     dummy = jnp.zeros((1, 8), jnp.int32)
-    # Shapes do not depend on the kernel, and a flash kernel on a mesh would not take one row.
+    # Shapes do not depend on the kernel, and a flash kernel on a mesh does not accept one row.
     model = dataclasses.replace(model, attention_kernel="einsum")
     return Decoder(model).init(key, dummy, dummy, dummy)["params"]
 
 
 def abstract_params(model: ModelConfig) -> Any:
-    """Shapes and dtypes of the parameters, without logical axes."""
+    """Return shapes and dtypes of the parameters, without logical axes."""
     return nn.unbox(jax.eval_shape(lambda: init_params(model, jax.random.key(0))))
 
 
 def param_shardings(model: ModelConfig, mesh: Mesh) -> Any:
-    """A tree of `NamedSharding`s, one for each parameter."""
-    # Keys are made inside, so that nothing runs: the mesh may be one to compile for only.
+    """Return a tree of `NamedSharding`s, one for each parameter."""
+    # The key is created inside, so nothing runs: the mesh may exist only for compilation.
     boxed = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
     return sharding.param_shardings(boxed, mesh)
 
 
 def placed_params(model: ModelConfig, mesh: Mesh) -> Any:
-    """Shapes, dtypes and shardings of the parameters: what they are restored into."""
+    """Return shapes, dtypes and shardings of the parameters, as the target of a restore."""
     return _placed(abstract_params(model), param_shardings(model, mesh))
 
 

@@ -1,4 +1,4 @@
-"""A decoder of LLaMA-3.2 shape in Linen: blocks scanned over stretches of equal layers."""
+"""A decoder of LLaMA-3.2 shape in Linen, with a scan over each run of equal layers."""
 
 import itertools
 from typing import Any, cast
@@ -25,10 +25,11 @@ RESIDUAL = ("batch", "length", "activation_embed")
 
 
 def remat(block: type[nn.Module], policy: str) -> type[nn.Module]:
-    """`block` under a rematerialisation policy by name.
+    """Return `block` with the rematerialisation policy named `policy`.
 
-    "none" saves every intermediate; "dots" saves the results of products without batch axes (the
-    projections, those of experts too) and recomputes the rest; "full" saves only the block's input.
+    "none" saves all intermediates. "dots" saves the results of products without batch axes (the
+    projections, including those of experts) and recomputes the rest. "full" saves only the block's
+    input.
     """
     assert policy in REMAT_POLICIES
     if policy == "none":
@@ -43,9 +44,9 @@ def remat(block: type[nn.Module], policy: str) -> type[nn.Module]:
 
 
 class Block(nn.Module):
-    """Pre-norm attention and SwiGLU, or a mixture of such, each added to the residual.
+    """Pre-norm attention and SwiGLU (or a mixture of experts), each added to the residual.
 
-    `index` is the layer's, from 0. `stored` as in attention.py: None in training.
+    `index` is the layer's index from 0; `stored` is its cache, None in training.
     """
 
     config: ModelConfig
@@ -76,7 +77,7 @@ class Block(nn.Module):
 
 
 def rope_of(config: ModelConfig, positions_BT: jax.Array) -> Any:
-    """The rotary table of these positions, or None under other positions."""
+    """Return the rotary table of these positions, or None if positions are not rotary."""
     if config.positions != "rope":
         return None
     frequencies = rope.rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
@@ -84,7 +85,7 @@ def rope_of(config: ModelConfig, positions_BT: jax.Array) -> Any:
 
 
 def stretches(config: ModelConfig) -> list[tuple[int, int, int, int]]:
-    """Runs of consecutive layers of equal shape: [(first layer, length, C_k, C_v), ...]."""
+    """Return runs of consecutive equal layers: [(first layer, length, C_k, C_v), ...]."""
     layers = list(zip(config.components("key"), config.components("value"), strict=True))
     runs, first = [], 0
     for (key, value), members in itertools.groupby(layers):
@@ -95,7 +96,10 @@ def stretches(config: ModelConfig) -> list[tuple[int, int, int, int]]:
 
 
 class Decoder(nn.Module):
-    """Token ids to final hidden states; `unembedding` turns those into logits."""
+    """A decoder-only transformer that maps token ids to final hidden states.
+
+    `unembedding` maps hidden states to logits.
+    """
 
     config: ModelConfig
 
@@ -135,7 +139,7 @@ class Decoder(nn.Module):
         self.final_norm = RMSNorm(c.d_model, c.norm_eps)
 
     def embed(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
-        """The first residual (B, T, D)."""
+        """Return the first residual (B, T, D)."""
         c, activation = self.config, make_backend(self.config).activation
         learned = c.positions == "learned"
         dtype = jnp.float32 if learned else activation
@@ -153,10 +157,10 @@ class Decoder(nn.Module):
         segment_ids_BT: jax.Array,
         shards: int = 1,
     ) -> jax.Array:
-        """Hidden states (B, T, D) after the final norm. Segments do not see one another.
+        """Return hidden states (B, T, D) after the final norm.
 
-        `shards`: in how many parts of the sequence tokens and positions are laid out
-        (`attention.Context`); segment ids are in natural order.
+        Segments do not attend to one another. Tokens and positions are ordered for `shards`
+        shards of the sequence (`attention.Context`); segment ids are in natural order.
         """
         context = Context(segment_ids_BT, rope_of(self.config, positions_BT), shards=shards)
         x_BTD = self.embed(tokens_BT, positions_BT)
@@ -165,7 +169,7 @@ class Decoder(nn.Module):
         return self.final_norm(x_BTD)
 
     def unembedding(self) -> jax.Array:
-        """The kernel (D, V), float32, from hidden states to logits."""
+        """Return the kernel (D, V), float32, from hidden states to logits."""
         return self.embedding.T if self.config.tie_embeddings else self.head
 
     def hidden_and_unembedding(self, tokens_BT, positions_BT, segment_ids_BT, shards):
@@ -173,7 +177,7 @@ class Decoder(nn.Module):
         return self(tokens_BT, positions_BT, segment_ids_BT, shards), self.unembedding()
 
     def to_logits(self, x_BTD: jax.Array) -> jax.Array:
-        """Logits (B, T, V), float32, of hidden states after the final norm."""
+        """Return logits (B, T, V), float32, of hidden states after the final norm."""
         backend = make_backend(self.config)
         x_BTD, dtype = x_BTD.astype(backend.dtype), backend.dtype
         if self.config.tie_embeddings:
@@ -181,11 +185,14 @@ class Decoder(nn.Module):
         return backend.matmul(x_BTD, self.head.astype(dtype))
 
     def normed_logits(self, x_BTD: jax.Array) -> jax.Array:
-        """Logits (B, T, V), float32, of the last block's residual."""
+        """Return logits (B, T, V), float32, of the last block's residual."""
         return self.to_logits(self.final_norm(x_BTD))
 
     def logits(self, tokens_BT, positions_BT, segment_ids_BT) -> jax.Array:
-        """Logits (B, T, V), float32. For short inputs: a batch of training has no room for it."""
+        """Return logits (B, T, V), float32, of short inputs.
+
+        The logits of a training batch do not fit in memory.
+        """
         return self.to_logits(self(tokens_BT, positions_BT, segment_ids_BT))
 
 
@@ -197,10 +204,10 @@ def apply_hidden(
     segment_ids_BT: jax.Array,
     shards: int = 1,
 ) -> tuple[jax.Array, jax.Array]:
-    """Final hidden states (B, T, D) and the unembedding (D, V) of a model with `params`.
+    """Return final hidden states (B, T, D) and the unembedding (D, V).
 
-    `shards`: in how many parts of the sequence tokens and positions are laid out, and the result
-    is (ops/context_parallel.py); segment ids are in natural order.
+    Tokens, positions and the result are ordered for `shards` shards of the sequence
+    (ops/context_parallel.py); segment ids are in natural order.
     """
     method = Decoder.hidden_and_unembedding
     inputs = (tokens_BT, positions_BT, segment_ids_BT, shards)
@@ -215,7 +222,7 @@ def apply_routed(
     segment_ids_BT: jax.Array,
     shards: int = 1,
 ) -> tuple[tuple[jax.Array, jax.Array], RouterSums | None]:
-    """`apply_hidden`, and what the routers of all layers did, (L, ...); None of a dense model."""
+    """Return the result of `apply_hidden`, and the routers' sums (L, ...) or None if dense."""
     inputs = (tokens_BT, positions_BT, segment_ids_BT, shards)
     if not model.n_experts:
         return apply_hidden(model, params, *inputs), None

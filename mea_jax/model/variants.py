@@ -1,7 +1,7 @@
-"""The rivals of MEA under the same interface, chosen by `config.variant`.
+"""The baselines of MEA with the same interface, selected by `config.variant`.
 
-Definitions are those of the papers named in each class; `make_attention` is the one place that
-knows all of them. Gated attention is no class of its own: `config.gate`, on any MEA or MHA.
+Each class implements the definition of the paper that it cites. Only `make_attention` refers to all
+of them. Gated attention has no separate class: `config.gate` adds the gate to any MEA or MHA.
 """
 
 import flax.linen as nn
@@ -19,16 +19,16 @@ Array = jax.Array
 
 
 def lambda_init(index) -> Array:
-    """Differential attention's lambda at the start, by layer from 0 (arXiv 2410.05258)."""
+    """Return differential attention's initial lambda of layer `index` (arXiv 2410.05258)."""
     return 0.8 - 0.6 * jnp.exp(-0.3 * jnp.asarray(index, jnp.float32))
 
 
 class DifferentialV1(AttentionLayer):
     """Differential attention (arXiv 2410.05258): N/2 pairs of heads, values of width 2H.
 
-    Pair p has two attention maps, heads 2p and 2p + 1, and gives (map_1 - lambda map_2) v, normed
-    over 2H and times 1 - lambda_init. One lambda a layer. Keys and values of K/2 pairs are shared
-    by groups of G pairs.
+    Pair p has two attention maps, of heads 2p and 2p + 1. Its output is (map_1 - lambda map_2) v,
+    normed over 2H and multiplied by 1 - lambda_init. Each layer has one lambda. Each of the K/2
+    pairs of keys and values is shared by a group of G query pairs.
     """
 
     @nn.nowrap
@@ -38,7 +38,7 @@ class DifferentialV1(AttentionLayer):
         return key, HeadLayout("direct", c.n_kv_heads // 2, 2 * c.head_dim), 0
 
     def learned_lambda(self, index) -> Array:
-        """exp(q1 . k1) - exp(q2 . k2) + lambda_init: a float32 scalar."""
+        """Return exp(q1 . k1) - exp(q2 . k2) + lambda_init, a float32 scalar."""
 
         def vector(name):
             normal = nn.initializers.normal(0.1)
@@ -55,12 +55,12 @@ class DifferentialV1(AttentionLayer):
         k_BTKH = self.turn(self.project_heads("key", x_BTD, k, h), context)
         v_BTPW = self.project_heads("value", x_BTD, pairs, 2 * h)
         weight = self.learned_lambda(index)
-        # Query heads ordered so that those of one key head are neighbours: (K/2, 2, G).
+        # Order query heads so that those of one key head are adjacent: (K/2, 2, G).
         b, t = q_BTNH.shape[:2]
         grouped = q_BTNH.reshape(b, t, pairs, n // k, 2, h)
         q_BTNH = jnp.swapaxes(grouped, 3, 4).reshape(b, t, n, h)
         slopes_N = self.slopes(n // 2)
-        if slopes_N is not None:  # one slope a pair
+        if slopes_N is not None:  # one slope per pair
             slopes_N = jnp.repeat(slopes_N.reshape(pairs, 1, n // k), 2, axis=1).reshape(n)
         if stored is not None:
             stored = self.store(stored, k_BTKH, v_BTPW, context)
@@ -74,7 +74,7 @@ class DifferentialV1(AttentionLayer):
             logits = self.cached_logits(q_BTNH, stored, context, slopes_N)
             weights, total_BKG = self.cached_softmax(logits, context)
 
-            def subtract(p_BKGS):  # the two maps of a pair: values are read once
+            def subtract(p_BKGS):  # the two maps of a pair, so that values are read once
                 p_BP2GS = (p_BKGS / total_BKG[..., None]).reshape(b, pairs, 2, n // k, -1)
                 return p_BP2GS[:, :, 0] - weight * p_BP2GS[:, :, 1]
 
@@ -87,8 +87,8 @@ class DifferentialV1(AttentionLayer):
 class DifferentialV2(AttentionLayer):
     """Differential attention, second version (microsoft/unilm, Diff-Transformer-V2).
 
-    2N query heads on the same K heads; head n is head 2n's output less sigmoid(x W)_n times that of
-    head 2n + 1, per token. No norm.
+    2N query heads attend to the same K heads. Output n is that of head 2n minus sigmoid(x W)_n
+    times that of head 2n + 1, for each token. There is no norm.
     """
 
     @nn.compact
@@ -113,12 +113,15 @@ class DifferentialV2(AttentionLayer):
 
 
 class TalkingHeads(AttentionLayer):
-    """Talking heads (arXiv 2003.02436): heads mix logits before, probabilities after the softmax.
+    """Talking heads (arXiv 2003.02436): mixing of logits and of probabilities across heads.
 
-    Starts from the identity, as MHA. No flash kernel can run it; see ops/attention.py.
+    Logits are mixed before the softmax, probabilities after it. Both mixings start from the
+    identity, which is MHA. No flash kernel can run this layer; see ops/attention.py.
     """
 
     def talk(self, name: str) -> Array:
+        """Declare a mixing (N, N), which starts from the identity."""
+
         def init(_, heads):
             return jnp.eye(heads)
 
@@ -160,8 +163,8 @@ class TalkingHeads(AttentionLayer):
 class Collaborative(AttentionLayer):
     """Collaborative attention (arXiv 2006.16362): scores (Q diag(m_n)) K^T, Q and K shared.
 
-    The shared keys are C_k heads of width H, one row of C_k H numbers a position; query head n is
-    the shared query times its row m_n. Rows start as block identity: for C_k = K = N that is MHA.
+    The shared keys are C_k heads of width H, one row of C_k H numbers per position. Query head n is
+    the shared query times its row m_n. Rows start as block identity, which is MHA if C_k = K = N.
     """
 
     @nn.nowrap
@@ -213,5 +216,5 @@ LAYERS: dict[str, type[AttentionLayer]] = {
 def make_attention(
     config: ModelConfig, key_components: int, value_components: int, **options
 ) -> AttentionLayer:
-    """The attention layer of `config`, with its C_k and C_v."""
+    """Return the attention layer of `config`, with its C_k and C_v."""
     return LAYERS[config.variant](config, key_components, value_components, **options)

@@ -2,7 +2,7 @@
 
 Letters: B batch, T query positions, S key positions, D model width, N query heads, K composite
 key/value heads, C component (cached) key/value heads, G = N/K, H head width, W width of a value
-head. How components make composites: hlc.py.
+head. hlc.py composes composite heads from component heads.
 """
 
 from typing import NamedTuple
@@ -10,24 +10,24 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-# Masked logits. Not -inf: a row that is masked as a whole (padding) must stay finite.
+# The value of masked logits. Not -inf: a fully masked row (padding) must stay finite.
 MASKED = -1e30
 
 
-# Queries whose logits `attention_statistics` holds at one time.
+# The number of queries whose logits `attention_statistics` computes at a time.
 _WATCHED = 512
 
 
 def full_precision(dtype: jnp.dtype) -> jax.lax.Precision | None:
     """Return the precision that keeps float32 products in float32; None for other dtypes.
 
-    By default a TPU rounds their inputs to bfloat16, and a GPU may round them to TF32.
+    By default a TPU rounds float32 inputs to bfloat16, and a GPU may round them to TF32.
     """
     return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
 
 def visible(segment_ids_BT: jax.Array) -> jax.Array:
-    """Mask (B, T, T): query t sees key s <= t of the same document."""
+    """Return the mask (B, T, T): query t sees the keys s <= t of its own segment."""
     length = segment_ids_BT.shape[1]
     causal = jnp.tril(jnp.ones((length, length), bool))
     return causal[None] & (segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :])
@@ -36,10 +36,10 @@ def visible(segment_ids_BT: jax.Array) -> jax.Array:
 def raw_logits(
     q_BTNH: jax.Array, k_BSKH: jax.Array, scale: float, slopes_N: jax.Array | None
 ) -> jax.Array:
-    """Scaled logits (B, K, G, T, S) in float32; query head n = k G + g reads head k.
+    """Compute scaled logits (B, K, G, T, S) in float32; query head n = k G + g reads head k.
 
-    `slopes_N` (ALiBi, arXiv 2108.12409): slope times (s - t) is added. Query t stands at position
-    S - T + t.
+    `slopes_N` (ALiBi, arXiv 2108.12409) adds slope times (key position - query position). Query t
+    is at position S - T + t.
     """
     batch, length, heads, width = q_BTNH.shape
     composites, keys = k_BSKH.shape[2], k_BSKH.shape[1]
@@ -65,7 +65,7 @@ def attention_logits(
     scale: float,
     slopes_N: jax.Array | None = None,
 ) -> jax.Array:
-    """`raw_logits` (B, K, G, T, S) with what `mask_BTS` leaves out hidden."""
+    """Compute `raw_logits` (B, K, G, T, S), set to `MASKED` where `mask_BTS` is False."""
     logits_BKGTS = raw_logits(q_BTNH, k_BSKH, scale, slopes_N)
     return jnp.where(mask_BTS[:, None, None], logits_BKGTS, MASKED)
 
@@ -78,7 +78,10 @@ def dot_product_attention(
     scale: float,
     slopes_N: jax.Array | None = None,
 ) -> jax.Array:
-    """Causal attention within segments by plain einsums, softmax in float32: (B, T, N, W)."""
+    """Compute causal attention within segments by plain einsums: (B, T, N, W), dtype of v.
+
+    The softmax is in float32.
+    """
     mask_BTT = visible(segment_ids_BT)
     logits_BKGTS = attention_logits(q_BTNH, k_BSKH, mask_BTT, scale, slopes_N)
     p_BKGTS = jax.nn.softmax(logits_BKGTS, axis=-1).astype(v_BSKW.dtype)
@@ -88,12 +91,12 @@ def dot_product_attention(
 
 
 class TreeMask(NamedTuple):
-    """A mask for windows that hold trees of tokens; `Backend.attend` takes it for segment ids.
+    """A mask of windows that contain trees of tokens, for `Backend.attend` in place of segment ids.
 
-    Tokens stand in depth-first order, and `reach_BT` says where the subtree below each ends: one
-    beyond its last position; 0 for padding. Position t sees s <= t < reach[s]: the path to it from
-    its root and nothing of other branches, so that what texts have in common is computed once. A
-    document by itself is a tree without branches.
+    Tokens are in depth-first order. `reach_BT` is one past the last position of the subtree below
+    each token, and 0 for padding. Position t sees s <= t < reach[s]: the path from its root and
+    nothing of other branches, so that the common prefix of several texts is computed once. A
+    document is a tree without branches.
     """
 
     reach_BT: jax.Array
@@ -107,12 +110,13 @@ def tree_attention(
     scale: float,
     block: int = 256,
 ) -> jax.Array:
-    """Attention of windows that hold trees of tokens: (B, T, N, W).
+    """Compute attention of windows that contain trees of tokens: (B, T, N, W), dtype of v.
 
-    Queries are taken `block` at a time, each against the keys up to there.
+    Queries are processed `block` at a time (T / 16 if that is more), each block against the keys up
+    to its end.
     """
     length, out = q_BTNH.shape[1], []
-    block = max(block, -(-length // 16))  # each is compiled by itself
+    block = max(block, -(-length // 16))  # each block is compiled separately
     for start in range(0, length, block):
         stop = min(start + block, length)
         places_t, places_S = jnp.arange(start, stop), jnp.arange(stop)
@@ -127,7 +131,7 @@ def tree_attention(
 
 
 def mix_logits(x: jax.Array, talk_NN: jax.Array) -> jax.Array:
-    """Talking heads (arXiv 2003.02436): logits or probabilities (B, K, G, ...) mixed over heads."""
+    """Mix logits or probabilities (B, K, G, ...) over heads (talking heads, arXiv 2003.02436)."""
     b, k, g, *rest = x.shape
     highest = jax.lax.Precision.HIGHEST  # a softmax's inputs and outputs stay float32
     mixed = jnp.einsum("bn...,nm->bm...", x.reshape(b, k * g, *rest), talk_NN, precision=highest)
@@ -144,10 +148,11 @@ def talking_heads_attention(
     after_NN: jax.Array,
     slopes_N: jax.Array | None = None,
 ) -> jax.Array:
-    """Attention whose heads exchange logits before the softmax, probabilities after: (B, T, N, H).
+    """Compute attention that mixes logits and probabilities over heads: (B, T, N, H).
 
-    No flash kernel can do this: a softmax needs the logits of all heads. All T x T logits of a
-    window exist at one time, so this is for comparisons at short contexts.
+    `before_NN` mixes the logits before the softmax, `after_NN` the probabilities after it. No flash
+    kernel can do this, because a softmax needs the logits of all heads. All T x T logits of a
+    window exist at the same time, so this is for comparisons at short contexts.
     """
     logits_BKGTS = mix_logits(raw_logits(q_BTNH, k_BSKH, scale, slopes_N), before_NN)
     mask_BTS = visible(segment_ids_BT)
@@ -165,10 +170,10 @@ def attention_statistics(
     scale: float,
     slopes_N: jax.Array | None = None,
 ) -> dict[str, jax.Array]:
-    """Per query head (N,), float32: mean `entropy` of attention in nats, largest `logit`.
+    """Return each query head's mean `entropy` in nats and largest `logit`: float32 (N,).
 
-    Means and maxima run over positions of real segments (id > 0). The logits of one head and of
-    512 queries exist at a time.
+    Means and maxima run over positions of real segments (id > 0). The logits of one head and 512
+    queries exist at a time.
     """
     length, groups = q_BTNH.shape[1], q_BTNH.shape[2] // k_BSKH.shape[2]
     size = min(_WATCHED, length)
@@ -178,7 +183,7 @@ def attention_statistics(
     places_S = jnp.arange(length)
 
     def block(n, start):
-        """Sum of entropies and largest logit of `size` queries of head n."""
+        """Return the sum of entropies and the largest logit of `size` queries of head n."""
         q_BtH = jax.lax.dynamic_slice_in_dim(q_BTNH[:, :, n], start, size, axis=1)
         own_Bt = jax.lax.dynamic_slice_in_dim(ids_BT, start, size, axis=1)
         k_BSH = k_BSKH[:, :, n // groups]

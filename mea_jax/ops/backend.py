@@ -1,9 +1,9 @@
-"""The products of a model, once for every compiler: which kernel a backend runs for each.
+"""Backends, which compute the products of a model with the kernels that suit a compiler.
 
-`XlaBackend` writes plain einsums in the compute dtype and leaves them to the compiler (TPU, GPU,
+`XlaBackend` uses plain einsums in the compute dtype and leaves them to the compiler (TPU, GPU,
 sharded meshes). `CpuBackend` computes the same functions in the forms that XLA's CPU compiler
-turns into fast code (ops/cpu.py). Attention has kernels of its own, `attend`. A module asks its
-backend, never the platform; `resolve` looks at the machine, once.
+turns into fast code (ops/cpu.py). `attend` selects among separate attention kernels. Modules
+depend on their backend, never on the platform; `resolve` inspects the machine once.
 """
 
 import dataclasses
@@ -22,16 +22,16 @@ from mea_jax.ops.cross_entropy import Products
 from mea_jax.ops.rms_norm import rms_norm
 from mea_jax.parallel.sharding import constrain, shard_count
 
-# Above this many positions T x T logits are not made: 1024^2 float32 are 4 MiB a head.
+# Above this length, T x T logits are not materialized: 1024^2 float32 take 4 MiB per head.
 _EINSUM_LENGTH = 1024
-# Above this many cuDNN's mask for segments, 2 B T^2 bytes, outgrows what it is worth: 134 MB a row.
+# Above this length, cuDNN's mask for segments costs too much: 2 B T^2 bytes, 134 MB per row.
 _CUDNN_LENGTH = 8192
-# Above this many, the CPU kernel's blocks of queries against all keys outgrow any cache.
+# Above this length, the CPU kernel's scores (a block of queries, all keys) exceed any cache.
 _CPU_KERNEL_LENGTH = 8192
 
 
 class HeadNorm(NamedTuple):
-    """RMSNorm over the width of a head: its learned weight (W,), float32, and epsilon."""
+    """An RMSNorm over the width of a head: its learned weight (W,), float32, and epsilon."""
 
     scale_W: jax.Array
     eps: float
@@ -41,25 +41,28 @@ class HeadNorm(NamedTuple):
 
 
 class Backend(Products, Protocol):
-    """Products of a decoder. `dtype` is that of their inputs, `activation` of the residual."""
+    """The products of a decoder.
+
+    `dtype` is the dtype of their inputs, `activation` that of the residual.
+    """
 
     @property
     def activation(self) -> jnp.dtype: ...
 
     def project(self, x: jax.Array, kernel: jax.Array, axes: int = 1) -> jax.Array:
-        """Contracts the last `axes` axes of `x` with the first `axes` of a float32 kernel."""
+        """Contract the last `axes` axes of `x` with the first `axes` axes of a float32 kernel."""
         ...
 
     def fold(self, kind: str, kernel_DCH: jax.Array, mix: jax.Array) -> jax.Array:
-        """`hlc.fold`: the projection (D, K, H) straight to composite heads, float32."""
+        """Fold a mixing into a projection with `hlc.fold`: float32 (D, K, H) to composite heads."""
         ...
 
     def swiglu(self, gate: jax.Array, up: jax.Array) -> jax.Array:
-        """silu(gate) * up."""
+        """Return silu(gate) * up."""
         ...
 
     def dot(self, lhs: jax.Array, rhs: jax.Array, contract: tuple, batch: int) -> jax.Array:
-        """`lax.dot_general` over `batch` leading axes that both share: float32 result."""
+        """Compute `lax.dot_general` over `batch` shared leading axes, with a float32 result."""
         ...
 
     def attend(
@@ -73,12 +76,13 @@ class Backend(Products, Protocol):
         norm: HeadNorm | None = None,
         shards: int = 1,
     ) -> jax.Array:
-        """Causal attention within segments, softmax in float32: (B, T, N, W).
+        """Compute causal attention within segments, softmax in float32: (B, T, N, W).
 
-        With a `TreeMask` in place of segment ids positions see what it says.
-        `slopes_N`: ALiBi, adds slope times (s - t) to the scaled logits. `norm`: an RMSNorm of each
-        head's output. `shards`: in how many parts of the sequence positions, but not segment ids,
-        are laid out, in zigzag order (context_parallel.py); 1: in natural order, on whatever mesh.
+        A `TreeMask` in place of segment ids defines which keys each position sees. `slopes_N`
+        (ALiBi) adds slope times (s - t) to the scaled logits. `norm` is applied to each head's
+        output. `shards` is the number of parts of the sequence: the arrays, but not the segment
+        ids, are in zigzag order (context_parallel.py). 1 means natural order, on any mesh. Raises
+        `ValueError` if `shards` > 1 differs from the mesh's, and for slopes with a `TreeMask`.
         """
         ...
 
@@ -86,10 +90,10 @@ class Backend(Products, Protocol):
 def _whole(
     q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKW: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Heads whole along T on each device, where the mesh splits it.
+    """Return the arrays with the entire T on each device, if the mesh splits it.
 
-    Attention of a window in natural order is work that the devices of a sequence axis repeat: said
-    here, the partitioner gathers once and does not try to split blocks of it.
+    The devices of a sequence axis repeat the attention of a window in natural order. Under this
+    constraint the partitioner gathers once and does not try to split blocks of it.
     """
     if shard_count("length") == 1:
         return q_BTNH, k_BSKH, v_BSKW
@@ -103,11 +107,12 @@ def _whole(
 def _attend(
     kernel: str, q, k, v, segment_ids_BT, scale: float, slopes_N, block: int, shards: int
 ) -> jax.Array:
-    """Attention by one of the kernels that run on any compiler's arrays, or a flash kernel."""
+    """Run `kernel`; "auto" is "einsum", or "chunked" for long or split windows."""
     if shards > 1:
         if shards != shard_count("length"):
             raise ValueError(
-                f"{shards} shards of the sequence on a mesh of {shard_count('length')}"
+                f"{shards} shards of the sequence on a mesh of {shard_count('length')}: "
+                "pass the size of the mesh's sequence axis"
             )
         return context_parallel.attention(
             "chunked" if kernel == "auto" else kernel,
@@ -119,9 +124,12 @@ def _attend(
     q, k, v = _whole(q, k, v)
     if isinstance(segment_ids_BT, TreeMask):
         if slopes_N is not None:
-            raise ValueError("slopes go by positions in the window, which are not those of a tree")
+            raise ValueError(
+                "slopes_N does not work with a TreeMask, because ALiBi measures distances in the "
+                "window, not in the tree: use another kind of positions"
+            )
         return attention.tree_attention(q, k, v, segment_ids_BT, scale)
-    if kernel == "auto":  # a config that never met `resolve`: what runs anywhere
+    if kernel == "auto":  # an unresolved config: use a kernel that runs anywhere
         kernel = "einsum" if q.shape[1] <= _EINSUM_LENGTH else "chunked"
     if kernel == "splash":
         return flash.splash_attention(q, k, v, segment_ids_BT, scale=scale)
@@ -136,7 +144,7 @@ def _attend(
 
 @dataclasses.dataclass(frozen=True)
 class XlaBackend:
-    """Einsums as they stand."""
+    """A backend of plain einsums."""
 
     dtype: jnp.dtype
     attention_kernel: str = "auto"
@@ -188,7 +196,7 @@ class XlaBackend:
 
 @dataclasses.dataclass(frozen=True)
 class CpuBackend:
-    """Float32 between products, `dtype` inside them; see ops/cpu.py for why."""
+    """A backend with `dtype` inside products and float32 between them, as ops/cpu.py explains."""
 
     dtype: jnp.dtype
     attention_kernel: str = "cpu"
@@ -225,7 +233,7 @@ class CpuBackend:
             return cpu.causal_attention(
                 *arrays, scale=scale, dtype=self.dtype, norm_W=norm_W, eps=eps
             )
-        if kernel == "cpu" and shards == 1:  # which takes no slopes
+        if kernel == "cpu" and shards == 1:  # the CPU kernel takes no slopes
             kernel = "auto"
         arrays = (q_BTNH, k_BSKH, v_BSKW, segment_ids_BT)
         o_BTNW = _attend(kernel, *arrays, scale, slopes_N, 256, shards)
@@ -242,7 +250,7 @@ class CpuBackend:
 
 
 def make_backend(model: ModelConfig) -> Backend:
-    """The backend of a config whose `backend` and `dtype` are no longer "auto" (`resolve`)."""
+    """Return the backend of a config whose `backend` and `dtype` are resolved (not "auto")."""
     backend = CpuBackend if model.backend == "cpu" else XlaBackend
     return backend(jnp.dtype(model.dtype), model.attention_kernel)
 
@@ -257,15 +265,15 @@ def _cpu_multiplies_bfloat16() -> bool:
 
 
 def _lacks(kernel: str, model: ModelConfig, platform: str, dtype: str) -> str | None:
-    """Why attention cannot run on `kernel` here, or None."""
+    """Return why attention cannot run on `kernel` here, or None if it can."""
     homes = {"cudnn": ("gpu", "an NVIDIA GPU"), "splash": ("tpu", "a TPU"), "cpu": ("cpu", "a CPU")}
     if kernel not in homes:
         return None
     home, name = homes[kernel]
     if platform != home:
-        return f"it needs {name}, and this machine's devices are {platform.upper()}s"
+        return f"it needs {name}, but this machine's devices are {platform.upper()}s"
     if model.positions == "alibi":
-        return "it takes no biases, and positions='alibi' are biases"
+        return "it takes no biases, which positions='alibi' needs"
     if kernel == "cpu":
         return None if model.backend in ("auto", "cpu") else "it belongs to backend='cpu'"
     supports = flash.splash_supports
@@ -284,7 +292,7 @@ def _head_widths(model: ModelConfig) -> tuple[int, int]:
 def _choose_kernel(
     model: ModelConfig, platform: str, dtype: str, backend: str, length: int, sequence: int
 ) -> str:
-    """The fastest attention kernel that this machine has for windows of `length` positions."""
+    """Return this machine's fastest attention kernel for windows of `length` positions."""
     if sequence > 1:
         splash = platform == "tpu" and _lacks("splash", model, platform, dtype) is None
         return "splash" if splash else "chunked"
@@ -297,7 +305,7 @@ def _choose_kernel(
 
 
 def _choose_form(model: ModelConfig) -> str:
-    """One training form for all layers: what suits most of their projections."""
+    """Return one training form for all layers, the one that suits most of their projections."""
     forms = [
         hlc.training_form(model, which, components)
         for which in ("key", "value")
@@ -314,24 +322,25 @@ def resolve(
     tensor: int = 1,
     sequence: int = 1,
 ) -> ResolvedModel:
-    """`model` with "auto" replaced by what suits `devices` and windows of `length` positions.
+    """Return `model` with "auto" replaced by what suits `devices` and windows of `length`.
 
-    `tensor` and `sequence` devices share the heads and the positions of a window.
+    `tensor` devices share the heads and `sequence` devices the positions of a window.
 
-    `dtype`: bfloat16 on accelerators and on a CPU with bfloat16 matrix units, else float32.
-    `backend`: "cpu" on CPU devices, "xla" everywhere else.
+    `dtype`: bfloat16 on accelerators and on a single CPU with bfloat16 matrix units, otherwise
+    float32.
+    `backend`: "cpu" on CPU devices, otherwise "xla".
     `attention_kernel`: splash on TPU; up to 8,192 positions cuDNN on GPU and "cpu" on CPU; where
-    that does not apply, "einsum" up to 1,024 positions and "chunked" above. With `sequence` above
-    1, splash on TPU, else "chunked".
-    `hlc_form`: folded wherever `tensor` devices share the heads, else by shapes
-    (`hlc.choose_form`). Keys mixed after their norm are explicit in either form.
+    none of these applies, "einsum" up to 1,024 positions and "chunked" above. With `sequence` above
+    1, splash on TPU, otherwise "chunked". Talking heads always use "einsum".
+    `hlc_form`: folded if `tensor` is above 1, otherwise by shapes (`hlc.choose_form`). Keys mixed
+    after their norm are explicit in either form.
 
-    Raises `UserError` where something forced is not to be had on this machine, and `TypeError`
-    for a model that is resolved already.
+    Raises `UserError` if a forced value cannot run on this machine, and `TypeError` if the model is
+    resolved already.
     """
     if isinstance(model, ResolvedModel):
         raise TypeError(
-            "the model is resolved already; `unresolved` returns it as it was asked for"
+            "the model is resolved already: pass the ModelConfig that `unresolved` returns"
         )
     platform = devices[0].platform
     dtype, backend, kernel = model.dtype, model.backend, model.attention_kernel
@@ -342,7 +351,7 @@ def resolve(
         backend = "cpu" if platform == "cpu" else "xla"
     if backend == "cpu" and platform != "cpu":
         raise UserError(
-            f"config.model.backend='cpu' holds kernels for CPUs, and this machine's devices are "
+            f"config.model.backend='cpu' needs CPU devices, but this machine's devices are "
             f"{platform.upper()}s: set it to 'auto'"
         )
     if platform == "cpu" and backend == "xla" and dtype == "bfloat16":
@@ -352,16 +361,16 @@ def resolve(
         )
     if sequence > 1 and model.variant == "talking_heads":
         raise UserError(
-            f"config.mesh.sequence={sequence} splits the positions of a window, and talking_heads, "
-            "which mix the logits of all heads, have no kernel for that: set it to 1"
+            f"config.mesh.sequence={sequence} splits the positions of a window, but talking_heads "
+            "has no kernel for that, because it mixes the logits of all heads: set it to 1"
         )
     if sequence > 1 and kernel not in ("auto", *context_parallel.KERNELS):
         raise UserError(
-            f"config.model.attention_kernel={kernel!r} cannot take windows whose positions "
-            f"config.mesh.sequence={sequence} devices share: set it to 'auto'"
+            f"config.model.attention_kernel={kernel!r} cannot take windows that "
+            f"config.mesh.sequence={sequence} splits over devices: set it to 'auto'"
         )
     if model.variant == "talking_heads":
-        kernel = "einsum"  # the only one it has
+        kernel = "einsum"  # the only kernel for it
     elif kernel == "auto":
         kernel = _choose_kernel(model, platform, dtype, backend, length, sequence)
     elif (reason := _lacks(kernel, model, platform, dtype)) is not None:

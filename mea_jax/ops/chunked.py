@@ -1,16 +1,16 @@
-"""Causal attention by blocks, in plain JAX for any platform, with no T x T array.
+"""Causal attention in blocks, in plain JAX for any platform, without a T x T array.
 
-The online softmax of arXiv 2205.14135 (algorithm 1) under a gradient that recomputes probabilities
-from the saved log-sum-exp, as in arXiv 2307.08691 (section 3.1). One `scan` runs over the pairs
-(i, j) of a query block and a key block with j <= i: the lower triangle and nothing above it. The
-queries may be those of one shard of the sequence (context_parallel.py): two chunks of the window
-against all of its keys, a list of pairs that is as long on every shard.
+It is the online softmax of arXiv 2205.14135 (algorithm 1), with a gradient that recomputes
+probabilities from the saved log-sum-exp, as in arXiv 2307.08691 (section 3.1). One `scan` runs over
+the pairs (i, j) of a query block and a key block with j <= i: the lower triangle only. The queries
+may be those of one shard of the sequence (context_parallel.py): two chunks of the window, against
+all of its keys. The list of pairs is equally long on every shard.
 
-Letters: those of attention.py, and n blocks of t query or s key positions each, W the width of a
-value. Blocks are held head-major, (n, B, K, G, t, H): each product then finds its batch dimensions
-first and leaves the scores in the order of their masks, and each update of a buffer is one
-contiguous piece of it. Batch and heads keep dimensions of their own, so that a partitioner can
-shard them.
+Letters: those of attention.py. n is the number of blocks, t and s are the query and key positions
+of one block, and W is the width of a value. Blocks are stored head-major, (n, B, K, G, t, H): each
+product then finds its batch dimensions first and leaves the scores in the order of their masks, and
+each update of a buffer writes one contiguous piece of it. Batch and heads are separate dimensions,
+so that a partitioner can shard them.
 """
 
 import functools
@@ -25,15 +25,15 @@ from mea_jax.ops.attention import MASKED, full_precision
 
 Array = jax.Array
 
-# What is worth saving for the gradient, the result and its log-sum-exp, by the name that policies
-# of `jax.checkpoint` know it by.
+# The name of the result and its log-sum-exp in `jax.checkpoint` policies: both are worth saving for
+# the gradient.
 SAVED = "attention"
 
 
 def _product(spec: str, lhs: Array, rhs: Array) -> Array:
-    """An einsum with a float32 result; inputs enter in their own format, except on a CPU.
+    """Compute an einsum with a float32 result; inputs keep their dtype, except on a CPU.
 
-    XLA's CPU backend refuses bfloat16 products of some layouts ("Unsupported element type for
+    XLA's CPU backend rejects bfloat16 products of some layouts ("Unsupported element type for
     DotThunk"); widening the operands gives the same values.
     """
     if jax.default_backend() == "cpu":
@@ -43,7 +43,7 @@ def _product(spec: str, lhs: Array, rhs: Array) -> Array:
 
 
 def _split(x: Array, chunks: int, block: int, fill: int) -> Array:
-    """(B, T, ...) to (B, n, t, ...): each chunk of T in blocks, its last one filled up."""
+    """Reshape (B, T, ...) to (B, n, t, ...): each chunk of T in blocks, its last one padded."""
     length = x.shape[1] // chunks
     pads = [(0, 0)] * (x.ndim + 1)
     pads[2] = (0, -length % block)
@@ -52,7 +52,7 @@ def _split(x: Array, chunks: int, block: int, fill: int) -> Array:
 
 
 def _to_blocks(x_BTNH: Array, composites: int, chunks: int, block: int) -> Array:
-    """(B, T, N, H) to (n, B, K, G, t, H), with zeros after the end of a chunk's last block."""
+    """Reshape (B, T, N, H) to (n, B, K, G, t, H); zeros pad the last block of each chunk."""
     batch, _, heads, width = x_BTNH.shape
     x = _split(x_BTNH, chunks, block, 0)
     x_BntKGH = x.reshape(batch, -1, block, composites, heads // composites, width)
@@ -60,7 +60,7 @@ def _to_blocks(x_BTNH: Array, composites: int, chunks: int, block: int) -> Array
 
 
 def _from_blocks(x_nBKGtH: Array, chunks: int, length: int) -> Array:
-    """The inverse of `_to_blocks`: (B, T, N, H)."""
+    """Invert `_to_blocks`: return (B, T, N, H)."""
     _, batch, composites, groups, _, width = x_nBKGtH.shape
     x_BntKGH = jnp.transpose(x_nBKGtH, (1, 0, 4, 2, 3, 5))
     x = x_BntKGH.reshape(batch, chunks, -1, composites * groups, width)[:, :, : length // chunks]
@@ -68,15 +68,18 @@ def _from_blocks(x_nBKGtH: Array, chunks: int, length: int) -> Array:
 
 
 def _segment_blocks(segment_ids_BT: Array, chunks: int, block: int) -> Array:
-    """Segment ids (n, B, t). What is added at the end of a chunk belongs to -1, no real segment:
-    it sees, if anything, its like, and is seen by nothing real."""
+    """Return segment ids (n, B, t), with id -1 at the positions that pad a chunk.
+
+    No real segment has this id, so padding sees at most padding and no real position sees it.
+    """
     return jnp.swapaxes(_split(segment_ids_BT, chunks, block, -1), 0, 1)
 
 
 class Blocks(NamedTuple):
-    """A division of T positions: `chunks` pieces of the queries and of the keys, in equal blocks.
+    """A division of positions into chunks of queries and of keys, in equal blocks of `size`.
 
-    One piece each, the window itself, or the 2 of a shard's queries and all 2n of the keys.
+    `queries` and `keys` count the chunks: one each for an unsplit window; for one of n shards, its
+    2 chunks of queries and all 2n of the keys.
     """
 
     size: int
@@ -85,7 +88,7 @@ class Blocks(NamedTuple):
 
 
 def blocks(length: int, limit: int, shards: int = 1) -> Blocks:
-    """Blocks of up to `limit` positions for windows of `length`, of one size whatever the rest."""
+    """Divide a window of `length` positions into equal blocks of at most `limit` positions."""
     chunks = 1 if shards == 1 else 2 * shards
     piece = length // chunks
     return Blocks(-(-piece // -(-piece // limit)), min(chunks, 2), chunks)
@@ -94,14 +97,15 @@ def blocks(length: int, limit: int, shards: int = 1) -> Blocks:
 def pairs(length: int, block: int, shards: int = 1) -> np.ndarray:
     """Return the pairs of blocks that each shard computes, int32 (shards, P, 3).
 
-    (i, j, ahead): the query block's number on its shard, the key block's in the window, and how far
-    the keys' first position lies ahead of the queries'. j runs from 0 to the query block's own
-    place for each i. Of the window's 2 `shards` chunks, shard s holds s and 2 shards - 1 - s, so
-    that P is alike for all. `length` is that of the window.
+    A pair is (i, j, ahead): the query block's number on its shard, the key block's number in the
+    window, and the first key's position minus the first query's. For each i, j runs from 0 to the
+    query block's own number in the window. Shard s has the chunks s and 2 shards - 1 - s of the
+    window's 2 `shards` chunks, so that P is the same for all shards. `length` is that of the
+    window.
     """
     chunks = 1 if shards == 1 else 2 * shards
     piece = length // chunks
-    each = -(-piece // block)  # blocks a chunk
+    each = -(-piece // block)  # blocks per chunk
 
     def first(number: int) -> int:
         return number // each * piece + number % each * block
@@ -133,7 +137,7 @@ def _scores(
     ahead: Array,
     scale: float,
 ) -> Array:
-    """Scores (B, K, G, t, s) in float32 of a query block and a key block, MASKED where hidden."""
+    """Compute scores (B, K, G, t, s) in float32 of two blocks, `MASKED` where hidden."""
     scores = scale * _product("bkgth,bksh->bkgts", q_BKGtH, k_BKsH)
     offsets = jnp.arange(q_BKGtH.shape[3], dtype=jnp.int32)
     ahead_ts = ahead + offsets[None, :] - offsets[:, None]  # position s minus t
@@ -145,7 +149,10 @@ def _scores(
 
 
 def _prepare(arrays: tuple, cut: Blocks) -> tuple:
-    """Everything in blocks: q_nBKGtH, k_nBKsH, v_nBKsW, ids_nBt, ids_nBs, slopes_KG, pairs."""
+    """Cut all arrays into blocks.
+
+    Return q_nBKGtH, k_nBKsH, v_nBKsW, ids_nBt, ids_nBs, slopes_KG and pairs.
+    """
     q_BTNH, k_BSKH, v_BSKW, ids, slopes_N, pairs_P3 = arrays
     composites = k_BSKH.shape[2]
     q = _to_blocks(q_BTNH, composites, cut.queries, cut.size)
@@ -155,8 +162,8 @@ def _prepare(arrays: tuple, cut: Blocks) -> tuple:
         slopes_KG = slopes_N.astype(jnp.float32).reshape(composites, -1)
     q_ids = _segment_blocks(ids[0], cut.queries, cut.size)
     k_ids = _segment_blocks(ids[1], cut.keys, cut.size)
-    # Tied to q: ids and pairs alone are known before anything else is, and the derivative of a scan
-    # over layers would save the masks of all pairs, T x T / 2 bytes a head.
+    # The barrier ties ids and pairs to q. Without it masks would not depend on the layer, and the
+    # derivative of a scan over layers would save those of all pairs, T x T / 2 bytes per head.
     q, q_ids, k_ids, pairs_P3 = jax.lax.optimization_barrier((q, q_ids, k_ids, pairs_P3))
     return q, k, v, q_ids, k_ids, slopes_KG, pairs_P3
 
@@ -192,9 +199,9 @@ def _attention_fwd(
     def step(carry: tuple, pair: Array) -> tuple[tuple, None]:
         o_nBKGtW, lse_nBKGt, top, total, acc = carry
         i, j, ahead = pair
-        # What is left of block i - 1, and what hidden keys add to a row that has seen no other,
-        # needs no clearing: it is finite, and the first key to be seen, at the latest the row's own
-        # at ahead == 0, multiplies it by exp(MASKED - score), which is zero.
+        # Sums of block i - 1, and of hidden keys in rows that have seen no other key, need not be
+        # cleared. They are finite, and the first visible key of a row (at the latest its own, at
+        # ahead == 0) multiplies them by exp(MASKED - score), which is zero.
         top = jnp.where(j == 0, MASKED, top)
         hidden = (_get(q_ids, i), _get(k_ids, j), slopes_KG, ahead, scale)
         scores = _scores(_get(q, i), _get(k, j), *hidden)
@@ -205,8 +212,8 @@ def _attention_fwd(
         pv = _product("bkgts,bksw->bkgtw", p.astype(v.dtype), _get(v, j))
         acc = acc * shrink[..., None] + pv
 
-        # Written at every j, the last time at ahead == 0: a small write each step is cheaper than
-        # a branch, which accelerators wait for.
+        # Written at every j, the last time at ahead == 0: a small write per step is cheaper than a
+        # branch, which stalls accelerators.
         o_nBKGtW = _put(o_nBKGtW, acc / total[..., None], i)
         lse_nBKGt = _put(lse_nBKGt, new_top + jnp.log(total), i)
         return (o_nBKGtW, lse_nBKGt, new_top, total, acc), None
@@ -241,8 +248,8 @@ def _attention_bwd(
         dq, dk, dv = carry
         i, j, ahead = pair
         q_i, do_i, k_j, v_j = _get(q, i), _get(do, i), _get(k, j), _get(v, j)
-        # A hidden score is MASKED and every row sees itself, so that its lse is a real score's
-        # size: the p of what is hidden is exactly zero, and so is its ds.
+        # Every row sees itself, so its lse has the size of a real score. A hidden score is MASKED,
+        # so its p is exactly zero, and so is its ds.
         hidden = (_get(q_ids, i), _get(k_ids, j), slopes_KG, ahead, scale)
         scores = _scores(q_i, k_j, *hidden)
         p = jnp.exp(scores - _get(lse_nBKGt, i)[..., None])
@@ -280,25 +287,26 @@ def chunked_attention(
     slopes_N: Array | None = None,
     block: int = 512,
 ) -> Array:
-    """Causal attention within segments, `attention.dot_product_attention` by blocks: (B, T, N, W).
+    """Compute `attention.dot_product_attention` in blocks: (B, T, N, W), dtype of v.
 
     Position t sees the positions s <= t of its own segment (id 0, padding, is a segment like any
-    other); query head n reads key/value head n // (N // K). Products take their inputs in the
-    format they come in (probabilities in that of the values); scores, softmax and sums are float32;
-    the result has the format of the values. `slopes_N`, float32 (N,), adds slopes_N[n] * (s - t) to
-    the scores (ALiBi, arXiv 2108.12409): a constant, whose gradient is zero.
+    other); query head n reads key/value head n // (N // K). Products take their inputs in the dtype
+    that they have (probabilities in that of the values); scores, softmax and sums are float32.
+    `slopes_N`, float32 (N,), adds slopes_N[n] * (s - t) to the scores (ALiBi, arXiv 2108.12409); it
+    is a constant, so its gradient is zero.
 
     FLOPs: with n = ceil(T / block) blocks of t positions and P = n (n + 1) / 2 pairs, 2 B N (H + W)
-    P t^2 forward and 2 B N (3 H + 2 W) P t^2 backward (scores are computed again): for many blocks
-    half of what all T^2 pairs take. Blocks that segments hide as a whole are computed all the same.
+    P t^2 forward and 2 B N (3 H + 2 W) P t^2 backward, where scores are recomputed. With many
+    blocks this is half of what all T^2 pairs take. Blocks that segments hide entirely are still
+    computed.
 
     Memory: a few arrays of 4 B N block^2 bytes at a time (scores, and in the backward pass their
-    gradient, with the copies that a platform's products ask for). The rest is linear in T: copies
-    of the inputs in blocks, and float32 accumulators of their gradients. Saved for the backward
-    pass: the inputs, the result, and 4 B N T bytes of log-sum-exp, of which scores of 1e4 lose what
-    float32 loses there, 5e-4 of each probability.
+    gradient, with the copies that a platform's products need). The rest is linear in T: copies of
+    the inputs in blocks, and float32 accumulators of their gradients. The forward pass saves the
+    inputs, the result, and 4 B N T bytes of log-sum-exp for the backward pass. At scores of 1e4,
+    float32 rounding of the log-sum-exp changes each probability by 5e-4 of its value.
 
-    Any T will do: it is cut into blocks of one size, up to `block`, the last of which is filled up.
+    Any T is valid: it is cut into blocks of one size, up to `block`, and the last one is padded.
     Raises ValueError if K does not divide N.
     """
     length = q_BTNH.shape[1]
@@ -318,13 +326,16 @@ def attend_in_blocks(
     scale: float,
     cut: Blocks,
 ) -> Array:
-    """`chunked_attention` of some of a window's queries to all of its keys: (B, T, N, W).
+    """Compute `chunked_attention` of some of a window's queries to all keys: (B, T, N, W).
 
-    `ids`: segment ids of the queries (B, T) and of the keys (B, S). `pairs_P3`: a shard's part of
-    `pairs`, for queries in the order in which that shard holds them and keys in natural order.
-    Raises ValueError if K does not divide N.
+    `ids` are the segment ids of the queries (B, T) and of the keys (B, S). `pairs_P3` is one
+    shard's part of `pairs`: queries are in the order in which that shard stores them, keys in
+    natural order. Raises ValueError if K does not divide N.
     """
     heads, composites = q_BTNH.shape[2], k_BSKH.shape[2]
     if heads % composites:
-        raise ValueError(f"{heads} query heads do not divide into {composites} key/value heads")
+        raise ValueError(
+            f"{heads} query heads do not divide into {composites} key/value heads: the first "
+            "must be a multiple of the second"
+        )
     return _attention(q_BTNH, k_BSKH, v_BSKW, ids, slopes_N, pairs_P3, float(scale), cut)

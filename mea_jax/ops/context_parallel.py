@@ -1,14 +1,14 @@
 """Attention with the positions of each window split over the mesh's `sequence` axis.
 
-Every device holds some queries and gathers all keys and values (the all-gather form of context
-parallelism, as in arXiv 2407.21783, section 3.3.2): keys and values are few under grouped queries,
-segment ids need no care, and the local kernel is the one that runs without a split.
+Every device has some of the queries and gathers all keys and values (the all-gather form of context
+parallelism, as in arXiv 2407.21783, section 3.3.2). Grouped queries have few keys and values,
+segment ids need no special care, and the local kernel is the one that runs without a split.
 
-A causal window is no rectangle: its late queries see more keys. So it is cut into 2n chunks for n
-shards, and shard i holds chunks i and 2n - 1 - i ("zigzag"): all shards compute as many pairs of
-blocks. Nothing but attention cares where a position stands, so a step reorders its batch of
-integers once (`lay_out`), and no activation, except gathered keys and values, whose chunks are put
-back in order on their way to the kernel.
+In a causal window late queries see more keys than early ones. So a window is cut into 2n chunks for
+n shards, and shard i has chunks i and 2n - 1 - i ("zigzag"): all shards compute the same number of
+block pairs. Only attention depends on the order of positions, so a step reorders its batch of
+integers once (`lay_out`) and no activations. The exception is the gathered keys and values, whose
+chunks are put back in order on their way to the kernel.
 
 Letters: those of attention.py.
 """
@@ -29,25 +29,30 @@ KERNELS = ("splash", "chunked")
 
 
 def chunk_order(shards: int) -> np.ndarray:
-    """The chunks of a window in the order of its shards: 0, 2n - 1, 1, 2n - 2, ..."""
+    """Return the chunks of a window in the order of its shards: 0, 2n - 1, 1, 2n - 2, ..."""
     early = np.arange(shards)
     return np.stack([early, 2 * shards - 1 - early], axis=1).reshape(-1)
 
 
 def zigzag(length: int, shards: int) -> np.ndarray:
-    """Natural positions (T,) in the order in which `shards` hold them; one shard: 0 to T - 1.
+    """Return natural positions (T,) in the order of the shards; for one shard 0 to T - 1.
 
-    Raises `ValueError` unless T divides into two chunks a shard.
+    Raises `ValueError` unless T divides into two chunks per shard.
     """
     if shards == 1:
         return np.arange(length)
     if length % (2 * shards):
-        raise ValueError(f"{length} positions do not divide into 2 x {shards} chunks")
+        raise ValueError(
+            f"{length} positions do not divide into 2 x {shards} chunks: choose a length that does"
+        )
     return np.arange(length).reshape(2 * shards, -1)[chunk_order(shards)].reshape(-1)
 
 
 def lay_out(batch: Mapping[str, Array], shards: int) -> dict[str, Array]:
-    """A batch of arrays (B, T) in zigzag order for `shards`, split over the mesh's axis."""
+    """Put arrays (B, T) in zigzag order and split them over the mesh's `sequence` axis.
+
+    Raises `ValueError` unless T divides into two chunks per shard.
+    """
     if shards > 1:
         order = zigzag(next(iter(batch.values())).shape[1], shards)
         batch = {name: jnp.take(x, order, axis=1) for name, x in batch.items()}
@@ -55,7 +60,10 @@ def lay_out(batch: Mapping[str, Array], shards: int) -> dict[str, Array]:
 
 
 def own_chunks(x: Array, shards: int) -> Array:
-    """Inside `shard_map`: this device's shard (B, T/n, ...) of a window in natural order."""
+    """Select this device's shard (B, T/n, ...) of a window in natural order.
+
+    Call it inside `shard_map`.
+    """
     shard = jax.lax.axis_index(mesh_axes("length"))
     chunks = x.reshape(x.shape[0], 2 * shards, -1, *x.shape[2:])
     own = jnp.take(chunks, jnp.stack([shard, 2 * shards - 1 - shard]), axis=1)
@@ -63,13 +71,13 @@ def own_chunks(x: Array, shards: int) -> Array:
 
 
 def gathered(x: Array, shards: int) -> Array:
-    """Inside `shard_map`: a shard (B, T/n, ...) of every device as the window (B, T, ...).
+    """Gather the shards (B, T/n, ...) of all devices to a window (B, T, ...) in natural order.
 
-    In natural order. The transpose, for gradients, is a reduce-scatter.
+    Call it inside `shard_map`. The transpose, for gradients, is a reduce-scatter.
     """
     x = jax.lax.all_gather(x, mesh_axes("length"), axis=1, tiled=True)
     chunks = x.reshape(x.shape[0], shards, 2, -1, *x.shape[2:])
-    # The early chunks as they come, then the late ones backwards.
+    # First the early chunks in order, then the late ones in reverse order.
     ordered = jnp.concatenate([chunks[:, :, 0], chunks[:, ::-1, 1]], axis=1)
     return ordered.reshape(x.shape)
 
@@ -77,8 +85,9 @@ def gathered(x: Array, shards: int) -> Array:
 class Local(NamedTuple):
     """A kernel for one shard's queries and all keys.
 
-    `table` says what each shard computes, `spec` how it is split, so that `run(part of it, q, k, v,
-    ids of queries, ids of keys, slopes)` is the attention of the shard that holds that part.
+    `table` describes what each shard computes, and `spec` how it is split. `run(part of the table,
+    q, k, v, ids of queries, ids of keys, slopes)` computes the attention of the shard with that
+    part.
     """
 
     table: Any
@@ -93,7 +102,7 @@ def _splash(q_BTNH: Array, v_BTKW: Array, shards: int, interpret: bool) -> Local
     )
 
     def run(kernel, q, k, v, q_ids, k_ids, slopes):
-        assert slopes is None, "backends.resolve keeps ALiBi from it"
+        assert slopes is None, "splash takes no slopes: backend.resolve must choose another kernel"
         return flash.run_splash(kernel, q, k, v, q_ids, k_ids)
 
     return Local(table, table_spec, run)
@@ -122,18 +131,21 @@ def attention(
     block: int = 512,
     interpret: bool = False,
 ) -> Array:
-    """Causal attention within segments of windows in zigzag order: (B, T, N, W), in that order.
+    """Compute causal attention within segments of windows in zigzag order: (B, T, N, W).
 
-    `segment_ids_BT` alone are in natural order: whole on each device, they need no gathering.
-    `kernel` is "splash" (TPU; T a multiple of 256 n; `interpret` runs it anywhere) or "chunked", in
-    blocks of up to `block`; what they take and return, their modules say. Under a mesh of
-    `jax.set_mesh` whose `sequence` axis has n > 1 devices. Raises `ValueError` for another kernel,
-    and where T does not divide.
+    The result is in zigzag order too. Only `segment_ids_BT` is in natural order: it is complete on
+    each device and needs no gathering. `kernel` is "splash" (TPU; T a multiple of 256 n;
+    `interpret` runs it anywhere) or "chunked", in blocks of up to `block` positions; flash.py and
+    chunked.py define their dtypes. Call it under a mesh of `jax.set_mesh` whose `sequence` axis has
+    n > 1 devices. Raises `ValueError` for another kernel, without such a mesh, and if T does not
+    divide.
     """
     shards, length = shard_count("length"), q_BTNH.shape[1]
     if shards == 1:
-        raise ValueError("no mesh is set whose sequence axis splits the windows")
-    zigzag(length, shards)  # or it raises
+        raise ValueError(
+            "no mesh is set whose sequence axis splits the windows: call this under jax.set_mesh"
+        )
+    zigzag(length, shards)  # raises if T does not divide
     if kernel == "splash":
         q_BTNH = flash.scaled(q_BTNH, scale)
         local = _splash(q_BTNH, v_BTKW, shards, interpret)
@@ -141,7 +153,7 @@ def attention(
         local = _chunked(length, shards, scale, block)
     else:
         raise ValueError(
-            f"attention kernel {kernel!r} cannot take windows that are split: {KERNELS} can"
+            f"attention kernel {kernel!r} cannot take windows that are split: use one of {KERNELS}"
         )
 
     def shard(table, q_BTNH, k_BTKH, v_BTKW, ids_BS, slopes_N):
@@ -149,14 +161,14 @@ def attention(
         q_ids_BT = own_chunks(ids_BS, shards)
         return local.run(table, q_BTNH, k_BSKH, v_BSKW, q_ids_BT, ids_BS, slopes_N)
 
-    # The gradient gathers keys and values again: saved, they would take n times the memory of a
-    # device's own.
+    # The gradient gathers keys and values again. Saved, they would take n times the memory of the
+    # device's own keys and values.
     policy = jax.checkpoint_policies.save_only_these_names(chunked.SAVED)
     heads, rows = spec(HEADS), spec(("batch", None))
     split = jax.shard_map(
         jax.checkpoint(shard, policy=policy, prevent_cse=False),
         in_specs=(local.spec, heads, heads, heads, rows, spec(("activation_heads",))),
         out_specs=heads,
-        check_vma=False,  # a Pallas call does not say over which axes its results vary
+        check_vma=False,  # a Pallas call does not declare over which axes its results vary
     )
     return split(local.table, q_BTNH, k_BTKH, v_BTKW, segment_ids_BT, slopes_N)

@@ -1,16 +1,17 @@
 """The hot products of a training step, shaped for XLA's CPU backend.
 
-XLA sends a bfloat16 product to the matrix units (AMX) only when each operand lies in memory in the
-order it is read, the contracted dimension last on the left and first or last on the right, and the
-result is float32. Everything else (a contraction over the first dimension on the left, which is
-what the gradient of a weight asks for, or a bfloat16 result) is widened to float32 and runs 3 to 6
-times slower. So the functions below say where each transposition happens, and keep all arithmetic
-that is not a product in float32: conversions back and forth cost a CPU more than they save.
+XLA sends a bfloat16 product to the matrix units (AMX) only under three conditions: each operand is
+stored in the order in which it is read, the contracted dimension is last on the left and first or
+last on the right, and the result is float32. XLA widens all other products to float32 (a
+contraction over the first dimension on the left, which the gradient of a weight needs, or a
+bfloat16 result), and they run 3 to 6 times slower. So the functions below define where each
+transposition happens. They keep all arithmetic except products in float32, because conversions back
+and forth cost a CPU more than they save.
 
-All are plain functions of arrays, equal to the einsum they replace, and fit `jit`, `grad`,
-`jax.checkpoint` and `scan`. `dtype` is the format of a product's inputs; sums are float32.
-Letters: B batch, T query positions, S key positions, D model width, N query heads,
-K key/value heads, G = N / K, H head width, F any output width, V vocabulary.
+All are plain functions of arrays, equal to the einsum they replace, and work with `jit`, `grad`,
+`jax.checkpoint` and `scan`. `dtype` is the dtype of a product's inputs; sums are float32. Letters:
+B batch, T query positions, S key positions, D model width, N query heads, K key/value heads,
+G = N / K, H head width, F any output width, V vocabulary.
 """
 
 import functools
@@ -27,38 +28,41 @@ from mea_jax.ops.attention import TreeMask
 Array = jax.Array
 DType = Any
 
-_MASKED = -1e30  # score of a hidden position: finite, so that differences of two stay finite
-_SCORE_BYTES = 2 << 20  # scores worth taking at one time: about the L2 cache of one core
-_MOST_PARTS = 4  # of a batch: each is compiled by itself
+_MASKED = -1e30  # score of a hidden position: finite, so that the difference of two is finite
+_SCORE_BYTES = 2 << 20  # scores computed at a time: about the L2 cache of one core
+_MOST_PARTS = 4  # of a batch: each part is compiled separately
 _MOST_BLOCKS = 16  # of queries, for the same reason
 
 
 def _several_devices() -> bool:
-    """Return whether the traced program may be partitioned: all that can be known from within."""
+    """Return whether the traced program may be partitioned.
+
+    While it is traced, a function can only find out whether there are several devices.
+    """
     return jax.device_count() > 1
 
 
 def _laid_out(x: Array) -> Array:
-    """Makes XLA store `x` in row-major order, so that no transposition of it is left to a product.
+    """Make XLA store `x` in row-major order, so that no product has to transpose it.
 
-    Not with several devices in the process: the partitioner knows no rule for the constraint and
-    would gather the whole array on each device.
+    With several devices in the process this returns `x` as it is: the partitioner has no rule for
+    the constraint and would gather the entire array on each device.
     """
     if _several_devices():
         return x
-    from jax.experimental.layout import Layout, with_layout_constraint  # experimental: only here
+    from jax.experimental.layout import Layout, with_layout_constraint  # experimental, so local
 
     return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 
 
 def product(lhs: Array, rhs: Array, contract: tuple, batch: int = 0) -> Array:
-    """lhs x rhs with a float32 result over `batch` leading dimensions that both share.
+    """Multiply lhs by rhs over `batch` leading dimensions that both share: float32 result.
 
-    `contract` holds the contracted dimensions of each side. bfloat16 operands and the result are
-    pinned to row-major order: when XLA folds a transposition into a bfloat16 product after it has
-    chosen the code for it, the compiled program fails with "UNIMPLEMENTED: Unsupported element
-    type for DotThunk". With several devices the pin is not available (`_laid_out`), and bfloat16
-    operands are widened: the same values, without the matrix units.
+    `contract` is the pair of contracted dimensions of each side. bfloat16 operands and the result
+    are pinned to row-major order. Otherwise XLA may fold a transposition into a bfloat16 product
+    after it has chosen the code for it, and the compiled program fails with "UNIMPLEMENTED:
+    Unsupported element type for DotThunk". With several devices the pin is not available
+    (`_laid_out`), so bfloat16 operands are widened: the same values, without the matrix units.
     """
     dims = (contract, (tuple(range(batch)),) * 2)
     if lhs.dtype != jnp.float32:
@@ -70,16 +74,17 @@ def product(lhs: Array, rhs: Array, contract: tuple, batch: int = 0) -> Array:
 
 
 def thin_product(lhs: Array, rhs: Array, contract: tuple, batch: int) -> Array:
-    """`product` for a `lhs` of few rows, (batch ..., rows, D), and a large `rhs`."""
+    """Compute `product` for an `lhs` of few rows, (batch ..., rows, D), and a large `rhs`."""
     if lhs.dtype == jnp.float32 and contract[1][0] == rhs.ndim - 1:
         return product(lhs, rhs, contract, batch)
     return _thickened(lambda lhs: product(lhs, rhs, contract, batch), lhs, batch)
 
 
 def fold_heads(kernel_DCH: Array, mix_CK: Array) -> Array:
-    """W_lc folded into a projection (hlc.fold), float32 (D, K, H), as one product of matrices.
+    """Fold W_lc into a projection (hlc.fold), as one product of matrices: float32 (D, K, H).
 
-    C first: 1.5 times as fast here as D small products (on a TPU it moves more bytes).
+    With C as the first axis this is 1.5 times as fast here as D small products (on a TPU it moves
+    more bytes).
     """
     d, c, h = kernel_DCH.shape
     kernel_CX = jnp.swapaxes(kernel_DCH.astype(jnp.float32), 0, 1).reshape(c, d * h)
@@ -92,23 +97,24 @@ def _transposed(x: Array, axes: tuple[int, ...]) -> Array:
 
 
 def matmul(x: Array, w: Array) -> Array:
-    """x (..., D) times w (D, F), of one format: float32 (..., F)."""
+    """Multiply x (..., D) by w (D, F) of the same dtype: float32 (..., F)."""
     return _thickened(lambda x: product(x, w, ((x.ndim - 1,), (0,))), x, 0)
 
 
 def matmul_transposed(g: Array, w: Array) -> Array:
-    """g (..., F) times the transpose of w (D, F), of one format: float32 (..., D)."""
+    """Multiply g (..., F) by the transpose of w (D, F) of the same dtype: float32 (..., D)."""
     if g.dtype == jnp.float32:
         return product(g, w, ((g.ndim - 1,), (1,)))
     return _thickened(lambda g: product(g, w, ((g.ndim - 1,), (1,))), g, 0)
 
 
 def _thickened(multiply: Callable[[Array], Array], x: Array, axis: int) -> Array:
-    """`multiply(x)`, a lone row of `x` filled up with a second one of zeros along `axis`.
+    """Return `multiply(x)`; a single row of `x` is padded with a row of zeros along `axis`.
 
-    One row would make it a product of a vector. For that the large operand is widened to float32
-    whole if it is bfloat16 (2.5 to 5 times as slow), and read badly if it is contracted over its
-    first axis (2 times); a float32 one contracted over its last axis is better left alone (0.4).
+    XLA would compute a single row as a product of a vector. For that it widens the entire large
+    operand to float32 if it is bfloat16 (2.5 to 5 times as slow), and reads it in a bad order if it
+    is contracted over its first axis (2 times). Do not use this for a float32 operand contracted
+    over its last axis: without padding that takes 0.4 times as long.
     """
     if math.prod(x.shape[axis:-1]) != 1:
         return multiply(x)
@@ -117,11 +123,11 @@ def _thickened(multiply: Callable[[Array], Array], x: Array, axis: int) -> Array
 
 
 def weight_gradient(x: Array, g: Array) -> Array:
-    """Transpose of x (..., D) times g (..., F) over all leading axes: float32 (D, F).
+    """Multiply the transpose of x (..., D) by g (..., F) over all leading axes: float32 (D, F).
 
     The tokens are the first dimension on both sides. In bfloat16 the narrower side is transposed
-    first, 2.4 times as fast as the direct product (2048 tokens, 256 x 704, with the casts); in
-    float32 the direct product is 1.1 times as fast as that.
+    first, which is 2.4 times as fast as the direct product (2048 tokens, 256 x 704, with the
+    casts). In float32 the direct product is 1.1 times as fast as that.
     """
     n = x.ndim - 1
     tokens, last_first, one_to_n = tuple(range(n)), (n, *range(n)), tuple(range(1, n + 1))
@@ -134,9 +140,9 @@ def weight_gradient(x: Array, g: Array) -> Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def dense(x: Array, w: Array, dtype: DType) -> Array:
-    """x (..., D) times w (D, F), inputs rounded to `dtype`, float32 result (..., F).
+    """Multiply x (..., D) by w (D, F), inputs rounded to `dtype`: float32 (..., F).
 
-    Gradients: float32 for `w`, the format of `x` for `x`.
+    The gradient of `w` is float32, that of `x` has the dtype of `x`.
     """
     return _dense_fwd(x, w, dtype)[0]
 
@@ -157,11 +163,11 @@ dense.defvjp(_dense_fwd, _dense_bwd)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def swiglu(gate: Array, up: Array, dtype: DType) -> Array:
-    """silu(gate) * up of two float32 arrays, rounded once to `dtype` for the product that follows.
+    """Return silu(gate) * up of two float32 arrays, rounded once to `dtype` for the next product.
 
-    Saves its two inputs and nothing else; the derivative is written out so that it stays one pass
-    over contiguous arrays (left to autodiff it merges with a strided transposition, 13 ms a layer
-    for 2048 x 704).
+    It saves only its two inputs. The derivative is written out so that it stays one pass over
+    contiguous arrays: autodiff would merge it with a strided transposition, 13 ms per layer for
+    2048 x 704.
     """
     return (gate * jax.nn.sigmoid(gate) * up).astype(dtype)
 
@@ -179,14 +185,14 @@ def _swiglu_bwd(dtype: DType, saved: tuple, g: Array) -> tuple[Array, Array]:
 swiglu.defvjp(_swiglu_fwd, _swiglu_bwd)
 
 
-# Attention. Queries, values and outputs are held feature-major (H before positions) and scores as
-# s_ST, key position first. Then every product, forward and backward, finds its operands in reading
-# order with no transposition of anything of size T x S; the sum over keys is a row of the product
-# with the values; and the G query heads of a group are just G T columns of one matrix.
+# Attention. Queries, values and outputs are stored feature-major (H before positions) and scores as
+# s_ST, key position first. Then every product, forward and backward, reads its operands in memory
+# order and transposes nothing of size T x S. The sum over keys is a row of the product with the
+# values, and the G query heads of a group are G T columns of one matrix.
 
 
 def _columns(x_BTNH: Array, groups: int, start: int, stop: int, dtype: DType) -> Array:
-    """Heads of positions start:stop, feature-major: (B, K, H, G * (stop - start))."""
+    """Return the heads at positions start:stop, feature-major: (B, K, H, G * (stop - start))."""
     x = x_BTNH[:, start:stop].astype(dtype)
     b, t, n, h = x.shape
     x = x.reshape(b, t, n // groups, groups, h)
@@ -194,7 +200,7 @@ def _columns(x_BTNH: Array, groups: int, start: int, stop: int, dtype: DType) ->
 
 
 def _from_columns(x_BKHt: Array, groups: int) -> Array:
-    """The inverse of `_columns`: (B, K, H, G * t) to (B, t, N, H)."""
+    """Invert `_columns`: (B, K, H, G * t) to (B, t, N, H)."""
     b, k, h, gt = x_BKHt.shape
     x = x_BKHt.reshape(b, k, h, groups, gt // groups)
     return jnp.transpose(x, (0, 4, 1, 3, 2)).reshape(b, gt // groups, k * groups, h)
@@ -205,7 +211,7 @@ def _blocks(t: int, block: int) -> list[tuple[int, int]]:
 
 
 def _hidden(s: Array, seg_BT: Array, start: int, stop: int, tree: bool) -> Array:
-    """Scores (B, K, S, G * t) of keys :stop and queries start:stop, masked."""
+    """Mask the scores (B, K, S, G * t) of keys :stop and queries start:stop."""
     causal = np.arange(stop)[:, None] <= np.arange(start, stop)[None]
     if tree:
         seen = (seg_BT[:, :stop, None] > np.arange(start, stop)[None, None]) & causal[None]
@@ -288,7 +294,7 @@ def _attention_bwd(
             d_norm = d_norm + jnp.sum(g * o * inverse, (0, 1, 3))
             g = g * norm_W[None, None, :, None] * inverse
             g = g - o * inverse * inverse * jnp.mean(g * o, 2, keepdims=True)
-        # p lacks its denominator; the small array beside it carries it: p / total * g = p * g'.
+        # p lacks its denominator. The smaller array g gets it: p / total * g = p * (g / total).
         g = g / total
         delta = jnp.sum(g * o, 2, keepdims=True)
         g = g.astype(dtype)
@@ -318,23 +324,27 @@ def causal_attention(
     eps: float = 0.0,
     block: int = 0,
 ) -> Array:
-    """Causal grouped-query attention within segments; float32 o_BTNW.
+    """Compute causal grouped-query attention within segments: float32 (B, T, N, W).
 
     Query head n reads key/value head n // (N // K). Position t sees the positions s <= t of its own
-    segment. Scores, softmax and sums are float32; `dtype` is the format of the products' inputs.
-    With `norm_W` each head's output is normed: o / sqrt(mean(o^2) + eps) * norm_W. Done here,
-    features first, the mean is over whole vectors; outside, 3 times as slow. With a
-    `TreeMask` in place of segment ids positions see what it says.
+    segment; a `TreeMask` in place of segment ids defines instead which keys each position sees.
+    Scores, softmax and sums are float32; `dtype` is the dtype of the products' inputs. With
+    `norm_W` each head's output is normed: o / sqrt(mean(o^2) + eps) * norm_W. Here, with features
+    first, the mean runs over full vectors; outside this function it is 3 times as slow.
 
-    Queries are taken `block` positions at a time (0: a choice by T), each against the keys up to
-    the block's end, so of the scores above the diagonal only those within a block are computed, and
-    no more than a block's scores are alive. The backward pass recomputes the scores from the saved
-    row maxima: as fast as saving the probabilities, which are T x T. In float32 a batch is taken in
-    up to four parts, so that scores stay in cache between passes (1.1 to 1.15 times as fast).
+    Queries are processed `block` positions at a time (0: chosen by T), each block against the keys
+    up to its end. So the only scores above the diagonal that are computed are those within a block,
+    and only one block's scores exist at a time. The backward pass recomputes the scores from the
+    saved row maxima: as fast as saving the probabilities, which are T x T. In float32 a batch is
+    processed in up to four parts, so that scores stay in cache between passes (1.1 to 1.15 times as
+    fast). Raises `ValueError` if K does not divide N.
     """
     b, t, n, _ = q_BTNH.shape
     if n % k_BTKH.shape[2]:
-        raise ValueError(f"{n} query heads do not divide into {k_BTKH.shape[2]} key/value heads")
+        raise ValueError(
+            f"{n} query heads do not divide into {k_BTKH.shape[2]} key/value heads: the first must "
+            "be a multiple of the second"
+        )
     q, k, v = (x.astype(jnp.float32) for x in (q_BTNH, k_BTKH, v_BTKW))
     block = min(block or max(128, -(-t // _MOST_BLOCKS)), t)
     parts = 1

@@ -1,14 +1,14 @@
-"""Cross-entropy, alone or mixed with distillation, that never holds the logits of a whole batch.
+"""Cross-entropy, alone or with distillation, without the logits of an entire batch.
 
-The logits of a 128,256-word vocabulary are the largest activation of a small model. Here those of
-one chunk of positions exist at a time; when the loss is differentiated, the gradients of hidden
-states and kernel are formed in the same pass, while those logits are there, so nothing is
-recomputed and nothing of size T x V is saved.
+The logits of a 128,256-token vocabulary are the largest activation of a small model. Here the
+logits of only one chunk of positions exist at a time. When the loss is differentiated, the
+gradients of hidden states and kernel are computed in the same pass, while those logits exist. So
+nothing is recomputed and nothing of size T x V is saved.
 
-On a mesh each device runs this loop over its own positions and words, with the kernel gathered
-before it and the gradients reduced after it, once: left to the partitioner, the kernel's gradient
-would be reduced in every chunk. Within the loop only two numbers a position cross the vocabulary's
-axis.
+On a mesh each device runs this loop over its own positions and its own part of the vocabulary. The
+kernel is gathered once before the loop and the gradients are reduced once after it; left to the
+partitioner, the kernel's gradient would be reduced in every chunk. Within the loop only three
+numbers per position (with a teacher six) are reduced over the vocabulary's axis.
 """
 
 import functools
@@ -28,15 +28,15 @@ class Products(Protocol):
     def dtype(self) -> jnp.dtype: ...
 
     def matmul(self, x: jax.Array, w: jax.Array) -> jax.Array:
-        """(..., D) x (D, F) -> (..., F)."""
+        """Multiply (..., D) by (D, F): (..., F)."""
         ...
 
     def matmul_transposed(self, g: jax.Array, w: jax.Array) -> jax.Array:
-        """(..., F) x (D, F) -> (..., D)."""
+        """Multiply (..., F) by the transpose of (D, F): (..., D)."""
         ...
 
     def weight_gradient(self, x: jax.Array, g: jax.Array) -> jax.Array:
-        """(..., D) x (..., F) -> (D, F), summed over the leading axes."""
+        """Sum the outer products of (..., D) and (..., F) over the leading axes: (D, F)."""
         ...
 
 
@@ -44,10 +44,10 @@ class LossOptions(NamedTuple):
     """The static options of a loss; hashable.
 
     Attributes:
-      products: how matrices are multiplied.
-      chunk: positions of a device whose logits exist at one time; 0: all.
+      products: the backend's matrix products.
+      chunk: number of positions per device whose logits exist at a time; 0 means all.
       z_loss: weight of logsumexp(logits)^2.
-      share: weight of the divergence from a teacher, 1 - share that of the targets.
+      share: weight of the divergence from a teacher; the targets have the weight 1 - share.
     """
 
     products: Products
@@ -66,15 +66,16 @@ def cross_entropy(
     chunk: int,
     z_loss: float,
 ) -> tuple[jax.Array, jax.Array]:
-    """Sums over tokens, float32: (objective, negative log-likelihood in nats).
+    """Return float32 sums over tokens: (objective, negative log-likelihood in nats).
 
     objective = sum of weight * (nll + z_loss * logsumexp(logits)^2). Logits of up to `chunk`
-    positions of a device exist at one time (0: of all of them; see `positions_within`). Only the
-    objective is differentiated: the second output is a report, its cotangent is ignored. Gradients
-    flow to `x_BTD` and `kernel_DV`.
+    positions per device exist at a time (0 means all positions; see `positions_within`). Only the
+    objective is differentiated; the second output is only reported, and its cotangent is ignored.
+    Gradients flow to `x_BTD` and `kernel_DV`.
 
-    Under a mesh of `jax.set_mesh` rows and positions must divide as they are split, D and V too
-    (jax raises otherwise), and each device holds a float32 gradient (D, V / tensor) until the end.
+    Under a mesh of `jax.set_mesh`, rows, positions, D and V must be divisible by the axes that
+    split them (jax raises otherwise), and each device stores a float32 gradient (D, V / tensor)
+    until the end.
     """
     arrays = (x_BTD, kernel_DV, targets_BT, weights_BT)
     return _sums(arrays, LossOptions(products, chunk, z_loss), False)[0]
@@ -89,12 +90,12 @@ def distilled_cross_entropy(
     teacher: tuple[jax.Array, jax.Array],
     options: LossOptions,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """As `cross_entropy`, towards a teacher's distributions too: (objective, nll, KL), float32.
+    """Compute `cross_entropy` with distillation from a teacher: (objective, nll, KL), float32.
 
-    KL = sum of weight * KL(teacher || model) over whole vocabularies, at temperature 1, in nats;
+    KL = sum of weight * KL(teacher || model) over entire vocabularies, at temperature 1, in nats;
     objective = sum of weight * ((1 - share) * nll + share * KL + z_loss * logsumexp(logits)^2).
-    `teacher` are its hidden states (B, T, E) and unembedding (E, V): they get no gradient. Two
-    arrays of logits exist at one time.
+    `teacher` is its hidden states (B, T, E) and unembedding (E, V); they get no gradient. Two
+    arrays of logits exist at a time.
     """
     arrays = (x_BTD, kernel_DV, targets_BT, weights_BT)
     return _sums(arrays, options, False, teacher)[0]
@@ -103,7 +104,8 @@ def distilled_cross_entropy(
 def positions_within(mebibytes: int, vocabulary: int) -> int:
     """Return the number of positions whose float32 logits fit in `mebibytes`; 0 means no limit.
 
-    In whole multiples of 128, a matrix unit's side, if there are as many.
+    The number is a multiple of 128, a matrix unit's side, if at least 128 fit, and otherwise 1 or
+    more.
     """
     positions = mebibytes * 2**20 // (4 * vocabulary)
     if mebibytes and positions < 128:
@@ -112,22 +114,22 @@ def positions_within(mebibytes: int, vocabulary: int) -> int:
 
 
 def _sums(arrays, options, differentiate, teacher=()):
-    """((objective, nll), gradients of x and kernel, or None), on whatever mesh is set.
+    """Return ((objective, nll), gradients of x and kernel or None), with or without a mesh.
 
-    `arrays`: x (B, T, D), kernel (D, V), targets and weights (B, T).
-    With a `teacher`, its hidden states and unembedding: ((objective, nll, KL), gradients).
+    `arrays` are x (B, T, D), kernel (D, V), targets and weights (B, T). With a `teacher`, its
+    hidden states and unembedding, return ((objective, nll, KL), gradients).
     """
     arrays = (*arrays[:3], arrays[3].astype(jnp.float32))
     run = functools.partial(_local, options, differentiate)
     if not on_a_mesh():
         return run((), arrays, teacher)
     rows, embed, vocab = mesh_axes("batch", "length"), mesh_axes("embed"), mesh_axes("vocab")
-    # Each device's part of the sum over rows is scattered over `embed`, then added over the rest.
+    # Each device's part of the sum over rows is scattered over `embed`, then summed over the rest.
     rest = tuple(axis for axis in rows if axis not in embed)
     assert set(embed) <= set(rows)
 
     def gathered(kernel_DV):
-        # In the products' dtype, and once: half the bytes, and none while the loop runs.
+        # Gathered once and in the products' dtype: half the bytes, none of them inside the loop.
         kernel_DV = kernel_DV.astype(options.products.dtype)
         return jax.lax.all_gather(kernel_DV, embed, tiled=True) if embed else kernel_DV
 
@@ -150,16 +152,17 @@ def _sums(arrays, options, differentiate, teacher=()):
         shard,
         in_specs=(of_x, of_kernel, of_rows, of_rows, *((of_x, of_kernel) if teacher else ())),
         out_specs=(PartitionSpec(), (of_x, of_kernel) if differentiate else None),
-        check_vma=False,  # it cannot tell that sums over all axes are alike everywhere
+        check_vma=False,  # it cannot infer that sums over all axes are equal everywhere
     )
     return split(*arrays, *teacher)
 
 
 def _local(options, differentiate, vocab, arrays, teacher):
-    """`_sums` of one device's positions and words; what `vocab` splits is summed over it.
+    """Compute `_sums` of one device's positions and part of the vocabulary.
 
-    `vocab`: mesh axes over which the words are split, inside `shard_map`; () where they are whole.
-    Of the gradients that of x lacks the other devices' words, that of the kernel their positions.
+    `vocab` are the mesh axes that split the vocabulary, inside `shard_map`; () if none does. All
+    sums over the vocabulary are reduced over them, except in the gradients: that of x lacks the
+    other devices' parts of the vocabulary, that of the kernel their positions.
     """
     x_BTD, kernel_DV, targets_BT, weights_BT = arrays
     products, chunk, z_loss, share = options
@@ -169,11 +172,11 @@ def _local(options, differentiate, vocab, arrays, teacher):
     teacher_hidden, teacher_kernels = teacher[:1], [w.astype(dtype) for w in teacher[1:]]
     chunk = min(chunk or positions, positions)
     count = -(-positions // chunk)
-    even = -(-positions // count)  # the least filling up, in as many chunks
+    even = -(-positions // count)  # the least padding for this number of chunks
     chunk = min(chunk, -(-even // 128) * 128)
     first = jax.lax.axis_index(vocab) * words if vocab else 0
 
-    def chunks(y):  # (B, T, ...) to (chunks, positions of one, ...), filled up with zeros
+    def chunks(y):  # (B, T, ...) to (chunks, positions per chunk, ...), padded with zeros
         y = y.reshape(positions, *y.shape[2:])
         y = jnp.pad(y, ((0, count * chunk - positions),) + ((0, 0),) * (y.ndim - 1))
         return y.reshape(count, chunk, *y.shape[1:])
@@ -182,7 +185,7 @@ def _local(options, differentiate, vocab, arrays, teacher):
         return reduce(x, vocab) if vocab else x
 
     def divergence(y_CE, logits_CV, lse_C):
-        """(KL(teacher || model) (C,), the teacher's probabilities (C, V))."""
+        """Return KL(teacher || model) (C,) and the teacher's probabilities (C, V)."""
         teacher_CV = products.matmul(y_CE.astype(dtype), teacher_kernels[0])
         top_C = over_vocabulary(jax.lax.pmax, jnp.max(teacher_CV, axis=-1))
         total_C = jnp.sum(jnp.exp(teacher_CV - top_C[:, None]), axis=-1)
@@ -199,7 +202,7 @@ def _local(options, differentiate, vocab, arrays, teacher):
         logits_CV = products.matmul(x_CD, kernel_DV)
         top_C = over_vocabulary(jax.lax.pmax, jnp.max(logits_CV, axis=-1))
         total_C = jnp.sum(jnp.exp(logits_CV - top_C[:, None]), axis=-1)
-        # A comparison, not a gather: elsewhere than on its own device a word is not found.
+        # A comparison, not a gather: on devices without the target's logit nothing matches.
         hit_CV = jax.lax.broadcasted_iota(jnp.int32, logits_CV.shape, 1) == (
             targets_C[:, None] - first
         )
@@ -220,7 +223,7 @@ def _local(options, differentiate, vocab, arrays, teacher):
         # d nll / d logits = softmax - hit; d lse^2 / d logits = 2 lse softmax.
         p_CV = jnp.exp(logits_CV - lse_C[:, None])
         slope_C = weights_C * (1.0 + 2.0 * z_loss * lse_C)
-        # With a teacher, (1 - share) of hit and share of its probabilities: d KL = softmax - p.
+        # With a teacher, (1 - share) of hit plus share of its probabilities p: d KL = softmax - p.
         hit_C = (1.0 - share) * weights_C if teacher else weights_C
         d_CV = slope_C[:, None] * p_CV - jnp.where(hit_CV, hit_C[:, None], 0.0)
         if teacher:

@@ -1,7 +1,7 @@
-"""Rows of an embedding table, on a mesh by moving the few activations and not the table.
+"""Lookup of embedding rows, which on a mesh moves the few activations and not the table.
 
-Left to the partitioner, the rows of a table whose columns are split like the batch (fsdp) are
-looked up for all of the batch on each device, and on some meshes gathered as a whole on the way.
+If the table's columns are split like the batch (fsdp), the partitioner by itself would look up the
+rows of the entire batch on each device, and on some meshes gather these rows in full.
 """
 
 import jax
@@ -13,25 +13,25 @@ from mea_jax.parallel.sharding import shard_count, spec
 def lookup(
     table_VD: jax.Array, ids_BT: jax.Array, dtype: jnp.dtype, axes: tuple[str, str]
 ) -> jax.Array:
-    """The rows `ids_BT` of a table with logical `axes`: (B, T, D) of `dtype`.
+    """Return the rows `ids_BT` of a table with logical `axes`: (B, T, D) in `dtype`.
 
-    Rows are looked up before the cast: the table is far larger than the batch. On a mesh each
-    device finds its columns of the rows that its neighbours along those columns ask for, and one
-    all-to-all hands them over: B T D numbers, however large the table.
+    Rows are looked up before the cast, because the table is far larger than the batch. On a mesh
+    each device looks up its columns of the rows that its neighbours along those columns need, and
+    one all-to-all exchanges them: B T D numbers, regardless of the size of the table.
     """
     split = shard_count(axes[0]) * shard_count(axes[1]) > 1
     divisible = (
         ids_BT.shape[0] % shard_count("batch") == 0 and ids_BT.shape[1] % shard_count("length") == 0
     )
-    if not split or not divisible:  # a lone prompt is the partitioner's
+    if not split or not divisible:  # a single prompt is left to the partitioner
         return jnp.take(table_VD, ids_BT, axis=0).astype(dtype)
-    rows, columns = spec(axes)  # axes of one device among them, for `shard_map` to follow
+    rows, columns = spec(axes)  # includes mesh axes of one device, so that `shard_map` tracks them
 
     def shard(table_VD, ids_BT):
         wanted_BT = jax.lax.all_gather(ids_BT, columns, axis=0, tiled=True)
         if rows is not None:
-            # Zeros for tokens whose rows live on other devices, so that the results can be summed.
-            # Below 0 `take` would count from the end.
+            # Zeros for tokens whose rows are on other devices, so that the results can be summed.
+            # `take` would count negative indices from the end.
             held = table_VD.shape[0]
             wanted_BT = wanted_BT - jax.lax.axis_index(rows) * held
             wanted_BT = jnp.where(wanted_BT < 0, held, wanted_BT)

@@ -1,9 +1,10 @@
-"""Attention by the accelerators' own flash kernels: no (T, T) array of logits per head.
+"""Attention with the accelerators' own flash kernels, without a (T, T) array of logits per head.
 
 `splash_attention` is Pallas's kernel for TPUs, `cudnn_attention` is cuDNN's for NVIDIA GPUs. Both
-compute what `attention.dot_product_attention` does: causal within segments, query head n reads
-key/value head n // (N / K), softmax in float32. Letters as there; W is the width of a value, which
-may differ from H. On a mesh each device runs its kernel on its own rows and heads.
+compute the same as `attention.dot_product_attention`: causal within segments, query head n reads
+key/value head n // (N / K), softmax in float32. Letters are those of attention.py; W is the width
+of a value, which may differ from H. On a mesh each device runs its kernel on its own rows and
+heads.
 """
 
 import functools
@@ -19,15 +20,15 @@ from jax.sharding import NamedSharding
 
 from mea_jax.parallel.sharding import on_a_mesh, shard_count, spec
 
-# A TPU's vector registers are 128 wide: the kernel's blocks of positions are multiples of it.
+# A TPU's vector registers are 128 wide, so the kernel's blocks are multiples of 128 positions.
 LANES = 128
 
 
 def splash_supports(dtype: jnp.dtype, head_dim: int, value_dim: int) -> str | None:
-    """Why the TPU kernel does not take heads of these widths and type; None if it does.
+    """Return why the TPU kernel cannot take heads of these widths and dtype; None if it can.
 
-    What the compiler of libtpu 0.0.51 took for v4, v5e, v5p and v6e with the blocks used here.
-    Widths need not be multiples of anything: the kernel pads them in registers.
+    The limits are those of libtpu 0.0.51's compiler for v4, v5e, v5p and v6e with the blocks used
+    here. Widths can be any number, because the kernel pads them in registers.
     """
     if dtype not in (jnp.bfloat16, jnp.float32):
         return f"the TPU kernel takes bfloat16 or float32, not {jnp.dtype(dtype).name}"
@@ -37,19 +38,19 @@ def splash_supports(dtype: jnp.dtype, head_dim: int, value_dim: int) -> str | No
 
 
 def cudnn_supports(dtype: jnp.dtype, head_dim: int, value_dim: int) -> str | None:
-    """Why cuDNN's kernel does not take heads of these widths and type; None if it does.
+    """Return why cuDNN's kernel cannot take heads of these widths and dtype; None if it can.
 
-    From the checks of jax 0.10.2 and cuDNN's table of supported heads, on the first device. Widths
-    that are no multiple of 8 are padded (`cudnn_attention`), and so is an odd T. Not tested here:
-    whether cuDNN is installed.
+    The limits are from the checks of jax 0.10.2 and cuDNN's table of supported heads, for the first
+    device. Widths that are not multiples of 8 are padded (`cudnn_attention`), and so is an odd T.
+    This does not check whether cuDNN is installed.
     """
     if dtype not in (jnp.bfloat16, jnp.float16):
         return f"cuDNN's kernel takes bfloat16 or float16, not {jnp.dtype(dtype).name}"
-    # "8.0" is an A100, "9.0" a Hopper; a device that is no GPU has none.
+    # "8.0" is an A100, "9.0" a Hopper; devices other than GPUs have none.
     capability = float(getattr(jax.devices()[0], "compute_capability", None) or 8.0)
     if capability < 8.0:
         return f"cuDNN's kernel needs compute capability 8.0 (Ampere), this GPU has {capability}"
-    # Later generations take 256 forward, but 128 backward.
+    # Generations after Hopper support 256 forward, but only 128 backward.
     widest, limit = max(head_dim, value_dim), 256 if 9.0 <= capability < 10.0 else 128
     if widest > limit:
         hopper = " (256 on Hopper)" if limit == 128 else ""
@@ -66,15 +67,15 @@ def splash_attention(
     scale: float,
     interpret: bool = False,
 ) -> jax.Array:
-    """Causal attention within segments by the TPU's splash kernel: (B, T, N, W), dtype of q.
+    """Compute causal attention within segments with the TPU's splash kernel: (B, T, N, W).
 
-    q, k and v share one dtype (`splash_supports`). T is filled up to a multiple of 128.
-    `interpret` runs the kernel's code on any backend, for tests.
+    The result has the dtype of q; q, k and v share one dtype (`splash_supports`). T is padded to a
+    multiple of 128. `interpret` runs the kernel's code on any backend, for tests.
 
-    The kernel takes no scale, so q is multiplied in float32 and rounded to its dtype once more:
-    exact where the scale is a power of two (H 16, 64, 256), else as much error as q itself has.
-    For a gradient the forward pass writes its log-sum-exps 128 lanes wide, 512 B N T bytes that
-    live until the next operation has read one lane of them.
+    The kernel takes no scale, so q is multiplied by it in float32 and rounded to its dtype again.
+    This is exact if the scale is a power of two (H 16, 64, 256); otherwise the error is as large as
+    that of q itself. For a gradient the forward pass writes its log-sum-exps 128 lanes wide: 512 B
+    N T bytes, which live until the next operation has read one lane of them.
     """
     length = q_BTNH.shape[1]
     full = _round_up(length, LANES)
@@ -91,7 +92,7 @@ def splash_attention(
 
 
 def scaled(q_BTNH: jax.Array, scale: float) -> jax.Array:
-    """Queries as splash takes them, in their own dtype."""
+    """Multiply queries by `scale` in float32 and return them in their own dtype, for splash."""
     return (q_BTNH.astype(jnp.float32) * scale).astype(q_BTNH.dtype)
 
 
@@ -103,7 +104,7 @@ def run_splash(
     q_ids_BT: jax.Array,
     k_ids_BS: jax.Array,
 ) -> jax.Array:
-    """A splash kernel on the rows and heads of one device: (B, T, N, W)."""
+    """Run a splash kernel on the rows and heads of one device: (B, T, N, W)."""
     q_BNTH, k_BKSH, v_BKSW = (jnp.swapaxes(x, 1, 2) for x in (q_BTNH, k_BSKH, v_BSKW))
     ids = splash.SegmentIds(q_ids_BT, k_ids_BS)
     o_BNTW = cast(jax.Array, jax.vmap(kernel)(q_BNTH, k_BKSH, v_BKSW, ids))
@@ -118,18 +119,20 @@ def sharded_splash(
     saved: str,
     interpret: bool,
 ) -> tuple[splash.SplashAttentionKernel, splash.SplashAttentionKernel]:
-    """A kernel for queries in the order `order_T`, split over `shards`, and its specs.
+    """Return a kernel for queries in the order `order_T`, split over `shards`, and its specs.
 
-    The arrays in a kernel say for each block of queries which blocks of keys it sees; the specs
-    give each device of the mesh its own, so that it skips what its queries cannot see. Pass the
-    kernel through `jax.shard_map` with them, then to `run_splash` with all keys in natural order.
-    `saved` names what it leaves for its gradient, for a policy of `jax.checkpoint`. Raises
-    `ValueError` unless T divides into whole blocks, 256 positions a shard.
+    The arrays in a kernel list for each block of queries the blocks of keys that it sees. The specs
+    give each device of the mesh its own part, so that it skips what its queries cannot see. Pass
+    the kernel through `jax.shard_map` with the specs, then to `run_splash` with all keys in natural
+    order. `saved` names the residuals of the kernel's gradient, for a policy of `jax.checkpoint`.
+    Raises `ValueError` unless T is a multiple of 256 positions per shard.
     """
     length = order_T.size
     if length % (2 * shards * LANES):
-        raise ValueError(f"{length} positions do not divide into 2 x {shards} x {LANES}")
-    # A block lies within one of a shard's two chunks, or it would see far more than it must.
+        raise ValueError(
+            f"{length} positions do not divide into 2 x {shards} x {LANES}: choose a multiple of it"
+        )
+    # A block is within one of a shard's two chunks; otherwise it would see far too many keys.
     blocks = _splash_blocks(length // (2 * shards), _widest(q_BTNH, v_BTKW), length)
     heads = q_BTNH.shape[2] // shard_count("activation_heads")
     kernel = _splash_kernel(order_T, heads, blocks, shards, saved, interpret)
@@ -140,8 +143,9 @@ def sharded_splash(
 class _CausalAt(splash_mask.CausalMask):
     """A mask of the keys, in natural order, that queries at positions `order_T` see.
 
-    splash looks at every block of it when a kernel is made. Of those that are all seen or all
-    hidden, nearly all, none is computed: at 131,072 positions that would take most of a minute.
+    splash inspects every block of the mask when a kernel is made. Nearly all blocks are entirely
+    visible or entirely hidden, and come from a cache. Computing them would take most of a minute at
+    131,072 positions.
     """
 
     def __init__(self, order_T: np.ndarray):
@@ -170,7 +174,7 @@ def _splash_kernel(
     saved: str | None = None,
     interpret: bool = False,
 ) -> splash.SplashAttentionKernel:
-    """A causal kernel for queries that stand at `order_T`, among all keys in natural order."""
+    """Make a causal kernel for queries at positions `order_T` and all keys in natural order."""
     return splash.make_splash_mha(
         splash_mask.MultiHeadMask([_CausalAt(order_T)] * heads),
         block_sizes=blocks,
@@ -191,25 +195,26 @@ def cudnn_attention(
     one_segment: bool = False,
     implementation: Literal["cudnn", "xla"] = "cudnn",
 ) -> jax.Array:
-    """Causal attention within segments by cuDNN's kernel: (B, T, N, W), dtype of q.
+    """Compute causal attention within segments with cuDNN's kernel: (B, T, N, W).
 
-    q, k and v share one dtype (`cudnn_supports`). jax.nn's function wants W = H in multiples of 8,
-    so the narrower are filled with zeros: one pass over the logits, where splitting wide values
-    would take the softmax once per piece.
+    The result has the dtype of q; q, k and v share one dtype (`cudnn_supports`). jax.nn's function
+    requires W = H, a multiple of 8, so the narrower arrays are padded with zeros. This takes one
+    pass over the logits; splitting wide values would compute the softmax once per piece.
 
-    **Memory.** jax's public function has no argument for segments: they go in as a boolean mask
-    (B, 1, T, T), which jax turns into a bias of q's dtype, shared by all heads: 2 B T^2 bytes, B
-    being a device's rows (67 MB for B 8, T 2048; 1.1 GB for T 8192). With jax 0.10 a gradient adds
-    as many again while it runs: the kernel is asked for the gradient of that bias, though no one
-    reads it (0.12 no longer asks). Causality costs nothing, and the kernel skips what it hides;
-    what segments hide it computes. Rows of a single segment need no mask: `one_segment=True`
-    ignores the ids, and is right where a row's padding, if any, comes last.
+    Memory: jax's public function has no argument for segments. They are passed as a boolean mask
+    (B, 1, T, T), which jax turns into a bias of q's dtype, shared by all heads: 2 B T^2 bytes,
+    where B is the number of a device's rows (67 MB for B 8, T 2048; 1.1 GB for T 8192). With jax
+    0.10 a gradient takes the same amount again while it runs, because it includes the gradient of
+    that bias, which nothing reads (0.12 omits it). Causality costs nothing: the kernel skips the
+    keys that it hides, but computes those that segments hide. Rows of a single segment need no
+    mask: `one_segment=True` ignores the ids, which is correct if a row's padding, if any, comes
+    last.
 
-    `implementation="xla"` is the same arguments without the kernel, for tests on a CPU.
+    `implementation="xla"` computes the same without the kernel, for tests on a CPU.
     """
     length, value_dim = q_BTNH.shape[1], v_BSKW.shape[-1]
     width = _round_up(max(q_BTNH.shape[-1], value_dim), 8)
-    # With a mask the kernel's backward pass refuses an odd length.
+    # With a mask the kernel's backward pass rejects an odd length.
     full = length if one_segment else _round_up(length, 2)
     q_BTNH, k_BSKH, v_BSKW = (_fill(_fill(x, 3, width), 1, full) for x in (q_BTNH, k_BSKH, v_BSKW))
 
@@ -231,24 +236,25 @@ def cudnn_attention(
 
 
 def _widest(q_BTNH: jax.Array, v_BSKW: jax.Array) -> int:
-    """Bytes of the wider of a query and a value head."""
+    """Return the bytes of the wider of a query head and a value head."""
     return max(q_BTNH.shape[-1], v_BSKW.shape[-1]) * q_BTNH.dtype.itemsize
 
 
 def _splash_blocks(piece: int, widest: int, keys: int = 0) -> splash.BlockSizes:
-    """Blocks that divide `piece` positions (a multiple of 128), for heads of up to `widest` bytes.
+    """Return blocks that divide `piece` positions, for heads of up to `widest` bytes.
 
-    `keys` is the number of key positions, if `piece` is but one chunk of the window.
+    `piece` is a multiple of 128. `keys` is the number of key positions if `piece` is only one chunk
+    of the window.
 
     A block of q stays in vector memory while the blocks of k and v that it sees stream past, so
-    bytes read go down as the block grows: 1024 is the largest power of two that the compiler fits
-    into v4, v5e, v5p and v6e alike (bfloat16 to width 256, float32 to 128; then 512), with logits
-    of 512 keys at a time, which leaves room for them. A length without such a divisor gets
-    smaller blocks: keep to multiples of 1024, or of 512.
+    larger blocks read fewer bytes. 1024 is the largest power of two that the compiler fits into
+    each of v4, v5e, v5p and v6e (bfloat16 to width 256, float32 to 128; above that, 512). Logits
+    are computed for 512 keys at a time, which leaves room for such blocks. A length without such a
+    divisor gets smaller blocks: prefer multiples of 1024, or of 512.
 
-    The fused backward kernel does 5 products per block where separate ones for dq and for dk, dv
-    do 7, but writes one partial dq, in q's dtype, per block of keys: worth it while they are few.
-    Which is faster has not been measured on a TPU.
+    The fused backward kernel computes 5 products per block, and separate kernels for dq and for dk,
+    dv compute 7. But the fused one writes one partial dq, in q's dtype, per block of keys, so it is
+    used only if these are few. Which one is faster has not been measured on a TPU.
     """
     block = _largest_divisor(piece, 1024 if widest <= 512 else 512)
     compute = _largest_divisor(block, 512)
@@ -273,12 +279,13 @@ def _on_each_device(
     v_BSKW: jax.Array,
     segment_ids_BT: jax.Array,
 ) -> jax.Array:
-    """`attend` on each device's rows and heads; rows and K must divide (jax raises otherwise).
+    """Run `attend` on each device's rows and heads.
 
-    jax refuses to partition a Pallas kernel by itself. cuDNN's call has a partitioning rule, which
-    raises where q, k, v and the mask are not split alike: stated here, they always are. Windows in
-    natural order are whole on each device: where the mesh splits them, devices do the same work
-    (context_parallel.py shares it).
+    Rows and K must be divisible by the axes that split them (jax raises otherwise). jax does not
+    partition a Pallas kernel by itself. cuDNN's call has a partitioning rule, which raises if q, k,
+    v and the mask are split differently; the specs here always split them the same way. Windows in
+    natural order are complete on each device: if the mesh splits them, devices repeat the same work
+    (context_parallel.py divides it).
     """
     if not on_a_mesh():
         return attend(q_BTNH, k_BSKH, v_BSKW, segment_ids_BT)
@@ -287,7 +294,7 @@ def _on_each_device(
         attend,
         in_specs=(heads, heads, heads, spec(("batch", None))),
         out_specs=heads,
-        check_vma=False,  # a Pallas call does not say over which axes its results vary
+        check_vma=False,  # a Pallas call does not declare over which axes its results vary
     )
     return split(q_BTNH, k_BSKH, v_BSKW, segment_ids_BT)
 
@@ -297,15 +304,15 @@ def _round_up(size: int, multiple: int) -> int:
 
 
 def _largest_divisor(length: int, limit: int) -> int:
-    """The largest multiple of 128 up to `limit` that divides `length`."""
+    """Return the largest multiple of 128 up to `limit` that divides `length`."""
     return max(b for b in range(LANES, limit + 1, LANES) if length % b == 0)
 
 
 def _fill(x: jax.Array, axis: int, size: int) -> jax.Array:
-    """`x` with its `axis` filled up to `size` with zeros, at the end.
+    """Pad `x` with zeros at the end of `axis`, up to `size`.
 
-    Zeros in a width change no product. Positions at the end are seen by none before them, whatever
-    their segment, and their own outputs are cut off.
+    Zeros in a width change no product. Positions at the end are hidden from all before them,
+    whatever their segment, and their own outputs are cut off.
     """
     if x.shape[axis] == size:
         return x

@@ -1,12 +1,12 @@
-"""Products of rows with the matrix of their group: the work of a mixture of experts.
+"""Products of rows with the matrix of their group, as in a mixture of experts.
 
-Rows come sorted by group, groups of any size one after another, and each group has a matrix of its
-own. Nothing is computed for a group that has no row. Two forms of one function:
+Rows are sorted by group, groups have any size, and each group has its own matrix. Nothing is
+computed for a group without rows. One function has two forms:
 
-- on a TPU `jax.lax.ragged_dot`, which its compiler makes a kernel that visits only the tiles of
-  rows that there are;
+- on a TPU `jax.lax.ragged_dot`, which the compiler turns into a kernel that visits only the tiles
+  of rows that exist;
 - elsewhere a loop over blocks of rows, each with the matrix of its group. XLA's own lowering of
-  `ragged_dot` for other devices multiplies every row with every matrix, and hides the rest.
+  `ragged_dot` for other devices multiplies every row by every matrix and masks the rest.
 
 Letters: S rows, E groups (experts), D and F the two sides of a matrix.
 """
@@ -22,21 +22,21 @@ from mea_jax.ops.backend import Backend
 
 Array = jax.Array
 _Dims = jax.lax.RaggedDotDimensionNumbers
-# A block is at most this part of a group of mean size: what filling up blocks adds to the FLOPs.
+# A block is at most 1/16 of a group of mean size, which limits the FLOPs of partly filled blocks.
 _SHARE = 16
-_SMALLEST, _LARGEST = 16, 256  # rows of a block: below, reading matrices is what takes the time
+_SMALLEST, _LARGEST = 16, 256  # rows of a block: with fewer, reading matrices takes most time
 
 
 class Blocks(NamedTuple):
-    """The rows and the matrix of each block. Blocks after the last one have no rows."""
+    """The group and the rows of each block; the unused blocks at the end have no rows."""
 
     group_N: Array
     start_N: Array  # the first row
-    stop_N: Array  # past the last
+    stop_N: Array  # one past the last row
 
 
 def block_size(rows: int, groups: int) -> int:
-    """Rows of a block: a power of two, or all rows where they are fewer."""
+    """Return the number of rows of a block: a power of two, or all rows if they are fewer."""
     size = _SMALLEST
     while 2 * size <= min(rows // (_SHARE * groups), _LARGEST):
         size *= 2
@@ -44,12 +44,15 @@ def block_size(rows: int, groups: int) -> int:
 
 
 def block_count(rows: int, groups: int, size: int) -> int:
-    """Return the number of blocks of `size` rows that suffices for any division into groups."""
+    """Return a number of blocks of `size` rows that suffices for any division into groups."""
     return min(rows, rows // size + groups)
 
 
 def blocks(sizes_E: Array, rows: int, size: int) -> Blocks:
-    """The blocks of `size` rows of groups of sizes (E,), int32, that add up to `rows` or less."""
+    """Divide groups into blocks of up to `size` rows.
+
+    `sizes_E`, int32 (E,), contains the groups' numbers of rows, which add up to `rows` or fewer.
+    """
     groups = sizes_E.shape[0]
     last_row_E = jnp.cumsum(sizes_E)
     count_E = -(-sizes_E // size)
@@ -64,20 +67,23 @@ def blocks(sizes_E: Array, rows: int, size: int) -> Blocks:
 
 
 def _over_blocks(sizes_E: Array, rows: int, body: Callable[..., Array], out: Array) -> Array:
-    """`body(out, group, place, mask)` for every block: rows `place` to `place` + size, of which the
-    mask (size, 1) says those of the block."""
+    """Apply `out = body(out, group, place, mask)` for every block and return `out`.
+
+    A call handles the rows from `place` to `place` + size. The mask (size, 1) is True for the rows
+    that belong to the block.
+    """
     groups = sizes_E.shape[0]
     size = block_size(rows, groups)
     found = blocks(sizes_E, rows, size)
 
     def one(i, out):
         start, stop = found.start_N[i], found.stop_N[i]
-        # Near the end a block begins earlier, and leaves out the rows of its neighbour.
+        # Near the end a block begins earlier, and its mask excludes the rows of its neighbour.
         place = jnp.clip(start, 0, rows - size)
         row_b1 = place + jnp.arange(size)[:, None]
         return body(out, found.group_N[i], place, (start <= row_b1) & (row_b1 < stop))
 
-    # As many rounds as there may be, which a compiler can count.
+    # The largest possible number of rounds: a constant, which a compiler can count.
     return jax.lax.fori_loop(0, block_count(rows, groups, size), one, out)
 
 
@@ -92,9 +98,9 @@ def _put_rows(out: Array, y_bF: Array, place: Array, mask_b1: Array) -> Array:
 
 
 def looped(products: Backend, transposed: bool, x_SD: Array, w_EDF: Array, sizes_E: Array) -> Array:
-    """Row s times the matrix of its group, or (`transposed`) times its transpose; float32.
+    """Multiply row s by the matrix of its group, or by its transpose if `transposed`; float32.
 
-    Rows that belong to no group are zero. `x` and `w` are of the products' dtype.
+    Rows that belong to no group are zero. `x` and `w` have the products' dtype.
     """
     multiply = products.matmul_transposed if transposed else products.matmul
 
@@ -108,7 +114,7 @@ def looped(products: Backend, transposed: bool, x_SD: Array, w_EDF: Array, sizes
 
 
 def looped_weights(products: Backend, x_SD: Array, g_SF: Array, sizes_E: Array) -> Array:
-    """The sum over each group's rows of x^T g: (E, D, F), float32."""
+    """Sum x^T g over the rows of each group: (E, D, F), float32."""
 
     def body(out_EDF, group, place, mask_b1):
         x_bD, g_bF = (_rows_at(y, place, mask_b1) for y in (x_SD, g_SF))
@@ -126,16 +132,16 @@ def _ragged(backend: Backend, dims: _Dims, a: Array, b: Array, sizes_E: Array) -
 
 
 def ragged(products: Backend, transposed: bool, x_SD: Array, w_EDF: Array, sizes_E: Array) -> Array:
-    """`looped` by `jax.lax.ragged_dot_general`."""
+    """Compute `looped` with `jax.lax.ragged_dot_general`."""
     dims = _Dims((((1,), (2 if transposed else 1,)), ((), ())), [0], [0])
     y_SF = _ragged(products, dims, x_SD, w_EDF, sizes_E)
-    # What the kernel does not visit it leaves as it was.
+    # The kernel does not write the rows that it does not visit.
     member_S1 = jnp.arange(x_SD.shape[0])[:, None] < jnp.sum(sizes_E)
     return jnp.where(member_S1, y_SF, 0.0)
 
 
 def ragged_weights(products: Backend, x_SD: Array, g_SF: Array, sizes_E: Array) -> Array:
-    """`looped_weights` by `jax.lax.ragged_dot_general`."""
+    """Compute `looped_weights` with `jax.lax.ragged_dot_general`."""
     dims = _Dims((((0,), (0,)), ((), ())), [0], [])
     return _ragged(products, dims, x_SD, g_SF, sizes_E)
 
@@ -150,10 +156,11 @@ def _product(backend, transposed, x_SD, w_EDF, sizes_E) -> Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def grouped_product(x_SD: Array, w_EDF: Array, sizes_E: Array, backend: Backend) -> Array:
-    """Row s of `x` times the matrix of its group: (S, F), of the backend's activation dtype.
+    """Multiply row s of `x` by the matrix of its group: (S, F) in the backend's activation dtype.
 
-    `sizes_E`, int32: the first sizes[0] rows are of group 0, and so on. Rows past their sum are
-    zero, and so are their gradients. Inputs are rounded to the backend's dtype, sums are float32.
+    `sizes_E`, int32: the first sizes_E[0] rows belong to group 0, and so on. Rows past their sum
+    are zero, and so are their gradients. Inputs are rounded to the backend's dtype; sums are
+    float32.
     """
     return _product(backend, False, x_SD, w_EDF, sizes_E)
 

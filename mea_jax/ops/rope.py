@@ -1,6 +1,6 @@
 """Rotary positions (arXiv 2104.09864) with Llama 3.1's frequency scaling, and ALiBi's slopes.
 
-Learned positions are a table that model/transformer.py adds to the embeddings.
+Learned positions are a table, which model/transformer.py adds to the embeddings.
 """
 
 import math
@@ -13,11 +13,11 @@ from mea_jax.config.schema import RopeScaling
 
 
 def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling) -> np.ndarray:
-    """Radians per position of each rotary pair: float64 (H/2,).
+    """Return the radians per position of each rotary pair: float64 (H/2,).
 
     With `scaling.factor` above 1, wavelengths longer than original_context / low_freq_factor are
-    stretched by the factor, those shorter than original_context / high_freq_factor are kept, and
-    between the two the frequency is interpolated linearly in original_context / wavelength.
+    multiplied by the factor, and those shorter than original_context / high_freq_factor are kept.
+    Between the two the frequency is interpolated linearly in original_context / wavelength.
     """
     frequencies = theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
     if scaling.factor == 1.0:
@@ -29,14 +29,14 @@ def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling) -> np.nd
 
 
 def rope_table(positions_BT: jax.Array, frequencies: np.ndarray) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines (B, T, 1, H/2), float32, shared by every layer and head."""
+    """Return cosines and sines (B, T, 1, H/2), float32, shared by every layer and head."""
     frequencies_11F = jnp.asarray(frequencies, jnp.float32)[None, None]
     angles_BTF = positions_BT[..., None].astype(jnp.float32) * frequencies_11F
     return jnp.cos(angles_BTF)[:, :, None], jnp.sin(angles_BTF)[:, :, None]
 
 
 def apply_rope(x_BTNH: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotates feature f with feature f + H/2, in float32; returns the dtype of `x_BTNH`."""
+    """Rotate feature f with feature f + H/2 in float32; return the dtype of `x_BTNH`."""
     cos, sin = table
     x1, x2 = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1)
@@ -44,9 +44,9 @@ def apply_rope(x_BTNH: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Arr
 
 
 def alibi_slopes(n_heads: int) -> jax.Array:
-    """ALiBi's slope of each head (N,), float32: 2^(-8 (n + 1) / N) (arXiv 2108.12409).
+    """Return the ALiBi slope of each head (N,), float32: 2^(-8 (n + 1) / N) (arXiv 2108.12409).
 
-    For N that is no power of two the authors take slopes of two such series in turn; this one
-    series covers the same range.
+    If N is not a power of two, the authors combine slopes of two such series; this one series
+    covers the same range.
     """
     return jnp.asarray(2.0 ** (-8.0 * np.arange(1, n_heads + 1) / n_heads), jnp.float32)

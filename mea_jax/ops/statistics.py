@@ -6,8 +6,11 @@ import numpy as np
 
 
 def ratio_of_sums(nats_U: np.ndarray, tokens_U: np.ndarray) -> tuple[float, float]:
-    """Nats per token, and its standard error as a ratio of sums over independent units: documents,
-    or batches. The error is nan for a single one."""
+    """Return nats per token and its standard error as a ratio of sums.
+
+    The sums run over independent units: documents, or batches. The error is nan for a single unit
+    with tokens, and both are nan without tokens.
+    """
     total, count = tokens_U.sum(), int((tokens_U > 0).sum())
     if not total:
         return float("nan"), float("nan")

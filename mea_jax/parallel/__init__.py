@@ -1,1 +1,1 @@
-"""The mesh, the processes, and how batches are placed on devices."""
+"""Make the mesh, join the processes of a run, and place batches on devices."""

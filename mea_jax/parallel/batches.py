@@ -1,4 +1,4 @@
-"""Places rows of batches on the devices of a mesh, from one process or several."""
+"""Place the rows of batches on the devices of a mesh, from one process or several."""
 
 from collections.abc import Mapping
 
@@ -9,10 +9,12 @@ from mea_jax.parallel.sharding import batch_sharding
 
 
 class BatchPlacer:
-    """Places batches of one shape on a mesh; each process brings the rows its devices hold.
+    """A callable that places batches of one shape on a mesh.
+
+    Each process supplies the rows that its devices hold.
 
     Attributes:
-      rows: the rows of a batch, in ascending order, that this process reads.
+      rows: the rows of a batch that this process reads, in ascending order.
     """
 
     def __init__(self, mesh: jax.sharding.Mesh, batch_size: int, length: int):
@@ -20,18 +22,19 @@ class BatchPlacer:
         self.rows = local_rows(self._where, (batch_size, length))
 
     def __call__(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-        """Global arrays (batch size, ...) from this process's rows of them, in that order."""
-        with jax.transfer_guard("allow"):  # which takes this for a slip with several processes
+        """Return global arrays (batch size, ...) of which `batch` is this process's `rows`."""
+        # With several processes the guard would mistake this for an accidental transfer.
+        with jax.transfer_guard("allow"):
             return {
                 name: place_rows(self._where, x, self.rows, self._size) for name, x in batch.items()
             }
 
 
 def local_rows(where: jax.sharding.Sharding, shape: tuple[int, int]) -> list[int]:
-    """The rows of a batch of `shape`, laid out as `where`, that this process's devices hold.
+    """Return the rows of a batch of `shape` that this process's devices hold, ascending.
 
-    Which these are is the mesh's affair: with tensor parallelism over processes, for one, each
-    needs every row of its group.
+    The sharding `where` decides: with tensor parallelism across processes, for example, each
+    process needs every row of its group.
     """
     indices = where.addressable_devices_indices_map(shape).values()
     return sorted({row for index in indices if index for row in range(shape[0])[index[0]]})
@@ -40,10 +43,10 @@ def local_rows(where: jax.sharding.Sharding, shape: tuple[int, int]) -> list[int
 def place_rows(
     where: jax.sharding.Sharding, x: np.ndarray, rows: list[int], size: int
 ) -> jax.Array:
-    """The global array of `size` rows, of which this process has `rows`, as `x` in that order."""
+    """Return the global array of `size` rows; `x` contains this process's `rows`, in that order."""
 
     def part(index: tuple[slice, ...] | None) -> np.ndarray:
-        assert index is not None  # of a device of this process
+        assert index is not None  # called for this process's devices only
         wanted = range(size)[index[0]]
         start = rows.index(wanted[0])
         return x[(slice(start, start + len(wanted)), *index[1:])]

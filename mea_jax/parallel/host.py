@@ -1,4 +1,4 @@
-"""The host of this process: its memory allocator, and whether it has accelerators."""
+"""Configure the host's memory allocator, and detect accelerators."""
 
 import ctypes
 import sys
@@ -6,12 +6,15 @@ from pathlib import Path
 
 
 def keep_freed_memory() -> bool:
-    """Makes the C library keep freed memory instead of returning it; call before the first step.
+    """Make the C library keep freed memory instead of returning it; call before the first step.
 
-    XLA allocates a program's temporary buffers anew on each call. By default glibc maps and unmaps
+    XLA allocates a program's temporary buffers again on each call. By default glibc maps and unmaps
     such large blocks, and every step pays for page faults on all of them: 1.6 times the processor
-    time of a wide bfloat16 product. The process then stays at its peak size, as with an allocator
-    on an accelerator. Returns False, having changed nothing, where there is no glibc.
+    time of a wide bfloat16 product. With this setting the process stays at its peak size, as with
+    an allocator on an accelerator.
+
+    Returns:
+      True if the settings are applied; False, with nothing changed, if there is no glibc.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is None:
@@ -22,6 +25,6 @@ def keep_freed_memory() -> bool:
 
 
 def accelerator_attached() -> bool:
-    """Return whether this Linux machine has a device file of a GPU or TPU; starts no backend."""
+    """Return whether this Linux machine has a device file of a GPU or TPU; start no backend."""
     names = ("nvidia[0-9]*", "kfd", "accel[0-9]*", "vfio/[0-9]*")
     return any(True for name in names for _ in Path("/dev").glob(name))

@@ -1,8 +1,8 @@
-"""The end of a run from outside: SIGTERM, which schedulers send some time before they kill.
+"""Handle SIGTERM, which schedulers send some time before they kill a run.
 
-A run that is asked to stop saves a checkpoint at the next step, on all of its processes, and exits
-with `EXIT_STATUS`; the same command goes on from there. This is best effort: what a run can rely on
-is the checkpoint of every so many minutes, since a machine may also vanish without a word.
+A run that receives it saves a checkpoint at the next step, on all of its processes, and exits with
+`EXIT_STATUS`; the same command resumes from there. This is best effort, since a machine may also
+disappear without a signal: a run can rely only on the checkpoint of every so many minutes.
 """
 
 import _thread
@@ -16,14 +16,14 @@ import time
 from collections.abc import Iterator
 
 _AGAIN_SECONDS = 0.01  # until an ignored signal is sent again
-EXIT_STATUS = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, run it again
+EXIT_STATUS = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, run the command again
 
 
 class Preempted(BaseException):
-    """The run was asked to stop; its words say where it stands.
+    """The exception that stops a run; its message states from where the run can resume.
 
-    Like KeyboardInterrupt no `Exception`: it may come anywhere, and is no failure of what it
-    interrupts.
+    Like KeyboardInterrupt it is not an `Exception`: it may be raised anywhere, and is not a failure
+    of the code that it interrupts.
 
     Attributes:
       request: the request whose signal raised it, or None.
@@ -36,7 +36,7 @@ class StopRequest:
     """A request to stop this process.
 
     Attributes:
-      requested: SIGTERM has come.
+      requested: True once SIGTERM has been received.
     """
 
     def __init__(self) -> None:
@@ -45,7 +45,7 @@ class StopRequest:
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
-        """In here a request is only noted: the loop sees to it between two steps."""
+        """Only record a request within the block: the training loop handles it between steps."""
         self._deferred = True
         try:
             yield
@@ -56,18 +56,18 @@ class StopRequest:
         first, self.requested = not self.requested, True
         if first and not self._deferred:
             error = Preempted(
-                "stopped by SIGTERM; the same command goes on from the last checkpoint"
+                "stopped by SIGTERM; the same command resumes from the last checkpoint"
             )
             error.request = self
             raise error
 
 
-@functools.cache  # once a process: each call would wrap the hook once more
+@functools.cache  # once per process: each call would wrap the hook again
 def resend_ignored() -> None:
-    """Send SIGINT and SIGTERM again where Python had to ignore the exception of their handler.
+    """Send SIGINT and SIGTERM again if Python ignored the exception that their handler raised.
 
-    Python raises it wherever the main thread is. In a callback of the garbage collector, and jax
-    has one, or in `__del__`, it prints the exception and goes on, and Ctrl-C would do nothing.
+    Python raises the exception wherever the main thread is. In a callback of the garbage collector
+    (jax has one) or in `__del__`, Python prints it and continues, so Ctrl-C would have no effect.
     """
     before = sys.unraisablehook
 
@@ -91,8 +91,11 @@ def _send_soon(number: int) -> None:
 
 @contextlib.contextmanager
 def listen() -> Iterator[StopRequest]:
-    """Notes SIGTERM until the end of the block. To be called after jax.distributed.initialize,
-    which has a handler of its own; outside the main thread it never hears anything."""
+    """Yield a request that records SIGTERM until the end of the block.
+
+    Call this after jax.distributed.initialize, which installs its own handler. Outside the main
+    thread the request is never set.
+    """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request

@@ -1,15 +1,15 @@
-"""Several processes as one run: they find each other, agree on what they do, and end together.
+"""Join the processes of a distributed run, let them agree, and end them together.
 
-On a TPU pod, under Slurm and their like jax knows who belongs to the run. On plain machines each
-process is told its number, and process 0 waits at the coordinator's address until all are there
-(rendezvous.py). From then on jax's own coordination service, which process 0 holds, carries the
-few words that processes exchange here.
+On a TPU pod, under Slurm and on other clusters, jax finds the processes of the run. On plain
+machines each process is given its number, and process 0 waits at the coordinator's address until
+all have connected (rendezvous.py). From then on, the short messages that processes exchange here
+go through jax's own coordination service, which runs in process 0.
 
-A process that fails says so before it goes, and all others end with its line instead of waiting
-for it in a collective. A process that is killed says nothing: on CPUs the others may notice at the
-next collective, and everywhere process 0 misses its sign of life after `LOST_SECONDS` and ends the
-run with a line. When process 0 itself is lost, jax aborts the others, at once or by a heartbeat of
-its own (a stack trace, exit status 134).
+A process that fails reports its error before it exits, and all others exit with that error instead
+of waiting for it in a collective. A process that is killed reports nothing. On CPUs the others may
+notice at the next collective; on all platforms, process 0 misses its heartbeat after `LOST_SECONDS`
+and ends the run with a message. If process 0 itself is lost, jax aborts the others, immediately or
+after jax's own heartbeat timeout (a stack trace, exit status 134).
 """
 
 import contextlib
@@ -29,24 +29,24 @@ from mea_jax.config.schema import flatten
 from mea_jax.errors import UserError
 from mea_jax.parallel import rendezvous
 
-HEARTBEAT_SECONDS = 100  # jax's default, said here because the documentation promises it
-LOST_SECONDS = 60.0  # without a sign of life until a process counts as lost; less than jax's own
-_POLL_SECONDS = 2.0  # between looks for another process's last words
-_FAREWELL_SECONDS = 10.0  # that a failing process waits for the others to have read them
-_LOOKS = 5  # at a board, when the coordination service fails to answer
-_AGREE_SECONDS = 600.0  # that processes may be apart at a point of agreement
+HEARTBEAT_SECONDS = 100  # jax's default, stated here because the documentation promises it
+LOST_SECONDS = 60.0  # without a heartbeat until a process counts as lost; less than jax's own
+_POLL_SECONDS = 2.0  # between checks for another process's last message
+_FAREWELL_SECONDS = 10.0  # that a failing process waits for the others to read its message
+_LOOKS = 5  # reads of a key, if the coordination service fails to answer
+_AGREE_SECONDS = 600.0  # that the first process waits for the last at a point of agreement
 _ENDED = "mea_jax/ended"
 _ALIVE = "mea_jax/alive"
 AGAIN = "the same command on every host resumes from the last checkpoint"
-# What a collective or the coordination service says when another process is gone.
+# In the errors of collectives and the coordination service when another process is gone.
 _LOST = re.compile(r"[Gg]loo|coordination service|heartbeat|Connection reset|Socket closed")
 
-_ending = threading.Lock()  # held by whoever ends this process: no other thread prints a line
-_points = 0  # of agreement so far: the same number on every process
+_ending = threading.Lock()  # held by the thread that ends this process: no other prints a line
+_points = 0  # points of agreement so far: the same number on every process
 
 
 def is_distributed() -> bool:
-    """Return whether this run has several processes. Unlike jax.process_count, start no backend."""
+    """Return whether this run has several processes; unlike jax.process_count, start no backend."""
     return _client() is not None and jax_distributed.global_state.num_processes > 1
 
 
@@ -62,17 +62,19 @@ def start(
     index: int | None = None,
     timeout: float = 300.0,
 ) -> None:
-    """Joins the other processes of the run; call before anything else of jax.
+    """Join the other processes of the run; call this before any other use of jax.
 
     Args:
-      coordinator: "host:port" of process 0; None finds the run's processes by the TPU pod, Slurm
+      coordinator: "host:port" of process 0; None: find the processes through the TPU pod, Slurm
         job or other cluster that this process is part of.
-      count: processes of the run, with `coordinator`.
+      count: the number of processes, with `coordinator`.
       index: this process's number, 0 to `count` - 1, with `coordinator`.
-      timeout: seconds until all of them must be there.
+      timeout: the seconds within which all processes must join. If jax's own start-up takes longer,
+        this process prints an error and exits with status 2.
 
     Raises:
-      UserError: not all came in time, two have one number, or there is no cluster.
+      UserError: if not all processes connect to `coordinator` in time, two have the same number, or
+        there is no cluster.
     """
     deadline = time.monotonic() + timeout
     known: dict[str, Any] = {}
@@ -86,7 +88,7 @@ def start(
             "process_id": index,
             "cluster_detection_method": "deactivate",
         }
-    # Left to itself, jax aborts when its time is up, without a word on how to mend it.
+    # At its own timeout jax aborts, without a hint on how to fix the problem.
     left = max(deadline - time.monotonic(), 0) + 1
     guard = threading.Timer(left, _late, (timeout,))
     guard.daemon = True
@@ -99,7 +101,10 @@ def start(
         )
     except (ValueError, RuntimeError, OSError) as error:
         if coordinator is not None:
-            raise UserError(f"the processes cannot be joined at {coordinator}: {error}") from error
+            raise UserError(
+                f"--coordinator {coordinator}: the processes cannot join there ({error}): check "
+                "that every host can reach this address, or choose another port"
+            ) from error
         raise UserError(
             f"--distributed found no TPU pod, Slurm job or other cluster here ({error}): give "
             "--coordinator HOST:PORT, --num_processes and --process_id instead"
@@ -115,7 +120,7 @@ def _late(timeout: float) -> None:
     sys.stderr.write(
         f"error: the processes of this job did not all start within {timeout:g} s: this is process "
         f"{state.process_id} of {state.num_processes}, process 0 is expected at "
-        f"{state.coordinator_address}; see why the others do not run, or give them longer with "
+        f"{state.coordinator_address}; check why the others do not run, or raise "
         "--startup_timeout\n"
     )
     sys.stderr.flush()
@@ -136,13 +141,13 @@ def _point() -> str:
 
 
 def agree(problem: str | None, timeout: float = _AGREE_SECONDS) -> None:
-    """Raises the same `UserError` on every process when any of them has a `problem`."""
+    """Raise the same `UserError` on every process if any process has a `problem`."""
     if (found := any_of(problem, timeout)) is not None:
         raise UserError(found)
 
 
 def any_of(problem: str | None, timeout: float = _AGREE_SECONDS) -> str | None:
-    """The first `problem` that any process has, on every process; None: no one has any."""
+    """Return one process's `problem`, the same on every process; None if no process has one."""
     if not is_distributed():
         return problem
     where, client = _point(), _client()
@@ -152,7 +157,7 @@ def any_of(problem: str | None, timeout: float = _AGREE_SECONDS) -> str | None:
 
 
 def broadcast(value: str, timeout: float = _AGREE_SECONDS) -> str:
-    """The `value` of process 0, on every process."""
+    """Return the `value` of process 0, on every process."""
     if not is_distributed():
         return value
     where, client = _point(), _client()
@@ -163,20 +168,20 @@ def broadcast(value: str, timeout: float = _AGREE_SECONDS) -> str:
 
 
 def _wait(where: str, timeout: float) -> None:
-    """Until every process is here."""
+    """Wait until every process is here. Raise `UserError` after `timeout` seconds."""
     try:
         _client().wait_at_barrier(where, int(timeout * 1000))
     except jax.errors.JaxRuntimeError as error:
         if "DEADLINE_EXCEEDED" not in str(error):
             raise
         raise UserError(
-            f"not all {jax_distributed.global_state.num_processes} processes came to the same "
-            f"point within {timeout:g} s: see the log of each"
+            f"not all {jax_distributed.global_state.num_processes} processes reached the same "
+            f"point within {timeout:g} s: check the log of each"
         ) from error
 
 
 def check_same(config: dict[str, Any], timeout: float) -> None:
-    """Raises `UserError` on all processes unless all were started for the same `config` tree."""
+    """Raise `UserError` on all processes unless all have the same `config` tree and jax version."""
     mine = flatten(config | {"versions": {"jax": jax.__version__, "jaxlib": _jaxlib_version()}})
     first = json.loads(broadcast(json.dumps(mine), timeout))
     lines = [
@@ -184,7 +189,12 @@ def check_same(config: dict[str, Any], timeout: float) -> None:
         for key in sorted(mine.keys() | first.keys())
         if json.dumps(mine.get(key)) != json.dumps(first.get(key))
     ]
-    agree(f"{name()} was started otherwise than process 0: {'; '.join(lines)}" if lines else None)
+    agree(
+        f"{name()} differs from process 0: {'; '.join(lines)}: start all processes with the same "
+        "config and versions"
+        if lines
+        else None
+    )
 
 
 def _jaxlib_version() -> str:
@@ -194,12 +204,12 @@ def _jaxlib_version() -> str:
 
 
 def name() -> str:
-    """This process, for messages to others."""
+    """Return this process's number and host, for messages to others."""
     return f"process {jax_distributed.global_state.process_id} on {socket.gethostname()}"
 
 
 class KeyValueStore:
-    """Strings that processes share by key, without waiting for one another."""
+    """A store of strings that processes share by key, without waiting for each other."""
 
     def __init__(self, name: str) -> None:
         self.name = f"{_point()}/{name}"
@@ -208,7 +218,10 @@ class KeyValueStore:
         _client().key_value_set(f"{self.name}/{key}", words, allow_overwrite=True)
 
     def get(self, key: str) -> str | None:
-        """The words, or None: nobody has left any. Asks again when the service stumbles."""
+        """Return the value of `key`, or None if no process has set it.
+
+        If the service fails to answer, this retries up to `_LOOKS` times, then returns None.
+        """
         for _ in range(_LOOKS):
             try:
                 return _client().key_value_try_get(f"{self.name}/{key}")
@@ -222,42 +235,39 @@ class KeyValueStore:
 def _look(key: str) -> str | None:
     try:
         return _client().key_value_try_get(key)
-    except Exception:  # not set, or the service is gone: jax's own threads tell of that
+    except Exception:  # not set, or the service is gone: jax's own threads report that
         return None
-
-
-# -- batches --------------------------------------------------------------------------------
 
 
 # -- the end --------------------------------------------------------------------------------
 
 
 class SignsOfLife:
-    """When each process of the run was last heard of, by this one's clock."""
+    """The time of each process's last heartbeat, by this process's clock."""
 
     def __init__(self, count: int, now: float) -> None:
         self._heard: dict[int, tuple[str, float]] = dict.fromkeys(range(count), ("", now))
 
     def note(self, signs: dict[int, str], now: float) -> None:
-        """Takes what processes wrote; a sign counts when it is not the one seen before."""
+        """Record what processes wrote; only a value that has changed counts as a heartbeat."""
         for index, sign in signs.items():
             if self._heard[index][0] != sign:
                 self._heard[index] = (sign, now)
 
     def lost(self, now: float) -> str | None:
-        """Return which process was silent for `LOST_SECONDS`, as text, or None."""
+        """Return a message about a process that was silent for `LOST_SECONDS`, or None."""
         for index, (sign, heard) in self._heard.items():
             if now - heard > LOST_SECONDS:
                 where = f" on {sign.partition(' ')[2]}" if sign else ""
-                return f"process {index}{where} has not been heard of for {now - heard:.0f} s"
+                return f"process {index}{where} has sent no heartbeat for {now - heard:.0f} s"
         return None
 
 
 def _watch() -> None:
-    """Tells the others that this process lives, and ends it when another has ended or is lost.
+    """Send heartbeats, and end this process when another has ended or is lost.
 
-    Only process 0 looks for silent ones: it tells the others, and one look at all processes is
-    cheap where as many looks as processes would not be.
+    Only process 0 checks for silent processes, and its own end then ends the others. One process
+    that reads all heartbeats is cheap; every process reading all of them would not be.
     """
     state = jax_distributed.global_state
     signs = SignsOfLife(state.num_processes, time.monotonic())
@@ -267,30 +277,30 @@ def _watch() -> None:
             said = json.loads(words)
             end(said["status"], f"error: {said['who']} ended: {said['line']}")
         beat += 1
-        with contextlib.suppress(Exception):  # the service is gone: jax's own threads tell of that
+        with contextlib.suppress(Exception):  # the service is gone: jax's own threads report that
             mine = f"{_ALIVE}/{state.process_id}"
             _client().key_value_set(mine, f"{beat} {socket.gethostname()}", allow_overwrite=True)
             if is_first():
                 found = _client().key_value_dir_get(_ALIVE)
                 signs.note({int(k.rpartition("/")[2]): v for k, v in found}, time.monotonic())
                 if (lost := signs.lost(time.monotonic())) is not None:
-                    end(1, f"error: {lost}: its own log or its machine's says why; {AGAIN}")
+                    end(1, f"error: {lost}: check its log and its machine's log; {AGAIN}")
         time.sleep(_POLL_SECONDS)
 
 
 def end(status: int, line: str, by_signal: bool = False) -> NoReturn:
-    """Print `line` on stderr and exit with `status`; with several processes, all of them do.
+    """Print `line` on stderr and exit with `status`; in a distributed run, end all processes.
 
-    Use `by_signal` where a signal's exception has interrupted the program. XLA then may still be
-    compiling in a thread of its own, which crashes when Python shuts down and takes the devices
-    away. So the process ends without that shutdown.
+    Set `by_signal` if a signal's exception has interrupted the program. XLA may then still be
+    compiling in its own thread, which crashes when Python shuts down and removes the devices. So
+    the process ends without that shutdown.
     """
     if _client() is None and threading.current_thread() is threading.main_thread():
         sys.stderr.write(f"{line}\n")
         if by_signal:
             leave(status)
         sys.exit(status)
-    _ending.acquire()  # never released: whoever comes second waits here for the end
+    _ending.acquire()  # never released: a second thread waits here until the process ends
     sys.stderr.write(f"{line}\n")
     sys.stderr.flush()
     if is_distributed():
@@ -298,30 +308,34 @@ def end(status: int, line: str, by_signal: bool = False) -> NoReturn:
         words = {"status": status, "who": name(), "line": last}
         with contextlib.suppress(Exception):  # another process was first, or the service is gone
             _client().key_value_set(_ENDED, json.dumps(words))
-        with contextlib.suppress(Exception):  # not every process can come
+        with contextlib.suppress(Exception):  # some processes may not arrive
             _client().wait_at_barrier("mea_jax/farewell", int(_FAREWELL_SECONDS * 1000))
-        if is_first():  # it holds the service: jax aborts whoever is still there when that goes
+        if is_first():  # it hosts the service: jax aborts the processes that outlive it
             time.sleep(1.0)
-    leave(status)  # not sys.exit: jax waits at exit for processes that wait for this one
+    leave(status)  # not sys.exit: there jax waits for processes that wait for this one
 
 
 def leave(status: int) -> NoReturn:
-    """Exit with `status` after writing what was printed, without Python's shutdown."""
+    """Flush stdout and stderr, and exit with `status` without Python's shutdown."""
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(Exception):  # a full disk, a reader that has gone
+        with contextlib.suppress(Exception):  # a full disk, a closed pipe
             stream.flush()
     os._exit(status)
 
 
 def lost_another(error: BaseException) -> bool:
-    """Return whether `error` is what jax raises when another process is lost."""
+    """Return whether `error` is one that jax raises when another process is lost."""
     return is_distributed() and _LOST.search(str(error)) is not None
 
 
 def finish() -> None:
-    """Waits until every process is done; one that fails until then ends them all."""
+    """Wait until every process is done; if one fails before that, end them all."""
     if is_distributed():
         try:
             _client().wait_at_barrier("mea_jax/finish", int(_AGREE_SECONDS * 1000))
         except Exception:
-            end(1, "error: the run is done here, but another process did not come to its end")
+            end(
+                1,
+                "error: the run is done here, but another process did not finish: check the log of "
+                "each",
+            )

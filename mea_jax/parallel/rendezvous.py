@@ -1,9 +1,9 @@
-"""Where the processes of a run on plain machines meet before jax starts.
+"""Wait, on machines without a cluster, until all processes of a run are there, before jax starts.
 
-jax's own start-up aborts the process, with a stack trace, when another one never comes. So process
-0 first listens at the coordinator's address itself. Each process connects, says who it is, and is
-told once a second who is missing, until all are there or something is wrong. Then process 0 frees
-the port, and jax's coordination service takes it.
+jax's own start-up aborts the process, with a stack trace, if another one never arrives. So process
+0 first listens at the coordinator's address itself. Each process connects, identifies itself, and
+receives the numbers of the missing processes once a second, until all are there or something is
+wrong. Then process 0 frees the port, and jax's coordination service takes it.
 """
 
 import json
@@ -15,19 +15,19 @@ from typing import Any
 
 from mea_jax.errors import UserError
 
-_TELL_SECONDS = 1.0  # between two words to those who wait
-_SILENCE_SECONDS = 10.0  # without a word from process 0 until it counts as gone
-_HELLO_SECONDS = 2.0  # that a connection may take to say who it is
-_LINGER_SECONDS = 5.0  # that process 0 stays to tell latecomers what is wrong
-_PATIENCE_SECONDS = 10.0  # until those who wait are told why
+_TELL_SECONDS = 1.0  # between two messages to waiting processes
+_SILENCE_SECONDS = 10.0  # without a message from process 0 until it counts as gone
+_HELLO_SECONDS = 2.0  # that a connection may take to identify itself
+_LINGER_SECONDS = 5.0  # that process 0 stays to report the problem to late processes
+_PATIENCE_SECONDS = 10.0  # until a waiting process prints what it waits for
 _LINE = 65536  # bytes of a message, at most
 
 
 def meet(address: str, count: int, index: int, timeout: float) -> None:
-    """Returns when processes 0 .. `count` - 1 have all come to `address`, "host:port".
+    """Wait until processes 0 .. `count` - 1 have all connected to `address`, "host:port".
 
     Raises:
-      UserError: within `timeout` seconds, the same on every process that came: some did not come,
+      UserError: within `timeout` seconds, on every process that connected: if some did not connect,
         two have the same index or disagree on `count`, or process 0 cannot be reached.
     """
     host, port = parse(address)
@@ -39,7 +39,7 @@ def meet(address: str, count: int, index: int, timeout: float) -> None:
     try:
         listener = _listen(port)
     except OSError as error:
-        # Another process 0, perhaps: then both of them say so.
+        # Another process 0 may hold the port: if so, joining it makes both report the duplicate.
         _join(host, port, me, time.monotonic() + 2.0, timeout, why=f"{error.strerror or error}")
         return
     with listener:
@@ -47,18 +47,18 @@ def meet(address: str, count: int, index: int, timeout: float) -> None:
 
 
 def parse(address: str) -> tuple[str, int]:
-    """(host, port). Raises `UserError`."""
+    """Return (host, port) of an `address` HOST:PORT. Raise `UserError` if it is malformed."""
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 65536:
         raise UserError(
-            f"--coordinator {address}: write HOST:PORT, the machine of process 0 and a free port "
-            "of it, such as 10.0.0.1:8476"
+            f"--coordinator {address} is no address: write HOST:PORT, the machine of process 0 and "
+            "a free port on it, such as 10.0.0.1:8476"
         )
     return host.strip("[]"), int(port)
 
 
 def _listen(port: int) -> socket.socket:
-    """On all addresses, as jax's service will."""
+    """Return a socket that listens on all addresses of this host, as jax's service will."""
     if socket.has_dualstack_ipv6():
         return socket.create_server(("::", port), family=socket.AF_INET6, dualstack_ipv6=True)
     return socket.create_server(("", port))
@@ -69,7 +69,7 @@ def _send(connection: socket.socket, message: dict[str, Any]) -> None:
 
 
 class _Meeting:
-    """Process 0's side."""
+    """The side of process 0, which accepts connections and reports to the waiting processes."""
 
     def __init__(
         self,
@@ -84,7 +84,7 @@ class _Meeting:
         self.count = self.expected = int(me["count"])
         self.here: dict[int, dict[str, Any]] = {0: me}
         self.connections: dict[socket.socket, int | None] = {}  # the process at the other end
-        self.answered = 1  # processes that know the outcome, this one included
+        self.answered = 1  # processes that have received the outcome, including this one
 
     def missing(self) -> list[int]:
         return [i for i in range(self.count) if i not in self.here]
@@ -102,7 +102,7 @@ class _Meeting:
         raise UserError(problem)
 
     def wait(self) -> str | None:
-        """Until all are here (None), or the problem that keeps them apart."""
+        """Wait until all processes are here. Return the problem that prevents it, or None."""
         told = time.monotonic()
         patience = told + _PATIENCE_SECONDS
         while self.missing():
@@ -117,7 +117,7 @@ class _Meeting:
                 self.tell({"missing": self.missing()})
             if problem := self.accept(min(_TELL_SECONDS, self.deadline - now)):
                 return problem
-            if not self.missing():  # who left in the last second is here no more
+            if not self.missing():  # sending drops a process that left in the last second
                 self.tell({"missing": []})
         return None
 
@@ -126,12 +126,12 @@ class _Meeting:
             f"{len(self.here)} of {self.count} processes came to {self.address} within "
             f"{self.timeout:g} s; {_processes(self.missing())} did not: start every process "
             "from --process_id 0 to "
-            f"{self.count - 1} with the same --coordinator and --num_processes, and see that the "
-            "port can be reached from their machines; or give them longer with --startup_timeout"
+            f"{self.count - 1} with the same --coordinator and --num_processes, and check that "
+            "their machines can reach the port; or raise --startup_timeout"
         )
 
     def accept(self, seconds: float) -> str | None:
-        """Takes one more connection, if one comes; the problem that it brings."""
+        """Wait for one more connection. Return the problem that it reveals, or None."""
         with selectors.DefaultSelector() as selector:
             selector.register(self.listener, selectors.EVENT_READ)
             if not selector.select(max(seconds, 0)):
@@ -149,19 +149,19 @@ class _Meeting:
         if count != self.count:
             return (
                 f"process {other} on {host} was started with --num_processes {count}, process 0 "
-                f"on {self.here[0]['host']} with {self.count}: give every process the same"
+                f"on {self.here[0]['host']} with {self.count}: give every process the same number"
             )
         if other in self.here:
             first = self.here[other]["host"]
             return (
                 f"two processes were started with --process_id {other}, on {first} and on {host}: "
-                f"give each of the {self.count} a number of its own"
+                f"give each of the {self.count} processes its own number"
             )
         self.here[other], self.connections[connection] = hello, other
         return None
 
     def tell(self, message: dict[str, Any]) -> None:
-        """Sends to everyone here; who cannot be reached is here no more."""
+        """Send `message` to all connected processes; drop those that cannot be reached."""
         last = "missing" not in message
         for connection, process in list(self.connections.items()):
             try:
@@ -186,7 +186,11 @@ def _join(
     timeout: float,
     why: str = "",
 ) -> None:
-    """The side of all others. `why`: process 0 is here since it could not listen, and for what."""
+    """Connect to process 0, and wait until it reports that all processes are there.
+
+    Process 0 itself calls this with `why`, the reason why it could not listen. Raise `UserError` as
+    `meet`.
+    """
     address, reason, missing = f"{host}:{port}", why, None
     patience = time.monotonic() + _PATIENCE_SECONDS
     while (left := deadline - time.monotonic()) > 0:
@@ -214,22 +218,25 @@ def _join(
         time.sleep(min(0.2, max(deadline - time.monotonic(), 0)))
     if why:
         raise UserError(
-            f"process 0 cannot listen at port {port} ({why}): another job has it; choose another "
+            f"process 0 cannot listen at port {port} ({why}): another job uses it; choose another "
             "port for --coordinator, the same on every process"
         )
     if missing:
         raise UserError(
             f"{_processes(missing)} did not come to {address} within {timeout:g} s: start every "
-            "process, or give them longer with --startup_timeout"
+            "process, or raise --startup_timeout"
         )
     raise UserError(
         f"process 0 did not answer at {address} within {timeout:g} s ({reason}): start it with "
-        "--process_id 0 on that machine, and see that the port can be reached from here"
+        "--process_id 0 on that machine, and check that the port can be reached from here"
     )
 
 
 def _parse_message(line: bytes, address: str) -> dict[str, Any] | None:
-    """A message of process 0; None at the end of the connection. Raises `UserError` for others'."""
+    """Return a message of process 0, or None at the end of the connection.
+
+    Raise `UserError` if another program has sent it.
+    """
     if not line:
         return None
     try:
@@ -238,8 +245,8 @@ def _parse_message(line: bytes, address: str) -> dict[str, Any] | None:
         message = None
     if not isinstance(message, dict):
         raise UserError(
-            f"what answers at {address} is not a process 0 that waits: the run has all its "
-            "processes already, or the port is another program's; choose another port"
+            f"the program at {address} is not a waiting process 0: the run already has all its "
+            "processes, or another program uses the port; choose another port for --coordinator"
         )
     return message
 

@@ -1,8 +1,8 @@
-"""One mesh, one table of logical axes, and the checks that neither is quietly ignored.
+"""Make the mesh, map logical axes to its axes, and check that neither is silently ignored.
 
 Parameters carry logical axis names in their Linen metadata, activations get them through
-`constrain`; `RULES` says which mesh axes each name is split over. Nothing else in the package
-mentions a mesh axis: what needs a collective of its own asks `mesh_axes` and `ways`.
+`constrain`. `RULES` maps each name to the mesh axes that split it. The model itself names no mesh
+axis: code that needs its own collective calls `mesh_axes` and `shard_count`.
 """
 
 import math
@@ -17,7 +17,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from mea_jax.config.schema import MeshConfig, TrainConfig
 from mea_jax.errors import UserError
 
-# From the outermost, whose devices may be far apart, to the innermost, which talk most.
+# From the outermost, whose devices may be far apart, to the innermost, which communicate most.
 AXES = ("data", "fsdp", "expert", "sequence", "tensor")
 
 # Logical axis -> mesh axes. None: never split.
@@ -27,14 +27,14 @@ RULES: dict[str, tuple[str, ...] | None] = {
     "embed": ("fsdp", "expert", "sequence"),
     "heads": ("tensor",),  # N, or K after folding
     "components": ("tensor",),  # C
-    "mixing": None,  # the C side of W_lc: its K side is split like the heads it makes
+    "mixing": None,  # the C axis of W_lc: its K axis is split like the composite heads
     "head_dim": None,
     "complex": None,
     "positions": None,
     "mlp": ("tensor",),
     "experts": ("expert",),  # E
     "expert_embed": ("fsdp", "sequence"),  # D of an expert's matrices
-    "router": None,  # E of the router, which every token needs whole
+    "router": None,  # E of the router: every token needs all of it
     "vocab": ("tensor",),
     "norm": None,
     # activations
@@ -48,10 +48,10 @@ RULES: dict[str, tuple[str, ...] | None] = {
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh of a run over `devices` (default: all). Raises `UserError` if it does not fit.
+    """Return the mesh of a run over `devices` (default: all). Raise `UserError` if it does not fit.
 
-    `data` runs over slices outermost, so that only sums of gradients cross the network between
-    them. On anything but TPUs a slice is as many consecutive devices.
+    The outermost part of `data` spans the slices, so that only sums of gradients cross the network
+    between them. Without TPUs a slice is a range of consecutive devices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = {axis: getattr(config, axis) for axis in AXES}
@@ -68,7 +68,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     if sizes["data"] % config.slices:
         raise UserError(
             f"config.mesh leaves data={sizes['data']} on these {len(devices)} devices, no multiple "
-            f"of slices={config.slices}: only data runs over slices, so make the other axes smaller"
+            f"of slices={config.slices}: only data spans slices, so make the other axes smaller"
         )
     found = _slices(devices)
     if found is not None and found != config.slices:
@@ -82,7 +82,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     if found is None or found == 1:
         try:
             return jax.make_mesh(shape, AXES, axis_types=kinds, devices=devices)
-        except NotImplementedError:  # no whole axes of the torus, as for 8 of 4x4x4: split one
+        except NotImplementedError:  # 8 of a torus of 4x4x4 is not a product of its axes: split one
             grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
             return Mesh(grid, AXES, axis_types=kinds)
     inside = (sizes["data"] // found, *shape[1:])
@@ -101,7 +101,7 @@ def _slices(devices: Sequence[jax.Device]) -> int | None:
 
 
 def check_divisible(config: TrainConfig, mesh: Mesh) -> None:
-    """Raises `UserError` where an axis of the mesh does not divide what it splits."""
+    """Raise `UserError` if an axis of the mesh does not divide a size that it splits."""
     model, tensor, expert = config.model, mesh.shape["tensor"], mesh.shape["expert"]
     width = "d_expert" if model.n_experts else "d_ff"
     split = {
@@ -119,37 +119,42 @@ def check_divisible(config: TrainConfig, mesh: Mesh) -> None:
     for name, size in split.items():
         if size % tensor:
             raise UserError(
-                f"config.mesh.tensor={tensor} does not divide config.model.{name}={size}"
+                f"config.mesh.tensor={tensor} does not divide config.model.{name}={size}: set it "
+                "to a divisor"
             )
     if expert > 1 and not model.n_experts:
         raise UserError(
             f"config.mesh.expert={expert} splits experts, and config.model.n_experts=0 has none: "
-            "use data or fsdp"
+            "use config.mesh.data or config.mesh.fsdp instead"
         )
     if model.n_experts % expert:
         raise UserError(
             f"config.mesh.expert={expert} does not divide config.model.n_experts={model.n_experts}"
+            ": set it to a divisor"
         )
     given, ways = _product(mesh, "fsdp", "expert", "sequence")
     if model.d_model % ways:
-        raise UserError(f"config.mesh.{given} does not divide config.model.d_model={model.d_model}")
+        raise UserError(
+            f"config.mesh.{given} does not divide config.model.d_model={model.d_model}: change one "
+            "of them"
+        )
     _check_length(config, mesh.shape["sequence"])
     rows = config.batch_size // config.accumulate
     if rows % copies(mesh):
         names = "data x fsdp" if expert == 1 else "data x fsdp x expert"
         raise UserError(
-            f"batch_size / accumulate = {rows} windows cannot be shared evenly by {names} = "
+            f"batch_size / accumulate = {rows} windows cannot be divided evenly over {names} = "
             f"{copies(mesh)} devices: change config.batch_size, config.accumulate or config.mesh"
         )
 
 
 def copies(mesh: Mesh) -> int:
-    """Return the number of parts of a batch: devices that share a window count once."""
+    """Return the number of shards of a batch: devices that share a window count once."""
     return math.prod(mesh.shape[axis] for axis in RULES["batch"] or ())
 
 
 def _product(mesh: Mesh, *axes: str) -> tuple[str, int]:
-    """The product of axes' sizes, and how a message writes it, without axes of one device."""
+    """Return the product of axes as a message shows it, without axes of size 1, and its value."""
     named = [axis for axis in axes if mesh.shape[axis] > 1] or [axes[0]]
     sizes = [mesh.shape[axis] for axis in named]
     equals = "=" if len(named) == 1 else " = "
@@ -157,24 +162,24 @@ def _product(mesh: Mesh, *axes: str) -> tuple[str, int]:
 
 
 def _check_length(config: TrainConfig, shards: int) -> None:
-    """Raises `UserError` where windows cannot be cut into two chunks a shard of the sequence."""
+    """Raise `UserError` if windows cannot be cut into two chunks per shard of the sequence."""
     if shards == 1:
         return
     length, kernel = config.data.context_length, config.model.attention_kernel
     unit, why = 2 * shards, f"2 x {shards}: a shard takes an early and a late chunk of each window"
     if kernel == "splash":
-        unit, why = unit * 128, f"2 x {shards} x 128: chunks of whole blocks for the TPU's kernel"
+        unit, why = unit * 128, f"2 x {shards} x 128: chunks of full blocks for the TPU's kernel"
     if length % unit:
         raise UserError(
-            f"config.mesh.sequence={shards} needs config.data.context_length={length} to be a "
-            f"multiple of {unit} ({why})"
+            f"config.mesh.sequence={shards} does not fit config.data.context_length={length}: make "
+            f"the length a multiple of {unit} ({why})"
         )
 
 
 def parameter(
     module: nn.Module, name: str, init: Callable[..., Any], axes: Sequence[str], *args: Any
 ) -> jax.Array:
-    """A parameter of a Linen module with its logical axes; `args` go to `init` after the key."""
+    """Return a parameter of a Linen module with logical axes; `args` go to `init` after the key."""
     spec(axes)
     return cast(
         jax.Array, module.param(name, nn.with_logical_partitioning(init, tuple(axes)), *args)
@@ -182,32 +187,40 @@ def parameter(
 
 
 def spec(names: Sequence[str | None]) -> PartitionSpec:
-    """Logical names of an array's axes to a `PartitionSpec`.
+    """Return the `PartitionSpec` of an array with these logical names of its axes.
 
-    Raises `ValueError` for a name without a rule, and for two axes of one array that claim the
-    same mesh axis: both would otherwise be dropped in silence.
+    Raises:
+      ValueError: if a name has no rule, or if two axes of the array claim the same mesh axis. Both
+        would otherwise be dropped silently.
     """
     axes, claimed = [], set()
     for name in names:
         if name is not None and name not in RULES:
-            raise ValueError(f"logical axis {name!r} of {tuple(names)} has no rule")
+            raise ValueError(
+                f"logical axis {name!r} of {tuple(names)} has no rule: add it to RULES"
+            )
         mesh_axes = RULES[name] if name is not None else None
         for axis in mesh_axes or ():
             if axis in claimed:
-                raise ValueError(f"two axes of {tuple(names)} claim mesh axis {axis!r}")
+                raise ValueError(
+                    f"two axes of {tuple(names)} claim mesh axis {axis!r}: change one of them"
+                )
             claimed.add(axis)
         axes.append(mesh_axes if mesh_axes is None or len(mesh_axes) > 1 else mesh_axes[0])
     return PartitionSpec(*axes)
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
-    """Annotates an activation inside jit; outside any `jax.set_mesh` it is the identity.
+    """Shard an activation inside jit by its logical axes; return it as it is if no mesh is set.
 
-    An axis that the mesh does not divide, as the one row of a prompt, is left whole: padded, it
-    would be moved about for nothing. Those of a training step divide (`check_divisible`).
+    An axis that the mesh does not divide, such as the one row of a prompt, stays unsharded: padding
+    it would move data for nothing. The axes of a training step divide (`check_divisible`). Raise
+    `ValueError` if `names` are not one per axis, or as `spec`.
     """
     if len(names) != x.ndim:
-        raise ValueError(f"{names} names {len(names)} axes of an array of shape {x.shape}")
+        raise ValueError(
+            f"{names} names {len(names)} axes of an array of shape {x.shape}: name each axis once"
+        )
     partition = spec(names)
     if jax.sharding.get_abstract_mesh().empty:
         return x
@@ -220,7 +233,7 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
 
 
 def param_shardings(abstract_boxed: Any, mesh: Mesh) -> Any:
-    """`NamedSharding` of every leaf of a tree whose leaves carry Linen's logical axis names."""
+    """Return the `NamedSharding` of every leaf of a tree with Linen's logical axis names."""
 
     def leaf(value):
         names = value.names if isinstance(value, nn.LogicallyPartitioned) else ()
@@ -233,9 +246,9 @@ def param_shardings(abstract_boxed: Any, mesh: Mesh) -> Any:
 
 
 def mesh_axes(*names: str) -> tuple[str, ...]:
-    """Over which axes of the mesh of `jax.set_mesh` logical axes are split, for a collective.
+    """Return the axes of the mesh of `jax.set_mesh` that split logical axes, for a collective.
 
-    Without those of one device, on which a compiler may leave a collective standing.
+    Axes of size 1 are left out: a compiler may keep a collective over them.
     """
     mesh = jax.sharding.get_abstract_mesh()
     axes = (axis for name in names for axis in RULES[name] or ())
@@ -243,7 +256,7 @@ def mesh_axes(*names: str) -> tuple[str, ...]:
 
 
 def shard_count(name: str) -> int:
-    """Return the number of parts of a logical axis on the mesh of `jax.set_mesh`; 1 without one."""
+    """Return the number of shards of a logical axis on the mesh of `jax.set_mesh`, 1 if none."""
     mesh = jax.sharding.get_abstract_mesh()
     return math.prod(mesh.shape[axis] for axis in mesh_axes(name))
 
@@ -255,10 +268,10 @@ def on_a_mesh() -> bool:
 
 
 def require(mesh: Mesh) -> None:
-    """Raises `RuntimeError` unless `mesh` is the one of `jax.set_mesh`, or has one device.
+    """Raise `RuntimeError` unless `mesh` is the mesh of `jax.set_mesh`, or has one device.
 
-    Called where a program is traced: under no mesh, `constrain` and all that asks for one would
-    be ignored in silence.
+    Call this where a program is traced: if no mesh were set, `constrain` and all other code that
+    reads the mesh would silently do nothing.
     """
     current = jax.sharding.get_abstract_mesh()
     if mesh.size > 1 and current != mesh.abstract_mesh:
@@ -273,12 +286,12 @@ def require(mesh: Mesh) -> None:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Return the sharding of token ids (batch, length, ...): rows over data, fsdp and expert.
 
-    Whole along the length, whatever the mesh: integers are small, and a step that splits its
-    windows (`step.batch_loss`) then takes its chunks from them where they are.
+    The length is never split: token ids are small, and a step that splits its windows
+    (`step.batch_loss`) then takes its chunks from them locally.
     """
     return NamedSharding(mesh, spec(("batch", None)))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Return the sharding of what every device holds entirely."""
+    """Return the sharding of an array that is replicated on every device."""
     return NamedSharding(mesh, PartitionSpec())

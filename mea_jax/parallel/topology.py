@@ -1,7 +1,7 @@
-"""Devices of a TPU slice that need not exist: what to compile for on a machine without a TPU.
+"""Describe TPU slices that need not exist, to compile for them on a machine without a TPU.
 
 A program lowered for `ShapeDtypeStruct`s with shardings on these devices compiles with the TPU's
-own compiler (libtpu), which then tells memory, collectives and whether a kernel fits. Nothing
+own compiler (libtpu), which then reports memory, collectives and whether a kernel fits. Nothing
 runs. Start such a process with JAX_PLATFORMS=cpu.
 """
 
@@ -14,21 +14,21 @@ from jax.experimental import topologies
 
 from mea_jax.errors import UserError
 
-# libtpu reads these once, when it is loaded. jax says by TPU_SKIP_MDS_QUERY=1, when imported, that
-# this machine has no TPU; only then is there no device to share out, nor a host to describe.
+# libtpu reads these once, when it is loaded. When jax is imported on a machine without a TPU, it
+# sets TPU_SKIP_MDS_QUERY=1; only then is there no device to share, and no host to describe.
 _WITHOUT_A_TPU = {
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # else one process at a time may load it, CPU runs included
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",  # these two: only to keep its warnings off stderr
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # by default one process may load it, even for CPU runs
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",  # this and the next: only to suppress its warnings
     "TPU_WORKER_HOSTNAMES": "localhost",
 }
 
 
 def describe(name: str) -> list[jax.Device]:
-    """Compile-only devices of a topology, "<generation>:<chips along each axis>".
+    """Return the compile-only devices of a topology, "<generation>:<chips along each axis>".
 
-    "v5e:2x2" and "v6e:4x4" have 4 and 16 devices, "v5p:4x4x4" has 64; "2*v5e:4x4" are two slices
-    of 16, joined by the data-centre network. Raises `UserError` when libtpu is missing or in use,
-    or when it knows no such topology.
+    "v5e:2x2" and "v6e:4x4" have 4 and 16 devices, "v5p:4x4x4" has 64; "2*v5e:4x4" is two slices
+    of 16, joined by the data-centre network. Raise `UserError` if libtpu is missing or in use, or
+    does not have this topology.
     """
     slices, slice_name = 1, name
     if match := re.fullmatch(r"([1-9]\d*)\*(.+)", name):

@@ -1,4 +1,4 @@
-"""Plans a step for a machine that need not be there: memory, FLOPs, bytes, collectives, time.
+"""Plan a step for a machine that need not exist here: memory, FLOPs, bytes, collectives, time.
 
 python -m mea_jax.plan --config configs/mea_1b.py --topology v5p:4x4x4
 python -m mea_jax.plan --config configs/mea_1b.py --topology v5e:16x16 --sweep
@@ -12,7 +12,7 @@ from mea_jax.plan import target
 
 
 def _topology(argv: list[str]) -> str:
-    """The flag's value, before jax is imported and reads its environment."""
+    """Return the value of --topology, before jax is imported and reads its environment."""
     for i, argument in enumerate(argv):
         if found := re.fullmatch(r"--?topology=(.*)", argument):
             return found.group(1)

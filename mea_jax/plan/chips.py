@@ -1,9 +1,11 @@
-"""Accelerators by their data sheets: memory, peak rates, links. Not measurements.
+"""List the data-sheet values of accelerators: memory, peak rates, links. Not measurements.
 
-Sources. TPU: cloud.google.com/tpu/docs (v5e, v5p, v6e), "Bidirectional ICI bandwidth per chip"
-divided by links and directions; memory that programs may use: libtpu 0.0.51's own limit; clock:
-peak / (2 x multiply-adds per cycle). GPU: NVIDIA's data sheets, SXM forms, dense rates, NVLink in
-one direction; of GPU memory 5% is left to the driver and the libraries (a guess).
+TPU sources: cloud.google.com/tpu/docs (v5e, v5p, v6e). A link's rate is the "Bidirectional ICI
+bandwidth per chip" divided by links and directions. Usable memory is the limit of libtpu 0.0.51.
+The clock is peak / (2 x multiply-adds per cycle).
+
+GPU sources: NVIDIA's data sheets, SXM forms, dense rates, NVLink in one direction. 5% of GPU memory
+is left to the driver and the libraries (a guess).
 """
 
 import dataclasses
@@ -13,7 +15,7 @@ GIB = 1 << 30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One device. Rates per second; links in bytes per second and direction."""
+    """One device. Rates are per second; links are in bytes per second and direction."""
 
     name: str
     kind: str  # a prefix of `jax.Device.device_kind`
@@ -23,7 +25,7 @@ class Chip:
     link: float  # one link of the torus (TPU), or all of NVLink (GPU), one direction
     network: float  # data-centre network, bytes per second and chip, between slices or machines
     torus: int = 0  # axes of the torus; 0: every device reaches every other through a switch
-    wraps_at: int = 0  # an axis of this many chips, or a multiple of it, is closed to a ring
+    wraps_at: int = 0  # an axis of a multiple of this many chips is closed to a ring
     clock: float = 0.0  # Hz, of the compiler's cycle estimates
     host: int = 8  # chips of the largest machine that one process drives
 
@@ -42,6 +44,6 @@ GPUS = tuple(name for name, chip in CHIPS.items() if not chip.torus)
 
 
 def chip_of(device_kind: str) -> Chip | None:
-    """The chip whose devices call themselves so, or None."""
+    """Return the chip with the longest `kind` that starts `device_kind`, or None."""
     matches = [chip for chip in CHIPS.values() if device_kind.startswith(chip.kind)]
     return max(matches, key=lambda chip: len(chip.kind), default=None)

@@ -1,9 +1,9 @@
-"""The mesh axes that a collective runs over, and the time its bytes take on the links.
+"""Find the mesh axes that a collective runs over, and the time its bytes take on the links.
 
-Times are those of the usual ring algorithms at the links' full rate: lower bounds, latency left
-out. A ring of n devices sends (n - 1)/n of the result to gather it, as much of the operand to
-reduce and scatter it, and twice that to reduce it everywhere. In an all-to-all each byte travels to
-its own place: n/4 links of a ring on average, n/3 of a line.
+Times assume the usual ring algorithms at the full rate of the links. They are lower bounds, since
+latency is left out. A ring of n devices sends (n - 1)/n of the result to gather it, the same share
+of the operand to reduce and scatter it, and twice that to reduce it everywhere. In an all-to-all
+each byte travels to its own destination: over n/4 links of a ring on average, n/3 of a line.
 """
 
 import re
@@ -16,10 +16,11 @@ from mea_jax.plan.costs import Collective
 
 
 def groups_of(text: str, devices: int) -> list[list[int]]:
-    """Groups of logical device numbers from the text of a collective's attribute.
+    """Return the groups of logical device numbers from the text of a collective's attribute.
 
-    Four notations: `{{0,1},{2,3}}` (also of pairs), `{}` (all), `[2,4]<=[4,2]T(1,0)` (a reshaped,
-    transposed count) and `mesh['a'=2,'b'=4] {'b'}` (axes of a mesh laid out in order).
+    Four notations are supported: `{{0,1},{2,3}}` (also of pairs), `{}` (all devices),
+    `[2,4]<=[4,2]T(1,0)` (a reshaped, transposed count) and `mesh['a'=2,'b'=4] {'b'}` (axes of a
+    mesh laid out in order).
     """
     if "mesh[" in text:
         axes = re.findall(r"'(\w+)'=(\d+)", text)
@@ -41,7 +42,7 @@ def groups_of(text: str, devices: int) -> list[list[int]]:
 
 
 def axes_of(groups: Sequence[Sequence[int]], mesh_shape: dict[str, int]) -> tuple[str, ...]:
-    """The mesh axes along which a group's devices differ, in the mesh's order."""
+    """Return the mesh axes along which a group's devices differ, in the mesh's order."""
     sizes = list(mesh_shape.values())
     names = list(mesh_shape)
     moving: set[str] = set()
@@ -52,7 +53,7 @@ def axes_of(groups: Sequence[Sequence[int]], mesh_shape: dict[str, int]) -> tupl
 
 
 def wire_bytes(collective: Collective, group: int) -> float:
-    """Bytes that each device sends in all runs of a collective among `group` devices."""
+    """Return the bytes that each device sends in all runs of a collective among `group` devices."""
     share = (group - 1) / group
     factor = {
         "all-reduce": 2 * share,
@@ -69,10 +70,10 @@ def slices_of(devices: Sequence) -> int:
 
 
 def seconds(collective: Collective, group: Sequence[int], devices: Sequence, chip: Chip) -> float:
-    """Time on the wires of all runs of a collective, at full rate. `group`: one of its groups.
+    """Return the seconds that all runs of a collective take on the wires at full rate.
 
-    Of a torus the links of each axis that the group spans, both directions of a ring, one where the
-    axis is not closed.
+    `group` is one of its groups, as indices into `devices`. On a torus the links of each axis that
+    the group spans count: in both directions if the axis is a ring, otherwise in one.
     """
     if len(group) < 2:
         return 0.0

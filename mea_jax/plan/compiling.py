@@ -1,4 +1,4 @@
-"""One program compiled ahead of time, and what the compiler says of it."""
+"""Compile a program ahead of time and read the compiler's reports on it."""
 
 import contextlib
 import dataclasses
@@ -20,11 +20,11 @@ from mea_jax.plan.target import Target
 
 
 class DoesNotFit(UserError):
-    """The compiler refused: `needed` and `available` bytes of a device's memory."""
+    """A program that the compiler refuses: it needs `needed` of `available` bytes of a device."""
 
     def __init__(self, needed: float, available: float):
         super().__init__(
-            f"does not fit: it needs {needed / 1e9:.2f} GB a device of {available / 1e9:.2f} GB, "
+            f"does not fit: needs {needed / 1e9:.2f} of {available / 1e9:.2f} GB per device, "
             f"{(needed - available) / 1e9:.2f} GB over"
         )
         self.needed, self.available = needed, available
@@ -32,24 +32,24 @@ class DoesNotFit(UserError):
 
 @dataclasses.dataclass
 class Compiled:
-    """A compiled step. Bytes are those of one device."""
+    """A compiled step. Bytes are per device."""
 
     config: TrainConfig  # resolved
     mesh: Mesh
     costs: Costs
     compile_seconds: float
-    held: dict[str, float]  # what lies there before it runs, by name
+    held: dict[str, float]  # arguments in memory before it runs, by name
     temporaries: float
-    results: float  # but for what takes the place of an argument
+    results: float  # except those that reuse the memory of an argument
     peak: float
-    parameters: int  # of the whole model
+    parameters: int  # of the full model
     largest: list[str]  # the largest temporaries, as the compiler lists them
     describe: str
     text: str  # of the compiled program
 
 
 def per_device_bytes(abstract: Any) -> float:
-    """Bytes of a tree of abstract arrays with shardings that one device holds."""
+    """Return the bytes per device of a tree of abstract arrays with shardings."""
 
     def one(x: jax.ShapeDtypeStruct) -> float:
         shape = x.sharding.shard_shape(x.shape) if x.sharding is not None else x.shape
@@ -59,8 +59,12 @@ def per_device_bytes(abstract: Any) -> float:
 
 
 def portable(model: ModelConfig, target: Target) -> ModelConfig:
-    """The model as CPU devices compile it in the place of others: their compiler has no plain
-    products in bfloat16, and kernels of our own for CPUs would hide what others run."""
+    """Return the model as CPU devices compile it in place of other devices.
+
+    If the target is not exact, products are in float32 and the backend is "xla": the compiler for
+    CPUs has no plain products in bfloat16, and our own kernels for CPUs would hide what other
+    devices run.
+    """
     if target.exact:
         return model
     return dataclasses.replace(model, backend="xla", dtype="float32")
@@ -76,10 +80,10 @@ def measured(
     params: Any,
     describe: str,
 ) -> Compiled:
-    """Compiles a lowered program. Raises `DoesNotFit`."""
+    """Compile a lowered program and return its costs and memory. Raises `DoesNotFit`."""
     executable, text, largest, seconds = _compile(lowered, target)
     memory = executable.memory_analysis()
-    # What is donated is counted once.
+    # Donated arguments are counted once.
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
     return Compiled(
         config=config,
@@ -92,7 +96,7 @@ def measured(
         peak=memory.argument_size_in_bytes
         + results
         + memory.temp_size_in_bytes
-        # Programs lie in the device's memory too.
+        # The program itself is in the device's memory, too.
         + memory.generated_code_size_in_bytes,
         parameters=sum(x.size for x in jax.tree.leaves(params)),
         largest=largest,
@@ -113,10 +117,10 @@ def _size(text: str) -> float:
 
 
 def _compile(lowered: Any, target: Target) -> tuple[Any, str, list[str], float]:
-    """The executable, its text, its largest temporaries and the seconds it took.
+    """Return the executable, its text, its largest temporaries and the seconds to compile it.
 
-    The text comes from the compiler's own dump: jax's reader of programs knows fewer operations
-    than libtpu writes (asynchronous updates), and cycle estimates are only in the dump.
+    The text comes from the compiler's own dump: jax's reader of programs supports fewer operations
+    than libtpu writes (asynchronous updates), and only the dump contains cycle estimates.
     """
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
@@ -130,7 +134,9 @@ def _compile(lowered: Any, target: Target) -> tuple[Any, str, list[str], float]:
                 if found := re.search(pattern, message):
                     raise DoesNotFit(_size(found.group(1)), _size(found.group(2))) from error
             if "RESOURCE_EXHAUSTED" in message and target.chip is not None:
-                raise UserError(f"does not fit: {message.splitlines()[0]}") from error
+                raise UserError(
+                    f"does not fit: {message.splitlines()[0]}; use more devices or a smaller batch"
+                ) from error
             raise
         seconds = time.perf_counter() - began
         for ending in ("after_codegen.txt", "after_optimizations.txt"):
@@ -148,7 +154,7 @@ def _compile(lowered: Any, target: Target) -> tuple[Any, str, list[str], float]:
 
 
 def _largest(report: str, count: int = 6) -> list[str]:
-    """The first lines of the compiler's table of buffers: size and shape."""
+    """Return the first `count` buffers in the compiler's table, as text: size and shape."""
     rows = []
     for line in report.splitlines():
         cells = [cell.strip() for cell in line.split(";")]

@@ -1,9 +1,10 @@
-"""FLOPs, bytes and collectives of one run of a compiled program, on one device.
+"""Count FLOPs, bytes and collectives of one run of a compiled program, on one device.
 
-Counted as XLA counts them (each operation reads its operands and writes its result once; a fusion
-is one operation; of a slice only the slice; an update in place only the update), but with loops
-multiplied out, and with what lies in on-chip memory left out of the bytes. A Pallas kernel counts
-its operands once, however often its blocks are read again, and its FLOPs by a rule of its own.
+Most rules are those of XLA: an operation reads its operands and writes its result once, a fusion
+is one operation, a slice counts only its own bytes, and an update in place counts only the update.
+Unlike in XLA, loops are multiplied out, and arrays in on-chip memory do not count as bytes. A
+Pallas kernel counts its operands once, however often its blocks are read again, and its FLOPs by a
+separate rule (`kernel_flops`).
 """
 
 import dataclasses
@@ -21,7 +22,7 @@ COLLECTIVES = (
     "ragged-all-to-all",
     "collective-broadcast",
 )
-# What moves nothing by itself; loops, calls and the ends of asynchronous pairs among it.
+# Operations that move no bytes, including loops, calls and the ends of asynchronous pairs.
 _FREE = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "iota"),
     *("partition-id", "replica-id", "while", "call", "conditional", "async-update", "opt-barrier"),
@@ -29,7 +30,7 @@ _FREE = {
 }
 # Custom calls that only mark places or memory.
 _MARKS = ("AllocateBuffer", "AssumeGatherIndicesInBound", "AsyncCollective", "Sharding", "TODO")
-_LARGEST_CYCLES = 10**12  # above it the compiler means "unknown"
+_LARGEST_CYCLES = 10**12  # larger estimates mean "unknown"
 
 
 Weigh = Callable[[Sequence[Array]], float]
@@ -37,32 +38,32 @@ Weigh = Callable[[Sequence[Array]], float]
 
 @dataclasses.dataclass
 class Collective:
-    """One collective of the program: `nbytes` of its operands or results, whichever is larger."""
+    """One collective; `nbytes` is the size of its operands or of its results, if larger."""
 
     kind: str
     nbytes: float
     times: int
-    groups: str  # the text that says which devices exchange
-    source: str  # the operation of the model that it comes from
-    between_slices: bool = False  # by the hosts, over the data-centre network
+    groups: str  # the text that lists the groups of devices
+    source: str  # the model's operation that it comes from
+    between_slices: bool = False  # through the hosts, over the data-centre network
 
 
 @dataclasses.dataclass
 class Costs:
     """The costs of one device in one run of the program."""
 
-    flops: float = 0.0  # of products of matrices, recomputation included
+    flops: float = 0.0  # of matrix products, including recomputation
     hbm_bytes: float = 0.0  # read from and written to main memory
-    accessed_bytes: float = 0.0  # read and written wherever it lies, moves between memories apart
-    cycles: float = 0.0  # the TPU compiler's own estimate, where it makes one
+    accessed_bytes: float = 0.0  # in any memory, without moves between memories
+    cycles: float = 0.0  # the TPU compiler's own estimate, if any
     collectives: list[Collective] = dataclasses.field(default_factory=list)
     kernels: dict[str, int] = dataclasses.field(default_factory=dict)  # Pallas calls by name
-    kernel_flops: float = 0.0  # the part of `flops` that is theirs, which `cycles` lacks
+    kernel_flops: float = 0.0  # their part of `flops`, which `cycles` lacks
     unknown_loops: list[str] = dataclasses.field(default_factory=list)  # counted once
 
 
 def count(program: Program) -> Costs:
-    """The costs of a program's entry computation."""
+    """Return the costs of a program's entry computation."""
     costs = Costs()
     seen: set[str] = set()
     _walk(program, program[program.entry], 1, costs, seen)
@@ -128,7 +129,7 @@ def _add(costs: Costs, other: Costs) -> None:
 
 
 def _matrix_flops(program: Program, computation: Computation, instruction: Instruction) -> float:
-    """Two for each multiply-add of products, those inside fusions included."""
+    """Return two FLOPs per multiply-add of matrix products, including those inside fusions."""
     opcode = instruction.opcode
     if opcode == "fusion":
         inner = program[instruction.called("calls") or ""]
@@ -153,9 +154,10 @@ def _dot_flops(computation: Computation, dot: Instruction) -> float:
 
 
 def _convolution_flops(computation: Computation, convolution: Instruction) -> float:
-    """A TPU writes every product as a convolution; batch axes as windows of which one tap is real.
+    """Return the FLOPs of a convolution, counting only window taps that meet the input.
 
-    So along each window only the taps that meet the input are counted.
+    The TPU compiler writes every product as a convolution, and batch axes as windows of which only
+    one tap is real.
     """
     lhs, rhs = (computation.instructions[name].arrays[0] for name in convolution.operands[:2])
     labels = convolution.attribute(r"dim_labels=([\w>\-]+)") or ""
@@ -180,17 +182,20 @@ def _convolution_flops(computation: Computation, convolution: Instruction) -> fl
 
 
 def _window(settings: dict[str, str], name: str, axis: int, default: int) -> int:
-    """One number of a window's settings, as in `size=1x8 pad=0_0x7_7` (of pads, the low one)."""
+    """Return one number of a window's settings, such as `size=1x8 pad=0_0x7_7` (the low pad)."""
     if name not in settings:
         return default
     return int(settings[name].split("x")[axis].split("_")[0])
 
 
 def _taps(size: int, taps: int, outputs: int, stride: int, low: int, spread: int, gap: int) -> int:
-    """Pairs of an output and a tap that read a real input."""
+    """Return the number of pairs of an output and a tap that read a real input.
+
+    Above 2^16 pairs this is an upper bound.
+    """
     total = 0
     for tap in range(taps):
-        # Output o reads position o * stride + tap * gap - low of the input spread out.
+        # Output o reads position o * stride + tap * gap - low of the dilated input.
         for output in range(outputs) if outputs * taps <= 1 << 16 else ():
             place = output * stride + tap * gap - low
             total += 0 <= place <= (size - 1) * spread and place % spread == 0
@@ -202,13 +207,15 @@ def _is_kernel(instruction: Instruction) -> bool:
 
 
 def kernel_flops(name: str, operands: Sequence[Array], results: Sequence[Array]) -> float:
-    """FLOPs of one call of a kernel, by its name; 0 for one that is not known.
+    """Return the FLOPs of one call of the kernel `name`; 0 if the kernel is not known.
 
-    Grouped products (`ragged_dot`): each row with one matrix, or summed into one.
+    Grouped products (`ragged_dot`): each row is multiplied by one matrix, or its outer product is
+    added to one.
 
-    Splash attention, causal: half of all pairs of positions. Forward 2 products per pair; backward
-    5 in one kernel, which leaves a partial dq for each block of keys (one axis more than q), or, as
-    two, 3 for dq and 4 for dk and dv, since both form the probabilities again.
+    Splash attention, causal: half of all pairs of positions count. Forward takes 2 products per
+    pair. Backward in one kernel takes 5 and leaves a partial dq for each block of keys (one axis
+    more than q). Backward in two kernels takes 3 for dq and 4 for dk and dv, since both recompute
+    the probabilities.
     """
     floats = [a for a in operands if a.dtype in ("bf16", "f32")]
     if "ragged-dot" in name and len(floats) == 2 and results:
@@ -238,7 +245,7 @@ def _operands(computation: Computation, instruction: Instruction) -> list[Array]
 
 
 def _main(arrays: Sequence[Array]) -> float:
-    """Bytes of those that lie in main memory."""
+    """Return the bytes of the arrays that are in main memory."""
     return sum(a.nbytes for a in arrays if not a.fast)
 
 
@@ -249,7 +256,7 @@ def _all(arrays: Sequence[Array]) -> float:
 def _bytes(
     program: Program, computation: Computation, instruction: Instruction, weigh: Weigh
 ) -> float:
-    """Bytes that one run of an instruction reads and writes, of the arrays that `weigh` counts."""
+    """Return the bytes that one run of an instruction reads and writes, counted by `weigh`."""
     opcode = instruction.opcode
     if opcode in _FREE:
         return 0.0
@@ -282,7 +289,7 @@ def _bytes(
 
 
 def _read(program: Program, inner: Computation, name: str, total: float) -> float:
-    """Bytes that a fusion reads of an operand of `total` bytes: all, or the slices it takes."""
+    """Return the bytes that a fusion reads of an operand of `total` bytes: all, or its slices."""
     if total == 0:
         return 0.0
     read = 0.0
@@ -291,7 +298,7 @@ def _read(program: Program, inner: Computation, name: str, total: float) -> floa
         if user.opcode in ("dynamic-slice", "slice", "gather") and position == 0:
             read += user.arrays[0].nbytes
         elif user.opcode == "dynamic-update-slice" and position == 0:
-            continue  # updated in place: what is written is counted as such
+            continue  # updated in place: `_written` counts it
         elif user.opcode == "bitcast":
             read += _read(program, inner, user.name, total)
         elif user.opcode == "fusion":
@@ -310,7 +317,7 @@ def _written(
     arrays: tuple[Array, ...],
     weigh: Weigh,
 ) -> float:
-    """Bytes that a fusion writes: its result, or the update of a larger array."""
+    """Return the bytes that a fusion writes: its result, or the update of a larger array."""
     if root.opcode == "tuple":
         parts = [inner.instructions[name] for name in root.operands]
         if len(parts) == len(arrays):
@@ -336,18 +343,19 @@ def _written(
 def _collectives(
     program, computation, instruction, times, costs: Costs, seen: set[str], overlapped: bool = False
 ) -> None:
-    """Adds an instruction's collectives, those inside fusions included.
+    """Add an instruction's collectives to `costs`, including those inside fusions.
 
-    One that is overlapped with other work appears in its start, in the fusions between and in its
-    end; they share a channel, by which it is counted once. One that stands for itself is another
-    each time: those that a model asks for by name share a channel before the TPU's compiler.
+    A collective that overlaps other work appears in its start, in the fusions between and in its
+    end. These share a channel, so each channel is counted once. Collectives that do not overlap are
+    counted each time: those that a model calls by name (`shard_map`) share a channel even before
+    the TPU's compiler runs.
     """
     if instruction.opcode == "fusion":
         inner = program[instruction.called("calls") or ""]
         for i in inner:
             _collectives(program, inner, i, times, costs, seen, overlapped=True)
         return
-    # What TPU slices exchange is handed to the hosts, each chip's own share of it.
+    # TPU slices exchange data through the hosts; each chip sends its own share.
     between = instruction.attribute(r'_xla_megascale_transfer_type="(\w+)"')
     if instruction.opcode == "send" and between is not None:
         kind = between.lower().replace("_", "-")
@@ -384,7 +392,7 @@ def _collectives(
 
 
 def _groups(attributes: str) -> str:
-    """The part of the attributes that says which devices exchange, as printed."""
+    """Return the part of the attributes that lists the groups of devices, as printed."""
     found = re.search(
         r"(replica_groups|source_target_pairs)=(\{\{.*?\}\}|\{\}|mesh\[[^\]]*\](?:[^{]*\{[^}]*\})"
         r"|\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?)",

@@ -1,8 +1,8 @@
-"""Compiled programs as data: a reader of XLA's text format (HLO).
+"""Parse compiled programs from XLA's text format (HLO).
 
-XLA's own totals count the body of a loop once, however often it runs, and training steps are
-loops: over layers, over parts of a batch, over chunks of the loss. So the text is read here, and
-costs.py multiplies loops out.
+XLA's own totals count the body of a loop once, however often it runs. Training steps consist of
+loops: over layers, over parts of a batch, over chunks of the loss. So this module parses the text,
+and costs.py multiplies loops out.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ def _item_bytes(dtype: str) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-    """One array of a shape. `fast`: it lies in on-chip memory, not in the device's main memory."""
+    """One array of a shape; `fast` if it is in on-chip memory, not in the device's main memory."""
 
     dtype: str
     dims: tuple[int, ...]
@@ -41,12 +41,12 @@ class Array:
 
 
 def arrays_of(shape: str) -> tuple[Array, ...]:
-    """The arrays of a shape as printed: one, or those of a tuple, flattened."""
+    """Return the arrays of a printed shape: one, or those of a tuple, flattened."""
     return tuple(
         Array(
             dtype,
             tuple(int(d) for d in dims.split(",") if d),
-            # Memory spaces: S(0), unmarked, is the main memory; S(5) is that of the host.
+            # Memory spaces: unmarked or S(0) is main memory, S(5) is host memory.
             bool(re.search(r"S\([1-46-9]\)|S\(1\d\)", layout or "")),
         )
         for dtype, dims, layout in _ARRAY.findall(shape)
@@ -55,8 +55,13 @@ def arrays_of(shape: str) -> tuple[Array, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One line of a computation. `arguments` and `attributes` are the text between and behind the
-    parentheses of the operation."""
+    """One line of a computation.
+
+    Attributes:
+      arguments: the text between the parentheses of the operation.
+      attributes: the text after the parentheses.
+      root: whether the computation returns this instruction's result.
+    """
 
     name: str
     shape: str
@@ -74,19 +79,19 @@ class Instruction:
         return arrays_of(self.shape)
 
     def called(self, attribute: str) -> str | None:
-        """The computation that `attribute` (calls, body, condition, to_apply) names."""
+        """Return the computation that `attribute` (calls, body, to_apply, ...) names, or None."""
         found = re.search(rf"\b{attribute}=%([\w.\-]+)", self.attributes)
         return found.group(1) if found else None
 
     def attribute(self, pattern: str) -> str | None:
-        """The first group of a pattern in the attributes, or None."""
+        """Return the first group of a pattern in the attributes, or None."""
         found = re.search(pattern, self.attributes)
         return found.group(1) if found else None
 
 
 @dataclasses.dataclass
 class Computation:
-    """Instructions by name, in order."""
+    """A computation: instructions by name, in order."""
 
     name: str
     instructions: dict[str, Instruction] = dataclasses.field(default_factory=dict)
@@ -100,7 +105,7 @@ class Computation:
 
     @functools.cached_property
     def parameters(self) -> dict[int, Instruction]:
-        """By number."""
+        """The parameters by number."""
         return {int(i.arguments): i for i in self if i.opcode == "parameter"}
 
     @functools.cached_property
@@ -115,7 +120,7 @@ class Computation:
 
 @dataclasses.dataclass
 class Program:
-    """A module: its computations, and the name of the one that runs."""
+    """A module: its computations and the name of its entry computation."""
 
     computations: dict[str, Computation]
     entry: str
@@ -124,21 +129,21 @@ class Program:
         return self.computations[name]
 
     def trip_count(self, loop: Instruction) -> int | None:
-        """Return how often a `while` runs; None where the text does not say.
+        """Return the number of iterations of a `while`; None if the text does not contain it.
 
-        Either the compiler or the model says it, or the condition compares a counter with a
-        constant, as those of `lax.scan` and `lax.map` do: they count from 0 in steps of 1.
+        The compiler or the model states the number, or the loop's condition compares a counter with
+        a constant. Loops of `lax.scan` and `lax.map` do the latter and count from 0 in steps of 1.
         """
         if (known := loop.attribute(r'known_trip_count":\{"n":"(\d+)"')) is not None:
             return int(known)
         if (counted := self._compared_with(loop)) is not None:
             return counted
-        # What an uneven load adds to a device's experts; model/experts.py says how many rounds.
+        # Extra rounds of a device's experts under uneven load, as estimated in model/experts.py.
         said = loop.attribute(r'op_name="[^"]*about_(\d+)_rounds')
         return None if said is None else int(said)
 
     def _compared_with(self, loop: Instruction) -> int | None:
-        """The constant below which a loop's counter runs, or None."""
+        """Return the constant that limits a loop's counter, or None."""
         condition = self[loop.called("condition") or ""]
         compared = condition.root
         while compared.opcode in ("fusion", "bitcast", "copy"):
@@ -160,7 +165,7 @@ class Program:
 
 
 def _closing(text: str, start: int) -> int:
-    """The index of the bracket that closes the one at `start`."""
+    """Return the index of the parenthesis that closes the one at `start`."""
     depth = 0
     for i in range(start, len(text)):
         depth += text[i] == "("
@@ -192,7 +197,7 @@ def _parse_line(line: str) -> Instruction | None:
 
 
 def parse(text: str) -> Program:
-    """A module's text to data. Raises `ValueError` where it has no entry computation."""
+    """Parse a module's text. Raises `ValueError` if it has no entry computation."""
     computations: dict[str, Computation] = {}
     entry, current = "", None
     for line in text.splitlines():
@@ -206,5 +211,5 @@ def parse(text: str) -> Program:
         elif current is not None and (instruction := _parse_line(line)) is not None:
             current.instructions[instruction.name] = instruction
     if not entry:
-        raise ValueError("this text is no compiled program: it has no entry computation")
+        raise ValueError("the text is not a compiled program: it has no entry computation")
     return Program(computations, entry)

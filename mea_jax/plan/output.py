@@ -1,4 +1,4 @@
-"""A plan for people and programs: the table, the JSON beside it, the roofline's picture."""
+"""Write a plan as a table, as JSON and as a picture of the roofline."""
 
 import json
 from pathlib import Path
@@ -12,18 +12,18 @@ from mea_jax.plan.compiling import Compiled
 from mea_jax.plan.roofline import Roofline, model_flops
 from mea_jax.plan.target import Target
 
-_SPARE = 0.05  # of the memory, below which a plan warns: allocators fragment
+_SPARE = 0.05  # share of memory to keep free, since allocators fragment
 
 
 def fits(compiled: Compiled, target: Target) -> bool | None:
-    """Return whether the peak is within the chip's memory; None where that is not known."""
+    """Return whether the peak fits in the chip's memory; None if the chip is not known."""
     return None if target.chip is None else compiled.peak <= target.chip.memory
 
 
 def summary(
     compiled: Compiled, target: Target, roof: Roofline, step: str, tokens: int, chips: int
 ) -> dict[str, Any]:
-    """All of a plan as JSON values. `tokens` of one step over `chips` devices."""
+    """Return a plan as JSON values; `tokens` are those of one step over `chips` devices."""
     costs, chip = compiled.costs, target.chip
     result: dict[str, Any] = {
         "step": step,
@@ -69,24 +69,26 @@ def summary(
 
 
 def in_bytes(count: float) -> str:
+    """Format bytes as MB, GB or TB."""
     if count >= 1e12:
         return f"{count / 1e12:.2f} TB"
     return f"{count / 1e9:.2f} GB" if count >= 1e7 else f"{count / 1e6:.2f} MB"
 
 
 def in_time(seconds: float) -> str:
+    """Format seconds as s or ms."""
     return f"{seconds:.3f} s" if seconds >= 1 else f"{1e3 * seconds:.2f} ms"
 
 
 def in_long(seconds: float) -> str:
-    """A duration of a run."""
+    """Format the seconds of a run as days, hours or seconds."""
     if seconds >= 86400:
         return f"{seconds / 86400:.2f} days"
     return f"{seconds / 3600:.2f} hours" if seconds >= 3600 else f"{seconds:.1f} s"
 
 
 def text(plan: dict[str, Any]) -> str:
-    """The table that a person reads."""
+    """Return the table of a plan, and notes on it."""
     held = dict(plan["bytes_per_device"])
     peak = held.pop("peak")
     rows = [
@@ -94,9 +96,9 @@ def text(plan: dict[str, Any]) -> str:
         ("machine", machine(plan)),
         ("compiled", f"{plan['compiled']} in {plan['compile_seconds']:.0f} s"),
         ("parameters", f"{si(plan['parameters'])}"),
-        ("memory a device", f"{in_bytes(peak)}" + _of_memory(plan, peak)),
+        ("memory per device", f"{in_bytes(peak)}" + _of_memory(plan, peak)),
         *((f"  {name}", in_bytes(size)) for name, size in held.items()),
-        ("work a device", f"{si(plan['flops_per_device'], 'FLOP')} of products"),
+        ("work per device", f"{si(plan['flops_per_device'], 'FLOP')} of products"),
         ("  bytes accessed", in_bytes(plan["bytes_accessed_per_device"])),
         ("  HBM traffic", in_bytes(plan["hbm_bytes_per_device"])),
     ]
@@ -115,7 +117,7 @@ def text(plan: dict[str, Any]) -> str:
             )
         )
     if "seconds" in plan:
-        rows.append(("time of a step", _roof(plan)))
+        rows.append(("time per step", _roof(plan)))
         for name, seconds in plan["seconds"].items():
             if seconds is not None and name != "compute_by_cycles":
                 share = f"{seconds / plan['step_seconds']:.0%}"
@@ -123,33 +125,33 @@ def text(plan: dict[str, Any]) -> str:
                 rows.append((f"  {name}", f"{in_time(seconds)}, {share}{mark}"))
         if plan["seconds"]["compute_by_cycles"] is not None:
             cycles = plan["seconds"]["compute_by_cycles"]
-            guess = f"{in_time(cycles)} of compute, vector work included"
-            rows.append(("  compiler's guess", guess))
+            guess = f"{in_time(cycles)} of compute, including vector work"
+            rows.append(("  compiler's estimate", guess))
         rows.append(("at most", f"{plan['tokens_per_second']:,.0f} tokens/s" + _mfu(plan)))
     if "days" in plan:
         long = in_long(86400 * plan["days"])
-        rows.append(("the whole run", f"at least {long}, {plan['chip_hours']:,.1f} chip-hours"))
+        rows.append(("the entire run", f"at least {long}, {plan['chip_hours']:,.1f} chip-hours"))
     return table(rows) + notes(plan)
 
 
 def machine(plan: dict[str, Any]) -> str:
-    """Devices and mesh."""
+    """Return the devices and the mesh as text."""
     mesh = " x ".join(f"{axis} {size}" for axis, size in plan["mesh"].items() if size > 1)
-    return f"{plan['topology']}: {plan['devices']} devices, mesh {mesh or 'of one'}"
+    return f"{plan['topology']}: {plan['devices']} devices, mesh {mesh or 'of one device'}"
 
 
 def seen(collectives: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Those that move more than next to nothing."""
+    """Return the collectives that send at least 100 kB per device."""
     return [row for row in collectives if row["wire_bytes"] >= 1e5]
 
 
 def where(row: dict[str, Any]) -> str:
     """Return the axes that a collective runs over, as text."""
-    return "the network of slices" if row["between_slices"] else row["axes"]
+    return "the network between slices" if row["between_slices"] else row["axes"]
 
 
 def notes(plan: dict[str, Any]) -> str:
-    """Return notes on the numbers, as further lines."""
+    """Return notes on the numbers of a plan, as further lines."""
     note = "" if plan["exact"] else _INEXACT
     if plan["loops_counted_once"]:
         note += f"\nloops of unknown length, counted once: {plan['loops_counted_once']}"
@@ -157,8 +159,8 @@ def notes(plan: dict[str, Any]) -> str:
 
 
 _INEXACT = (
-    "\ncompiled for CPU devices in the place of GPUs: products and collectives are the real ones, "
-    "in float32;\nmemory and HBM traffic only near them, and attention is not cuDNN's."
+    "\ncompiled for CPU devices in place of GPUs: products and collectives are the real ones, in "
+    "float32;\nmemory and HBM traffic are approximate, and attention is not cuDNN's."
 )
 
 
@@ -168,8 +170,8 @@ def _of_memory(plan: dict[str, Any], peak: float) -> str:
     memory = plan["memory_per_device"]
     share = 1 - peak / memory
     if share < 0:
-        return f" of {in_bytes(memory)}: {in_bytes(peak - memory)} too much"
-    tight = "" if share >= _SPARE else f", less than the {_spare()} to keep free"
+        return f" of {in_bytes(memory)}, {in_bytes(peak - memory)} over"
+    tight = "" if share >= _SPARE else f"; keep at least {_spare()} free"
     return f" of {in_bytes(memory)}, {share:.0%} free{tight}"
 
 
@@ -178,7 +180,7 @@ def _spare() -> str:
 
 
 def _roof(plan: dict[str, Any]) -> str:
-    return f"at least {in_time(plan['step_seconds'])}, if all overlaps"
+    return f"at least {in_time(plan['step_seconds'])}, if everything overlaps"
 
 
 def _mfu(plan: dict[str, Any]) -> str:
@@ -186,13 +188,16 @@ def _mfu(plan: dict[str, Any]) -> str:
 
 
 def write(plan: Any, path: Path) -> None:
-    """The JSON, whole or not at all."""
+    """Write a plan as JSON and create its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(plan, indent=1) + "\n")
 
 
 def picture(plans: dict[str, dict[str, Any]], path: Path) -> None:
-    """One group of bars a plan: what compute, HBM and links would take alone; the longest binds."""
+    """Plot one group of bars per plan: the time of compute, HBM and links, each alone.
+
+    The longest bar binds.
+    """
     plt = cli.pyplot()
     names = list(plans)
     parts = [

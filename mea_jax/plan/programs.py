@@ -1,4 +1,4 @@
-"""The real training and decode steps of a config, compiled ahead of time."""
+"""Compile the real training and decode steps of a config ahead of time."""
 
 import dataclasses
 import functools
@@ -29,7 +29,10 @@ def described(model: ModelConfig) -> str:
 
 
 def train_program(config: TrainConfig, target: Target) -> Compiled:
-    """The training step, compiled for the target. Raises `UserError` for what cannot be."""
+    """Return the training step, compiled for the target.
+
+    Raises `UserError` if the config cannot run on the target, `DoesNotFit` if memory is too small.
+    """
     mesh = sharding.make_mesh(config.mesh, target.devices)
     length = config.data.context_length
     shape = dict(mesh.shape)
@@ -66,7 +69,10 @@ def train_program(config: TrainConfig, target: Target) -> Compiled:
 
 
 def decode_program(config: TrainConfig, target: Target, batch: int, context: int) -> Compiled:
-    """One decode step of `batch` rows with `context` positions cached, on one device."""
+    """Return a decode step of `batch` rows with `context` cached positions, on one device.
+
+    Raises `UserError` if the config cannot run on the target, `DoesNotFit` if memory is too small.
+    """
     device = target.devices[0]
     model = resolve(portable(config.model, target), [device], context)
     config = dataclasses.replace(config, model=model)

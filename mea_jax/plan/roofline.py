@@ -1,10 +1,10 @@
-"""From counts to times: what each resource would take alone, and which one binds.
+"""Turn counts into times: the time that each resource would take alone, and which one binds.
 
     time = max(compute, memory, links)
 
-supposes that all three overlap fully: a lower bound, and the MFU from it an upper one. Compute is
-FLOPs of products at the peak rate, recomputation included; vector work has no peak of its own in a
-data sheet, so beside it stands the TPU compiler's own estimate of cycles.
+All three are assumed to overlap fully, so the time is a lower bound and its MFU an upper bound.
+Compute is the FLOPs of products at the peak rate, including recomputation. Data sheets give no peak
+rate for vector work, so the TPU compiler's own estimate of cycles is reported, too.
 """
 
 import dataclasses
@@ -18,14 +18,14 @@ from mea_jax.plan.target import Target
 
 @dataclasses.dataclass
 class Traffic:
-    """Collectives of one kind over the same mesh axes, in one step, of one device."""
+    """Collectives of one kind over the same mesh axes, in one step, on one device."""
 
     kind: str
     axes: str
     calls: int
     nbytes: float  # of the arrays
     wire_bytes: float  # sent by the device
-    seconds: float | None  # None where the links' rates are not known
+    seconds: float | None  # None if the links' rates are not known
     between_slices: bool
 
 
@@ -35,14 +35,14 @@ class Roofline:
 
     traffic: list[Traffic]
     compute: float | None
-    estimated: float | None  # the compiler's cycles, and Pallas kernels at the peak rate
+    estimated: float | None  # by the compiler's cycles, plus Pallas kernels at the peak rate
     memory: float | None
     links: float | None
     network: float | None
 
     @property
     def parts(self) -> dict[str, float]:
-        """The times that are known, by name."""
+        """The known times, by name."""
         named = {
             "compute": self.compute,
             "HBM": self.memory,
@@ -62,13 +62,13 @@ class Roofline:
 
 
 def traffic_of(compiled: Compiled, target: Target) -> list[Traffic]:
-    """The step's collectives, added up by kind and mesh axes, the largest first."""
+    """Return the step's collectives, summed by kind and mesh axes, the largest first."""
     devices = list(compiled.mesh.devices.flat)
     total: dict[tuple[str, str], Traffic] = {}
     known = 0.0 if target.chip else None
     for collective in compiled.costs.collectives:
         if collective.between_slices:
-            # The program's bytes are already each chip's own share.
+            # The program's bytes are already the share of each chip.
             group = list(range(slices_of(devices)))
             axes = "slices"
         else:
@@ -76,7 +76,7 @@ def traffic_of(compiled: Compiled, target: Target) -> list[Traffic]:
             if all(len(g) < 2 for g in groups):
                 continue
             group = groups[0]
-            # Of pairs, those of all: one pair may stand still along an axis that another crosses.
+            # For pairs, check all of them: one pair may not cross an axis that another crosses.
             pairs = collective.kind == "collective-permute"
             moving = axes_of(groups if pairs else [group], dict(compiled.mesh.shape))
             axes = " x ".join(moving) or "none"
@@ -97,7 +97,7 @@ def traffic_of(compiled: Compiled, target: Target) -> list[Traffic]:
 
 
 def roofline(compiled: Compiled, target: Target) -> Roofline:
-    """The times of one step of a compiled program."""
+    """Return the times of one step of a compiled program."""
     traffic, chip, costs = traffic_of(compiled, target), target.chip, compiled.costs
     if chip is None:
         return Roofline(traffic, None, None, None, None, None)
@@ -116,6 +116,6 @@ def roofline(compiled: Compiled, target: Target) -> Roofline:
 
 
 def model_flops(config: TrainConfig) -> float:
-    """Useful FLOPs of a training step, all devices together: the project's convention."""
+    """Return the useful FLOPs of a training step over all devices, as `model.flops` counts them."""
     length = config.data.context_length
     return flops.step_flops(config.model, length, config.batch_size * length)

@@ -1,4 +1,4 @@
-"""The command: flags, one plan or a sweep, files."""
+"""Run the plan command: flags, one plan or a sweep, output files."""
 
 import dataclasses
 import re
@@ -22,14 +22,23 @@ from mea_jax.plan.roofline import roofline
 from mea_jax.plan.search import describe, sweep, what_fits
 
 CONFIG = cli.define_config_flag()
-TOPOLOGY = flags.DEFINE_string("topology", "local", f"what to compile for: {targets.EXAMPLES}")
-STEP = flags.DEFINE_enum("step", "train", ["train", "decode"], "train, or decode on one device")
-SWEEP = flags.DEFINE_bool("sweep", False, "try meshes, remat policies, microbatches; rank them")
+TOPOLOGY = flags.DEFINE_string("topology", "local", f"machine to compile for: {targets.EXAMPLES}")
+STEP = flags.DEFINE_enum(
+    "step", "train", ["train", "decode"], "step to plan: train, or decode on one device"
+)
+SWEEP = flags.DEFINE_bool(
+    "sweep", False, "try meshes, remat policies and microbatches, and rank those that fit"
+)
 BATCH = flags.DEFINE_integer("batch", 16, "rows of a decode step", lower_bound=1)
 CONTEXT = flags.DEFINE_integer(
-    "context", None, "cached positions of a decode step; default: T", lower_bound=1
+    "context",
+    None,
+    "cached positions of a decode step; default: config.data.context_length",
+    lower_bound=1,
 )
-OUT = flags.DEFINE_string("out", None, "of .json and .png; default plans/<config>_<topology>")
+OUT = flags.DEFINE_string(
+    "out", None, "path of the .json and .png files; default plans/<config>_<topology>"
+)
 HLO = flags.DEFINE_string("hlo", None, "also write the compiled program's text to this file")
 flags.declare_key_flag("config")
 
@@ -39,9 +48,9 @@ class Step:
     """One kind of plan.
 
     Attributes:
-      own: flags that mean something to this step only.
-      compile: the program, and how many tokens one call of it takes.
-      remedy: what would fit, as the end of a line.
+      own: flags that apply to this step only.
+      compile: returns the compiled program and the number of tokens of one call.
+      remedy: returns the end of an error message, a change that would fit.
     """
 
     own: tuple[str, ...]
@@ -50,11 +59,12 @@ class Step:
 
 
 def say(message: str) -> None:
-    """Progress: to the terminal, not into what is piped on."""
+    """Print progress to stderr, so that stdout can be piped."""
     print(message, file=sys.stderr, flush=True)
 
 
 def plan_of(compiled: Compiled, target: targets.Target, step: str, tokens: int) -> dict[str, Any]:
+    """Return the plan of a compiled step as JSON values."""
     roof = roofline(compiled, target)
     return output.summary(compiled, target, roof, step, tokens, compiled.mesh.size)
 
@@ -68,21 +78,21 @@ def _train(config: TrainConfig, target: targets.Target) -> tuple[Compiled, int]:
 
 
 def _train_remedy(config: TrainConfig, target: targets.Target) -> str:
-    found = what_fits(config, target, say)  # by trying
+    found = what_fits(config, target, say)  # compiles candidates
     if found is None:
-        return "; neither single windows nor full remat fit: more devices, or more of tensor"
+        return "; neither single windows nor full remat fit: use more devices or more tensor shards"
     change = f"--config.accumulate={found.accumulate} --config.model.remat={found.model.remat}"
-    return f"; this fits: {change}"
+    return f"; use {change}, which fits"
 
 
 def _decode(config: TrainConfig, target: targets.Target) -> tuple[Compiled, int]:
     context = CONTEXT.value or config.data.context_length
-    say(f"compiling a decode step of {BATCH.value} rows, {context} positions cached")
+    say(f"compiling a decode step of {BATCH.value} rows with {context} cached positions")
     return decode_program(config, target, BATCH.value, context), BATCH.value
 
 
 def _decode_remedy(config: TrainConfig, target: targets.Target) -> str:
-    return "; take fewer rows (--batch) or positions (--context), or an int8 cache"
+    return "; use fewer rows (--batch) or positions (--context), or an int8 cache"
 
 
 STEPS = {
@@ -95,7 +105,7 @@ STEPS = {
 
 
 def run(config: TrainConfig, target: targets.Target, out: Path) -> None:
-    """Plans the step that the flags name. Raises `UserError` where it does not fit."""
+    """Plan the step that the flags name. Raises `UserError` if it does not fit."""
     step = STEPS[STEP.value]
     try:
         compiled, tokens = step.compile(config, target)
@@ -113,7 +123,7 @@ def run(config: TrainConfig, target: targets.Target, out: Path) -> None:
 
 
 def _write(plan: Any, pictured: dict[str, dict[str, Any]], out: Path) -> str:
-    # Not with_suffix: "lr=1.5" has none.
+    # Not with_suffix, which takes the ".5" of "lr=1.5" for a suffix.
     name = out.name.removesuffix(".json").removesuffix(".png")
     numbers, picture = out.with_name(f"{name}.json"), out.with_name(f"{name}.png")
     output.write(plan, numbers)
@@ -124,19 +134,19 @@ def _write(plan: Any, pictured: dict[str, dict[str, Any]], out: Path) -> str:
 
 
 def run_sweep(config: TrainConfig, target: targets.Target, out: Path) -> None:
-    """Ranks meshes, remat policies and microbatches that fit."""
+    """Rank meshes, remat policies and microbatches that fit. Raises `UserError` if none fits."""
     results = sweep(config, target, slices_of(target.devices), say)
     if not results:
-        raise UserError(f"{target.name}: nothing fits; more devices, or a smaller model")
+        raise UserError(f"{target.name}: nothing fits; use more devices or a smaller model")
     tokens = config.batch_size * config.data.context_length
     plans = {describe(c): plan_of(m, target, "train", tokens) for c, m, _ in results}
-    print(f"{target.name}, the shortest step first:")
+    print(f"{target.name}, shortest step first:")
     for name, plan in plans.items():
         peak = plan["bytes_per_device"]["peak"] / 1e9
         line = f"{peak:7.2f} GB"
         if "seconds" in plan:
             cycles = plan["seconds"]["compute_by_cycles"]
-            guess = f", compiler's guess {cycles:.3f} s" if cycles else ""
+            guess = f", compiler's estimate {cycles:.3f} s" if cycles else ""
             line += f"  at least {plan['step_seconds']:.3f} s ({plan['binds']}{guess})"
         print(f"{line}  {name}")
     top = dict(list(plans.items())[:5])
@@ -145,7 +155,7 @@ def run_sweep(config: TrainConfig, target: targets.Target, out: Path) -> None:
 
 
 def _check_flags() -> None:
-    """Raises `UserError` for flags of another step."""
+    """Raise `UserError` for flags of another step."""
     for owner, step in STEPS.items():
         every = [flags.FLAGS[name] for name in step.own]
         given = [flag.name for flag in every if flag.present and flag.value is not False]
@@ -156,11 +166,12 @@ def _check_flags() -> None:
 
 
 def main() -> None:
+    """Parse the flags, then print and write one plan or a sweep."""
     config = cli.parse_config(CONFIG)
     _check_flags()
     target = targets.find(TOPOLOGY.value)
     name = re.sub(r"\W+", "_", f"{config.name}_{TOPOLOGY.value}")
     suffix = "_sweep" if SWEEP.value else "" if STEP.value == "train" else f"_{STEP.value}"
     out = Path(OUT.value or Path("plans") / f"{name}{suffix}")
-    jax.config.update("jax_enable_compilation_cache", False)  # the dump is what is read
+    jax.config.update("jax_enable_compilation_cache", False)  # a cached program has no dump to read
     (run_sweep if SWEEP.value else run)(config, target, out)

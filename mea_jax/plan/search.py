@@ -1,4 +1,4 @@
-"""Tries meshes, remat policies and sizes of microbatches, and ranks what fits."""
+"""Try meshes, remat policies and sizes of microbatches, and rank those that fit."""
 
 import dataclasses
 import itertools
@@ -14,9 +14,11 @@ from mea_jax.plan.target import Target
 
 
 def meshes(config: TrainConfig, devices: int, slices: int) -> list[MeshConfig]:
-    """Meshes worth a compilation: all of fsdp x tensor with tensor up to 8, copies only between
-    slices, or where fsdp alone would leave less than a tile of the residual to a device; experts,
-    if there are any, together or over 4 or 16 devices."""
+    """Return the meshes worth compiling: all of fsdp x tensor, with tensor up to 8.
+
+    The data axis replicates only between slices, or where fsdp alone would leave less than a tile
+    of the residual to a device. Experts, if any, are not divided, or divided over 4 or 16 devices.
+    """
     found = []
     per_slice, experts = devices // slices, config.model.n_experts
     tensor = 1
@@ -38,7 +40,7 @@ def meshes(config: TrainConfig, devices: int, slices: int) -> list[MeshConfig]:
 
 
 def microbatches(config: TrainConfig, copies: int) -> list[int]:
-    """Values of `accumulate` for which a device gets 1, 2, 4, ... windows at a time."""
+    """Return values of `accumulate` for which a device computes 1, 2, 4, ... windows at a time."""
     per_copy = config.batch_size // copies
     if config.batch_size % copies:
         return []
@@ -47,7 +49,7 @@ def microbatches(config: TrainConfig, copies: int) -> list[int]:
 
 
 def candidates(config: TrainConfig, devices: int, slices: int) -> Iterator[TrainConfig]:
-    """Every combination, the smallest memory of each mesh and policy first."""
+    """Yield all configs to try; for each mesh and policy, the smallest memory first."""
     for mesh, remat in itertools.product(meshes(config, devices, slices), REMAT_POLICIES):
         model = dataclasses.replace(config.model, remat=remat)
         for accumulate in microbatches(config, mesh.data * mesh.fsdp * mesh.expert):
@@ -55,7 +57,7 @@ def candidates(config: TrainConfig, devices: int, slices: int) -> Iterator[Train
 
 
 def describe(config: TrainConfig) -> str:
-    """Return the overrides of a candidate, as they are typed."""
+    """Return the overrides of a candidate as command-line flags."""
     mesh = config.mesh
     expert = f"--config.mesh.expert={mesh.expert} " if config.model.n_experts else ""
     return (
@@ -68,12 +70,16 @@ def describe(config: TrainConfig) -> str:
 def sweep(
     config: TrainConfig, target: Target, slices: int, say: Callable[[str], Any]
 ) -> list[tuple[TrainConfig, Compiled, Roofline]]:
-    """Return what fits, the shortest step first. Skip microbatches above one that is too large."""
+    """Return the candidates that fit, the shortest step first.
+
+    After a microbatch that does not fit, larger ones of the same mesh and policy are skipped.
+    Raises `UserError` if no mesh divides the batch.
+    """
     tried = list(candidates(config, len(target.devices), slices))
     if not tried:
         raise UserError(
             f"no mesh of {len(target.devices)} devices divides config.batch_size="
-            f"{config.batch_size}: change it to a multiple of the devices"
+            f"{config.batch_size}: set it to a multiple of the devices"
         )
     results, full = [], set()
     for number, candidate in enumerate(tried, start=1):
@@ -95,15 +101,15 @@ def sweep(
             say(f"[{number}/{len(tried)}] {name}: does not fit, {compiled.peak / 1e9:.2f} GB")
             continue
         roof = roofline(compiled, target)
-        took = f", {roof.step:.3f} s a step, {roof.binding} binds" if roof.step else ""
+        took = f", {roof.step:.3f} s per step, {roof.binding} binds" if roof.step else ""
         say(f"[{number}/{len(tried)}] {name}: {compiled.peak / 1e9:.2f} GB{took}")
         results.append((candidate, compiled, roof))
-    # By the compiler's cycles where there are any: recomputation's vector work counts, too.
+    # By the compiler's cycles, if any, since they include the vector work of recomputation.
     return sorted(results, key=lambda r: max(r[2].step or 0.0, r[2].estimated or 0.0))
 
 
 def what_fits(config: TrainConfig, target: Target, say: Callable[[str], Any]) -> TrainConfig | None:
-    """A change that makes a config fit: smaller microbatches first, then full remat; or None."""
+    """Return a change of `config` that fits, or None; smaller microbatches before full remat."""
     copies = config.mesh.data * config.mesh.fsdp * config.mesh.expert
     if copies < 0:
         fixed = config.mesh.tensor * max(config.mesh.sequence, 1)

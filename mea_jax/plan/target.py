@@ -1,9 +1,10 @@
-"""The machine that a plan is made for: its devices, to compile for, and its chips.
+"""Describe the machine that a plan is made for: the devices to compile for, and their chips.
 
-"v5p:4x4x4" is one TPU slice and "2*v5e:16x16" two of them, compiled by the TPU's own compiler.
-"h100:8" (or "gpu:8") is a machine of GPUs: there is no compiler for GPUs without one, so as many
-pretended CPU devices stand in; sharding, collectives and products are those of the real program,
-fusion and memory only near it. "local" are the devices at hand, with their own compiler.
+"v5p:4x4x4" is one TPU slice, "2*v5e:16x16" two of them. Both use the TPU's own compiler.
+"h100:8" (or "gpu:8") is a machine of GPUs. The compiler for GPUs needs a GPU, so the same number of
+virtual CPU devices replaces them: sharding, collectives and products are those of the real program,
+but fusion and memory are approximate. "local" means the devices of this machine and their own
+compiler.
 """
 
 import dataclasses
@@ -18,7 +19,7 @@ EXAMPLES = "'v5e:16x16', 'v5p:4x4x4', 'v6e:8x8', '2*v5e:16x16', 'h100:8', 'gpu:8
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """Devices of one kind. `chip` is None where its data sheet is not known (a CPU)."""
+    """Devices of one kind. `chip` is None if its data sheet is not known (a CPU)."""
 
     name: str
     devices: list
@@ -27,9 +28,9 @@ class Target:
 
 
 def prepare_environment(name: str) -> None:
-    """Settings that jax reads once: to be called before it is imported.
+    """Set the variables that jax reads once. Call this before jax is imported.
 
-    No accelerator of this machine is touched, unless the plan is for "local".
+    No accelerator of this machine is used unless the plan is for "local".
     """
     if name == "local":
         return
@@ -42,7 +43,7 @@ def prepare_environment(name: str) -> None:
 
 
 def find(name: str) -> Target:
-    """The target of a name. Raises `UserError` for one that is not known."""
+    """Return the target called `name`. Raises `UserError` if the name is not known."""
     import jax  # after prepare_environment
 
     from mea_jax.parallel import topology
@@ -57,8 +58,8 @@ def find(name: str) -> Target:
             devices = jax.devices()
             if len(devices) != count:
                 raise UserError(
-                    f"--topology {name}: jax was started with {len(devices)} CPU devices before "
-                    "the plan could ask for others; run it as python -m mea_jax.plan"
+                    f"--topology {name}: jax has already started with {len(devices)} CPU devices: "
+                    "run python -m mea_jax.plan, which sets their number first"
                 )
             return Target(name, devices, CHIPS["h100" if kind == "gpu" else kind], exact=False)
     generation = re.fullmatch(r"(?:\d+\*)?(\w+):\d+(x\d+)*", name)

@@ -1,1 +1,1 @@
-"""Studies: what is run, what is kept of it, and how it is drawn."""
+"""Studies: grids of runs, the store of their results, fits, analyses and figures."""

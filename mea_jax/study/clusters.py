@@ -1,9 +1,9 @@
-"""Whether heads mix in groups: clusters of a matrix's rows, tested against chance.
+"""Test against chance whether heads mix in groups: clusters of a matrix's rows.
 
-A mixing's rows are component heads, each described by what the composite heads take from it; its
-columns are composite heads, described by what they take. Rows fall into clusters if some partition
-of them has a high mean silhouette (Rousseeuw, 1987), which is compared with that of matrices whose
-rows' entries are shuffled. Letters: R rows, E entries of a row, P matrices at a time.
+A row of a mixing is a component head, described by its weight in each composite head. A column is a
+composite head, described by the weight of each component. Rows form clusters if some partition of
+them has a high mean silhouette (Rousseeuw, 1987), compared with matrices whose rows have shuffled
+entries. Letters: R rows, E entries of a row, P matrices at a time.
 """
 
 import dataclasses
@@ -11,21 +11,22 @@ from typing import Any
 
 import numpy as np
 
-LEAST_ROWS = 3  # of fewer no partition has both more than one group and a group of two
-LEAST_SHARED = 2  # entries that two rows must have in common: two numbers are always parallel
-_SWEEPS = 5  # of balancing
-_BYTES = 64 << 20  # of the similarities of shuffled matrices in memory at one time
+LEAST_ROWS = 3  # fewer have no partition with both several groups and a group of two
+LEAST_SHARED = 2  # fewest shared entries of two rows: single numbers are always parallel
+_SWEEPS = 5  # iterations of balancing
+_BYTES = 64 << 20  # memory for the similarities of shuffled matrices at the same time
 
 
 @dataclasses.dataclass(frozen=True)
 class Clusters:
-    """The best partition of rows, and how often chance does as well.
+    """The best partition of rows, and how often shuffled matrices have one as good.
 
     Attributes:
-      silhouette: mean over rows, in [-1, 1]; 1: rows equal their groups and no other.
-      chance: its mean over shuffled matrices.
+      silhouette: the mean over rows, in [-1, 1]. It is 1 if rows equal those of their group and
+        differ from all others.
+      chance: the mean silhouette of the best partitions of shuffled matrices.
       p: (1 + shuffles as good) / (1 + shuffles), exact under the null (Phipson & Smyth, 2010).
-      groups: the rows of each.
+      groups: the rows of each group.
     """
 
     silhouette: float
@@ -35,10 +36,10 @@ class Clusters:
 
 
 def similarity(x_PRE: np.ndarray, shown_RE: np.ndarray, signed: bool) -> np.ndarray:
-    """Likeness of rows (P, R, R) in [-1, 1] over the entries that both show.
+    """Return the similarity of all pairs of rows (P, R, R), over the entries shown in both.
 
-    `signed`: |cosine|, since a head's sign is a convention (the next weight takes it). Otherwise
-    entries are magnitudes, and this is their correlation.
+    If `signed`, it is |cosine| in [0, 1], because a head's sign is a convention (the next weight
+    absorbs it). Otherwise entries are magnitudes, and it is their correlation in [-1, 1].
     """
     shown = shown_RE.astype(np.float64)
     x = x_PRE * shown
@@ -46,23 +47,23 @@ def similarity(x_PRE: np.ndarray, shown_RE: np.ndarray, signed: bool) -> np.ndar
         mean_PR1 = x.sum(-1, keepdims=True) / np.maximum(shown.sum(-1, keepdims=True), 1)
         x = (x_PRE - mean_PR1) * shown
     dot_PRR = x @ np.swapaxes(x, -1, -2)
-    power_PRR = np.square(x) @ shown.T  # of row r over the entries that row s shows too
+    power_PRR = np.square(x) @ shown.T  # of row r over the entries shown in row s
     norm_PRR = np.sqrt(power_PRR * np.swapaxes(power_PRR, -1, -2))
     cosine_PRR = np.divide(dot_PRR, norm_PRR, out=np.zeros_like(dot_PRR), where=norm_PRR > 0)
     return np.abs(cosine_PRR) if signed else cosine_PRR
 
 
 def best_partition(distance_PRR: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The highest mean silhouette (P,) among the partitions of average linkage; its labels (P, R).
+    """Return the highest mean silhouette (P,) over average-linkage partitions, and labels (P, R).
 
-    From R - 1 groups down to 2. A label is one of the group's rows.
+    The partitions have R - 1 to 2 groups. A label is the index of one of the group's rows.
     """
     count, rows = distance_PRR.shape[:2]
     every = np.arange(count)
     label_PR = np.tile(np.arange(rows), (count, 1))
     sums_PRR, size_PR = distance_PRR.copy(), np.ones((count, rows))  # of pairs between two groups
     best_P, kept_PR = np.full(count, -np.inf), label_PR.copy()
-    never_RR = np.tri(rows, dtype=bool)  # each pair once
+    never_RR = np.tri(rows, dtype=bool)  # excludes the second copy of each pair
     for _ in range(rows - 2):
         pairs_PRR = size_PR[:, :, None] * size_PR[:, None]
         mean_PRR = np.divide(
@@ -83,10 +84,10 @@ def best_partition(distance_PRR: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def silhouette(distance_PRR: np.ndarray, label_PR: np.ndarray) -> np.ndarray:
-    """Mean over rows of (b - a) / max(a, b), (P,).
+    """Return the mean over rows of (b - a) / max(a, b), (P,).
 
-    a: a row's mean distance to the others of its group, b: the least to another group. 0 for a row
-    alone in its group.
+    a is a row's mean distance to the other rows of its group, b the smallest mean distance to
+    another group. A row that is alone in its group counts as 0.
     """
     rows = distance_PRR.shape[1]
     member_PRG = (label_PR[:, :, None] == np.arange(rows)).astype(np.float64)
@@ -102,9 +103,10 @@ def silhouette(distance_PRR: np.ndarray, label_PR: np.ndarray) -> np.ndarray:
 
 
 def balanced(x_PRE: np.ndarray, shown_RE: np.ndarray) -> np.ndarray:
-    """Rows and columns scaled to equal power in what is shown (Sinkhorn's iteration on squares).
+    """Scale rows and columns to equal power over the shown entries (Sinkhorn on squares).
 
-    A head that gives or takes more than others makes all rows alike there, which is no cluster.
+    Without it, a head with larger weights than the others makes all rows similar there, although
+    this is no cluster.
     """
     shown, x_PRE = shown_RE.astype(np.float64), x_PRE.copy()
     for _ in range(_SWEEPS):
@@ -116,9 +118,9 @@ def balanced(x_PRE: np.ndarray, shown_RE: np.ndarray) -> np.ndarray:
 
 
 def shuffled(x_RE: np.ndarray, shown_RE: np.ndarray, count: int, rng: Any) -> np.ndarray:
-    """`count` copies (P, R, E), each row's shown entries in an order of its own.
+    """Return `count` copies (P, R, E) in which each row's shown entries are permuted independently.
 
-    Signs stay with their entries: with random ones, a matrix whose entries are mostly of one sign
+    Signs move with their entries: with random signs, a matrix whose entries mostly have one sign
     would count as clustered.
     """
     copies = np.tile(x_RE, (count, 1, 1))
@@ -131,9 +133,10 @@ def shuffled(x_RE: np.ndarray, shown_RE: np.ndarray, count: int, rng: Any) -> np
 def clusters(
     x_RE: np.ndarray, shown_RE: np.ndarray, signed: bool, shuffles: int, seed: int
 ) -> Clusters | None:
-    """Clusters of the rows of `x_RE`, looking only at the entries of `shown_RE`.
+    """Return the clusters of the rows of `x_RE`, using only the entries where `shown_RE` is true.
 
-    None where there are too few rows, or entries that two rows both show, or nothing but zeros.
+    Return None if there are fewer than `LEAST_ROWS` rows, if two rows share fewer than
+    `LEAST_SHARED` shown entries, or if all shown entries are 0.
     """
     x, rows = np.asarray(x_RE, np.float64), x_RE.shape[0]
     shared_RR = shown_RE.astype(int) @ shown_RE.T.astype(int)
@@ -142,7 +145,7 @@ def clusters(
     x, rng = balanced(x[None], shown_RE)[0], np.random.default_rng(seed)
 
     def score(copies_PRE: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        copies_PRE = balanced(copies_PRE, shown_RE)  # as what is looked at was
+        copies_PRE = balanced(copies_PRE, shown_RE)  # as `x` is
         return best_partition(1 - similarity(copies_PRE, shown_RE, signed))
 
     found_P, label_PR = score(x[None])

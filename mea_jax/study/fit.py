@@ -1,6 +1,7 @@
-"""Fits the laws of the learning rate to a study's rows: `python -m mea_jax.study fit --store DIR`.
+"""Fit the learning-rate laws to a study's rows: `python -m mea_jax.study fit --store DIR`.
 
-Prints a table of every fit, or of why there is none, and writes `fit.json` beside the rows.
+Prints a table of every kind of fit, with the reason where there is no fit, and writes `fit.json`
+next to the rows.
 """
 
 from pathlib import Path
@@ -18,8 +19,11 @@ Estimate = dict[str, float | None] | None
 
 
 def fit_store(folder: Path, baseline: str | None = None) -> tuple[list[Row], dict[str, Any]]:
-    """The rows of a store and all fits to them. Raises `UserError` where there is none, or none of
-    the variant `baseline`."""
+    """Return the rows of the store in `folder` and all fits to them.
+
+    Raise `UserError` if the store has no rows, or none of the variant `baseline`, or a row is
+    malformed.
+    """
     rows = Store(folder).rows()
     if not rows:
         raise UserError(f"{folder} has no rows: run python -m mea_jax.study run --out {folder}")
@@ -27,7 +31,7 @@ def fit_store(folder: Path, baseline: str | None = None) -> tuple[list[Row], dic
 
 
 def words(estimate: Estimate, form: str = ".3g") -> str:
-    """Such as "0.0021 (0.0019 to 0.0024)"; without an interval where there is none."""
+    """Format an estimate as "0.0021 (0.0019 to 0.0024)", as "0.0021" without interval, or "-"."""
     if estimate is None:
         return "-"
     value, low, high = (estimate[name] for name in ("value", "low", "high"))
@@ -38,6 +42,7 @@ def words(estimate: Estimate, form: str = ".3g") -> str:
 
 
 def markdown(headings: list[str], rows: list[list[str]]) -> str:
+    """Return a Markdown table."""
     lines = ["| " + " | ".join(headings) + " |", "|" + "---|" * len(headings)]
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 
@@ -56,7 +61,11 @@ def _gain_words(gain: dict[str, Any]) -> list[str]:
 
 
 def _in_tokens(found: list[dict[str, Any]]) -> list[list[str]]:
-    """A row for each law that holds; one for those of a variant that for one reason do not."""
+    """Return the table rows of the loss in tokens, sorted by variant and size.
+
+    Each law that fits has a row. Learning rates without a law share one if variant, size and reason
+    are the same.
+    """
     rows = []
     none: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for f in found:
@@ -76,7 +85,7 @@ def _in_tokens(found: list[dict[str, Any]]) -> list[list[str]]:
 
 
 def tables(fits: dict[str, Any]) -> list[tuple[str, str]]:
-    """Title and Markdown table of each kind of fit."""
+    """Return the title and the Markdown table of each kind of fit."""
     level = f"{fits['settings']['level']:.0%} intervals"
     optima = [
         [f["variant"], f["size"], f"{f['tokens']:,}", words(f["learning_rate"]),
@@ -125,6 +134,7 @@ def tables(fits: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def main() -> None:
+    """Run the command `fit` with its flags."""
     if not STORE.value:
         raise UserError("no store given: add --store runs/lr_study")
     folder = Path(STORE.value)
@@ -138,6 +148,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    STORE = flags.DEFINE_string("store", None, "folder of rows.jsonl")
-    BASELINE = flags.DEFINE_string("baseline", None, "variant to compare with; default mha")
+    STORE = flags.DEFINE_string("store", None, "directory that contains rows.jsonl")
+    BASELINE = flags.DEFINE_string("baseline", None, "variant to compare with (default: mha)")
     cli.run(main, "stopped")

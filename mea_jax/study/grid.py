@@ -1,7 +1,7 @@
-"""A grid of runs: variants x sizes x horizons, and in each cell learning rates x seeds.
+"""Define a grid of runs: variants x sizes x horizons, and in each cell learning rates x seeds.
 
-The runs of one cell have one shape and one schedule, and differ in the peak of the learning rate
-and the seed alone: they can train in one program (`mea_jax.study.vmapped`).
+The runs of one cell have one shape and one schedule. They differ only in the peak learning rate and
+the seed, so they can train in one program (`mea_jax.study.vmapped`).
 """
 
 import copy
@@ -24,7 +24,7 @@ Tree = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True, order=True)
 class Member:
-    """What tells a run from the others of its cell."""
+    """The seed and the peak learning rate, which distinguish a run from the others of its cell."""
 
     seed: int
     learning_rate: float
@@ -32,7 +32,7 @@ class Member:
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """The runs of one shape and horizon. `config` is that of any of them but for `Member`."""
+    """The runs of one shape and horizon; `config` is theirs except for the fields of `Member`."""
 
     variant: str
     size: str
@@ -47,18 +47,18 @@ class Cell:
         return f"{self.variant}, size {self.size}, {self.steps} steps"
 
     def parameters(self) -> int:
-        """N without embeddings, as laws over sizes count it."""
+        """Return N, the number of parameters without embeddings, as laws over sizes count it."""
         model = dataclasses.replace(self.config.model, backend="xla", dtype="float32")
         counted = flatten(abstract_params(model))
         outside = ("embedding", "position_embedding", "head")
         return sum(x.size for name, x in counted.items() if name not in outside)
 
     def tokens(self) -> int:
-        """D of each run."""
+        """Return D, the number of training tokens of each run."""
         return self.steps * self.config.batch_size * self.config.data.context_length
 
     def work(self) -> float:
-        """FLOPs of one of its runs."""
+        """Return the FLOPs of one run."""
         config, length = self.config, self.config.data.context_length
         return self.steps * flops.step_flops(config.model, length, config.batch_size * length)
 
@@ -68,10 +68,10 @@ class Grid:
     """All cells of a study.
 
     Attributes:
-      at_once: runs in one program, at most; 0: all of a cell.
-      spikes: margin (nats), steps and smoothing (steps) that define a spike.
-      identity: what rows depend on apart from their own axes: the base config, and what each
-        variant and size changes in it.
+      at_once: the largest number of runs in one program; 0 means all runs of a cell.
+      spikes: the margin (nats), steps and smoothing (steps) that define a spike.
+      identity: everything that rows depend on except the axes: the base config, the changes that
+        each variant and size makes to it, and the definition of a spike.
     """
 
     name: str
@@ -81,7 +81,7 @@ class Grid:
     identity: Tree
 
     def chunks(self) -> Iterator[tuple[Cell, tuple[Member, ...]]]:
-        """What trains in one program each."""
+        """Yield the runs of each program, as a cell and some of its members."""
         for cell in self.cells:
             count = self.at_once or len(cell.members)
             for first in range(0, len(cell.members), count):
@@ -89,17 +89,17 @@ class Grid:
 
 
 def default_study() -> config_dict.ConfigDict:
-    """An empty study around the default training config."""
+    """Return an empty study with the default training config as its base."""
     return config_dict.ConfigDict(
         {
             "name": "study",
             "base": default_config(),
-            "variants": {},  # name -> what it changes in the base
+            "variants": {},  # name -> changes to the base
             "sizes": {},
             "horizons": (),  # steps
             "learning_rates": (),
             "seeds": (0,),
-            "per_size": {},  # size -> axes of its own, such as {"seeds": (0,)}
+            "per_size": {},  # size -> its own axes, such as {"seeds": (0,)}
             "at_once": 0,
             "spikes": {"margin": 0.5, "steps": 20, "smoothing": 10},
         }
@@ -107,7 +107,7 @@ def default_study() -> config_dict.ConfigDict:
 
 
 def _changed(base: Tree, changes: Mapping[str, Any], where: str) -> Tree:
-    """`base` with nested `changes`. Raises `UserError` for a key that the base lacks."""
+    """Return a copy of `base` with nested `changes`; raise `UserError` for an unknown key."""
     result = copy.deepcopy(base)
     for name, value in flatten(dict(changes)).items():
         *path, last = name.split(".")
@@ -131,26 +131,26 @@ def _axis(tree: Tree, size: str, name: str, kind: type) -> tuple:
     for value in values:
         whole = isinstance(value, int) and not isinstance(value, bool)
         if not (whole or (kind is float and isinstance(value, float))):
-            raise UserError(f"{where} holds {value!r}: expected numbers of type {kind.__name__}")
+            raise UserError(f"{where} contains {value!r}: use numbers of type {kind.__name__}")
         found.append(kind(value))
     if len(set(found)) < len(found):
-        raise UserError(f"{where} names a value twice: {values}")
+        raise UserError(f"{where} contains a value twice: remove the duplicate in {values}")
     return tuple(found)
 
 
 def grid_of(config: config_dict.ConfigDict) -> Grid:
-    """A config file's study, validated. Raises `UserError`, which names the cell at fault."""
+    """Return the validated grid of a study config; raise `UserError` with the cell at fault."""
     tree = config.to_dict()
     for key in tree:
         if key not in _KEYS:
             raise UserError(f"unknown config key config.{key}: {nearest(key, _KEYS)}")
     for key in ("variants", "sizes"):
         if not tree[key]:
-            raise UserError(f"config.{key} is empty: a study needs at least one")
+            raise UserError(f"config.{key} is empty: add at least one entry")
     for size, axes in tree["per_size"].items():
         if size not in tree["sizes"] or any(name not in AXES for name in axes):
-            known = f"sizes are {', '.join(tree['sizes'])}, axes {', '.join(AXES)}"
-            raise UserError(f"config.per_size.{size}: {known}")
+            known = f"sizes {', '.join(tree['sizes'])} and axes {', '.join(AXES)}"
+            raise UserError(f"config.per_size.{size}: unknown size or axis: choose from {known}")
     base = tree["base"]
     cells = []
     for size, of_size in tree["sizes"].items():
@@ -182,7 +182,7 @@ def _cell(variant: str, size: str, tree: Tree, members: tuple[Member, ...]) -> C
             ) from error
     if config.start.checkpoint or config.mesh.tensor > 1 or config.mesh.sequence > 1:
         raise UserError(
-            f"cell {variant}, size {size}: runs of a study start anew and lie whole on a device: "
-            "leave base.start and base.mesh alone"
+            f"cell {variant}, size {size}: runs of a study start from initialisation and are not "
+            "sharded by tensor or sequence: remove the changes to base.start and base.mesh"
         )
     return Cell(variant, size, config, members)

@@ -1,6 +1,6 @@
-"""Pictures of what W_lc learned (`mea_jax.study.heads`), each as PNG and SVG.
+"""Draw the figures of `mea_jax.study.heads` about the learned mixing, each as PNG and SVG.
 
-They are grey: a pattern of line and a marker tell apart what colour otherwise would.
+The figures are grey: lines differ in shade, pattern and marker instead of colour.
 """
 
 import math
@@ -13,15 +13,17 @@ import numpy as np
 from mea_jax import cli
 
 Row = dict[str, Any]
-_COLUMNS = 6  # layers side by side
+_COLUMNS = 6  # most layers next to each other
 _NAMES = {"key": "keys", "value": "values"}
 _MARKERS = "osD^vPX*"
 
 
 def draw(rows: Sequence[Row], folder: Path, text: str) -> list[Path]:
-    """mixing, spectra and redundancy of the newest checkpoint; training, where there are several.
+    """Write all figures into `folder` and return their paths.
 
-    `text`: what heads were compared on. Raises `OSError` where one cannot be written.
+    They are mixing, spectra and (if heads were compared) redundancy of the newest checkpoint, and
+    training if there are several checkpoints. `text`, part of a title, describes the inputs on
+    which heads were compared. Raise `OSError` if a figure cannot be written.
     """
     plt = cli.pyplot()
     steps = sorted({row["step"] for row in rows})
@@ -55,7 +57,7 @@ def _sides(rows: Sequence[Row]) -> list[str]:
 
 
 def _hinton(axis: Any, mix_CK: np.ndarray) -> None:
-    """Squares whose area is a weight's size: black above zero, white below (a Hinton diagram)."""
+    """Draw a Hinton diagram: a square's area is a weight's magnitude, black if positive."""
     plt = cli.pyplot()
     components, composites = mix_CK.shape
     largest = np.abs(mix_CK).max() or 1.0
@@ -78,7 +80,7 @@ def _hinton(axis: Any, mix_CK: np.ndarray) -> None:
 
 
 def _mixing(rows: Sequence[Row]) -> Any:
-    """The mixing of every layer, keys above values."""
+    """Draw the mixing of every layer, keys above values."""
     plt = cli.pyplot()
     sides = _sides(rows)
     layers = max(len(_of(rows, which)) for which in sides)
@@ -108,7 +110,9 @@ def _mixing(rows: Sequence[Row]) -> Any:
     signed = all(row["kind"] == "heads" for row in rows)
     figure.supxlabel("composite head (what attention reads)", fontsize=9)
     figure.supylabel("component head (what is cached)", fontsize=9)
-    colours = "black: positive, white: negative" if signed else "frequency and dense: size alone"
+    colours = (
+        "black: positive, white: negative" if signed else "frequency and dense: magnitude alone"
+    )
     title = f"Mixing of heads at step {rows[0]['step']}"
     area = "area: size of the weight, against the largest of its panel"
     figure.suptitle(f"{title}\n{area}; {colours}", fontsize=10)
@@ -116,12 +120,12 @@ def _mixing(rows: Sequence[Row]) -> Any:
 
 
 def _start(row: Row) -> float:
-    """The singular values of block identity, all alike where C divides K."""
+    """Return the singular value of block identity; all are equal if C divides K."""
     return math.sqrt(row["composites"] / row["components"])
 
 
 def _shade(number: int, count: int) -> str:
-    """From light grey for the first to black for the last."""
+    """Return the grey of layer `number` of `count`: light for the first, black for the last."""
     return str(0.7 * (1 - number / max(count - 1, 1)))
 
 
@@ -138,7 +142,7 @@ def _panels(sides: Sequence[str], lines: int = 1, height: float = 3.6) -> tuple[
 
 
 def _line(number: int, count: int) -> dict[str, Any]:
-    """How one of `count` layers is drawn."""
+    """Return the line options of layer `number` of `count`."""
     return {
         "color": _shade(number, count),
         "marker": _MARKERS[number % len(_MARKERS)],
@@ -148,7 +152,7 @@ def _line(number: int, count: int) -> dict[str, Any]:
 
 
 def _spectra(rows: Sequence[Row]) -> Any:
-    """Singular values of every layer's mixing."""
+    """Draw the singular values of every layer's mixing."""
     sides = _sides(rows)
     figure, axes = _panels(sides)
     for axis, which in zip(axes[0], sides, strict=True):
@@ -156,11 +160,11 @@ def _spectra(rows: Sequence[Row]) -> Any:
         for number, row in enumerate(found):
             values = np.asarray(row["singular_values"], np.float64)
             style = _line(number, len(found))
-            if len(values) > 40:  # of a dense mixing: a value for each feature
+            if len(values) > 40:  # a dense mixing has a value for each feature
                 style["marker"] = None
             axis.plot(np.arange(1, len(values) + 1), values, label=f"{row['layer']}", **style)
         axis.axhline(_start(found[0]), color="black", linestyle=":", linewidth=1)
-        axis.set(title=f"mixing of {_NAMES[which]}", xlabel="number of the singular value")
+        axis.set(title=f"mixing of {_NAMES[which]}", xlabel="index of the singular value")
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("singular value")
     axes[0][0].set_ylim(bottom=0)
@@ -174,7 +178,7 @@ def _spectra(rows: Sequence[Row]) -> Any:
 
 
 def _redundancy(rows: Sequence[Row], text: str) -> Any:
-    """How alike two heads are before and after mixing, over layers."""
+    """Draw the mean similarity of two heads before and after mixing, over layers."""
     sides = [which for which in _sides(rows) if all(r["after"] for r in _of(rows, which))]
     figure, axes = _panels(sides)
     styles = {
@@ -191,15 +195,15 @@ def _redundancy(rows: Sequence[Row], text: str) -> Any:
         axis.set(title=_NAMES[which], xlabel="layer", ylim=(0, 1))
         axis.set_xticks(layers if len(layers) <= 16 else layers[::4])
         axis.grid(alpha=0.3)
-    axes[0][0].set_ylabel("mean CKA of two heads (1: alike)")
+    axes[0][0].set_ylabel("mean CKA of two heads (1: the same)")
     axes[0][-1].legend(fontsize=8, frameon=False)
-    figure.suptitle(f"How alike heads are at step {rows[0]['step']}, {text}", fontsize=10)
+    figure.suptitle(f"Similarity of heads at step {rows[0]['step']}, {text}", fontsize=10)
     return figure
 
 
 def _training(rows: Sequence[Row]) -> Any:
-    """Over training, a line for each layer: distance, weights from other heads, rank, likeness."""
-    # What it is at step 0, where that is known, and the top of its axis, where it has one.
+    """Draw distance, weights from other heads, rank and CKA over training, a line per layer."""
+    # Label, value of a row, value at step 0 if it is known, and top of the axis if it is fixed.
     Measure = tuple[str, Callable[[Row], float | None], float | None, float | None]
     measured: list[Measure] = [
         ("distance from\nblock identity", lambda row: row["distance"], 0.0, None),
@@ -237,5 +241,5 @@ def _training(rows: Sequence[Row]) -> Any:
 
 
 def _most(rows: Sequence[Row]) -> float:
-    """The largest rank a mixing can have, and a little more."""
+    """Return 1.05 times the largest rank that a mixing can have."""
     return 1.05 * max(min(row["components"], row["composites"]) for row in rows)

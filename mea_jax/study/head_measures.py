@@ -1,16 +1,17 @@
-"""What can be said of a mixing and of the heads it makes: pure functions of arrays, on the host.
+"""Compute measures of a mixing and of its heads: pure functions of arrays, on the host.
 
-A mixing is (C, K) of kind "heads", complex (C, K, F) of kind "frequency", (C, H, K, H) of kind
-"dense" (ops/hlc.py). What a measure means depends on what is only a convention in a trained model:
+The shape of a mixing is (C, K) for the kind "heads", complex (C, K, F) for "frequency" and
+(C, H, K, H) for "dense" (ops/hlc.py). A trained model has gauge freedom, so each measure is chosen
+for what it should not depend on:
 
-- For any invertible R (C, C), components R^-1 and mixing R M are the same function. So distance and
-  singular values of M are facts about training, which starts at block identity, and not about the
-  function; `composite_values` is blind to R.
-- A head's basis is a convention: a rotation of a value head is taken by W_O, a complex number for
-  each frequency of a key head by W_q. So heads are compared by linear CKA, blind to rotations of
-  each head, and by canonical correlations, blind to any invertible map of each.
+- For any invertible R (C, C), multiplying the components by R^-1 and the mixing M by R leaves the
+  function unchanged. So distance and singular values of M describe training, which starts at block
+  identity, and not the function. `composite_values` does not depend on R.
+- The basis of a head is arbitrary: W_O absorbs a rotation of a value head, W_q a complex factor for
+  each frequency of a key head. So heads are compared by linear CKA, which is invariant to rotations
+  of each head, and by canonical correlations, which are invariant to any invertible map of each.
 
-Letters as in ops/attention.py, F = H/2 rotary frequencies; float64.
+Letters are those of ops/attention.py, with F = H/2 rotary frequencies. Arrays are float64.
 """
 
 import numpy as np
@@ -18,25 +19,27 @@ import numpy as np
 from mea_jax.compress.moments import by_head, complex_blocks, ridged, root
 from mea_jax.ops import hlc
 
-_RIDGE = 1e-6  # of a head's mean variance: directions which the text lacks correlate with nothing
+# Relative to a head's mean variance, so that directions absent from the text have correlation 0.
+_RIDGE = 1e-6
 
 
 def as_mixing(kind: str, parameter: np.ndarray) -> np.ndarray:
-    """A mixing's parameter as the arrays above: (C, K, F, 2) becomes complex."""
+    """Return a mixing's parameter in the shapes above: (C, K, F, 2) becomes complex (C, K, F)."""
     mix = np.asarray(parameter, np.float64)
     return mix[..., 0] + 1j * mix[..., 1] if kind == "frequency" else mix
 
 
 def starting(kind: str, components: int, composites: int, head_dim: int) -> np.ndarray:
-    """Block identity, where training begins unless `hlc_init` says otherwise."""
+    """Return block identity, where training begins unless `hlc_init` changes it."""
     return as_mixing(kind, np.asarray(hlc.initial(kind, components, composites, head_dim)))
 
 
 def by_pair(kind: str, mix: np.ndarray) -> np.ndarray:
-    """One number for each component and composite head (C, K), alike for W_lc in all kinds.
+    """Reduce a mixing to one number for each component and composite head, (C, K).
 
-    W_lc itself; of the others the root mean square over frequencies, or the Frobenius norm of the
-    map over sqrt(H), which no rotation of either head changes.
+    It is W_lc itself for "heads", the root mean square over frequencies for "frequency", and the
+    Frobenius norm of the map divided by sqrt(H) for "dense". No rotation of either head changes the
+    last two. A W_lc gives the same number in every kind, except for its sign.
     """
     if kind == "heads":
         return mix
@@ -46,29 +49,35 @@ def by_pair(kind: str, mix: np.ndarray) -> np.ndarray:
 
 
 def distance(mix: np.ndarray, start: np.ndarray) -> float:
-    """Frobenius norm of what training changed, over that of the start."""
+    """Return the Frobenius norm of `mix - start`, relative to the norm of `start`."""
     return float(np.linalg.norm(mix - start) / np.linalg.norm(start))
 
 
 def own_weight(kind: str, mix: np.ndarray) -> float:
-    """Mean over the entries where block identity is 1: only a scale, which neighbouring weights
-    could take as well."""
+    """Return the mean weight over the entries where block identity is 1.
+
+    It is only a scale, which neighbouring weights could absorb as well.
+    """
     pair_CK = by_pair(kind, mix)
     return float(pair_CK[np.asarray(hlc.block_identity(*pair_CK.shape)) > 0].mean())
 
 
 def from_others(kind: str, mix: np.ndarray) -> float:
-    """Share of the squared weights that lies outside block identity: what heads take from
-    components that are not their own. 0 at the start, 1 - 1/C where all weigh the same."""
+    """Return the share of the squared weights outside block identity.
+
+    These are the weights of components that are not a head's own. The share is 0 at the start, and
+    1 - 1/C if all weights are equal.
+    """
     power_CK = np.square(by_pair(kind, mix))
     own_CK = np.asarray(hlc.block_identity(*power_CK.shape)) > 0
     return float(1 - power_CK[own_CK].sum() / power_CK.sum())
 
 
 def head_level(kind: str, mix: np.ndarray) -> float:
-    """Share of the squared weights that the nearest W_lc explains: 1 for what mixes whole heads.
+    """Return the share of the squared weights that the nearest W_lc explains.
 
-    The nearest W_lc: the mean real part over frequencies, or of the map's diagonal over features.
+    It is 1 for a mixing of entire heads. The nearest W_lc is the mean real part over frequencies,
+    or the mean of the map's diagonal over features.
     """
     total = np.square(np.abs(mix)).sum()
     if kind == "heads":
@@ -81,9 +90,10 @@ def head_level(kind: str, mix: np.ndarray) -> float:
 
 
 def effective_rank(values: np.ndarray) -> np.ndarray:
-    """exp of the entropy of singular values (.., n) as shares of their sum (Roy & Vetterli, 2007).
+    """Return the effective rank (..) of singular values (.., n) (Roy & Vetterli, 2007).
 
-    n where all are equal, 1 where there is one.
+    It is exp of the entropy of the values as shares of their sum: n if all are equal, 1 if only one
+    is not 0.
     """
     total = np.maximum(values.sum(axis=-1, keepdims=True), np.finfo(np.float64).tiny)
     share = values / total
@@ -92,8 +102,11 @@ def effective_rank(values: np.ndarray) -> np.ndarray:
 
 
 def singular_values(kind: str, mix: np.ndarray) -> np.ndarray:
-    """Descending: (n,) of W_lc, (F, n) of a frequency mixing, (n H,) of a dense one as the matrix
-    (C H, K H); n = min(C, K)."""
+    """Return the singular values of a mixing, descending, with n = min(C, K).
+
+    The shape is (n,) for "heads", (F, n) for "frequency", and (n H,) for "dense", which is
+    decomposed as a matrix (C H, K H).
+    """
     if kind == "frequency":
         return np.linalg.svd(np.moveaxis(mix, -1, 0), compute_uv=False)
     if kind == "dense":
@@ -103,11 +116,13 @@ def singular_values(kind: str, mix: np.ndarray) -> np.ndarray:
 
 
 def composite_values(kind: str, covariance: np.ndarray, heads: int) -> np.ndarray:
-    """The singular values of the composite heads themselves, shaped as `singular_values`'.
+    """Return the singular values of the composite heads, descending.
 
-    `covariance` (K H, K H) is theirs over the text, or their weights' alone. With components of
-    Gram matrix G these are the singular values of G^1/2 M: G^1/2 absorbs any R. A head's
-    power (for frequency mixing: its power at each frequency) is a convention too and set to 1.
+    `covariance` (K H, K H) is that of the composite heads over text, or of their weights alone. The
+    shape of the result is (K,) for "heads", (F, K) for "frequency", (K H,) for "dense". If the
+    components have the Gram matrix G, these are the singular values of G^1/2 M, and G^1/2 absorbs
+    any R. A head's power (for frequency mixing: its power at each frequency) is arbitrary too, and
+    is set to 1.
     """
     if kind == "frequency":
         gram = complex_blocks(covariance, heads)  # (F, K, K)
@@ -125,22 +140,22 @@ def composite_values(kind: str, covariance: np.ndarray, heads: int) -> np.ndarra
 
 
 def rank_in_heads(kind: str, values: np.ndarray, head_dim: int) -> float:
-    """The effective rank of singular values, in heads: mean over frequencies, or over H."""
+    """Return the effective rank in heads: the mean over frequencies, or divided by H if dense."""
     rank = effective_rank(values)
     return float(rank / head_dim if kind == "dense" else np.mean(rank))
 
 
 def covariance_of(kernel_DXH: np.ndarray, inputs_DD: np.ndarray) -> np.ndarray:
-    """Of heads with this projection, (X H, X H), for inputs of a covariance."""
+    """Return the covariance (X H, X H) of heads with a projection, from that of their inputs."""
     flat = np.asarray(kernel_DXH, np.float64).reshape(kernel_DXH.shape[0], -1)
     return flat.T @ inputs_DD @ flat
 
 
 def cka(covariance: np.ndarray, heads: int) -> np.ndarray:
-    """Linear centred kernel alignment of all pairs of heads, (X, X) in [0, 1].
+    """Return the linear centred kernel alignment of all pairs of heads, (X, X) in [0, 1].
 
-    |S_ab|^2 / (|S_aa| |S_bb|), Frobenius norms of blocks of the covariance (Kornblith et al., 2019,
-    arXiv 1905.00414). A rotation or a scale of either head changes nothing.
+    It is |S_ab|^2 / (|S_aa| |S_bb|) with Frobenius norms of blocks of the covariance (Kornblith et
+    al., 2019, arXiv 1905.00414). It is invariant to a rotation or a scale of either head.
     """
     blocks = by_head(covariance, heads)
     square_XX = np.einsum("ahbi,ahbi->ab", blocks, blocks)
@@ -149,10 +164,11 @@ def cka(covariance: np.ndarray, heads: int) -> np.ndarray:
 
 
 def canonical(covariance: np.ndarray, heads: int) -> np.ndarray:
-    """Mean squared canonical correlation of all pairs of heads, (X, X) in [0, 1]: the share of a
-    whitened head that the other predicts. No invertible map of either head changes it.
+    """Return the mean squared canonical correlation of all pairs of heads, (X, X) in [0, 1].
 
-    The canonical correlations are the cosines of the principal angles between both heads' spans.
+    It is the share of a whitened head that the other head predicts, and is invariant to any
+    invertible map of either head. Canonical correlations are the cosines of the principal angles
+    between the spans of both heads.
     """
     blocks = by_head(covariance, heads)  # (X, H, X, H)
     own = np.stack([blocks[a, :, a] for a in range(heads)])
@@ -162,7 +178,7 @@ def canonical(covariance: np.ndarray, heads: int) -> np.ndarray:
 
 
 def off_diagonal(square_XX: np.ndarray) -> float:
-    """Mean over pairs of different heads; nan where there is one head."""
+    """Return the mean over pairs of different heads; nan if there is one head."""
     count = square_XX.shape[0]
     if count < 2:
         return float("nan")
@@ -170,14 +186,16 @@ def off_diagonal(square_XX: np.ndarray) -> float:
 
 
 def effective_heads(cka_XX: np.ndarray) -> float:
-    """exp of the entropy of the eigenvalues of CKA over X (as Vendi, arXiv 2210.02410): from 1,
-    all heads alike, to X, none like another."""
+    """Return exp of the entropy of the eigenvalues of CKA / X (the Vendi score, arXiv 2210.02410).
+
+    It ranges from 1, if all heads are the same, to X, if no two heads are similar.
+    """
     values = np.maximum(np.linalg.eigvalsh(cka_XX), 0.0)
     return float(effective_rank(values))
 
 
 def redundancy(covariance: np.ndarray, heads: int) -> dict[str, float]:
-    """How alike heads are: mean `cka` and `canonical` of pairs, `effective_heads`."""
+    """Return the similarity of heads: mean `cka` and `canonical` of pairs, `effective_heads`."""
     alike_XX = cka(covariance, heads)
     return {
         "cka": off_diagonal(alike_XX),
@@ -187,9 +205,10 @@ def redundancy(covariance: np.ndarray, heads: int) -> dict[str, float]:
 
 
 def chance(inputs_DD: np.ndarray, heads: int, head_dim: int, seed: int) -> dict[str, float]:
-    """`redundancy` of heads with random projections of the same inputs.
+    """Return the `redundancy` of heads that are random projections of the same inputs.
 
-    Heads that read one residual of D features are never independent: this is what is due to it.
+    Heads that read one residual of D features are never independent. This is the part of their
+    similarity that the common input explains.
     """
     rng = np.random.default_rng(seed)
     random_DXH = rng.standard_normal((inputs_DD.shape[0], heads, head_dim))

@@ -1,4 +1,4 @@
-"""The table of `mea_jax.study.heads`."""
+"""Format the table of `mea_jax.study.heads`."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -7,17 +7,17 @@ import numpy as np
 
 Row = dict[str, Any]
 SIDES = ("rows", "columns")
-LEVEL = 0.01  # of a test that the summary counts
+LEVEL = 0.01  # the p-value below which the summary counts a test
 
 LEGEND = """\
 distance  |M - start| / |start|, Frobenius; start: block identity
 own       mean weight of a head's own component (1 at the start)
 others    share of squared weights on components that are not a head's own
 rank      effective rank (exp of entropy) of the mixing's singular values, in heads
-comp.     the same of the composite heads, each at unit power
-rows p    of clusters among rows (components), by shuffling; cols p: among columns (composites)
-CKA       mean likeness of two heads in [0, 1], before and after mixing, and of random projections
-heads     effective number of heads by CKA: 1 if all are alike"""
+comp.     the same for the composite heads, each scaled to unit power
+rows p    p-value of clusters of rows (components), by shuffling; cols p: of columns (composites)
+CKA       mean similarity of two heads in [0, 1]: before mixing, after it, of random projections
+heads     effective number of heads by CKA: 1 if all are the same"""
 
 
 def _number(value: float | None, form: str) -> str:
@@ -53,7 +53,7 @@ _COLUMNS: tuple[tuple[str, str, Callable[[Row], str]], ...] = (
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Of the rows of one checkpoint."""
+    """Return the text table of the rows of one checkpoint."""
     lines = [[above for above, _, _ in _COLUMNS], [name for _, name, _ in _COLUMNS]]
     lines += [[cell(row) for _, _, cell in _COLUMNS] for row in rows]
     widths = [max(len(line[i]) for line in lines) for i in range(len(_COLUMNS))]
@@ -64,12 +64,12 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """A line about the clusters of one checkpoint."""
+    """Return one line that counts the significant cluster tests of one checkpoint."""
     found = [row[side]["p"] for row in rows for side in SIDES if row[side]]
     if not found:
-        return "no clusters were looked for: too few heads, or no weight outside the start changed"
+        return "no cluster tests: too few heads, or no weight outside block identity changed"
     few = sum(p < LEVEL for p in found)
     return (
         f"clusters: {few} of {len(found)} tests at p < {LEVEL} ({LEVEL * len(found):.2g} expected "
-        f"by chance), least p {min(found):.3f}"
+        f"by chance), smallest p {min(found):.3f}"
     )

@@ -1,12 +1,13 @@
-"""What head-level linear composition learned: W_lc of a trained model, layer by layer.
+"""Analyse the learned head-level linear composition, W_lc, of a trained model, layer by layer.
 
     python -m mea_jax.study.heads --checkpoint runs/quickstart --out runs/quickstart/heads
 
-Of every checkpoint that a run keeps: how far the mixing of keys and of values is from block
-identity, its singular values, whether its rows or columns fall into clusters (against chance), and
-how alike the heads are before and after mixing over held-out text. Prints a table of the newest,
-writes `heads.json` (all of it; head_measures.py and clusters.py say what each number is) and
-figures. One step, `runs/quickstart/checkpoints/500`, is looked at alone.
+For every checkpoint of a run, and for its keys and values, it measures the distance of the mixing
+from block identity, its singular values, whether its rows or columns form clusters (against
+chance), and the similarity of heads before and after mixing, over held-out text. It prints a table
+of the newest checkpoint, and writes figures and `heads.json` with all numbers, which
+head_measures.py and clusters.py define. Pass `runs/quickstart/checkpoints/500` to analyse only one
+step.
 """
 
 import dataclasses
@@ -47,7 +48,7 @@ Say = Callable[[str], Any]
 
 @dataclasses.dataclass(frozen=True)
 class AnalysisOptions:
-    """See the flags of the command."""
+    """The options of an analysis; the command's flags describe them."""
 
     held_out_tokens: int = 32_768
     shuffles: int = 999
@@ -55,20 +56,23 @@ class AnalysisOptions:
 
 
 def mixed(model: ModelConfig, path: Path) -> tuple[str, ...]:
-    """Which of "key" and "value" heads the model mixes. Raises `UserError` where it is neither."""
+    """Return which of "key" and "value" heads are mixed; raise `UserError` if neither is."""
     found = tuple(which for which in ("key", "value") if model.mixes(which))
     if not found:
         what = "plain attention (hlc='none')" if model.variant == "mea" else repr(model.variant)
         raise UserError(
-            f"--checkpoint {path} has no mixing of heads: it is {what}, and has no W_lc to look "
-            "at; give a model trained with config.model.hlc='kv'"
+            f"--checkpoint={path} has no mixing of heads (W_lc), it is {what}: choose a model "
+            "trained with config.model.hlc='kv'"
         )
     return found
 
 
 def steps_of(path: Path, say: Say) -> list[Path]:
-    """The checkpoints to look at, the oldest first: all good ones of a run directory, or the one
-    step that `path` is. Raises `UserError`."""
+    """Return the checkpoints to analyse, oldest first.
+
+    They are all undamaged ones if `path` is a run directory, and `path` if it is a single step.
+    Raise `UserError` if there is none, or if the model mixes no heads.
+    """
     run, step = find_checkpoint(path)
     newest = open_trained(path, say)
     mixed(newest.config.model, path)
@@ -76,32 +80,32 @@ def steps_of(path: Path, say: Say) -> list[Path]:
     for older in [] if step is not None else newest.checkpoints.steps():
         if older < newest.step:
             if problem := newest.checkpoints.damage(older):
-                say(f"the checkpoint of step {older} is damaged: {problem}: left out")
+                say(f"the checkpoint of step {older} is damaged: {problem}: skipping it")
             else:
                 folders.append(run / "checkpoints" / str(older))
     return [*folders, run / "checkpoints" / str(newest.step)]
 
 
 def begun_elsewhere(source: StoredModel) -> str | None:
-    """Why the mixing did not begin at block identity; None where it did."""
+    """Return why the mixing did not begin at block identity; None if it did."""
     if (source.run / "compression.json").exists():
-        return "a compression made its mixing"
+        return "it was computed by a compression"
     if start := source.config.start.checkpoint:
-        return f"it was trained on from {start}"
+        return f"its training started from {start}"
     return None
 
 
 def composites_are_linear(model: ModelConfig, which: str) -> bool:
-    """Whether composite heads are one projection of the layer's input.
+    """Return whether composite heads are linear projections of the layer's input.
 
-    Keys that are normed before they are mixed are not.
+    Keys that are normalised before they are mixed are not.
     """
     return not (which == "key" and model.qk_norm and model.hlc_order == "after")
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _input_sums(epsilon: float, scale_D, x_BTD, batch):
-    """Sums over tokens of x x^T and x, x the input of an attention, and the number of tokens."""
+    """Sum x x^T and x, with x the input of an attention, over tokens; also count the tokens."""
     weight_BT1 = (batch["segment_ids"] > 0).astype(jnp.float32)[..., None]
     normed_BTD = rms_norm(x_BTD, scale_D, epsilon).astype(jnp.float32) * weight_BT1
     flat = normed_BTD.reshape(-1, normed_BTD.shape[-1])
@@ -110,9 +114,10 @@ def _input_sums(epsilon: float, scale_D, x_BTD, batch):
 
 
 def input_covariance(stream: Stream, spec: LayerSpec, layer: Tree) -> np.ndarray:
-    """Of what the next layer's attention reads, (D, D), float64.
+    """Return the covariance of the attention inputs of the stream's next layer, (D, D), float64.
 
-    Keys and values, mixed or not, are projections of it, so it is all that is needed of the text.
+    Keys and values, mixed or not, are projections of these inputs, so no other statistic of the
+    text is needed.
     """
     scale_D = stream.place(layer["attention_norm"]["scale"])
     width = spec.model.d_model
@@ -130,9 +135,10 @@ def input_covariance(stream: Stream, spec: LayerSpec, layer: Tree) -> np.ndarray
 def tests(
     kind: str, mix: np.ndarray, start: np.ndarray | None, asked: AnalysisOptions
 ) -> dict[str, dict[str, Any] | None]:
-    """Clusters of what training changed, outside block identity, whose own pattern is not learned.
+    """Test the rows and the columns of a mixing for clusters; None where no test is possible.
 
-    Of a mixing that did not begin there: of all of it.
+    The test uses `mix - start` outside the entries of block identity, whose pattern is not learned.
+    It uses the entire mixing if `start` is None: the mixing did not begin at block identity.
     """
     x_CK = measures.by_pair(kind, mix if start is None else mix - start)
     shown_CK = np.ones(x_CK.shape, bool)
@@ -155,7 +161,16 @@ def analyse_layer(
     began: bool,
     asked: AnalysisOptions,
 ) -> Row:
-    """All measures of one layer's keys or values. `began`: whether at block identity."""
+    """Compute all measures of one layer's keys or values.
+
+    Args:
+      model: the resolved config of the model.
+      which: "key" or "value".
+      attention: the parameters of the layer's attention.
+      inputs_DD: the covariance of the attention's inputs.
+      began: whether the mixing began at block identity.
+      asked: the options of the analysis.
+    """
     kind, kernel_DCH = model.mixing_kind(which), np.asarray(attention[which])
     mix = measures.as_mixing(kind, attention[f"{which}_mixing"])
     c, k, h = kernel_DCH.shape[1], model.n_kv_heads, model.head_dim
@@ -175,7 +190,7 @@ def analyse_layer(
         "effective_rank": measures.rank_in_heads(kind, values, h),
         **tests(kind, mix, start, asked),
     }
-    # Not `hlc.composite_heads`: components are measured times a key norm's weight, as these are.
+    # `hlc.composite_heads` would divide out a key norm's weight, which the components include.
     parameter = jnp.asarray(attention[f"{which}_mixing"])
     folded_DKH = np.asarray(hlc.fold(kind, jnp.asarray(kernel_DCH), parameter))
     if not composites_are_linear(model, which):
@@ -192,7 +207,7 @@ def analyse_layer(
 
 
 class RunAnalysis:
-    """The checkpoints of a run, looked at on one choice of text."""
+    """The analysis of a run's checkpoints, all on the same text."""
 
     def __init__(self, folders: list[Path], scratch: Path, asked: AnalysisOptions, say: Say):
         self.sources = [StoredModel(folder, say) for folder in folders]
@@ -209,7 +224,10 @@ class RunAnalysis:
         self.tokens = 0
 
     def layers(self, source: StoredModel) -> Iterator[tuple[int, Tree, np.ndarray]]:
-        """Each layer: its parameters, and the covariance of its attention's inputs."""
+        """Yield each layer's index, its parameters and the covariance of its attention inputs.
+
+        Without text, the inputs are assumed to be white before the scale of the attention norm.
+        """
         stream = self.texts.held_out(self.scratch) if self.texts is not None else None
         if stream is not None:
             stream.embed(self.model, source.top())
@@ -225,14 +243,17 @@ class RunAnalysis:
                 stream.advance(spec, tree)
 
     def at(self, source: StoredModel) -> Iterator[Row]:
-        """A row for each layer's keys and values at one checkpoint."""
+        """Yield a row for each layer's keys and values at one checkpoint.
+
+        Raise `UserError` if heads have values that are not finite, or a mixing of zeros.
+        """
         for index, tree, inputs_DD in self.layers(source):
             for which in self.which:
                 numbers = (tree["attention"][which], tree["attention"][f"{which}_mixing"])
                 if not all(np.isfinite(x).all() for x in numbers) or not numbers[1].any():
                     raise UserError(
-                        f"{source.folder}: the {which} heads of layer {index} hold numbers that "
-                        "are not finite, or a mixing of zeros; take an earlier step"
+                        f"{source.folder}: the {which} heads of layer {index} have values that "
+                        "are not finite, or a mixing of zeros: choose an earlier step"
                     )
                 row = analyse_layer(
                     self.model,
@@ -245,29 +266,29 @@ class RunAnalysis:
                 yield {"step": source.step, "layer": index} | row
 
     def rows(self) -> list[Row]:
-        """Of all checkpoints, as JSON takes them."""
-        sources = progress(self.sources, "looking, checkpoints")
+        """Return the rows of all checkpoints as JSON values."""
+        sources = progress(self.sources, "analysing checkpoints")
         return [plain(row) for source in sources for row in self.at(source)]
 
     def notes(self) -> list[str]:
-        """What cannot be said of this model, and what a reader could take wrongly."""
+        """Return notes on measures that this model lacks or that are easy to misread."""
         said = []
         if self.elsewhere is not None:
             said.append(
                 f"no distance: the mixing did not begin at block identity ({self.elsewhere}); "
-                "clusters are those of the whole mixing"
+                "clusters are those of the entire mixing"
             )
         if "key" in self.which and not composites_are_linear(self.model, "key"):
             said.append(
-                "nothing of key heads before and after mixing: they are normed before they are "
-                "mixed (hlc_order='after'), and are no projection of the layer's input"
+                "key heads are not compared: they are normalised before they are mixed "
+                "(hlc_order='after'), so they are not projections of the layer's input"
             )
         elif "key" in self.which and self.model.qk_norm:
             said.append("key heads are compared before their norm")
         if any(self.model.mixing_kind(which) != "heads" for which in self.which):
             said.append(
-                "frequency and dense mixing: clusters and pictures are of each pair's size alone; "
-                "ranks are means over frequencies, or ranks of the features' map over H"
+                "frequency and dense mixing: clusters and figures use only each pair's magnitude; "
+                "ranks are means over frequencies, or ranks of the map of features divided by H"
             )
         if self.texts is None:
             said.append("no text: heads are compared by their weights, as if inputs were white")
@@ -275,7 +296,7 @@ class RunAnalysis:
 
 
 def plain(value: Any) -> Any:
-    """Arrays as lists, numbers to six digits."""
+    """Return `value` with arrays as lists and floats rounded to six significant digits."""
     if isinstance(value, dict):
         return {name: plain(item) for name, item in value.items()}
     if isinstance(value, list | tuple | np.ndarray):
@@ -284,9 +305,10 @@ def plain(value: Any) -> Any:
 
 
 def study(checkpoint: Path, out: Path, asked: AnalysisOptions, say: Say) -> dict[str, Any]:
-    """Analyses all checkpoints of a run; writes heads.json and figures into `out`; what it wrote.
+    """Analyse a run's checkpoints, or one step, and write heads.json and figures into `out`.
 
-    Raises `UserError`.
+    Return the content of heads.json. Raise `UserError` if there is no checkpoint with a mixing, if
+    its values are not finite, or if `out` cannot be written.
     """
     folders = steps_of(checkpoint, say)
     with disk_errors(out):
@@ -310,12 +332,13 @@ def study(checkpoint: Path, out: Path, asked: AnalysisOptions, say: Say) -> dict
 
 
 def text_of(report: dict[str, Any]) -> str:
-    """What heads were compared on."""
+    """Describe the inputs on which heads were compared."""
     tokens = report["held_out_tokens"]
     return f"over {tokens:,} tokens of held-out text" if tokens else "by their weights alone"
 
 
 def main() -> None:
+    """Run the command `heads` with its flags."""
     if CHECKPOINT.value is None:
         raise UserError("no model given: add --checkpoint runs/quickstart")
     if HELD_OUT.value < 0:
@@ -339,16 +362,16 @@ def main() -> None:
 
 if __name__ == "__main__":
     CHECKPOINT = flags.DEFINE_string("checkpoint", None, "run directory, or one of its steps")
-    OUT = flags.DEFINE_string("out", None, "folder for heads.json and figures; default RUN/heads")
+    OUT = flags.DEFINE_string("out", None, "output directory (default: RUN/heads)")
     HELD_OUT = flags.DEFINE_integer(
         "held_out_tokens",
         AnalysisOptions.held_out_tokens,
-        "looked at, at most; 0: the weights alone",
+        "maximum number of held-out tokens to compare heads on; 0 compares their weights alone",
     )
     SHUFFLES = flags.DEFINE_integer(
-        "shuffles", AnalysisOptions.shuffles, "of each test of clusters"
+        "shuffles", AnalysisOptions.shuffles, "number of shuffles per cluster test"
     )
     SEED = flags.DEFINE_integer(
-        "seed", AnalysisOptions.seed, "of shuffles and of random projections"
+        "seed", AnalysisOptions.seed, "seed of shuffles and random projections"
     )
     cli.run(main, "stopped")

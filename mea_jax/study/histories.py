@@ -1,4 +1,4 @@
-"""What becomes of each run of a sweep: its losses, its spikes, whether it diverged."""
+"""Record the history of each run of a sweep: its losses, its spikes, whether it diverged."""
 
 import dataclasses
 import math
@@ -12,10 +12,10 @@ Row = dict[str, Any]
 
 
 class History:
-    """One run's, fed step by step; `state` and `restored` carry it over a checkpoint.
+    """The history of one run, updated at each step; `state` and `restored` are for checkpoints.
 
-    A spike is the guards' (`mea_jax.train.guards`), on the mean of the last `smoothing` losses:
-    batches of small studies differ too much for single ones.
+    Spikes are defined in `mea_jax.train.guards` and are detected in the mean of the last
+    `smoothing` losses, because small batches make single losses too noisy.
     """
 
     def __init__(self, spikes: tuple[float, int, int]):
@@ -23,12 +23,12 @@ class History:
         self.detector = SpikeDetector(margin, steps)
         self.recent: deque[float] = deque(maxlen=smoothing)
         self.spikes: list[list[int]] = []  # [first step, step at which it had ended, or 0]
-        self.skipped = 0  # updates left out, whose gradient was not finite
-        self.stuck = 0  # of them those since the last that was not
+        self.skipped = 0  # skipped updates, whose gradient was not finite
+        self.stuck = 0  # skipped updates since the last one that was applied
         self.curve: list[list[float]] = []  # [tokens, held-out loss]
 
     def feed(self, step: int, loss: float, skipped: bool) -> None:
-        """A step's training loss, and whether its update was left out."""
+        """Add a step's training loss, and whether its update was skipped."""
         self.skipped += skipped
         self.stuck = self.stuck + 1 if skipped else 0
         self.recent.append(loss)
@@ -42,6 +42,7 @@ class History:
             self.spikes[-1][1] = step
 
     def state(self) -> Row:
+        """Return the history as JSON values, with None for losses that are not finite."""
         detector = self.detector
         lowest = detector.lowest if math.isfinite(detector.lowest) else None
         return {
@@ -53,6 +54,7 @@ class History:
         }
 
     def restored(self, state: Row) -> "History":
+        """Set the history to one returned by `state`, and return it."""
         lowest, self.detector.above, self.detector.first = state["detector"]
         self.detector.lowest = math.inf if lowest is None else lowest
         self.recent.extend(math.nan if x is None else x for x in state["recent"])
@@ -62,10 +64,10 @@ class History:
         return self
 
     def why_diverged(self, loss: float) -> str | None:
-        """Why a run with this last held-out loss counts as diverged; None if it does not."""
+        """Return why a run with this final held-out loss counts as diverged, or None."""
         if not math.isfinite(loss):
             return "the loss is not finite"
-        if self.stuck:  # its parameters stand still, at whatever loss
+        if self.stuck:  # its parameters no longer change, whatever the loss
             return f"the last {self.stuck} gradients were not finite"
         if self.spikes and not self.spikes[-1][1]:
             return f"the spike at step {self.spikes[-1][0]} has not ended"
@@ -75,7 +77,7 @@ class History:
 
 
 def row_of(cell: Cell, member: Member, history: History, loss: float, seconds: float) -> Row:
-    """A finished run as a row of the store."""
+    """Return a finished run's row for the store; `loss` is held out, in nats per token."""
     why = history.why_diverged(loss)
     return {
         "variant": cell.variant,

@@ -1,7 +1,7 @@
-"""A study's rows as a report: `python -m mea_jax.study report --store DIR --out DIR2`.
+"""Write a study's report: `python -m mea_jax.study report --store DIR --out DIR2`.
 
-Writes `report.md` with the tables of `study fit`, and its figures as PNG and SVG, readable without
-colour. A function of the rows alone, in well under a minute.
+Writes `report.md` with the tables of `study fit`, `fit.json`, and figures as PNG and SVG, which are
+readable without colour. The report depends on the rows alone and takes well under a minute.
 """
 
 import sys
@@ -24,7 +24,7 @@ Style = dict[str, Any]
 
 
 def styles(rows: Sequence[Row]) -> dict[str, Style]:
-    """A look for each variant, by marker and line first."""
+    """Return matplotlib line options for each variant; marker and line differ before colour."""
     names = sorted({row["variant"] for row in rows})
     return {
         name: {
@@ -37,13 +37,13 @@ def styles(rows: Sequence[Row]) -> dict[str, Style]:
 
 
 def cells(rows: Sequence[Row]) -> list[tuple[str, int]]:
-    """(size, steps), the smallest model first."""
+    """Return the (size, steps) of all rows, the smallest model first."""
     found = {(row["size"], row["steps"]): row.get("parameters", 0) for row in rows}
     return sorted(found, key=lambda cell: (found[cell], cell[1]))
 
 
 def _panels(rows: Sequence[Row], label: str) -> tuple[Any, list[tuple[Any, list[Row]]]]:
-    """A figure with an axis for each cell, and the rows of each."""
+    """Return a figure, and its axes with the rows of each: one axis per (size, steps)."""
     plt = cli.pyplot()
     found = cells(rows)
     figure, axes = plt.subplots(
@@ -62,12 +62,15 @@ def _panels(rows: Sequence[Row], label: str) -> tuple[Any, list[tuple[Any, list[
 
 
 def draw_rates(rows: Sequence[Row], fits: dict[str, Any]) -> Any:
-    """Loss against the peak of the learning rate: means, all seeds, and lost runs above."""
+    """Draw the loss against the peak learning rate: means, ranges over seeds, lost runs on top.
+
+    A run is lost if it diverged or did not learn.
+    """
     figure, panels = _panels(rows, "held-out loss, nats per token")
     good = [row["loss"] for row in rows if not row["diverged"]]
     top = max(np.quantile(good, 0.9), min(good) + 0.3) if good else 1.0
     look, low = styles(rows), min(good) - 0.03 if good else 0.0
-    strip = 0.04 * len(look) * (top - low)  # above the losses, for runs without one
+    strip = 0.04 * len(look) * (top - low)  # above the losses, for lost runs
     high = top + strip
     limits = {(f["size"], f["tokens"]): f["learned_below"] or np.inf for f in fits["stability"]}
 
@@ -105,7 +108,7 @@ def draw_rates(rows: Sequence[Row], fits: dict[str, Any]) -> Any:
 
 
 def draw_tokens(rows: Sequence[Row], fits: dict[str, Any]) -> Any:
-    """Held-out loss against tokens at each variant's own best peak, with its law."""
+    """Draw the held-out loss against tokens at each variant's own best peak, with its law."""
     figure, panels = _panels(rows, "held-out loss, nats per token")
     for axis, mine in panels:
         for name, style in styles(rows).items():
@@ -136,7 +139,7 @@ def draw_tokens(rows: Sequence[Row], fits: dict[str, Any]) -> Any:
 
 
 def draw_robustness(rows: Sequence[Row], fits: dict[str, Any]) -> Any:
-    """Learning-rate sensitivity of each variant, with its interval."""
+    """Draw the learning-rate sensitivity of each variant, with its interval."""
     plt = cli.pyplot()
     found = [f for f in fits["sensitivity"] if f["value"]]
     figure, axis = plt.subplots(figsize=(7, 0.4 * max(len(found), 3) + 1.4))
@@ -155,7 +158,7 @@ def draw_robustness(rows: Sequence[Row], fits: dict[str, Any]) -> Any:
 
 
 def draw_law(rows: Sequence[Row], fits: dict[str, Any]) -> Any:
-    """Best peak against size, variants side by side."""
+    """Draw the best peak against size, variants next to each other."""
     from matplotlib.ticker import NullLocator
 
     plt = cli.pyplot()
@@ -163,7 +166,7 @@ def draw_law(rows: Sequence[Row], fits: dict[str, Any]) -> Any:
     look = styles(rows)
     for number, (name, style) in enumerate(look.items()):
         found = [f for f in fits["optimum"] if f["variant"] == name and f["learning_rate"]]
-        beside = 1.04 ** (number - (len(look) - 1) / 2)  # sizes of a name differ by less
+        beside = 1.04 ** (number - (len(look) - 1) / 2)  # variants of one size differ by less
         xs = [f["parameters"] * beside for f in found]
         ys = [f["learning_rate"]["value"] for f in found]
         if xs:
@@ -199,7 +202,11 @@ FIGURES: dict[str, tuple[str, Callable[[Sequence[Row], dict[str, Any]], Any]]] =
 
 
 def report(store: Path, out: Path, baseline: str | None = None) -> str:
-    """Writes report.md, fit.json and the figures into `out`; the Markdown. Raises `UserError`."""
+    """Write report.md, fit.json and the figures into `out`; return the Markdown.
+
+    Raise `UserError` if the store has no rows, or none of `baseline`, or if `out` cannot be
+    written.
+    """
     plt = cli.pyplot()
     rows, fits = fit_store(store, baseline)
     with disk_errors(out):
@@ -208,7 +215,7 @@ def report(store: Path, out: Path, baseline: str | None = None) -> str:
     command = f"python -m mea_jax.study report --store {store} --out {out}"
     command += f" --baseline {baseline}" if baseline else ""
     text = f"# {store.name}\n\n{len(rows)} runs, {fits['runs']['diverged']} of them diverged. "
-    text += f"Everything below is made of `rows.jsonl` by `{command}`.\n"
+    text += f"Everything below is generated from `rows.jsonl` by `{command}`.\n"
     for name, (title, draw) in FIGURES.items():
         figure = draw(rows, fits)
         figure.tight_layout()
@@ -225,15 +232,16 @@ def report(store: Path, out: Path, baseline: str | None = None) -> str:
 
 
 def main() -> None:
+    """Run the command `report` with its flags."""
     if not STORE.value:
         raise UserError("no store given: add --store runs/lr_study")
     out = Path(OUT.value or STORE.value)
     report(Path(STORE.value), out, BASELINE.value)
-    print(f"{out / 'report.md'}, and {', '.join(FIGURES)} as .png and .svg", file=sys.stdout)
+    print(f"wrote {out / 'report.md'}, and {', '.join(FIGURES)} as .png and .svg", file=sys.stdout)
 
 
 if __name__ == "__main__":
-    STORE = flags.DEFINE_string("store", None, "folder of rows.jsonl")
-    OUT = flags.DEFINE_string("out", None, "folder of the report; default the store")
-    BASELINE = flags.DEFINE_string("baseline", None, "variant to compare with; default mha")
+    STORE = flags.DEFINE_string("store", None, "directory that contains rows.jsonl")
+    OUT = flags.DEFINE_string("out", None, "output directory (default: the store)")
+    BASELINE = flags.DEFINE_string("baseline", None, "variant to compare with (default: mha)")
     cli.run(main, "stopped")

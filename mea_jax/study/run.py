@@ -1,8 +1,9 @@
-"""Runs a grid: `python -m mea_jax.study run --config configs/lr_study.py`.
+"""Run a grid: `python -m mea_jax.study run --config configs/lr_study.py`.
 
-Each cell's runs train in one program (`sweep`). Rows of finished runs are in the store and not done
-again; what is unfinished goes on from its checkpoint. `--shard i/n` takes every n-th program, for
-as many machines; `--workers` starts as many processes on this one.
+The runs of a cell train in one program, or in several of at most `at_once` runs. Runs with a row in
+the store are finished and are not repeated; unfinished programs resume from their checkpoint.
+`--shard i/n` runs every n-th program, to divide a grid among n machines. `--workers` starts several
+processes on this machine.
 """
 
 import contextlib
@@ -39,24 +40,24 @@ from mea_jax.study.vmapped import Sweep
 from mea_jax.train.saving import SaveTimes
 
 Say = Callable[[str], Any]
-_EVERY = 15.0  # seconds between lines of progress
+_EVERY = 15.0  # seconds between progress lines
 
 
 class GridProgress:
-    """How much of the grid is done, and when the rest will be."""
+    """The progress of the grid in FLOPs, with the remaining time."""
 
     def __init__(self, whole: float, say: Say):
         self.whole, self.done, self.say = whole, 0.0, say
         self.began = self.told = time.monotonic()
 
     def tick(self, work: float, line: str) -> None:
-        """`work` more FLOPs are done; tells now and then."""
+        """Add `work` finished FLOPs; print `line` and the progress at most every `_EVERY` s."""
         self.done += work
         now = time.monotonic()
         if now - self.told >= _EVERY:
             self.told = now
             left = (now - self.began) * (self.whole - self.done) / max(self.done, 1.0)
-            self.say(f"{line}; grid {self.done / self.whole:.0%}, ETA {left / 60:.0f} min")
+            self.say(f"{line}; grid {self.done / self.whole:.0%} done, ETA {left / 60:.0f} min")
 
 
 class Chunk:
@@ -72,7 +73,11 @@ class Chunk:
         self.histories = [History(grid.spikes) for _ in members]
 
     def train(self, store: Store, watch: GridProgress, stop: StopRequest) -> None:
-        """From its newest checkpoint to the rows of all its runs."""
+        """Train from the newest checkpoint to the end and append a row for each run to `store`.
+
+        Raise `UserError` if the data has no held-out text, and `Preempted` after a checkpoint if
+        `stop` was requested.
+        """
         config = self.cell.config
         self.folder.mkdir(parents=True, exist_ok=True)
         prepared = prepare(config.data, config.model.vocab_size, log=lambda line: None)
@@ -92,7 +97,7 @@ class Chunk:
                 self.spent = float(position.guards["seconds"])
                 state = checkpoints.restore(start, self.sweep.abstract_state())
                 watch.done += start / config.steps * self.cell.work() * len(self.members)
-                self.say(f"{self.cell}: going on from step {start}")
+                self.say(f"{self.cell}: resuming from step {start}")
             else:
                 state, self.spent = self.sweep.create(), 0.0
                 self._note(0, self._losses(state, prepared, config.evaluate.batches))
@@ -142,7 +147,7 @@ class Chunk:
         return state
 
     def _take(self, step: int, metrics: Any, watch: GridProgress, work: float) -> None:
-        """The metrics of a step, to the histories."""
+        """Fetch the metrics of a step, add them to the histories and report progress."""
         found = jax.device_get(metrics)
         for history, loss, skipped in zip(
             self.histories, found["loss"], found["skipped"], strict=True
@@ -153,13 +158,15 @@ class Chunk:
         watch.tick(work, line)
 
     def _losses(self, state: Any, prepared: Prepared, batches: int | None) -> np.ndarray:
-        """Held-out nats per token of each run."""
+        """Return the held-out loss of each run, nats per token."""
         size, total = self.cell.config.batch_size, np.zeros((2, len(self.members)))
         for batch in held_out_batches(prepared, batch_size=size, max_batches=batches):
             sums = jax.device_get(self.sweep.evaluate(state.params, batch))
             total += np.stack([sums["nll"], sums["tokens"]])
         if not total[1].all():
-            raise UserError(f"cell {self.cell}: its data have no held-out text to measure on")
+            raise UserError(
+                f"cell {self.cell}: no held-out text: increase base.data.held_out_fraction"
+            )
         return total[0] / total[1]
 
     def _note(self, step: int, losses: np.ndarray) -> None:
@@ -169,7 +176,11 @@ class Chunk:
 
 
 def run(grid: Grid, out: Path, say: Say, stop: StopRequest, shard: tuple[int, int] = (0, 1)) -> int:
-    """Trains what the store in `out` lacks; how many runs that were. Raises `UserError`."""
+    """Train the runs of `shard` that the store in `out` lacks and return their number.
+
+    `shard` (i, n) selects the programs whose number is i modulo n. Raise `UserError` if the store
+    contains rows of another grid or malformed rows, or if the data of a cell is unusable.
+    """
     store = Store(out)
     store.claim(grid.identity)
     wanted = []
@@ -190,7 +201,7 @@ def run(grid: Grid, out: Path, say: Say, stop: StopRequest, shard: tuple[int, in
         began = time.monotonic()
         Chunk(grid, cell, members, out, say).train(store, watch, stop)
         say(f"{cell}: {len(members)} runs in {time.monotonic() - began:.0f} s")
-        jax.clear_caches()  # programs of a shape that does not come again
+        jax.clear_caches()  # no later program has the same shape
     return count
 
 
@@ -199,15 +210,15 @@ def _key(cell: Cell, member: Member) -> tuple:
 
 
 def parse_shard(text: str) -> tuple[int, int]:
-    """ "0/4" as (0, 4). Raises `UserError`."""
+    """Parse a shard such as "0/4" into (0, 4); raise `UserError` if it is malformed."""
     index, _, count = text.partition("/")
     if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
-        raise UserError(f"--shard {text}: expected i/n with 0 <= i < n, such as 0/4")
+        raise UserError(f"--shard={text} is not a shard: expected i/n with 0 <= i < n, such as 0/4")
     return int(index), int(count)
 
 
 def without(words: Sequence[str], names: Sequence[str]) -> list[str]:
-    """A command line without some flags, given as --name=value or as --name value."""
+    """Return a command line without the flags `names`, given as --name=value or --name value."""
     kept: list[str] = []
     skipping = False
     for word in words:
@@ -220,12 +231,16 @@ def without(words: Sequence[str], names: Sequence[str]) -> list[str]:
 
 
 def _work(workers: int, shard: tuple[int, int]) -> None:
-    """Starts the command `workers` times, each with its share of shard and cores, and waits."""
+    """Start the command `workers` times, each with its part of shard and cores, and wait.
+
+    Raise `UserError` if an accelerator is attached, if there are fewer cores than workers, or if a
+    worker failed.
+    """
     if accelerator_attached():
-        raise UserError("--workers is for CPUs: an accelerator trains a cell's runs together")
+        raise UserError("--workers is for CPUs, but an accelerator is attached: remove --workers")
     cores = sorted(os.sched_getaffinity(0))
     if not 1 <= workers <= len(cores):
-        raise UserError(f"--workers {workers}: this machine has {len(cores)} cores")
+        raise UserError(f"--workers={workers} must be from 1 to {len(cores)}, this machine's cores")
     index, count = shard
     kept = without(sys.argv[1:], ("workers", "shard"))
     command = [sys.executable, "-m", "mea_jax.study", "run", *kept]
@@ -243,11 +258,11 @@ def _work(workers: int, shard: tuple[int, int]) -> None:
             process.wait()
         raise
     if failed := [status for status in statuses if status]:
-        raise UserError(f"{len(failed)} of {workers} workers failed; each has said why above")
+        raise UserError(f"{len(failed)} of {workers} workers failed: fix the errors printed above")
 
 
 def table(grid: Grid, out: Path) -> str:
-    """What there is to do, a line a cell."""
+    """Return one line per cell with its size, tokens, and the number of finished runs."""
     done = {key_of(row) for row in Store(out).rows()}
     lines = []
     for cell in grid.cells:
@@ -260,13 +275,14 @@ def table(grid: Grid, out: Path) -> str:
 
 
 def main() -> None:
+    """Run the command `run` with its flags."""
     grid = grid_of(cli.given_config(CONFIG, "configs/lr_study.py"))
     out, shard = Path(OUT.value or Path("runs") / grid.name), parse_shard(SHARD.value)
     if LIST.value:
         print(table(grid, out))
         return
     if WORKERS.value != 1:
-        Store(out).claim(grid.identity)  # before there are several of them
+        Store(out).claim(grid.identity)  # before several workers try to
         _work(WORKERS.value, shard)
         return
     cli.enable_compilation_cache()
@@ -277,11 +293,13 @@ def main() -> None:
 
 if __name__ == "__main__":
     CONFIG = config_flags.DEFINE_config_file(
-        "config", None, "a study, such as configs/lr_study.py; --config.seeds='(0,1)' overrides"
+        "config",
+        None,
+        "study config, such as configs/lr_study.py; --config.seeds='(0,1)' overrides a key",
     )
-    OUT = flags.DEFINE_string("out", None, "folder of the store; default runs/<name of the study>")
-    SHARD = flags.DEFINE_string("shard", "0/1", "i/n: every n-th program, from the i-th on")
-    WORKERS = flags.DEFINE_integer("workers", 1, "processes on this machine, which share its cores")
-    LIST = flags.DEFINE_bool("list", False, "print the grid and what of it is done")
+    OUT = flags.DEFINE_string("out", None, "directory of the store (default: runs/STUDY_NAME)")
+    SHARD = flags.DEFINE_string("shard", "0/1", "i/n: run every n-th program, starting at number i")
+    WORKERS = flags.DEFINE_integer("workers", 1, "number of processes that share the CPU cores")
+    LIST = flags.DEFINE_bool("list", False, "print the grid and how many of its runs are done")
     flags.declare_key_flag("config")
-    cli.run(main, "stopped; the same command goes on", training=False)
+    cli.run(main, "stopped; run the same command to resume", training=False)

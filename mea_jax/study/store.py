@@ -1,8 +1,8 @@
-"""The rows of a study: one JSON line a run, appended by many processes, never damaged by a kill.
+"""Store the rows of a study: one JSON line per run, appended by many processes, safe against kills.
 
-A row is written by one `write` to a file opened for appending, under a lock, and forced to disk.
-What a kill cut short is a last line without an end: readers leave it out, and the next writer ends
-it, so that it costs the row that was being written and no other.
+A row is written by a single `write` to a file opened for appending, under a lock, and is synced to
+disk. A kill can leave a truncated last line. Readers skip it, and the next writer terminates it, so
+that only the row that was being written is lost.
 """
 
 import dataclasses
@@ -23,12 +23,13 @@ KEYS = ("variant", "size", "steps", "learning_rate", "seed")
 
 
 def key_of(row: Row) -> Key:
+    """Return the key of a row, which identifies its run."""
     variant, size, steps, rate, seed = (row[name] for name in KEYS)
     return variant, size, int(steps), float(rate), int(seed)
 
 
 def _with_defaults(grid: Row) -> Row:
-    """Return a stored grid whose data sources have the keys that are younger than it."""
+    """Fill the keys that a stored grid's data sources lack with defaults, and return the grid."""
     data = grid.get("base", {}).get("data", {})
     if "sources" in data:
         defaults = dataclasses.asdict(SourceConfig())
@@ -37,16 +38,17 @@ def _with_defaults(grid: Row) -> Row:
 
 
 class Store:
-    """`rows.jsonl` and `grid.json`, what its rows are of, in a folder."""
+    """A directory with `rows.jsonl`, and with `grid.json`, the grid of these rows."""
 
     def __init__(self, folder: Path):
         self.folder = folder
         self.path, self.grid = folder / "rows.jsonl", folder / "grid.json"
 
     def claim(self, identity: Row) -> None:
-        """Makes the store that of a grid. Axes, variants and sizes may be added to it later.
+        """Bind the store to the grid with this `Grid.identity`.
 
-        Raises `UserError` where its rows are of another grid; it names the keys that differ.
+        Axes, variants and sizes may be added later. Raise `UserError`, with the keys that differ,
+        if the store belongs to another grid.
         """
         with disk_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -57,15 +59,15 @@ class Store:
             if differing:
                 shown = ", ".join(differing[:4]) + (", ..." if len(differing) > 4 else "")
                 raise UserError(
-                    f"{self.folder} holds rows of another grid, which differs in {shown}: choose "
-                    "another --out"
+                    f"{self.folder} contains rows of another grid, which differs in {shown}: "
+                    "choose another --out"
                 )
             for axis in ("variants", "sizes"):
                 wanted[axis] = stored[axis] | wanted[axis]
         write_json(self.grid, wanted)
 
     def append(self, row: Row) -> None:
-        """One row, whole or not at all."""
+        """Append one row, completely or not at all."""
         line = json.dumps(row, allow_nan=False) + "\n"
         with disk_errors(self.path):
             file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
@@ -73,20 +75,20 @@ class Store:
                 fcntl.flock(file, fcntl.LOCK_EX)
                 size = os.fstat(file).st_size
                 if size and os.pread(file, 1, size - 1) != b"\n":
-                    line = "\n" + line  # ends what a kill cut short
+                    line = "\n" + line  # terminates a truncated line
                 os.write(file, line.encode())
                 os.fsync(file)
             finally:
                 os.close(file)
 
     def rows(self) -> list[Row]:
-        """All rows, the last one of each key. Raises `UserError` for one that is not a run's."""
+        """Return the last row of each key; raise `UserError` if a row is not that of a run."""
         found: dict[Key, Row] = {}
         for number, line in enumerate(self._lines(), start=1):
             try:
                 row = json.loads(line)
             except ValueError:
-                continue  # cut short by a kill
+                continue  # truncated by a kill
             check(row, f"{self.path}, line {number}")
             found[key_of(row)] = row
         return list(found.values())
@@ -95,22 +97,26 @@ class Store:
         try:
             return self.path.read_text().splitlines() if self.path.exists() else []
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{self.path} cannot be read: {error}") from error
+            raise UserError(
+                f"{self.path} cannot be read: {error}; restore the file or its permissions"
+            ) from error
 
 
 def check(row: Any, where: str) -> None:
-    """Raises `UserError`, which begins with `where`, unless `row` is a run's."""
+    """Raise `UserError`, which begins with `where`, if `row` is not that of a run."""
     try:
         Result.from_row(row, where)
         if "steps" not in row:
-            raise UserError(f"{where}: no steps")
+            raise UserError(f"{where}: no steps: add the number of steps")
     except UserError as error:
-        raise UserError(f"{error}; or remove the line, and the run is done again") from error
+        raise UserError(f"{error}; or remove the line to repeat the run") from error
 
 
 def _differing(stored: Row, wanted: Row) -> list[str]:
-    """Keys in which two grids differ, but for variants and sizes that only one of them has, and for
-    how runs are executed."""
+    """Return the keys in which two grids differ, sorted.
+
+    Ignores variants and sizes that only one of them has, and keys about the execution of runs.
+    """
     found = []
     for axis in ("variants", "sizes"):
         for name in stored[axis].keys() & wanted[axis].keys():

@@ -1,10 +1,11 @@
-"""Runs of one shape, which differ in learning rate and seed, in one program.
+"""Train runs of one shape, which differ in learning rate and seed only, in one program.
 
-Their states are stacked along a first axis, `sweep`, which the mesh splits over devices. On an
-accelerator the training step is vmapped over it: small models fill the device together. On a CPU,
-which one of them fills, the program takes them one after another.
+The states of the runs are stacked along a first axis, `sweep`, which the mesh shards over devices.
+On an accelerator, or on several CPU devices, the training step is vmapped over this axis, so that
+small models fill the device together. On one CPU device, which a single run fills, the program
+computes the runs one after another.
 
-S runs, U different seeds, B windows a batch, T positions.
+Letters: S runs, U different seeds, B windows in a batch, T positions.
 """
 
 import dataclasses
@@ -29,7 +30,10 @@ AXIS = "sweep"
 
 
 def sweep_mesh(members: int, devices: Sequence[jax.Device]) -> Mesh:
-    """As many devices as divide the runs along `sweep`, the rest along `data`."""
+    """Return a mesh that shards `members` runs along `sweep` and their batches along `data`.
+
+    The axis `sweep` has gcd(members, devices) devices, `data` the quotient.
+    """
     ways = math.gcd(members, len(devices))
     shape = (ways, len(devices) // ways, *(1 for _ in sharding.AXES[1:]))
     kinds = (AxisType.Auto,) * len(shape)
@@ -40,9 +44,11 @@ class Sweep:
     """The compiled functions of a sweep.
 
     Attributes:
-      config: of its runs, resolved; its learning rate and seed are no run's.
-      mesh: under which the functions are to be called (`jax.set_mesh`).
-      seeds: U, each once; a run's batches are those of its seed.
+      config: the resolved config of the runs; its learning rate and seed are not used.
+      mesh: the mesh that must be set when the functions are called (`jax.set_mesh`).
+      seeds: the U different seeds; a run trains on the batches of its seed.
+      step: updates all runs, (states, batches (U, B, T)) to (states, metrics (S,)); donates states.
+      evaluate: sums nats and tokens of one batch for all runs, (parameters, batch) to (S,) each.
     """
 
     def __init__(
@@ -52,7 +58,7 @@ class Sweep:
         self.mesh = sweep_mesh(len(members), devices)
         self.together = devices[0].platform != "cpu" or len(devices) > 1
         model = config.model
-        if self.together and devices[0].platform == "cpu":  # whose kernels are for one run
+        if self.together and devices[0].platform == "cpu":  # CPU kernels take one run
             model = dataclasses.replace(model, backend="xla", attention_kernel="einsum")
         model = resolve(model, devices, config.data.context_length)
         self.config = dataclasses.replace(config, model=model)
@@ -80,13 +86,13 @@ class Sweep:
         return NamedSharding(self.mesh, PartitionSpec(AXIS, *where.spec))
 
     def _over(self, function: Any, *stacked: Any) -> Any:
-        """`function` of each run's slices."""
+        """Apply `function` to each run's slices of `stacked` and stack the results."""
         if self.together:
             return jax.vmap(function, spmd_axis_name=AXIS)(*stacked)
         return jax.lax.map(lambda one: function(*one), stacked)
 
     def create(self) -> TrainState:
-        """The first states, each made of its run's own seed; stacked."""
+        """Return the stacked initial states of all runs, each initialised from its run's seed."""
 
         def init(seed_S):
             make = functools.partial(init_state, self.config)
@@ -97,7 +103,7 @@ class Sweep:
             return jax.jit(init, out_shardings=self.state_shardings)(seeds)
 
     def abstract_state(self) -> TrainState:
-        """Shapes, dtypes and shardings of `create`."""
+        """Return the shapes, dtypes and shardings of the states that `create` returns."""
         one = jax.eval_shape(lambda: init_state(self.config, jax.random.key(0)))
         count = len(self.members)
         return jax.tree.map(
@@ -107,12 +113,12 @@ class Sweep:
         )
 
     def put(self, batches: Sequence[dict[str, np.ndarray]]) -> Any:
-        """A batch of each seed, (U, B, T), on the mesh."""
+        """Place one batch per seed, in the order of `seeds`, on the mesh as arrays (U, B, T)."""
         stacked = {name: np.stack([batch[name] for batch in batches]) for name in batches[0]}
         return jax.device_put(stacked, self.batch_sharding)
 
     def _step(self, state: TrainState, batch_UBT: Any) -> tuple[TrainState, Any]:
-        """An update of every run; metrics of `train_step`, (S,) each."""
+        """Update every run; return the new states and the metrics of `train_step`, (S,) each."""
         sharding.require(self.mesh)
 
         def one(state, seed, rate):
@@ -124,6 +130,6 @@ class Sweep:
         return self._over(one, state, jnp.asarray(self._seed_S), jnp.asarray(self._rate_S))
 
     def _evaluate(self, params: Any, batch: Any) -> Any:
-        """Sums of nats and tokens of one batch for every run, (S,) each."""
+        """Return the sums of nats and tokens of one batch for every run, (S,) each."""
         sharding.require(self.mesh)
         return self._over(lambda p: eval_sums(self.config, p, batch), params)

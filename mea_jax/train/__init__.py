@@ -1,1 +1,1 @@
-"""The training command, its loop, step, optimizer, guards and metrics."""
+"""Train a model: the command, its loop, step, optimizer, guards and measurements."""

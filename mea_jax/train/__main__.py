@@ -1,12 +1,14 @@
-"""Trains a model, or resumes or reports a run: the same command does all three.
+"""Train a model, resume an interrupted run, or print the summary of a finished one.
+
+The same command does all three:
 
 python -m mea_jax.train --config configs/quickstart.py
 python -m mea_jax.train --config configs/quickstart.py:mha --config.optimizer.learning_rate=1e-3
 python -m mea_jax.train --config configs/recover.py:runs/quickstart
 
-Without --config, a run of --workdir is resumed or reported by its own. On several machines the same
-command on each, with --distributed where a TPU pod or Slurm says who belongs together, else with
---coordinator HOST:PORT --num_processes N --process_id I.
+Without --config, the run in --workdir is resumed or reported with its stored config. To train on
+several machines, start the same command on each: with --distributed where a TPU pod or Slurm
+assigns the processes, otherwise with --coordinator HOST:PORT --num_processes N --process_id I.
 """
 
 import dataclasses
@@ -25,9 +27,10 @@ from mea_jax.train.run import train
 
 
 def _stored() -> TrainConfig | None:
-    """The config of the run in --workdir, where no --config is given: a run needs none to go on.
+    """Return the config of the run in --workdir; None if --config is given or no run is stored.
 
-    So it does not need what its config file reads either, as configs/recover.py a checkpoint.
+    So a run is resumed without the files that its config file reads, such as the checkpoint of
+    configs/recover.py.
     """
     if CONFIG.value is not None or not WORKDIR.value:
         return None
@@ -36,9 +39,10 @@ def _stored() -> TrainConfig | None:
 
 
 def main() -> None:
+    """Parse the flags, join the other processes and train."""
     config = _stored() or cli.parse_config(CONFIG)
     if "://" in (WORKDIR.value or ""):
-        raise UserError(f"--workdir {WORKDIR.value}: give a folder; mount the bucket as a path")
+        raise UserError(f"--workdir {WORKDIR.value} is a URL: give a folder or a mounted bucket")
     text = PROFILE.value
     profile_steps = None if text is None else profiling.parse_steps(text, config.steps)
     cli.join_processes(config.to_dict())
@@ -50,9 +54,9 @@ def main() -> None:
 
 if __name__ == "__main__":
     CONFIG = cli.define_config_flag()
-    WORKDIR = flags.DEFINE_string("workdir", None, "Run directory; default runs/<config name>")
+    WORKDIR = flags.DEFINE_string("workdir", None, "run directory; default runs/<config name>")
     PROFILE = flags.DEFINE_string(
-        "profile_steps", None, "FIRST:LAST, steps to trace into <workdir>/profile for xprof"
+        "profile_steps", None, "FIRST:LAST, the steps to trace into <workdir>/profile for xprof"
     )
     cli.define_process_flags()
     flags.declare_key_flag("config")

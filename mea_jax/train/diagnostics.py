@@ -1,4 +1,4 @@
-"""Diagnostics of MEA: head norms, mixing distances, attention entropy."""
+"""Measure MEA on held-out text: head norms, mixing distances, attention entropy."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,11 +15,12 @@ from mea_jax.train.step import Batch, split_batch, state_shardings
 
 
 def mixing_distance(config: TrainConfig, params: Any) -> dict[str, jax.Array]:
-    """Return the distance of each W_lc from its start, |M - M_0| / |M_0| (Frobenius), per layer.
+    """Return the distance of each layer's W_lc from the block identity M_0.
 
-    {"mixing_distance/key": (L,), "mixing_distance/value": (L,)} for what the model mixes. A
-    component count that does not divide K has no initialisation (a compressed model): nan. Of
-    `hlc_init="normal"` it is the distance from the block identity all the same.
+    The distance is |M - M_0| / |M_0| (Frobenius), also where `hlc_init` is "normal". It is NaN in
+    layers whose component count does not divide K (in compressed models): these have no block
+    identity. The result is {"mixing_distance/key": (L,), "mixing_distance/value": (L,)}, limited to
+    the sides that the model mixes.
     """
     model, result = config.model, {}
     for which in ("key", "value"):
@@ -41,15 +42,16 @@ def mixing_distance(config: TrainConfig, params: Any) -> dict[str, jax.Array]:
 
 
 def compile_diagnostics(config: TrainConfig, mesh: Mesh) -> Callable[..., dict[str, jax.Array]]:
-    """(params, batch) -> arrays by name, float32, of the first part of one held-out batch.
+    """Return a jitted function (params, batch) -> float32 diagnostics by name.
 
-    A part is what a training step takes at a time (`config.accumulate`): it fits where that does.
+    The batch is a held-out batch. Only the first of its `config.accumulate` parts is measured, so
+    the function fits in memory wherever a training step does. It returns `attention_entropy` (L, N)
+    in nats, `attention_logit_max` (L, N), `head_output_rms` (L, N) before the head norm, and the
+    result of `mixing_distance`.
 
-    `attention_entropy` (L, N) in nats, `attention_logit_max` (L, N), `head_output_rms` (L, N)
-    before the head norm, and `mixing_distance/...` (L,).
-
-    To be called under `jax.set_mesh(mesh)` if that has several devices: `RuntimeError` otherwise.
-    Where the mesh splits the sequence, its devices do the same work on whole windows.
+    Call it under `jax.set_mesh(mesh)` if the mesh has several devices, otherwise it raises
+    `RuntimeError`. Devices among which the mesh splits the sequence all do the same work, on
+    complete windows.
     """
 
     def run(params: Any, batch: Batch) -> dict[str, jax.Array]:

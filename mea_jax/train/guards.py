@@ -1,18 +1,18 @@
-"""Guards against loss spikes and gradients that are not finite, decided by each step's metrics.
+"""Detect loss spikes and non-finite gradients from each step's metrics.
 
-An update whose gradient is not finite has already been left out on the device (`train_step`); here
-it is counted. A spike is defined once for every variant and every study:
+The device has already left out an update whose gradient is not finite (`train_step`); this module
+counts it. All variants and studies share one definition of a spike:
 
-    s(t) = mean of the last w losses up to step t that were not above m by the margin,
+    s(t) = mean of the last w losses up to step t that did not exceed m by the margin,
     m(t) = min of s(w), .., s(t), infinite before step w,
-    a spike begins at step a and is known at step a + n - 1 when
+    a spike begins at step a and is detected at step a + n - 1 when
     loss(a), .., loss(a + n - 1) all exceed m(a - 1) + margin.
 
-The mean over w steps is what a lucky batch does not lower: without it small batches of mixed text
-spike all the time.
+The mean over w steps keeps a single lucky batch from lowering m. Without it, runs with small
+batches of mixed text would report spikes all the time.
 
-All decisions are functions of the metrics, which are the same on every process, and of a small
-state that each checkpoint keeps: a run that is killed and resumed decides as if it had not been.
+All decisions are functions of the metrics, which are equal on every process, and of a small state
+that each checkpoint stores. So a resumed run decides as an uninterrupted run does.
 """
 
 import dataclasses
@@ -24,11 +24,11 @@ from typing import Any
 from mea_jax.config.schema import GuardConfig
 from mea_jax.errors import UserError
 
-SKIP_WINDOW = 1000  # steps that `GuardConfig.max_skipped` looks back
+SKIP_WINDOW = 1000  # steps over which `GuardConfig.max_skipped` counts
 
 
 class Spike(Exception):
-    """A spike that the run has to be rewound for: of steps `first` to `last`."""
+    """A loss spike from step `first` to step `last` that requires a rewind."""
 
     def __init__(self, first: int, last: int):
         super().__init__(f"the loss spiked at steps {first} to {last}")
@@ -37,7 +37,7 @@ class Spike(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Event:
-    """A row of metrics.jsonl: its kind, the values, and the line for people."""
+    """A row of metrics.jsonl: its kind, its values, and its log line."""
 
     kind: str  # "skipped_update", "spike", "spike_end", "rewind", "empty_windows"
     values: Mapping[str, Any]
@@ -45,13 +45,13 @@ class Event:
 
 
 class SpikeDetector:
-    """The definition above, fed one loss at a time.
+    """A detector of the spikes defined above, which reads one loss at a time.
 
     Attributes:
       lowest: m(t), nats; infinite before `smoothing` losses.
       recent: the losses whose mean is s(t).
-      above: the steps so far, in a row, that exceed `lowest` by the margin.
-      first: the first of them.
+      above: the number of latest consecutive steps whose losses exceed `lowest` by the margin.
+      first: the first of these steps; after a spike, its first step.
     """
 
     def __init__(self, margin: float, steps: int, smoothing: int = 1):
@@ -60,9 +60,10 @@ class SpikeDetector:
         self.lowest, self.above, self.first = math.inf, 0, 0
 
     def feed(self, step: int, loss: float) -> str | None:
-        """What is known: "begin" at the step at which a spike is, "end" at the first one after it.
+        """Return "begin" when a spike is detected, "end" at the first step after it, or None.
 
-        A loss that is not finite, whose update was left out, begins no spike and ends none.
+        A non-finite loss, whose update was left out, neither begins nor ends a spike; after a loss
+        above the margin it counts as another one.
         """
         if self.steps == 0 or (not math.isfinite(loss) and not self.above):
             return None
@@ -82,17 +83,20 @@ class Guards:
     """The guards of one run.
 
     Attributes:
-      left_out: closed intervals (first, last) of the numbers of batches that are never read.
-      rewinds: done so far.
+      left_out: closed intervals (first, last) of batch numbers that are never read.
+      rewinds: the number of rewinds so far.
     """
 
     def __init__(self, config: GuardConfig, stored: Mapping[str, Any] | None = None):
-        """`stored` is what `state` gave at a checkpoint; None at the start of a run."""
+        """Restore the guards from `stored`, a result of `state`; None at the start of a run.
+
+        Raises `UserError` if `stored` is malformed.
+        """
         self.config = config
         self.detector = SpikeDetector(
             config.spike_margin, config.spike_steps, config.spike_smoothing
         )
-        self.skipped: list[int] = []  # steps left out, the latest that count
+        self.skipped: list[int] = []  # left-out updates, the last SKIP_WINDOW steps
         self.left_out: list[tuple[int, int]] = []
         self.rewinds = 0
         if stored is not None:
@@ -100,8 +104,8 @@ class Guards:
                 self._restore(stored)
             except (LookupError, TypeError, ValueError) as error:
                 raise UserError(
-                    f"config.guards: their state in the checkpoint is malformed ({error!r}); take "
-                    "an earlier checkpoint"
+                    f"config.guards: the guards' state in the checkpoint is malformed ({error!r}): "
+                    "use an earlier checkpoint"
                 ) from error
 
     def _restore(self, stored: Mapping[str, Any]) -> None:
@@ -114,7 +118,7 @@ class Guards:
         self.rewinds = int(stored["rewinds"])
 
     def state(self) -> dict[str, Any]:
-        """JSON values that `__init__` takes back."""
+        """Return the state as JSON values, which `__init__` accepts as `stored`."""
         lowest = self.detector.lowest
         return {
             "lowest": lowest if math.isfinite(lowest) else None,
@@ -127,11 +131,11 @@ class Guards:
         }
 
     def check(self, step: int, metrics: Mapping[str, float]) -> list[Event]:
-        """Events of `step`, whose `metrics` are those of `train_step`.
+        """Return the events of `step`, given the `metrics` of its `train_step`.
 
         Raises:
-          UserError: too many updates were left out; the loss has spiked too often.
-          Spike: the run has to be rewound.
+          UserError: too many updates were left out, or the loss spiked too often.
+          Spike: the run must be rewound.
         """
         events = []
         if metrics["empty_windows"]:
@@ -160,11 +164,11 @@ class Guards:
         )
         if metrics["tokens"] == 0:
             what = f"no window of the batch of step {step} can be read"
-            remedy = "prepare the data anew by removing the folder of config.data.cache_dir"
+            remedy = "remove the folder of config.data.cache_dir to prepare the data again"
         if count > most:
             raise UserError(
-                f"{what}: of the last {SKIP_WINDOW} updates {count} are left out, more than "
-                f"config.guards.max_skipped={most}; {remedy}, or allow more"
+                f"{what}: {count} of the last {SKIP_WINDOW} updates are left out, more than "
+                f"config.guards.max_skipped={most}; {remedy}, or increase max_skipped"
             )
         values = {"grad_norm": norm, "loss": loss, "count": count}
         return Event("skipped_update", values, f"{what}: update left out ({count} of {most})")
@@ -172,22 +176,25 @@ class Guards:
     def _spike(self, step: int, loss: float) -> Event:
         c, first, lowest = self.config, self.detector.first, self.detector.lowest
         what = (
-            f"the loss spiked at step {first}: above its lowest mean, {lowest:.4f}, by more than "
-            f"{c.spike_margin:g} for {c.spike_steps} steps"
+            f"the loss spiked at step {first}: it exceeded its lowest mean, {lowest:.4f}, by more "
+            f"than {c.spike_margin:g} nats for {c.spike_steps} steps"
         )
         if c.rewind:
             if self.rewinds >= c.max_rewinds:
                 raise UserError(
                     f"{what}, after {self.rewinds} rewinds: config.guards.max_rewinds is reached; "
-                    "lower config.optimizer.learning_rate and start a new --workdir, or allow more"
+                    "lower config.optimizer.learning_rate and start a new --workdir, or increase "
+                    "max_rewinds"
                 )
             raise Spike(first, step)
         return Event("spike", {"first": first, "lowest": lowest, "loss": loss}, what)
 
     def rewound(self, spike: Spike, batches: tuple[int, int]) -> Event:
-        """To be called on guards made from the checkpoint that the run goes back to.
+        """Record a rewind and return its event.
 
-        `batches` are the numbers of the first and last batch of the spike: never read again.
+        Call it on the guards of the checkpoint to which the run returns. `batches` are the numbers
+        of the first and last batch of the spike; the batches from first to last are never read
+        again.
         """
         self.rewinds += 1
         self.left_out = merge([*self.left_out, batches])
@@ -200,16 +207,16 @@ class Guards:
 
 
 def rewindable(config: GuardConfig) -> int:
-    """Return how much older than the newest a checkpoint for a rewind must be, in steps; 0: none.
+    """Return how many steps before the newest checkpoint one for a rewind must be; 0: none.
 
-    A spike is known `spike_steps` steps after the update that may be its cause, and the checkpoint
-    must be of a step before that.
+    A spike is detected `spike_steps` steps after the update that may have caused it, and the
+    checkpoint must be from a step before that update.
     """
     return config.spike_steps + 1 if config.rewind else 0
 
 
 def merge(intervals: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Closed intervals sorted, those that touch or overlap joined."""
+    """Sort closed intervals and join those that touch or overlap."""
     merged: list[tuple[int, int]] = []
     for first, last in sorted(intervals):
         if merged and first <= merged[-1][1] + 1:

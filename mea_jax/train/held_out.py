@@ -1,4 +1,4 @@
-"""Held-out loss and diagnostics of a run, during training and at its end."""
+"""Measure the held-out loss and diagnostics of a run, during training and at its end."""
 
 import math
 from typing import Any
@@ -15,7 +15,7 @@ from mea_jax.train.step import compile_eval_step
 
 
 class HeldOut:
-    """The held-out windows of a run, and what is measured on them."""
+    """The held-out windows of a run, with functions that measure a model on them."""
 
     def __init__(
         self, config: TrainConfig, mesh: jax.sharding.Mesh, prepared: Prepared, place: BatchPlacer
@@ -26,7 +26,7 @@ class HeldOut:
         self.sample = self.read(config.evaluate.batches)
 
     def read(self, batches: int | None) -> list[dict[str, np.ndarray]]:
-        """At most `batches` held-out batches, this process's rows of them; None: all."""
+        """Return this process's rows of at most `batches` held-out batches; None: of all."""
         return list(
             held_out_batches(
                 self.prepared,
@@ -38,13 +38,16 @@ class HeldOut:
         )
 
     def bits_per_nat(self) -> float | None:
-        """Bits per held-out byte of one nat per held-out token."""
+        """Return the bits per held-out byte of one nat per held-out token; None without text."""
         tokens = sum(source.held_out_tokens for source in self.prepared.sources)
         size = sum(source.held_out_bytes for source in self.prepared.sources)
         return tokens / size / math.log(2) if size else None
 
     def loss(self, params, batches) -> dict[str, float]:
-        """{"loss": nats per token over `batches`, "bits_per_byte"}; {} if they hold no token."""
+        """Return {"loss", "bits_per_byte"} over `batches`; {} if they contain no token.
+
+        "loss" is in nats per token.
+        """
         sums = [jax.device_get(self.evaluate_step(params, self.place(b))) for b in batches]
         tokens = sum(float(s["tokens"]) for s in sums)
         if not tokens:
@@ -55,8 +58,11 @@ class HeldOut:
         return values
 
     def report(self, step: int, params, batches, writer) -> dict[str, Any]:
-        """Writes rows "held_out" and "diagnostics" of `step`; what `loss` gives, and
-        "mixing_distance" where W_lc exists."""
+        """Write the rows "held_out" and "diagnostics" of `step` and return the held-out values.
+
+        These are the values of `loss` and, if the model has W_lc, the mean "mixing_distance". If
+        `batches` contain no token, the result is {} and no row is written.
+        """
         values: dict[str, Any] = self.loss(params, batches) if batches else {}
         if not values:
             return {}

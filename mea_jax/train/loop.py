@@ -1,8 +1,8 @@
-"""The training loop: batches in, updates, checkpoints and rows of metrics out.
+"""Run the training loop: read batches, update, save checkpoints and write metrics.
 
-Nothing leaves the device inside the loop but the metrics of the step before, fetched while the
-next one runs. Guards see them too, so they act one step late; an update that must not count has
-already been left out on the device.
+Inside the loop only the metrics of the previous step leave the device, fetched while the next step
+runs. The guards read these metrics, so they act one step late. The device itself leaves out an
+update that must not count.
 """
 
 import math
@@ -34,17 +34,17 @@ from mea_jax.train.warm_start import Start
 
 @dataclass
 class Timing:
-    """Wall time of this process's part of a run, seconds."""
+    """Wall-clock time of this process in a run, in seconds."""
 
     compile: float = 0.0
-    steps: float = 0.0  # from metrics to metrics
-    data_wait: float = 0.0  # of the steps' time, waiting for the next batch
-    saving: float = 0.0  # beside the steps, until the loop could go on
+    steps: float = 0.0  # from one arrival of metrics to the next
+    data_wait: float = 0.0  # the part of `steps` spent waiting for batches
+    saving: float = 0.0  # in addition to `steps`, until the loop continues
     timed_steps: int = 0
 
 
 class Loop:
-    """The parts that a training loop calls: batches, the compiled step, guards, saves, reports."""
+    """A training loop with its batches, compiled step, guards, checkpoints and reports."""
 
     def __init__(
         self,
@@ -72,40 +72,44 @@ class Loop:
         self.timing, self.loss = Timing(), math.nan
         self.step_fn: Any = None
 
-    # -- where it stands -------------------------------------------------------------------
+    # -- resuming --------------------------------------------------------------------------
 
     def resume(self, step: int, position: Position) -> TrainState:
-        """The state after `step` updates, from its checkpoint or a fresh start; guards as then."""
+        """Return the state after `step` updates, and restore the guards of that step.
+
+        The state is a fresh start if `step` is 0, otherwise that of the checkpoint. Raises
+        `UserError` if the next batch in `position` contradicts the batches that it leaves out.
+        """
         self.guards = Guards(self.config.guards, position.guards)
         if (number := batch_number(step, self.guards.left_out)) != position.next_batch:
             raise UserError(
-                f"the checkpoint of step {step} goes on with batch {position.next_batch}, and by "
-                f"the batches that it says are left out that would be {number}: take another one"
+                f"the checkpoint of step {step} continues with batch {position.next_batch}, but "
+                f"its left-out batches imply batch {number}: use another checkpoint"
             )
         if step == 0:
             return self.start.state()
         return self.checkpoints.restore(step, abstract_state(self.config, self.mesh))
 
     def position(self, step: int) -> Position:
-        """That of a run with `step` updates done."""
+        """Return the position of the run after `step` updates."""
         number = batch_number(step, self.guards.left_out)
         return Position(number, self.prepared.digest, self.guards.state())
 
     # -- the loop --------------------------------------------------------------------------
 
     def run(self, state, start: int, profile_steps: tuple[int, int] | None = None):
-        """Trains from `start` updates to `config.steps`; returns the last state.
+        """Train from update `start` to `config.steps` and return the last state.
 
         Raises:
-          UserError: the guards' limits, data that cannot be read, a disk that refuses.
-          Preempted: the run was asked to stop, and is saved.
+          UserError: a limit of the guards is exceeded, data cannot be read, or a disk not written.
+          Preempted: SIGTERM requested a stop, and the run is saved.
         """
-        # A rewind that was under way when the run was killed is found and done again.
+        # If the run was killed during a rewind, the spike is detected and rewound again.
         redo = ("rewind",) if start else ("rewind", "held_out", "diagnostics")
         writer = self.run_directory.open_metrics(start, redo)
         try:
             if start == 0 and self.config.start.checkpoint:
-                # On all of the held-out text, like the end: what the run has to improve on.
+                # On all held-out text, as at the end: the loss that the run has to improve on.
                 everything = self.held_out.read(None)
                 self._evaluate(0, state, everything, writer, self.run_directory.say)
             while True:
@@ -113,25 +117,25 @@ class Loop:
                     state = self._stretch(state, start, writer, profile_steps)
                     break
                 except Spike as caught:
-                    spike = caught.with_traceback(None)  # whose frames hold the state
+                    spike = caught.with_traceback(None)  # its frames keep the state alive
                 del state
                 state, start, event = self._rewind(spike)
                 writer.close()
                 writer = self.run_directory.open_metrics(start)
                 self._tell(start, event, writer, self.run_directory.say)
-                profile_steps = None  # they were traced, or never will be
+                profile_steps = None  # traced already, or too late
         finally:
             writer.close()
         if (
             self.stop.requested and not processes.is_distributed()
-        ):  # in the last step, or just after
+        ):  # during the last step or just after it
             self.checkpoints.wait()
-            raise Preempted("stopped by SIGTERM after the last step: the same command sums it up")
+            raise Preempted("stopped by SIGTERM after the last step: run the same command again")
         return state
 
     def _rewind(self, spike: Spike) -> tuple[TrainState, int, Event]:
-        """Back to the newest checkpoint before the spike's cause: its state and step."""
-        # The loss of a step is that of the parameters before it: the update before may be to blame.
+        """Return the state and step of the newest checkpoint before the spike, and the event."""
+        # A step's loss is that of the parameters before it: the previous update may be the cause.
         cause = max(spike.first - 1, 1)
         now = self.guards
         first, last = (batch_number(s - 1, now.left_out) for s in (cause, spike.last))
@@ -144,7 +148,7 @@ class Loop:
             position = self.checkpoints.position(step, digest) if step else Position(0, digest)
             state = self.resume(step, position)
         self.guards.left_out, self.guards.rewinds = now.left_out, now.rewinds
-        self.saves = SaveTimes(self.config.checkpoint, self.stop)  # announced steps lie far ahead
+        self.saves = SaveTimes(self.config.checkpoint, self.stop)  # the announced step is far ahead
         return state, step, self.guards.rewound(spike, (first, last))
 
     def _batches(self, start: int):
@@ -171,15 +175,15 @@ class Loop:
         return self.step_fn
 
     def _stretch(self, state, start, writer, profile_steps):
-        """As `run`, until the end or a `Spike`."""
+        """Train as `run` does, until the last step or a `Spike`."""
         c, place = self.config, self.place
-        if start == c.steps:  # cut off after the last checkpoint, before the summary
+        if start == c.steps:  # interrupted between the last checkpoint and the summary
             return state
         batches = self._batches(start)
         batch = place(next(batches))
         step_fn = self._compiled(state, batch)
         progress = checkpoint_metrics.Progress(start, c.steps, enabled=processes.is_first())
-        # One process tells enough: all run the same program.
+        # One trace is enough: all processes run the same program.
         traced = profile_steps if processes.is_first() else None
         directory = self.run_directory.path / "profile"
         profile = profiling.Profile(traced, directory, start, progress.say)
@@ -195,7 +199,7 @@ class Loop:
                     if step < c.steps:
                         batch = place(next(batches))
                     self.timing.data_wait += time.perf_counter() - waiting
-                    # The previous step's metrics, fetched while this step runs.
+                    # Fetch the previous step's metrics while this step runs.
                     if pending is not None:
                         clock = self.report_step(*pending, clock, writer, progress)
                     pending = (step, metrics)
@@ -215,7 +219,10 @@ class Loop:
         return state
 
     def report_step(self, step, metrics, clock, writer, progress) -> float:
-        """Waits for a step's metrics, has the guards see them, writes them; the time now."""
+        """Wait for a step's metrics, check and write them, and return their arrival time.
+
+        The time is that of `time.perf_counter`. Raises what `Guards.check` raises.
+        """
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         now = time.perf_counter()
         seconds = now - clock
@@ -245,34 +252,35 @@ class Loop:
             f" ({values['bits_per_byte']:.3f} bits per byte)" if "bits_per_byte" in values else ""
         )
         moved = values.get("mixing_distance")
-        note = f", W_lc moved {moved:.1%}" if moved is not None else ""
+        note = f", mixing distance {moved:.1%}" if moved is not None else ""
         say(f"step {step}: held-out loss {values['loss']:.4f}{bits}{note}")
 
     # -- saving ----------------------------------------------------------------------------
 
     def _save(self, step, state, batch) -> None:
-        """Saves the state after `step`; ends the run if it was asked to stop."""
+        """Save the state after `step`; raise `Preempted` if a stop was requested."""
         began = time.perf_counter()
         self.run_directory.check_claim()
         self.check_state(step, state, batch)
-        # Orbax copies to the host in ways that the guard takes for slips.
+        # The transfer guard would reject Orbax's copies to the host.
         with jax.transfer_guard("allow"):
             self.checkpoints.save(step, state, self.config, self.position(step))
         self.saves.saved()
         if self.saves.stopping and step < self.config.steps:
             self.checkpoints.wait()
-            processes.agree(None)  # the first process seals: whoever ends before it, ends it too
+            processes.agree(None)  # wait for the checksums: the first process to exit ends all
             raise Preempted(
                 f"stopped by SIGTERM after step {step} of {self.config.steps}, which is saved; "
-                "the same command goes on from there"
+                "run the same command to continue"
             )
         self.timing.saving += time.perf_counter() - began
 
     def check_state(self, step: int, state, batch) -> None:
-        """Keeps a state that has diverged from being saved: its loss on one batch is finite.
+        """Raise `UserError` if the state has diverged, so that it is not saved.
 
-        The metrics of an update tell of the parameters before it, not of those it leaves.
-        Raises `UserError` that names the step and the last good checkpoint.
+        A state has diverged if its loss on `batch` is not finite. The metrics of its update cannot
+        show this: they belong to the parameters before the update. The error names the step and the
+        last good checkpoint.
         """
         sums = jax.device_get(self.held_out.evaluate_step(state.params, batch))
         if math.isfinite(loss := float(sums["nll"])):
@@ -295,7 +303,7 @@ class Loop:
         return tokens / max(self.timing.steps, 1e-9)
 
     def speed(self) -> dict[str, float]:
-        """Return what this process measured; nothing when it only finished an interrupted run."""
+        """Return the measurements of this process; {} if it only finished an interrupted run."""
         t = self.timing
         if not t.timed_steps:
             return {}

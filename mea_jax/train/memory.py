@@ -1,8 +1,8 @@
-"""Check before a run starts that the least it must hold fits in the devices' memory.
+"""Check before a run starts that the least memory it needs is available.
 
-Far from an estimate of what it will take (that is `python -m mea_jax.plan`): only what it cannot do
-without. So nothing that would run is refused, and a slip in a size is one line, not the operating
-system's end to the process.
+The check does not estimate the memory that a run takes (`python -m mea_jax.plan` does). It counts
+only what the run cannot do without, so it refuses no run that would work. A wrong size gives a
+one-line error instead of a process that the operating system kills.
 """
 
 import math
@@ -23,7 +23,7 @@ from mea_jax.train.step import abstract_state
 
 
 def host_bytes() -> int:
-    """Memory of this machine, or of the container that it is asked for in."""
+    """Return the memory, in bytes, of this machine or of the container that limits it."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     try:
         limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
@@ -33,9 +33,9 @@ def host_bytes() -> int:
 
 
 def device_bytes(mesh: Mesh) -> int | None:
-    """Memory that a device of the mesh may use, or None where nobody says.
+    """Return the bytes of memory that a device of the mesh may use; None if not known.
 
-    Devices that are the host's CPU share its memory.
+    CPU devices share the host's memory.
     """
     device = mesh.local_devices[0]
     if device.platform == "cpu":
@@ -44,10 +44,11 @@ def device_bytes(mesh: Mesh) -> int | None:
 
 
 def least_bytes(config: TrainConfig, mesh: Mesh) -> tuple[int, int]:
-    """(bytes by the parameters, bytes by the tokens) that a training step holds on each device.
+    """Return the least bytes per device of a training step: (for parameters, for tokens).
 
-    Parameters, both moments and gradients; each layer's input, which every remat policy keeps, of
-    one part of the batch. `config.model` is resolved.
+    The first number counts parameters, both moments and gradients. The second counts the input of
+    each layer, which every remat policy keeps, for one part of the batch. `config.model` must be
+    resolved.
     """
     state = abstract_state(config, mesh)
 
@@ -65,36 +66,36 @@ def least_bytes(config: TrainConfig, mesh: Mesh) -> tuple[int, int]:
 
 
 def check_fits(config: TrainConfig, mesh: Mesh) -> None:
-    """Raises `UserError` where the least that a run must hold is more than there is."""
+    """Raise `UserError` if a run needs more memory than its devices or this host have."""
 
     def gibibytes(count: int) -> str:
         return f"{count / 2**30:,.1f} GiB"
 
     if (room := device_bytes(mesh)) is not None:
-        # By arithmetic first: tracing a model has tables to make, of its head_dim and heads.
+        # First by arithmetic: tracing builds tables as large as head_dim and n_heads.
         each = (
             16 if config.start.trainable == "all" else 4
-        )  # bytes; frozen parameters have no gradients or moments
+        )  # bytes per parameter; frozen ones have no gradients or moments
         parameters, tokens = each * least_parameters(config.model) // mesh.size, 0
         if parameters <= room:
             parameters, tokens = least_bytes(config, mesh)
         if parameters > room:
             raise UserError(
                 f"config.model needs {gibibytes(parameters)} on each device for parameters, "
-                f"moments and gradients alone, and a device has {gibibytes(room)}: make the model "
-                "smaller, or split it with config.mesh.fsdp or config.mesh.tensor"
+                f"moments and gradients alone, but a device has {gibibytes(room)}: make the model "
+                "smaller, or shard it with config.mesh.fsdp or config.mesh.tensor"
             )
         if parameters + tokens > room:
             raise UserError(
                 f"config.batch_size={config.batch_size} windows of config.data.context_length="
                 f"{config.data.context_length} need {gibibytes(tokens)} on each device for the "
-                f"inputs of the layers alone, and a device has {gibibytes(room)}: make either "
-                "smaller, or config.accumulate larger"
+                f"layers' inputs alone, but a device has {gibibytes(room)}: reduce one of them or "
+                "increase config.accumulate"
             )
     batch = 16 * config.batch_size * config.data.context_length // jax.process_count()
     ahead = config.data.prefetch * batch
     if ahead > host_bytes():
         raise UserError(
-            f"config.data.prefetch={config.data.prefetch} batches read ahead take "
-            f"{gibibytes(ahead)}, and this host has {gibibytes(host_bytes())}: make it smaller"
+            f"config.data.prefetch={config.data.prefetch} batches take "
+            f"{gibibytes(ahead)}, but this host has {gibibytes(host_bytes())}: reduce it"
         )

@@ -1,4 +1,4 @@
-"""AdamW, its schedule, which parameters it moves and which it decays."""
+"""Make AdamW and its schedule, and select the parameters that are trained and decayed."""
 
 from typing import Any
 
@@ -10,12 +10,14 @@ from mea_jax.config.schema import OptimizerConfig
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Learning rate by step: linear warmup from 0 to the peak, then one of
+    """Return the learning rate as a function of the step: linear warmup, then `config.schedule`.
+
+    Step i of the warmup has (i + 1) / (warmup + 1) of the peak. After the warmup follows one of
 
     - "cosine": half a cosine to `final_fraction` of the peak at the last step;
     - "constant": the peak;
-    - "wsd": the peak, then over the last `decay_fraction` of all steps linearly down to
-      `final_fraction` of it (warmup-stable-decay).
+    - "wsd": the peak, then a linear decay to `final_fraction` of it over the last `decay_fraction`
+      of all steps (warmup-stable-decay).
     """
     peak, warmup = config.learning_rate, config.warmup_steps
     rest = max(steps - warmup, 1)
@@ -30,16 +32,16 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
         after = optax.join_schedules([optax.constant_schedule(peak), falling], [rest - decay])
     if warmup == 0:
         return after
-    # The first update already moves: step i of the warmup has (i + 1) / (warmup + 1) of the peak.
+    # Not from 0, so that the first update changes the parameters.
     rising = optax.linear_schedule(peak / (warmup + 1), peak, warmup)
     return optax.join_schedules([rising, after], [warmup])
 
 
 def trainable(params: Any, which: str) -> Any:
-    """The part of a tree of parameters that a run updates, as `StartConfig.trainable` says.
+    """Return the subtree of `params` that a run updates; `which` is `StartConfig.trainable`.
 
-    A tree of its own without the rest, not a mask: what is frozen then has no gradient, no moments
-    and no decay, and no norm is taken over it.
+    The result is a tree without the frozen parameters, not a mask. So frozen parameters have no
+    gradients, moments or weight decay, and no norm includes them.
     """
     if which == "all":
         return params
@@ -47,15 +49,17 @@ def trainable(params: Any, which: str) -> Any:
 
 
 def merged(params: Any, part: Any) -> Any:
-    """`params` with the leaves of `part`, a tree as `trainable` makes it, in their places."""
+    """Return `params` with the leaves of `part`, a tree made by `trainable`, in their places."""
     return unflatten_dict(flatten_dict(params) | flatten_dict(part))
 
 
 def decayed(params, decay_mixing: bool):
-    """A tree of bools: weight decay applies to matrices, not to norm scales and other vectors, nor
-    (unless `decay_mixing`) to W_lc, which decay would pull away from the identity towards zero.
+    """Return a tree of bools that says which parameters have weight decay.
 
-    By name and not by rank, since scanned layers give every parameter one more axis.
+    It applies to matrices, not to norm scales and other vectors. It applies to W_lc only if
+    `decay_mixing`, since decay would pull W_lc from the identity towards zero.
+
+    The selection is by name, not by rank, since scanned layers give every parameter one more axis.
     """
 
     def leaf(path, _):
@@ -68,7 +72,10 @@ def decayed(params, decay_mixing: bool):
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """AdamW with the schedule and the decay mask, after clipping by the global norm."""
+    """Return AdamW with the schedule and the decay mask, after clipping by the global norm.
+
+    `clip_norm=0` turns clipping off.
+    """
     adamw = optax.adamw(
         make_schedule(config, steps),
         b1=config.b1,
@@ -83,10 +90,10 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
 
 
 def advance_schedule(opt_state: optax.OptState) -> optax.OptState:
-    """The state with its schedule one step further and all else as it is.
+    """Return the state with its schedule advanced by one step and everything else unchanged.
 
-    The schedule goes by the steps of the run, those whose update is left out included. Adam's own
-    count is that of its moments, and stays.
+    The schedule counts every step of the run, including those whose update is left out. Adam's own
+    count belongs to its moments and stays unchanged.
     """
 
     def is_schedule(node) -> bool:

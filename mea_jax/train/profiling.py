@@ -1,4 +1,4 @@
-"""A trace of some training steps, for xprof: what ran on the device and the host, and when."""
+"""Trace some training steps for xprof: what ran on the device and the host, and when."""
 
 import contextlib
 import re
@@ -15,9 +15,9 @@ STEP_NAME = "train"
 
 
 def parse_steps(text: str, steps: int) -> tuple[int, int]:
-    """The first and last step of "first:last", steps counted from 1 to `steps`.
+    """Return the first and last step of `text`, which is "FIRST:LAST" within 1 to `steps`.
 
-    Raises `UserError` for anything else.
+    Raises `UserError` for any other text.
     """
     match = re.fullmatch(r"(\d+):(\d+)", text.strip())
     if match is None:
@@ -26,18 +26,20 @@ def parse_steps(text: str, steps: int) -> tuple[int, int]:
         )
     first, last = int(match[1]), int(match[2])
     if first < 1:
-        raise UserError(f"--profile_steps {text}: steps are counted from 1")
+        raise UserError(f"--profile_steps {text}: steps are counted from 1; raise the first step")
     if last < first:
-        raise UserError(f"--profile_steps {text}: the last step comes before the first")
+        raise UserError(
+            f"--profile_steps {text}: the last step comes before the first; change their order"
+        )
     if last > steps:
-        raise UserError(f"--profile_steps {text}: the run ends at config.steps={steps}")
+        raise UserError(f"--profile_steps {text}: the run ends at config.steps={steps}; lower LAST")
     return first, last
 
 
 class Profile:
-    """Traces steps `first` .. `last` of a loop into `directory`; a context manager around it.
+    """A context manager around a loop that traces its steps `first` to `last` into `directory`.
 
-    With `steps` None it does nothing, and touches no file.
+    With `steps` None it does nothing and touches no file.
     """
 
     def __init__(
@@ -47,7 +49,7 @@ class Profile:
         start: int,
         say: Callable[[str], Any],
     ):
-        """`start`: the updates that are done before the loop begins."""
+        """Trace `steps` of a loop that begins after `start` updates; `say` logs the result."""
         self.first, self.last = steps or (0, -1)
         self.reached = start
         self.directory, self.say, self.active = directory, say, False
@@ -57,16 +59,17 @@ class Profile:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        if self.active:  # an error on its way out: what there is, is written
+        if self.active:  # after an error, write the trace so far
             self._stop()
 
     def step(self, number: int, before: Any) -> contextlib.AbstractContextManager:
-        """Around the dispatch of step `number`; `before` is what must be done ahead of the first.
+        """Return a context for the dispatch of step `number`, which names the step for xprof.
 
-        xprof sees steps by the name that this gives them.
+        Before the first traced step, wait for `before`, the work of earlier steps, and start
+        tracing.
         """
         if number == self.first <= self.last:
-            jax.block_until_ready(before)  # earlier steps do not belong to the trace
+            jax.block_until_ready(before)  # keeps earlier steps out of the trace
             jax.profiler.start_trace(self.directory)
             self.active = True
         if self.active:
@@ -75,7 +78,10 @@ class Profile:
         return contextlib.nullcontext()
 
     def after(self, number: int, results: Any) -> float:
-        """After step `number`, which leaves `results`; the seconds that writing the trace took."""
+        """Write the trace if step `number` is the last one; return the seconds that writing took.
+
+        First wait for `results`, the arrays that the step returns; this time is not included.
+        """
         if not self.active or number != self.last:
             return 0.0
         jax.block_until_ready(results)
@@ -87,6 +93,6 @@ class Profile:
         self.active = False
         jax.profiler.stop_trace()
         self.say(
-            f"profile of steps {self.first} to {self.reached} in {self.directory}; to look at it: "
+            f"profile of steps {self.first} to {self.reached} in {self.directory}; to view it: "
             f"pip install xprof; xprof --logdir {self.directory}"
         )

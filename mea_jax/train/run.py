@@ -1,4 +1,4 @@
-"""One training run, from its config to its summary."""
+"""Run one training run, from its config to its summary."""
 
 import dataclasses
 from pathlib import Path
@@ -27,17 +27,18 @@ def train(
     profile_steps: tuple[int, int] | None = None,
     stop: StopRequest | None = None,
 ) -> dict[str, Any]:
-    """Trains, or resumes, or finds finished, the run of `config` in `workdir`; its summary.
+    """Train, resume or report the run of `config` in `workdir`, and return its summary.
 
-    What a run starts from, in this order: a finished run is only reported; else the newest
-    checkpoint in `workdir` that is not damaged; else the parameters of `config.start.checkpoint`;
-    else a fresh initialisation from `config.seed`.
-    With several processes each of them calls this. The first and last of `profile_steps` are traced
-    into `workdir`/profile, with those between.
+    A finished run is only reported. Otherwise the run starts from the first of these that exists:
+    the newest checkpoint in `workdir` that is not damaged, the parameters of
+    `config.start.checkpoint`, a fresh initialisation from `config.seed`.
+
+    Each process of a distributed run calls this function. Steps from the first to the last of
+    `profile_steps` are traced into `workdir`/profile.
 
     Raises:
-      UserError: every mistake of the user's, a disk that refuses, another process in `workdir`.
-      preemption.Preempted: `stop` was requested; the run is saved.
+      UserError: an input is wrong, a disk cannot be written, or another process uses `workdir`.
+      preemption.Preempted: `stop` was requested, and the run is saved.
     """
     devices = jax.devices()
     mesh = sharding.make_mesh(config.mesh, devices)
@@ -51,21 +52,21 @@ def train(
     run = RunDirectory(workdir, config)
     if (summary := run.finished()) is not None:
         if run.first:
-            print(f"{workdir} is finished: {config.steps} steps are done. To train anew, choose")
-            print("another --workdir; to read the result again:\n")
+            print(f"{workdir} is finished: {config.steps} steps are done. To train again, choose")
+            print("another --workdir. The summary of this run:\n")
             print(summary["text"])
         _check_profile(profile_steps, config.steps, run)
         return summary
 
     with run.claim():
         start = Start(config, mesh, run.say)
-        untrained = (workdir / "checkpoints" / "0").exists()  # no run saves before its first step
+        untrained = (workdir / "checkpoints" / "0").exists()  # runs save from step 1 on
         if untrained or not (workdir / "checkpoints").exists():
-            start.check(workdir)  # refused before data are prepared for it
+            start.check(workdir)  # fail before data are prepared
         if untrained:
             raise UserError(
-                f"{workdir} holds a model that no run has trained yet: to train it, give --config "
-                f"configs/recover.py:{workdir} and a --workdir of the run's own"
+                f"{workdir} contains a model that no run has trained: to train it, give --config "
+                f"configs/recover.py:{workdir} and another --workdir"
             )
         prepared = prepare_together(config.data, config.model.vocab_size, log=run.say)
         keeping = (workdir, config.checkpoint, rewindable(config.guards))
@@ -88,4 +89,4 @@ def train(
 
 def _check_profile(steps: tuple[int, int] | None, done: int, run: RunDirectory) -> None:
     if steps and done >= steps[1]:
-        run.say(f"no profile: steps {steps[0]} to {steps[1]} lie before step {done}, already done")
+        run.say(f"no profile: steps {steps[0]} to {steps[1]} are done, the run is at step {done}")

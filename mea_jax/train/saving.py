@@ -1,9 +1,10 @@
-"""When a run saves: every so many steps, every so many minutes, and when it is asked to stop.
+"""Decide when a run saves: at intervals of steps and of minutes, and on a stop request.
 
-Steps are the same on every process, clocks and signals are not. So the first process decides, and
-says so two steps ahead: it announces, after starting step k and before starting step k + 1, that
-step k + 2 will be saved. A process that has started k + 2 has seen the metrics of k + 1, which
-needed the first process's part of that step, so the announcement is there when it looks.
+Step numbers are equal on every process, but clocks and signals are not. So the first process
+decides, and announces each save two steps ahead: after starting step k and before starting step
+k + 1, it announces that step k + 2 will be saved. A process that has started step k + 2 has the
+metrics of step k + 1, which needed the first process's part of that step. So the announcement is
+there when the process reads it.
 """
 
 import time
@@ -16,10 +17,10 @@ _AHEAD = 2  # steps between an announcement and its save
 
 
 class SaveTimes:
-    """Asked once after the start of each step, on every process.
+    """The schedule of a run's saves. Each process calls `due` once after the start of each step.
 
     Attributes:
-      stopping: the save that is due is the last one: the run was asked to stop.
+      stopping: whether the save that is due is the last one, because of a stop request.
     """
 
     def __init__(self, options: CheckpointConfig, stop: StopRequest):
@@ -27,8 +28,8 @@ class SaveTimes:
         self.stopping = False
         self._saved = time.monotonic()
         self._board = processes.KeyValueStore("save") if processes.is_distributed() else None
-        self._asked = False  # this process has told the first one of its request to stop
-        self._announced: str | None = None  # by the first process, not yet done
+        self._asked = False  # this process has forwarded its stop request to the first one
+        self._announced: str | None = None  # by this process, the first one, and not yet saved
         self._round = 0
 
     def due(self, step: int) -> bool:
@@ -63,7 +64,7 @@ class SaveTimes:
         target, stopping_then = map(int, words.split())
         if step < target:
             return False
-        assert step == target, f"the save of step {target} was heard of at step {step}"
+        assert step == target, f"the save of step {target} was announced too late, at step {step}"
         self._round, self._announced = self._round + 1, None
         self.stopping = bool(stopping_then)
         return True

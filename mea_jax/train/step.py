@@ -1,4 +1,4 @@
-"""State of a run, and the two compiled functions that touch it: the training and eval steps."""
+"""Define the state of a run and the compiled functions on it: training and evaluation steps."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -35,26 +35,26 @@ Metrics = dict[str, jax.Array]
 
 
 class Teacher(NamedTuple):
-    """A model to be imitated: resolved, and its parameters as they lie on the mesh."""
+    """The teacher of a distillation: its resolved model, and its parameters on the mesh."""
 
     model: ModelConfig
     params: Any
 
 
 def first_state(config: TrainConfig, params: Any) -> TrainState:
-    """The state of a run that begins with `params`: no step done, moments of zero."""
+    """Return the state of a run that begins with `params`: step 0, moments of zero."""
     optimizer = make_optimizer(config.optimizer, config.steps)
     opt_state = optimizer.init(trainable(params, config.start.trainable))
     return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=opt_state)
 
 
 def init_state(config: TrainConfig, key: jax.Array) -> TrainState:
-    """A fresh state, without logical axes."""
+    """Return a freshly initialised state, without logical axes."""
     return first_state(config, nn.unbox(init_params(config.model, key)))
 
 
 def state_shardings(config: TrainConfig, mesh: Mesh) -> TrainState:
-    """A `TrainState` of `NamedSharding`s: moments are split exactly like their parameters."""
+    """Return a `TrainState` of `NamedSharding`s; moments are sharded like their parameters."""
     params = param_shardings(config.model, mesh)
     abstract = jax.eval_shape(lambda: init_state(config, jax.random.key(0)))
     whole = sharding.replicated(mesh)
@@ -70,16 +70,19 @@ def state_shardings(config: TrainConfig, mesh: Mesh) -> TrainState:
 
 
 def create_state(config: TrainConfig, mesh: Mesh) -> TrainState:
-    """A fresh state on `mesh`, each shard made where it stays: never whole on one device."""
+    """Return a freshly initialised state on `mesh`.
+
+    Each shard is created on its own device, so no device ever holds the full state.
+    """
     with jax.set_mesh(mesh):
         init = jax.jit(lambda k: init_state(config, k), out_shardings=state_shardings(config, mesh))
         return init(jax.random.key(config.seed))
 
 
 def start_state(config: TrainConfig, mesh: Mesh, params: Any) -> TrainState:
-    """As `create_state`, around parameters that lie on `mesh` as the state's do; they are used up.
+    """Return the state of a run that begins with `params`, which are placed on `mesh` and donated.
 
-    They are read from a checkpoint, so nothing of them is computed.
+    They are read from a checkpoint with the shardings of `state_shardings`, so none is computed.
     """
     shardings = state_shardings(config, mesh)
     with jax.set_mesh(mesh):
@@ -88,7 +91,7 @@ def start_state(config: TrainConfig, mesh: Mesh, params: Any) -> TrainState:
 
 
 def abstract_state(config: TrainConfig, mesh: Mesh) -> TrainState:
-    """Shapes, dtypes and shardings of the state: what a checkpoint is restored into."""
+    """Return the shapes, dtypes and shardings of the state, into which a checkpoint is restored."""
     shapes = jax.eval_shape(lambda: init_state(config, jax.random.key(0)))
     return _placed(shapes, state_shardings(config, mesh))
 
@@ -96,17 +99,19 @@ def abstract_state(config: TrainConfig, mesh: Mesh) -> TrainState:
 def batch_loss(
     config: TrainConfig, params: Any, batch: Batch, teacher: Teacher | None = None
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    """Sums over the tokens of a batch: objective, (nll in nats, number of tokens, ...).
+    """Return sums over the tokens of a batch: objective, (nll in nats, number of tokens, ...).
 
-    With a `teacher` the objective is mixed as `config.start.distillation` says, and the second
-    result goes on with KL(teacher || model) in nats. With experts the objective has the routers'
-    losses in it, and the second result ends with what `_with_router` adds (names: `reported`).
+    With a `teacher`, the objective is mixed as `config.start.distillation` says, and the second
+    result continues with KL(teacher || model) in nats. With experts, the objective includes the
+    router losses, and the second result ends with the sums that `_with_router` adds. `reported`
+    returns the names of these additional sums.
 
-    Where the mesh of `jax.set_mesh` splits the sequence, the batch is laid out for its shards here.
+    If the mesh of `jax.set_mesh` splits the sequence, the batch is laid out for its shards here.
+    Raises `ValueError` for talking heads on such a mesh.
     """
     shards = sharding.shard_count("length")
     if shards > 1 and config.model.variant == "talking_heads":
-        raise ValueError("talking heads cannot take windows whose positions are split")
+        raise ValueError("talking heads cannot take split windows: set config.mesh.sequence=1")
     segment_ids_BT, batch = batch["segment_ids"], lay_out(batch, shards)
     (x_BTD, kernel_DV), router = apply_routed(
         config.model, params, batch["inputs"], batch["positions"], segment_ids_BT, shards
@@ -122,14 +127,14 @@ def batch_loss(
     taught = apply_hidden(
         teacher.model, teacher.params, batch["inputs"], batch["positions"], segment_ids_BT, shards
     )
-    chunk = positions_within(config.model.loss_chunk, 2 * words)  # the teacher has logits as well
+    chunk = positions_within(config.model.loss_chunk, 2 * words)  # the teacher has logits, too
     options = LossOptions(products, chunk, z_loss, config.start.distillation)
     objective, nll, kl = distilled_cross_entropy(*arrays, taught, options)
     return _with_router(config, router, objective, (nll, weights_BT.sum(), kl))
 
 
 def reported(config: TrainConfig, taught: bool) -> tuple[str, ...]:
-    """Names of the sums that `batch_loss` reports after the nll and the tokens."""
+    """Return the names of the sums that `batch_loss` reports after the nll and the tokens."""
     router = ("load_balance", "router_z", "busiest_expert") if config.model.n_experts else ()
     return (("kl",) if taught else ()) + router
 
@@ -137,10 +142,11 @@ def reported(config: TrainConfig, taught: bool) -> tuple[str, ...]:
 def _with_router(
     config: TrainConfig, router: RouterSums | None, objective: jax.Array, sums: tuple
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    """The routers' losses, means of layers over this batch, added to an objective and its sums.
+    """Return the objective and sums with the router losses added, each a mean over layers.
 
-    Like those times the number of tokens, so that a batch in parts has the mean of its parts.
-    The busiest expert is that of the layer where its load is largest over the mean.
+    Each mean is added times the number of tokens, so that the sums of a batch in parts give the
+    mean of its parts. The busiest expert's load, relative to the mean load, is that of the layer
+    where it is largest. Without experts (`router` None) nothing is added.
     """
     if router is None:
         return objective, sums
@@ -151,9 +157,9 @@ def _with_router(
 
 
 def split_batch(config: TrainConfig, batch: Batch) -> Batch:
-    """A batch (B, T) as `accumulate` parts (n, B/n, T) for a scan.
+    """Return a batch (B, T) as `accumulate` parts (n, B/n, T) for a scan.
 
-    Part i takes rows i, i + n, ...: on a mesh, each device keeps the rows that it holds.
+    Part i takes rows i, i + n, ..., so that on a mesh each device keeps its own rows.
     """
     n = config.accumulate
     return {name: jnp.swapaxes(x.reshape(-1, n, x.shape[1]), 0, 1) for name, x in batch.items()}
@@ -164,11 +170,11 @@ def _constrained(batch: Batch) -> Batch:
 
 
 def _gradients(config: TrainConfig, params: Any, batch: Batch, teacher: Teacher | None = None):
-    """Summed gradients of what is trainable, then the sums that `batch_loss` reports, of a batch
-    in `accumulate` parts one after another.
+    """Return the summed gradients of the trainable parameters, then the sums of `batch_loss`.
 
-    Sums, not means: dividing once by the tokens of the whole batch weights every token alike,
-    however the padding falls on the parts.
+    The batch is computed in `accumulate` parts, one after another. Gradients are summed, not
+    averaged: a single division by the tokens of the entire batch weights every token equally,
+    however padding is distributed over the parts.
     """
     moved = trainable(params, config.start.trainable)
     grad = jax.value_and_grad(
@@ -191,17 +197,23 @@ def _gradients(config: TrainConfig, params: Any, batch: Batch, teacher: Teacher 
 def train_step(
     config: TrainConfig, state: TrainState, batch: Batch, teacher: Teacher | None = None
 ) -> tuple[TrainState, Metrics]:
-    """One AdamW update on a global batch; the metrics are float32 scalars.
+    """Return the state after one AdamW update on a global batch, and the metrics of the step.
 
-    `loss` is the mean nll in nats per token (without z-loss, without distillation), `kl` the mean
-    KL(teacher || model) if there is a teacher, `load_balance`, `router_z` and `busiest_expert` what
-    `moe.RouterSums` says if there are experts, `grad_norm` that of the gradient before clipping,
-    `param_norm` that before the update. Where the gradient's norm is not finite the update is left
-    out, `skipped` is 1, and only the counters of steps go on: parameters and moments are as if the
-    batch had not been. `empty_windows` counts windows without a token, which is what stored windows
-    that cannot be read become.
+    If the norm of the gradient is not finite, the update is left out: only the step counters
+    advance, and parameters and moments stay as if the batch had not existed. Parameters that
+    `config.start.trainable` excludes pass through unchanged, bit for bit.
 
-    What `config.start.trainable` leaves out passes through untouched, bit for bit.
+    The metrics are float32 scalars:
+
+    - `loss`: the mean nll in nats per token, without z-loss and distillation.
+    - `kl`: the mean KL(teacher || model), if there is a teacher.
+    - `load_balance`, `router_z`, `busiest_expert`: those of `moe.RouterSums`, if there are experts.
+    - `grad_norm`: the norm of the gradient before clipping.
+    - `param_norm`: the norm of the parameters before the update.
+    - `learning_rate`, and `tokens`, the number of tokens.
+    - `skipped`: 1 if the update is left out, otherwise 0.
+    - `empty_windows`: the number of windows without a token. Stored windows that cannot be read
+      become such windows.
     """
     gradients, nll, tokens, *others = _gradients(config, state.params, batch, teacher)
     gradients = jax.tree.map(lambda g: g / tokens, gradients)
@@ -232,10 +244,10 @@ def train_step(
 
 
 def _compiler_options(mesh: Mesh) -> dict[str, Any] | None:
-    """Return options of the devices' compiler, or None.
+    """Return options for the devices' compiler, or None.
 
-    A TPU's would turn products with gathered weights into loops of partial products that overlap
-    with permutes; by its own estimate of cycles that is slower by far here (docs/scaling.md).
+    By default the TPU compiler turns products with gathered weights into loops of partial products
+    that overlap with permutes. By its own cycle estimate that is far slower here (docs/scaling.md).
     """
     if mesh.devices.flat[0].platform != "tpu":
         return None
@@ -245,15 +257,19 @@ def _compiler_options(mesh: Mesh) -> dict[str, Any] | None:
 def compile_train_step(
     config: TrainConfig, mesh: Mesh, teacher: ModelConfig | None = None
 ) -> jax.stages.Wrapped:
-    """`train_step` under jit with explicit shardings; the old state's memory is reused.
+    """Return `train_step` under jit with explicit shardings; it donates the old state.
 
-    With the (resolved) model of a `teacher` its parameters are the function's third argument.
+    If `teacher`, a resolved model, is given, the parameters of the teacher are the function's third
+    argument. Call the function under `jax.set_mesh(mesh)` if the mesh has several devices,
+    otherwise it raises `RuntimeError`.
 
-    To be called under `jax.set_mesh(mesh)` if that has several devices: `RuntimeError` otherwise.
-    Raises `ValueError` unless there is a teacher exactly where `config` asks for one.
+    Raises `ValueError` if `teacher` is given without `config.start.distillation`, or not with it.
     """
     if (teacher is not None) != (config.start.distillation > 0):
-        raise ValueError(f"distillation={config.start.distillation}, and the teacher is {teacher}")
+        raise ValueError(
+            f"distillation={config.start.distillation} does not fit teacher {teacher}: give a "
+            "teacher if and only if it is above 0"
+        )
     shardings, where = state_shardings(config, mesh), sharding.batch_sharding(mesh)
     taught = () if teacher is None else (param_shardings(teacher, mesh),)
 
@@ -271,7 +287,7 @@ def compile_train_step(
 
 
 def eval_sums(config: TrainConfig, params: Any, batch: Batch) -> Metrics:
-    """{"nll", "tokens"}: sums over a batch, in `accumulate` parts; without any teacher."""
+    """Return {"nll", "tokens"}, sums over a batch in `accumulate` parts, without a teacher."""
 
     def part(sums, part_batch):
         _, new = batch_loss(config, params, _constrained(part_batch))
@@ -283,10 +299,11 @@ def eval_sums(config: TrainConfig, params: Any, batch: Batch) -> Metrics:
 
 
 def compile_eval_step(config: TrainConfig, mesh: Mesh) -> Callable[..., Metrics]:
-    """(params, batch) -> `eval_sums`, float32.
+    """Return a jitted function (params, batch) -> `eval_sums`, float32.
 
-    In parts like the training step, so that it fits wherever that does. To be called under
-    `jax.set_mesh(mesh)` if that has several devices: `RuntimeError` otherwise.
+    The function computes a batch in parts like the training step, so it fits in memory wherever
+    that does. Call it under `jax.set_mesh(mesh)` if the mesh has several devices, otherwise it
+    raises `RuntimeError`.
     """
 
     def step(params, batch):

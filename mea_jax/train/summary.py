@@ -1,4 +1,4 @@
-"""The end of a run: evaluated on every held-out window, sampled, drawn, summed up."""
+"""Finish a run: evaluate it on all held-out windows, sample, plot and summarise."""
 
 import dataclasses
 from typing import Any
@@ -16,10 +16,10 @@ from mea_jax.train.optimizer import trainable
 
 
 def finish(loop: Loop, state) -> dict[str, Any]:
-    """Evaluates `state`, writes summary.json and loss.png, prints; returns the summary."""
+    """Evaluate `state`, write summary.json and loss.png, print the summary and return it."""
     c, prepared, run = loop.config, loop.prepared, loop.run_directory
     result: dict[str, Any] = {"steps": c.steps}
-    if loop.timing.timed_steps:  # else only what a cut-off run had left to do is done here
+    if loop.timing.timed_steps:  # otherwise this process only finishes an interrupted run
         result["train_loss"] = loop.loss
     rows: list[tuple[str, str]] = []
     baselines: dict[str, float] = {}
@@ -68,7 +68,7 @@ def finish(loop: Loop, state) -> dict[str, Any]:
 
 
 def _events(loop: Loop) -> dict[str, int]:
-    """Return how often the guards acted over the entire run."""
+    """Return how often the guards acted over the entire run; {} except on the first process."""
     if not loop.run_directory.first:
         return {}
     rows = metrics.read_metrics(loop.run_directory.path / "metrics.jsonl")
@@ -83,7 +83,7 @@ def _events(loop: Loop) -> dict[str, int]:
 
 
 def _before(loop: Loop) -> dict[str, float] | None:
-    """Return the held-out loss at step 0, where the run started from a checkpoint."""
+    """Return the held-out row of step 0 if the run started from a checkpoint, otherwise None."""
     if not (loop.run_directory.first and loop.config.start.checkpoint):
         return None
     rows = metrics.read_metrics(loop.run_directory.path / "metrics.jsonl")
@@ -114,10 +114,10 @@ def _sample(c: TrainConfig, tokenizer: Tokenizer, params) -> str:
     prompt = [tokenizer.start] + tokenizer.encode_batch([e.sample_prompt])[0]
     length = c.data.context_length
     count = min(e.sample_tokens, length - 1)
-    # One row: no flash kernel of a mesh takes it.
+    # A mesh's flash kernels cannot take the single row of a prompt.
     model = dataclasses.replace(c.model, attention_kernel="auto")
     generator = Generator(model, params, length=length)
-    prompt = prompt[-(length - count) :]  # so that all fits the window of training
+    prompt = prompt[-(length - count) :]  # so that prompt and sample fit the training window
     decoding = Decoding(count, Sampling(e.sample_temperature), c.seed, stop=tokenizer.stops)
     (new,) = generator.run([prompt], decoding)
     return e.sample_prompt + continuation(tokenizer, prompt, new)

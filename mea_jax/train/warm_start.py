@@ -1,8 +1,8 @@
-"""The start of a run: fresh parameters or those of a checkpoint, and a teacher.
+"""Start a run: load or initialise its parameters, and load its teacher.
 
-Continued training of a compressed model ("recovery") is a run like any other whose first parameters
-are another run's. It keeps that run's model and tokenizer, and nothing else of it: data, schedule
-and all else are as its own config says.
+Continued training of a compressed model ("recovery") is an ordinary run whose initial parameters
+come from another run. The new run keeps the model and tokenizer of that run. Data, schedule and
+everything else follow the new run's config.
 """
 
 import dataclasses
@@ -29,9 +29,9 @@ _CHECKPOINT, _TEACHER = "config.start.checkpoint", "config.start.teacher"
 
 
 def teacher_model(model: ModelConfig, config: TrainConfig, mesh: Mesh) -> ModelConfig:
-    """A teacher's model, resolved for the run of `config`, which is: products as the run's own.
+    """Return a teacher's model, resolved for the run of `config` with the run's dtype and backend.
 
-    Raises `UserError` where it cannot be split as the mesh splits.
+    Raises `UserError` if the model cannot be resolved, or be sharded over the mesh.
     """
     own = config.model
     model = dataclasses.replace(unresolved(model), dtype=own.dtype, backend=own.backend)
@@ -45,9 +45,9 @@ def teacher_model(model: ModelConfig, config: TrainConfig, mesh: Mesh) -> ModelC
 
 
 class Start:
-    """The models that `config.start` names. Nothing is read before it is asked for.
+    """The models that `config.start` names, opened on first use.
 
-    With several processes, each of them calls the same methods in the same order.
+    In a distributed run, each process calls the same methods in the same order.
     """
 
     def __init__(self, config: TrainConfig, mesh: Mesh, say: Callable[[str], Any]):
@@ -55,7 +55,7 @@ class Start:
 
     @functools.cached_property
     def source(self) -> Trained | None:
-        """Whose parameters are the first; None: fresh ones."""
+        """The model that provides the initial parameters; None for a fresh initialisation."""
         path = self.config.start.checkpoint
         return open_trained(Path(path), self.say, _CHECKPOINT) if path else None
 
@@ -65,9 +65,9 @@ class Start:
         return open_trained(Path(path), self.say, _TEACHER) if path else None
 
     def check(self, workdir: Path, tokenizer: Tokenizer | None = None) -> None:
-        """Raises `UserError` where a run cannot begin, in `workdir`, with what there is.
+        """Raise `UserError` if the run cannot begin in `workdir`.
 
-        `tokenizer`: of the run's data; None while they are not prepared yet.
+        `tokenizer` is that of the run's data, None before they are prepared.
         """
         if self.source is None:
             validate_from_scratch(self.config.model)
@@ -84,45 +84,49 @@ class Start:
         path = source.path
         if find_checkpoint(path)[0].resolve() == workdir.resolve():
             raise UserError(
-                f"{_CHECKPOINT} {path} lies in this run's own directory: give the run a --workdir "
-                "of its own"
+                f"{_CHECKPOINT} {path} is in this run's own directory: give the run "
+                "another --workdir"
             )
         old, new = ({"model": c.to_dict()["model"]} for c in (source.config, self.config))
         old["model"]["dtype"] = new["model"]["dtype"]  # this run's own choice, like its backend
         if lines := differences(old, new):
             raise UserError(
                 f"config.model is not the model of {_CHECKPOINT} {path} ({'; '.join(lines)}): "
-                f"--config configs/recover.py:{path} takes it from there"
+                f"use --config configs/recover.py:{path}, which takes the model from there"
             )
 
     def check_teacher(self, tokenizer: Tokenizer | None) -> None:
-        """Raises `UserError` where the teacher's words are not those of the run."""
+        """Raise `UserError` if the teacher's vocabulary or tokenizer differs from the run's."""
         if self.teacher is None:
             return
         words, own = self.teacher.config.model.vocab_size, self.config.model.vocab_size
         if words != own:
             raise UserError(
-                f"{_TEACHER} {self.teacher.path} has a vocabulary of {words} words and the run one "
-                f"of config.model.vocab_size={own}: only a model with the same tokenizer can teach "
-                "this one"
+                f"{_TEACHER} {self.teacher.path} has a vocabulary of {words} tokens, but the run "
+                f"has config.model.vocab_size={own}: choose a teacher with the same tokenizer"
             )
         if tokenizer is not None:
             _check_tokenizer(self.teacher, _TEACHER, tokenizer)
 
     def tokenizer(self, own: Tokenizer) -> Tokenizer:
-        """The run's tokenizer, `own`; that of what it starts from, which is the same, has the files
-        with it that a published model brings."""
+        """Return the source's tokenizer, or `own`, that of the run's data, if there is no source.
+
+        Both are equal, but the source's has the additional files of a published model.
+        """
         return own if self.source is None else self.source.tokenizer
 
     def state(self) -> TrainState:
-        """The state at step 0."""
+        """Return the state at step 0."""
         if self.source is None:
             return create_state(self.config, self.mesh)
         abstract = placed_params(self.config.model, self.mesh)
         return start_state(self.config, self.mesh, self.source.params(abstract))
 
     def load_teacher(self, tokenizer: Tokenizer) -> Teacher | None:
-        """The teacher on the run's mesh, or None where there is none. Raises `UserError`."""
+        """Return the teacher on the run's mesh, or None if there is none.
+
+        Raises `UserError` if the teacher does not fit the run.
+        """
         self.check_teacher(tokenizer)
         if self.teacher is None:
             return None
@@ -135,6 +139,6 @@ def _check_tokenizer(trained: Trained, option: str, tokenizer: Tokenizer) -> Non
         return
     run, _ = find_checkpoint(trained.path)
     raise UserError(
-        f"the tokenizer of config.data is not that of {option} {trained.path}, whose numbers would "
-        f"then mean other words: set config.data.tokenizer={run / 'tokenizer'}"
+        f"the tokenizer of config.data is not that of {option} {trained.path}, whose ids would "
+        f"then mean other tokens: set config.data.tokenizer={run / 'tokenizer'}"
     )

@@ -1,1 +1,1 @@
-"""Writing the windows of a source: a TFDS builder, which must live in a package of its own."""
+"""Writing and reading of a source's windows; TFDS requires a separate package for the builder."""

@@ -1,4 +1,4 @@
-"""The TFDS builder of one source's windows."""
+"""The TFDS builder that writes the windows of one source."""
 
 import dataclasses
 import json
@@ -14,13 +14,13 @@ from mea_jax.data.bad_input import LeftOut
 from mea_jax.data.windows.writing import HELD_OUT, NAME, TRAIN, VERSION, Counts, Task
 from mea_jax.errors import UserError
 
-_BATCH_BYTES = 1 << 20  # text given to the tokenizer at once, so that it can use every core
-# A Beam shard's text: many windows, so that its partly filled last one is well below 1%.
+_BATCH_BYTES = 1 << 20  # text per call of the tokenizer: enough to use every core
+# Text per Beam shard: enough windows that the partly filled last one is well below 1% of them.
 _SHARD_BYTES = 64 << 20
 
 
 class Windows(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
-    """Windows of T positions, as `packing.rows` makes them."""
+    """A dataset of windows of T positions, as `packing.rows` yields them."""
 
     name = NAME
     VERSION = tfds.core.Version(VERSION)
@@ -33,7 +33,7 @@ class Windows(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type:
 
     def _info(self) -> tfds.core.DatasetInfo:
         length = self._task.context_length
-        # Raw bytes, because protobuf's own integers take 64 bits and a slow loop to parse.
+        # Raw bytes, because protobuf integers take 64 bits and are parsed in a slow loop.
         feature = {"dtype": np.int32, "encoding": "bytes"}
         return tfds.core.DatasetInfo(
             builder=self,
@@ -62,7 +62,7 @@ class Windows(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type:
             | beam.FlatMap(_shard_examples, self._task, split, shards)
         )
 
-    # TFDS prints what it downloads; nothing is downloaded here.
+    # TFDS logs downloads; there are none here.
     def _log_download_bytes(self) -> None:
         pass
 
@@ -71,7 +71,7 @@ class Windows(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type:
 
 
 def _splits(task: Task) -> list[str]:
-    """Return the splits that have text: TFDS cannot write an empty one."""
+    """Return the splits that have text, because TFDS cannot write an empty split."""
     fraction, found = task.split.fraction, set()
     wanted = 2 if 0 < fraction < 1 else 1
     for document in sources.documents(task.source, LeftOut(task.skip_bad)):
@@ -94,15 +94,16 @@ def _shard_examples(
     shards: int,
     progress: Callable[[int], Any] = lambda size: None,
 ) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
-    """Keyed windows of one shard of the source; its counts are written once it is exhausted."""
+    """Yield the keyed windows of one shard of the source; then write its counts to a file."""
     tokenizer = tokenizers.from_directory(Path(task.tokenizer))
     corpus = sources.open_source(task.source, LeftOut(task.skip_bad))
     corpus.units = task.units
-    corpus.left_out = LeftOut(task.skip_bad)  # without what the listing has left out this time
+    corpus.left_out = LeftOut(task.skip_bad)  # without files left out while listing
     counts = Counts()
 
     def pieces(texts: list[str]) -> Iterator[list[int]]:
-        # Packing puts the next document's start behind each: that ends it, where it is the same id.
+        # Packing appends the next document's start to each document. If that is also the separator,
+        # the document is complete; otherwise it needs its own end.
         end = [tokenizer.separator] if tokenizer.start != tokenizer.separator else []
         yield from (ids + end for ids in waiting.call(tokenizer.encode_batch, texts))
 

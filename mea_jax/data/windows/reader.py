@@ -1,4 +1,4 @@
-"""Reads the windows that `writing` wrote."""
+"""Random access to the windows that `writing` wrote."""
 
 import bisect
 import itertools
@@ -14,7 +14,7 @@ Window = dict[str, np.ndarray]
 
 
 def padding(length: int) -> Window:
-    """A window of T = `length` positions that belong to no document: zeros."""
+    """Return a window of T = `length` positions that belong to no document: zeros."""
     return {
         "tokens": np.zeros(length + 1, np.int32),
         "segment_ids": np.zeros(length, np.int32),
@@ -22,10 +22,10 @@ def padding(length: int) -> Window:
 
 
 class StoredWindows:
-    """One split's windows in ArrayRecord files; reading an element is thread-safe."""
+    """The windows of one split in ArrayRecord files; reading an element is thread-safe."""
 
     def __init__(self, directory: Path, split: str, length: int, skip_bad: bool):
-        """As `open_windows`."""
+        """Open the files; arguments and errors as in `open_windows`."""
         import tensorflow_datasets as tfds
 
         self._length, self._skip_bad = length, skip_bad
@@ -45,19 +45,19 @@ class StoredWindows:
         return (self[index] for index in range(len(self)))
 
     def __getitem__(self, index: int) -> Window:
-        """Raises `UserError` at a window that cannot be read, or gives padding in its place."""
+        """Return a window; if it cannot be read, return padding or raise `UserError`."""
         if not 0 <= index < len(self):
             raise IndexError(index)
         try:
             window = self._windows[index]
-            # The checksums of ArrayRecord cover the window, but not the description of its type.
+            # ArrayRecord's checksums cover the window but not the description of its type.
             shapes = {name: array.shape for name, array in window.items()}
             expected = {"tokens": (self._length + 1,), "segment_ids": (self._length,)}
             if shapes != expected:
                 raise ValueError(f"arrays of shapes {shapes}")
             return window
-        # ArrayRecord raises RuntimeError for all that is wrong with a file, at its first use or at
-        # that of the broken part; beyond that the errors are those of decoders.
+        # ArrayRecord raises RuntimeError for every fault of a file, at the first use of the file or
+        # of its broken part. The decoders raise other exceptions.
         except Exception as error:
             if self._skip_bad:
                 return padding(self._length)
@@ -70,20 +70,20 @@ class StoredWindows:
 
 
 def open_windows(directory: Path, split: str, length: int, skip_bad: bool = False) -> StoredWindows:
-    """The windows of one split below `directory`.
+    """Open the windows of one split below `directory`.
 
     Args:
-      directory: what `writing.write` filled, in the folder of the prepared data.
+      directory: the output folder of `writing.write`, in the folder of the prepared data.
       split: `writing.TRAIN` or `writing.HELD_OUT`.
       length: T, positions of a window.
       skip_bad: whether a window that cannot be read is padding, all zeros, instead of an error.
 
     Returns:
-      A sequence of dicts, `tokens` int32 (T + 1,) and `segment_ids` int32 (T,), as
-      `packing.fields` takes them.
+      A sequence of dicts: `tokens` int32 (T + 1,) and `segment_ids` int32 (T,), the arguments of
+      `packing.fields`.
 
     Raises:
-      UserError: the description of the windows is damaged, whatever `skip_bad`; and an element,
-        when it is read.
+      UserError: the description of the windows is damaged, regardless of `skip_bad`. Reading a
+        damaged element also raises it, unless `skip_bad` is set.
     """
     return StoredWindows(directory, split, length, skip_bad)

@@ -1,8 +1,8 @@
-"""Writes the windows of a source with TFDS, in ArrayRecord files with random access.
+"""Writing of a source's windows with TFDS, in ArrayRecord files with random access.
 
 On one machine the windows are written one after another. With a Beam runner, TFDS writes them in
-parallel: each shard of the source's units is then read, tokenized and packed separately, at the
-cost of one partly filled window per shard. TFDS itself is imported by the first call of `write`.
+parallel: each shard of the source's units is read, tokenized and packed separately, which costs one
+partly filled window per shard. The first call of `write` imports TFDS.
 """
 
 import dataclasses
@@ -26,24 +26,24 @@ class Task:
     """The description of one source's windows; Beam sends it to its workers."""
 
     source: SourceConfig
-    units: Sequence[Any]  # of the source, as they were listed: a file removed since is missed
-    size: int  # bytes of them
-    tokenizer: str  # the folder it is saved in
+    units: Sequence[Any]  # of the source, as listed: a file removed since then is bad input
+    size: int  # of the units, in bytes
+    tokenizer: str  # its folder
     context_length: int  # T
     split: Split
-    counts: str  # the folder that each shard's counts go to
+    counts: str  # the folder for the counts of each shard
     skip_bad: bool = False  # leave out input that cannot be read
 
 
 @dataclasses.dataclass
 class Counts:
-    """Counts of one split."""
+    """The counts of one split."""
 
     documents: int = 0
-    bytes: int = 0  # of the documents' UTF-8
+    bytes: int = 0  # of the documents' text in UTF-8
     tokens: int = 0  # targets: every token of the documents and a separator after each
     windows: int = 0
-    skipped: int = 0  # pieces of the source, of whatever split, that cannot be read
+    skipped: int = 0  # unreadable pieces of the source, of both splits
 
 
 @dataclasses.dataclass
@@ -51,7 +51,7 @@ class Written:
     """The result of `write`.
 
     Attributes:
-      counts: of each split; those of an empty one are zero, and it is not written.
+      counts: the counts by split; an empty split has zero counts and no files.
       documents: the number of documents with text.
       empty: the number of documents without text.
       left_out: messages of the first pieces of input that were left out.
@@ -70,18 +70,18 @@ def write(
     beam_runner: str | None = None,
     beam_options: Sequence[str] = (),
 ) -> Written:
-    """Writes the windows of both splits below `directory`.
+    """Write the windows of both splits below `directory`.
 
     Args:
-      task: what to write.
-      directory: becomes the data_dir of the TFDS dataset.
+      task: the windows to write.
+      directory: the data_dir of the TFDS dataset.
       progress: called with the bytes of each document read; not by Beam workers.
-      beam_runner: name of a Beam runner, such as "DirectRunner"; None writes without Beam.
+      beam_runner: the name of a Beam runner, such as "DirectRunner"; None writes without Beam.
       beam_options: command-line options of Beam. Workers must share this machine's paths.
 
     Raises:
-      UserError: unreadable documents; no text at all, or none in the training split; Beam asked
-        for and not installed.
+      UserError: a document cannot be read; there is no text, or none in the training split; or a
+        Beam runner is given and Beam is not installed.
     """
     runner = None
     if beam_runner is not None:
@@ -111,7 +111,7 @@ def write(
     )
     counts = {split: _sum_counts(Path(task.counts), split) for split in (TRAIN, HELD_OUT)}
     shards = [json.loads(path.read_text()) for path in sorted(Path(task.counts).iterdir())]
-    # The passes for both splits meet the same pieces and documents.
+    # The passes of both splits count the same pieces and documents.
     messages = dict.fromkeys(itertools.chain(*(shard["left_out"] for shard in shards)))
     first = [shard for shard in shards if shard["split"] == shards[0]["split"]]
     documents, empty = (sum(shard[key] for shard in first) for key in ("documents", "empty"))
@@ -119,7 +119,7 @@ def write(
 
 
 def dataset_directory(directory: Path) -> Path:
-    """The folder of the TFDS dataset that `write` made below `directory`."""
+    """Return the folder of the TFDS dataset that `write` made below `directory`."""
     return directory / NAME / VERSION
 
 

@@ -1,11 +1,11 @@
-"""lm-evaluation-harness, with a checkpoint of this project as its model, in this process.
+"""Runs lm-evaluation-harness in this process, with a checkpoint of this project as its model.
 
-- prefix_trees.py, likelihood.py: requests as trees of tokens in rows, and their log-probabilities.
-- generating.py: answers through the KV cache.
-- model.py: the harness's model; placing.py: its parameters on a mesh.
+- prefix_trees.py, likelihood.py: pack requests as token trees and compute their log-probabilities.
+- generating.py: generates answers through the KV cache.
+- model.py: the harness's model class; placing.py: puts its parameters on a mesh.
 - run.py, differences.py: `python -m mea_jax.evaluate --tasks`: tasks, tables, differences.
 
-`python -m studies.harness_suite` writes tasks of our own.
+`python -m studies.harness_suite` writes this project's own tasks.
 
-`python -m mea_jax.evaluate.harness` is the harness's own command line, which knows this model.
+`python -m mea_jax.evaluate.harness` is the harness's own command line with this model registered.
 """

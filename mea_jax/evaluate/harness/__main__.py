@@ -1,10 +1,10 @@
-"""The harness's own command line, with `--model mea_jax`.
+"""Runs the harness's own command line with `--model mea_jax` available.
 
 python -m mea_jax.evaluate.harness run --model mea_jax --model_args checkpoint=runs/quickstart \
     --tasks hellaswag
 
-lm-eval finds the model by itself from the first version on that reads the entry points
-`lm_eval.models`; up to 0.4.13 it does not, and this command tells it. All options are lm-eval's.
+lm-eval up to 0.4.13 does not read the entry points `lm_eval.models`, so this command registers the
+model. Later versions that read them find it without this command. All options are lm-eval's.
 """
 
 import importlib
@@ -16,11 +16,12 @@ from mea_jax.parallel import processes
 
 
 def main() -> None:
+    """Register the model and run lm-eval's command line; print a `UserError` as one line."""
     try:
         harness_package()
         from lm_eval.__main__ import cli_evaluate
 
-        importlib.import_module("mea_jax.evaluate.harness.model")  # which registers itself
+        importlib.import_module("mea_jax.evaluate.harness.model")  # registers itself on import
         cli_evaluate()
     except UserError as error:
         fail(error)

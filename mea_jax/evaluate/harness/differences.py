@@ -1,9 +1,9 @@
-"""The harness's results as rows, and differences of two models, paired by document.
+"""Turns the harness's results into rows and compares two models, paired by document.
 
-A metric's value is a function of means over documents, so its standard error is that of the mean of
-each document's influence on it (the delta method); the error of a difference is that of the mean
-of the differences of both models' influences on the same document. For accuracies, plain means,
-this is the paired t-test's.
+A metric's value is a function of means over documents. Its standard error is therefore that of the
+mean of each document's influence on the value (the delta method). The error of a difference is that
+of the mean, over documents, of the difference between both models' influences. For accuracies,
+which are plain means, this equals the error of the paired t-test.
 """
 
 import math
@@ -12,14 +12,15 @@ from typing import Any
 
 import numpy as np
 
-_CLOSE = 1e-6  # relative: a reported value is one of the functions below
+_CLOSE = 1e-6  # relative tolerance for matching a reported value to a function below
 
 
 def influences(values: Sequence[Any], reported: float) -> np.ndarray | None:
-    """Each document's influence (n,) on a `reported` metric; None: no known function of means.
+    """Return each document's influence (n,) on a `reported` metric.
 
-    Known are the mean, perplexity (exp of minus the mean log-probability), and of pairs
-    (log-probability, size in words or bytes) the perplexity and the bits a unit.
+    The known functions of means are the mean itself and the perplexity (exp of minus the mean
+    log-probability); for pairs (log-probability, size in words or bytes) the perplexity and the
+    bits per unit. Return None if `reported` matches none of them.
     """
     x = np.asarray(values, np.float64)
     if x.ndim == 1:
@@ -46,7 +47,7 @@ def _error(influence_n: np.ndarray) -> float | None:
 
 
 def _samples(results: Mapping[str, Any], task: str, metric: str, chosen: str) -> list[Any] | None:
-    """Values of a metric by document, in the documents' order; None where there are none."""
+    """Return a metric's values in the documents' order, or None unless all are numeric."""
     rows = [s for s in results["samples"].get(task, ()) if s["filter"] == chosen and metric in s]
     values = [row[metric] for row in sorted(rows, key=lambda row: row["doc_id"])]
     numbers = (bool, int, float, np.number)
@@ -59,8 +60,11 @@ def _samples(results: Mapping[str, Any], task: str, metric: str, chosen: str) ->
 
 
 def rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """[{"task", "metric", "filter", "value", "error", "documents"}, ...]: `error` is the harness's
-    standard error, ours where it has none, or None."""
+    """Return one row per task, metric and filter of the harness's results.
+
+    Each row is {"task", "metric", "filter", "value", "error", "documents"}. `error` is the standard
+    error of the harness, or ours if it reports none, or None.
+    """
     found = []
     for task, metrics in results["results"].items():
         for key, value in metrics.items():
@@ -94,8 +98,11 @@ def _influence(values: list[Any], reported: float) -> np.ndarray | None:
 
 
 def differences(results: Mapping[str, Any], baseline: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """`rows` of `results` with "baseline", "baseline_error", "difference" and "difference_error":
-    paired by document, None for groups of tasks and metrics that are no function of means."""
+    """Return `rows` of `results` with the values of `baseline` and the differences from them.
+
+    Adds "baseline", "baseline_error", "difference" and "difference_error". The latter is paired by
+    document; it is None for groups of tasks and for metrics that are not a function of means.
+    """
     before = {(r["task"], r["metric"], r["filter"]): r for r in rows(baseline)}
     found = []
     for row in rows(results):
@@ -120,7 +127,7 @@ def differences(results: Mapping[str, Any], baseline: Mapping[str, Any]) -> list
 
 
 def table(found: Sequence[Mapping[str, Any]]) -> str:
-    """Rows as text; with a baseline, its values and the differences too."""
+    """Format rows as text, with the baseline's values and the differences if they have them."""
     compared = bool(found) and "difference" in found[0]
     several = len({row["filter"] for row in found}) > 1
     heads = ["task", "metric", *(["filter"] if several else [])]

@@ -1,4 +1,4 @@
-"""Texts that tasks ask a model to write: prompts of like length together, through its KV cache."""
+"""Generates the answers to tasks' prompts through the KV cache, batched by similar length."""
 
 import dataclasses
 import functools
@@ -18,13 +18,14 @@ from mea_jax.ops.backend import resolve
 from mea_jax.ops.sampling import Sampling
 from mea_jax.parallel import sharding
 
-_GRAIN = 16  # prompts are filled up to a multiple of it
-_FILLED = 0.9  # a batch whose longest prompt fills so much of the last one's length keeps that
-_LOOK = 16  # tokens between two looks at the texts that end an answer
+_GRAIN = 16  # prompts are padded to a multiple of this
+# A batch reuses the previous batch's padded length if its longest prompt fills this share of it.
+_FILLED = 0.9
+_LOOK = 16  # tokens between two checks for the texts that end an answer
 
 NEW_TOKENS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 _READ = ("until", "do_sample", "temperature", "top_k", "top_p", *NEW_TOKENS, "max_length")
-# Options that are not implemented, with the value that switches each of them off.
+# Options that are not implemented, with the value that disables each of them.
 _NEUTRAL = {
     **dict.fromkeys(("num_beams", "num_beam_groups", "num_return_sequences", "n", "best_of"), 1),
     **dict.fromkeys(("repetition_penalty", "length_penalty", "typical_p"), 1),
@@ -37,7 +38,7 @@ _NEUTRAL = {
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt to continue by at most `count` tokens, up to the first text of `until`."""
+    """A prompt to continue by at most `count` tokens, up to the first occurrence of an `until`."""
 
     tokens: list[int]
     until: tuple[str, ...]
@@ -47,33 +48,36 @@ class Prompt:
 
 @dataclasses.dataclass
 class Written:
-    """The cost of answers, in tokens."""
+    """The cost of generating answers, in tokens."""
 
     requests: int = 0
     prompt_real: int = 0
     prompt_computed: int = 0
     new_real: int = 0  # up to each answer's end
-    new_computed: int = 0  # steps of whole batches, until the last row's end was seen
+    new_computed: int = 0  # for all rows of a batch, until the end of the last one is detected
     programs: int = 0
 
 
 def check_options(task: str, options: Mapping[str, Any]) -> None:
-    """Raise `UserError` if a task asks for a generation option that is not implemented.
+    """Raise `UserError` if a task sets a generation option that is not implemented.
 
-    An option that is None, or has the value that switches it off, is accepted.
+    An option that is None, or has the value that disables it, is accepted.
     """
     for name, value in options.items():
         off = name in _NEUTRAL and value == _NEUTRAL[name]
         if name not in _READ and value is not None and not off:
-            only = f"only {name}={_NEUTRAL[name]} is; " if name in _NEUTRAL else ""
+            only = f"set {name}={_NEUTRAL[name]} or " if name in _NEUTRAL else ""
             raise UserError(
-                f"task {task}: the generation option {name}={shown(value)} is not supported; "
-                f"{only}supported options: {', '.join(_READ)}"
+                f"task {task}: the generation option {name}={shown(value)} is not supported: "
+                f"{only}remove it; supported options: {', '.join(_READ)}"
             )
 
 
 def read_number(task: str, options: Mapping[str, Any], name: str, kind: type, default: Any) -> Any:
-    """Return the option `name` as an int or a float. Raise `UserError` if it is not one."""
+    """Return the option `name`, or `default` if it is None, as `kind`, which is int or float.
+
+    Raise `UserError` if the value is not a number of that kind.
+    """
     value = options.get(name)
     try:
         number = kind(default if value is None else value)
@@ -88,13 +92,17 @@ def read_number(task: str, options: Mapping[str, Any], name: str, kind: type, de
 
 
 def cut(text: str, until: Sequence[str]) -> tuple[str, bool]:
-    """`text` before the first of `until`, and whether there was one."""
+    """Return `text` up to the first occurrence of any of `until`, and whether there was one."""
     found = [text.index(stop) for stop in until if stop and stop in text]
     return (text[: min(found)], True) if found else (text, False)
 
 
 class Writer:
-    """A model that answers prompts; arguments as of `likelihood.Scorer`."""
+    """A model that generates answers to prompts.
+
+    `model`, `params`, `mesh` and `budget` are those of `likelihood.Scorer`. `cache_dtype` is the
+    dtype of cached keys and values; None stands for the compute dtype.
+    """
 
     def __init__(
         self,
@@ -115,7 +123,7 @@ class Writer:
         if length not in self._generators:
             devices, tensor = list(self.mesh.devices.flat), self.mesh.shape["tensor"]
             model = resolve(self.model, devices, length, tensor=tensor)
-            self._generators = {  # one at a time: each has its own copy of the parameters
+            self._generators = {  # keep only one: each has its own copy of the parameters
                 length: Generator(
                     model, self.params, length=length, cache_dtype=self.cache_dtype, mesh=self.mesh
                 )
@@ -128,7 +136,11 @@ class Writer:
         written: Written | None = None,
         on_done: Callable[[int], Any] = lambda count: None,
     ) -> list[str]:
-        """The answer to each prompt, in order; sampled ones do not depend on their neighbours."""
+        """Return the answer to each prompt, in order.
+
+        Sampled answers do not depend on the other prompts of their batch. `written` accumulates the
+        cost. `on_done` is called with the number of answers finished since the last call.
+        """
         written = Written() if written is None else written
         groups: dict[tuple[int, Sampling, tuple[str, ...]], list[int]] = {}
         for i, prompt in enumerate(prompts):
@@ -156,7 +168,10 @@ class Writer:
         return texts
 
     def _group(self, generator, prompts, members, decoding, texts, written) -> Iterator[int]:
-        """Writes answers that are drawn in one way into `texts`; yields how many are new."""
+        """Write the answers to `members` into `texts`; yield the number of new ones per batch.
+
+        All `members` share the options in `decoding`.
+        """
         members = sorted(members, key=lambda i: -len(prompts[i].tokens))
         most = max(self.ways, self.budget * self.ways // generator.length // self.ways * self.ways)
         batches = math.ceil(len(members) / most)
@@ -198,17 +213,19 @@ class Writer:
         return [self.tokenizer.decode([i]) for i in range(self.tokenizer.vocab_size)]
 
     def _ends(self, until: tuple[str, ...]) -> list[int]:
-        """Tokens that hold a whole text of `until`: after one nothing need be drawn, which the
-        device sees by itself. What spans several tokens is found when texts are looked at."""
+        """Return the tokens whose text contains one of `until`, at which the device can stop.
+
+        An `until` that spans several tokens is found when the texts are checked on the host.
+        """
         return [i for i, word in enumerate(self._words) if any(u and u in word for u in until)]
 
     def _text(self, prompt: Prompt, tokens: list[int]) -> tuple[str, bool]:
         return cut(continuation(self.tokenizer, prompt.tokens, tokens), prompt.until)
 
     def _answer(self, prompt: Prompt, tokens: list[int]) -> tuple[str, int]:
-        """The answer in `tokens`, and how many of them it took with what ends it."""
+        """Return the answer in `tokens`, and the number of tokens up to and including its end."""
         text, ended = self._text(prompt, tokens)
         used = len(tokens)
         while ended and used and self._text(prompt, tokens[: used - 1])[1]:
-            used -= 1  # drawn after the end, before anyone looked
+            used -= 1  # generated after the end, before the next check
         return text, used

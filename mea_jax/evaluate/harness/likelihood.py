@@ -1,8 +1,9 @@
-"""Log-probabilities of what requests score, by one jitted program a shape, on a mesh.
+"""Computes log-probabilities of requests' targets with one jitted program per shape, on a mesh.
 
-Letters: B rows, T positions, S shards of the batch, P pairs (position, next token) of a shard.
-Rows are split over the mesh's batch axes, on however many hosts: all have the same requests, each
-places its own rows, and results come back whole to every one.
+Letters: B rows, T positions, S shards of the batch, P pairs (position, next token) of a shard,
+C pairs of a chunk.
+Rows are sharded over the mesh's batch axes, on any number of hosts. All hosts have the same
+requests, each supplies its own rows, and the results are replicated to every host.
 """
 
 import dataclasses
@@ -24,37 +25,43 @@ from mea_jax.ops.backend import make_backend, resolve
 from mea_jax.ops.cross_entropy import positions_within
 from mea_jax.parallel import sharding
 
-_LOGITS_MEBIBYTES = 64  # float32 logits of a shard that exist at one time
-_CHUNK = 128  # pairs taken at once, at least
-_PENDING = 2  # batches on their way; more would only hold memory
-_ROWS = (512, 4096)  # positions of a row, unless a request is longer: between these, by width
+_LOGITS_MEBIBYTES = 64  # float32 logits of a shard in memory at the same time
+_CHUNK = 128  # a chunk's pairs are a multiple of this, unless _LOGITS_MEBIBYTES allows fewer
+_PENDING = 2  # batches in flight; more would only occupy memory
+_ROWS = (512, 4096)  # bounds of a row's positions, chosen by width; longer requests exceed them
 
 
 @dataclasses.dataclass
 class Work:
-    """The cost of requests, in tokens that go through the model."""
+    """The cost of scoring requests, in tokens processed by the model."""
 
     requests: int = 0
-    asked: int = 0  # of all requests, each by itself
-    real: int = 0  # after common beginnings were merged
-    computed: int = 0  # with padding
-    programs: int = 0  # shapes that were compiled
+    asked: int = 0  # sum over the requests' own lengths
+    real: int = 0  # after common prefixes were merged
+    computed: int = 0  # including padding
+    programs: int = 0  # compiled shapes
 
     def real_share(self) -> float:
         return self.real / self.computed if self.computed else float("nan")
 
 
 def shares_beginnings(model: ModelConfig) -> bool:
-    """Return whether attention takes a `TreeMask`: not ALiBi, whose biases depend on positions in
-    the row, nor talking heads, which have a form of their own."""
+    """Return whether the model's attention supports a `TreeMask`.
+
+    ALiBi does not, because its biases depend on positions in the row. Talking heads do not, because
+    they have their own form of attention.
+    """
     return model.positions != "alibi" and model.variant != "talking_heads"
 
 
 def _log_probabilities(
     model: ModelConfig, chunk: int, params: Any, tokens_BT, positions_BT, mask, pairs, count
 ):
-    """Of `pairs`, int32 (S, P, 2): place in the shard's rows, next token. (S, P) float32 natural
-    logarithms, and whether the token is the most likely one. `count`: chunks that hold any pair.
+    """Return the log-probability of each pair's token, and whether it is the most likely one.
+
+    `pairs`, int32 (S, P, 2), contains indices into the shard's flattened rows and the next tokens.
+    `count` is the number of chunks of `chunk` pairs to compute; the others stay 0 and False. Both
+    results are (S, P): float32 natural logarithms, and bool.
     """
     hidden_BTD, kernel_DV = apply_hidden(model, params, tokens_BT, positions_BT, mask)
     backend = make_backend(model)
@@ -80,8 +87,14 @@ def _log_probabilities(
 
 
 class Scorer:
-    """A model ready to score requests. `model` is not resolved, `params` lie on `mesh` as
-    `params.param_shardings` says; `budget` positions of a batch go to each shard, about."""
+    """A model that scores requests.
+
+    Args:
+      model: not resolved.
+      params: on `mesh`, sharded as by `params.param_shardings`.
+      mesh: of all devices.
+      budget: approximate number of positions of a batch for each shard.
+    """
 
     def __init__(self, model: ModelConfig, params: Any, mesh: Mesh, budget: int):
         self.model, self.params, self.mesh, self.budget = model, params, mesh, budget
@@ -105,13 +118,13 @@ class Scorer:
         return self._compiled[key]
 
     def _place(self, x: np.ndarray) -> jax.Array:
-        """An array with rows over the batch axes, of which this process gives its own."""
+        """Shard the rows of `x` over the batch axes; each process supplies its own shards."""
         names = ("batch", *(None,) * (x.ndim - 1))
         where = jax.sharding.NamedSharding(self.mesh, sharding.spec(names))
         return jax.make_array_from_callback(x.shape, where, lambda index: x[index])
 
     def _dispatch(self, rows: Rows, number: int, trees: Sequence[Tree], shape: tuple[int, int]):
-        """Starts one batch: its results, and for each tree (shard, first entry, tree)."""
+        """Start one batch; return its results and (shard, first entry, tree) for each tree."""
         pairs, chunk = shape
         *arrays, starts = prefix_trees.laid_out(
             rows.batch(number), trees, rows.length, rows.size, self.branches
@@ -136,7 +149,7 @@ class Scorer:
             ), where
 
     def _shape(self, rows: Rows, trees: Sequence[Tree]) -> tuple[int, int]:
-        """(pairs of a shard, pairs taken at once) that do for all batches of `rows`."""
+        """Return (pairs per shard, pairs per chunk), enough for every batch of `rows`."""
         of_shard, most = rows.size // self.ways, 1
         for number in range(rows.batches):
             batch = rows.batch(number)
@@ -153,8 +166,12 @@ class Scorer:
         work: Work | None = None,
         on_done: Callable[[int], Any] = lambda count: None,
     ) -> list[tuple[float, bool]]:
-        """(log-probability of all targets together in nats, whether each is the most likely
-        token) of each request, in order. `on_done` is told of requests that are done."""
+        """Score each request, in order.
+
+        Return (total log-probability of its targets in nats, whether every target is the most
+        likely token) for each. `work` accumulates the cost. `on_done` is called with the number of
+        requests finished since the last call.
+        """
         work = Work() if work is None else work
         low, high = _ROWS
         capacity = min(max(4 * self.model.d_model, low), high)

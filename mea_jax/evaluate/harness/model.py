@@ -1,8 +1,8 @@
-"""A checkpoint as a model of lm-evaluation-harness, in its process; no torch is needed.
+"""Serves a checkpoint as a model of lm-evaluation-harness, in its process and without torch.
 
-The harness hands over all requests of a kind at once. On several hosts every process runs the same
-harness over the same documents and calls the same methods: the work of each batch is split over
-all devices, and all of them get all results.
+The harness passes all requests of a kind in one call. On several hosts, every process runs the same
+harness on the same documents and calls the same methods. Each batch is sharded over all devices,
+and every process gets all results.
 """
 
 import dataclasses
@@ -37,29 +37,31 @@ from mea_jax.parallel import processes
 from mea_jax.parallel.host import keep_freed_memory
 
 BATCH_TOKENS = 4096
-MAX_NEW = 256  # tokens of an answer where a task does not say: the harness's own number
+MAX_NEW = 256  # tokens of an answer if the task sets no limit: the harness's own default
 _DTYPES = ("auto", "float32", "bfloat16")
 _CACHE_DTYPES = (*_DTYPES, "int8")
 
 
 @register_model("mea_jax")
 class HarnessModel(TemplateLM):
-    """A checkpoint of this project.
+    """A checkpoint of this project as a model of lm-evaluation-harness.
 
     Args:
       checkpoint: run directory, or one of its steps.
-      max_length: tokens that a request may have at most, context and answer; None: the window of
-        training. Contexts that are longer lose their beginning.
-      dtype: of products; cache_dtype: of keys and values when text is written.
-      batch_tokens: positions of a batch on each device, about.
-      add_bos_token: whether a text begins with the tokenizer's begin token. None: if the
-        tokenizer's own template says so, or no published model's files came with it: in training
-        here each document does.
-      batch_size, max_batch_size, device: the harness's command line gives them to every model.
-        Batches here are so many positions, not texts, on all devices of jax.
+      max_length: maximum number of tokens of a request, context and answer; None stands for the
+        window of training. Longer contexts are truncated at their beginning.
+      dtype: of products.
+      cache_dtype: of cached keys and values when answers are generated.
+      batch_tokens: approximate number of positions of a batch on each device.
+      add_bos_token: whether texts begin with the tokenizer's begin token. None stands for True if
+        the tokenizer's own template adds one, or if no published model's files came with the
+        tokenizer, because documents begin with one in training here.
+      batch_size, max_batch_size, device: ignored; the harness's command line passes them to every
+        model. Batches here are measured in positions, not texts, and use all devices of jax.
 
-    Raises `UserError`: as `load.open_trained`; an option out of range; a tokenizer whose ids the
-    model lacks.
+    Raises:
+      UserError: as `load.open_trained`; an option is out of range; the tokenizer has more tokens
+        than the model's vocabulary.
     """
 
     def __init__(
@@ -92,14 +94,14 @@ class HarnessModel(TemplateLM):
         self.model = dataclasses.replace(unresolved(config.model), dtype=dtype)
         if self._tokens.vocab_size > self.model.vocab_size:
             raise UserError(
-                f"{self.run / 'tokenizer'} has {self._tokens.vocab_size} tokens, and the model's "
-                f"vocabulary {self.model.vocab_size}: it is another model's"
+                f"{self.run / 'tokenizer'} has {self._tokens.vocab_size} tokens, but the model's "
+                f"vocabulary has {self.model.vocab_size}: restore the tokenizer it was trained with"
             )
         self.max_length = max_length or config.data.context_length
         if self.model.positions == "learned" and self.max_length > self.model.max_positions:
             raise UserError(
                 f"max_length={self.max_length}: the model learned {self.model.max_positions} "
-                "positions and has no more"
+                "positions; choose at most that many"
             )
         self.mesh, self.params = placed(trained, self.model, _say)
         if add_bos_token is None:
@@ -121,7 +123,7 @@ class HarnessModel(TemplateLM):
     def create_from_arg_string(
         cls, arg_string: str, additional_config: dict[str, Any] | None = None
     ) -> "HarnessModel":
-        """Create the model from `--model_args`, as text."""
+        """Create the model from `--model_args` as text."""
         return cls.create_from_arg_obj(
             utils.simple_parse_args_string(arg_string), additional_config
         )
@@ -130,9 +132,10 @@ class HarnessModel(TemplateLM):
     def create_from_arg_obj(
         cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None
     ) -> "HarnessModel":
-        """Create the model from `--model_args`, as a dictionary.
+        """Create the model from `--model_args` as a dictionary.
 
-        The harness's command line does not catch `UserError`, so print one and exit here.
+        The harness's command line does not catch `UserError`, so it is printed here and the process
+        exits with status 2.
         """
         given = {k: v for k, v in (additional_config or {}).items() if v is not None}
         try:
@@ -141,7 +144,7 @@ class HarnessModel(TemplateLM):
         except UserError as error:
             fail(error)
 
-    # -- what the harness asks of a model ---------------------------------------------------------
+    # -- the harness's interface of a model -------------------------------------------------------
 
     @property
     def eot_token_id(self) -> int:
@@ -162,20 +165,26 @@ class HarnessModel(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        """Token ids of one text; with its begin token unless `add_special_tokens` is False."""
+        """Return the token ids of one text.
+
+        The begin token is included if `add_bos_token` is, unless `add_special_tokens` is False.
+        """
         return self._encode([string], add_special_tokens is not False)[0]
 
     def loglikelihood(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
-        """(log-probability in nats of the continuation after the context, whether it is what
-        greedy decoding would write) of each request's (context, continuation)."""
+        """Score the (context, continuation) of each request.
+
+        Return (log-probability of the continuation in nats, whether greedy decoding would write it)
+        for each. Raise `UserError` if a continuation is longer than `max_length`.
+        """
         pairs = self._encode_pairs([request.args for request in requests])
         for request, (_, continuation) in zip(requests, pairs, strict=True):
             if len(continuation) > self.max_length:
                 raise UserError(
                     f"task {request.task_name}: a continuation of {len(continuation)} tokens "
-                    f"cannot fit into {self.max_length} (--max_length)"
+                    f"does not fit in {self.max_length}: raise --max_length"
                 )
         whole = [(r.args, *pair) for r, pair in zip(requests, pairs, strict=True)]
         return self._loglikelihood_tokens(whole, disable_tqdm=disable_tqdm)
@@ -196,11 +205,14 @@ class HarnessModel(TemplateLM):
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[float]:
-        """The log-probability in nats of each whole text, in windows of `max_length` tokens, each
-        of them scored once with as much before it as its window has."""
+        """Return the log-probability of each complete text in nats.
+
+        A text is split into windows of `max_length` tokens. Every token is scored once, given the
+        tokens before it in its window.
+        """
         texts = [request.args[0] for request in requests]
-        # A begin token of the tokenizer's own counts as text, as in the harness's other models;
-        # the one that we set before texts is what the first window begins with anyway.
+        # A tokenizer's own begin token counts as text, as in the harness's other models. The
+        # separator that we put before texts does not: the first window begins with it anyway.
         own = self._before if self._tokens.start != self._tokens.separator else []
         windows, owners = [], []
         for i, ids in enumerate(self._encode(texts, begin=False)):
@@ -220,7 +232,10 @@ class HarnessModel(TemplateLM):
         return sums
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Return the continuation of each request's context, up to the first text of "until"."""
+        """Return the continuation of each request's context, up to its first "until" text.
+
+        Raise `UserError` if an option is unsupported or leaves no room for a prompt.
+        """
         began = time.perf_counter()
         contexts = self._encode([request.args[0] for request in requests], begin=True)
         prompts = [
@@ -240,17 +255,17 @@ class HarnessModel(TemplateLM):
         return [before + ids for ids in self._tokens.encode_batch(list(texts))]
 
     def _encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
-        """Contexts and continuations, as `TemplateLM` splits them, all texts encoded at once.
+        """Encode contexts and continuations as `TemplateLM` splits them, in one batch.
 
-        Space at a context's end goes to the continuation. An empty context is the begin token. A
-        continuation that its context swallows in the tokenizer is encoded by itself.
+        White space at the end of a context moves to the continuation. An empty context becomes the
+        begin token. A continuation is encoded separately if it adds no token to its context.
         """
         moved = []
         for context, continuation in pairs:
             kept = context.rstrip()
             if kept or not context:
                 moved.append((kept, context[len(kept) :] + continuation))
-            else:  # nothing but space
+            else:  # only white space
                 moved.append(("", context + continuation))
         contexts = list(dict.fromkeys(context for context, _ in moved))
         encoded = dict(zip(contexts, self._encode(contexts, begin=True), strict=True))
@@ -282,7 +297,7 @@ class HarnessModel(TemplateLM):
         count = MAX_NEW
         if (name := next((n for n in NEW_TOKENS if options.get(n) is not None), None)) is not None:
             count = read_number(task, options, name, int, None)
-        elif options.get("max_length") is not None:  # of the prompt and the answer together
+        elif options.get("max_length") is not None:  # of prompt and answer together
             count = read_number(task, options, "max_length", int, None) - len(ids)
         if not 1 <= count < self.max_length:
             raise UserError(
@@ -295,7 +310,7 @@ class HarnessModel(TemplateLM):
         sampling = Sampling(
             temperature,
             read_number(task, options, "top_k", int, 0),
-            read_number(task, options, "top_p", float, 1) or 1.0,  # some tasks say 0: all
+            read_number(task, options, "top_p", float, 1) or 1.0,  # some tasks set 0 for all
         )
         if len(ids) > self.max_length - count:
             self.truncated += 1
@@ -310,7 +325,7 @@ class HarnessModel(TemplateLM):
     def _score(self, requests: list[Request], quiet: bool, what: str) -> list[tuple[float, bool]]:
         began = time.perf_counter()
         with _progress(len(requests), quiet, what) as bar:
-            # Nothing to score has probability one.
+            # A request without targets has probability one.
             found = [(0.0, True)] * len(requests)
             asked = [i for i, request in enumerate(requests) if request.targets]
             scores = self.scorer.score([requests[i] for i in asked], self.work, bar.update)
@@ -320,7 +335,7 @@ class HarnessModel(TemplateLM):
         return found
 
     def report(self) -> dict[str, Any]:
-        """Counts of requests and tokens so far, shares of real tokens, speeds."""
+        """Return counts of requests and tokens so far, the share of real tokens, and speeds."""
         work, written = self.work, self.written
         requests = work.requests + written.requests
         real = work.real + written.prompt_real + written.new_real
@@ -345,7 +360,7 @@ def check_arguments(given: Mapping[str, Any]) -> None:
     listed = f"known arguments: {', '.join(known)}"
     for name in given:
         if name not in known:
-            raise UserError(f"--model_args {name}=...: unknown argument; {listed}")
+            raise UserError(f"--model_args {name}=...: unknown argument, remove it; {listed}")
     if not given.get("checkpoint"):
         raise UserError(f"--model_args has no checkpoint: add checkpoint=runs/quickstart; {listed}")
 
@@ -356,5 +371,6 @@ def _say(line: str) -> None:
 
 
 def _progress(total: int, quiet: bool, what: str) -> Any:
-    disable = True if quiet or not processes.is_first() else None  # None: where no terminal is
+    # None disables the bar if stderr is no terminal.
+    disable = True if quiet or not processes.is_first() else None
     return tqdm.tqdm(total=total, desc=what, disable=disable, leave=False)

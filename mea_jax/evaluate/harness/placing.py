@@ -1,4 +1,4 @@
-"""A checkpoint's parameters on all devices there are."""
+"""Places a checkpoint's parameters on all available devices."""
 
 import dataclasses
 from collections.abc import Callable
@@ -15,10 +15,10 @@ from mea_jax.parallel import sharding
 
 
 def mesh_for(model: ModelConfig, trained_on: MeshConfig) -> tuple[Mesh, str | None]:
-    """The mesh of the training, as far as it fits the devices of this machine: rows over all of
-    them, parameters split as they were.
+    """Return a mesh over all devices, and None or the reason why parameters are not sharded.
 
-    Where that does not fit, each device has all parameters: then a line says so.
+    The mesh shards parameters as `trained_on` does and splits rows over all devices. If that does
+    not fit the devices or the model, every device gets all parameters.
     """
     sizes = {axis: getattr(trained_on, axis) for axis in ("data", "fsdp", "expert", "tensor")}
     if -1 not in sizes.values():
@@ -28,16 +28,21 @@ def mesh_for(model: ModelConfig, trained_on: MeshConfig) -> tuple[Mesh, str | No
         mesh = sharding.make_mesh(MeshConfig(**sizes, sequence=1, slices=slices))
         ways = mesh.shape["fsdp"] * mesh.shape["expert"]
         if model.d_model % ways:
-            raise UserError(f"fsdp x expert = {ways} does not divide d_model={model.d_model}")
+            raise UserError(
+                f"fsdp x expert = {ways} does not divide d_model={model.d_model}; use fewer devices"
+            )
     except UserError as error:
         whole = sharding.make_mesh(MeshConfig(slices=slices))
-        return whole, f"all parameters on every device: {error}"
+        return whole, f"parameters are replicated on every device: {error}"
     return mesh, None
 
 
 def placed(trained: Trained, model: ModelConfig, say: Callable[[str], Any]) -> tuple[Mesh, Any]:
-    """(mesh, parameters on it), float32 as they were trained. `say` is told where they could not
-    be split as in training. Raises `UserError`."""
+    """Return (mesh, float32 parameters on it).
+
+    Report through `say` if the parameters cannot be sharded as in training. Raise `UserError` if
+    the model cannot run on these devices or the checkpoint cannot be read.
+    """
     mesh, problem = mesh_for(model, trained.config.mesh)
     if problem:
         say(problem)

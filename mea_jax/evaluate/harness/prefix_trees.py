@@ -1,11 +1,13 @@
-"""Requests as trees of tokens, and trees in rows of few lengths: little is computed that is not
-asked for, and nothing twice.
+"""Merges requests with common prefixes into token trees and packs the trees into rows.
 
-A request is tokens to read and, for the last few of them, the token that should follow. Sorted,
-requests with a common beginning are neighbours; those that share enough become one tree, in
-depth-first order, whose attention (attention.tree_attention) sees from each token the path to it.
-So a question with four answers, or many questions after the same solved examples, cost their
-common beginning once. Trees are packed into rows, the largest first, smaller ones into the gaps.
+This computes every common prefix once and wastes few positions on padding.
+
+A request is a sequence of tokens and, for the last few of them, the token that should follow.
+Sorting puts requests with a common prefix next to each other; those that share enough become one
+tree in depth-first order. In its attention (attention.tree_attention), each token sees the path to
+it. So the common prefix of a question with four answers, or of many questions after the same solved
+examples, is computed once. Trees are packed into rows of few lengths, the largest first, smaller
+ones into the gaps.
 """
 
 import bisect
@@ -15,21 +17,21 @@ from dataclasses import dataclass
 
 import numpy as np
 
-_SHARED = 0.25  # of a request's tokens: so much in common, and it joins its neighbour's tree
-_GRAIN = 32  # row lengths are multiples of it
-_LENGTHS = 16  # of rows that are tried for a class of trees
-_SAMPLE = 512  # trees that they are tried on
-_CLASS = 4  # the largest tree of a class over the smallest that opens a row of its own
-_WORTH = 4  # times a common beginning: so large a tree may become for its sake
-_SEVERAL = 3  # of the largest trees of a class: row lengths for up to so many are tried
-_LONGEST = 8192  # of a row for several trees
-_FILLED = 0.93  # of a row's positions, on average
-_FEW = 0.05  # of all tokens: so few left, and they go into rows of the class before
+_SHARED = 0.25  # a request joins its neighbour's tree if they share this part of its tokens
+_GRAIN = 32  # row lengths are multiples of this
+_LENGTHS = 16  # row lengths tried for a class of trees, about
+_SAMPLE = 512  # trees used to compare row lengths, about
+_CLASS = 4  # size of a class's largest tree over that of the smallest that may open a row
+_WORTH = 4  # a tree may grow to this many times its common prefix
+_SEVERAL = 3  # row lengths up to this many times a class's largest tree are tried
+_LONGEST = 8192  # positions of the longest row tried for several trees
+_FILLED = 0.93  # average share of a row's positions above which better filling is not preferred
+_FEW = 0.05  # if smaller trees have less than this share of all tokens, they join this class
 
 
 @dataclass(frozen=True)
 class Request:
-    """`tokens` to read; `targets`, as many as are scored, follow the last ones of them."""
+    """Input `tokens`, and the `targets` that should follow the last len(targets) of them."""
 
     tokens: list[int]
     targets: list[int]
@@ -37,14 +39,14 @@ class Request:
 
 @dataclass(frozen=True)
 class Tree:
-    """Requests with a common beginning; n positions in depth-first order, all numbers from 0."""
+    """Requests with a common prefix: n positions in depth-first order, m scored next tokens."""
 
     tokens_n: np.ndarray  # int32
-    positions_n: np.ndarray  # int32, depths
-    reach_n: np.ndarray  # int32, where the subtree below each position ends
-    places_m: np.ndarray  # int32, positions whose next token is scored
+    positions_n: np.ndarray  # int32, depths from 0
+    reach_n: np.ndarray  # int32, one past the last position of the subtree below each position
+    places_m: np.ndarray  # int32, indices of the positions whose next token is scored
     targets_m: np.ndarray  # int32, that token
-    scored: list[tuple[int, list[int]]]  # number of a request, its entries of the two above
+    scored: list[tuple[int, list[int]]]  # (index of a request, its indices in the two above)
 
     @property
     def size(self) -> int:
@@ -53,7 +55,7 @@ class Tree:
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of one length: numbers of trees in each, in `batches` of `size` rows."""
+    """Rows of one length, each a list of tree indices, in `batches` of `size` rows."""
 
     length: int
     rows: list[list[int]]
@@ -64,12 +66,12 @@ class Rows:
         return -(-len(self.rows) // self.size)
 
     def batch(self, number: int) -> list[list[int]]:
-        """The rows of one batch; the last may have fewer than `size`."""
+        """Return the rows of one batch; the last batch may have fewer than `size`."""
         return self.rows[number * self.size : (number + 1) * self.size]
 
     @property
     def computed(self) -> int:
-        """Positions of all batches, padding included."""
+        """The number of positions of all batches, including padding."""
         return self.batches * self.size * self.length
 
 
@@ -86,13 +88,13 @@ def common(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 class _Growing:
-    """A tree that requests join in sorted order."""
+    """A tree under construction; requests are added in sorted order."""
 
     def __init__(self) -> None:
         self.tokens: list[int] = []
         self.positions: list[int] = []
         self.reach: list[int] = []
-        self.path: list[int] = []  # places of the last request's tokens
+        self.path: list[int] = []  # indices of the last request's tokens
         self.pairs: dict[tuple[int, int], int] = {}
         self.scored: list[tuple[int, list[int]]] = []
 
@@ -126,10 +128,11 @@ class _Growing:
 
 
 def build_trees(requests: Sequence[Request], capacity: int, branches: bool = True) -> list[Tree]:
-    """Trees of at most `capacity` positions (or one request) that hold all of `requests`; larger
-    ones, up to `_WORTH` times, for a long beginning that would be computed again in each.
+    """Merge all of `requests` into trees of at most `capacity` positions.
 
-    Without `branches` only a request that continues another joins it: each tree is one path.
+    A tree may exceed that for a single request, or up to `_WORTH` times a common prefix, which
+    would otherwise be computed again in each tree. Without `branches` a request joins a tree only
+    if it continues the last one, so each tree is one path.
     """
     order = sorted(range(len(requests)), key=lambda i: requests[i].tokens)
     trees, tree, last = [], _Growing(), Request([], [])
@@ -147,9 +150,10 @@ def build_trees(requests: Sequence[Request], capacity: int, branches: bool = Tru
 
 
 def fill(sizes: Sequence[int], length: int, opening: int) -> tuple[list[list[int]], list[int]]:
-    """Best fit of `sizes`, which fall: members of each row of `length`, and what is left over.
+    """Pack `sizes`, in descending order, into rows of `length` by best fit.
 
-    Only sizes of at least `opening` open a row; the others fill gaps, or are left.
+    Only sizes of at least `opening` open a row; the others fill gaps or are left over. Return the
+    indices in each row, and the indices left over.
     """
     rows: list[list[int]] = []
     gaps: list[tuple[int, int]] = []  # (free positions, row), sorted
@@ -171,11 +175,12 @@ def fill(sizes: Sequence[int], length: int, opening: int) -> tuple[list[list[int
 
 
 def _best_length(sizes: Sequence[int], opening: int, capacity: int, width: int, ways: int) -> int:
-    """The row length at which `sizes`, which fall, cost least for each of their tokens, of those
-    that are well filled; where none is, the best filled one.
+    """Return the row length with the lowest cost per token of `sizes`, in descending order.
 
-    A position costs 1 for products with weights, and length / (12 width) for attention, all of
-    whose scores up to the diagonal are computed; a row of padding costs like any other.
+    Only row lengths whose rows are filled to `_FILLED` are compared; if there are none, return the
+    best filled one. A position costs 1 for products with weights, and length / (12 width) for
+    attention, which computes all scores up to the diagonal. Rows of padding cost the same as
+    others.
     """
     stride = max(1, len(sizes) // _SAMPLE)
     sample, multiple = sizes[::stride], ways if stride == 1 else 1
@@ -195,15 +200,16 @@ def _best_length(sizes: Sequence[int], opening: int, capacity: int, width: int, 
 def plan(
     sizes: Sequence[int], *, capacity: int, width: int, budget: int, ways: int = 1
 ) -> list[Rows]:
-    """Rows that hold trees of these sizes.
+    """Pack trees of these sizes into rows of few lengths.
 
     Args:
       sizes: positions of each tree.
-      capacity: of a row, about: it is longer for trees that are, or that fit it badly.
-      width: of the model, which says what attention costs beside the rest.
-      budget: positions of a batch, about; the batches of a length are of one size, as few rows of
-        padding as possible.
-      ways: the number of rows of a batch is a multiple of it.
+      capacity: approximate length of a row; rows are longer for trees that are longer or would fill
+        it badly.
+      width: D of the model, which determines the cost of attention relative to the rest.
+      budget: approximate number of positions of a batch. All batches of a row length have the same
+        size, chosen for the fewest rows of padding.
+      ways: the number of rows of a batch is a multiple of this.
     """
     left = sorted(range(len(sizes)), key=lambda i: -sizes[i])
     total, planned = sum(sizes), []
@@ -225,8 +231,11 @@ def plan(
 def laid_out(
     rows: Sequence[Sequence[int]], trees: Sequence[Tree], length: int, size: int, branches: bool
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, Iterator[tuple[int, int, Tree]]]:
-    """A batch (size, length), int32: tokens, positions, and reach (0 in padding) or, without
-    `branches`, segment ids; and where each tree begins: (row, place, tree)."""
+    """Lay out a batch of `rows` as int32 arrays (size, length).
+
+    Return tokens, positions, and marks: `reach` with `branches`, otherwise segment ids; padding is
+    0. The fourth result yields (row, first position, tree) for each tree.
+    """
     arrays = tuple(np.zeros((size, length), np.int32) for _ in range(3))
     tokens_BT, positions_BT, marks_BT = arrays
     starts = []

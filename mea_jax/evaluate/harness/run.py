@@ -1,4 +1,4 @@
-"""`python -m mea_jax.evaluate --tasks`: tasks of lm-evaluation-harness, of one model or of two."""
+"""Runs tasks of lm-evaluation-harness on one model or two: `python -m mea_jax.evaluate --tasks`."""
 
 import difflib
 import importlib.util
@@ -17,18 +17,18 @@ from mea_jax.evaluate.harness import differences
 from mea_jax.evaluate.run import environment
 from mea_jax.parallel import processes
 
-_BOOTSTRAP = 1000  # draws for the standard error of metrics that are no means
+_BOOTSTRAP = 1000  # draws for the standard error of metrics that are not means
 _FEWSHOT_SEED = 1234  # the harness's own default
 
 
 @dataclass(frozen=True)
 class Options:
-    """The options of a measurement; `check` checks them before anything is read."""
+    """The options of --tasks; `check` validates them before anything is read."""
 
     tasks: tuple[str, ...]
     num_fewshot: int | None = None
-    limit: float | None = None  # documents a task; below 1: a share of them
-    include_path: str | None = None  # a folder with further tasks
+    limit: float | None = None  # documents per task; below 1: a share of them
+    include_path: str | None = None  # a folder with more tasks
     max_length: int | None = None
     batch_tokens: int | None = None
     dtype: str = "auto"
@@ -36,8 +36,9 @@ class Options:
     log_samples: bool = False
 
     def check(self) -> None:
+        """Raise `UserError` if an option is out of range."""
         if not self.tasks:
-            raise UserError("--tasks names none: give some, such as --tasks hellaswag,piqa")
+            raise UserError("--tasks is empty: give at least one task, such as hellaswag,piqa")
         for name, value, least in (
             ("num_fewshot", self.num_fewshot, 0),
             ("max_length", self.max_length, 2),
@@ -52,19 +53,19 @@ class Options:
                 "each task's documents between 0 and 1, such as 0.1"
             )
         if self.include_path is not None and not Path(self.include_path).is_dir():
-            raise UserError(f"--include_path {self.include_path}: no such folder")
+            raise UserError(f"--include_path {self.include_path}: no such folder; give another one")
 
 
 def harness_package() -> None:
-    """Raises `UserError` unless lm-eval is installed."""
+    """Raise `UserError` unless lm-eval is installed."""
     if importlib.util.find_spec("lm_eval") is None:
-        raise UserError('--tasks needs the package lm-eval: pip install "mea_jax[eval]"')
+        raise UserError('--tasks needs the package lm-eval: run pip install "mea_jax[eval]"')
 
 
 def load_tasks(options: Options) -> dict[str, Any]:
-    """Return the tasks as `lm_eval.evaluator.evaluate` takes them.
+    """Load the tasks in the form that `lm_eval.evaluator.evaluate` takes.
 
-    Raises `UserError` for an unknown task, a file that is no task, and data that cannot be loaded.
+    Raise `UserError` for an unknown task, an invalid task file, or data that cannot be loaded.
     """
     from lm_eval.tasks import TaskManager
 
@@ -72,25 +73,27 @@ def load_tasks(options: Options) -> dict[str, Any]:
         found = manager.match_tasks([name]) if any(c in name for c in "*?[") else [name]
         return [n for n in found if n in manager.task_index]
 
-    # The harness's own thousands of tasks are read only where they are asked for.
+    # The harness's own thousands of tasks are read only if one of them is named.
     folder = {"include_path": options.include_path}
     alone = options.include_path is not None
-    manager = _told("--include_path", TaskManager, **folder, include_defaults=not alone)
+    manager = _told(
+        "--include_path: cannot read its tasks", TaskManager, **folder, include_defaults=not alone
+    )
     if alone and not all(matching(manager, name) for name in options.tasks):
-        manager = _told("--include_path", TaskManager, **folder)
+        manager = _told("--include_path: cannot read its tasks", TaskManager, **folder)
     names: list[str] = []
     for name in options.tasks:
         found = matching(manager, name)
         if not found:
             close = difflib.get_close_matches(name, manager.all_tasks, n=3, cutoff=0.5)
-            mend = f"did you mean {', '.join(close)}?" if close else "see lm-eval ls tasks"
-            raise UserError(f"--tasks {name}: there is no such task; {mend}")
+            mend = f"did you mean {', '.join(close)}?" if close else "list all: lm-eval ls tasks"
+            raise UserError(f"--tasks {name}: no such task; {mend}")
         names += [n for n in found if n not in names]
     objects: list[Any] = []
     for name in names:
-        loaded = _told(f"--tasks {name}: its data cannot be had", manager.load, [name])
+        loaded = _told(f"--tasks {name}: cannot load its data", manager.load, [name])
         objects += loaded.get("groups", {}).values() or loaded["tasks"].values()
-    whole = _told("--tasks", manager.load, objects)
+    whole = _told("--tasks: cannot load them", manager.load, objects)
     for task in whole["tasks"].values():
         fixed = task.get_config("num_fewshot")
         if fixed is None or (options.num_fewshot is not None and fixed != 0):
@@ -99,10 +102,10 @@ def load_tasks(options: Options) -> dict[str, Any]:
 
 
 def _told(what: str, function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
-    """What a call into the harness gives; whatever it raises as one line that begins with `what`.
+    """Call a function of the harness; raise any exception as a `UserError` that begins with `what`.
 
-    It reads files of a user's and data from the network, and raises for all that is wrong with
-    them under many names.
+    The harness reads the user's files and data from the network, and raises many types of
+    exceptions if something is wrong with them.
     """
     try:
         return function(*arguments, **named)
@@ -110,7 +113,9 @@ def _told(what: str, function: Callable[..., Any], *arguments: Any, **named: Any
         raise
     except Exception as error:
         lines = str(error).strip().splitlines() or [""]
-        raise UserError(f"{what} ({type(error).__name__}: {lines[0][:200]})") from error
+        raise UserError(
+            f"{what} ({type(error).__name__}: {lines[0][:200]}); check its files or the network"
+        ) from error
 
 
 def _measure(model: Any, tasks: dict[str, Any], options: Options) -> dict[str, Any]:
@@ -142,12 +147,15 @@ def run(
     say: Callable[[str], Any],
     folder: Path | None = None,
 ) -> dict[str, Any]:
-    """The report: "results" (`results.rows`, or `results.differences` with a `baseline`), and of
-    each model what it took. With `log_samples`, samples are written below `folder`. Raises
-    `UserError`."""
+    """Run the tasks on `checkpoint` and, if given, on `baseline`; return the report.
+
+    Its "results" are `differences.rows`, or `differences.differences` with a `baseline`. "models"
+    contains the cost of each model. `say` prints a line of progress. With `log_samples`, samples
+    are written below `folder`. Raise `UserError` for wrong options, tasks or checkpoints.
+    """
     options.check()
     harness_package()
-    os.environ["DISABLE_MULTIPROC"] = "1"  # a process with jax's threads must not be forked
+    os.environ["DISABLE_MULTIPROC"] = "1"  # a process with jax's threads must not fork
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     tasks = load_tasks(options)
     measured: list[dict[str, Any]] = []
@@ -162,7 +170,7 @@ def run(
             write_samples(found["samples"], folder / "samples" / role)
         measured.append(found)
         models.append({"checkpoint": str(model.run), "step": model.step, **took})
-        del model  # its parameters, before the next one's come
+        del model  # frees its parameters before the next model is loaded
     rows = differences.differences(*measured) if baseline else differences.rows(measured[0])
     where = environment()
     where["versions"]["lm-eval"] = metadata.version("lm-eval")
@@ -176,7 +184,7 @@ def run(
 
 
 def write_samples(samples: dict[str, list[dict[str, Any]]], folder: Path) -> None:
-    """Write each task's samples to `folder`/TASK.jsonl, one document and filter a line."""
+    """Write each task's samples to `folder`/TASK.jsonl, one document and filter per line."""
     from lm_eval.utils import handle_non_serializable
 
     if not processes.is_first():
@@ -203,17 +211,18 @@ def write_samples(samples: dict[str, list[dict[str, Any]]], folder: Path) -> Non
 
 
 def _speed_line(took: dict[str, Any]) -> str:
-    cut = f"; {took['truncated']:,} lost their beginning" if took["truncated"] else ""
+    cut = f"; {took['truncated']:,} truncated at the start" if took["truncated"] else ""
     return (
-        f"{took['requests']:,} requests in {took['seconds']:.1f} s, compiling included: "
-        f"{took['requests_per_second'] or 0:,.1f} a second, {took['tokens_per_second'] or 0:,.0f} "
-        f"tokens a second; {took['real_share'] or 0:.1%} of the tokens computed were real, "
+        f"{took['requests']:,} requests in {took['seconds']:.1f} s, including compilation: "
+        f"{took['requests_per_second'] or 0:,.1f} requests/s, "
+        f"{took['tokens_per_second'] or 0:,.0f} tokens/s; "
+        f"{took['real_share'] or 0:.1%} of the computed tokens are real, "
         f"{took['programs']} programs compiled{cut} (at most {took['max_length']:,} tokens each)"
     )
 
 
 def write(report: dict[str, Any], folder: Path) -> str:
-    """The table, which goes with results.json into `folder`, by the first process alone."""
+    """Format the report as a table; on the first process write table.txt and results.json."""
     text = differences.table(report["results"])
     if processes.is_first():
         write_whole(folder / "results.json", to_json(report, indent=1) + "\n")
@@ -222,11 +231,14 @@ def write(report: dict[str, Any], folder: Path) -> str:
 
 
 def paths(checkpoints: Sequence[str], baseline: str | None) -> tuple[Path, Path | None]:
-    """The model's and the baseline's. Raises `UserError` unless one checkpoint is given."""
+    """Return the paths of the model and the baseline.
+
+    Raise `UserError` unless exactly one checkpoint is given.
+    """
     if len(checkpoints) != 1:
         given = "none" if not checkpoints else "several"
         raise UserError(
-            f"--tasks takes one --checkpoint, and {given} is given: another one to compare with "
-            "is --baseline"
+            f"--tasks takes one --checkpoint ({given} given): give one, and the model to compare "
+            "it with as --baseline"
         )
     return Path(checkpoints[0]), None if baseline is None else Path(baseline)

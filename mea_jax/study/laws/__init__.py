@@ -1,4 +1,4 @@
-"""Laws of the learning rate: what finished runs say of it, with intervals, or why they do not."""
+"""Fits of learning-rate laws to finished runs, with intervals or the reason for having no fit."""
 
 from mea_jax.study.laws.all_fits import fit_all
 from mea_jax.study.laws.gains import Gain, fit_gains

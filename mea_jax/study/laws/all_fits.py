@@ -1,4 +1,4 @@
-"""Everything that a set of runs says about learning rates, as one tree of JSON values."""
+"""Compute all learning-rate fits of a set of runs, as one tree of JSON values."""
 
 import dataclasses
 from collections.abc import Iterable, Sequence
@@ -18,33 +18,35 @@ def fit_all(
     skip: float = tokens.SKIP,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """All fits of learning-rate studies.
+    """Compute all fits of a learning-rate study.
 
-    The same results give the same numbers, in any order.
+    The numbers do not depend on the order of the results.
 
     Args:
-      results: as `parse` or `read` gives them.
-      baseline: the variant that others are compared with; None: "mha", or the first one.
-      initial_loss: nats, for the sensitivity, where no curve begins at 0 tokens.
-      skip: the share of the horizon left out of the loss in tokens, from the start.
-      seed: of the bootstraps.
+      results: the runs, as returned by `parse`.
+      baseline: the variant that others are compared with; None means "mha" if it has runs, and the
+        first variant in alphabetical order otherwise.
+      initial_loss: the loss at initialisation in nats, for the sensitivity; used where no curve
+        begins at 0 tokens.
+      skip: the share of the horizon, from its start, that the fit of the loss in tokens ignores.
+      seed: the seed of the bootstraps.
 
     Returns:
       "settings", "runs" (counts), and a list of records for each of "loss_in_tokens", "optimum",
-      "law", "sensitivity", "stability" and "gain". A record is that dataclass with lists for
-      tuples; an estimate is {"value", "low", "high"}; "reason" says why a record has no number.
+      "law", "sensitivity", "stability" and "gain". A record is the fit's dataclass with tuples as
+      lists; an estimate is {"value", "low", "high"}; "reason" is why a record has no number.
 
     Raises:
-      UserError: there are no results, or none of the baseline; `skip` or `initial_loss` is out of
-        range.
+      UserError: if there are no results, or none of the baseline, or if `skip` or `initial_loss` is
+        out of range.
     """
     found = sorted(
         results, key=lambda r: (r.variant, r.parameters, r.size, r.tokens, r.learning_rate, r.seed)
     )
     if not found:
-        raise UserError("no runs to fit: give a file with one finished run a line")
+        raise UserError("no runs to fit: choose a file with one finished run per line")
     if not 0 <= skip < 1:
-        raise UserError(f"skip={skip} must lie in [0, 1): a share of the horizon")
+        raise UserError(f"skip={skip} is not a share of the horizon: it must be in [0, 1)")
     if initial_loss is not None and not 0 < initial_loss < float("inf"):
         raise UserError(f"initial_loss={initial_loss} must be a finite number above 0, in nats")
     settings = {
@@ -78,7 +80,7 @@ def fit_all(
 
 
 def _json(value: Any) -> Any:
-    """Lists for tuples."""
+    """Return `value` with its tuples, at any depth, as lists."""
     if isinstance(value, dict):
         return {key: _json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -1,11 +1,12 @@
-"""What a variant gains over a baseline when each has the learning rate that suits it best.
+"""Fits of a variant's gain over a baseline, each at its own best learning rate.
 
-A comparison at one learning rate tells which variant that rate suits. Here each takes the value
-of the grid with its lowest mean loss. Runs of one seed share their data and the start of what they
-have in common, so differences are taken seed by seed; their interval is Student's over seeds.
+A comparison at a single learning rate shows only which variant that rate suits. Here each variant
+uses the learning rate of the grid with its lowest mean loss. Runs of one seed share their data and
+the initial values of the parameters they have in common, so differences are taken seed by seed.
+Their interval is Student's t interval over seeds.
 
-The best of noisy values is a little too good, for the baseline as for the others: with equal grids
-that cancels as far as their noise is alike.
+The minimum of noisy values is biased low, for the baseline and for the other variants. With equal
+grids the bias cancels to the extent that the noise of both is the same.
 """
 
 import dataclasses
@@ -18,22 +19,22 @@ from mea_jax.errors import UserError
 from mea_jax.study.laws.intervals import Estimate, student_t
 from mea_jax.study.laws.results import Result, finished, grouped
 
-LEAST = 3  # seeds of an interval: with two it would be 13 standard errors wide
+LEAST = 3  # fewest seeds for an interval: with two it would be 13 standard errors wide
 
 
 @dataclasses.dataclass(frozen=True)
 class Gain:
-    """Of one (variant, size, tokens).
+    """The gain of one (variant, size, tokens) over the baseline.
 
     Attributes:
-      learning_rate: the value of the grid with the lowest mean loss. None where all diverged.
-      at_edge: no larger or no smaller value was tried, or every one of them diverged.
-      seeds: of the runs at it.
-      loss: their mean, nats.
-      spread: their standard deviation over seeds, nats. None for one seed.
-      gain: the baseline's loss at its own best less this one's, nats, over the seeds of both: what
-        the variant is better by. None for the baseline.
-      reason: why there is no gain. None where there is, and for the baseline.
+      learning_rate: the value of the grid with the lowest mean loss. None if all diverged.
+      at_edge: whether no larger or no smaller value finished: none was tried, or all diverged.
+      seeds: the number of seeds with a run at `learning_rate`.
+      loss: the mean loss of these runs, nats.
+      spread: the standard deviation of their losses over seeds, nats. None for one seed.
+      gain: the baseline's loss at its own best learning rate minus this variant's loss, nats, over
+        the seeds that both have; positive if the variant is better. None for the baseline.
+      reason: why there is no gain. None if there is one, and for the baseline.
     """
 
     variant: str
@@ -50,17 +51,23 @@ class Gain:
 
 
 def choose_baseline(results: Sequence[Result], baseline: str | None) -> str:
-    """`baseline`, or "mha", or the first variant. Raises `UserError` where it has no runs."""
+    """Return `baseline`; for None "mha" if it has runs, else the first variant.
+
+    Raise `UserError` if `baseline` has no runs.
+    """
     names = sorted({run.variant for run in results})
     if baseline is None:
         return "mha" if "mha" in names else names[0]
     if baseline not in names:
-        raise UserError(f"no runs of the baseline {baseline!r}: there are {', '.join(names)}")
+        raise UserError(f"no runs of the baseline {baseline!r}: choose one of {', '.join(names)}")
     return baseline
 
 
 def fit_gains(results: Sequence[Result], baseline: str | None = None) -> list[Gain]:
-    """One for each (variant, size, tokens) of `results`. Raises `UserError`, as above."""
+    """Return the gain of each (variant, size, tokens) of `results`, sorted by these three.
+
+    Raise `UserError` if `baseline` has no runs; None chooses it as `choose_baseline` does.
+    """
     name = choose_baseline(results, baseline)
     found = []
     for (size, tokens), runs in grouped(results, lambda r: (r.size, r.tokens)):
@@ -71,7 +78,7 @@ def fit_gains(results: Sequence[Result], baseline: str | None = None) -> list[Ga
 
 
 def _at_best(runs: Sequence[Result]) -> list[Result]:
-    """The runs at the learning rate with the lowest mean loss; none where all diverged."""
+    """Return the runs at the learning rate with the lowest mean loss; empty if all diverged."""
     kept = finished(runs)
     return min(kept.values(), key=lambda some: np.mean([r.loss for r in some]), default=[])
 
@@ -79,7 +86,9 @@ def _at_best(runs: Sequence[Result]) -> list[Result]:
 def _gain(about: Gain, runs: Sequence[Result], theirs: Sequence[Result]) -> Gain:
     mine = _at_best(runs)
     if not mine:
-        return dataclasses.replace(about, reason="runs diverged at every learning rate")
+        return dataclasses.replace(
+            about, reason="runs diverged at every learning rate: add a lower one"
+        )
     losses = {run.seed: float(run.loss or 0.0) for run in mine}
     rate, kept = mine[0].learning_rate, list(finished(runs))
     about = dataclasses.replace(
@@ -94,7 +103,7 @@ def _gain(about: Gain, runs: Sequence[Result], theirs: Sequence[Result]) -> Gain
         return about
     better = [float(run.loss or 0.0) - losses[run.seed] for run in theirs if run.seed in losses]
     if not better:
-        why = f"no seed has a run of {about.baseline} at its best learning rate too: add one"
+        why = f"no seed has runs at the best rates of both this and {about.baseline}: add one"
         return dataclasses.replace(about, reason=why)
     return dataclasses.replace(about, gain=_mean(better))
 

@@ -1,10 +1,11 @@
-"""The best learning rate at one (variant, size, tokens).
+"""Fits of the best learning rate at one (variant, size, tokens).
 
 The loss is close to quadratic in the logarithm of the learning rate near its minimum
-(arXiv 2601.05049): the vertex of the parabola is the optimum. Its interval is Fieller's (1954), of
-a ratio of coefficients; it has no end where the curvature is within the noise.
+(arXiv 2601.05049), so the vertex of a parabola is the optimum. Its interval is Fieller's (1954) for
+a ratio of coefficients. That interval is unbounded if the curvature is within the noise.
 
-The optimum falls with the horizon (arXiv 2409.19913), so one at D says nothing of another D.
+The optimum decreases with the horizon (arXiv 2409.19913), so an optimum at one D does not hold at
+another D.
 """
 
 import dataclasses
@@ -16,8 +17,9 @@ import numpy as np
 from mea_jax.study.laws.intervals import Estimate, step_of, student_t, two_digits
 from mea_jax.study.laws.results import Result, finished, grouped
 
-WINDOW = 4.0  # learning rates within this factor of the best one are fitted (and the next one on
-# either side, where none is as near): further off, the loss is no parabola
+# Learning rates within this factor of the best one are fitted, and the next one on either side if
+# none is that close. Farther away the loss is not a parabola.
+WINDOW = 4.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,16 +28,16 @@ class Optimum:
 
     Attributes:
       tokens: D, the horizon for which the optimum holds.
-      grid: the learning rates that were tried, diverged ones among them.
-      diverged: those of them at which a seed diverged; none of their runs is fitted.
-      runs: how many were fitted.
+      grid: all learning rates that were tried, including those that diverged.
+      diverged: the learning rates at which a seed diverged; none of their runs is fitted.
+      runs: the number of runs that were fitted.
       best: the value of the grid with the lowest mean loss.
-      learning_rate: the vertex.
-      loss: the parabola there, nats.
-      curvature: half the second derivative in log learning rate, nats: the loss grows by
+      learning_rate: the vertex of the parabola.
+      loss: the value of the parabola at its vertex, nats.
+      curvature: half the second derivative in log learning rate, nats. The loss grows by
         0.48 times this at twice the best learning rate.
-      error: root mean square of the residuals, nats.
-      reason: why there is no number, and what to add. None where there is.
+      error: the root mean square of the residuals, nats.
+      reason: why there is no `learning_rate`, and what to add. None if there is one.
     """
 
     variant: str
@@ -54,18 +56,19 @@ class Optimum:
 
 
 def fit_optima(results: Sequence[Result]) -> list[Optimum]:
-    """One fit for each (variant, size, tokens) of `results`."""
+    """Return one fit for each (variant, size, tokens) of `results`."""
     groups = grouped(results, lambda r: (r.variant, r.parameters, r.size, r.tokens))
     return [_fit_group(runs) for _, runs in groups]
 
 
 def edge(grid: Sequence[float], diverged: Sequence[float], low: float, high: float) -> str | None:
-    """Why the values from `low` to `high` are not well inside what was tried; None where they are.
+    """Return why `low` to `high` reach the edge of the grid, and what to add; None if they do not.
 
     Args:
-      grid: the learning rates tried, in order, the diverged ones among them.
-      diverged: these.
-      low, high: of the values that are to lie inside, as values of the grid.
+      grid: all learning rates tried, ascending, including those that diverged.
+      diverged: the learning rates that diverged.
+      low: the smallest value that must be inside the grid, one of its values.
+      high: the largest such value, one of its values.
     """
     kept = [rate for rate in grid if rate not in diverged]
     step = step_of(grid)
@@ -117,19 +120,22 @@ def _fit_group(runs: Sequence[Result]) -> Optimum:
     if len(fitted) < 4:
         return _without(
             about,
-            f"{len(fitted)} runs near the best learning rate: a parabola and its error need 4 or "
-            f"more: add seeds, or {two_digits(best * math.sqrt(2))}",
+            f"{len(fitted)} runs near the best learning rate, but a parabola and its error need 4 "
+            f"or more: add seeds, or the learning rate {two_digits(best * math.sqrt(2))}",
         )
     return _fit_parabola(about, fitted)
 
 
 def _shift(x: np.ndarray, losses: np.ndarray, vertex: float) -> float:
-    """How far a cubic term moves the minimum; 0 below 4 learning rates, inf where none is left."""
+    """Return how far a cubic term moves the minimum from `vertex`, in log learning rate.
+
+    Return 0 for fewer than 4 learning rates, and inf if the cubic has no minimum.
+    """
     if len(np.unique(x)) < 4:
         return 0.0
     design = np.stack([np.ones_like(x), x, x**2, x**3], axis=1)
     _, b, c, d = np.linalg.lstsq(design, losses, rcond=None)[0]
-    inner = c * c - 3 * b * d  # of the slope's roots; the minimum is the one with a plus
+    inner = c * c - 3 * b * d  # discriminant of the slope; the root with a plus is the minimum
     if inner <= 0 or c + math.sqrt(inner) <= 0:
         return math.inf
     return abs(float(-b / (c + math.sqrt(inner))) - vertex)
@@ -145,8 +151,8 @@ def _fit_parabola(about: Optimum, fitted: Sequence[Result]) -> Optimum:
     a, b, c = (float(value) for value in coefficients)
     residuals = losses - design @ coefficients
     freedom = len(fitted) - 3
-    # Seeds that are shared by learning rates move their losses together; that is counted as noise
-    # here, which makes intervals wider than they need to be, never narrower.
+    # Runs of one seed at several learning rates have correlated losses. That correlation is counted
+    # as noise here, which makes intervals wider than necessary, never narrower.
     variance = float(residuals @ residuals) / freedom
     covariance = variance * np.linalg.inv(design.T @ design)
     t2 = student_t(freedom) ** 2
@@ -154,7 +160,7 @@ def _fit_parabola(about: Optimum, fitted: Sequence[Result]) -> Optimum:
     if c <= 0 or c * c <= t2 * covariance[2, 2]:
         return _without(
             about,
-            "the curvature is within the noise: add seeds, or learning rates further off "
+            "the curvature is within the noise: add seeds, or learning rates farther from the best "
             f"({two_digits(about.grid[0])} to {two_digits(about.grid[-1])} were tried)",
         )
     vertex = -b / (2 * c)
@@ -163,10 +169,10 @@ def _fit_parabola(about: Optimum, fitted: Sequence[Result]) -> Optimum:
         side = min(x, key=lambda value: abs(value - vertex))
         return _without(
             about,
-            f"at the edge: the parabola's vertex {two_digits(at)} lies outside the fitted values: "
+            f"at the edge: the parabola's vertex {two_digits(at)} is outside the fitted values: "
             f"extend the grid beyond {two_digits(math.exp(side + centre))}",
         )
-    # Fieller: all v at which b + 2 c v differs from 0 by at most t standard errors
+    # Fieller's interval: all v at which b + 2 c v differs from 0 by at most t standard errors.
     square = 4 * (c * c - t2 * covariance[2, 2])
     half = 2 * (b * c - t2 * covariance[1, 2])
     last = b * b - t2 * covariance[1, 1]
@@ -175,7 +181,7 @@ def _fit_parabola(about: Optimum, fitted: Sequence[Result]) -> Optimum:
     if shift > x.max() - x.min():
         return _without(
             about,
-            "the loss is no parabola around its minimum: add seeds, or learning rates nearer to "
+            "the loss is not a parabola near its minimum: add seeds, or learning rates closer to "
             f"{about.best:g}",
         )
     low, high = (-half - reach) / square - shift, (-half + reach) / square + shift

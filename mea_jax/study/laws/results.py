@@ -1,12 +1,12 @@
-"""Rows of finished and diverged runs: what the fits of learning-rate studies read.
+"""Parse the rows of finished and diverged runs, the input of the fits of learning-rate studies.
 
-A row is a JSON object, one a line:
+A row is a JSON object, one per line:
 
     {"variant": "mea", "learning_rate": 1e-3, "size": "6m", "parameters": 5900000,
      "tokens": 50000000, "seed": 0, "loss": 2.31, "diverged": false,
      "curve": [[0, 7.62], [1000000, 4.4], ..]}
 
-`curve` is optional, and other keys (a commit, a command) are left alone.
+`curve` is optional, and other keys (a commit, a command) are ignored.
 """
 
 import dataclasses
@@ -35,15 +35,15 @@ class Result:
     """One run.
 
     Attributes:
-      variant: of the architecture.
-      learning_rate: its peak.
-      size: the name of a shape; within a variant it stands for one number of parameters.
-      parameters: N, without embeddings.
-      tokens: D, the horizon: what the run was to be trained on.
-      seed: of initialisation and data.
-      loss: held out, at the end, nats per token. None where it is not finite or not known, which
-        only a diverged run may have.
-      diverged: the run had a spike that it did not recover from.
+      variant: the name of the architecture.
+      learning_rate: the peak learning rate.
+      size: the name of a model shape; within a variant it has one number of parameters.
+      parameters: N, the number of parameters without embeddings.
+      tokens: D, the horizon, the number of training tokens that was planned.
+      seed: the seed of the initialisation and of the data.
+      loss: the held-out loss at the end, nats per token. None if it is not finite or not known,
+        which is allowed for a diverged run only.
+      diverged: whether the run had a spike that it did not recover from.
       curve: (tokens, held-out loss) in order; a point at 0 tokens is the loss at initialisation.
     """
 
@@ -59,12 +59,12 @@ class Result:
 
     @classmethod
     def from_row(cls, row: Any, where: str = "row") -> "Result":
-        """Reads one row. Raises `UserError`, which begins with `where`, for anything else."""
+        """Parse one row; raise `UserError`, which begins with `where`, if it is malformed."""
         if not isinstance(row, Mapping):
-            raise UserError(f"{where}: {shown(row)} is no JSON object: write one run a line")
+            raise UserError(f"{where}: {shown(row)} is not a JSON object: write one run per line")
         missing = [key for key in _KEYS if key not in row]
         if missing:
-            raise UserError(f"{where}: no {', '.join(missing)}: a row has {', '.join(_KEYS)}")
+            raise UserError(f"{where}: no {', '.join(missing)}: a row needs {', '.join(_KEYS)}")
         diverged = row["diverged"]
         if not isinstance(diverged, bool):
             raise UserError(f"{where}: diverged={shown(diverged)} must be true or false")
@@ -83,11 +83,11 @@ class Result:
 
 
 def parse(rows: Iterable[Any], where: str = "row") -> list[Result]:
-    """All rows, in a fixed order that does not depend on theirs.
+    """Parse all rows and return them in an order that does not depend on the order of `rows`.
 
     Raises:
-      UserError: one is malformed (numbered from 1), a run is there twice, or a size of a variant
-        has two numbers of parameters.
+      UserError: if a row is malformed, if two rows are the same run, or if a size of a variant has
+        two numbers of parameters. The message has `where` and the number of the row, from 1.
     """
     found: dict[tuple, tuple[str, Result]] = {}
     sizes: dict[tuple[str, str], tuple[str, int]] = {}
@@ -102,7 +102,7 @@ def parse(rows: Iterable[Any], where: str = "row") -> list[Result]:
         if count != result.parameters:
             raise UserError(
                 f"{place}: parameters={result.parameters}, but size {result.size} of "
-                f"{result.variant} has {count} in {first}: give sizes of their own names"
+                f"{result.variant} has {count} in {first}: rename one of the sizes"
             )
     return [found[run][1] for run in sorted(found)]
 
@@ -110,7 +110,7 @@ def parse(rows: Iterable[Any], where: str = "row") -> list[Result]:
 def grouped(
     results: Iterable[Result], key: Callable[[Result], Key]
 ) -> list[tuple[Key, list[Result]]]:
-    """Results with equal keys together, in the order of the keys."""
+    """Group results by key and return (key, results) pairs in the order of the keys."""
     found: dict[Key, list[Result]] = defaultdict(list)
     for result in results:
         found[key(result)].append(result)
@@ -118,10 +118,10 @@ def grouped(
 
 
 def finished(results: Sequence[Result]) -> dict[float, list[Result]]:
-    """The runs of each learning rate none of whose seeds diverged, smallest first.
+    """Return the runs of each learning rate at which no seed diverged, smallest rate first.
 
-    The seeds that survive a learning rate at which others diverge are its lucky ones: their mean
-    says less than is true about its loss, so none of them counts.
+    Seeds that survive a learning rate at which others diverge are lucky. Their mean underestimates
+    the loss at that rate, so they are left out too.
     """
     by_rate = grouped(results, lambda result: result.learning_rate)
     return {rate: runs for rate, runs in by_rate if not any(run.diverged for run in runs)}
@@ -130,21 +130,21 @@ def finished(results: Sequence[Result]) -> dict[float, list[Result]]:
 def _word(row: Mapping[str, Any], key: str, where: str) -> str:
     value = row[key]
     if not isinstance(value, str) or not value.strip():
-        raise UserError(f"{where}: {key}={shown(value)} must be a name")
+        raise UserError(f"{where}: {key}={shown(value)} must be a non-empty string")
     return value
 
 
 def _whole(row: Mapping[str, Any], key: str, least: int, where: str) -> int:
     value = row[key]
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise UserError(f"{where}: {key}={shown(value)} must be a whole number from {least}")
+        raise UserError(f"{where}: {key}={shown(value)} must be an integer of at least {least}")
     if value > 2**63:
-        raise UserError(f"{where}: {key}={shown(value)} is too large to be a count")
+        raise UserError(f"{where}: {key}={shown(value)} is too large: must be at most 2^63")
     return value
 
 
 def _number(value: Any) -> float:
-    """A float; not a number for what is none, and for integers that no float holds."""
+    """Convert `value` to a float; return nan if it is not a number or an integer out of range."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return math.nan
     try:
@@ -164,7 +164,7 @@ def _loss(value: Any, diverged: bool, what: str) -> float | None:
     if diverged and (value is None or (isinstance(value, float) and not math.isfinite(value))):
         return None
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
-        raise UserError(f"{what}={shown(value)} without diverged=true: say so, or remove the row")
+        raise UserError(f"{what}={shown(value)} without diverged=true: set it, or remove the row")
     return _positive(value, what)
 
 
@@ -172,7 +172,7 @@ def _curve(value: Any, tokens: int, diverged: bool, what: str) -> tuple[tuple[in
     if value is None:
         return ()
     if not isinstance(value, list | tuple):
-        raise UserError(f"{what}={shown(value)} must be a list of [tokens, loss]")
+        raise UserError(f"{what}={shown(value)} must be a list of [tokens, loss] pairs")
     found: list[tuple[int, float]] = []
     last = -1
     for number, point in enumerate(value, start=1):
@@ -182,7 +182,7 @@ def _curve(value: Any, tokens: int, diverged: bool, what: str) -> tuple[tuple[in
         at = _whole({"tokens": point[0]}, "tokens", 0, place)
         if not last < at <= tokens:
             raise UserError(
-                f"{place}: tokens={at} must lie above the point before and up to the run's {tokens}"
+                f"{place}: tokens={at} must be above the point before, at most the run's {tokens}"
             )
         last = at
         loss = _loss(point[1], diverged, f"{place}: loss")

@@ -1,15 +1,15 @@
-"""How much a wrong learning rate costs, and how large a one is stable.
+"""Fits of the learning-rate sensitivity and of the largest stable learning rate.
 
-Learning-rate sensitivity (arXiv 2309.14322): the mean, over learning rates drawn log-uniformly from
-[a, b], of min(loss, loss at initialisation) less the best loss in [a, b]. Nats; lower is more
-robust. A diverged run counts at the loss at initialisation.
+Learning-rate sensitivity (arXiv 2309.14322) is the mean, over learning rates drawn log-uniformly
+from [a, b], of min(loss, loss at initialisation), minus the best loss in [a, b], in nats. Lower is
+more robust. A diverged run counts with the loss at initialisation.
 
-Largest stable learning rate: the largest value of the grid at which no seed has an unrecovered
-spike, and every seed learns. A spike is that of `mea_jax.train.guards`: losses above the lowest
-before them by a margin. It is unrecovered where it lasts until the end. A run has not learned that
-ends above the middle between the loss at initialisation and the best loss of any variant at its
-size and horizon: too large a learning rate may leave a model early at the frequencies of words, and
-there it has no spike.
+The largest stable learning rate is the largest value of the grid at which no seed has an
+unrecovered spike and every seed learns. Spikes are defined in `mea_jax.train.guards`: losses that
+exceed the lowest earlier loss by a margin. A spike is unrecovered if it lasts until the end. A run
+has not learned if it ends above the midpoint between the loss at initialisation and the best loss
+of any variant at its size and horizon. Too large a learning rate can leave a model early at the
+token frequencies, where it has no spike.
 """
 
 import dataclasses
@@ -21,22 +21,22 @@ from mea_jax.study.laws.intervals import Estimate, jackknife, step_of, two_digit
 from mea_jax.study.laws.results import Result, grouped
 from mea_jax.train.guards import SpikeDetector
 
-SPIKE_MARGIN = 1.0  # nats, as of GuardConfig
-SPIKE_POINTS = 1  # held-out losses in a row, the last of the run; they lie many steps apart
-LEAST = 3  # learning rates in [a, b]
+SPIKE_MARGIN = 1.0  # nats, as in GuardConfig
+SPIKE_POINTS = 1  # consecutive held-out losses at the end of a run; they are many steps apart
+LEAST = 3  # fewest learning rates in [a, b]
 
 
 @dataclasses.dataclass(frozen=True)
 class Sensitivity:
-    """Of one (variant, size, tokens).
+    """The learning-rate sensitivity of one (variant, size, tokens).
 
     Attributes:
-      learning_rates: those that every variant was tried at, at this size and horizon: one set, so
-        that variants compare. [a, b] is its range.
-      seeds: that have a run at every one of them.
-      initial_loss: nats; None where it is not known and not needed.
-      value: nats; its interval is over seeds, from 3 of them on.
-      reason: why there is no number, and what to add. None where there is.
+      learning_rates: the learning rates at which every variant was tried at this size and horizon.
+        All variants share this set, so that they are comparable. [a, b] is its range.
+      seeds: the number of seeds that have a run at every one of `learning_rates`.
+      initial_loss: the loss at initialisation, nats; None if it is neither known nor needed.
+      value: the sensitivity, nats; it has an interval over seeds if there are 3 or more.
+      reason: why there is no `value`, and what to add. None if there is one.
     """
 
     variant: str
@@ -51,17 +51,17 @@ class Sensitivity:
 
 @dataclasses.dataclass(frozen=True)
 class Stability:
-    """Of one (variant, size, tokens).
+    """The largest stable learning rate of one (variant, size, tokens).
 
     Attributes:
       grid: the learning rates that were tried.
       unstable: those at which a seed diverged, ended in a spike, or has not learned.
-      learned_below: nats, the most that a run which has learned ends with. None where no curve
-        begins at 0 tokens.
-      learning_rate: the largest other one.
-      limit_found: a larger one is unstable. Otherwise `learning_rate` is only a lower bound.
-      note: what to add to the grid, or that stability does not grow monotonically.
-      reason: why there is no number, and what to add. None where there is.
+      learned_below: the largest final loss, in nats, of a run that has learned. None if no curve
+        begins at 0 tokens, or no run has a loss.
+      learning_rate: the largest learning rate of `grid` that is not in `unstable`.
+      limit_found: whether a larger one is unstable. Otherwise `learning_rate` is a lower bound.
+      note: what to add to the grid, or that a smaller learning rate is unstable.
+      reason: why there is no `learning_rate`, and what to add. None if there is one.
     """
 
     variant: str
@@ -77,7 +77,7 @@ class Stability:
 
 
 def unrecovered(result: Result) -> bool:
-    """Whether a run diverged, or its held-out loss ends in a spike."""
+    """Return whether a run diverged or its held-out loss ends in a spike."""
     detector = SpikeDetector(SPIKE_MARGIN, SPIKE_POINTS)
     for tokens, loss in result.curve:
         detector.feed(tokens, loss)
@@ -87,16 +87,16 @@ def unrecovered(result: Result) -> bool:
 
 
 def initial_loss_of(runs: Sequence[Result]) -> float | None:
-    """The mean of the losses at 0 tokens; None where no curve begins there."""
+    """Return the mean of the losses at 0 tokens; None if no curve begins there."""
     starts = [run.curve[0][1] for run in runs if run.curve and run.curve[0][0] == 0]
     return float(np.mean(starts)) if starts else None
 
 
 def learned_below(runs: Sequence[Result]) -> float | None:
-    """The middle between the loss at initialisation and the best one.
+    """Return the midpoint between the loss at initialisation and the best final loss, nats.
 
-    Of runs of all variants at one size and horizon. None where no curve begins at 0 tokens, or no
-    run has a loss.
+    `runs` are those of all variants at one size and horizon. Return None if no curve begins at 0
+    tokens, or if no run has a loss without having diverged.
     """
     initial = initial_loss_of(runs)
     ends = [run.loss for run in runs if run.loss is not None and not run.diverged]
@@ -104,7 +104,10 @@ def learned_below(runs: Sequence[Result]) -> float | None:
 
 
 def fit_stability(results: Sequence[Result]) -> list[Stability]:
-    """One for each (variant, size, tokens) of `results`, which are of all variants compared."""
+    """Return the stability of each (variant, size, tokens) of `results`.
+
+    `results` must contain all variants that are compared, because they share `learned_below`.
+    """
     found = []
     for (size, tokens), cell in grouped(results, lambda r: (r.size, r.tokens)):
         limit = learned_below(cell)
@@ -135,7 +138,7 @@ def _stability(about: Stability) -> Stability:
     if holes:
         note = (
             f"{holes[0]:g} is unstable though {largest:g} is stable: add seeds at both before "
-            "the number is used"
+            "using this number"
         )
     elif not found:
         note = f"at the edge, a lower bound: extend the grid, add {two_digits(largest * step)}"
@@ -145,11 +148,12 @@ def _stability(about: Stability) -> Stability:
 def fit_sensitivity(
     results: Sequence[Result], initial_loss: float | None = None
 ) -> list[Sensitivity]:
-    """One for each (variant, size, tokens) of `results`.
+    """Return the sensitivity of each (variant, size, tokens) of `results`.
 
     Args:
-      results: of all variants that are to be compared.
-      initial_loss: nats, where curves do not begin at 0 tokens; about log V.
+      results: the runs of all variants that are compared.
+      initial_loss: the loss at initialisation in nats, about log V; used if no curve begins at 0
+        tokens.
     """
     found = []
     for (size, tokens), runs in grouped(results, lambda r: (r.size, r.tokens)):
@@ -165,7 +169,7 @@ def fit_sensitivity(
                 found.append(
                     dataclasses.replace(
                         about,
-                        reason=f"{len(common)} of the {LEAST} learning rates needed were tried "
+                        reason=f"{len(common)} of the {LEAST} required learning rates were tried "
                         f"with every variant: add {add}",
                     )
                 )
@@ -184,7 +188,7 @@ def _sensitivity(
         return dataclasses.replace(
             about,
             reason="runs diverged and the loss at initialisation is not known: begin curves with "
-            "[0, loss], or give initial_loss",
+            "[0, loss], or pass initial_loss",
         )
     losses: dict[int, dict[float, float]] = {}
     for run in runs:
@@ -205,7 +209,7 @@ def _sensitivity(
 
 
 def _mean_excess(rates: Sequence[float], losses: Mapping[int, Mapping[float, float]]) -> float:
-    """The definition, of each rate's mean over seeds, by trapezoids in log learning rate."""
+    """Compute the sensitivity from each rate's mean over seeds, by trapezoids in log rate."""
     means = [
         float(np.mean([some[rate] for some in losses.values() if rate in some])) for rate in rates
     ]

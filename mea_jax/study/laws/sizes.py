@@ -1,13 +1,14 @@
-"""The law of the optimal learning rate over sizes (Step Law, arXiv 2503.04715):
+"""Fits of the optimal learning rate over sizes and tokens (Step Law, arXiv 2503.04715).
 
     log lr* = a + b log N + c log D
 
-N parameters without embeddings, D tokens, natural logarithms. By Step Law's procedure: ordinary
-least squares over all runs within 0.25% of the lowest loss of their (N, D), and bootstraps.
+N is the number of parameters without embeddings, D the number of tokens; logarithms are natural.
+The fit follows Step Law's procedure: ordinary least squares over all runs within 0.25% of the
+lowest loss of their (N, D), and bootstraps.
 
-Step Law draws runs; but the runs of one (N, D) share the run that is best there and the grid, so
-draws of runs give intervals that are too narrow. Here the departures of whole cells (N, D) from the
-law are drawn, and the interval is that of a regression on so few cells.
+Step Law resamples runs. But the runs of one (N, D) share the grid and the best run, so resampling
+runs gives intervals that are too narrow. Here the departures of entire cells (N, D) from the law
+are resampled, and the interval accounts for the small number of cells in the regression.
 """
 
 import dataclasses
@@ -20,18 +21,18 @@ from mea_jax.study.laws.intervals import Estimate, student_t
 from mea_jax.study.laws.optimum import edge
 from mea_jax.study.laws.results import Result, finished, grouped
 
-NEAR = 0.0025  # of the lowest loss: Step Law's
-BOOTSTRAPS = 1000  # likewise
-_COLLINEAR = 0.98  # correlation of log N and log D above which their exponents are not told apart
+NEAR = 0.0025  # relative distance from the lowest loss, as in Step Law
+BOOTSTRAPS = 1000  # as in Step Law
+_COLLINEAR = 0.98  # correlation of log N and log D above which their exponents are not separable
 
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """What one (N, D) gives to the law.
+    """The contribution of one (N, D) to the law.
 
     Attributes:
-      learning_rates: of the runs within 0.25% of the lowest loss, one for each run.
-      reason: why the cell is left out, and what to add. None where it is not.
+      learning_rates: the learning rate of each run within 0.25% of the lowest loss.
+      reason: why the cell is left out, and what to add. None if it is used.
     """
 
     size: str
@@ -43,17 +44,21 @@ class Cell:
 
 @dataclasses.dataclass(frozen=True)
 class LearningRateLaw:
-    """lr* = factor N^parameters_exponent D^tokens_exponent.
+    """A law of one variant, lr* = factor N^parameters_exponent D^tokens_exponent.
 
     Attributes:
-      cells: every (N, D), those that were left out too.
-      tokens: the horizons it was fitted on, smallest and largest.
-      intercept: a = log of the factor, at N = D = 1: far outside any data, so its interval is wide.
-      parameters_exponent, tokens_exponent: b and c. None where all cells share N, or D: the law
-        then holds at that N or D only.
-      run_bootstrap: standard deviations of (a, b, c) over draws of runs, as Step Law gives them.
-      covariance: of (a, b, c) over draws of cells, widened; what `predict` takes.
-      reason: why there is no law, and what to add. None where there is.
+      cells: every (N, D), including those that were left out.
+      tokens: the smallest and the largest horizon of the runs.
+      runs: the number of runs that were fitted.
+      intercept: a, the log of the factor. It is the value at N = D = 1, far outside any data, so
+        its interval is wide.
+      parameters_exponent: b. None if all cells share N: the law then holds at that N only.
+      tokens_exponent: c. None if all cells share D: the law then holds at that D only.
+      run_bootstrap: the standard deviations of (a, b, c) over resampled runs, as in Step Law,
+        without the exponents that are None.
+      covariance: the covariance of (a, b, c), without the exponents that are None, over resampled
+        cells with widened departures; `predict` uses it.
+      reason: why there is no law, and what to add. None if there is one.
     """
 
     variant: str
@@ -68,7 +73,10 @@ class LearningRateLaw:
     reason: str | None = None
 
     def predict(self, parameters: float, tokens: float) -> Estimate:
-        """The optimum at N and D. Raises ValueError where there is no law."""
+        """Return the optimum at N and D with its interval.
+
+        Raise `ValueError` with the reason if there is no law.
+        """
         if self.intercept is None or self.covariance is None:
             raise ValueError(self.reason)
         terms, row = [self.intercept], [1.0]
@@ -84,7 +92,7 @@ class LearningRateLaw:
 
 
 def fit_laws(results: Sequence[Result], seed: int = 0) -> list[LearningRateLaw]:
-    """One law for each variant of `results`. `seed` is of the bootstraps."""
+    """Return one law for each variant of `results`; `seed` is that of the bootstraps."""
     groups = grouped(results, lambda result: result.variant)
     return [_fit_variant(runs, np.random.default_rng(seed)) for _, runs in groups]
 
@@ -94,13 +102,15 @@ def _cell(runs: Sequence[Result]) -> Cell:
     grid = sorted({run.learning_rate for run in runs})
     about = Cell(first.size, first.parameters, first.tokens, ())
     if not kept:
-        return dataclasses.replace(about, reason="runs diverged at every learning rate")
+        return dataclasses.replace(
+            about, reason="runs diverged at every learning rate: add a lower one"
+        )
     losses = [(run.loss or math.nan, rate) for rate, some in kept.items() for run in some]
     lowest = min(losses)[0]
     rates = tuple(rate for loss, rate in losses if loss < lowest * (1 + NEAR))
     diverged = [rate for rate in grid if rate not in kept]
-    # A learning rate that diverges bounds the set as well as one whose loss is high: only the ends
-    # of what was tried cut it off.
+    # A learning rate that diverges bounds the set as well as one with a high loss does. Only the
+    # ends of the grid cut the set off.
     cut = rates[0] == grid[0] or rates[-1] == grid[-1]
     reason = edge(grid, diverged, rates[0], rates[-1]) if cut else None
     return dataclasses.replace(about, learning_rates=rates, reason=reason)
@@ -119,14 +129,13 @@ def _fit_variant(runs: Sequence[Result], random: np.random.Generator) -> Learnin
         cut = "; ".join(f"{c.size} at {c.tokens} tokens: {c.reason}" for c in cells if c.reason)
         return dataclasses.replace(
             about,
-            reason=f"{len(used)} of the {max(needed, 4)} cells (size, tokens) needed have an "
-            "optimum inside their grid: add sizes or horizons"
-            + (f"; or mend {cut}" if cut else ""),
+            reason=f"{len(used)} of the {max(needed, 4)} required cells (size, tokens) have an "
+            "optimum inside their grid: add sizes or horizons" + (f"; or fix {cut}" if cut else ""),
         )
     if len(free) == 3 and abs(np.corrcoef(rows[:, 1], rows[:, 2])[0, 1]) > _COLLINEAR:
         return dataclasses.replace(
             about,
-            reason="tokens grow with parameters, so their exponents cannot be told apart: add "
+            reason="tokens grow with parameters, so their exponents cannot be separated: add "
             "another horizon to a size",
         )
     rows = rows[:, free]
@@ -154,14 +163,14 @@ def _fit_variant(runs: Sequence[Result], random: np.random.Generator) -> Learnin
 
 
 def _solve(rows: np.ndarray, weights: np.ndarray, means: np.ndarray) -> np.ndarray:
-    """Least squares for each row of `weights` (draws, cells), on centred columns."""
+    """Solve weighted least squares for each row of `weights` (draws, cells); (draws, columns)."""
     moments = np.einsum("bg,gi,gj->bij", weights, rows, rows)
     right = np.einsum("bg,gi,bg->bi", weights, rows, np.broadcast_to(means, weights.shape))
     return np.linalg.solve(moments, right[:, :, None])[:, :, 0]
 
 
 def _centred(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Columns of about unit size, and the matrix that takes their coefficients back."""
+    """Return standardised columns, and the matrix that maps their coefficients back to `rows`'."""
     middle, spread = rows.mean(0), rows.std(0)
     middle[0], spread[0] = 0.0, 1.0
     back = np.diag(1 / spread)
@@ -172,12 +181,12 @@ def _centred(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _over_cells(
     rows: np.ndarray, counts: np.ndarray, means: np.ndarray, random: np.random.Generator
 ) -> np.ndarray:
-    """Covariance of the coefficients over draws of cells.
+    """Return the covariance of the coefficients over resampled departures of cells.
 
-    A cell's departure from the law is drawn anew for every cell (its sign by a coin, its size from
-    all cells): draws of the cells themselves would often leave too few different ones to fit.
-    Departures are widened for what the fit took of them (HC3's leverage), as those of few cells
-    need.
+    Each draw gives every cell a departure from the law with a random sign and the magnitude of a
+    random cell's departure. Resampling the cells themselves would often leave too few different
+    ones to fit. The fit reduces departures, most of all when cells are few, so they are divided by
+    sqrt(1 - leverage), as in HC2.
     """
     columns, back = _centred(rows)
     root = np.sqrt(counts)[:, None]
@@ -194,7 +203,7 @@ def _over_cells(
 def _over_runs(
     rows: np.ndarray, logs: Sequence[np.ndarray], random: np.random.Generator
 ) -> tuple[float, ...]:
-    """Standard deviations over draws of runs: Step Law's."""
+    """Return the standard deviations of the coefficients over resampled runs, as in Step Law."""
     columns, back = _centred(rows)
     owner = np.repeat(np.arange(len(logs)), [len(some) for some in logs])
     values = np.concatenate(logs)
@@ -205,7 +214,7 @@ def _over_runs(
     np.add.at(weights, (draw, owner[chosen]), 1.0)
     np.add.at(sums, (draw, owner[chosen]), values[chosen])
     moments = np.einsum("bg,gi,gj->bij", weights, columns, columns) / len(values)
-    whole = np.linalg.det(moments) > 1e-6  # the others drew too few different cells for a fit
+    whole = np.linalg.det(moments) > 1e-6  # other draws have too few different cells to fit
     means = sums[whole] / np.maximum(weights[whole], 1.0)
     draws = _solve(columns, weights[whole], means) @ back.T
     return tuple(float(v) for v in draws.std(0))

@@ -1,15 +1,16 @@
-"""The loss in tokens at one learning rate (arXiv 2601.19611, eq. 35):
+"""Fits of the loss as a function of tokens at one learning rate (arXiv 2601.19611, eq. 35).
 
     L(D) = (D_c / D)^alpha + L_0
 
-D in tokens, L and L_0 in nats per token. Fitted robustly (Huber's function of log-residuals, as in
-arXiv 2203.15556), checked on late points that the fit did not see, and left out where it fails.
+D is in tokens, L and L_0 are in nats per token. The fit is robust (Huber's function of
+log-residuals, as in arXiv 2203.15556), is checked on held-out late points, and is dropped if that
+check fails.
 
-For a given alpha the law is linear in A = D_c^alpha and L_0, so alpha is searched on a fine grid
-and the other two are solved for (variable projection): one search from every start, without an
-optimiser. Intervals are profiles: all (alpha, A, L_0) whose sum of squares exceeds the least by at
-most t^2 s^2, and the range that a number has among them. L_0 and alpha trade off along a bent
-valley, which intervals from a covariance matrix do not follow.
+For a given alpha the law is linear in A = D_c^alpha and L_0. So alpha is searched on a fine grid
+and the other two are solved for (variable projection), which needs no optimiser and no starting
+point. Intervals are profiles: the range of each number among all (alpha, A, L_0) whose sum of
+squares exceeds the minimum by at most t^2 s^2. L_0 and alpha trade off along a curved valley, which
+intervals from a covariance matrix do not follow.
 """
 
 import dataclasses
@@ -21,17 +22,18 @@ import numpy as np
 from mea_jax.study.laws.intervals import Estimate, jackknife, student_t
 from mea_jax.study.laws.results import Result, grouped
 
-ALPHAS = (0.01, 3.0)  # searched; published exponents lie between 0.05 and 0.6
-SKIP = 0.1  # of the horizon, from the start: warmup and the first descent follow no power law
-HELD_OUT = 0.25  # of the token counts, the last ones
-POINTS = 8  # token counts, at least: 6 for three numbers and their errors, 2 held out
-TOLERANCE = 0.01  # root mean square of the log-residuals, seen and held out, above which the fit
-# says nothing: 0.03 nats at a loss of 3, which is more than learning rates differ by
+ALPHAS = (0.01, 3.0)  # range of the search; published exponents are between 0.05 and 0.6
+SKIP = 0.1  # share of the horizon skipped: warmup and the first descent do not follow a power law
+HELD_OUT = 0.25  # share of the token counts that are held out, the last ones
+POINTS = 8  # fewest token counts: 6 for three numbers and their errors, 2 held out
+# A root mean square of the log-residuals, fitted or held out, above which the fit is dropped:
+# 0.03 nats at a loss of 3, which is more than the difference between learning rates.
+TOLERANCE = 0.01
 _HUBER = 1.345  # standard deviations: 95% efficient for normal errors (Huber 1981)
-_COARSE, _ZOOMS = 40, 5  # the search for alpha: to 2e-5 of it
-_ROUNDS = 4  # of reweighting, from the weights of the search before
-_FINE = 200  # alphas of a profile: an interval's ends are met to 1/200 of it
-_ROUNDING = 1e-5  # of the loss: errors are never taken to be smaller
+_COARSE, _ZOOMS = 40, 5  # the search for alpha, to a relative precision of 2e-5
+_ROUNDS = 4  # rounds of reweighting, which start from the weights of the previous search
+_FINE = 200  # alphas in a profile: an interval's ends are accurate to 1/200 of its length
+_ROUNDING = 1e-5  # smallest standard deviation of log-residuals that is assumed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,17 +41,22 @@ class LossInTokens:
     """The fit of one (variant, size, learning rate).
 
     Attributes:
-      tokens: the horizon, the largest D of a point.
+      tokens: the largest horizon of the runs.
       source: "curve" (held-out losses along runs) or "horizons" (final losses of runs of several
-        lengths). A curve at a learning rate that decays is no such law: give runs of several
-        lengths, or a constant rate, as the paper does.
-      points, seeds, diverged: what was fitted, and the runs left out because they diverged.
-      alpha, scale, floor: alpha, D_c in tokens, L_0 in nats.
-      over: "seeds" where the intervals are of the mean over seeds (3 or more), "points" where they
-        say how well the points of this one training run are met: another seed may lie outside.
-      error: root mean square of the log-residuals: 0.001 is 0.1% of the loss.
-      held_out_error: the same on the last quarter of the points, by a fit of those before.
-      reason: why there are no numbers, and what to add. None where there are.
+        lengths). A curve with a decaying learning rate does not follow the law: use runs of several
+        lengths or a constant rate, as the paper does.
+      points: the number of points that were fitted.
+      seeds: the number of seeds that were fitted.
+      diverged: the number of runs that were left out because they diverged.
+      alpha: the exponent.
+      scale: D_c in tokens.
+      floor: L_0 in nats.
+      over: "seeds" if the intervals are those of the mean over seeds (3 or more). "points" if they
+        describe how well the law fits the points of these runs: another seed may be outside.
+      error: the root mean square of the log-residuals; 0.001 is 0.1% of the loss.
+      held_out_error: the same on the last quarter of the token counts, by a fit of the earlier
+        ones.
+      reason: why there are no numbers, and what to add. None if there are.
     """
 
     variant: str
@@ -71,11 +78,11 @@ class LossInTokens:
 
 
 def fit_tokens(results: Sequence[Result], skip: float = SKIP) -> list[LossInTokens]:
-    """One fit for each (variant, size, learning rate) of `results`.
+    """Return one fit for each (variant, size, learning rate) of `results`.
 
     Args:
-      results: of any number of variants.
-      skip: the share of the horizon whose points are left out.
+      results: the runs of any number of variants.
+      skip: the share of the horizon, from its start, whose points are left out.
     """
     found = []
     for _, runs in grouped(results, lambda r: (r.variant, r.size, r.learning_rate)):
@@ -109,7 +116,7 @@ def _fit_group(runs: Sequence[Result], skip: float) -> LossInTokens:
         return _without(
             about,
             f"{len(at)} token counts beyond the first {skip:.0%} of the horizon: give {POINTS} or "
-            "more, by more frequent evaluations or by runs of other lengths",
+            "more, by more frequent evaluations or runs of other lengths",
         )
     late = at[-max(2, int(len(at) * HELD_OUT))]
     held_out, early = data[data[:, 0] >= late], data[data[:, 0] < late]
@@ -122,15 +129,15 @@ def _fit_group(runs: Sequence[Result], skip: float) -> LossInTokens:
         return _without(
             about,
             f"does not fit: log-residuals of {error:.2%}, and {held_out_error:.2%} on held-out "
-            f"late points, where {TOLERANCE:.0%} is allowed: look at the curve for spikes and a "
-            "decaying learning rate, or leave out more of its start",
+            f"late points, but at most {TOLERANCE:.0%} is allowed: inspect the curve for spikes "
+            "and a decaying learning rate, or skip more of its start",
         )
     over = "seeds" if about.seeds >= 3 else "points"
     estimates = _over_seeds(fit, data) if over == "seeds" else fit.profile()
     if estimates is None:
         return _without(
             about,
-            "the points do not tell alpha from L_0: add runs of more tokens, or more evaluations",
+            "the points do not separate alpha from L_0: add longer runs, or more evaluations",
         )
     alpha, scale, floor = estimates
     return dataclasses.replace(about, alpha=alpha, scale=scale, floor=floor, over=over)
@@ -145,9 +152,10 @@ def _rms(residuals: np.ndarray) -> float:
 
 
 def _points(runs: Sequence[Result], source: str, skip: float) -> np.ndarray:
-    """Rows of (tokens, loss, series), each series in order of tokens.
+    """Return rows of (tokens, loss, series), sorted by series and tokens, past the skipped start.
 
-    A series is what may be correlated: a run's curve, or the final losses of a seed.
+    Points of one series may be correlated. The series is the seed: of a run's curve, or of the
+    final losses of runs of several lengths.
     """
     rows: list[tuple[float, float, float]] = []
     for run in runs:
@@ -161,9 +169,10 @@ def _points(runs: Sequence[Result], source: str, skip: float) -> np.ndarray:
 
 
 def _over_seeds(fit: "_Fit", data: np.ndarray) -> tuple[Estimate, Estimate, Estimate] | None:
-    """Intervals from fits that leave out one seed each, in logarithms where a sign is known.
+    """Return alpha, D_c and L_0 with jackknife intervals from fits that leave out one seed each.
 
-    None where alpha's leaves the range that is searched.
+    Alpha and D_c, which are positive, are jackknifed in logarithms. Return None if the interval of
+    alpha exceeds the range of the search.
     """
     seeds = np.unique(data[:, 2])
     others = [_Fit(data[data[:, 2] != seed]) for seed in seeds]
@@ -188,34 +197,35 @@ def _exp(estimate: Estimate) -> Estimate:
 
 
 def _bounded_exp(value: float) -> float:
-    """exp, within what a float holds: D_c is far from any data where alpha is small."""
+    """Compute exp within the range of a float: D_c is far from any data if alpha is small."""
     return math.exp(min(max(value, -700.0), 700.0))
 
 
 class _Fit:
-    """The law that fits points best, and the pseudo-observations around it.
+    """The law that fits the points best.
 
     Attributes:
-      alpha, floor: alpha and L_0.
+      alpha: the exponent.
+      floor: L_0.
       log_scale: log D_c.
     """
 
     def __init__(self, points: np.ndarray):
-        """`points`: (tokens, loss, series)."""
+        """Fit the law to `points`, rows of (tokens, loss, series)."""
         self.tokens, self.losses, self.series = points.T
-        # D against its geometric mean: A is then of the size of the loss, whatever alpha.
+        # D relative to its geometric mean, so that A is of the order of the loss for every alpha.
         self.unit = math.exp(float(np.mean(np.log(self.tokens))))
-        self.scale = math.inf  # of the residuals; Huber's function is then the square
+        self.scale = math.inf  # of the residuals; if infinite, Huber's function is the square
         self.weights = np.ones_like(self.tokens)
-        for _ in range(3):  # the scale belongs to the fit it is taken from
+        for _ in range(3):  # the residuals' scale and the fit depend on each other
             self._search()
             residuals = np.log(self.loss(self.tokens) / self.losses)
-            # 3 of the residuals are fitted away; the median of the rest is of normal errors
+            # The fit makes 3 residuals vanish; the scale is from the median of the others.
             spread = np.sort(np.abs(residuals))[min(3, len(residuals) - 1) :]
             self.scale = max(1.4826 * float(np.median(spread)), 1e-9)
 
     def _search(self) -> None:
-        """Over all of `ALPHAS`, then between the neighbours of the best one, again and again."""
+        """Search alpha over `ALPHAS`, then repeatedly between the neighbours of the best one."""
         alphas = np.geomspace(*ALPHAS, _COARSE)
         for _ in range(_ZOOMS):
             amplitudes, floors, costs, weights = self._solve(alphas)
@@ -234,10 +244,11 @@ class _Fit:
         return self.amplitude * (tokens / self.unit) ** -self.alpha + self.floor
 
     def _solve(self, alphas: np.ndarray) -> tuple[np.ndarray, ...]:
-        """The best A and L_0 >= 0 for each alpha, Huber's cost of them, and weights of points.
+        """Return the best A and L_0 >= 0 for each alpha, their Huber costs and the point weights.
 
-        Least squares, weighted anew each round so that its fixed point is the minimum of Huber's
-        function of log(predicted / observed).
+        Solves least squares, reweighted in each round so that the fixed point is the minimum of
+        Huber's function of log(predicted / observed). Shapes are (alphas,), and (alphas, points)
+        for the weights.
         """
         powers = (self.tokens / self.unit) ** -alphas[:, None]
         weights = np.broadcast_to(self.weights, powers.shape)
@@ -259,10 +270,10 @@ class _Fit:
         return amplitudes, floors, costs.sum(axis=1), weights
 
     def profile(self) -> tuple[Estimate, Estimate, Estimate] | None:
-        """alpha, D_c and L_0 with their intervals; None where the search's ends are among them.
+        """Return alpha, D_c and L_0 with profile intervals; None if alpha's reaches `ALPHAS`' ends.
 
-        Pseudo-observations (Huber 1981, 7.10): residuals psi(r) / mean psi' around the robust fit,
-        whose ordinary least squares are that fit, and whose variance is the robust one.
+        Uses pseudo-observations (Huber 1981, 7.10): residuals psi(r) / mean psi' around the robust
+        fit. Their ordinary least squares give the robust fit, with the robust variance.
         """
         fitted = self.loss(self.tokens)
         residuals = np.log(self.losses / fitted)
@@ -275,8 +286,8 @@ class _Fit:
         variance = max(least / (len(pseudo) - 3) * inflation, _ROUNDING**2)
         most = least + student_t(freedom) ** 2 * variance
         alphas = np.geomspace(*ALPHAS, _FINE)
-        for _ in range(3):  # all of them, then those within the interval and its ends
-            alphas = np.sort(np.append(alphas, self.alpha))  # or a short interval is missed
+        for _ in range(3):  # the full range, then the interval and one alpha beyond each end
+            alphas = np.sort(np.append(alphas, self.alpha))  # without it a short interval is missed
             region = _Region(alphas, self.tokens / self.unit, fitted, 1 + pseudo, most)
             held = np.flatnonzero(region.held)
             if len(held) == 0 or held[0] == 0 or held[-1] == len(alphas) - 1:
@@ -296,13 +307,14 @@ class _Fit:
 
 
 class _Region:
-    """For each alpha the (A, L_0) whose sum of squares of relative errors is at most `most`.
+    """The (A, L_0) of each alpha whose sum of squared relative errors is at most `most`.
 
-    They are an ellipse.
+    They form an ellipse for each alpha.
 
     Attributes:
-      held: the alphas for which there are any, with A > 0 and L_0 >= 0.
-      amplitudes, floors: (2, alphas): the ends of the ellipse along A and along L_0.
+      held: a mask (alphas,), true if the ellipse contains a point with A > 0 and L_0 >= 0.
+      amplitudes: the ends of the ellipse along A, (2, alphas).
+      floors: the ends of the ellipse along L_0, (2, alphas).
     """
 
     def __init__(
@@ -332,7 +344,10 @@ class _Region:
 def _linear(
     powers: np.ndarray, losses: np.ndarray, weights: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A > 0 and L_0 >= 0 of each row of `powers` that minimise weighted relative squares."""
+    """Return the A > 0 and L_0 >= 0 that minimise weighted squared relative errors.
+
+    `powers` and `weights` are (alphas, points), `losses` (points,), the results (alphas,).
+    """
     weights = weights / losses**2
     xx, x1 = (weights * powers**2).sum(1), (weights * powers).sum(1)
     oo, xy = weights.sum(1), (weights * powers * losses).sum(1)
@@ -341,12 +356,15 @@ def _linear(
     amplitudes, floors = (xy * oo - oy * x1) / determinant, (oy * xx - xy * x1) / determinant
     below = floors < 0
     amplitudes, floors = np.where(below, xy / xx, amplitudes), np.where(below, 0.0, floors)
-    rising = amplitudes <= 0  # losses that grow with tokens: a constant, nearly
+    rising = amplitudes <= 0  # losses grow with tokens: fit nearly a constant
     return np.where(rising, 1e-12, amplitudes), np.where(rising, oy / oo, floors)
 
 
 def _correlation(residuals: np.ndarray, series: np.ndarray) -> float:
-    """By how much neighbours' correlation widens variances: (1 + rho) / (1 - rho), at least 1."""
+    """Return the factor by which correlated neighbours inflate variances, at least 1.
+
+    It is (1 + rho) / (1 - rho), where rho is the correlation of consecutive points of a series.
+    """
     centred = residuals - residuals.mean()
     together = series[1:] == series[:-1]
     total = float((centred**2).sum())
@@ -354,6 +372,6 @@ def _correlation(residuals: np.ndarray, series: np.ndarray) -> float:
         return 1.0
     rho = float((centred[1:] * centred[:-1])[together].sum()) / total
     rho *= len(residuals) / max(int(together.sum()), 1)
-    rho += 3 / len(residuals)  # what the fit of three numbers takes from it
+    rho += 3 / len(residuals)  # corrects for the bias from fitting three numbers
     rho = min(max(rho, 0.0), 0.9)
     return (1 + rho) / (1 - rho)

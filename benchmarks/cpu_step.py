@@ -74,10 +74,10 @@ def training_step(model: ModelConfig) -> Callable[[], Any]:
     with jax.set_mesh(mesh):
         state = create_state(config, mesh)
         step = compile_train_step(config, mesh).lower(state, batch).compile()
-    held = {"state": state}
+    argument_bytes = {"state": state}
 
     def run() -> jax.Array:
-        held["state"], metrics = step(held["state"], batch)
+        argument_bytes["state"], metrics = step(argument_bytes["state"], batch)
         return metrics["loss"]
 
     return run

@@ -30,7 +30,7 @@ from benchmarks.harness import lines, print_table, ratios, spread, time_interlea
 from mea_jax.config.schema import ModelConfig
 from mea_jax.generate import decode
 from mea_jax.model.attention import Context, Slots
-from mea_jax.model.kv_cache import RECENT, Stored, count_bytes, flush
+from mea_jax.model.kv_cache import RECENT, CachedLayer, count_bytes, flush
 from mea_jax.model.params import abstract_params
 from mea_jax.model.transformer import rope_of
 from mea_jax.model.variants import make_attention
@@ -77,7 +77,7 @@ def variant_of(base: ModelConfig, name: str) -> tuple[ModelConfig, str]:
     return dataclasses.replace(base, **changes), form
 
 
-def served_shapes(model: ModelConfig, form: str) -> tuple[decode.Served, Any]:
+def served_shapes(model: ModelConfig, form: str) -> tuple[decode.ServedModel, Any]:
     """Return the static part of a served model, and the shapes of its parameters."""
     serve = functools.partial(decode.serve, model, form=form)
     held = {}
@@ -213,7 +213,7 @@ def timed(
 TPU_SHAPES = ((32, 8, 64), (32, 8, 128), (16, 16, 128))
 
 
-def attention_step(served: decode.Served, length: int) -> Callable[..., Any]:
+def attention_step(served: decode.ServedModel, length: int) -> Callable[..., Any]:
     """Return a function that runs one layer's attention of a step, to isolate the cache's cost."""
     spec = served.layers[0]
     layer = make_attention(
@@ -231,7 +231,7 @@ def attention_step(served: decode.Served, length: int) -> Callable[..., Any]:
             main=Slots(cache.segment_ids_BS == 1, distance_BS),
             recent=Slots(recent_BR <= cache.recent_count, recent_BR - cache.recent_count),
         )
-        stored = Stored(cache.layers[0], cache.recent[0])
+        stored = CachedLayer(cache.layers[0], cache.recent[0])
         variables = {"params": params["layers"][0]["attention"]}
         out: Any = layer.apply(variables, x_B1D, context, 0, stored)
         return out[0], dataclasses.replace(cache, layers=(out[1].main,), recent=(out[1].recent,))

@@ -155,14 +155,14 @@ def loss() -> list[dict[str, Any]]:
     for words in (32_000, 128_256):
         config = config_of("", ONE_WINDOW | {"model.n_layers": 2, "model.vocab_size": words})
         plan = planned(config, targets.find("v5e:4x4"))
-        held = plan["bytes_per_device"]
+        argument_bytes = plan["bytes_per_device"]
         # The complete unembedding in bfloat16 and its float32 gradient have the parameters' size.
         whole = words * config.model.d_model * (2 + 4)
         rows.append(
             {
                 "name": f"{words:,} words",
-                "temporaries_gb": held["temporaries"] / 1e9,
-                "apart_gb": (held["temporaries"] - whole) / 1e9,
+                "temporaries_gb": argument_bytes["temporaries"] / 1e9,
+                "apart_gb": (argument_bytes["temporaries"] - whole) / 1e9,
             }
         )
     print("\nTemporaries of a step at 8,192 positions, one window per device, 2 layers")

@@ -65,10 +65,10 @@ def together(config: TrainConfig, runs: int) -> tuple[Any, float]:
         began = time.perf_counter()
         step = sweep.step.lower(state, batch).compile()
         seconds = time.perf_counter() - began
-    held = {"state": state}
+    argument_bytes = {"state": state}
 
     def run() -> Any:
-        held["state"], metrics = step(held["state"], batch)
+        argument_bytes["state"], metrics = step(argument_bytes["state"], batch)
         return metrics["loss"]
 
     return run, seconds

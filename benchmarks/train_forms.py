@@ -22,7 +22,7 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 from benchmarks.harness import bars, print_table, ratios, spread, time_interleaved, write_json
-from mea_jax.config.schema import ModelConfig, OptimizerConfig, TrainConfig
+from mea_jax.config.schema import ModelConfig, OptimizerConfig, Side, TrainConfig
 from mea_jax.model.attention import Attention, Context
 from mea_jax.model.params import abstract_params
 from mea_jax.model.transformer import rope_of
@@ -190,7 +190,7 @@ def compiled_bytes(topology_name: str) -> list[dict[str, Any]]:
 
 def layer_gradient(model: ModelConfig, where: SingleDeviceSharding) -> Any:
     """Compile the gradient of one attention layer of `model`."""
-    components = model.components("key")[0], model.components("value")[0]
+    components = model.components(Side.KEY)[0], model.components(Side.VALUE)[0]
     stacked = abstract_params(model)["layers_0"]["attention"]
     params = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype, sharding=where), stacked

@@ -14,7 +14,7 @@ rotary frequencies scaled by 32 from 8,192 positions on, a tied head. The recipe
 our choice for a first test of continued training; it has not been run.
 """
 
-from mea_jax.config.presets import continued
+from mea_jax.config.presets import continue_training
 from mea_jax.config.schema import default_config
 
 
@@ -36,4 +36,4 @@ def get_config(checkpoint: str = ""):
     model.tie_embeddings = True
     model.remat = "dots"
 
-    return continued(config, checkpoint, "llama3/tokenizer.json")
+    return continue_training(config, checkpoint, "llama3/tokenizer.json")

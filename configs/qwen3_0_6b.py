@@ -13,7 +13,7 @@ key/value heads of width 128 with QK-norm, a tied head. The recipe is our choice
 continued training; it has not been run.
 """
 
-from mea_jax.config.presets import continued
+from mea_jax.config.presets import continue_training
 from mea_jax.config.schema import default_config
 
 
@@ -32,4 +32,4 @@ def get_config(checkpoint: str = ""):
     model.tie_embeddings = True
     model.remat = "dots"
 
-    return continued(config, checkpoint, "qwen3/tokenizer.json")
+    return continue_training(config, checkpoint, "qwen3/tokenizer.json")

@@ -329,7 +329,7 @@ def pyplot() -> Any:
     return pyplot
 
 
-def run_word(package: str, commands: Sequence[str], about: str | None) -> None:
+def run_subcommand(package: str, commands: Sequence[str], about: str | None) -> None:
     """Run the module of `mea_jax.<package>` that the first argument names.
 
     Without an argument, or with --help, print `about` and the commands. An unknown command is a

@@ -116,7 +116,7 @@ def layers_of(model: str, summary: dict[str, Any]) -> list[Row]:
     about["repaired"] = options["budget"] == "repaired"
     return [
         about
-        | {name: s[name] for name in ("layer", "which")}
+        | {"layer": s["layer"], "which": s["side"]}
         | {name: [round(x, 6) for x in s[name]] for name in ("residuals", "losses")}
         for s in summary["sensitivities"]
         if s["losses"]

@@ -160,19 +160,19 @@ def run(
     config: Mapping[str, Any],
     model: str,
     out: Path,
-    say: Callable[[str], Any],
+    log: Callable[[str], Any],
     call: Callable[[list[str]], int] = lambda command: subprocess.run(command).returncode,
 ) -> str:
     """Run the unfinished stages, write the report, and return its Markdown.
 
-    `say` logs a line. `call` runs a command and returns its exit status. Raise `UserError` if the
+    `log` logs a line. `call` runs a command and returns its exit status. Raise `UserError` if the
     config is not valid, a stage fails, or `out` contains stages with other options.
     """
     check(config)
     done, todo = FinishedStages(out), list(stages(config, model, out))
     left = [stage for stage in todo if not done.has(stage)]
     for number, stage in enumerate(left, start=1):
-        say(f"[{number}/{len(left)}] {stage.name}: {shlex.join(stage.command[1:])}")
+        log(f"[{number}/{len(left)}] {stage.name}: {shlex.join(stage.command[1:])}")
         began = time.monotonic()
         if status := call(stage.command):
             raise UserError(
@@ -180,7 +180,7 @@ def run(
                 "then run the same command again to continue"
             )
         done.add(stage)
-        say(f"[{number}/{len(left)}] {stage.name}: {time.monotonic() - began:.0f} s")
+        log(f"[{number}/{len(left)}] {stage.name}: {time.monotonic() - began:.0f} s")
     trained = [stage.name for stage in todo if stage.module == "mea_jax.train"]
     report = halve_table.collect(out, list(config["compressions"]), trained)
     text = halve_table.markdown(report, config)

@@ -34,7 +34,7 @@ STARTS = (
     CompressionName("aligned", "repaired", "layerwise"),
     CompressionName("frequency", "repaired", "layerwise"),
 )
-TAUGHT = CompressionName("aligned", "repaired", "layerwise")
+DISTILLED = CompressionName("aligned", "repaired", "layerwise")
 
 
 def starts(run: Path, work: Path) -> list[tuple[str, Path, bool]]:
@@ -48,7 +48,7 @@ def starts(run: Path, work: Path) -> list[tuple[str, Path, bool]]:
         if not folder.exists():
             raise UserError(f"{folder} does not exist: run python -m studies.compression first")
         found.append((name.folder(KEEP), folder, False))
-        if name == TAUGHT:
+        if name == DISTILLED:
             found.append((f"{name.folder(KEEP)}, taught", folder, True))
     return found
 

@@ -1,4 +1,4 @@
-"""Eight CPU devices and strict broadcasting for every test; one tiny run for those that train."""
+"""Configure jax for the tests (8 CPU devices, strict broadcasting); define shared fixtures."""
 
 import functools
 import json
@@ -10,7 +10,7 @@ import warnings
 
 from tests import cpu_devices
 
-# Before jax is imported: it reads both once.
+# Set before jax is imported: it reads both only once.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {cpu_devices.flags(8)}"
 
@@ -29,22 +29,26 @@ from mea_jax.config.schema import (
     TrainConfig,
 )
 from mea_jax.parallel import processes
+from tests import messages
 from tests.helpers import change, tiny_model
 from tests.paths import ROOT
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# An example may compile, so time says nothing; the same examples every time.
+# No deadline, because an example may compile; derandomized, so that examples do not change.
 hypothesis.settings.register_profile(
     "mea_jax", deadline=None, max_examples=10, derandomize=True, database=None
 )
 hypothesis.settings.load_profile("mea_jax")
 
+_raised: list[str] = []
+messages.record(_raised)
+
 WORDS = "a quick brown fox jumps over the lazy dog while seven wizards box by moonlight"
 
 
 def pytest_collection_modifyitems(items):
-    """Tests outside of tests/unit start processes, or are slow, each of them."""
+    """Mark tests in tests/campaigns as slow and all others outside of tests/unit as process."""
     for item in items:
         folder = item.path.relative_to(ROOT / "tests").parts[0]
         if folder != "unit":
@@ -53,9 +57,9 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True, scope="session")
 def _caches(tmp_path_factory):
-    """Nothing is read from or written to the caches of whoever runs the tests.
+    """Move all caches to a temporary folder, so that the user's caches are not read or changed.
 
-    One folder of compiled programs for the whole session, commands in other processes included.
+    The entire session shares one folder of compiled programs, including its other processes.
     """
     root = tmp_path_factory.mktemp("cache")
     os.environ["MEA_JAX_CACHE"] = str(root)
@@ -63,9 +67,18 @@ def _caches(tmp_path_factory):
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
+@pytest.fixture(autouse=True)
+def _messages(request):
+    """Check the form of every error message that the test provokes."""
+    _raised.clear()
+    yield
+    flawed = [f"{text!r} {', '.join(found)}" for text in _raised if (found := messages.flaws(text))]
+    assert not flawed, "see tests/messages.py: " + "; ".join(flawed)
+
+
 @pytest.fixture
 def devices(monkeypatch):
-    """`devices(n)`: from here to the end of the test, jax has the first n devices only."""
+    """Return `devices(n)`, which hides all but the first n devices from jax until the test ends."""
     everything = jax.devices()
 
     def restrict(count):
@@ -77,7 +90,7 @@ def devices(monkeypatch):
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
-    """A folder of 40 short text files."""
+    """Return a folder of 40 short text files."""
     folder = tmp_path_factory.mktemp("corpus")
     rng = np.random.default_rng(0)
     for i in range(40):
@@ -87,7 +100,7 @@ def corpus(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny(corpus, tmp_path_factory):
-    """`tiny(**changes)`: a run of 8 steps over `corpus`; changes by dotted key."""
+    """Return `tiny(**changes)`: a config of 8 steps over `corpus`, changed by dotted key."""
     config = TrainConfig(
         name="tiny",
         steps=8,
@@ -115,19 +128,19 @@ def tiny(corpus, tmp_path_factory):
 
 @pytest.fixture
 def in_process(monkeypatch, capfd, devices):
-    """`in_process(module, *arguments)`: `python -m module` in this process; (status, out, err).
+    """Return `in_process(module, *arguments)`, which runs `python -m module` in this process.
 
-    It sees one device, or the first `count`.
+    It returns (status, stdout, stderr). The command has the first `count` devices, by default one.
     """
 
     def run(module, *arguments, count=1):
         devices(count)
-        import grain  # noqa: F401  # its flags must not go with those of the command, below
+        import grain  # noqa: F401  # defines flags, which must not be deleted below
 
-        app.define_help_flags()  # which absl does once, and the first command would take away
+        app.define_help_flags()  # absl defines them once; the first command would delete them
         before, status = set(flags.FLAGS), 0
         monkeypatch.setattr(sys, "argv", [module, *map(str, arguments)])
-        monkeypatch.setattr(processes, "leave", sys.exit)  # not out of the tests as well
+        monkeypatch.setattr(processes, "leave", sys.exit)  # do not end the tests
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the module is imported already
@@ -135,7 +148,7 @@ def in_process(monkeypatch, capfd, devices):
         except SystemExit as end:
             status = end.code if isinstance(end.code, int) else int(end.code is not None)
         finally:
-            for name in set(flags.FLAGS) - before:  # of the command, and one per override
+            for name in set(flags.FLAGS) - before:  # the command's, and one per override
                 delattr(flags.FLAGS, name)
             sys.modules.pop("config_config", None)  # ml_collections' name for a config file
         out, err = capfd.readouterr()
@@ -146,14 +159,14 @@ def in_process(monkeypatch, capfd, devices):
 
 @pytest.fixture
 def command(in_process, monkeypatch, tmp_path):
-    """`command(*arguments)`: `python -m mea_jax.train` in this process; (status, out, err)."""
-    monkeypatch.chdir(tmp_path)  # a default run directory would go here
+    """Return `command(*arguments)`, which runs `python -m mea_jax.train` as `in_process` does."""
+    monkeypatch.chdir(tmp_path)  # default run directories are created here
     return functools.partial(in_process, "mea_jax.train")
 
 
 @pytest.fixture
 def config_file(tiny, tmp_path):
-    """`config_file(**changes)`: a config file on disk that loads this config; its path."""
+    """Return `config_file(**changes)`, which writes `tiny(**changes)` to a file: its path."""
 
     def write(body="", **changes):
         tree = change(tiny(), **changes).to_dict() if changes else tiny().to_dict()
@@ -180,7 +193,7 @@ def config_file(tiny, tmp_path):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of half a megabyte: less than one checkpoint."""
+    """Mount and yield a file system of half a megabyte, smaller than one checkpoint."""
     where = tmp_path / "disk"
     where.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(where)]

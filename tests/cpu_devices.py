@@ -1,11 +1,14 @@
-"""The CPU devices that tests and campaigns stand on. Imports no jax: it reads the flags once."""
+"""XLA flags for the CPU devices of tests and campaigns.
+
+This module does not import jax, which reads the flags only once.
+"""
 
 
 def flags(devices: int) -> str:
-    """What XLA_FLAGS has to hold for so many devices, and for programs that compile fast.
+    """Return XLA_FLAGS for this number of devices and for fast compilation.
 
     Programs of tests run for milliseconds and compile for seconds, so the code generator's
-    expensive passes are left out; HLO is optimised as ever.
+    expensive passes are disabled; HLO is optimized as usual.
     """
     return (
         f"--xla_force_host_platform_device_count={devices} "

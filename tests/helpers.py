@@ -1,4 +1,4 @@
-"""What several test modules build: tiny configs, batches, and trees of differences."""
+"""Helpers of several test modules: tiny configs, parameters, batches and comparisons."""
 
 import dataclasses
 import os
@@ -18,7 +18,7 @@ from tests.paths import ROOT
 
 PLAIN: dict[str, Any] = {"hlc": "none", "head_norm": False}
 GROUPED: dict[str, Any] = {"n_heads": 8, "n_kv_heads": 4}
-# Changes to `tiny_model` for every attention that is compared with MEA.
+# The changes to `tiny_model` for MEA and for each attention that it is compared with.
 ATTENTIONS: dict[str, dict[str, Any]] = {
     "MHA": PLAIN,
     "GQA": PLAIN | {"n_kv_heads": 2},
@@ -41,7 +41,7 @@ ATTENTIONS: dict[str, dict[str, Any]] = {
 
 
 def change(config: Any, **changes: Any) -> Any:
-    """`config` with dotted keys replaced: `change(c, **{"model.d_ff": 48}, steps=3)`."""
+    """Return `config` with dotted keys replaced: `change(c, **{"model.d_ff": 48}, steps=3)`."""
     for path, value in changes.items():
         first, _, rest = path.partition(".")
         new = change(getattr(config, first), **{rest: value}) if rest else value
@@ -50,7 +50,10 @@ def change(config: Any, **changes: Any) -> Any:
 
 
 def tiny_model(**changes: Any) -> ModelConfig:
-    """Two layers of width 32 with 4 heads of width 8; 264 words take the bytes tokenizer."""
+    """Return a model of 2 layers of width 32, with 4 heads of width 8, changed by `changes`.
+
+    The vocabulary of 264 tokens is large enough for the bytes tokenizer.
+    """
     model = ModelConfig(
         vocab_size=264,
         d_model=32,
@@ -67,9 +70,10 @@ def tiny_model(**changes: Any) -> ModelConfig:
 
 
 def params_of(model: ModelConfig, seed: int = 0, noise: float = 0.0) -> Any:
-    """Random parameters, made by numpy, which compiles nothing.
+    """Return random parameters, drawn by numpy, which compiles nothing.
 
-    Norm scales are one and mixing is block identity, as at initialisation; `noise` moves both.
+    Norm scales are one and mixing is block identity, as at initialization; `noise` is the
+    standard deviation of the normal noise added to both.
     """
     tree = nn.unbox(jax.eval_shape(lambda k: init_params(model, k), jax.random.key(0)))
     rng = np.random.default_rng(seed)
@@ -96,15 +100,15 @@ def apply_logits(
     positions_BT: jax.Array,
     segment_ids_BT: jax.Array,
 ) -> jax.Array:
-    """Logits (B, T, V), float32."""
+    """Return the logits, float32 (B, T, V)."""
     inputs = (tokens_BT, positions_BT, segment_ids_BT)
     return cast(Any, Decoder(model).apply({"params": params}, *inputs, method=Decoder.logits))
 
 
 def packed(rows: list[list[int]], length: int) -> tuple[np.ndarray, np.ndarray]:
-    """(positions, segment ids), int32 (B, T), of windows holding documents of these lengths.
+    """Return (positions, segment ids), int32 (B, T), of windows of documents of these lengths.
 
-    Lengths that do not add up to `length` leave padding, segment 0, at the end.
+    If the lengths of a row add up to less than `length`, it ends with padding (segment 0).
     """
     positions = np.zeros((len(rows), length), np.int32)
     segments = np.zeros((len(rows), length), np.int32)
@@ -120,7 +124,7 @@ def packed(rows: list[list[int]], length: int) -> tuple[np.ndarray, np.ndarray]:
 def random_batch(
     seed: int, batch: int, length: int, vocab: int, rows: list[list[int]] | None = None
 ) -> dict[str, Any]:
-    """A training batch of random tokens; `rows` as in `packed`, default one document a row."""
+    """Return a batch of random tokens; `rows` as in `packed`, by default one document per row."""
     rng = np.random.default_rng(seed)
     positions, segments = packed(rows or [[length]] * batch, length)
     tokens = rng.integers(0, vocab, (batch, length + 1), dtype=np.int32)
@@ -133,13 +137,13 @@ def random_batch(
 
 
 def flat(tree: Any) -> dict[str, Any]:
-    """Leaves by their path, "layers_0/attention/key"."""
+    """Return the leaves by path, such as "layers_0/attention/key"."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
 def assert_close(a: Any, b: Any, rtol: float, atol: float) -> None:
-    """Two trees of the same leaves, close leaf by leaf."""
+    """Assert that two trees have the same paths and that their leaves are close."""
     a, b = flat(a), flat(b)
     assert a.keys() == b.keys()
     for path in a:
@@ -147,7 +151,7 @@ def assert_close(a: Any, b: Any, rtol: float, atol: float) -> None:
 
 
 def assert_equal(a: Any, b: Any) -> None:
-    """Two trees of the same leaves, bit for bit."""
+    """Assert that two trees have the same paths and equal leaves."""
     a, b = flat(a), flat(b)
     assert a.keys() == b.keys()
     for path in a:
@@ -155,18 +159,18 @@ def assert_equal(a: Any, b: Any) -> None:
 
 
 def is_one_error(status, err, *parts):
-    """Asserts one line "error: ..." holding `parts`, besides lines of progress."""
+    """Assert that `err` has one line "error: ...", its last one, which contains all `parts`."""
     assert status != 0
     assert "Traceback" not in err
     lines = [line for line in err.splitlines() if line.startswith("error:")]
     assert len(lines) == 1, err
-    assert err.splitlines()[-1] == lines[0], "nothing follows it"
+    assert err.splitlines()[-1] == lines[0], "the error is not the last line"
     for part in parts:
         assert part in lines[0], (part, lines[0])
 
 
 def real_command(*arguments, cwd):
-    """Run `python -m mea_jax.train` in a process of its own: (status, stderr)."""
+    """Run `python -m mea_jax.train` in a separate process; return (status, stderr)."""
     finished = subprocess.run(
         [sys.executable, "-m", "mea_jax.train", *map(str, arguments)],
         cwd=cwd,

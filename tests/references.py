@@ -1,7 +1,7 @@
-"""What attention computes, written out once more in plain einsums: the oracle of several tests.
+"""Reference attention in plain einsums, which several tests compare the package with.
 
-Float32, no grouping, no cache, no form: every query head has its own copy of its key and value
-head. Letters as in mea_jax/ops/attention.py.
+It is float32 without grouping, cache or forms of mixing: every query head has its own copy of its
+key and value head. Letters as in mea_jax/ops/attention.py.
 """
 
 import jax
@@ -11,7 +11,7 @@ from mea_jax.ops import rope
 
 
 def complex_of(x):
-    """Rotary pairs, feature f with f + H/2, as complex numbers (..., H/2)."""
+    """Return the rotary pairs, features f and f + H/2, as complex numbers (..., H/2)."""
     half = x.shape[-1] // 2
     return x[..., :half] + 1j * x[..., half:]
 
@@ -21,7 +21,7 @@ def real_of(z):
 
 
 def composites(kind, x_BSCH, mixing):
-    """Equation 10 and its extensions: composite heads (B, S, K, H)."""
+    """Return the composite heads (B, S, K, H), by equation 10 and its extensions."""
     if kind == "heads":
         return jnp.einsum("bsch,ck->bskh", x_BSCH, mixing)
     if kind == "dense":
@@ -31,7 +31,7 @@ def composites(kind, x_BSCH, mixing):
 
 
 def rotated(model, x_BTNH, positions_BT):
-    """Rotary positions as a product of complex numbers; unchanged under other positions."""
+    """Rotate the heads by a complex product; return them unchanged if positions are not rotary."""
     if model.positions != "rope":
         return x_BTNH
     frequencies = rope.rope_frequencies(model.head_dim, model.rope_theta, model.rope_scaling)
@@ -48,14 +48,14 @@ def along_last(scale, like):
 
 
 def visible(segments_BT):
-    """(B, T, S): earlier positions of the same document, and the position itself."""
+    """Return the mask (B, T, S): earlier positions of the same document and the position itself."""
     t = jnp.arange(segments_BT.shape[1])
     same = segments_BT[:, :, None] == segments_BT[:, None, :]
     return same & (t[None, :, None] >= t[None, None, :])
 
 
 def logits_of(model, q_BTNH, k_BTKH, slopes=None):
-    """(B, N, T, S), with ALiBi's biases if positions are such; not masked."""
+    """Return unmasked logits (B, N, T, S), with ALiBi's biases if the model uses ALiBi."""
     n, t = q_BTNH.shape[2], jnp.arange(q_BTNH.shape[1])
     k_BTNH = jnp.repeat(k_BTKH, n // k_BTKH.shape[2], axis=2)
     logits = jnp.einsum("btnh,bsnh->bnts", q_BTNH, k_BTNH) / model.head_dim**0.5
@@ -67,28 +67,28 @@ def logits_of(model, q_BTNH, k_BTKH, slopes=None):
 
 
 def maps_of(logits_BNTS, segments_BT):
-    """Attention maps (B, N, T, S)."""
+    """Return the attention maps (B, N, T, S)."""
     hidden = jnp.where(visible(segments_BT)[:, None], logits_BNTS, -1e30)
     return jax.nn.softmax(hidden, axis=-1)
 
 
 def weighted(maps_BNTS, v_BTKW):
-    """Each head's average of its values, (B, T, N, W)."""
+    """Return each head's average of its values, weighted by its map: (B, T, N, W)."""
     v_BTNW = jnp.repeat(v_BTKW, maps_BNTS.shape[1] // v_BTKW.shape[2], axis=2)
     return jnp.einsum("bnts,bsnw->btnw", maps_BNTS, v_BTNW)
 
 
 def mea(model, params, x_BTD, positions_BT, segments_BT):
-    """MEA by equations 10 to 17, with every option of the "mea" variant: (B, T, D)."""
+    """Return MEA's output (B, T, D), equations 10 to 17, with every option of the "mea" variant."""
     eps = model.norm_eps
 
-    def mixed(which, heads_BTCH):
-        if f"{which}_mixing" not in params:
+    def mixed(side, heads_BTCH):
+        if f"{side}_mixing" not in params:
             return heads_BTCH
-        return composites(model.mixing_kind(which), heads_BTCH, params[f"{which}_mixing"])
+        return composites(model.mixing_kind(side), heads_BTCH, params[f"{side}_mixing"])
 
-    def projected(which):
-        return jnp.einsum("btd,dch->btch", x_BTD, params[which])
+    def projected(side):
+        return jnp.einsum("btd,dch->btch", x_BTD, params[side])
 
     def normed(x, name):
         return x / rms(x, eps) * along_last(params[name]["scale"], x)
@@ -102,8 +102,8 @@ def mea(model, params, x_BTD, positions_BT, segments_BT):
     else:
         k = mixed("key", k)
         if model.qk_norm and "key_mixing" in params and model.key_mixing == "frequency":
-            # A weight per feature does not commute with turning pairs: keys carry it from the
-            # start, and it is taken away only where their size is measured.
+            # A weight per feature does not commute with the rotation of pairs. Keys therefore
+            # contain the weight from the start; only their RMS is measured without it.
             k = k / rms(k / along_last(params["key_norm"]["scale"], k), eps)
         elif model.qk_norm:
             k = normed(k, "key_norm")

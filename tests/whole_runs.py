@@ -1,4 +1,4 @@
-"""Whole runs in process, cut short or not, and what they leave behind."""
+"""Helpers that train complete or interrupted runs in this process and read their results."""
 
 import jax
 import pytest
@@ -11,16 +11,16 @@ from mea_jax.train.loop import Loop
 from mea_jax.train.run import train
 from mea_jax.train.step import abstract_state
 
-# What a row says about the machine rather than about the run.
+# The columns that depend on the machine.
 MEASURED = ("tokens_per_second", "flops_per_second", "mfu")
 
 
 class Cut(BaseException):
-    """Stands for a kill: no handler of ours may catch it."""
+    """A simulated kill, a `BaseException` that no handler of the package may catch."""
 
 
 def train_until(step, config, workdir):
-    """A run that is cut short when its loop reports this step, before whatever follows."""
+    """Train, and interrupt the run when its loop reports `step`."""
     report = Loop.report_step
 
     def stop(self, at, *args):
@@ -35,7 +35,7 @@ def train_until(step, config, workdir):
 
 
 def train_on_one_device(config, workdir):
-    """As `train`, for fixtures that outlive a test: its summary."""
+    """Train on the first device and return the summary; for fixtures whose scope exceeds a test."""
     everything = jax.devices()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, "devices", lambda *_: everything[:1])
@@ -43,13 +43,13 @@ def train_on_one_device(config, workdir):
 
 
 def final_state(config, workdir, step):
-    """The state of a checkpoint on the first device."""
+    """Restore the state of a checkpoint on the first device."""
     mesh = sharding.make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
     with Checkpoints(workdir) as checkpoints:
         return checkpoints.restore(step, abstract_state(config, mesh))
 
 
 def rows_of(workdir, measured=()):
-    """Rows of metrics.jsonl without the `measured` columns."""
+    """Return the rows of metrics.jsonl without the `measured` columns."""
     rows = read_metrics(workdir / "metrics.jsonl")
     return [{k: v for k, v in row.items() if k not in measured} for row in rows]

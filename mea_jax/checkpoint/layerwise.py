@@ -27,7 +27,7 @@ from mea_jax.checkpoint.orbax_store import missing, names_of, plain_path
 from mea_jax.config.schema import ModelConfig, TrainConfig
 from mea_jax.errors import UserError
 from mea_jax.model.params import abstract_params
-from mea_jax.model.transformer import stretches
+from mea_jax.model.transformer import runs_of_equal_layers
 
 Tree = dict[str, Any]
 _STACK = re.compile(r"layers_(\d+)")
@@ -56,7 +56,11 @@ def _nested(leaves: Iterator[tuple[tuple[str, ...], Any]]) -> Tree:
 
 def places(model: ModelConfig) -> list[tuple[str, int]]:
     """Return, for each layer, the name of its stack of equal layers and its index in the stack."""
-    return [(f"layers_{first}", i) for first, length, *_ in stretches(model) for i in range(length)]
+    return [
+        (f"layers_{first}", i)
+        for first, length, *_ in runs_of_equal_layers(model)
+        for i in range(length)
+    ]
 
 
 def _float32(read: Any) -> np.ndarray:
@@ -72,13 +76,13 @@ class StoredModel:
       config: the config of the training run.
     """
 
-    def __init__(self, path: Path, say: Callable[[str], Any]):
+    def __init__(self, path: Path, log: Callable[[str], Any]):
         """Open the newest good checkpoint of a run directory, or one step of it.
 
-        `say` receives a line for each damaged checkpoint that is skipped. Raise `UserError` if
+        `log` receives a line for each damaged checkpoint that is skipped. Raise `UserError` if
         there is no good one at `path`.
         """
-        trained = open_trained(path, say)
+        trained = open_trained(path, log)
         self.step, self.config = trained.step, trained.config
         self.run = trained.checkpoints.directory.parent
         self.folder = self.run / "checkpoints" / str(self.step)

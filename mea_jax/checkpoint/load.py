@@ -51,17 +51,17 @@ class Trained:
         return model, self.params(abstract)
 
 
-def open_trained(path: Path, say: Callable[[str], Any], option: str = "--checkpoint") -> Trained:
+def open_trained(path: Path, log: Callable[[str], Any], option: str = "--checkpoint") -> Trained:
     """Return the model of a run directory's newest good checkpoint, or of one step.
 
-    `say` receives a line for each damaged checkpoint that is skipped. In a distributed run every
+    `log` receives a line for each damaged checkpoint that is skipped. In a distributed run every
     process must call this. Raise `UserError`, which names `option`, if there is no such folder or
     no checkpoint, or the step is damaged.
     """
     run, step = find_checkpoint(path, option)
     checkpoints = Checkpoints(run)
     if step is None:
-        step = checkpoints.newest_good(say)
+        step = checkpoints.newest_good(log)
     elif problem := checkpoints.damage(step):
         raise UserError(f"{option} {path} is damaged: {problem}; use another step")
     if step is None:

@@ -45,8 +45,8 @@ class Lock:
 
 
 @contextlib.contextmanager
-def hold(workdir: Path, say: Callable[[str], Any]) -> Iterator[Lock]:
-    """Hold the lock of `workdir` within the block; if the file system has none, report it to `say`.
+def hold(workdir: Path, log: Callable[[str], Any]) -> Iterator[Lock]:
+    """Hold the lock of `workdir` within the block; if the file system has none, report it to `log`.
 
     Raise `UserError` if another process holds it, or the folder cannot be written.
     """
@@ -74,7 +74,7 @@ def hold(workdir: Path, say: Callable[[str], Any]) -> Iterator[Lock]:
                 "it, or choose another --workdir"
             ) from error
         except OSError:
-            say(f"{workdir} is on a file system without locks: do not start a second run in it")
+            log(f"{workdir} is on a file system without locks: do not start a second run in it")
         try:
             file.seek(0)
             file.truncate()

@@ -70,16 +70,18 @@ def find_checkpoint(path: Path, option: str = "--checkpoint") -> tuple[Path, int
 class Checkpoints:
     """The checkpoints of one run directory; a context manager that waits for writes at its end."""
 
-    def __init__(self, workdir: Path, options: CheckpointConfig | None = None, rewindable: int = 0):
+    def __init__(
+        self, workdir: Path, options: CheckpointConfig | None = None, rewind_distance: int = 0
+    ):
         """Open the checkpoints of `workdir`: to read and write, or only to read without `options`.
 
-        With `rewindable`, a checkpoint at least that many steps older than the newest is always
+        With `rewind_distance`, a checkpoint at least that many steps older than the newest is always
         kept, if there is one. Raise `UserError` if the directory cannot be written.
         """
         self.directory = (workdir / "checkpoints").absolute()
         self._plain = plain_path(self.directory)  # as orbax takes it
         self.aside = (workdir / "damaged").absolute()
-        self.options, self.rewindable = options, rewindable
+        self.options, self.rewind_distance = options, rewind_distance
         self.pending: int | None = None  # the step whose write may still be under way
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
@@ -160,11 +162,11 @@ class Checkpoints:
             return False
 
     def newest_good(
-        self, say: Callable[[str], Any], below: int | None = None, share: bool = True
+        self, log: Callable[[str], Any], below: int | None = None, share: bool = True
     ) -> int | None:
         """Return the newest step (under `below`) whose checkpoint is undamaged.
 
-        If there are no checkpoints, return None. `say` receives a line for each damaged checkpoint
+        If there are no checkpoints, return None. `log` receives a line for each damaged checkpoint
         that is skipped. If this object may write, damaged checkpoints are moved to
         `<workdir>/damaged`, since the run will write the same steps again; nothing is deleted.
 
@@ -178,9 +180,9 @@ class Checkpoints:
                 for number, words in bad.items():
                     where = self._set_aside(number) if self.options is not None else None
                     kept = f", moved to {where}" if where else ""
-                    say(f"the checkpoint of step {number} is damaged: {words}{kept}")
+                    log(f"the checkpoint of step {number} is damaged: {words}{kept}")
                 if bad:
-                    say(f"falling back to the checkpoint of step {step}")
+                    log(f"falling back to the checkpoint of step {step}")
                 return step
             bad[step] = problem
         if bad:
@@ -275,8 +277,8 @@ class Checkpoints:
         steps, every = self.steps(), self.options.keep_every
         kept = set(steps[-self.options.keep :])
         kept.update(step for step in steps if every and step % every == 0)
-        if self.rewindable:
-            kept.update([step for step in steps if step <= steps[-1] - self.rewindable][-1:])
+        if self.rewind_distance:
+            kept.update([step for step in steps if step <= steps[-1] - self.rewind_distance][-1:])
         for step in steps:
             if step not in kept:
                 self._remove(step)

@@ -153,7 +153,7 @@ class Progress:
                 f"{tokens_per_second:,.0f} tokens/s  ETA {left:.0f} s\n"
             )
 
-    def say(self, line: str) -> None:
+    def log(self, line: str) -> None:
         """Print a line above the bar."""
         if not self.bar.disable:
             tqdm.tqdm.write(line, file=sys.stderr)

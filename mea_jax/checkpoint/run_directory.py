@@ -121,7 +121,7 @@ class RunDirectory:
             problem = None
             if self.first:
                 try:
-                    self._lock = stack.enter_context(lock.hold(self.path, self.say))
+                    self._lock = stack.enter_context(lock.hold(self.path, self.log))
                 except UserError as error:
                     problem = str(error)
             processes.agree(problem)
@@ -137,7 +137,7 @@ class RunDirectory:
         path = self.path / "summary.json"
         return json.loads(path.read_text()) if path.exists() else None
 
-    def say(self, line: str) -> None:
+    def log(self, line: str) -> None:
         """Print a line on stderr, on the first process only."""
         if self.first:
             print(line, file=sys.stderr, flush=True)

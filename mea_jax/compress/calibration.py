@@ -36,7 +36,7 @@ class CalibrationTexts:
       prepared: the checkpoint's own data, tokenized with its own tokenizer.
     """
 
-    def __init__(self, source: StoredModel, options: Options, say: Callable[[str], Any]):
+    def __init__(self, source: StoredModel, options: Options, log: Callable[[str], Any]):
         self.source, self.options = source, options
         self.mesh: Mesh = sharding.make_mesh(MeshConfig(), jax.devices())
         self.batch = WINDOWS * len(jax.devices())
@@ -48,7 +48,7 @@ class CalibrationTexts:
         )
         if not split.has_held_out(data):  # fails before any data are read
             raise none
-        self.prepared = self._own(data, say)
+        self.prepared = self._own(data, log)
         if not any(part.held_out_windows for part in self.prepared.sources):
             raise none
 
@@ -58,14 +58,14 @@ class CalibrationTexts:
     def _in_its_tokens(self, data: DataConfig) -> DataConfig:
         return dataclasses.replace(data, tokenizer=str(self.source.run / "tokenizer"))
 
-    def _own(self, data: DataConfig, say: Callable[[str], Any]) -> Prepared:
+    def _own(self, data: DataConfig, log: Callable[[str], Any]) -> Prepared:
         if not self.source.digest:  # a published model, trained on other data
             return self._prepare(self._in_its_tokens(data))
         found = self._prepare(data)
         if found.digest == self.source.digest:
             return found
         # A tokenizer trained on the changed data would differ from the model's.
-        say("the data have changed since training: using the current data")
+        log("the data have changed since training: using the current data")
         return self._prepare(self._in_its_tokens(data))
 
     def _calibration(self) -> Prepared:

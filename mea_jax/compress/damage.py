@@ -13,6 +13,7 @@ from mea_jax.checkpoint.files import disk_errors
 from mea_jax.compress.options import Options
 from mea_jax.compress.probe import Sensitivity
 from mea_jax.compress.stream import Losses
+from mea_jax.config.schema import Side
 from mea_jax.ops.statistics import ratio_of_sums
 
 Batches = Sequence[Sequence[float]]  # a value of `Losses`
@@ -153,13 +154,13 @@ def draw(summary: dict[str, Any], path: Path) -> None:
     left.legend(loc="upper right", ncols=2, frameon=False)
     measured = [s for s in summary["sensitivities"] if s["losses"]]
     half = max(heads // 2, 1)
-    for which, marker in (("key", "o"), ("value", "s")):
+    for side, marker in ((Side.KEY, "o"), (Side.VALUE, "s")):
         if measured:
-            mine = [s for s in measured if s["which"] == which]
+            mine = [s for s in measured if s["side"] == side]
             xs, ys = [s["layer"] for s in mine], [s["losses"][half - 1] for s in mine]
         else:
-            xs, ys = list(places), [r[f"{which}_residual"] for r in rows]
-        middle.plot(xs, [max(y, 1e-6) for y in ys], marker=marker, label=f"{which}s")
+            xs, ys = list(places), [r[f"{side}_residual"] for r in rows]
+        middle.plot(xs, [max(y, 1e-6) for y in ys], marker=marker, label=f"{side}s")
     middle.set_yscale("log")
     if measured:
         title, label = f"Alone, at {half} of {heads} heads", "divergence of predictions (nats)"

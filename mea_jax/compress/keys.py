@@ -23,7 +23,7 @@ from mea_jax.compress.moments import ridged
 from mea_jax.ops.hlc import block_identity
 
 _SWEEPS = 300
-_LOOK = 10  # sweeps between two checks of the residual
+_CHECK_EVERY = 10  # sweeps between two checks of the residual
 _SETTLED = 1e-6  # the iteration ends when the relative gain between two checks is below this
 
 
@@ -178,7 +178,7 @@ def _alternate(gram_FKK, weights_KF, mix, gauge, unit: bool, move_mix: bool = Tr
 
     for sweep in range(_SWEEPS):
         whole, combine = combined(mix, gauge)
-        if sweep % _LOOK == 0:
+        if sweep % _CHECK_EVERY == 0:
             now = _loss(gram, combine, whole)
             if now > last * (1 - _SETTLED) or now < 1e-14:
                 break

@@ -13,7 +13,7 @@ import numpy as np
 from mea_jax.compress.keys import Keys
 from mea_jax.compress.moments import complex_heads, real_heads
 from mea_jax.compress.values import Values
-from mea_jax.config.schema import ModelConfig
+from mea_jax.config.schema import ModelConfig, Side
 from mea_jax.ops import hlc
 
 Tree = dict[str, Any]
@@ -33,13 +33,13 @@ class Heads:
     head_norm_H: np.ndarray | None
 
 
-def take_apart(model: ModelConfig, attention: Tree) -> Heads:
+def split_heads(model: ModelConfig, attention: Tree) -> Heads:
     """Return the composite heads of a layer with parameters `attention`."""
 
     def scale(name: str) -> np.ndarray | None:
         return np.asarray(attention[name]["scale"], np.float64) if name in attention else None
 
-    key_DKH, value_DKH = (hlc.composite_heads(model, side, attention) for side in ("key", "value"))
+    key_DKH, value_DKH = (hlc.composite_heads(model, side, attention) for side in Side)
     return Heads(
         query_DNH=np.asarray(attention["query"], np.float64),
         key_DKH=np.asarray(key_DKH, np.float64),

@@ -20,7 +20,7 @@ from mea_jax.compress import layer as layers
 from mea_jax.compress.calibration import CalibrationTexts
 from mea_jax.compress.moments import Moments, of_weights
 from mea_jax.compress.options import Options
-from mea_jax.compress.probe import Measurer, Sensitivity, plain_layer, residuals
+from mea_jax.compress.probe import Sensitivity, SensitivityProbe, plain_layer, residuals
 from mea_jax.compress.stream import Losses, Stream, moments_of, progress
 from mea_jax.config.schema import ModelConfig
 from mea_jax.errors import UserError
@@ -85,11 +85,11 @@ class Measurements:
         for index in progress(range(done, total), "calibrating, layers", total - done):
             tree, spec = self.source.layer(index), layer_specs(self.model)[index]
             if text is not None:
-                sums = text.advance(spec, tree, watch=True)
+                sums = text.advance(spec, tree, collect=True)
                 assert sums is not None
                 moments = moments_of(sums, self.model.n_kv_heads)
             else:
-                heads = layers.take_apart(self.model, tree["attention"])
+                heads = layers.split_heads(self.model, tree["attention"])
                 moments = of_weights(heads.query_DNH, heads.key_DKH, heads.value_DKH)
             held_out.advance(spec, tree)
             self._save_moments(index, moments)
@@ -150,7 +150,7 @@ class Measurements:
 
     def _residuals(self, missing: list[int]) -> None:
         for index in progress(missing, "residuals, layers"):
-            heads = layers.take_apart(self.model, self.source.layer(index)["attention"])
+            heads = layers.split_heads(self.model, self.source.layer(index)["attention"])
             self._keep(residuals(self.options.method, heads, self.moments(index), index))
 
     def _measure(self, missing: list[int]) -> None:
@@ -163,9 +163,9 @@ class Measurements:
         for stream in streams:
             stream.embed(self.model, top)
         trees: list[dict[str, Any]] = [self.source.layer(i) for i in range(self.model.n_layers)]
-        parts = [layers.take_apart(self.model, tree["attention"]) for tree in trees]
+        parts = [layers.split_heads(self.model, tree["attention"]) for tree in trees]
         plain = [plain_layer(heads, tree) for heads, tree in zip(parts, trees, strict=True)]
-        measurer = Measurer(self.model, top, plain, *streams)
+        measurer = SensitivityProbe(self.model, top, plain, *streams)
         for index in progress(range(max(missing) + 1), "measuring, layers"):
             if index in missing:
                 self._keep(measurer.sensitivity(options.method, parts[index], self.moments(index)))

@@ -24,7 +24,7 @@ from mea_jax.compress.keys import Keys
 from mea_jax.compress.layer import Heads
 from mea_jax.compress.moments import Moments, complex_blocks, of_weights
 from mea_jax.compress.values import Values
-from mea_jax.config.schema import ModelConfig
+from mea_jax.config.schema import ModelConfig, Side
 from mea_jax.errors import UserError
 
 METHODS = ("svd", "calibrated", "aligned", "frequency", "gqa_mean", "gqa_aligned", "latent")
@@ -84,7 +84,7 @@ def check_model(model: ModelConfig, method: str) -> None:
             f"config.model.variant={model.variant!r} cannot be compressed: choose a model with "
             "MEA, MHA, GQA or MQA"
         )
-    if model.qk_norm and model.hlc_order == "after" and model.mixes("key"):
+    if model.qk_norm and model.hlc_order == "after" and model.mixes(Side.KEY):
         raise UserError(
             "config.model.hlc_order='after' mixes keys after their norm, so they are not linear in "
             "the input and cannot be rebuilt from fewer heads: choose a model with 'before'"

@@ -28,11 +28,11 @@ from mea_jax.compress.methods import (
 from mea_jax.compress.moments import Moments
 from mea_jax.compress.stream import Stream, compared_sums, progress, run_block
 from mea_jax.compress.values import Values
-from mea_jax.config.schema import ModelConfig
+from mea_jax.config.schema import ModelConfig, Side
 from mea_jax.model.layer_spec import LayerSpec, layer_specs, plain_spec
 
 Tree = dict[str, Any]
-_SOLVERS: dict[str, Any] = {"key": solve_keys, "value": solve_values}
+_SOLVERS: dict[Side, Any] = {Side.KEY: solve_keys, Side.VALUE: solve_values}
 _PROBE = 40  # repair steps before a changed layer is measured, with --budget repaired
 
 
@@ -42,14 +42,14 @@ class Sensitivity:
 
     Attributes:
       layer: index of the layer.
-      which: "key" or "value".
+      side: keys or values.
       residuals: the lost share of the (weighted) energy, for each C.
       losses: KL(original || changed) of predictions, in nats per token, for each C; empty if not
         measured.
     """
 
     layer: int
-    which: str
+    side: Side
     residuals: list[float]
     losses: list[float]
 
@@ -67,10 +67,10 @@ def residuals(method: str, heads: Heads, moments: Moments, index: int) -> list[S
     counts = range(1, heads.key_DKH.shape[1] + 1)
     keys = [solve_keys(method, heads, moments, c).residual for c in counts]
     values = [solve_values(method, heads, moments, c).residual for c in counts]
-    return [Sensitivity(index, "key", keys, []), Sensitivity(index, "value", values, [])]
+    return [Sensitivity(index, Side.KEY, keys, []), Sensitivity(index, Side.VALUE, values, [])]
 
 
-class Measurer:
+class SensitivityProbe:
     """The complete model on the mesh, with windows of text on which each change is measured."""
 
     def __init__(
@@ -138,34 +138,34 @@ class Measurer:
         count, index = heads.key_DKH.shape[1], self.stream.done
         tree, found = self.trees[index], []
         scale, text = tree["attention_norm"]["scale"], self.repairing or self.stream
-        self.original = repair.Original(self.spec, tree["attention"], scale, text)
-        whole = {which: solve(method, heads, moments, count) for which, solve in _SOLVERS.items()}
-        for which, solve in _SOLVERS.items():
+        self.original = repair.OriginalLayer(self.spec, tree["attention"], scale, text)
+        whole = {side: solve(method, heads, moments, count) for side, solve in _SOLVERS.items()}
+        for side, solve in _SOLVERS.items():
             lost, worse = [], []
-            for c in progress(range(1, count), f"layer {index}, {which}s"):
-                solved = whole | {which: solve(method, heads, moments, c)}
-                counts = (c, count) if which == "key" else (count, c)
+            for c in progress(range(1, count), f"layer {index}, {side}s"):
+                solved = whole | {side: solve(method, heads, moments, c)}
+                counts = (c, count) if side == Side.KEY else (count, c)
                 spec, tree = self._changed(
-                    method, heads, solved["key"], solved["value"], which, counts
+                    method, heads, solved[Side.KEY], solved[Side.VALUE], side, counts
                 )
                 worse.append(self._moved(spec, tree))
-                lost.append(solved[which].residual)
-            found.append(Sensitivity(index, which, [*lost, 0.0], [*worse, 0.0]))
+                lost.append(solved[side].residual)
+            found.append(Sensitivity(index, side, [*lost, 0.0], [*worse, 0.0]))
         return found
 
-    def _changed(self, method: str, heads: Heads, keys, values, which: str, counts):
+    def _changed(self, method: str, heads: Heads, keys, values, side: Side, counts):
         """Return the spec and parameters of the next layer with its keys or values compressed.
 
         Without repair, rebuilt composite heads replace the original ones, so that all candidates
         share one compiled program. With repair, the layer is the actual compressed layer.
         """
         tree = self.trees[self.stream.done]
-        sharpen = which == "key" and method in SHARPENED
+        sharpen = side == Side.KEY and method in SHARPENED
         if self.repairing is None:
             rebuilt = (
-                rebuilt_keys(heads, keys) if which == "key" else values.rebuilt(heads.value_DKH)
+                rebuilt_keys(heads, keys) if side == Side.KEY else values.rebuilt(heads.value_DKH)
             )
-            attention = tree["attention"] | {which: np.asarray(rebuilt, np.float32)}
+            attention = tree["attention"] | {side.value: np.asarray(rebuilt, np.float32)}
             if sharpen:
                 found = repair.temperature(self.original, (self.spec, attention))
                 attention = repair.sharpened(attention, found)

@@ -76,7 +76,7 @@ def _squares(whole: bool, spec: LayerSpec, params, x_BTD, target_BTD, base_BTD, 
     return total(y_BTD - target_BTD), total(target_BTD - base_BTD)
 
 
-class Original:
+class OriginalLayer:
     """An original layer, applied to the text of a stream that has reached that layer.
 
     The layer's inputs and outputs are kept once computed: two arrays (B, T, D) per batch.
@@ -119,7 +119,7 @@ def sharpened(attention: Tree, temperature: float) -> Tree:
     return attention | {"query": attention["query"] * np.float32(temperature)}
 
 
-def temperature(original: Original, compressed: Layer) -> float:
+def temperature(original: OriginalLayer, compressed: Layer) -> float:
     """Return the one of `_TEMPERATURES` with the least error of the compressed layer.
 
     The error is measured on the first `TEMPERED` tokens.
@@ -134,7 +134,7 @@ def temperature(original: Original, compressed: Layer) -> float:
     return best
 
 
-def refit_output(original: Original, compressed: Layer) -> Tree:
+def refit_output(original: OriginalLayer, compressed: Layer) -> Tree:
     """Return the compressed layer with W_O refitted to the original's outputs by least squares.
 
     A ridge keeps directions that the text does not determine at their current values.
@@ -243,7 +243,7 @@ def _descend(
 
 
 def reconstruct(
-    original: Original, compressed: Layer, steps: int = STEPS, words: str = "repair"
+    original: OriginalLayer, compressed: Layer, steps: int = STEPS, words: str = "repair"
 ) -> Tree:
     """Return the compressed attention after `steps` towards the original's output.
 
@@ -260,7 +260,7 @@ def reconstruct(
         return _descend(False, spec, attention, stream, steps, words, read, original.index)
 
 
-class Followed:
+class RepairedBlock:
     """A block applied to the same text in the original model and in the compressed model.
 
     `block` is the original's: its spec and all its parameters. Both streams have reached it.

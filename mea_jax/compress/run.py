@@ -26,6 +26,7 @@ from mea_jax.compress.moments import unseen
 from mea_jax.compress.options import Options, check, repair_text
 from mea_jax.compress.probe import Sensitivity, assemble
 from mea_jax.compress.stream import Losses, Stream, progress
+from mea_jax.config.schema import Side
 from mea_jax.errors import UserError
 from mea_jax.model.layer_spec import layer_specs
 from mea_jax.ops.backend import resolve
@@ -36,7 +37,7 @@ Tree = dict[str, Any]
 class CompressionPass:
     """One compression of a checkpoint.
 
-    `say` logs a line. `measurements` is a folder of `Measurements` that is kept; without it they
+    `log` logs a line. `measurements` is a folder of `Measurements` that is kept; without it they
     are in the work folder. Creating a pass raises `UserError` for options or a model that cannot
     work, and if `out` exists.
     """
@@ -46,15 +47,15 @@ class CompressionPass:
         checkpoint: Path,
         out: Path,
         options: Options,
-        say: Callable[[str], Any],
+        log: Callable[[str], Any],
         measurements: Path | None = None,
     ):
         check(options)
-        self.options, self.out, self.say = options, out, say
+        self.options, self.out, self.log = options, out, log
         self.part = out.with_name(f"{out.name}.part")
         if out.exists():
             raise UserError(f"--out {out} exists: choose another --out, or remove it")
-        self.source = StoredModel(checkpoint, say)
+        self.source = StoredModel(checkpoint, log)
         config = self.source.config
         auto = dataclasses.replace(unresolved(config.model), dtype=options.dtype)
         length = config.data.context_length
@@ -66,7 +67,7 @@ class CompressionPass:
         if options.budget == "uniform":
             self.kept = budgets.uniform(options.keep, self.count)
         self._claim()
-        self.texts = CalibrationTexts(self.source, options, say)
+        self.texts = CalibrationTexts(self.source, options, log)
         folder = measurements or self.part / "measurements"
         self.measurements = Measurements(folder, self.source, self.model, self.texts, options)
 
@@ -82,7 +83,7 @@ class CompressionPass:
                     f"{self.part} contains an unfinished compression with other options: remove "
                     "it, or choose another --out"
                 )
-            self.say(f"continuing the compression in {self.part}")
+            self.log(f"continuing the compression in {self.part}")
             return
         with disk_errors(self.part):
             self.part.mkdir(parents=True, exist_ok=True)
@@ -140,14 +141,14 @@ class CompressionPass:
         total += round(part * (totals[min(below, self.count - 1)] - total))
         if part:  # round to the nearest whole head, not down
             total += by_count[0][self.chosen[0]][1] // 2
-        costs = [[row[s.layer][s.which == "value"] for row in by_count] for s in found]
+        costs = [[row[s.layer][s.side == Side.VALUE] for row in by_count] for s in found]
         losses = [s.losses or s.residuals for s in found]
         for s, option in zip(found, budgets.allot(costs, losses, total), strict=True):
-            (keys if s.which == "key" else values)[s.layer] = option + 1
+            (keys if s.side == Side.KEY else values)[s.layer] = option + 1
         heads = sum(keys[i] + values[i] for i in self.chosen)
         met = heads / (2 * self.count * len(self.chosen))
         if abs(met - self.options.keep) > budgets.ROUNDING:
-            self.say(
+            self.log(
                 f"--keep={self.options.keep:g}: the nearest share that whole key and value heads "
                 f"of {len(self.chosen)} layers reach is {met:.3g}"
             )
@@ -204,7 +205,7 @@ class CompressionPass:
         followed: Stream | None,
     ) -> dict[str, Any]:
         options, moments = self.options, self.measurements.moments(index)
-        heads = layers.take_apart(self.model, tree["attention"])
+        heads = layers.split_heads(self.model, tree["attention"])
         keys = methods.solve_keys(options.method, heads, moments, counts[0])
         values = methods.solve_values(options.method, heads, moments, counts[1])
         attention = assemble(heads, keys, values, tree["attention"])
@@ -218,7 +219,7 @@ class CompressionPass:
         }
         if text is not None and counts != (self.count, self.count):
             spec, scale = layer_specs(writer.model)[index], tree["attention_norm"]["scale"]
-            original = repair.Original(
+            original = repair.OriginalLayer(
                 layer_specs(self.model)[index], tree["attention"], scale, text
             )
             if options.method in methods.SHARPENED and counts[0] < self.count:
@@ -231,7 +232,7 @@ class CompressionPass:
                 row["repair"] = [before, original.error((spec, attention))]
         new = tree | {"attention": attention}
         if text is not None and followed is not None:
-            blocks = repair.Followed((layer_specs(self.model)[index], tree), text, followed)
+            blocks = repair.RepairedBlock((layer_specs(self.model)[index], tree), text, followed)
             words = f"repairing block {index}"
             steps = options.repair_steps
             new = blocks.rebuild(
@@ -240,7 +241,7 @@ class CompressionPass:
         writer.write_layer(index, layers.as_float32(new))
         return row
 
-    def _repaired(self, original: repair.Original, compressed: repair.Layer) -> Tree:
+    def _repaired(self, original: repair.OriginalLayer, compressed: repair.Layer) -> Tree:
         attention = repair.refit_output(original, compressed)
         if self.options.repair == "output":
             return attention
@@ -297,15 +298,15 @@ def compress(
     Raise `UserError` for options, a model or data that cannot work.
     """
 
-    def say(line: str) -> None:
+    def log(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
     began = time.monotonic()
 
     def stage(words: str) -> None:
-        say(f"{time.monotonic() - began:6.0f} s  {words}")
+        log(f"{time.monotonic() - began:6.0f} s  {words}")
 
-    work = CompressionPass(checkpoint, out, options, say, measurements)
+    work = CompressionPass(checkpoint, out, options, log, measurements)
     stage(f"calibrating {work.model.n_layers} layers on {options.calibration_tokens:,} tokens")
     before = work.calibrate()
     stage(f"dividing the cache: {options.budget}")

@@ -243,9 +243,9 @@ class Stream:
             self._store(0, (_embed(model, placed, self.put(batch)) for batch in self.batches))
 
     def advance(
-        self, spec: LayerSpec, layer: Tree, watch: bool = False
+        self, spec: LayerSpec, layer: Tree, collect: bool = False
     ) -> dict[str, np.ndarray] | None:
-        """Run the next layer, with parameters `layer`; with `watch`, return sums for `Moments`."""
+        """Run the next layer, with parameters `layer`; with `collect`, return sums for `Moments`."""
         placed, index = self.place(layer), self.done
         sums: dict[str, np.ndarray] = {}
 
@@ -253,7 +253,7 @@ class Stream:
             for number, batch in enumerate(self.batches):
                 x_BTD = self.residual(number, spec.model)
                 inputs = (spec, placed, x_BTD, self.put(batch), index)
-                if not watch:
+                if not collect:
                     yield run_block(*inputs)
                     continue
                 x_BTD, new = watch_block(*inputs)
@@ -263,7 +263,7 @@ class Stream:
 
         with jax.set_mesh(self.mesh):
             self._store(index + 1, results())
-        return sums if watch else None
+        return sums if collect else None
 
     def losses(self, model: ModelConfig, top: Tree, original: "Stream | None" = None) -> Losses:
         """Return nats and tokens of each batch, by label, from the residuals after the last layer.

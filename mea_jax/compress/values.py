@@ -21,7 +21,7 @@ from mea_jax.compress.moments import by_head, ridged, root
 from mea_jax.ops.hlc import block_identity
 
 _SWEEPS = 120
-_LOOK = 10
+_CHECK_EVERY = 10
 _SETTLED = 1e-6
 
 
@@ -216,7 +216,7 @@ def _alternate(gram, mix, gauge, orthogonal: bool, move_mix: bool):
 
     for sweep in range(_SWEEPS):
         back, combine = combined(mix, gauge)
-        if sweep % _LOOK == 0:
+        if sweep % _CHECK_EVERY == 0:
             now = _loss(gram, combine, back)
             if now > last * (1 - _SETTLED) or now < 1e-14:
                 break

@@ -13,6 +13,7 @@ from mea_jax.config.schema import (
     TRAINABLE,
     VARIANTS,
     ModelConfig,
+    Side,
     TrainConfig,
     flatten,
 )
@@ -256,8 +257,8 @@ def _validate_model(model: ModelConfig) -> None:
         f"{at}.rope_scaling must have 0 < low_freq_factor < high_freq_factor and a positive "
         "original_context",
     )
-    for which in ("key", "value"):
-        name, counts = f"{at}.{which}_components", model.components(which)
+    for side in Side:
+        name, counts = f"{at}.{side}_components", model.components(side)
         _require(
             len(counts) == model.n_layers,
             f"{name} lists {len(counts)} layers, but n_layers={model.n_layers}: list one number "
@@ -273,10 +274,10 @@ def _validate_model(model: ModelConfig) -> None:
             )
             _require(
                 count == model.n_kv_heads
-                or model.mixes(which)
-                or (model.variant == "collaborative" and which == "key"),
+                or model.mixes(side)
+                or (model.variant == "collaborative" and side == Side.KEY),
                 f"{where} is below n_kv_heads={model.n_kv_heads}, but "
-                f"hlc={model.hlc!r} does not mix {which}s: set it to n_kv_heads, or change hlc",
+                f"hlc={model.hlc!r} does not mix {side}s: set it to n_kv_heads, or change hlc",
             )
 
     _validate_experts(model)
@@ -311,25 +312,25 @@ def _validate_experts(model: ModelConfig) -> None:
 def least_parameters(model: ModelConfig) -> int:
     """Return the number of parameters, without small ones such as norms and gates."""
     d, h, kv, layers = model.d_model, model.head_dim, model.n_kv_heads, model.n_layers
-    keys = model.components("key")
+    keys = model.components(Side.KEY)
     queries = sum(keys) if model.variant == "collaborative" else layers * model.n_heads
     total = (1 if model.tie_embeddings else 2) * model.vocab_size * d + model.max_positions * d
     width = model.n_experts * (3 * model.d_expert + 1) if model.n_experts else 3 * model.d_ff
     total += d * (layers * (width + model.n_heads * h) + queries * h)
-    for which in ("key", "value"):
+    for side in Side:
         pair = 0
-        if model.mixes(which):
-            pair = {"heads": 1, "frequency": h, "dense": h * h}[model.mixing_kind(which)]
-        total += sum(c * (d * h + pair * kv) for c in model.components(which))
+        if model.mixes(side):
+            pair = {"heads": 1, "frequency": h, "dense": h * h}[model.mixing_kind(side)]
+        total += sum(c * (d * h + pair * kv) for c in model.components(side))
     return total
 
 
 def _validate_variant(model: ModelConfig) -> None:
-    at, rival = "config.model", model.variant != "mea"
+    at, is_baseline = "config.model", model.variant != "mea"
     for name, off in (("hlc", "none"), ("head_norm", False), ("qk_norm", False), ("gate", "none")):
         value = getattr(model, name)
         _require(
-            not rival or value == off,
+            not is_baseline or value == off,
             f"{at}.{name}={value!r} belongs to variant 'mea', but variant={model.variant!r}: "
             f"set {name} to {off!r}",
         )
@@ -345,14 +346,14 @@ def _validate_variant(model: ModelConfig) -> None:
                 value % 2 == 0,
                 f"{at}.{name}={value} must be even: differential_v1 uses pairs of heads",
             )
-    for which, kind in (("key", model.key_mixing), ("value", model.value_mixing)):
+    for side, kind in ((Side.KEY, model.key_mixing), (Side.VALUE, model.value_mixing)):
         _require(
-            kind == "heads" or model.mixes(which),
-            f"{at}.{which}_mixing={kind!r} needs mixing of {which}s, but hlc={model.hlc!r} "
+            kind == "heads" or model.mixes(side),
+            f"{at}.{side}_mixing={kind!r} needs mixing of {side}s, but hlc={model.hlc!r} "
             "has none: set it to 'heads', or change hlc",
         )
     _require(
-        model.hlc_order == "before" or model.mixes("key"),
+        model.hlc_order == "before" or model.mixes(Side.KEY),
         f"{at}.hlc_order='after' needs mixing of keys, but hlc={model.hlc!r} has none: set it to "
         "'before', or change hlc",
     )
@@ -377,11 +378,11 @@ def validate_from_scratch(model: ModelConfig) -> None:
     )
     if model.variant == "collaborative":  # its rows accept any number of shared keys
         return
-    for which in ("key", "value"):
-        for layer, count in enumerate(model.components(which)):
+    for side in Side:
+        for layer, count in enumerate(model.components(side)):
             _require(
                 model.n_kv_heads % count == 0,
-                f"config.model.{which}_components={count} (layer {layer}) does not divide "
+                f"config.model.{side}_components={count} (layer {layer}) does not divide "
                 f"n_kv_heads={model.n_kv_heads}: training from scratch starts from block identity; "
                 "choose a divisor, or start from a compressed checkpoint",
             )

@@ -46,7 +46,7 @@ def apply_variant(config: config_dict.ConfigDict, variant: str) -> config_dict.C
     return config
 
 
-def continued(
+def continue_training(
     config: config_dict.ConfigDict, checkpoint: str, tokenizer: str
 ) -> config_dict.ConfigDict:
     """Set the recipe for continued training of a published model, in place.

@@ -7,6 +7,7 @@ package reads, and raises `UserError` for options that cannot work.
 """
 
 import dataclasses
+import enum
 import json
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +20,15 @@ VARIANTS = ("mea", "differential_v1", "differential_v2", "talking_heads", "colla
 POSITIONS = ("rope", "alibi", "learned", "none")
 TRAINABLE = ("all", "attention")
 ATTENTION_KERNELS = ("auto", "einsum", "chunked", "cpu", "cudnn", "splash")
+
+
+class Side(enum.StrEnum):
+    """The two sides of attention that are mixed and cached; a value is its name in parameters."""
+
+    KEY = "key"
+    VALUE = "value"
+
+
 Components = int | tuple[int, ...] | None
 
 
@@ -81,20 +91,20 @@ class ModelConfig:
     scan_unroll: int = 1  # layers per iteration of the scan over layers
     loss_chunk: int = 256  # MiB of float32 logits on a device at the same time; 0: no limit
 
-    def components(self, which: str) -> tuple[int, ...]:
-        """Return the number of "key" or "value" component heads of each layer, length L."""
-        value = self.key_components if which == "key" else self.value_components
+    def components(self, side: Side) -> tuple[int, ...]:
+        """Return the number of component heads of `side` in each layer, length L."""
+        value = self.key_components if side == Side.KEY else self.value_components
         if value is None:
             value = self.n_kv_heads
         return (value,) * self.n_layers if isinstance(value, int) else tuple(value)
 
-    def mixes(self, which: str) -> bool:
-        """Return whether W_lc exists for "key" or "value" heads."""
-        return which[0] in self.hlc if self.hlc != "none" else False
+    def mixes(self, side: Side) -> bool:
+        """Return whether W_lc exists for the heads of `side`."""
+        return side[0] in self.hlc if self.hlc != "none" else False
 
-    def mixing_kind(self, which: str) -> str:
-        """Return the kind of mixing of "key" or "value" heads (ops/hlc.py)."""
-        return self.key_mixing if which == "key" else self.value_mixing
+    def mixing_kind(self, side: Side) -> str:
+        """Return the kind of mixing of `side` (ops/hlc.py)."""
+        return self.key_mixing if side == Side.KEY else self.value_mixing
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@
 Each command is a module of `mea_jax.convert` and has its own --help.
 """
 
-from mea_jax.cli import run_word
+from mea_jax.cli import run_subcommand
 
 COMMANDS = ("from_hf", "to_hf")
 
 
 if __name__ == "__main__":
-    run_word("convert", COMMANDS, __doc__)
+    run_subcommand("convert", COMMANDS, __doc__)

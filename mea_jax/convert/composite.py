@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from mea_jax.config.schema import ModelConfig
+from mea_jax.config.schema import ModelConfig, Side
 from mea_jax.errors import UserError
 from mea_jax.model.layer_spec import fold_layer, fold_model
 
@@ -38,7 +38,7 @@ def check_rebuildable(model: ModelConfig) -> None:
         )
     if model.positions != "rope":
         raise UserError(f"this model's positions are {model.positions!r}, which {mea_only}")
-    if model.qk_norm and model.mixes("key") and model.hlc_order == "after":
+    if model.qk_norm and model.mixes(Side.KEY) and model.hlc_order == "after":
         raise UserError(
             f"this model mixes keys after their norm (hlc_order='after'), which {mea_only}"
         )
@@ -67,7 +67,7 @@ def rebuild(model: ModelConfig, layer: Tree) -> tuple[ModelConfig, Tree]:
     check_rebuildable(model)
     if model.hlc == "none":
         return model, layer
-    if model.qk_norm and model.mixes("key") and model.key_mixing == "frequency":
+    if model.qk_norm and model.mixes(Side.KEY) and model.key_mixing == "frequency":
         scale_H = np.asarray(layer["attention"]["key_norm"]["scale"])
         if not np.all(scale_H):
             raise UserError(
@@ -109,8 +109,8 @@ def mea_config(model: ModelConfig, context_length: int = 2048) -> dict[str, Any]
         "num_attention_heads": model.n_heads,
         "num_key_value_heads": model.n_kv_heads,
         "head_dim": model.head_dim,
-        "key_components": list(model.components("key")),
-        "value_components": list(model.components("value")),
+        "key_components": list(model.components(Side.KEY)),
+        "value_components": list(model.components(Side.VALUE)),
         "hlc": model.hlc,
         "key_mixing": model.key_mixing,
         "value_mixing": model.value_mixing,

@@ -13,7 +13,7 @@ import tqdm
 
 from mea_jax.checkpoint.files import disk_errors
 from mea_jax.checkpoint.layerwise import StoredModel, places
-from mea_jax.config.schema import ModelConfig
+from mea_jax.config.schema import ModelConfig, Side
 from mea_jax.convert import composite, families, folders, shards, tensors, tokenizer_files
 from mea_jax.data.tokenizers import from_directory
 from mea_jax.errors import UserError, nearest
@@ -43,7 +43,7 @@ def choose_form(model: ModelConfig, form: str) -> str:
 
 
 def _mixes(model: ModelConfig) -> bool:
-    return model.mixes("key") or model.mixes("value")
+    return model.mixes(Side.KEY) or model.mixes(Side.VALUE)
 
 
 class _Stock:
@@ -129,7 +129,7 @@ def _at(tree: dict[str, Any], path: tuple[str, ...]) -> Any:
 def export_model(
     checkpoint: Path,
     out: Path,
-    say: Callable[[str], Any],
+    log: Callable[[str], Any],
     form: str = "auto",
     dtype: str = "auto",
     shard_size: int = 5 * 10**9,
@@ -139,7 +139,7 @@ def export_model(
     Args:
       checkpoint: a run directory, or one of its steps.
       out: the folder, which must not exist.
-      say: receives a line for each damaged checkpoint that is skipped.
+      log: receives a line for each damaged checkpoint that is skipped.
       form: "stock", "mea" or "auto" (`choose_form`).
       dtype: the dtype of the tensors; "auto": the dtype in the checkpoint.
       shard_size: the largest size of a file in bytes.
@@ -151,7 +151,7 @@ def export_model(
       UserError: if the model cannot be exported or written; then there is no `out`.
     """
     with folders.whole(out) as part:
-        stored = StoredModel(checkpoint, say)
+        stored = StoredModel(checkpoint, log)
         form = choose_form(stored.config.model, form)
         dtype = str(stored.dtype) if dtype == "auto" else dtype
         length = stored.config.data.context_length

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mea_jax.config.schema import ModelConfig, RopeScaling
+from mea_jax.config.schema import ModelConfig, RopeScaling, Side
 from mea_jax.errors import UserError, shown
 
 Json = Mapping[str, Any]
@@ -261,7 +261,7 @@ def stock_family(model: ModelConfig) -> Family:
 
     Raise `UserError`, which names the feature, if no stock class does.
     """
-    mixes = model.mixes("key") or model.mixes("value")
+    mixes = model.mixes(Side.KEY) or model.mixes(Side.VALUE)
     for lacking, what in (
         (model.variant != "mea", f"variant={model.variant!r}"),
         (mixes, "component heads (give --form stock to rebuild composite heads, or --form mea)"),

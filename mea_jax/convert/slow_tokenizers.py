@@ -13,7 +13,7 @@ from typing import Any
 import tokenizers as hf
 
 from mea_jax.data import tokenizers
-from mea_jax.data.bad_input import detail
+from mea_jax.data.bad_input import first_line
 from mea_jax.data.tokenizers import HuggingFaceTokenizer, Tokenizer
 from mea_jax.errors import UserError, shown
 
@@ -62,7 +62,7 @@ def read(folder: Path, more: Mapping[str, bytes]) -> Tokenizer:
         model = hf.models.BPE.from_file(str(folder / _VOCABULARY), str(folder / _MERGES))
     except Exception as error:  # of the library's own kinds
         raise UserError(
-            f"{folder}: {_VOCABULARY} or {_MERGES} is damaged ({detail(error)}); fetch both again"
+            f"{folder}: {_VOCABULARY} or {_MERGES} is damaged ({first_line(error)}); fetch both again"
         ) from error
     tokenizer = _byte_level(model, name, bool(config.get("add_prefix_space")))
     if "added_tokens_decoder" not in config:  # as transformers wrote them before version 4.34
@@ -144,5 +144,7 @@ def _object(companions: Mapping[str, bytes], name: str, folder: Path) -> dict[st
     try:
         tree = json.loads(companions.get(name, b"{}"))
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{folder / name} is damaged ({detail(error)}); fetch it again") from error
+        raise UserError(
+            f"{folder / name} is damaged ({first_line(error)}); fetch it again"
+        ) from error
     return tree if isinstance(tree, dict) else {}

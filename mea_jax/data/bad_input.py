@@ -61,14 +61,14 @@ def one_line(text: object) -> str:
     return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in line)
 
 
-def detail(text: object) -> str:
+def first_line(text: object) -> str:
     """Return `one_line(text)`, cut to 200 characters: a library may quote an entire file."""
     line = one_line(text)
     return line if len(line) <= _DETAIL else f"{line[:_DETAIL]}..."
 
 
-def some(names: Iterable[object], most: int = 10) -> str:
+def summarize_names(names: Iterable[object], most: int = 10) -> str:
     """Return the first `most` of the sorted `names`, comma-separated, and the number of others."""
     ordered = sorted(str(name) for name in names)
     tail = f" and {len(ordered) - most} more" if len(ordered) > most else ""
-    return detail(", ".join(ordered[:most])) + tail
+    return first_line(", ".join(ordered[:most])) + tail

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mea_jax.config.schema import SourceConfig
-from mea_jax.data.bad_input import BadInputError, LeftOut, some
+from mea_jax.data.bad_input import BadInputError, LeftOut, summarize_names
 
 
 @dataclass(frozen=True)
@@ -199,7 +199,7 @@ def text_field(record: dict[str, Any], field: str, where: str) -> str:
     path = field_path(field, record, lambda value: value if isinstance(value, dict) else None)
     if path is None:
         raise BadInputError(
-            f"{where}: no field {field!r} (it has: {some(record)}); "
+            f"{where}: no field {field!r} (it has: {summarize_names(record)}); "
             "set the field of the data source"
         )
     value: Any = record

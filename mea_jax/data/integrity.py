@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from mea_jax.data.bad_input import OPTION, detail
+from mea_jax.data.bad_input import OPTION, first_line
 from mea_jax.errors import UserError
 
 _CHECKSUMS = "checksums.json"
@@ -64,7 +64,7 @@ def reading(path: Path, directory: Path) -> Iterator[None]:
         raise damaged(path, directory, error) from error
     except Exception as error:
         reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
-        raise damaged(path, directory, f"cannot be read ({detail(reason)})") from error
+        raise damaged(path, directory, f"cannot be read ({first_line(reason)})") from error
 
 
 def damaged(path: Path, directory: Path, reason: object, skippable: bool = False) -> UserError:

@@ -14,21 +14,21 @@ import tokenizers as hf
 LONGEST = 128  # characters of one class in a row; the Python standard library has at most 109
 
 
-def _pattern(some: str, any_number: str) -> str:
+def _pattern(summarize_names: str, any_number: str) -> str:
     """Return the regular expression of a piece; arguments are quantifiers such as "+" and "*"."""
     # For code and English. In order:
     return "|".join(
         (
             r"'(?i:s|t|d|m|ll|re|ve)(?!\p{L})",  # contractions
             # A word, with one space or sign before it.
-            rf"(?: |[^\s\p{{L}}\p{{N}}])?[\p{{L}}\p{{M}}]{some}",
+            rf"(?: |[^\s\p{{L}}\p{{N}}])?[\p{{L}}\p{{M}}]{summarize_names}",
             r"\p{N}{1,3}",  # digits by threes
             # Signs with the line's end and the next line's indentation, as in "):\n    ". The last
             # space of the indentation belongs to the next word.
-            rf" ?[^\s\p{{L}}\p{{N}}]{some}(?:[\r\n]{some}(?:[ \t]{some}(?!\S))?)?",
-            rf"\s{any_number}[\r\n]{some}(?:[ \t]{some}(?!\S))?",  # line ends and indentation
-            rf"\s{some}(?!\S)",  # other white space; its last character belongs to the next word
-            rf"\s{some}",
+            rf" ?[^\s\p{{L}}\p{{N}}]{summarize_names}(?:[\r\n]{summarize_names}(?:[ \t]{summarize_names}(?!\S))?)?",
+            rf"\s{any_number}[\r\n]{summarize_names}(?:[ \t]{summarize_names}(?!\S))?",  # line ends and indentation
+            rf"\s{summarize_names}(?!\S)",  # other white space; its last character belongs to the next word
+            rf"\s{summarize_names}",
         )
     )
 
@@ -52,7 +52,7 @@ def splitter(bounded: bool) -> hf.pre_tokenizers.PreTokenizer:
     )
 
 
-class Watched:
+class LongRunDetector:
     """An iterable of training texts that detects long runs.
 
     Attributes:

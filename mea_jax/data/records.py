@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from mea_jax.config.schema import SourceConfig
-from mea_jax.data.bad_input import BadInputError, LeftOut, detail, some
+from mea_jax.data.bad_input import BadInputError, LeftOut, first_line, summarize_names
 from mea_jax.data.corpus import (
     Corpus,
     Document,
@@ -67,7 +67,7 @@ class JsonlCorpus(FileCorpus):
         except (OSError, EOFError, zlib.error) as error:
             if unit.endswith((".gz", ".zst")) and not getattr(error, "errno", None):
                 raise BadInputError(
-                    f"{path}: broken after line {number} ({detail(error)}); it is truncated or not "
+                    f"{path}: broken after line {number} ({first_line(error)}); it is truncated or not "
                     f"a {unit[unit.rindex('.') :]} file: fetch it again"
                 ) from error
             reason = getattr(error, "strerror", None) or error
@@ -145,7 +145,7 @@ class ParquetCorpus(FileCorpus):
             names = field_path(field, columns, _fields)
             if names is None:
                 raise BadInputError(
-                    f"{path}: no column {field!r} (it has: {some(columns)}); "
+                    f"{path}: no column {field!r} (it has: {summarize_names(columns)}); "
                     "set the field of the data source"
                 )
             for group in range(groups):
@@ -208,7 +208,7 @@ def _parquet_errors(where: str) -> Iterator[None]:
     try:
         yield
     except (OSError, pyarrow.ArrowException) as error:
-        reason = detail(error).rstrip(".")
+        reason = first_line(error).rstrip(".")
         raise BadInputError(f"{where}: cannot be read ({reason}): fetch the file again") from error
 
 
@@ -290,5 +290,5 @@ class TfdsCorpus(Corpus):
         # kinds of exceptions for a broken record.
         except Exception as error:
             raise BadInputError(
-                f"{where}: cannot be read ({detail(error)}): prepare the dataset again"
+                f"{where}: cannot be read ({first_line(error)}): prepare the dataset again"
             ) from error

@@ -19,7 +19,7 @@ from typing import Any, ClassVar, TypeVar
 import tokenizers as hf
 
 from mea_jax.data import end_tokens, pre_tokenizers
-from mea_jax.data.bad_input import detail
+from mea_jax.data.bad_input import first_line
 from mea_jax.data.end_tokens import END_TOKENS, GENERATION, MODEL_CONFIG, TOKENIZER_CONFIG
 from mea_jax.errors import UserError
 
@@ -138,7 +138,7 @@ class BytesTokenizer(Tokenizer):
             content = json.loads(_bytes(path))
         except (ValueError, RecursionError) as error:
             raise UserError(
-                f"{path}: truncated, or not a tokenizer file ({detail(error)}); copy it again"
+                f"{path}: truncated, or not a tokenizer file ({first_line(error)}); copy it again"
             ) from error
         if content != json.loads(cls.content):
             raise UserError(
@@ -355,7 +355,7 @@ def train_bpe(texts: Iterator[str], vocab_size: int) -> HuggingFaceTokenizer:
         special_tokens=[SEPARATOR],
         show_progress=False,
     )
-    watched = pre_tokenizers.Watched(texts)
+    watched = pre_tokenizers.LongRunDetector(texts)
     tokenizer.train_from_iterator(iter(watched), trainer)
     tokenizer.pre_tokenizer = pre_tokenizers.splitter(bounded=watched.long_runs)
     return HuggingFaceTokenizer(tokenizer, "the trained tokenizer")
@@ -404,7 +404,7 @@ def _library_errors(what: str) -> Iterator[None]:
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__module__ != "pyo3_runtime":
             raise
-        raise UserError(f"{what} ({detail(error)}); fetch the tokenizer again") from error
+        raise UserError(f"{what} ({first_line(error)}); fetch the tokenizer again") from error
 
 
 def _decode_known(ids: Sequence[int], vocab_size: int, decode: Any) -> str:

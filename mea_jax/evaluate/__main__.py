@@ -31,7 +31,7 @@ DTYPES = ("auto", "float32", "bfloat16")
 CACHE_DTYPES = ("auto", "float32", "bfloat16", "int8")
 
 
-def say(line: str) -> None:
+def log(line: str) -> None:
     """Print a line of progress to stderr, on the first process only."""
     if processes.is_first():
         print(line, file=sys.stderr, flush=True)
@@ -136,11 +136,11 @@ def tasks_main() -> None:
     )
     options.check()
     checkpoint, baseline = harness_run.paths(CHECKPOINT.value, BASELINE.value)
-    harness_run.harness_package()
+    harness_run.require_harness()
     cli.join_processes(dataclasses.asdict(options))
     cli.enable_compilation_cache()
     folder = _folder()
-    report = harness_run.run(options, checkpoint, baseline, say, folder)
+    report = harness_run.run(options, checkpoint, baseline, log, folder)
     try:
         text = harness_run.write(report, folder)
     except OSError as error:
@@ -165,14 +165,14 @@ def main() -> None:
     cli.enable_compilation_cache()
     models = [load(path, name, DTYPE.value) for path, name in zip(paths, called, strict=True)]
     check_comparable(models)
-    options = run.settle(models, options, say)
+    options = run.fill_defaults(models, options, log)
     folder = _folder()
 
     def save(report: dict[str, Any]) -> None:
         write_whole(folder / "report.json", to_json(report, indent=1) + "\n")
 
     try:
-        report = run.profile(models, options, say, save)
+        report = run.profile(models, options, log, save)
         text = table.text(report)
         save(report)
         (folder / "table.txt").write_text(text + "\n")

@@ -42,7 +42,7 @@ def arithmetic(
     seed: int = 0,
     shots: int = 4,
     cache_dtype: str | None = None,
-    say: Callable[[str], Any] = lambda line: None,
+    log: Callable[[str], Any] = lambda line: None,
 ) -> list[dict[str, Any]]:
     """Score additions and subtractions of one to three digits; arguments as for `retrieval`.
 
@@ -54,12 +54,12 @@ def arithmetic(
     examples = [example for group in groups for example in group]
     longest = max(len(e.prompt) + len(e.answer) for e in scoring.encode(tokenizer, examples))
     length = -(-(longest + scoring.MARGIN + 1) // 16) * 16
-    scores = scoring.through_cache(model, params, tokenizer, examples, length, cache_dtype)
+    scores = scoring.score_through_cache(model, params, tokenizer, examples, length, cache_dtype)
     rows, first = [], 0
     for (operation, digits), group in zip(kinds, groups, strict=True):
         cell = scoring.select(scores, range(first, first + len(group)))
         rows.append({"operation": operation, "digits": digits, **scoring.summary(cell)})
         first += len(group)
     whole = scoring.summary(scores)
-    say(f"arithmetic: {whole['exact']:.0%} right, {whole['nats']:.2f} nats per answer")
+    log(f"arithmetic: {whole['exact']:.0%} right, {whole['nats']:.2f} nats per answer")
     return rows

@@ -49,8 +49,8 @@ def passkey_examples(
                 )
             except ValueError as error:
                 raise UserError(
-                    f"pass keys in a context of {length} tokens: {error} and {_ROOM + 1} more; "
-                    "choose a longer one"
+                    f"length={length} is too short for pass keys: {error} and {_ROOM + 1} more "
+                    "tokens; choose a longer context"
                 ) from error
             examples.append(example)
     return examples
@@ -67,7 +67,7 @@ def retrieval(
     seed: int = 0,
     needles: int = 1,
     cache_dtype: str | None = None,
-    say: Callable[[str], Any] = lambda line: None,
+    log: Callable[[str], Any] = lambda line: None,
 ) -> list[dict[str, Any]]:
     """Score the retrieval of hidden pass keys for each of `lengths` x `depths`.
 
@@ -81,7 +81,7 @@ def retrieval(
       seed: of the examples, which are the same for every model with this tokenizer.
       needles: keys per context, each with a different name; the question is about one of them.
       cache_dtype: of keys and values; None for the model's compute dtype.
-      say: prints a line of progress per length.
+      log: prints a line of progress per length.
 
     Returns:
       Rows {"length", "depth", "samples", "exact", "nats", "nats_error"}: the share of keys that
@@ -94,10 +94,12 @@ def retrieval(
     rows = []
     for length in lengths:
         examples = passkey_examples(tokenizer, length, depths, samples, seed, needles)
-        scores = scoring.through_cache(model, params, tokenizer, examples, length, cache_dtype)
+        scores = scoring.score_through_cache(
+            model, params, tokenizer, examples, length, cache_dtype
+        )
         for at, depth in enumerate(depths):
             cell = scoring.select(scores, range(at * samples, (at + 1) * samples))
             rows.append({"length": length, "depth": depth, **scoring.summary(cell)})
         whole = scoring.summary(scores)
-        say(f"{length:,} tokens: {whole['exact']:.0%} right, {whole['nats']:.2f} nats per answer")
+        log(f"{length:,} tokens: {whole['exact']:.0%} right, {whole['nats']:.2f} nats per answer")
     return rows

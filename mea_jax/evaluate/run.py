@@ -29,7 +29,7 @@ from mea_jax.evaluate.token_losses import ALL, Losses, domain_losses
 PARTS = ("loss", "positions", "passkey", "arithmetic", "speed")
 LENGTHS = (0.5, 1.0, 2.0, 4.0)  # multiples of the training window
 CONTEXTS = (256, 1024, 4096, 16384)
-Say = Callable[[str], Any]
+LogFn = Callable[[str], Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +78,7 @@ def environment() -> dict[str, Any]:
     }
 
 
-def held_out_text(first: Loaded, say: Say) -> Prepared:
+def held_out_text(first: Loaded, log: LogFn) -> Prepared:
     """Prepare the windows of a checkpoint's own data config, tokenized with its own tokenizer.
 
     Raise `UserError` if there is no held-out text, or its texts are not on this machine.
@@ -97,11 +97,11 @@ def held_out_text(first: Loaded, say: Say) -> Prepared:
     if not bpe_size(config.tokenizer):  # a file that may have moved; the run has a copy
         config = dataclasses.replace(config, tokenizer=str(first.run / "tokenizer"))
     try:
-        prepared = prepare(config, first.config.model.vocab_size, log=say)
+        prepared = prepare(config, first.config.model.vocab_size, log=log)
         if prepared.tokenizer.content != first.tokenizer.content:
-            say("texts differ from those of training: they yield a different tokenizer")
+            log("texts differ from those of training: they yield a different tokenizer")
             config = dataclasses.replace(config, tokenizer=str(first.run / "tokenizer"))
-            prepared = prepare(config, first.config.model.vocab_size, log=say)
+            prepared = prepare(config, first.config.model.vocab_size, log=log)
     except UserError as error:
         raise UserError(f"the texts of {first.run} cannot be read: {error}{remedy}") from error
     if not sum(source.held_out_windows for source in prepared.sources):
@@ -109,17 +109,17 @@ def held_out_text(first: Loaded, say: Say) -> Prepared:
     return prepared
 
 
-def settle(models: Sequence[Loaded], options: Options, say: Say) -> Options:
+def fill_defaults(models: Sequence[Loaded], options: Options, log: LogFn) -> Options:
     """Fill in the defaults of `options`, except those that a model does not support.
 
-    Report the defaults that are left out through `say`. Raise `UserError` if a model does not
+    Report the defaults that are left out through `log`. Raise `UserError` if a model does not
     support an option that is given.
     """
     limits = [limit for model in models if (limit := model.longest()) is not None]
     limit, window = min(limits, default=None), models[0].config.data.context_length
     too_long = f"is longer than the {limit} positions that a model learned"
     if "positions" in options.parts or "loss" in options.parts:
-        _check_length(window, limit, f"a window of {window} {too_long}")
+        _check_length(window, limit, f"config.data.context_length={window} {too_long}")
 
     lengths = options.lengths
     if "passkey" in options.parts:
@@ -137,7 +137,7 @@ def settle(models: Sequence[Loaded], options: Options, say: Say) -> Options:
                     f"question takes {shortest}: choose longer ones"
                 )
         if lengths is None and len(fitting) < len(LENGTHS):
-            say(f"pass keys: of {LENGTHS} windows of {window} tokens, only {fitting} fit")
+            log(f"pass keys: of {LENGTHS} windows of {window} tokens, only {fitting} fit")
         lengths = fitting if lengths is None else lengths
         if not lengths:
             raise UserError(
@@ -151,7 +151,7 @@ def settle(models: Sequence[Loaded], options: Options, say: Say) -> Options:
         if contexts is None:
             contexts = tuple(c for c in CONTEXTS if fits(c, limit)) or (limit or window,)
             if len(contexts) < len(CONTEXTS):
-                say(f"speed: of {CONTEXTS} positions, only {contexts}: a model learned {limit}")
+                log(f"speed: of {CONTEXTS} positions, only {contexts}: a model learned {limit}")
     return dataclasses.replace(options, lengths=lengths, contexts=contexts)
 
 
@@ -162,7 +162,7 @@ def fits(length: int, limit: int | None) -> bool:
 
 def _check_length(length: int, limit: int | None, message: str) -> None:
     if not fits(length, limit):
-        raise UserError(f"{message}; choose shorter ones")
+        raise UserError(f"{message}; choose a shorter one")
 
 
 def losses_report(losses: dict[str, Losses], base: dict[str, Losses]) -> dict[str, Any]:
@@ -202,22 +202,22 @@ def positions_report(losses: dict[str, Losses], base: dict[str, Losses]) -> dict
     return report
 
 
-def _tell(say: Callable[[str], Any], before: str, line: str) -> None:
-    say(f"{before}{line}")
+def _log_with_prefix(log: Callable[[str], Any], before: str, line: str) -> None:
+    log(f"{before}{line}")
 
 
 def profile(
     models: Sequence[Loaded],
     options: Options,
-    say: Say = lambda line: None,
+    log: LogFn = lambda line: None,
     save: Callable[[dict[str, Any]], Any] = lambda report: None,
 ) -> dict[str, Any]:
     """Measure `options.parts` of all models; return the contents of report.json.
 
     Args:
       models: comparable ones (`models.check_comparable`); increases are over the first.
-      options: from `settle`.
-      say: prints a line of progress.
+      options: from `fill_defaults`.
+      log: prints a line of progress.
       save: is called with the report so far after each part.
 
     Raises:
@@ -234,7 +234,7 @@ def profile(
     }
     rows = dict(zip([model.name for model in models], report["models"], strict=True))
     if "loss" in options.parts or "positions" in options.parts:
-        prepared = held_out_text(models[0], say)
+        prepared = held_out_text(models[0], log)
         report["data"] = _data(prepared)
         base: dict[str, Losses] | None = None
         for model in models:
@@ -254,7 +254,7 @@ def profile(
             if "positions" in options.parts:
                 rows[model.name]["positions"] = positions_report(losses, base)
             took = time.perf_counter() - began
-            say(f"{model.name}: held-out loss {losses[ALL].loss:.4f} nats per token ({took:.0f} s)")
+            log(f"{model.name}: held-out loss {losses[ALL].loss:.4f} nats per token ({took:.0f} s)")
         save(report)
     common: dict[str, Any] = {
         "seed": options.seed,
@@ -271,7 +271,7 @@ def profile(
             lengths=[round(x * window) for x in options.lengths or ()],
             depths=options.depths,
             needles=options.needles,
-            say=functools.partial(_tell, say, f"{model.name}: pass keys, "),
+            log=functools.partial(_log_with_prefix, log, f"{model.name}: pass keys, "),
             **common,
         )
         save(report)
@@ -282,7 +282,7 @@ def profile(
             model.model,
             model.params,
             model.tokenizer,
-            say=functools.partial(_tell, say, f"{model.name}: "),
+            log=functools.partial(_log_with_prefix, log, f"{model.name}: "),
             **common,
         )
         save(report)
@@ -294,7 +294,7 @@ def profile(
             repeats=options.repeats,
             cache_dtype=options.cache_dtype,
             prefill=options.prefill,
-            say=say,
+            log=log,
         )
         for name, speeds in found.items():
             rows[name]["speed"] = speeds

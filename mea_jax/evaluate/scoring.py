@@ -107,7 +107,7 @@ def _answer_nll(served, length, dtype, params, tokens_BP, lengths_B, answers_BA)
     return nll_AB.T
 
 
-class Served:
+class CachedAnswerer:
     """An `Answerer` that serves a model from its KV cache.
 
     Each call compiles one shape for all of its batches. `rows` is the maximum batch size.
@@ -169,7 +169,7 @@ def select(scores: Scores, chosen: Sequence[int]) -> Scores:
     return Scores(scores.exact_E[where], scores.nats_E[where])
 
 
-def through_cache(
+def score_through_cache(
     model: ModelConfig,
     params: Any,
     tokenizer: Tokenizer,
@@ -185,5 +185,5 @@ def through_cache(
     auto = dataclasses.replace(model, attention_kernel="auto")
     resolved = resolve(auto, [jax.devices()[0]], length)
     generator = Generator(resolved, params, length=length, cache_dtype=cache_dtype)
-    served = Served(generator, max(1, _TOKENS // length))
+    served = CachedAnswerer(generator, max(1, _TOKENS // length))
     return score(tokenizer, encode(tokenizer, examples), served)

@@ -70,7 +70,7 @@ def _cycle(served, params, cache: Cache, tokens_B: jax.Array) -> tuple[Cache, ja
     return flush(cache), tokens_B
 
 
-def _taken_as_full(served, rows: int, length: int, dtype) -> tuple[jax.Array, Cache]:
+def _zero_filled(served, rows: int, length: int, dtype) -> tuple[jax.Array, Cache]:
     """Return tokens and a cache like those of `_fill`, with all keys and values 0."""
     cache = decode.empty_cache(served, rows, length, dtype)
     cache = dataclasses.replace(
@@ -112,7 +112,7 @@ def _programs(
             return filled(params, tokens_BT)[0]
 
     else:
-        held["tokens"], held["cache"] = _taken_as_full(served, rows, context, dtype)
+        held["tokens"], held["cache"] = _zero_filled(served, rows, context, dtype)
     cycle = jax.jit(functools.partial(_cycle, served), donate_argnums=1)
     compiled = cycle.lower(params, held["cache"], held["tokens"]).compile()
 
@@ -131,7 +131,7 @@ def speeds(
     repeats: int = 5,
     cache_dtype: str | None = None,
     prefill: bool = True,
-    say: Callable[[str], Any] = lambda line: None,
+    log: Callable[[str], Any] = lambda line: None,
 ) -> dict[str, list[dict[str, Any]]]:
     """Measure the speed of each model at each context length, the models in turn.
 
@@ -143,7 +143,7 @@ def speeds(
       cache_dtype: of keys and values; None for the model's compute dtype.
       prefill: whether to prefill and time prompts, which takes most of the time for long contexts.
         Otherwise caches are full of zeros: the same program reads the same number of bytes.
-      say: prints a line of progress per model and context.
+      log: prints a line of progress per model and context.
 
     Returns:
       For each name, rows {"context", "rows", "tokens_per_second", "over_first",
@@ -179,7 +179,7 @@ def speeds(
                 row["prefill_over_first"] = quartiles(slower)
                 said += f", prefill {np.median(filling[name]):.3f} s"
             result[name].append(row)
-            say(said)
+            log(said)
         del programs, fills
         gc.collect()
     return result

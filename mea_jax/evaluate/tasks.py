@@ -7,7 +7,7 @@ teach a model the formats of these tasks, which a small model cannot solve other
 should be much shorter than the window; otherwise a key is often separated from its question. At 3
 letters per token, 600 letters suit a window of 256.
 
-Evaluation questions never occur in these documents, for any seed. `side` assigns a fifth of all
+Evaluation questions never occur in these documents, for any seed. `split_of` assigns a fifth of all
 pass keys, problems (a + b and b + a are one) and table rows to the evaluation split by a hash, and
 the rest to the training split. Each split draws only from its own.
 """
@@ -86,21 +86,21 @@ def letters(texts: Sequence[str]) -> list[int]:
     return [len(text) for text in texts]
 
 
-def side(name: str) -> str:
+def split_of(name: str) -> str:
     """Return the split, `TRAIN` or `EVALUATION`, of the question with this name."""
     share = unit_hash(f"mea_jax task: {name}")
     return EVALUATION if share < _EVALUATION_SHARE else TRAIN
 
 
-def key_side(key: int) -> str:
+def split_of_key(key: int) -> str:
     """Return the split of a pass key."""
-    return side(f"pass key {key}")
+    return split_of(f"pass key {key}")
 
 
-def problem_side(a: int, operation: str, b: int) -> str:
+def split_of_problem(a: int, operation: str, b: int) -> str:
     """Return the split of a problem, which is the same for a + b and b + a."""
     a, b = (min(a, b), max(a, b)) if operation == "+" else (a, b)
-    return side(f"{a} {operation} {b}")
+    return split_of(f"{a} {operation} {b}")
 
 
 # -- pass keys ----------------------------------------------------------------------------------
@@ -115,10 +115,10 @@ def _sentence(rng: np.random.Generator) -> str:
     )
 
 
-def _draw_key(rng: np.random.Generator, which: str) -> int:
+def _draw_key(rng: np.random.Generator, split: str) -> int:
     while True:
         key = int(rng.integers(*_KEYS))
-        if key_side(key) == which:
+        if split_of_key(key) == split:
             return key
 
 
@@ -173,7 +173,7 @@ def passkey(
     size: int,
     depth: float,
     needles: int = 1,
-    which: str = EVALUATION,
+    split: str = EVALUATION,
     measure: Measure = letters,
 ) -> Example:
     """Hide a pass key in filler and ask for it at the end.
@@ -183,7 +183,7 @@ def passkey(
       size: maximum size of the prompt by `measure`, which it reaches within one sentence.
       depth: position of the key in the filler: 0 at its beginning, 1 at its end.
       needles: total number of keys; the other ones have other names and random depths.
-      which: the split that keys are drawn from.
+      split: the split that keys are drawn from.
       measure: returns the sizes of texts.
 
     Raises:
@@ -193,7 +193,7 @@ def passkey(
     if not 1 <= needles <= len(_NAMES):
         raise ValueError(f"needles={needles} must be in [1, {len(_NAMES)}]")
     names = [_NAMES[i] for i in rng.choice(len(_NAMES), needles, replace=False)]
-    keys = [_draw_key(rng, which) for _ in names]
+    keys = [_draw_key(rng, split) for _ in names]
     depths = [depth, *rng.random(needles - 1).tolist()]
     hidden = [(d, _needle(n, k)) for d, n, k in zip(depths, names, keys, strict=True)]
     return Example(_hide(rng, hidden, _question(names[0]), size, measure), f" {keys[0]}")
@@ -225,7 +225,7 @@ def _passkey_document(rng: np.random.Generator, size: int) -> str:
 
 
 def _draw_problem(
-    rng: np.random.Generator, operation: str, digits: int, which: str
+    rng: np.random.Generator, operation: str, digits: int, split: str
 ) -> tuple[str, str]:
     r"""Return ("23 + 58 =", " 81\n") for two numbers of `digits` digits; no result is negative."""
     low, high = (0 if digits == 1 else 10 ** (digits - 1)), 10**digits
@@ -233,7 +233,7 @@ def _draw_problem(
         a, b = (int(x) for x in rng.integers(low, high, 2))
         if operation == "-":
             a, b = max(a, b), min(a, b)
-        if problem_side(a, operation, b) == which:
+        if split_of_problem(a, operation, b) == split:
             result = a + b if operation == "+" else a - b
             return f"{a} {operation} {b} =", f" {result}\n"
 
@@ -244,11 +244,11 @@ def arithmetic(
     operation: str,
     digits: int,
     shots: int = 4,
-    which: str = EVALUATION,
+    split: str = EVALUATION,
 ) -> Example:
     """Draw a problem after `shots` solved ones of its kind, which are from the training split."""
     solved = ["".join(_draw_problem(rng, operation, digits, TRAIN)) for _ in range(shots)]
-    question, answer = _draw_problem(rng, operation, digits, which)
+    question, answer = _draw_problem(rng, operation, digits, split)
     return Example("".join(solved) + question, answer)
 
 
@@ -265,22 +265,22 @@ def _arithmetic_document(rng: np.random.Generator, size: int) -> str:
 # -- tables -------------------------------------------------------------------------------------
 
 
-def recall(rng: np.random.Generator, *, pairs: int, which: str = EVALUATION) -> Example:
+def recall(rng: np.random.Generator, *, pairs: int, split: str = EVALUATION) -> Example:
     """Draw a table of `pairs` names with a word each, and repeat one name as the question.
 
     Raise `ValueError` unless `pairs` is between 1 and the number of names.
     """
-    table = _draw_table(rng, pairs, which)
+    table = _draw_table(rng, pairs, split)
     name, value = table[int(rng.integers(pairs))]
     return Example(f"{_table_text(table)}{name}", f" {value}")
 
 
-def recall_side(name: str, value: str) -> str:
+def split_of_recall(name: str, value: str) -> str:
     """Return the split of a row of a table."""
-    return side(f"{name} has {value}")
+    return split_of(f"{name} has {value}")
 
 
-def _draw_table(rng: np.random.Generator, pairs: int, which: str) -> list[tuple[str, str]]:
+def _draw_table(rng: np.random.Generator, pairs: int, split: str) -> list[tuple[str, str]]:
     """Draw rows with different names and different words."""
     if not 1 <= pairs <= len(_NAMES):
         raise ValueError(f"pairs={pairs} must be in [1, {len(_NAMES)}]")
@@ -288,7 +288,7 @@ def _draw_table(rng: np.random.Generator, pairs: int, which: str) -> list[tuple[
     for i in rng.choice(len(_NAMES), pairs, replace=False):
         while True:
             value = _VALUES[int(rng.integers(len(_VALUES)))]
-            if value not in table and recall_side(_NAMES[i], value) == which:
+            if value not in table and split_of_recall(_NAMES[i], value) == split:
                 break
         table[value] = _NAMES[i]
     return [(name, value) for value, name in table.items()]

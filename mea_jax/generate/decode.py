@@ -11,11 +11,11 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 
-from mea_jax.config.schema import ModelConfig
+from mea_jax.config.schema import ModelConfig, Side
 from mea_jax.model.attention import Context, Slots
-from mea_jax.model.kv_cache import RECENT, Cache, LayerCache, Stored, empty_heads
-from mea_jax.model.layer_spec import SIDES, LayerSpec, fold_layer, fold_model, layer_specs
-from mea_jax.model.transformer import Decoder, rope_of, stretches
+from mea_jax.model.kv_cache import RECENT, Cache, CachedLayer, LayerCache, empty_heads
+from mea_jax.model.layer_spec import LayerSpec, fold_layer, fold_model, layer_specs
+from mea_jax.model.transformer import Decoder, rope_of, runs_of_equal_layers
 from mea_jax.ops.backend import make_backend
 
 Array = jax.Array
@@ -23,7 +23,7 @@ FORMS = ("auto", "folded", "absorbed", "explicit")
 
 
 @dataclasses.dataclass(frozen=True)
-class Served:
+class ServedModel:
     """The static description of a served model; hashable, so it can be a static jit argument."""
 
     model: ModelConfig
@@ -43,43 +43,43 @@ class Served:
         return "; ".join(f"{part} ({count} layers)" for part, count in counted)
 
 
-def _folds(model: ModelConfig, which: str, components: int, form: str) -> bool:
+def _folds(model: ModelConfig, side: Side, components: int, form: str) -> bool:
     """Return whether mixing is folded into the weights, so that the cache has composite heads.
 
     With C = K this does not enlarge the cache, and absorbed reading would take C times the FLOPs.
     Keys that are mixed after their norm cannot be folded.
     """
-    if not model.mixes(which):
+    if not model.mixes(side):
         return False
-    if which == "key" and model.qk_norm and model.hlc_order == "after":
+    if side == Side.KEY and model.qk_norm and model.hlc_order == "after":
         return False
     return form == "folded" or (form == "auto" and components == model.n_kv_heads)
 
 
 def _serve_layer(layer: LayerSpec, form: str) -> LayerSpec:
     model, k = layer.model, layer.model.n_kv_heads
-    pairs = zip(SIDES, layer.components, strict=True)
+    pairs = zip(Side, layer.components, strict=True)
     folded = tuple(side for side, count in pairs if _folds(model, side, count, form))
     return LayerSpec(
         fold_model(model, folded),
-        k if "key" in folded else layer.key_components,
-        k if "value" in folded else layer.value_components,
+        k if Side.KEY in folded else layer.key_components,
+        k if Side.VALUE in folded else layer.value_components,
         "explicit" if form == "explicit" else "absorbed",
     )
 
 
-def _served_params(served: Served, params: Any) -> Any:
+def _served_params(served: ServedModel, params: Any) -> Any:
     """Return separate layers, with mixing folded as specified and matrices in the compute dtype.
 
     Routers stay float32, so that rounding does not change the choice of experts.
     """
     model, dtype = served.model, make_backend(served.model).dtype
     layers = []
-    for first, length, *_ in stretches(model):
+    for first, length, *_ in runs_of_equal_layers(model):
         for i in range(length):
             layer = jax.tree.map(lambda stack, i=i: stack[i], params[f"layers_{first}"])
             spec = served.layers[first + i].model
-            folded = tuple(side for side in SIDES if model.mixes(side) and not spec.mixes(side))
+            folded = tuple(side for side in Side if model.mixes(side) and not spec.mixes(side))
             attention = fold_layer(model, layer["attention"], folded)
             layers.append(layer | {"attention": attention})
     top = {name: leaf for name, leaf in params.items() if not name.startswith("layers_")}
@@ -92,14 +92,14 @@ def _served_params(served: Served, params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(leaf, tree)
 
 
-def serving(model: ModelConfig, form: str = "auto") -> Served:
+def serving(model: ModelConfig, form: str = "auto") -> ServedModel:
     """Return the static description of a resolved model for serving; `form` as in `serve`."""
     assert form in FORMS
     layers = [_serve_layer(layer, form) for layer in layer_specs(model)]
-    return Served(model, tuple(layers))
+    return ServedModel(model, tuple(layers))
 
 
-def serve(model: ModelConfig, params: Any, form: str = "auto") -> tuple[Served, Any]:
+def serve(model: ModelConfig, params: Any, form: str = "auto") -> tuple[ServedModel, Any]:
     """Convert a resolved model and its training parameters for inference.
 
     Args:
@@ -116,7 +116,9 @@ def serve(model: ModelConfig, params: Any, form: str = "auto") -> tuple[Served, 
     return served, jax.jit(_served_params, static_argnums=0)(served, params)
 
 
-def _empty_layers(served: Served, batch: int, length: int, dtype: Any) -> tuple[LayerCache, ...]:
+def _empty_layers(
+    served: ServedModel, batch: int, length: int, dtype: Any
+) -> tuple[LayerCache, ...]:
     layers = []
     for spec in served.layers:
         key, value, scalars = spec.cache_layout()
@@ -132,7 +134,7 @@ def _empty_layers(served: Served, batch: int, length: int, dtype: Any) -> tuple[
     return tuple(layers)
 
 
-def empty_cache(served: Served, batch: int, length: int, dtype: Any) -> Cache:
+def empty_cache(served: ServedModel, batch: int, length: int, dtype: Any) -> Cache:
     """Return an empty cache of `batch` rows with at most `length` positions each.
 
     `dtype` is the dtype of keys and values. Call this under `jax.eval_shape` to compute the size of
@@ -148,11 +150,11 @@ def empty_cache(served: Served, batch: int, length: int, dtype: Any) -> Cache:
     )
 
 
-def _run_layers(served: Served, params: Any, x_BTD: Array, context: Context, cache: Cache):
+def _run_layers(served: ServedModel, params: Any, x_BTD: Array, context: Context, cache: Cache):
     layers = []
     for i, spec in enumerate(served.layers):
         variables = {"params": params["layers"][i]}
-        stored = Stored(cache.layers[i], cache.recent[i])
+        stored = CachedLayer(cache.layers[i], cache.recent[i])
         out: Any = spec.block().apply(variables, x_BTD, context, i, stored)
         x_BTD = out[0]
         layers.append(out[1])
@@ -160,13 +162,13 @@ def _run_layers(served: Served, params: Any, x_BTD: Array, context: Context, cac
     return x_BTD, main, recent
 
 
-def _decoder(served: Served, params: Any, method, *arguments) -> Array:
+def _decoder(served: ServedModel, params: Any, method, *arguments) -> Array:
     variables = {"params": params["top"]}
     return cast(Array, Decoder(served.model).apply(variables, *arguments, method=method))
 
 
 def prefill(
-    served: Served, params: Any, cache: Cache, tokens_BP, segment_ids_BP, positions_BP
+    served: ServedModel, params: Any, cache: Cache, tokens_BP, segment_ids_BP, positions_BP
 ) -> tuple[Array, Cache]:
     """Prefill an empty cache with prompts.
 
@@ -191,7 +193,7 @@ def prefill(
     return logits_B1V[:, 0], Cache(layers, recent, filled_BS, lengths_B, count, next_B)
 
 
-def step(served: Served, params: Any, cache: Cache, tokens_B: Array) -> tuple[Array, Cache]:
+def step(served: ServedModel, params: Any, cache: Cache, tokens_B: Array) -> tuple[Array, Cache]:
     """Append one token to each row of the cache.
 
     Callers must count the steps and call `kv_cache.flush` after every `RECENT` of them.

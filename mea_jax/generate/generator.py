@@ -277,8 +277,8 @@ class Generator:
         loop = functools.partial(_advance, *static)
         same = jax.tree.map(lambda x: x.sharding, state)
         name = f"advance {static[1:]}"
-        told = sharding.replicated(self.mesh) if self.mesh is not None else None
-        advance = self._program(name, loop, (1,), self.params, state, out=(same, told))
+        result_sharding = sharding.replicated(self.mesh) if self.mesh is not None else None
+        advance = self._program(name, loop, (1,), self.params, state, out=(same, result_sharding))
         empty_recent = self._program("flush", _flush, (0,), state, out=same)
         used = 0  # recent slots
         new: list[list[int]] = [[] for _ in prompts]

@@ -17,10 +17,10 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from mea_jax.config.schema import ModelConfig
+from mea_jax.config.schema import ModelConfig, Side
 from mea_jax.model import kv_cache, norms
 from mea_jax.model.init import kernel, residual_gain
-from mea_jax.model.kv_cache import LayerCache, Stored
+from mea_jax.model.kv_cache import CachedLayer, LayerCache
 from mea_jax.ops import attention, hlc, rms_norm
 from mea_jax.ops import rope as ops_rope
 from mea_jax.ops.backend import Backend, HeadNorm, make_backend
@@ -120,7 +120,7 @@ class AttentionLayer(nn.Module):
         return constrain(x_BTNH, *HEADS)
 
     @staticmethod
-    def turn(x_BTNH: Array, context: Context) -> Array:
+    def apply_positions(x_BTNH: Array, context: Context) -> Array:
         """Rotate heads by their positions, if positions are rotary."""
         return x_BTNH if context.rope is None else ops_rope.apply_rope(x_BTNH, context.rope)
 
@@ -137,7 +137,7 @@ class AttentionLayer(nn.Module):
         """Compute attention of T positions to themselves (B, T, N, W), in training and prefill.
 
         `scale` defaults to 1/sqrt(H). `norm` is applied to the outputs. If the collection
-        "statistics" is mutable, `watch` records into it; if "heads" is, the outputs before `norm`
+        "statistics" is mutable, `record_statistics` records into it; if "heads" is, the outputs before `norm`
         are recorded.
         """
         scale = scale or self.config.head_dim**-0.5
@@ -146,14 +146,16 @@ class AttentionLayer(nn.Module):
         if self.is_mutable_collection("statistics") or self.is_mutable_collection("heads"):
             o_BTNW = self.backend.attend(*arrays, shards=context.shards)
             if self.is_mutable_collection("statistics"):
-                self.watch(q, k, o_BTNW, context, slopes_N, scale)
+                self.record_statistics(q, k, o_BTNW, context, slopes_N, scale)
             self.sow("heads", "output", o_BTNW)
             o_BTNW = o_BTNW if norm is None else norm.apply(o_BTNW)
         else:
             o_BTNW = self.backend.attend(*arrays, norm, shards=context.shards)
         return constrain(o_BTNW, *HEADS)
 
-    def watch(self, q_BTNH, k_BTKH, o_BTNW, context: Context, slopes_N, scale: float) -> None:
+    def record_statistics(
+        self, q_BTNH, k_BTKH, o_BTNW, context: Context, slopes_N, scale: float
+    ) -> None:
         """Record attention entropy, largest logit and output RMS of each head, (N,).
 
         The outputs are those before any norm. Tokens must be in natural order.
@@ -168,8 +170,8 @@ class AttentionLayer(nn.Module):
         self.sow("statistics", "attention", statistics | {"output_rms": jnp.sqrt(mean_N)})
 
     def store(
-        self, stored: Stored, key_BTCH, value_BTCW, context: Context, inverse_rms_BTK=None
-    ) -> Stored:
+        self, stored: CachedLayer, key_BTCH, value_BTCW, context: Context, inverse_rms_BTK=None
+    ) -> CachedLayer:
         """Return `stored` with new positions: a prompt in `main`, a decode step in `recent`."""
         prefill = context.slot is None
         part, slot = (stored.main, 0) if prefill else (stored.recent, context.slot)
@@ -186,7 +188,7 @@ class AttentionLayer(nn.Module):
     def cached_logits(
         self,
         q_B1NX,
-        stored: Stored | None,
+        stored: CachedLayer | None,
         context: Context,
         slopes_N=None,
         heads: Heads | None = None,
@@ -213,7 +215,9 @@ class AttentionLayer(nn.Module):
         Weights of slots that a row may not see are 0.
         """
         seen = context.main.seen_BS, context.recent.seen_BS
-        hidden = [kv_cache.hide(part, seen_BS) for part, seen_BS in zip(logits, seen, strict=True)]
+        hidden = [
+            kv_cache.mask_logits(part, seen_BS) for part, seen_BS in zip(logits, seen, strict=True)
+        ]
         top_BKG1 = functools.reduce(
             jnp.maximum, [jnp.max(part, axis=-1, keepdims=True) for part in hidden]
         )
@@ -222,7 +226,7 @@ class AttentionLayer(nn.Module):
         return weights, main_BKG + recent_BKG
 
     def cached_sum(
-        self, weights: list[Array], stored: Stored | None, heads: Heads | None = None
+        self, weights: list[Array], stored: CachedLayer | None, heads: Heads | None = None
     ) -> Array:
         """Sum the values of both parts by weights (B, K, G, S): float32 (B, 1, N, W)."""
         assert stored is not None
@@ -237,7 +241,7 @@ class AttentionLayer(nn.Module):
     def cached_attention(
         self,
         q_B1NX,
-        stored: Stored | None,
+        stored: CachedLayer | None,
         context: Context,
         slopes_N=None,
         key: Heads | None = None,
@@ -279,10 +283,10 @@ class Attention(AttentionLayer):
     def cache_layout(self) -> tuple[HeadLayout, HeadLayout, int]:
         c = self.config
         key, value = (
-            HeadLayout(self.cached_form if c.mixes(which) else "direct", components, c.head_dim)
-            for which, components in (
-                ("key", self.key_components),
-                ("value", self.value_components),
+            HeadLayout(self.cached_form if c.mixes(side) else "direct", components, c.head_dim)
+            for side, components in (
+                (Side.KEY, self.key_components),
+                (Side.VALUE, self.value_components),
             )
         )
         return key, value, c.n_kv_heads if self.scalar_norm else 0
@@ -291,30 +295,30 @@ class Attention(AttentionLayer):
     def scalar_norm(self) -> bool:
         """True if keys are normed after mixing; cached components then lack the factor 1/rms."""
         c = self.config
-        return c.qk_norm and c.mixes("key") and c.hlc_order == "before"
+        return c.qk_norm and c.mixes(Side.KEY) and c.hlc_order == "before"
 
-    def heads(self, which: str) -> Heads:
+    def heads(self, side: Side) -> Heads:
         """Declare the parameters of "key" or "value" heads."""
         c = self.config
-        components = self.key_components if which == "key" else self.value_components
-        kernel_DCH = self.head_kernel(which, components, c.head_dim, "components")
-        if not c.mixes(which):
+        components = self.key_components if side == Side.KEY else self.value_components
+        kernel_DCH = self.head_kernel(side.value, components, c.head_dim, "components")
+        if not c.mixes(side):
             return Heads(kernel_DCH, "heads", None)
-        kind = c.mixing_kind(which)
+        kind = c.mixing_kind(side)
 
         def init(key, *shape):
             return hlc.draw(c.hlc_init, key, kind, *shape)
 
         shape = (components, c.n_kv_heads, c.head_dim)
         return Heads(
-            kernel_DCH, kind, parameter(self, f"{which}_mixing", init, hlc.AXES[kind], *shape)
+            kernel_DCH, kind, parameter(self, f"{side}_mixing", init, hlc.AXES[kind], *shape)
         )
 
-    def composites(self, which: str, heads: Heads, x_BTD: Array) -> Array:
+    def composites(self, side: Side, heads: Heads, x_BTD: Array) -> Array:
         """Compute composite heads (B, T, K, H), in the folded or the explicit form."""
         if heads.mixing is None:
             return self.backend.project(x_BTD, heads.kernel_DCH)
-        if hlc.training_form(self.config, which, heads.kernel_DCH.shape[1]) == "folded":
+        if hlc.training_form(self.config, side, heads.kernel_DCH.shape[1]) == "folded":
             folded_DKH = self.backend.fold(heads.kind, heads.kernel_DCH, heads.mixing)
             return self.backend.project(x_BTD, folded_DKH)
         return heads.mix(self.backend.project(x_BTD, heads.kernel_DCH))
@@ -335,7 +339,7 @@ class Attention(AttentionLayer):
         c = self.config
         if c.hlc_order == "after":
             return heads.mix(self.cached_keys(heads, x_BTD, gamma_H, context)[0])
-        k_BTKH = self.composites("key", heads, x_BTD)
+        k_BTKH = self.composites(Side.KEY, heads, x_BTD)
         self.sow("heads", "key", k_BTKH)
         if gamma_H is not None:
             inverse_BTK1 = self.key_inverse_rms(heads, k_BTKH, gamma_H)
@@ -343,7 +347,7 @@ class Attention(AttentionLayer):
             if heads.kind != "frequency":
                 normed = normed * rms_norm.along_last(gamma_H, 4)
             k_BTKH = normed.astype(k_BTKH.dtype)
-        return self.turn(k_BTKH, context)
+        return self.apply_positions(k_BTKH, context)
 
     def cached_keys(self, heads: Heads, x_BTD: Array, gamma_H, context: Context):
         """Return the arrays to cache: component keys (B, T, C, H), and 1/rms (B, T, K) or None."""
@@ -355,7 +359,7 @@ class Attention(AttentionLayer):
             if heads.kind != "frequency":
                 scaled = k_BTCH.astype(jnp.float32) * rms_norm.along_last(gamma_H, 4)
                 k_BTCH = scaled.astype(k_BTCH.dtype)
-        return self.turn(k_BTCH, context), inverse_BTK
+        return self.apply_positions(k_BTCH, context), inverse_BTK
 
     def with_cache(self, q_BTNH, x_BTD, key: Heads, value: Heads, gamma_H, norm, context, stored):
         """Run prefill or a decode step: normed head outputs (B, T, N, H), and the cache."""
@@ -374,20 +378,20 @@ class Attention(AttentionLayer):
         return o_BTNH if norm is None else norm.apply(o_BTNH), stored
 
     @nn.compact
-    def __call__(self, x_BTD: Array, context: Context, index, stored: Stored | None = None):
+    def __call__(self, x_BTD: Array, context: Context, index, stored: CachedLayer | None = None):
         c = self.config
         q_BTNH = self.project_heads("query", x_BTD, c.n_heads, c.head_dim)
-        key, value, gamma_H = self.heads("key"), self.heads("value"), None
+        key, value, gamma_H = self.heads(Side.KEY), self.heads(Side.VALUE), None
         if c.qk_norm:
             q_BTNH = norms.RMSNorm(c.head_dim, c.norm_eps, name="query_norm")(q_BTNH)
             gamma_H = norms.Scale(c.head_dim, name="key_norm")()
         self.sow("heads", "query", q_BTNH)
-        q_BTNH, head_norm = self.turn(q_BTNH, context), None
+        q_BTNH, head_norm = self.apply_positions(q_BTNH, context), None
         if c.head_norm:
             head_norm = HeadNorm(norms.Scale(c.head_dim, name="head_norm")(), c.norm_eps)
         if stored is None:
             k_BTKH = self.training_keys(key, x_BTD, gamma_H, context)
-            v_BTKH = self.composites("value", value, x_BTD)
+            v_BTKH = self.composites(Side.VALUE, value, x_BTD)
             self.sow("heads", "value", v_BTKH)
             slopes_N = self.slopes(c.n_heads)
             o_BTNH = self.attend(q_BTNH, k_BTKH, v_BTKH, context, slopes_N, norm=head_norm)

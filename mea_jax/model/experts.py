@@ -1,6 +1,6 @@
 """The experts of a device, applied to the tokens that the router sends to them.
 
-`run_experts` applies all experts, `run_share` a part of them. Both sort the pairs of token and
+`run_experts` applies all experts, `run_local_experts` a part of them. Both sort the pairs of token and
 expert by expert and multiply them group by group (ops/grouped.py). So no expert has a capacity and
 no token is dropped. A weight p_e multiplies the F features before W_down. W_down is linear, so the
 gradient of p_e does not need an expert's D outputs.
@@ -77,7 +77,7 @@ dispatch.defvjp(_dispatch_forward, _dispatch_backward)
 combine.defvjp(_combine_forward, _combine_backward)
 
 
-def experts_of(
+def apply_experts(
     backend: Backend, rows_SD: Array, weight_S: Array, sizes_E: Array, experts: Experts
 ) -> Array:
     """Apply each row's expert, times the row's weight: (S, D), in the activation dtype.
@@ -111,7 +111,7 @@ def run_experts(backend: Backend, x_TD: Array, routed: Routed, experts: Experts)
     place_S = jnp.zeros_like(order_S).at[order_S].set(numbers_S, unique_indices=True)
     weight_S = routed.weights_Tk.reshape(-1)[order_S]
     rows_SD = dispatch(x_TD, order_S, place_S)
-    y_SD = experts_of(backend, rows_SD, weight_S, sizes_E, experts)
+    y_SD = apply_experts(backend, rows_SD, weight_S, sizes_E, experts)
     return combine(y_SD, order_S, place_S, x_TD[:, :0])
 
 
@@ -153,7 +153,9 @@ def _later_chunks(chunks: _Chunks, body: Callable[..., Any], start: Any) -> Any:
         )
 
 
-def run_share(backend: Backend, share: int, x_AD: Array, routed: Routed, experts: Experts) -> Array:
+def run_local_experts(
+    backend: Backend, share: int, x_AD: Array, routed: Routed, experts: Experts
+) -> Array:
     """Return the sum over one part in `share` of all experts for each token, (A, D), float32.
 
     The indices `routed.ids_Tk` (A, k) count from the first of `experts`; indices past the last
@@ -175,7 +177,7 @@ def _chunk_of(backend, pair_R, sizes_E, x_AD, routed, experts):
     """Return the experts' outputs for the pairs of a chunk, (R, D)."""
     weight_R = routed.weights_Tk.reshape(-1)[pair_R]
     x_RD = x_AD[pair_R // routed.ids_Tk.shape[1]]
-    return experts_of(backend, x_RD, weight_R, sizes_E, experts)
+    return apply_experts(backend, x_RD, weight_R, sizes_E, experts)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -206,7 +208,9 @@ def _later_backward(backend, share, saved, g_AD):
     def body(pair_R, sizes_E, sums):
         token_R = pair_R // k
         _, pull = jax.vjp(
-            lambda x_RD, weight_R, experts: experts_of(backend, x_RD, weight_R, sizes_E, experts),
+            lambda x_RD, weight_R, experts: apply_experts(
+                backend, x_RD, weight_R, sizes_E, experts
+            ),
             *(x_AD[token_R], routed.weights_Tk.reshape(-1)[pair_R], experts),
         )
         d_x_RD, d_weight_R, d_experts = pull(g_AD[token_R].astype(backend.activation))

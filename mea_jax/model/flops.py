@@ -8,7 +8,7 @@ lookups, recomputation (remat), the optimizer, and a teacher's forward pass. Fro
 as if they had gradients. So MFU measures useful work, independent of recomputation.
 """
 
-from mea_jax.config.schema import ModelConfig
+from mea_jax.config.schema import ModelConfig, Side
 from mea_jax.ops.hlc import training_form
 
 # Dense bfloat16 FLOP/s of one device, by a prefix of `jax.Device.device_kind`, from the vendors'
@@ -34,14 +34,14 @@ def peak_flops(device_kind: str) -> float | None:
     return PEAK_FLOPS[max(matches, key=len)] if matches else None
 
 
-def _mixing_products(model: ModelConfig, which: str, components: int) -> tuple[int, int]:
+def _mixing_products(model: ModelConfig, side: Side, components: int) -> tuple[int, int]:
     """Return multiply-adds of projecting one position to K heads, and of one folding per step."""
     d, h, k = model.d_model, model.head_dim, model.n_kv_heads
-    if not model.mixes(which):
+    if not model.mixes(side):
         return d * components * h, 0
-    kind = model.mixing_kind(which)
+    kind = model.mixing_kind(side)
     mixing = {"heads": 1, "frequency": 2, "dense": h}[kind] * components * k * h
-    if training_form(model, which, components) == "explicit":
+    if training_form(model, side, components) == "explicit":
         return d * components * h + mixing, 0
     return d * k * h, d * mixing
 
@@ -59,8 +59,8 @@ def _attention_products(model: ModelConfig, c_key: int, c_value: int) -> tuple[i
         return d * n * h + 2 * d * c_key * h + d * k * h, n * c_key * h + n * h
     gate = {"none": 0, "head": d * n, "feature": d * n * h}[model.gate]
     keys, values = (
-        _mixing_products(model, which, components)[0]
-        for which, components in (("key", c_key), ("value", c_value))
+        _mixing_products(model, side, components)[0]
+        for side, components in ((Side.KEY, c_key), (Side.VALUE, c_value))
     )
     return 2 * d * n * h + gate + keys + values, 2 * n * h
 
@@ -76,7 +76,9 @@ def _feed_forward_products(model: ModelConfig) -> int:
 def forward_flops_per_token(model: ModelConfig, length: int) -> float:
     """Return the FLOPs per position of a forward pass over windows of `length` positions."""
     total = 0.0
-    for c_key, c_value in zip(model.components("key"), model.components("value"), strict=True):
+    for c_key, c_value in zip(
+        model.components(Side.KEY), model.components(Side.VALUE), strict=True
+    ):
         position, pair = _attention_products(model, c_key, c_value)
         total += 2 * (position + pair * length / 2)  # causal half
         total += 2 * _feed_forward_products(model)
@@ -89,8 +91,8 @@ def step_flops(model: ModelConfig, length: int, tokens: int) -> float:
     Folding again for each part of an accumulated batch is recomputation, so it is not counted.
     """
     folding = sum(
-        2 * _mixing_products(model, which, components)[1]
-        for which in ("key", "value")
-        for components in model.components(which)
+        2 * _mixing_products(model, side, components)[1]
+        for side in Side
+        for components in model.components(side)
     )
     return 3 * (forward_flops_per_token(model, length) * tokens + folding)

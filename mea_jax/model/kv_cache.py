@@ -63,7 +63,7 @@ class LayerCache:
     inverse_rms_BKS: Any
 
 
-class Stored(NamedTuple):
+class CachedLayer(NamedTuple):
     """One layer's cache: the main part, and the recent positions not yet flushed into it."""
 
     main: LayerCache
@@ -236,6 +236,6 @@ def add_slopes(logits_BKGS: Array, distance_BS: Array, slopes_N: Array | None) -
     return logits_BKGS + slopes_N.reshape(1, k, g, 1) * distance_B11S
 
 
-def hide(logits_BKGS: Array, seen_BS: Array) -> Array:
+def mask_logits(logits_BKGS: Array, seen_BS: Array) -> Array:
     """Mask the logits of slots that a row may not see."""
     return jnp.where(seen_BS[:, None, None], logits_BKGS, MASKED)

@@ -1,16 +1,14 @@
 """The static description of one layer: its widths, its heads, and the layout of its cache."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
-from mea_jax.config.schema import ModelConfig
+from mea_jax.config.schema import ModelConfig, Side
 from mea_jax.model.attention import HeadLayout
 from mea_jax.model.transformer import Block
 from mea_jax.model.variants import make_attention
 from mea_jax.ops import hlc
-
-SIDES = ("key", "value")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,32 +57,32 @@ class LayerSpec:
 def layer_specs(model: ModelConfig) -> list[LayerSpec]:
     """Return each layer's spec; equal layers have equal specs and share a compiled program."""
     shared = dataclasses.replace(model, key_components=None, value_components=None)
-    pairs = zip(*(model.components(side) for side in SIDES), strict=True)
+    pairs = zip(*(model.components(side) for side in Side), strict=True)
     return [LayerSpec(shared, key, value) for key, value in pairs]
 
 
-def fold_model(model: ModelConfig, sides: tuple[str, ...] = SIDES) -> ModelConfig:
+def fold_model(model: ModelConfig, sides: Collection[Side] = tuple(Side)) -> ModelConfig:
     """Return the config of one layer of `model` after folding the mixing of `sides`."""
-    mixed = [side for side in SIDES if model.mixes(side) and side not in sides]
+    mixed = [side for side in Side if model.mixes(side) and side not in sides]
     return dataclasses.replace(
         model,
         hlc="".join(side[0] for side in mixed) or "none",
-        hlc_order=model.hlc_order if "key" in mixed else "before",
-        key_mixing=model.key_mixing if "key" in mixed else "heads",
-        value_mixing=model.value_mixing if "value" in mixed else "heads",
+        hlc_order=model.hlc_order if Side.KEY in mixed else "before",
+        key_mixing=model.key_mixing if Side.KEY in mixed else "heads",
+        value_mixing=model.value_mixing if Side.VALUE in mixed else "heads",
         key_components=None,
         value_components=None,
     )
 
 
 def fold_layer(
-    model: ModelConfig, attention: Mapping[str, Any], sides: tuple[str, ...] = SIDES
+    model: ModelConfig, attention: Mapping[str, Any], sides: Collection[Side] = tuple(Side)
 ) -> dict[str, Any]:
     """Fold the mixing of `sides` into the projections of a layer's attention parameters."""
     folded = [side for side in sides if model.mixes(side)]
     dropped = [f"{side}_mixing" for side in folded]
     kept = {name: leaf for name, leaf in attention.items() if name not in dropped}
-    return kept | {side: hlc.composite_heads(model, side, attention) for side in folded}
+    return kept | {side.value: hlc.composite_heads(model, side, attention) for side in folded}
 
 
 def plain_spec(model: ModelConfig) -> LayerSpec:

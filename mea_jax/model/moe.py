@@ -27,7 +27,7 @@ from jax.sharding import PartitionSpec
 
 from mea_jax.config.schema import ModelConfig
 from mea_jax.model.attention import Context
-from mea_jax.model.experts import Experts, Routed, run_experts, run_share
+from mea_jax.model.experts import Experts, Routed, run_experts, run_local_experts
 from mea_jax.model.init import kernel, residual_gain
 from mea_jax.ops.backend import make_backend
 from mea_jax.ops.context_parallel import lay_out
@@ -141,7 +141,7 @@ def _on_a_mesh(model, backend, x_BTD, segment_ids_BT, router_DE, experts):
             held = experts.gate_EDF.shape[0]
             ids_Ak = routed.ids_Tk - jax.lax.axis_index(exchange) * held
             routed = routed._replace(ids_Tk=jnp.where(ids_Ak < 0, held, ids_Ak))
-            y_TD = run_share(backend, shard_count("experts"), x_TD, routed, experts)
+            y_TD = run_local_experts(backend, shard_count("experts"), x_TD, routed, experts)
             y_TD = y_TD.astype(backend.activation)
             if divided:
                 y_TD = jax.lax.psum_scatter(y_TD, exchange, tiled=True)

@@ -7,11 +7,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mea_jax.config.schema import REMAT_POLICIES, ModelConfig
+from mea_jax.config.schema import REMAT_POLICIES, ModelConfig, Side
 from mea_jax.model.attention import Context
 from mea_jax.model.experts import PRODUCTS
 from mea_jax.model.init import embedding_stddev, kernel
-from mea_jax.model.kv_cache import Stored
+from mea_jax.model.kv_cache import CachedLayer
 from mea_jax.model.mlp import MLP
 from mea_jax.model.moe import MoE, RouterSums
 from mea_jax.model.norms import RMSNorm
@@ -55,7 +55,9 @@ class Block(nn.Module):
     cached_form: str = "absorbed"
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, context: Context, index, stored: Stored | None = None):
+    def __call__(
+        self, x_BTD: jax.Array, context: Context, index, stored: CachedLayer | None = None
+    ):
         c = self.config
         x_BTD = constrain(x_BTD, *RESIDUAL)
         attention = make_attention(
@@ -84,9 +86,9 @@ def rope_of(config: ModelConfig, positions_BT: jax.Array) -> Any:
     return rope.rope_table(positions_BT, frequencies)
 
 
-def stretches(config: ModelConfig) -> list[tuple[int, int, int, int]]:
+def runs_of_equal_layers(config: ModelConfig) -> list[tuple[int, int, int, int]]:
     """Return runs of consecutive equal layers: [(first layer, length, C_k, C_v), ...]."""
-    layers = list(zip(config.components("key"), config.components("value"), strict=True))
+    layers = list(zip(config.components(Side.KEY), config.components(Side.VALUE), strict=True))
     runs, first = [], 0
     for (key, value), members in itertools.groupby(layers):
         length = len(list(members))
@@ -134,7 +136,7 @@ class Decoder(nn.Module):
                 unroll=min(c.scan_unroll, length),
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )(c, key, value, name=f"layers_{first}")
-            for first, length, key, value in stretches(c)
+            for first, length, key, value in runs_of_equal_layers(c)
         ]
         self.final_norm = RMSNorm(c.d_model, c.norm_eps)
 
@@ -164,7 +166,9 @@ class Decoder(nn.Module):
         """
         context = Context(segment_ids_BT, rope_of(self.config, positions_BT), shards=shards)
         x_BTD = self.embed(tokens_BT, positions_BT)
-        for stack, (first, length, *_) in zip(self.stacks, stretches(self.config), strict=True):
+        for stack, (first, length, *_) in zip(
+            self.stacks, runs_of_equal_layers(self.config), strict=True
+        ):
             x_BTD, _ = stack(x_BTD, context, jnp.arange(first, first + length))
         return self.final_norm(x_BTD)
 
@@ -229,6 +233,7 @@ def apply_routed(
     method: Any = Decoder.hidden_and_unembedding
     out: Any = Decoder(model).apply({"params": params}, *inputs, method=method, mutable=["router"])
     stacks = [
-        out[1]["router"][f"layers_{first}"]["mlp"]["sums"][0] for first, *_ in stretches(model)
+        out[1]["router"][f"layers_{first}"]["mlp"]["sums"][0]
+        for first, *_ in runs_of_equal_layers(model)
     ]
     return out[0], jax.tree.map(lambda *parts: jnp.concatenate(parts), *stacks)

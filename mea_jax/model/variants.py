@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from mea_jax.config.schema import ModelConfig
 from mea_jax.model import norms
 from mea_jax.model.attention import Attention, AttentionLayer, Context, HeadLayout
-from mea_jax.model.kv_cache import Stored
+from mea_jax.model.kv_cache import CachedLayer
 from mea_jax.ops import attention
 from mea_jax.parallel.sharding import parameter
 
@@ -48,11 +48,11 @@ class DifferentialV1(AttentionLayer):
         return first - jnp.exp(jnp.vdot(vector("q2"), vector("k2"))) + lambda_init(index)
 
     @nn.compact
-    def __call__(self, x_BTD: Array, context: Context, index, stored: Stored | None = None):
+    def __call__(self, x_BTD: Array, context: Context, index, stored: CachedLayer | None = None):
         c = self.config
         n, k, h, pairs = c.n_heads, c.n_kv_heads, c.head_dim, c.n_kv_heads // 2
-        q_BTNH = self.turn(self.project_heads("query", x_BTD, n, h), context)
-        k_BTKH = self.turn(self.project_heads("key", x_BTD, k, h), context)
+        q_BTNH = self.apply_positions(self.project_heads("query", x_BTD, n, h), context)
+        k_BTKH = self.apply_positions(self.project_heads("key", x_BTD, k, h), context)
         v_BTPW = self.project_heads("value", x_BTD, pairs, 2 * h)
         weight = self.learned_lambda(index)
         # Order query heads so that those of one key head are adjacent: (K/2, 2, G).
@@ -92,11 +92,11 @@ class DifferentialV2(AttentionLayer):
     """
 
     @nn.compact
-    def __call__(self, x_BTD: Array, context: Context, index, stored: Stored | None = None):
+    def __call__(self, x_BTD: Array, context: Context, index, stored: CachedLayer | None = None):
         c = self.config
         n, h = c.n_heads, c.head_dim
-        q_BTNH = self.turn(self.project_heads("query", x_BTD, 2 * n, h), context)
-        k_BTKH = self.turn(self.project_heads("key", x_BTD, c.n_kv_heads, h), context)
+        q_BTNH = self.apply_positions(self.project_heads("query", x_BTD, 2 * n, h), context)
+        k_BTKH = self.apply_positions(self.project_heads("key", x_BTD, c.n_kv_heads, h), context)
         v_BTKH = self.project_heads("value", x_BTD, c.n_kv_heads, h)
         gate_BTN1 = self.project_heads("subtraction_gate", x_BTD, n, 1)
         slopes_N = self.slopes(n)
@@ -128,11 +128,11 @@ class TalkingHeads(AttentionLayer):
         return parameter(self, name, init, ("mixing", "heads"), self.config.n_heads)
 
     @nn.compact
-    def __call__(self, x_BTD: Array, context: Context, index, stored: Stored | None = None):
+    def __call__(self, x_BTD: Array, context: Context, index, stored: CachedLayer | None = None):
         c = self.config
         k, h = c.n_kv_heads, c.head_dim
-        q_BTNH = self.turn(self.project_heads("query", x_BTD, c.n_heads, h), context)
-        k_BTKH = self.turn(self.project_heads("key", x_BTD, k, h), context)
+        q_BTNH = self.apply_positions(self.project_heads("query", x_BTD, c.n_heads, h), context)
+        k_BTKH = self.apply_positions(self.project_heads("key", x_BTD, k, h), context)
         v_BTKH = self.project_heads("value", x_BTD, k, h)
         before_NN, after_NN = self.talk("logit_mixing"), self.talk("probability_mixing")
         slopes_N, scale = self.slopes(c.n_heads), h**-0.5
@@ -150,7 +150,7 @@ class TalkingHeads(AttentionLayer):
                 slopes_N,
             )
             if self.is_mutable_collection("statistics"):
-                self.watch(q_BTNH, k_BTKH, o_BTNH, context, slopes_N, scale)
+                self.record_statistics(q_BTNH, k_BTKH, o_BTNH, context, slopes_N, scale)
         else:
             logits = self.cached_logits(q_BTNH, stored, context, slopes_N)
             mixed = [attention.mix_logits(part, before_NN) for part in logits]
@@ -174,7 +174,7 @@ class Collaborative(AttentionLayer):
         return key, HeadLayout("direct", c.n_kv_heads, c.head_dim), 0
 
     @nn.compact
-    def __call__(self, x_BTD: Array, context: Context, index, stored: Stored | None = None):
+    def __call__(self, x_BTD: Array, context: Context, index, stored: CachedLayer | None = None):
         c = self.config
         n, k, h, shared = c.n_heads, c.n_kv_heads, c.head_dim, self.key_components
 
@@ -191,8 +191,10 @@ class Collaborative(AttentionLayer):
         k_BTCH = self.backend.project(x_BTD, self.head_kernel("key", shared, h, "mixing"))
         v_BTKH = self.project_heads("value", x_BTD, k, h)
         q_BTNCH = q_BTCH[:, :, None] * rows_NCH[None, None].astype(q_BTCH.dtype)
-        q_BTNX = self.turn(q_BTNCH.reshape(b, t, n * shared, h), context).reshape(b, t, n, -1)
-        k_BTCH = self.turn(k_BTCH, context)
+        q_BTNX = self.apply_positions(q_BTNCH.reshape(b, t, n * shared, h), context).reshape(
+            b, t, n, -1
+        )
+        k_BTCH = self.apply_positions(k_BTCH, context)
         slopes_N = self.slopes(n)
         if stored is not None:
             stored = self.store(stored, k_BTCH, v_BTKH, context)

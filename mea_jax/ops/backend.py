@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
-from mea_jax.config.schema import ModelConfig, ResolvedModel
+from mea_jax.config.schema import ModelConfig, ResolvedModel, Side
 from mea_jax.errors import UserError
 from mea_jax.ops import attention, context_parallel, cpu, flash, hlc
 from mea_jax.ops.attention import TreeMask
@@ -87,7 +87,7 @@ class Backend(Products, Protocol):
         ...
 
 
-def _whole(
+def _gather_sequence(
     q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKW: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Return the arrays with the entire T on each device, if the mesh splits it.
@@ -121,7 +121,7 @@ def _attend(
             slopes_N=slopes_N,
             block=block,
         )
-    q, k, v = _whole(q, k, v)
+    q, k, v = _gather_sequence(q, k, v)
     if isinstance(segment_ids_BT, TreeMask):
         if slopes_N is not None:
             raise ValueError(
@@ -229,7 +229,7 @@ class CpuBackend:
         kernel = self.attention_kernel
         if kernel in ("auto", "cpu") and slopes_N is None and shards == 1:
             norm_W, eps = norm or (None, 0.0)
-            arrays = (*_whole(q_BTNH, k_BSKH, v_BSKW), segment_ids_BT)
+            arrays = (*_gather_sequence(q_BTNH, k_BSKH, v_BSKW), segment_ids_BT)
             return cpu.causal_attention(
                 *arrays, scale=scale, dtype=self.dtype, norm_W=norm_W, eps=eps
             )
@@ -264,7 +264,7 @@ def _cpu_multiplies_bfloat16() -> bool:
         return False
 
 
-def _lacks(kernel: str, model: ModelConfig, platform: str, dtype: str) -> str | None:
+def _reason_unsupported(kernel: str, model: ModelConfig, platform: str, dtype: str) -> str | None:
     """Return why attention cannot run on `kernel` here, or None if it can."""
     homes = {"cudnn": ("gpu", "an NVIDIA GPU"), "splash": ("tpu", "a TPU"), "cpu": ("cpu", "a CPU")}
     if kernel not in homes:
@@ -285,7 +285,7 @@ def _lacks(kernel: str, model: ModelConfig, platform: str, dtype: str) -> str | 
 def _head_widths(model: ModelConfig) -> tuple[int, int]:
     """Return the head widths of queries and of values in attention."""
     if model.variant == "collaborative":
-        return max(model.components("key")) * model.head_dim, model.head_dim
+        return max(model.components(Side.KEY)) * model.head_dim, model.head_dim
     return model.head_dim, model.head_dim * (2 if model.variant == "differential_v1" else 1)
 
 
@@ -294,12 +294,12 @@ def _choose_kernel(
 ) -> str:
     """Return this machine's fastest attention kernel for windows of `length` positions."""
     if sequence > 1:
-        splash = platform == "tpu" and _lacks("splash", model, platform, dtype) is None
+        splash = platform == "tpu" and _reason_unsupported("splash", model, platform, dtype) is None
         return "splash" if splash else "chunked"
     fastest = {"tpu": "splash", "gpu": "cudnn" if length <= _CUDNN_LENGTH else None}.get(platform)
     if platform == "cpu" and backend == "cpu" and length <= _CPU_KERNEL_LENGTH:
         fastest = "cpu"
-    if fastest and _lacks(fastest, model, platform, dtype) is None:
+    if fastest and _reason_unsupported(fastest, model, platform, dtype) is None:
         return fastest
     return "einsum" if length <= _EINSUM_LENGTH else "chunked"
 
@@ -307,10 +307,10 @@ def _choose_kernel(
 def _choose_form(model: ModelConfig) -> str:
     """Return one training form for all layers, the one that suits most of their projections."""
     forms = [
-        hlc.training_form(model, which, components)
-        for which in ("key", "value")
-        if model.mixes(which)
-        for components in model.components(which)
+        hlc.training_form(model, side, components)
+        for side in Side
+        if model.mixes(side)
+        for components in model.components(side)
     ]
     return "explicit" if 2 * forms.count("explicit") > len(forms) else "folded"
 
@@ -373,7 +373,7 @@ def resolve(
         kernel = "einsum"  # the only kernel for it
     elif kernel == "auto":
         kernel = _choose_kernel(model, platform, dtype, backend, length, sequence)
-    elif (reason := _lacks(kernel, model, platform, dtype)) is not None:
+    elif (reason := _reason_unsupported(kernel, model, platform, dtype)) is not None:
         raise UserError(
             f"config.model.attention_kernel={kernel!r} cannot run here: {reason}; set it to 'auto'"
         )

@@ -148,20 +148,23 @@ def _scores(
     return jnp.where((same_Bts & (ahead_ts <= 0)[None])[:, None, None], scores, MASKED)
 
 
-def _prepare(arrays: tuple, cut: Blocks) -> tuple:
+def _prepare(arrays: tuple, division: Blocks) -> tuple:
     """Cut all arrays into blocks.
 
     Return q_nBKGtH, k_nBKsH, v_nBKsW, ids_nBt, ids_nBs, slopes_KG and pairs.
     """
     q_BTNH, k_BSKH, v_BSKW, ids, slopes_N, pairs_P3 = arrays
     composites = k_BSKH.shape[2]
-    q = _to_blocks(q_BTNH, composites, cut.queries, cut.size)
-    k, v = (_to_blocks(x, composites, cut.keys, cut.size)[:, :, :, 0] for x in (k_BSKH, v_BSKW))
+    q = _to_blocks(q_BTNH, composites, division.queries, division.size)
+    k, v = (
+        _to_blocks(x, composites, division.keys, division.size)[:, :, :, 0]
+        for x in (k_BSKH, v_BSKW)
+    )
     slopes_KG = None
     if slopes_N is not None:
         slopes_KG = slopes_N.astype(jnp.float32).reshape(composites, -1)
-    q_ids = _segment_blocks(ids[0], cut.queries, cut.size)
-    k_ids = _segment_blocks(ids[1], cut.keys, cut.size)
+    q_ids = _segment_blocks(ids[0], division.queries, division.size)
+    k_ids = _segment_blocks(ids[1], division.keys, division.size)
     # The barrier ties ids and pairs to q. Without it masks would not depend on the layer, and the
     # derivative of a scan over layers would save those of all pairs, T x T / 2 bytes per head.
     q, q_ids, k_ids, pairs_P3 = jax.lax.optimization_barrier((q, q_ids, k_ids, pairs_P3))
@@ -177,9 +180,9 @@ def _attention(
     slopes_N: Array | None,
     pairs_P3: Array,
     scale: float,
-    cut: Blocks,
+    division: Blocks,
 ) -> Array:
-    return _attention_fwd(q_BTNH, k_BSKH, v_BSKW, ids, slopes_N, pairs_P3, scale, cut)[0]
+    return _attention_fwd(q_BTNH, k_BSKH, v_BSKW, ids, slopes_N, pairs_P3, scale, division)[0]
 
 
 def _attention_fwd(
@@ -190,10 +193,10 @@ def _attention_fwd(
     slopes_N: Array | None,
     pairs_P3: Array,
     scale: float,
-    cut: Blocks,
+    division: Blocks,
 ) -> tuple[Array, tuple]:
     arrays = (q_BTNH, k_BSKH, v_BSKW, ids, slopes_N, pairs_P3)
-    q, k, v, q_ids, k_ids, slopes_KG, ordered = _prepare(arrays, cut)
+    q, k, v, q_ids, k_ids, slopes_KG, ordered = _prepare(arrays, division)
     rows, width = q.shape[1:5], v.shape[-1]  # rows: (B, K, G, t)
 
     def step(carry: tuple, pair: Array) -> tuple[tuple, None]:
@@ -227,22 +230,22 @@ def _attention_fwd(
         jnp.zeros((*rows, width), jnp.float32),
     )
     (o_nBKGtW, lse_nBKGt, *_), _ = jax.lax.scan(step, start, ordered)
-    o_BTNW = checkpoint_name(_from_blocks(o_nBKGtW, cut.queries, q_BTNH.shape[1]), SAVED)
+    o_BTNW = checkpoint_name(_from_blocks(o_nBKGtW, division.queries, q_BTNH.shape[1]), SAVED)
     lse_nBKGt = checkpoint_name(lse_nBKGt, SAVED)
     return o_BTNW, (arrays, o_BTNW, lse_nBKGt)
 
 
 def _attention_bwd(
-    scale: float, cut: Blocks, saved: tuple, do_BTNW: Array
+    scale: float, division: Blocks, saved: tuple, do_BTNW: Array
 ) -> tuple[Array, Array, Array, None, None, None]:
     arrays, o_BTNW, lse_nBKGt = saved
-    q, k, v, q_ids, k_ids, slopes_KG, ordered = _prepare(arrays, cut)
+    q, k, v, q_ids, k_ids, slopes_KG, ordered = _prepare(arrays, division)
     composites = k.shape[2]
-    do = _to_blocks(do_BTNW, composites, cut.queries, cut.size)
+    do = _to_blocks(do_BTNW, composites, division.queries, division.size)
     delta_BTN1 = jnp.sum(
         o_BTNW.astype(jnp.float32) * do_BTNW.astype(jnp.float32), -1, keepdims=True
     )
-    delta_nBKGt1 = _to_blocks(delta_BTN1, composites, cut.queries, cut.size)
+    delta_nBKGt1 = _to_blocks(delta_BTN1, composites, division.queries, division.size)
 
     def step(carry: tuple, pair: Array) -> tuple[tuple, None]:
         dq, dk, dv = carry
@@ -265,9 +268,9 @@ def _attention_bwd(
     (dq, dk, dv), _ = jax.lax.scan(step, start, ordered)
     lengths = (arrays[0].shape[1], arrays[1].shape[1])
     return (
-        _from_blocks((scale * dq).astype(q.dtype), cut.queries, lengths[0]),
-        _from_blocks((scale * dk[:, :, :, None]).astype(k.dtype), cut.keys, lengths[1]),
-        _from_blocks(dv[:, :, :, None].astype(v.dtype), cut.keys, lengths[1]),
+        _from_blocks((scale * dq).astype(q.dtype), division.queries, lengths[0]),
+        _from_blocks((scale * dk[:, :, :, None]).astype(k.dtype), division.keys, lengths[1]),
+        _from_blocks(dv[:, :, :, None].astype(v.dtype), division.keys, lengths[1]),
         None,
         None,
         None,
@@ -310,10 +313,10 @@ def chunked_attention(
     Raises ValueError if K does not divide N.
     """
     length = q_BTNH.shape[1]
-    cut = blocks(length, block)
+    division = blocks(length, block)
     ids = (segment_ids_BT, segment_ids_BT)
-    order = jnp.asarray(pairs(length, cut.size)[0])
-    return attend_in_blocks(q_BTNH, k_BSKH, v_BSKW, ids, slopes_N, order, scale, cut)
+    order = jnp.asarray(pairs(length, division.size)[0])
+    return attend_in_blocks(q_BTNH, k_BSKH, v_BSKW, ids, slopes_N, order, scale, division)
 
 
 def attend_in_blocks(
@@ -324,7 +327,7 @@ def attend_in_blocks(
     slopes_N: Array | None,
     pairs_P3: Array,
     scale: float,
-    cut: Blocks,
+    division: Blocks,
 ) -> Array:
     """Compute `chunked_attention` of some of a window's queries to all keys: (B, T, N, W).
 
@@ -338,4 +341,4 @@ def attend_in_blocks(
             f"{heads} query heads do not divide into {composites} key/value heads: the first "
             "must be a multiple of the second"
         )
-    return _attention(q_BTNH, k_BSKH, v_BSKW, ids, slopes_N, pairs_P3, float(scale), cut)
+    return _attention(q_BTNH, k_BSKH, v_BSKW, ids, slopes_N, pairs_P3, float(scale), division)

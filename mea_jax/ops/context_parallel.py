@@ -82,7 +82,7 @@ def gathered(x: Array, shards: int) -> Array:
     return ordered.reshape(x.shape)
 
 
-class Local(NamedTuple):
+class ShardedKernel(NamedTuple):
     """A kernel for one shard's queries and all keys.
 
     `table` describes what each shard computes, and `spec` how it is split. `run(part of the table,
@@ -95,7 +95,7 @@ class Local(NamedTuple):
     run: Callable[..., Array]
 
 
-def _splash(q_BTNH: Array, v_BTKW: Array, shards: int, interpret: bool) -> Local:
+def _splash(q_BTNH: Array, v_BTKW: Array, shards: int, interpret: bool) -> ShardedKernel:
     order_T = zigzag(q_BTNH.shape[1], shards)
     table, table_spec = flash.sharded_splash(
         q_BTNH, v_BTKW, order_T, shards, chunked.SAVED, interpret
@@ -105,10 +105,10 @@ def _splash(q_BTNH: Array, v_BTKW: Array, shards: int, interpret: bool) -> Local
         assert slopes is None, "splash takes no slopes: backend.resolve must choose another kernel"
         return flash.run_splash(kernel, q, k, v, q_ids, k_ids)
 
-    return Local(table, table_spec, run)
+    return ShardedKernel(table, table_spec, run)
 
 
-def _chunked(length: int, shards: int, scale: float, block: int) -> Local:
+def _chunked(length: int, shards: int, scale: float, block: int) -> ShardedKernel:
     cut = chunked.blocks(length, block, shards)
     table = jnp.asarray(chunked.pairs(length, cut.size, shards))
 
@@ -116,7 +116,7 @@ def _chunked(length: int, shards: int, scale: float, block: int) -> Local:
         ids = (q_ids, k_ids)
         return chunked.attend_in_blocks(q, k, v, ids, slopes, pairs[0], scale, cut)
 
-    return Local(table, spec(("length", None, None)), run)
+    return ShardedKernel(table, spec(("length", None, None)), run)
 
 
 def attention(

@@ -42,7 +42,7 @@ def _several_devices() -> bool:
     return jax.device_count() > 1
 
 
-def _laid_out(x: Array) -> Array:
+def _row_major(x: Array) -> Array:
     """Make XLA store `x` in row-major order, so that no product has to transpose it.
 
     With several devices in the process this returns `x` as it is: the partitioner has no rule for
@@ -62,22 +62,22 @@ def product(lhs: Array, rhs: Array, contract: tuple, batch: int = 0) -> Array:
     are pinned to row-major order. Otherwise XLA may fold a transposition into a bfloat16 product
     after it has chosen the code for it, and the compiled program fails with "UNIMPLEMENTED:
     Unsupported element type for DotThunk". With several devices the pin is not available
-    (`_laid_out`), so bfloat16 operands are widened: the same values, without the matrix units.
+    (`_row_major`), so bfloat16 operands are widened: the same values, without the matrix units.
     """
     dims = (contract, (tuple(range(batch)),) * 2)
     if lhs.dtype != jnp.float32:
         if _several_devices():
             lhs, rhs = lhs.astype(jnp.float32), rhs.astype(jnp.float32)
         else:
-            lhs, rhs = _laid_out(lhs), _laid_out(rhs)
-    return _laid_out(jax.lax.dot_general(lhs, rhs, dims, preferred_element_type=jnp.float32))
+            lhs, rhs = _row_major(lhs), _row_major(rhs)
+    return _row_major(jax.lax.dot_general(lhs, rhs, dims, preferred_element_type=jnp.float32))
 
 
 def thin_product(lhs: Array, rhs: Array, contract: tuple, batch: int) -> Array:
     """Compute `product` for an `lhs` of few rows, (batch ..., rows, D), and a large `rhs`."""
     if lhs.dtype == jnp.float32 and contract[1][0] == rhs.ndim - 1:
         return product(lhs, rhs, contract, batch)
-    return _thickened(lambda lhs: product(lhs, rhs, contract, batch), lhs, batch)
+    return _pad_single_row(lambda lhs: product(lhs, rhs, contract, batch), lhs, batch)
 
 
 def fold_heads(kernel_DCH: Array, mix_CK: Array) -> Array:
@@ -93,22 +93,22 @@ def fold_heads(kernel_DCH: Array, mix_CK: Array) -> Array:
 
 
 def _transposed(x: Array, axes: tuple[int, ...]) -> Array:
-    return _laid_out(jnp.transpose(x, axes))
+    return _row_major(jnp.transpose(x, axes))
 
 
 def matmul(x: Array, w: Array) -> Array:
     """Multiply x (..., D) by w (D, F) of the same dtype: float32 (..., F)."""
-    return _thickened(lambda x: product(x, w, ((x.ndim - 1,), (0,))), x, 0)
+    return _pad_single_row(lambda x: product(x, w, ((x.ndim - 1,), (0,))), x, 0)
 
 
 def matmul_transposed(g: Array, w: Array) -> Array:
     """Multiply g (..., F) by the transpose of w (D, F) of the same dtype: float32 (..., D)."""
     if g.dtype == jnp.float32:
         return product(g, w, ((g.ndim - 1,), (1,)))
-    return _thickened(lambda g: product(g, w, ((g.ndim - 1,), (1,))), g, 0)
+    return _pad_single_row(lambda g: product(g, w, ((g.ndim - 1,), (1,))), g, 0)
 
 
-def _thickened(multiply: Callable[[Array], Array], x: Array, axis: int) -> Array:
+def _pad_single_row(multiply: Callable[[Array], Array], x: Array, axis: int) -> Array:
     """Return `multiply(x)`; a single row of `x` is padded with a row of zeros along `axis`.
 
     XLA would compute a single row as a product of a vector. For that it widens the entire large

@@ -120,7 +120,7 @@ def _sums(arrays, options, differentiate, teacher=()):
     hidden states and unembedding, return ((objective, nll, KL), gradients).
     """
     arrays = (*arrays[:3], arrays[3].astype(jnp.float32))
-    run = functools.partial(_local, options, differentiate)
+    run = functools.partial(_local_sums, options, differentiate)
     if not on_a_mesh():
         return run((), arrays, teacher)
     rows, embed, vocab = mesh_axes("batch", "length"), mesh_axes("embed"), mesh_axes("vocab")
@@ -157,7 +157,7 @@ def _sums(arrays, options, differentiate, teacher=()):
     return split(*arrays, *teacher)
 
 
-def _local(options, differentiate, vocab, arrays, teacher):
+def _local_sums(options, differentiate, vocab, arrays, teacher):
     """Compute `_sums` of one device's positions and part of the vocabulary.
 
     `vocab` are the mesh axes that split the vocabulary, inside `shard_map`; () if none does. All

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from mea_jax.ops.backend import Backend
 
 Array = jax.Array
-_Dims = jax.lax.RaggedDotDimensionNumbers
+RaggedDims = jax.lax.RaggedDotDimensionNumbers
 # A block is at most 1/16 of a group of mean size, which limits the FLOPs of partly filled blocks.
 _SHARE = 16
 _SMALLEST, _LARGEST = 16, 256  # rows of a block: with fewer, reading matrices takes most time
@@ -124,7 +124,7 @@ def looped_weights(products: Backend, x_SD: Array, g_SF: Array, sizes_E: Array) 
     return _over_blocks(sizes_E, x_SD.shape[0], body, start)
 
 
-def _ragged(backend: Backend, dims: _Dims, a: Array, b: Array, sizes_E: Array) -> Array:
+def _ragged(backend: Backend, dims: RaggedDims, a: Array, b: Array, sizes_E: Array) -> Array:
     precision = jax.lax.Precision.HIGHEST if backend.dtype == jnp.float32 else None
     return jax.lax.ragged_dot_general(
         a, b, sizes_E, dims, precision=precision, preferred_element_type=jnp.float32
@@ -133,7 +133,7 @@ def _ragged(backend: Backend, dims: _Dims, a: Array, b: Array, sizes_E: Array) -
 
 def ragged(products: Backend, transposed: bool, x_SD: Array, w_EDF: Array, sizes_E: Array) -> Array:
     """Compute `looped` with `jax.lax.ragged_dot_general`."""
-    dims = _Dims((((1,), (2 if transposed else 1,)), ((), ())), [0], [0])
+    dims = RaggedDims((((1,), (2 if transposed else 1,)), ((), ())), [0], [0])
     y_SF = _ragged(products, dims, x_SD, w_EDF, sizes_E)
     # The kernel does not write the rows that it does not visit.
     member_S1 = jnp.arange(x_SD.shape[0])[:, None] < jnp.sum(sizes_E)
@@ -142,7 +142,7 @@ def ragged(products: Backend, transposed: bool, x_SD: Array, w_EDF: Array, sizes
 
 def ragged_weights(products: Backend, x_SD: Array, g_SF: Array, sizes_E: Array) -> Array:
     """Compute `looped_weights` with `jax.lax.ragged_dot_general`."""
-    dims = _Dims((((0,), (0,)), ((), ())), [0], [])
+    dims = RaggedDims((((0,), (0,)), ((), ())), [0], [])
     return _ragged(products, dims, x_SD, g_SF, sizes_E)
 
 

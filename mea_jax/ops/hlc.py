@@ -22,7 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mea_jax.config.schema import ModelConfig
+from mea_jax.config.schema import ModelConfig, Side
 from mea_jax.ops.rms_norm import along_last
 
 Array = jax.Array
@@ -99,7 +99,7 @@ def fold(kind: str, kernel_DCH: Array, mixing: Array) -> Array:
     return mix(kind, kernel_DCH[None].astype(jnp.float32), mixing, highest)[0]
 
 
-def composite_heads(model: ModelConfig, which: str, attention: Mapping[str, Any]) -> Array:
+def composite_heads(model: ModelConfig, side: Side, attention: Mapping[str, Any]) -> Array:
     """Return a layer's "key" or "value" projection (D, K, H) to composite heads, float32.
 
     `attention` contains the parameters of one layer of `model`, without the axis of layers.
@@ -109,11 +109,11 @@ def composite_heads(model: ModelConfig, which: str, attention: Mapping[str, Any]
     With a key norm, the projection of keys mixed per frequency includes the norm's weight (see
     `model.attention.Attention.key_inverse_rms`), which is divided out.
     """
-    kernel_DCH = jnp.asarray(attention[which])
-    if not model.mixes(which):
+    kernel_DCH = jnp.asarray(attention[side])
+    if not model.mixes(side):
         return kernel_DCH.astype(jnp.float32)
-    kind = model.mixing_kind(which)
-    kernel_DKH = fold(kind, kernel_DCH, jnp.asarray(attention[f"{which}_mixing"]))
+    kind = model.mixing_kind(side)
+    kernel_DKH = fold(kind, kernel_DCH, jnp.asarray(attention[f"{side}_mixing"]))
     if kind == "frequency" and model.qk_norm:
         gamma_H = jnp.asarray(attention["key_norm"]["scale"])
         kernel_DKH = kernel_DKH / along_last(gamma_H, 3)
@@ -173,11 +173,11 @@ def choose_form(kind: str, d_model: int, components: int, composites: int, head_
     return "explicit" if saved_flops > _FLOPS_PER_BYTE * more_bytes else "folded"
 
 
-def training_form(model: ModelConfig, which: str, components: int) -> str:
+def training_form(model: ModelConfig, side: Side, components: int) -> str:
     """Return the form in which training mixes `components` "key" or "value" heads."""
-    if which == "key" and model.hlc_order == "after":
+    if side == Side.KEY and model.hlc_order == "after":
         return "explicit"
     if model.hlc_form != "auto":
         return model.hlc_form
-    kind = model.mixing_kind(which)
+    kind = model.mixing_kind(side)
     return choose_form(kind, model.d_model, components, model.n_kv_heads, model.head_dim)

@@ -14,7 +14,7 @@ import jax
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from mea_jax.config.schema import MeshConfig, TrainConfig
+from mea_jax.config.schema import MeshConfig, Side, TrainConfig
 from mea_jax.errors import UserError
 
 # From the outermost, whose devices may be far apart, to the innermost, which communicate most.
@@ -109,8 +109,8 @@ def check_divisible(config: TrainConfig, mesh: Mesh) -> None:
         "n_kv_heads": model.n_kv_heads,
         width: getattr(model, width),
         "vocab_size": model.vocab_size,
-        **{f"key_components (layer {i})": c for i, c in enumerate(model.components("key"))},
-        **{f"value_components (layer {i})": c for i, c in enumerate(model.components("value"))},
+        **{f"key_components (layer {i})": c for i, c in enumerate(model.components(Side.KEY))},
+        **{f"value_components (layer {i})": c for i, c in enumerate(model.components(Side.VALUE))},
     }
     if model.variant == "collaborative":  # the shared keys are not split
         split = {name: size for name, size in split.items() if "key_components" not in name}

@@ -38,7 +38,7 @@ class Compiled:
     mesh: Mesh
     costs: Costs
     compile_seconds: float
-    held: dict[str, float]  # arguments in memory before it runs, by name
+    argument_bytes: dict[str, float]  # arguments in memory before it runs, by name
     temporaries: float
     results: float  # except those that reuse the memory of an argument
     peak: float
@@ -58,7 +58,7 @@ def per_device_bytes(abstract: Any) -> float:
     return sum(one(x) for x in jax.tree.leaves(abstract))
 
 
-def portable(model: ModelConfig, target: Target) -> ModelConfig:
+def for_cpu_stand_in(model: ModelConfig, target: Target) -> ModelConfig:
     """Return the model as CPU devices compile it in place of other devices.
 
     If the target is not exact, products are in float32 and the backend is "xla": the compiler for
@@ -70,13 +70,13 @@ def portable(model: ModelConfig, target: Target) -> ModelConfig:
     return dataclasses.replace(model, backend="xla", dtype="float32")
 
 
-def measured(
+def compile_and_measure(
     lowered: Any,
     target: Target,
     *,
     config: TrainConfig,
     mesh: Mesh,
-    held: dict[str, float],
+    argument_bytes: dict[str, float],
     params: Any,
     describe: str,
 ) -> Compiled:
@@ -90,7 +90,7 @@ def measured(
         mesh=mesh,
         costs=count(parse(text)),
         compile_seconds=seconds,
-        held=held,
+        argument_bytes=argument_bytes,
         temporaries=memory.temp_size_in_bytes,
         results=results,
         peak=memory.argument_size_in_bytes

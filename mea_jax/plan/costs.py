@@ -33,7 +33,7 @@ _MARKS = ("AllocateBuffer", "AssumeGatherIndicesInBound", "AsyncCollective", "Sh
 _LARGEST_CYCLES = 10**12  # larger estimates mean "unknown"
 
 
-Weigh = Callable[[Sequence[Array]], float]
+ByteCounter = Callable[[Sequence[Array]], float]
 
 
 @dataclasses.dataclass
@@ -254,7 +254,7 @@ def _all(arrays: Sequence[Array]) -> float:
 
 
 def _bytes(
-    program: Program, computation: Computation, instruction: Instruction, weigh: Weigh
+    program: Program, computation: Computation, instruction: Instruction, weigh: ByteCounter
 ) -> float:
     """Return the bytes that one run of an instruction reads and writes, counted by `weigh`."""
     opcode = instruction.opcode
@@ -315,7 +315,7 @@ def _written(
     inner: Computation,
     root: Instruction,
     arrays: tuple[Array, ...],
-    weigh: Weigh,
+    weigh: ByteCounter,
 ) -> float:
     """Return the bytes that a fusion writes: its result, or the update of a larger array."""
     if root.opcode == "tuple":

@@ -36,7 +36,7 @@ def summary(
         "accumulate": compiled.config.accumulate,
         "compile_seconds": round(compiled.compile_seconds, 1),
         "parameters": compiled.parameters,
-        "bytes_per_device": compiled.held
+        "bytes_per_device": compiled.argument_bytes
         | {"temporaries": compiled.temporaries, "peak": compiled.peak},
         "largest_temporaries": compiled.largest,
         "tokens_per_step": tokens,
@@ -89,15 +89,15 @@ def in_long(seconds: float) -> str:
 
 def text(plan: dict[str, Any]) -> str:
     """Return the table of a plan, and notes on it."""
-    held = dict(plan["bytes_per_device"])
-    peak = held.pop("peak")
+    argument_bytes = dict(plan["bytes_per_device"])
+    peak = argument_bytes.pop("peak")
     rows = [
         ("step", f"{plan['step']}, {plan['tokens_per_step']:,} tokens"),
         ("machine", machine(plan)),
         ("compiled", f"{plan['compiled']} in {plan['compile_seconds']:.0f} s"),
         ("parameters", f"{si(plan['parameters'])}"),
         ("memory per device", f"{in_bytes(peak)}" + _of_memory(plan, peak)),
-        *((f"  {name}", in_bytes(size)) for name, size in held.items()),
+        *((f"  {name}", in_bytes(size)) for name, size in argument_bytes.items()),
         ("work per device", f"{si(plan['flops_per_device'], 'FLOP')} of products"),
         ("  bytes accessed", in_bytes(plan["bytes_accessed_per_device"])),
         ("  HBM traffic", in_bytes(plan["hbm_bytes_per_device"])),

@@ -16,7 +16,7 @@ from mea_jax.model.kv_cache import count_bytes
 from mea_jax.model.params import abstract_params, placed_params
 from mea_jax.ops.backend import resolve
 from mea_jax.parallel import sharding
-from mea_jax.plan.compiling import Compiled, measured, per_device_bytes, portable
+from mea_jax.plan.compiling import Compiled, compile_and_measure, for_cpu_stand_in, per_device_bytes
 from mea_jax.plan.target import Target
 from mea_jax.train.step import abstract_state, compile_train_step
 from mea_jax.train.warm_start import teacher_model
@@ -36,33 +36,33 @@ def train_program(config: TrainConfig, target: Target) -> Compiled:
     mesh = sharding.make_mesh(config.mesh, target.devices)
     length = config.data.context_length
     shape = dict(mesh.shape)
-    model = portable(config.model, target)
+    model = for_cpu_stand_in(config.model, target)
     model = resolve(model, target.devices, length, shape["tensor"], shape["sequence"])
     config = dataclasses.replace(config, model=model)
     sharding.check_divisible(config, mesh)
     state, teacher = abstract_state(config, mesh), None
-    taught: tuple[Any, ...] = ()
+    teacher_args: tuple[Any, ...] = ()
     if config.start.teacher:
         stored = stored_config(Path(config.start.teacher), "config.start.teacher")
         teacher = teacher_model(stored.model, config, mesh)
-        taught = (placed_params(teacher, mesh),)
+        teacher_args = (placed_params(teacher, mesh),)
     rows = jax.ShapeDtypeStruct(
         (config.batch_size, length), jnp.int32, sharding=sharding.batch_sharding(mesh)
     )
     batch = dict.fromkeys(("inputs", "targets", "positions", "segment_ids"), rows)
     with jax.set_mesh(mesh):
-        lowered = compile_train_step(config, mesh, teacher).lower(state, batch, *taught)
-    held = {
+        lowered = compile_train_step(config, mesh, teacher).lower(state, batch, *teacher_args)
+    argument_bytes = {
         "parameters": per_device_bytes(state.params),
         "optimizer": per_device_bytes(state.opt_state),
         "batch": per_device_bytes(batch),
-    } | ({"teacher": per_device_bytes(taught)} if taught else {})
-    return measured(
+    } | ({"teacher": per_device_bytes(teacher_args)} if teacher_args else {})
+    return compile_and_measure(
         lowered,
         target,
         config=config,
         mesh=mesh,
-        held=held,
+        argument_bytes=argument_bytes,
         params=state.params,
         describe=described(model),
     )
@@ -74,7 +74,7 @@ def decode_program(config: TrainConfig, target: Target, batch: int, context: int
     Raises `UserError` if the config cannot run on the target, `DoesNotFit` if memory is too small.
     """
     device = target.devices[0]
-    model = resolve(portable(config.model, target), [device], context)
+    model = resolve(for_cpu_stand_in(config.model, target), [device], context)
     config = dataclasses.replace(config, model=model)
     where = SingleDeviceSharding(device)
     kept: dict[str, Any] = {}
@@ -94,18 +94,18 @@ def decode_program(config: TrainConfig, target: Target, batch: int, context: int
     tokens = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=where)
     step = jax.jit(functools.partial(decode.step, served), donate_argnums=1)
     layers = count_bytes(cache.layers)
-    held = {
+    argument_bytes = {
         "weights": per_device_bytes(params),
         "cache": float(layers),
         "cache, recent": per_device_bytes(cache) - layers,
     }
     mesh = jax.make_mesh((1,), ("device",), devices=[device])
-    return measured(
+    return compile_and_measure(
         step.lower(params, cache, tokens),
         target,
         config=config,
         mesh=mesh,
-        held=held,
+        argument_bytes=argument_bytes,
         params=params,
         describe=served.describe(),
     )

@@ -58,7 +58,7 @@ class Step:
     remedy: Callable[[TrainConfig, targets.Target], str]
 
 
-def say(message: str) -> None:
+def log(message: str) -> None:
     """Print progress to stderr, so that stdout can be piped."""
     print(message, file=sys.stderr, flush=True)
 
@@ -73,12 +73,12 @@ def plan_of(compiled: Compiled, target: targets.Target, step: str, tokens: int) 
 
 
 def _train(config: TrainConfig, target: targets.Target) -> tuple[Compiled, int]:
-    say(f"compiling the training step for {len(target.devices)} devices")
+    log(f"compiling the training step for {len(target.devices)} devices")
     return train_program(config, target), config.batch_size * config.data.context_length
 
 
 def _train_remedy(config: TrainConfig, target: targets.Target) -> str:
-    found = what_fits(config, target, say)  # compiles candidates
+    found = what_fits(config, target, log)  # compiles candidates
     if found is None:
         return "; neither single windows nor full remat fit: use more devices or more tensor shards"
     change = f"--config.accumulate={found.accumulate} --config.model.remat={found.model.remat}"
@@ -87,7 +87,7 @@ def _train_remedy(config: TrainConfig, target: targets.Target) -> str:
 
 def _decode(config: TrainConfig, target: targets.Target) -> tuple[Compiled, int]:
     context = CONTEXT.value or config.data.context_length
-    say(f"compiling a decode step of {BATCH.value} rows with {context} cached positions")
+    log(f"compiling a decode step of {BATCH.value} rows with {context} cached positions")
     return decode_program(config, target, BATCH.value, context), BATCH.value
 
 
@@ -135,7 +135,7 @@ def _write(plan: Any, pictured: dict[str, dict[str, Any]], out: Path) -> str:
 
 def run_sweep(config: TrainConfig, target: targets.Target, out: Path) -> None:
     """Rank meshes, remat policies and microbatches that fit. Raises `UserError` if none fits."""
-    results = sweep(config, target, slices_of(target.devices), say)
+    results = sweep(config, target, slices_of(target.devices), log)
     if not results:
         raise UserError(f"{target.name}: nothing fits; use more devices or a smaller model")
     tokens = config.batch_size * config.data.context_length

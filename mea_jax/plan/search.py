@@ -68,7 +68,7 @@ def describe(config: TrainConfig) -> str:
 
 
 def sweep(
-    config: TrainConfig, target: Target, slices: int, say: Callable[[str], Any]
+    config: TrainConfig, target: Target, slices: int, log: Callable[[str], Any]
 ) -> list[tuple[TrainConfig, Compiled, Roofline]]:
     """Return the candidates that fit, the shortest step first.
 
@@ -85,30 +85,30 @@ def sweep(
     for number, candidate in enumerate(tried, start=1):
         name, key = describe(candidate), (candidate.mesh, candidate.model.remat)
         if key in full:
-            say(f"[{number}/{len(tried)}] {name}: a smaller microbatch did not fit")
+            log(f"[{number}/{len(tried)}] {name}: a smaller microbatch did not fit")
             continue
         try:
             compiled = train_program(candidate, target)
         except DoesNotFit as error:
             full.add(key)
-            say(f"[{number}/{len(tried)}] {name}: {error}")
+            log(f"[{number}/{len(tried)}] {name}: {error}")
             continue
         except UserError as error:
-            say(f"[{number}/{len(tried)}] {name}: {error}")
+            log(f"[{number}/{len(tried)}] {name}: {error}")
             continue
         if target.chip is not None and compiled.peak > target.chip.memory:
             full.add(key)
-            say(f"[{number}/{len(tried)}] {name}: does not fit, {compiled.peak / 1e9:.2f} GB")
+            log(f"[{number}/{len(tried)}] {name}: does not fit, {compiled.peak / 1e9:.2f} GB")
             continue
         roof = roofline(compiled, target)
         took = f", {roof.step:.3f} s per step, {roof.binding} binds" if roof.step else ""
-        say(f"[{number}/{len(tried)}] {name}: {compiled.peak / 1e9:.2f} GB{took}")
+        log(f"[{number}/{len(tried)}] {name}: {compiled.peak / 1e9:.2f} GB{took}")
         results.append((candidate, compiled, roof))
     # By the compiler's cycles, if any, since they include the vector work of recomputation.
     return sorted(results, key=lambda r: max(r[2].step or 0.0, r[2].estimated or 0.0))
 
 
-def what_fits(config: TrainConfig, target: Target, say: Callable[[str], Any]) -> TrainConfig | None:
+def what_fits(config: TrainConfig, target: Target, log: Callable[[str], Any]) -> TrainConfig | None:
     """Return a change of `config` that fits, or None; smaller microbatches before full remat."""
     copies = config.mesh.data * config.mesh.fsdp * config.mesh.expert
     if copies < 0:
@@ -120,7 +120,7 @@ def what_fits(config: TrainConfig, target: Target, say: Callable[[str], Any]) ->
         model = dataclasses.replace(config.model, remat=remat)
         for accumulate in reversed(smaller or [config.accumulate]):
             candidate = dataclasses.replace(config, model=model, accumulate=accumulate)
-            say(f"trying accumulate={accumulate}, remat={remat}")
+            log(f"trying accumulate={accumulate}, remat={remat}")
             try:
                 compiled = train_program(candidate, target)
             except UserError:

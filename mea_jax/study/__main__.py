@@ -7,7 +7,7 @@
 Each command is a module of `mea_jax.study` and has its own --help.
 """
 
-from mea_jax.cli import run_word
+from mea_jax.cli import run_subcommand
 
 COMMANDS = (
     "run",
@@ -18,4 +18,4 @@ COMMANDS = (
 
 
 if __name__ == "__main__":
-    run_word("study", COMMANDS, __doc__)
+    run_subcommand("study", COMMANDS, __doc__)

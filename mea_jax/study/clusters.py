@@ -35,13 +35,13 @@ class Clusters:
     groups: list[list[int]]
 
 
-def similarity(x_PRE: np.ndarray, shown_RE: np.ndarray, signed: bool) -> np.ndarray:
+def similarity(x_PRE: np.ndarray, mask_RE: np.ndarray, signed: bool) -> np.ndarray:
     """Return the similarity of all pairs of rows (P, R, R), over the entries shown in both.
 
     If `signed`, it is |cosine| in [0, 1], because a head's sign is a convention (the next weight
     absorbs it). Otherwise entries are magnitudes, and it is their correlation in [-1, 1].
     """
-    shown = shown_RE.astype(np.float64)
+    shown = mask_RE.astype(np.float64)
     x = x_PRE * shown
     if not signed:
         mean_PR1 = x.sum(-1, keepdims=True) / np.maximum(shown.sum(-1, keepdims=True), 1)
@@ -102,13 +102,13 @@ def silhouette(distance_PRR: np.ndarray, label_PR: np.ndarray) -> np.ndarray:
     return np.where(own_PR > 1, width_PR, 0.0).mean(axis=-1)
 
 
-def balanced(x_PRE: np.ndarray, shown_RE: np.ndarray) -> np.ndarray:
+def balanced(x_PRE: np.ndarray, mask_RE: np.ndarray) -> np.ndarray:
     """Scale rows and columns to equal power over the shown entries (Sinkhorn on squares).
 
     Without it, a head with larger weights than the others makes all rows similar there, although
     this is no cluster.
     """
-    shown, x_PRE = shown_RE.astype(np.float64), x_PRE.copy()
+    shown, x_PRE = mask_RE.astype(np.float64), x_PRE.copy()
     for _ in range(_SWEEPS):
         for axis in (-1, -2):
             power = (np.square(x_PRE) * shown).sum(axis=axis, keepdims=True)
@@ -117,42 +117,42 @@ def balanced(x_PRE: np.ndarray, shown_RE: np.ndarray) -> np.ndarray:
     return x_PRE
 
 
-def shuffled(x_RE: np.ndarray, shown_RE: np.ndarray, count: int, rng: Any) -> np.ndarray:
+def shuffled(x_RE: np.ndarray, mask_RE: np.ndarray, count: int, rng: Any) -> np.ndarray:
     """Return `count` copies (P, R, E) in which each row's shown entries are permuted independently.
 
     Signs move with their entries: with random signs, a matrix whose entries mostly have one sign
     would count as clustered.
     """
     copies = np.tile(x_RE, (count, 1, 1))
-    for r, shown_E in enumerate(shown_RE):
+    for r, shown_E in enumerate(mask_RE):
         entries = np.flatnonzero(shown_E)
         copies[:, r, entries] = rng.permuted(copies[:, r, entries], axis=-1)
     return copies
 
 
 def clusters(
-    x_RE: np.ndarray, shown_RE: np.ndarray, signed: bool, shuffles: int, seed: int
+    x_RE: np.ndarray, mask_RE: np.ndarray, signed: bool, shuffles: int, seed: int
 ) -> Clusters | None:
-    """Return the clusters of the rows of `x_RE`, using only the entries where `shown_RE` is true.
+    """Return the clusters of the rows of `x_RE`, using only the entries where `mask_RE` is true.
 
     Return None if there are fewer than `LEAST_ROWS` rows, if two rows share fewer than
     `LEAST_SHARED` shown entries, or if all shown entries are 0.
     """
     x, rows = np.asarray(x_RE, np.float64), x_RE.shape[0]
-    shared_RR = shown_RE.astype(int) @ shown_RE.T.astype(int)
-    if rows < LEAST_ROWS or shared_RR.min() < LEAST_SHARED or not np.any(x * shown_RE):
+    shared_RR = mask_RE.astype(int) @ mask_RE.T.astype(int)
+    if rows < LEAST_ROWS or shared_RR.min() < LEAST_SHARED or not np.any(x * mask_RE):
         return None
-    x, rng = balanced(x[None], shown_RE)[0], np.random.default_rng(seed)
+    x, rng = balanced(x[None], mask_RE)[0], np.random.default_rng(seed)
 
     def score(copies_PRE: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        copies_PRE = balanced(copies_PRE, shown_RE)  # as `x` is
-        return best_partition(1 - similarity(copies_PRE, shown_RE, signed))
+        copies_PRE = balanced(copies_PRE, mask_RE)  # as `x` is
+        return best_partition(1 - similarity(copies_PRE, mask_RE, signed))
 
     found_P, label_PR = score(x[None])
     part = max(_BYTES // (8 * rows * max(rows, x.shape[1])), 1)
     chance_P = np.concatenate(
         [
-            score(shuffled(x, shown_RE, min(part, shuffles - done), rng))[0]
+            score(shuffled(x, mask_RE, min(part, shuffles - done), rng))[0]
             for done in range(0, shuffles, part)
         ]
     )

@@ -78,7 +78,7 @@ class Grid:
     cells: tuple[Cell, ...]
     at_once: int
     spikes: tuple[float, int, int]
-    identity: Tree
+    fingerprint: Tree
 
     def chunks(self) -> Iterator[tuple[Cell, tuple[Member, ...]]]:
         """Yield the runs of each program, as a cell and some of its members."""
@@ -166,9 +166,9 @@ def grid_of(config: config_dict.ConfigDict) -> Grid:
                 changed["steps"] = steps
                 cells.append(_cell(variant, size, changed, members))
     spikes = tree["spikes"]
-    identity = {name: tree[name] for name in ("base", "variants", "sizes", "spikes")}
+    fingerprint = {name: tree[name] for name in ("base", "variants", "sizes", "spikes")}
     limits = (float(spikes["margin"]), int(spikes["steps"]), int(spikes["smoothing"]))
-    return Grid(tree["name"], tuple(cells), int(tree["at_once"]), limits, identity)
+    return Grid(tree["name"], tuple(cells), int(tree["at_once"]), limits, fingerprint)
 
 
 def _cell(variant: str, size: str, tree: Tree, members: tuple[Member, ...]) -> Cell:

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 
 from mea_jax import cli
+from mea_jax.config.schema import Side
 
 Row = dict[str, Any]
 _COLUMNS = 6  # most layers next to each other
-_NAMES = {"key": "keys", "value": "values"}
+_NAMES = {Side.KEY: "keys", Side.VALUE: "values"}
 _MARKERS = "osD^vPX*"
 
 
@@ -48,12 +49,12 @@ def draw(rows: Sequence[Row], folder: Path, text: str) -> list[Path]:
     return paths
 
 
-def _of(rows: Sequence[Row], which: str) -> list[Row]:
-    return sorted((r for r in rows if r["which"] == which), key=lambda r: r["layer"])
+def _of(rows: Sequence[Row], side: Side) -> list[Row]:
+    return sorted((r for r in rows if r["which"] == side), key=lambda r: r["layer"])
 
 
-def _sides(rows: Sequence[Row]) -> list[str]:
-    return [which for which in _NAMES if _of(rows, which)]
+def _sides(rows: Sequence[Row]) -> list[Side]:
+    return [side for side in _NAMES if _of(rows, side)]
 
 
 def _hinton(axis: Any, mix_CK: np.ndarray) -> None:
@@ -63,12 +64,12 @@ def _hinton(axis: Any, mix_CK: np.ndarray) -> None:
     largest = np.abs(mix_CK).max() or 1.0
     axis.set_facecolor("0.72")
     for (c, k), weight in np.ndenumerate(mix_CK):
-        side = 0.95 * math.sqrt(abs(weight) / largest)
+        edge = 0.95 * math.sqrt(abs(weight) / largest)
         axis.add_patch(
             plt.Rectangle(
-                (k - side / 2, c - side / 2),
-                side,
-                side,
+                (k - edge / 2, c - edge / 2),
+                edge,
+                edge,
                 facecolor="black" if weight > 0 else "white",
                 linewidth=0,
             )
@@ -83,7 +84,7 @@ def _mixing(rows: Sequence[Row]) -> Any:
     """Draw the mixing of every layer, keys above values."""
     plt = cli.pyplot()
     sides = _sides(rows)
-    layers = max(len(_of(rows, which)) for which in sides)
+    layers = max(len(_of(rows, side)) for side in sides)
     wide = min(layers, _COLUMNS)
     lines = math.ceil(layers / wide)
     high, across = max(r["components"] for r in rows), max(r["composites"] for r in rows)
@@ -100,13 +101,13 @@ def _mixing(rows: Sequence[Row]) -> Any:
     )
     for axis in axes.flat:
         axis.set_visible(False)
-    for place, which in enumerate(sides):
-        for number, row in enumerate(_of(rows, which)):
+    for place, side in enumerate(sides):
+        for number, row in enumerate(_of(rows, side)):
             line, column = divmod(number, wide)
             axis = axes[line * len(sides) + place][column]
             axis.set_visible(True)
             _hinton(axis, np.asarray(row["mixing"], np.float64))
-            axis.set_title(f"{_NAMES[which]}, layer {row['layer']}", fontsize=8)
+            axis.set_title(f"{_NAMES[side]}, layer {row['layer']}", fontsize=8)
     signed = all(row["kind"] == "heads" for row in rows)
     figure.supxlabel("composite head (what attention reads)", fontsize=9)
     figure.supylabel("component head (what is cached)", fontsize=9)
@@ -155,8 +156,8 @@ def _spectra(rows: Sequence[Row]) -> Any:
     """Draw the singular values of every layer's mixing."""
     sides = _sides(rows)
     figure, axes = _panels(sides)
-    for axis, which in zip(axes[0], sides, strict=True):
-        found = _of(rows, which)
+    for axis, side in zip(axes[0], sides, strict=True):
+        found = _of(rows, side)
         for number, row in enumerate(found):
             values = np.asarray(row["singular_values"], np.float64)
             style = _line(number, len(found))
@@ -164,7 +165,7 @@ def _spectra(rows: Sequence[Row]) -> Any:
                 style["marker"] = None
             axis.plot(np.arange(1, len(values) + 1), values, label=f"{row['layer']}", **style)
         axis.axhline(_start(found[0]), color="black", linestyle=":", linewidth=1)
-        axis.set(title=f"mixing of {_NAMES[which]}", xlabel="index of the singular value")
+        axis.set(title=f"mixing of {_NAMES[side]}", xlabel="index of the singular value")
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("singular value")
     axes[0][0].set_ylim(bottom=0)
@@ -179,20 +180,20 @@ def _spectra(rows: Sequence[Row]) -> Any:
 
 def _redundancy(rows: Sequence[Row], text: str) -> Any:
     """Draw the mean similarity of two heads before and after mixing, over layers."""
-    sides = [which for which in _sides(rows) if all(r["after"] for r in _of(rows, which))]
+    sides = [side for side in _sides(rows) if all(r["after"] for r in _of(rows, side))]
     figure, axes = _panels(sides)
     styles = {
         "before": ("components (before mixing)", "o", "--", "0.45"),
         "after": ("composites (after mixing)", "s", "-", "black"),
         "chance": ("random projections", "x", ":", "0.45"),
     }
-    for axis, which in zip(axes[0], sides, strict=True):
-        found = _of(rows, which)
+    for axis, side in zip(axes[0], sides, strict=True):
+        found = _of(rows, side)
         layers = [row["layer"] for row in found]
         for part, (label, marker, line, colour) in styles.items():
             values = [np.nan if (x := row[part]["cka"]) is None else x for row in found]
             axis.plot(layers, values, line, marker=marker, color=colour, markersize=5, label=label)
-        axis.set(title=_NAMES[which], xlabel="layer", ylim=(0, 1))
+        axis.set(title=_NAMES[side], xlabel="layer", ylim=(0, 1))
         axis.set_xticks(layers if len(layers) <= 16 else layers[::4])
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("mean CKA of two heads (1: the same)")
@@ -214,8 +215,8 @@ def _training(rows: Sequence[Row]) -> Any:
     measured = [m for m in measured if any(m[1](row) is not None for row in rows)]
     sides = _sides(rows)
     figure, axes = _panels(sides, len(measured), 1.9)
-    for column, which in enumerate(sides):
-        found = _of(rows, which)
+    for column, side in enumerate(sides):
+        found = _of(rows, side)
         layers = sorted({row["layer"] for row in found})
         for line, (name, of, first, top) in enumerate(measured):
             axis = axes[line][column]
@@ -232,7 +233,7 @@ def _training(rows: Sequence[Row]) -> Any:
             if column == 0:
                 axis.set_ylabel(name, fontsize=9)
             axis.grid(alpha=0.3)
-        axes[0][column].set_title(_NAMES[which])
+        axes[0][column].set_title(_NAMES[side])
         axes[-1][column].set_xlabel("step")
     if len(layers) <= 12:
         axes[0][-1].legend(title="layer", fontsize=6, title_fontsize=7, frameon=False, ncols=2)

@@ -29,7 +29,9 @@ def as_mixing(kind: str, parameter: np.ndarray) -> np.ndarray:
     return mix[..., 0] + 1j * mix[..., 1] if kind == "frequency" else mix
 
 
-def starting(kind: str, components: int, composites: int, head_dim: int) -> np.ndarray:
+def block_identity_redundancy(
+    kind: str, components: int, composites: int, head_dim: int
+) -> np.ndarray:
     """Return block identity, where training begins unless `hlc_init` changes it."""
     return as_mixing(kind, np.asarray(hlc.initial(kind, components, composites, head_dim)))
 

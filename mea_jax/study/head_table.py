@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 Row = dict[str, Any]
-SIDES = ("rows", "columns")
+AXES = ("rows", "columns")
 LEVEL = 0.01  # the p-value below which the summary counts a test
 
 LEGEND = """\
@@ -24,8 +24,8 @@ def _number(value: float | None, form: str) -> str:
     return "-" if value is None or not np.isfinite(value) else format(value, form)
 
 
-def _p(side: str) -> Callable[[Row], str]:
-    return lambda row: _number(row[side] and row[side]["p"], ".3f")
+def _p(axis: str) -> Callable[[Row], str]:
+    return lambda row: _number(row[axis] and row[axis]["p"], ".3f")
 
 
 def _of(part: str, name: str, form: str) -> Callable[[Row], str]:
@@ -65,7 +65,7 @@ def table(rows: Sequence[Row]) -> str:
 
 def summary(rows: Sequence[Row]) -> str:
     """Return one line that counts the significant cluster tests of one checkpoint."""
-    found = [row[side]["p"] for row in rows for side in SIDES if row[side]]
+    found = [row[axis]["p"] for row in rows for axis in AXES if row[axis]]
     if not found:
         return "no cluster tests: too few heads, or no weight outside block identity changed"
     few = sum(p < LEVEL for p in found)

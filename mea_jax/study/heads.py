@@ -31,7 +31,7 @@ from mea_jax.checkpoint.manager import find_checkpoint
 from mea_jax.compress.calibration import CalibrationTexts
 from mea_jax.compress.options import Options
 from mea_jax.compress.stream import Stream, progress
-from mea_jax.config.schema import ModelConfig
+from mea_jax.config.schema import ModelConfig, Side
 from mea_jax.errors import UserError
 from mea_jax.model.layer_spec import LayerSpec, layer_specs
 from mea_jax.ops import hlc
@@ -43,7 +43,7 @@ from mea_jax.study.clusters import clusters
 from mea_jax.study.head_table import Row
 
 Tree = dict[str, Any]
-Say = Callable[[str], Any]
+LogFn = Callable[[str], Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,9 +55,9 @@ class AnalysisOptions:
     seed: int = 0
 
 
-def mixed(model: ModelConfig, path: Path) -> tuple[str, ...]:
-    """Return which of "key" and "value" heads are mixed; raise `UserError` if neither is."""
-    found = tuple(which for which in ("key", "value") if model.mixes(which))
+def mixed(model: ModelConfig, path: Path) -> tuple[Side, ...]:
+    """Return the sides whose heads are mixed; raise `UserError` if none are."""
+    found = tuple(side for side in Side if model.mixes(side))
     if not found:
         what = "plain attention (hlc='none')" if model.variant == "mea" else repr(model.variant)
         raise UserError(
@@ -67,26 +67,26 @@ def mixed(model: ModelConfig, path: Path) -> tuple[str, ...]:
     return found
 
 
-def steps_of(path: Path, say: Say) -> list[Path]:
+def steps_of(path: Path, log: LogFn) -> list[Path]:
     """Return the checkpoints to analyse, oldest first.
 
     They are all undamaged ones if `path` is a run directory, and `path` if it is a single step.
     Raise `UserError` if there is none, or if the model mixes no heads.
     """
     run, step = find_checkpoint(path)
-    newest = open_trained(path, say)
+    newest = open_trained(path, log)
     mixed(newest.config.model, path)
     folders = []
     for older in [] if step is not None else newest.checkpoints.steps():
         if older < newest.step:
             if problem := newest.checkpoints.damage(older):
-                say(f"the checkpoint of step {older} is damaged: {problem}: skipping it")
+                log(f"the checkpoint of step {older} is damaged: {problem}: skipping it")
             else:
                 folders.append(run / "checkpoints" / str(older))
     return [*folders, run / "checkpoints" / str(newest.step)]
 
 
-def begun_elsewhere(source: StoredModel) -> str | None:
+def why_not_block_identity(source: StoredModel) -> str | None:
     """Return why the mixing did not begin at block identity; None if it did."""
     if (source.run / "compression.json").exists():
         return "it was computed by a compression"
@@ -95,12 +95,12 @@ def begun_elsewhere(source: StoredModel) -> str | None:
     return None
 
 
-def composites_are_linear(model: ModelConfig, which: str) -> bool:
+def composites_are_linear(model: ModelConfig, side: Side) -> bool:
     """Return whether composite heads are linear projections of the layer's input.
 
     Keys that are normalised before they are mixed are not.
     """
-    return not (which == "key" and model.qk_norm and model.hlc_order == "after")
+    return not (side == Side.KEY and model.qk_norm and model.hlc_order == "after")
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -133,7 +133,7 @@ def input_covariance(stream: Stream, spec: LayerSpec, layer: Tree) -> np.ndarray
 
 
 def tests(
-    kind: str, mix: np.ndarray, start: np.ndarray | None, asked: AnalysisOptions
+    kind: str, mix: np.ndarray, start: np.ndarray | None, analysis_options: AnalysisOptions
 ) -> dict[str, dict[str, Any] | None]:
     """Test the rows and the columns of a mixing for clusters; None where no test is possible.
 
@@ -145,39 +145,39 @@ def tests(
     if start is not None:
         shown_CK = np.asarray(hlc.block_identity(*x_CK.shape)) == 0
     found: dict[str, dict[str, Any] | None] = {}
-    for side, x, shown in zip(
-        head_table.SIDES, (x_CK, x_CK.T), (shown_CK, shown_CK.T), strict=True
-    ):
-        result = clusters(x, shown, kind == "heads", asked.shuffles, asked.seed)
-        found[side] = dataclasses.asdict(result) if result else None
+    for axis, x, shown in zip(head_table.AXES, (x_CK, x_CK.T), (shown_CK, shown_CK.T), strict=True):
+        result = clusters(
+            x, shown, kind == "heads", analysis_options.shuffles, analysis_options.seed
+        )
+        found[axis] = dataclasses.asdict(result) if result else None
     return found
 
 
 def analyse_layer(
     model: ModelConfig,
-    which: str,
+    side: Side,
     attention: Tree,
     inputs_DD: np.ndarray,
     began: bool,
-    asked: AnalysisOptions,
+    analysis_options: AnalysisOptions,
 ) -> Row:
     """Compute all measures of one layer's keys or values.
 
     Args:
       model: the resolved config of the model.
-      which: "key" or "value".
+      side: keys or values.
       attention: the parameters of the layer's attention.
       inputs_DD: the covariance of the attention's inputs.
       began: whether the mixing began at block identity.
-      asked: the options of the analysis.
+      analysis_options: the options of the analysis.
     """
-    kind, kernel_DCH = model.mixing_kind(which), np.asarray(attention[which])
-    mix = measures.as_mixing(kind, attention[f"{which}_mixing"])
+    kind, kernel_DCH = model.mixing_kind(side), np.asarray(attention[side])
+    mix = measures.as_mixing(kind, attention[f"{side}_mixing"])
     c, k, h = kernel_DCH.shape[1], model.n_kv_heads, model.head_dim
-    start = measures.starting(kind, c, k, h) if began else None
+    start = measures.block_identity_redundancy(kind, c, k, h) if began else None
     values = measures.singular_values(kind, mix)
     row: Row = {
-        "which": which,
+        "which": side,
         "kind": kind,
         "components": c,
         "composites": k,
@@ -188,12 +188,12 @@ def analyse_layer(
         "head_level": measures.head_level(kind, mix),
         "singular_values": values.mean(axis=0) if kind == "frequency" else values,
         "effective_rank": measures.rank_in_heads(kind, values, h),
-        **tests(kind, mix, start, asked),
+        **tests(kind, mix, start, analysis_options),
     }
     # `hlc.composite_heads` would divide out a key norm's weight, which the components include.
-    parameter = jnp.asarray(attention[f"{which}_mixing"])
+    parameter = jnp.asarray(attention[f"{side}_mixing"])
     folded_DKH = np.asarray(hlc.fold(kind, jnp.asarray(kernel_DCH), parameter))
-    if not composites_are_linear(model, which):
+    if not composites_are_linear(model, side):
         return row | {"composite_rank": None, "before": None, "after": None, "chance": None}
     before = measures.covariance_of(kernel_DCH, inputs_DD)
     after = measures.covariance_of(folded_DKH, inputs_DD)
@@ -202,25 +202,27 @@ def analyse_layer(
         "composite_rank": measures.rank_in_heads(kind, composite, h),
         "before": measures.redundancy(before, c),
         "after": measures.redundancy(after, k),
-        "chance": measures.chance(inputs_DD, k, h, asked.seed),
+        "chance": measures.chance(inputs_DD, k, h, analysis_options.seed),
     }
 
 
 class RunAnalysis:
     """The analysis of a run's checkpoints, all on the same text."""
 
-    def __init__(self, folders: list[Path], scratch: Path, asked: AnalysisOptions, say: Say):
-        self.sources = [StoredModel(folder, say) for folder in folders]
-        self.scratch, self.asked = scratch, asked
+    def __init__(
+        self, folders: list[Path], scratch: Path, analysis_options: AnalysisOptions, log: LogFn
+    ):
+        self.sources = [StoredModel(folder, log) for folder in folders]
+        self.scratch, self.analysis_options = scratch, analysis_options
         newest = self.sources[-1]
         auto = unresolved(newest.config.model)
         self.model = resolve(auto, jax.devices(), newest.config.data.context_length)
-        self.which = mixed(self.model, folders[-1])
-        self.elsewhere = begun_elsewhere(newest)
+        self.sides = mixed(self.model, folders[-1])
+        self.elsewhere = why_not_block_identity(newest)
         self.texts = None
-        if asked.held_out_tokens:
-            options = Options(held_out_tokens=asked.held_out_tokens)
-            self.texts = CalibrationTexts(newest, options, say)
+        if analysis_options.held_out_tokens:
+            options = Options(held_out_tokens=analysis_options.held_out_tokens)
+            self.texts = CalibrationTexts(newest, options, log)
         self.tokens = 0
 
     def layers(self, source: StoredModel) -> Iterator[tuple[int, Tree, np.ndarray]]:
@@ -248,20 +250,20 @@ class RunAnalysis:
         Raise `UserError` if heads have values that are not finite, or a mixing of zeros.
         """
         for index, tree, inputs_DD in self.layers(source):
-            for which in self.which:
-                numbers = (tree["attention"][which], tree["attention"][f"{which}_mixing"])
+            for side in self.sides:
+                numbers = (tree["attention"][side], tree["attention"][f"{side}_mixing"])
                 if not all(np.isfinite(x).all() for x in numbers) or not numbers[1].any():
                     raise UserError(
-                        f"{source.folder}: the {which} heads of layer {index} have values that "
+                        f"{source.folder}: the {side} heads of layer {index} have values that "
                         "are not finite, or a mixing of zeros: choose an earlier step"
                     )
                 row = analyse_layer(
                     self.model,
-                    which,
+                    side,
                     tree["attention"],
                     inputs_DD,
                     self.elsewhere is None,
-                    self.asked,
+                    self.analysis_options,
                 )
                 yield {"step": source.step, "layer": index} | row
 
@@ -278,14 +280,14 @@ class RunAnalysis:
                 f"no distance: the mixing did not begin at block identity ({self.elsewhere}); "
                 "clusters are those of the entire mixing"
             )
-        if "key" in self.which and not composites_are_linear(self.model, "key"):
+        if Side.KEY in self.sides and not composites_are_linear(self.model, Side.KEY):
             said.append(
                 "key heads are not compared: they are normalised before they are mixed "
                 "(hlc_order='after'), so they are not projections of the layer's input"
             )
-        elif "key" in self.which and self.model.qk_norm:
+        elif Side.KEY in self.sides and self.model.qk_norm:
             said.append("key heads are compared before their norm")
-        if any(self.model.mixing_kind(which) != "heads" for which in self.which):
+        if any(self.model.mixing_kind(side) != "heads" for side in self.sides):
             said.append(
                 "frequency and dense mixing: clusters and figures use only each pair's magnitude; "
                 "ranks are means over frequencies, or ranks of the map of features divided by H"
@@ -304,25 +306,27 @@ def plain(value: Any) -> Any:
     return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
-def study(checkpoint: Path, out: Path, asked: AnalysisOptions, say: Say) -> dict[str, Any]:
+def study(
+    checkpoint: Path, out: Path, analysis_options: AnalysisOptions, log: LogFn
+) -> dict[str, Any]:
     """Analyse a run's checkpoints, or one step, and write heads.json and figures into `out`.
 
     Return the content of heads.json. Raise `UserError` if there is no checkpoint with a mixing, if
     its values are not finite, or if `out` cannot be written.
     """
-    folders = steps_of(checkpoint, say)
+    folders = steps_of(checkpoint, log)
     with disk_errors(out):
         make_writable(out)
     with disk_errors(out), tempfile.TemporaryDirectory(prefix=".residuals-", dir=out) as scratch:
-        looks = RunAnalysis(folders, Path(scratch), asked, say)
-        rows = looks.rows()
+        analysis = RunAnalysis(folders, Path(scratch), analysis_options, log)
+        rows = analysis.rows()
     report = {
         "checkpoint": str(checkpoint),
-        "steps": [source.step for source in looks.sources],
-        "held_out_tokens": looks.tokens,
-        "shuffles": asked.shuffles,
-        "seed": asked.seed,
-        "notes": looks.notes(),
+        "steps": [source.step for source in analysis.sources],
+        "held_out_tokens": analysis.tokens,
+        "shuffles": analysis_options.shuffles,
+        "seed": analysis_options.seed,
+        "notes": analysis.notes(),
         "rows": rows,
     }
     write_json(out / "heads.json", report)
@@ -350,8 +354,10 @@ def main() -> None:
     checkpoint = Path(CHECKPOINT.value)
     cli.enable_compilation_cache()
     out = Path(OUT.value) if OUT.value else find_checkpoint(checkpoint)[0] / "heads"
-    asked = AnalysisOptions(HELD_OUT.value, SHUFFLES.value, SEED.value)
-    report = study(checkpoint, out, asked, lambda line: print(line, file=sys.stderr, flush=True))
+    analysis_options = AnalysisOptions(HELD_OUT.value, SHUFFLES.value, SEED.value)
+    report = study(
+        checkpoint, out, analysis_options, lambda line: print(line, file=sys.stderr, flush=True)
+    )
     newest = [row for row in report["rows"] if row["step"] == report["steps"][-1]]
     steps = ", ".join(map(str, report["steps"]))
     print(f"{checkpoint}, step {report['steps'][-1]} (in heads.json: {steps})")

@@ -69,8 +69,8 @@ def draw_rates(rows: Sequence[Row], fits: dict[str, Any]) -> Any:
     figure, panels = _panels(rows, "held-out loss, nats per token")
     good = [row["loss"] for row in rows if not row["diverged"]]
     top = max(np.quantile(good, 0.9), min(good) + 0.3) if good else 1.0
-    look, low = styles(rows), min(good) - 0.03 if good else 0.0
-    strip = 0.04 * len(look) * (top - low)  # above the losses, for lost runs
+    variant_rows, low = styles(rows), min(good) - 0.03 if good else 0.0
+    strip = 0.04 * len(variant_rows) * (top - low)  # above the losses, for lost runs
     high = top + strip
     limits = {(f["size"], f["tokens"]): f["learned_below"] or np.inf for f in fits["stability"]}
 
@@ -79,7 +79,7 @@ def draw_rates(rows: Sequence[Row], fits: dict[str, Any]) -> Any:
         return row["diverged"] or row["loss"] > limit
 
     for axis, mine in panels:
-        for number, (name, style) in enumerate(look.items()):
+        for number, (name, style) in enumerate(variant_rows.items()):
             of = [row for row in mine if row["variant"] == name]
             rates = sorted({row["learning_rate"] for row in of})
             groups = [[r for r in of if r["learning_rate"] == rate] for rate in rates]
@@ -93,7 +93,7 @@ def draw_rates(rows: Sequence[Row], fits: dict[str, Any]) -> Any:
                 axis.fill_between([r for r, _ in whole], *ends, color=style["color"], alpha=0.1)
             for rate, group in zip(rates, groups, strict=True):
                 if count := sum(map(lost, group)):
-                    height = high - (number + 0.5) * strip / len(look)
+                    height = high - (number + 0.5) * strip / len(variant_rows)
                     axis.plot([rate], [height], marker="x", color=style["color"], zorder=4)
                     if len(group) > 1:
                         axis.annotate(f"{count}/{len(group)}", (rate, height), fontsize=6, zorder=4,
@@ -119,8 +119,10 @@ def draw_tokens(rows: Sequence[Row], fits: dict[str, Any]) -> Any:
             points = [p for r in of if r["learning_rate"] == best for p in r["curve"] if p[0]]
             xs = sorted({p[0] for p in points})
             ys = [np.mean([p[1] for p in points if p[0] == x]) for x in xs]
-            look = {k: v for k, v in style.items() if k != "linestyle"}
-            axis.plot(xs, ys, linestyle="", markersize=4, label=f"{name}, peak {best:.3g}", **look)
+            variant_rows = {k: v for k, v in style.items() if k != "linestyle"}
+            axis.plot(
+                xs, ys, linestyle="", markersize=4, label=f"{name}, peak {best:.3g}", **variant_rows
+            )
             fitted = [
                 f for f in fits["loss_in_tokens"]
                 if (f["variant"], f["size"], f["learning_rate"]) == (name, mine[0]["size"], best)
@@ -163,10 +165,12 @@ def draw_law(rows: Sequence[Row], fits: dict[str, Any]) -> Any:
 
     plt = cli.pyplot()
     figure, axis = plt.subplots(figsize=(7, 4.4))
-    look = styles(rows)
-    for number, (name, style) in enumerate(look.items()):
+    variant_rows = styles(rows)
+    for number, (name, style) in enumerate(variant_rows.items()):
         found = [f for f in fits["optimum"] if f["variant"] == name and f["learning_rate"]]
-        beside = 1.04 ** (number - (len(look) - 1) / 2)  # variants of one size differ by less
+        beside = 1.04 ** (
+            number - (len(variant_rows) - 1) / 2
+        )  # variants of one size differ by less
         xs = [f["parameters"] * beside for f in found]
         ys = [f["learning_rate"]["value"] for f in found]
         if xs:

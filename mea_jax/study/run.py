@@ -39,32 +39,32 @@ from mea_jax.study.store import Store, key_of
 from mea_jax.study.vmapped import Sweep
 from mea_jax.train.saving import SaveTimes
 
-Say = Callable[[str], Any]
+LogFn = Callable[[str], Any]
 _EVERY = 15.0  # seconds between progress lines
 
 
 class GridProgress:
     """The progress of the grid in FLOPs, with the remaining time."""
 
-    def __init__(self, whole: float, say: Say):
-        self.whole, self.done, self.say = whole, 0.0, say
-        self.began = self.told = time.monotonic()
+    def __init__(self, whole: float, log: LogFn):
+        self.whole, self.done, self.log = whole, 0.0, log
+        self.began = self.last_report = time.monotonic()
 
     def tick(self, work: float, line: str) -> None:
         """Add `work` finished FLOPs; print `line` and the progress at most every `_EVERY` s."""
         self.done += work
         now = time.monotonic()
-        if now - self.told >= _EVERY:
-            self.told = now
+        if now - self.last_report >= _EVERY:
+            self.last_report = now
             left = (now - self.began) * (self.whole - self.done) / max(self.done, 1.0)
-            self.say(f"{line}; grid {self.done / self.whole:.0%} done, ETA {left / 60:.0f} min")
+            self.log(f"{line}; grid {self.done / self.whole:.0%} done, ETA {left / 60:.0f} min")
 
 
-class Chunk:
+class SweepRun:
     """Runs of one cell that train together."""
 
-    def __init__(self, grid: Grid, cell: Cell, members: Sequence[Member], out: Path, say: Say):
-        self.grid, self.cell, self.members, self.say = grid, cell, tuple(members), say
+    def __init__(self, grid: Grid, cell: Cell, members: Sequence[Member], out: Path, log: LogFn):
+        self.grid, self.cell, self.members, self.log = grid, cell, tuple(members), log
         about = json.dumps([cell.config.to_dict(), [vars(m) for m in members]], sort_keys=True)
         digest = hashlib.sha256(about.encode()).hexdigest()[:8]
         name = f"{cell.variant}-{cell.size}-{cell.steps}-{digest}"
@@ -82,12 +82,12 @@ class Chunk:
         self.folder.mkdir(parents=True, exist_ok=True)
         prepared = prepare(config.data, config.model.vocab_size, log=lambda line: None)
         with (
-            hold(self.folder, self.say),
+            hold(self.folder, self.log),
             jax.set_mesh(self.sweep.mesh),
             Checkpoints(self.folder, config.checkpoint) as checkpoints,
             stop.deferred(),
         ):
-            start = checkpoints.newest_good(self.say) or 0
+            start = checkpoints.newest_good(self.log) or 0
             began = time.monotonic()
             if start:
                 position = checkpoints.position(start, prepared.digest)
@@ -97,7 +97,7 @@ class Chunk:
                 self.spent = float(position.guards["seconds"])
                 state = checkpoints.restore(start, self.sweep.abstract_state())
                 watch.done += start / config.steps * self.cell.work() * len(self.members)
-                self.say(f"{self.cell}: resuming from step {start}")
+                self.log(f"{self.cell}: resuming from step {start}")
             else:
                 state, self.spent = self.sweep.create(), 0.0
                 self._note(0, self._losses(state, prepared, config.evaluate.batches))
@@ -137,8 +137,8 @@ class Chunk:
                 self._note(step, self._losses(state, prepared, config.evaluate.batches))
             if saving:
                 spent = self.spent + time.monotonic() - began
-                told = {"histories": [h.state() for h in self.histories], "seconds": spent}
-                position = Position(step, prepared.digest, told)
+                last_report = {"histories": [h.state() for h in self.histories], "seconds": spent}
+                position = Position(step, prepared.digest, last_report)
                 checkpoints.save(step, state, self.sweep.config, position)
                 saves.saved()
                 if saves.stopping:
@@ -175,14 +175,16 @@ class Chunk:
             history.curve.append([tokens, float(loss)])
 
 
-def run(grid: Grid, out: Path, say: Say, stop: StopRequest, shard: tuple[int, int] = (0, 1)) -> int:
+def run(
+    grid: Grid, out: Path, log: LogFn, stop: StopRequest, shard: tuple[int, int] = (0, 1)
+) -> int:
     """Train the runs of `shard` that the store in `out` lacks and return their number.
 
     `shard` (i, n) selects the programs whose number is i modulo n. Raise `UserError` if the store
     contains rows of another grid or malformed rows, or if the data of a cell is unusable.
     """
     store = Store(out)
-    store.claim(grid.identity)
+    store.claim(grid.fingerprint)
     wanted = []
     for number, (cell, members) in enumerate(grid.chunks()):
         if number % shard[1] == shard[0]:
@@ -195,12 +197,12 @@ def run(grid: Grid, out: Path, say: Say, stop: StopRequest, shard: tuple[int, in
             chunks.append((cell, missing))
     count = sum(len(members) for _, members in chunks)
     total = sum(len(members) for _, members in wanted)
-    say(f"{count} of {total} runs to do, in {len(chunks)} programs")
-    watch = GridProgress(sum(cell.work() * len(members) for cell, members in chunks), say)
+    log(f"{count} of {total} runs to do, in {len(chunks)} programs")
+    watch = GridProgress(sum(cell.work() * len(members) for cell, members in chunks), log)
     for cell, members in chunks:
         began = time.monotonic()
-        Chunk(grid, cell, members, out, say).train(store, watch, stop)
-        say(f"{cell}: {len(members)} runs in {time.monotonic() - began:.0f} s")
+        SweepRun(grid, cell, members, out, log).train(store, watch, stop)
+        log(f"{cell}: {len(members)} runs in {time.monotonic() - began:.0f} s")
         jax.clear_caches()  # no later program has the same shape
     return count
 
@@ -282,7 +284,7 @@ def main() -> None:
         print(table(grid, out))
         return
     if WORKERS.value != 1:
-        Store(out).claim(grid.identity)  # before several workers try to
+        Store(out).claim(grid.fingerprint)  # before several workers try to
         _work(WORKERS.value, shard)
         return
     cli.enable_compilation_cache()

@@ -44,7 +44,7 @@ class Store:
         self.folder = folder
         self.path, self.grid = folder / "rows.jsonl", folder / "grid.json"
 
-    def claim(self, identity: Row) -> None:
+    def claim(self, fingerprint: Row) -> None:
         """Bind the store to the grid with this `Grid.identity`.
 
         Axes, variants and sizes may be added later. Raise `UserError`, with the keys that differ,
@@ -52,7 +52,7 @@ class Store:
         """
         with disk_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-        wanted = json.loads(json.dumps(identity))
+        wanted = json.loads(json.dumps(fingerprint))
         if self.grid.exists():
             stored = _with_defaults(json.loads(self.grid.read_text()))
             differing = _differing(stored, wanted)

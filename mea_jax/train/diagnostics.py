@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from mea_jax.config.schema import TrainConfig
-from mea_jax.model.transformer import Decoder, stretches
+from mea_jax.config.schema import Side, TrainConfig
+from mea_jax.model.transformer import Decoder, runs_of_equal_layers
 from mea_jax.ops import hlc
 from mea_jax.parallel import sharding
 from mea_jax.train.step import Batch, split_batch, state_shardings
@@ -23,21 +23,21 @@ def mixing_distance(config: TrainConfig, params: Any) -> dict[str, jax.Array]:
     the sides that the model mixes.
     """
     model, result = config.model, {}
-    for which in ("key", "value"):
-        if not model.mixes(which):
+    for side in Side:
+        if not model.mixes(side):
             continue
         rows = []
-        for first, length, c_key, c_value in stretches(model):
-            components = c_key if which == "key" else c_value
+        for first, length, c_key, c_value in runs_of_equal_layers(model):
+            components = c_key if side == Side.KEY else c_value
             if model.n_kv_heads % components:
                 rows.append(jnp.full((length,), jnp.nan))
                 continue
-            mixings = params[f"layers_{first}"]["attention"][f"{which}_mixing"]
-            kind = model.mixing_kind(which)
+            mixings = params[f"layers_{first}"]["attention"][f"{side}_mixing"]
+            kind = model.mixing_kind(side)
             start = hlc.initial(kind, components, model.n_kv_heads, model.head_dim)
-            moved = (mixings - start[None]).reshape(length, -1)
-            rows.append(jnp.linalg.norm(moved, axis=1) / jnp.linalg.norm(start.reshape(-1)))
-        result[f"mixing_distance/{which}"] = jnp.concatenate(rows)
+            difference = (mixings - start[None]).reshape(length, -1)
+            rows.append(jnp.linalg.norm(difference, axis=1) / jnp.linalg.norm(start.reshape(-1)))
+        result[f"mixing_distance/{side}"] = jnp.concatenate(rows)
     return result
 
 
@@ -64,7 +64,7 @@ def compile_diagnostics(config: TrainConfig, mesh: Mesh) -> Callable[..., dict[s
         )
         stacks = [
             variables["statistics"][f"layers_{first}"]["attention"]["attention"][0]
-            for first, *_ in stretches(config.model)
+            for first, *_ in runs_of_equal_layers(config.model)
         ]
         names = {
             "entropy": "attention_entropy",

@@ -206,7 +206,7 @@ class Guards:
         return Event("rewind", values, line)
 
 
-def rewindable(config: GuardConfig) -> int:
+def rewind_distance(config: GuardConfig) -> int:
     """Return how many steps before the newest checkpoint one for a rewind must be; 0: none.
 
     A spike is detected `spike_steps` steps after the update that may have caused it, and the

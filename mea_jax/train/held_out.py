@@ -69,5 +69,5 @@ class HeldOut:
         writer.write(step, "held_out", values)
         statistics = jax.device_get(self.diagnose(params, self.place(batches[0])))
         writer.write(step, "diagnostics", statistics)
-        moved = [np.mean(v) for k, v in statistics.items() if k.startswith("mixing_distance")]
-        return values | ({"mixing_distance": float(np.mean(moved))} if moved else {})
+        distances = [np.mean(v) for k, v in statistics.items() if k.startswith("mixing_distance")]
+        return values | ({"mixing_distance": float(np.mean(distances))} if distances else {})

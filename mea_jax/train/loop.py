@@ -59,7 +59,7 @@ class Loop:
         self.config, self.mesh, self.prepared = config, mesh, prepared
         self.run_directory, self.checkpoints = run, checkpoints
         self.start, self.teacher = start, start.load_teacher(prepared.tokenizer)
-        self.taught = () if self.teacher is None else (self.teacher.params,)
+        self.teacher_args = () if self.teacher is None else (self.teacher.params,)
         self.place = BatchPlacer(mesh, config.batch_size, config.data.context_length)
         self.held_out = HeldOut(config, mesh, prepared, self.place)
         self.guards = Guards(config.guards)
@@ -111,10 +111,10 @@ class Loop:
             if start == 0 and self.config.start.checkpoint:
                 # On all held-out text, as at the end: the loss that the run has to improve on.
                 everything = self.held_out.read(None)
-                self._evaluate(0, state, everything, writer, self.run_directory.say)
+                self._evaluate(0, state, everything, writer, self.run_directory.log)
             while True:
                 try:
-                    state = self._stretch(state, start, writer, profile_steps)
+                    state = self._train_until_event(state, start, writer, profile_steps)
                     break
                 except Spike as caught:
                     spike = caught.with_traceback(None)  # its frames keep the state alive
@@ -122,7 +122,7 @@ class Loop:
                 state, start, event = self._rewind(spike)
                 writer.close()
                 writer = self.run_directory.open_metrics(start)
-                self._tell(start, event, writer, self.run_directory.say)
+                self._log_event(start, event, writer, self.run_directory.log)
                 profile_steps = None  # traced already, or too late
         finally:
             writer.close()
@@ -141,8 +141,8 @@ class Loop:
         first, last = (batch_number(s - 1, now.left_out) for s in (cause, spike.last))
         with jax.transfer_guard("allow"):
             self.checkpoints.wait()
-            say = self.run_directory.say
-            step = self.checkpoints.newest_good(say, below=cause, share=False) or 0
+            log = self.run_directory.log
+            step = self.checkpoints.newest_good(log, below=cause, share=False) or 0
             self.checkpoints.forget_after(step)
             digest = self.prepared.digest
             position = self.checkpoints.position(step, digest) if step else Position(0, digest)
@@ -170,11 +170,11 @@ class Loop:
             began = time.perf_counter()
             teacher = None if self.teacher is None else self.teacher.model
             step = compile_train_step(self.config, self.mesh, teacher)
-            self.step_fn = step.lower(state, batch, *self.taught).compile()
+            self.step_fn = step.lower(state, batch, *self.teacher_args).compile()
             self.timing.compile = time.perf_counter() - began
         return self.step_fn
 
-    def _stretch(self, state, start, writer, profile_steps):
+    def _train_until_event(self, state, start, writer, profile_steps):
         """Train as `run` does, until the last step or a `Spike`."""
         c, place = self.config, self.place
         if start == c.steps:  # interrupted between the last checkpoint and the summary
@@ -186,14 +186,14 @@ class Loop:
         # One trace is enough: all processes run the same program.
         traced = profile_steps if processes.is_first() else None
         directory = self.run_directory.path / "profile"
-        profile = profiling.Profile(traced, directory, start, progress.say)
+        profile = profiling.Profile(traced, directory, start, progress.log)
         pending: tuple[int, Any] | None = None
         clock = time.perf_counter()
         try:
             with jax.transfer_guard("disallow"), profile, self.stop.deferred():
                 for step in range(start + 1, c.steps + 1):
                     with profile.step(step, (state, batch)):
-                        state, metrics = step_fn(state, batch, *self.taught)
+                        state, metrics = step_fn(state, batch, *self.teacher_args)
                     clock += profile.after(step, (state, metrics))
                     waiting = time.perf_counter()
                     if step < c.steps:
@@ -210,7 +210,7 @@ class Loop:
                         self.report_step(*pending, clock, writer, progress)
                         pending = None
                         if evaluating and step < c.steps:
-                            self._evaluate(step, state, self.held_out.sample, writer, progress.say)
+                            self._evaluate(step, state, self.held_out.sample, writer, progress.log)
                         if step == c.steps or saving:
                             self._save(step, state, batch)
                         clock = time.perf_counter()
@@ -230,7 +230,7 @@ class Loop:
         self.timing.timed_steps += 1
         self.loss = values["loss"]
         for event in self.guards.check(step, values):
-            self._tell(step, event, writer, progress.say)
+            self._log_event(step, event, writer, progress.log)
         values["tokens_per_second"] = values["tokens"] / seconds
         values["flops_per_second"] = self.step_flops / seconds
         if self.peak:
@@ -240,20 +240,20 @@ class Loop:
         progress.update(step, values["loss"], self.tokens_per_second())
         return now
 
-    def _tell(self, step: int, event: Event, writer, say) -> None:
+    def _log_event(self, step: int, event: Event, writer, log) -> None:
         writer.write(step, event.kind, event.values)
-        say(event.line)
+        log(event.line)
 
-    def _evaluate(self, step, state, batches, writer, say) -> None:
+    def _evaluate(self, step, state, batches, writer, log) -> None:
         values = self.held_out.report(step, state.params, batches, writer)
         if not values:
             return
         bits = (
             f" ({values['bits_per_byte']:.3f} bits per byte)" if "bits_per_byte" in values else ""
         )
-        moved = values.get("mixing_distance")
-        note = f", mixing distance {moved:.1%}" if moved is not None else ""
-        say(f"step {step}: held-out loss {values['loss']:.4f}{bits}{note}")
+        distances = values.get("mixing_distance")
+        note = f", mixing distance {distances:.1%}" if distances is not None else ""
+        log(f"step {step}: held-out loss {values['loss']:.4f}{bits}{note}")
 
     # -- saving ----------------------------------------------------------------------------
 

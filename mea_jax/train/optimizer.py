@@ -48,12 +48,12 @@ def trainable(params: Any, which: str) -> Any:
     return unflatten_dict({k: v for k, v in flatten_dict(params).items() if "attention" in k})
 
 
-def merged(params: Any, part: Any) -> Any:
+def merge_params(params: Any, part: Any) -> Any:
     """Return `params` with the leaves of `part`, a tree made by `trainable`, in their places."""
     return unflatten_dict(flatten_dict(params) | flatten_dict(part))
 
 
-def decayed(params, decay_mixing: bool):
+def decay_mask(params, decay_mixing: bool):
     """Return a tree of bools that says which parameters have weight decay.
 
     It applies to matrices, not to norm scales and other vectors. It applies to W_lc only if
@@ -82,7 +82,7 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
         b2=config.b2,
         eps=config.eps,
         weight_decay=config.weight_decay,
-        mask=lambda params: decayed(params, config.decay_mixing),
+        mask=lambda params: decay_mask(params, config.decay_mixing),
     )
     if config.clip_norm == 0:
         return adamw

@@ -47,12 +47,12 @@ class Profile:
         steps: tuple[int, int] | None,
         directory: Path,
         start: int,
-        say: Callable[[str], Any],
+        log: Callable[[str], Any],
     ):
-        """Trace `steps` of a loop that begins after `start` updates; `say` logs the result."""
+        """Trace `steps` of a loop that begins after `start` updates; `log` logs the result."""
         self.first, self.last = steps or (0, -1)
         self.reached = start
-        self.directory, self.say, self.active = directory, say, False
+        self.directory, self.log, self.active = directory, log, False
         self.first = max(self.first, start + 1)
 
     def __enter__(self) -> "Profile":
@@ -92,7 +92,7 @@ class Profile:
     def _stop(self) -> None:
         self.active = False
         jax.profiler.stop_trace()
-        self.say(
+        self.log(
             f"profile of steps {self.first} to {self.reached} in {self.directory}; to view it: "
             f"pip install xprof; xprof --logdir {self.directory}"
         )

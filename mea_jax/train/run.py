@@ -15,7 +15,7 @@ from mea_jax.ops.backend import resolve
 from mea_jax.parallel import sharding
 from mea_jax.parallel.preemption import StopRequest
 from mea_jax.train import memory
-from mea_jax.train.guards import rewindable
+from mea_jax.train.guards import rewind_distance
 from mea_jax.train.loop import Loop
 from mea_jax.train.summary import finish
 from mea_jax.train.warm_start import Start
@@ -59,7 +59,7 @@ def train(
         return summary
 
     with run.claim():
-        start = Start(config, mesh, run.say)
+        start = Start(config, mesh, run.log)
         untrained = (workdir / "checkpoints" / "0").exists()  # runs save from step 1 on
         if untrained or not (workdir / "checkpoints").exists():
             start.check(workdir)  # fail before data are prepared
@@ -68,10 +68,10 @@ def train(
                 f"{workdir} contains a model that no run has trained: to train it, give --config "
                 f"configs/recover.py:{workdir} and another --workdir"
             )
-        prepared = prepare_together(config.data, config.model.vocab_size, log=run.say)
-        keeping = (workdir, config.checkpoint, rewindable(config.guards))
+        prepared = prepare_together(config.data, config.model.vocab_size, log=run.log)
+        keeping = (workdir, config.checkpoint, rewind_distance(config.guards))
         with jax.set_mesh(mesh), Checkpoints(*keeping) as checkpoints:
-            step = checkpoints.newest_good(run.say) or 0
+            step = checkpoints.newest_good(run.log) or 0
             if step == 0:
                 start.check(workdir, prepared.tokenizer)
                 position = Position(0, prepared.digest)
@@ -80,7 +80,7 @@ def train(
             loop = Loop(config, mesh, prepared, run, checkpoints, start, stop)
             state = loop.resume(step, position)
             if step:
-                run.say(f"resuming from step {step} of {config.steps}")
+                run.log(f"resuming from step {step} of {config.steps}")
             _check_profile(profile_steps, step, run)
             run.write_config(prepared.tokenizer if step else start.tokenizer(prepared.tokenizer))
             state = loop.run(state, step, profile_steps)
@@ -89,4 +89,4 @@ def train(
 
 def _check_profile(steps: tuple[int, int] | None, done: int, run: RunDirectory) -> None:
     if steps and done >= steps[1]:
-        run.say(f"no profile: steps {steps[0]} to {steps[1]} are done, the run is at step {done}")
+        run.log(f"no profile: steps {steps[0]} to {steps[1]} are done, the run is at step {done}")

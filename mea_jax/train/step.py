@@ -26,7 +26,7 @@ from mea_jax.train.optimizer import (
     advance_schedule,
     make_optimizer,
     make_schedule,
-    merged,
+    merge_params,
     trainable,
 )
 
@@ -124,19 +124,19 @@ def batch_loss(
         chunk = positions_within(config.model.loss_chunk, words)
         objective, nll = cross_entropy(*arrays, products, chunk, z_loss)
         return _with_router(config, router, objective, (nll, weights_BT.sum()))
-    taught = apply_hidden(
+    teacher_args = apply_hidden(
         teacher.model, teacher.params, batch["inputs"], batch["positions"], segment_ids_BT, shards
     )
     chunk = positions_within(config.model.loss_chunk, 2 * words)  # the teacher has logits, too
     options = LossOptions(products, chunk, z_loss, config.start.distillation)
-    objective, nll, kl = distilled_cross_entropy(*arrays, taught, options)
+    objective, nll, kl = distilled_cross_entropy(*arrays, teacher_args, options)
     return _with_router(config, router, objective, (nll, weights_BT.sum(), kl))
 
 
-def reported(config: TrainConfig, taught: bool) -> tuple[str, ...]:
+def reported(config: TrainConfig, teacher_args: bool) -> tuple[str, ...]:
     """Return the names of the sums that `batch_loss` reports after the nll and the tokens."""
     router = ("load_balance", "router_z", "busiest_expert") if config.model.n_experts else ()
-    return (("kl",) if taught else ()) + router
+    return (("kl",) if teacher_args else ()) + router
 
 
 def _with_router(
@@ -176,19 +176,19 @@ def _gradients(config: TrainConfig, params: Any, batch: Batch, teacher: Teacher 
     averaged: a single division by the tokens of the entire batch weights every token equally,
     however padding is distributed over the parts.
     """
-    moved = trainable(params, config.start.trainable)
+    trained = trainable(params, config.start.trainable)
     grad = jax.value_and_grad(
-        lambda p, b: batch_loss(config, merged(params, p), b, teacher), has_aux=True
+        lambda p, b: batch_loss(config, merge_params(params, p), b, teacher), has_aux=True
     )
     if config.accumulate == 1:
-        (_, sums), gradients = grad(moved, batch)
+        (_, sums), gradients = grad(trained, batch)
         return gradients, *sums
 
     def part(carry, part_batch):
-        (_, sums), gradients = grad(moved, _constrained(part_batch))
+        (_, sums), gradients = grad(trained, _constrained(part_batch))
         return jax.tree.map(jnp.add, carry, (gradients, *sums)), None
 
-    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), moved)
+    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), trained)
     count = 2 + len(reported(config, teacher is not None))
     start = (zeros, *(jnp.zeros((), jnp.float32) for _ in range(count)))
     return jax.lax.scan(part, start, split_batch(config, batch))[0]
@@ -218,8 +218,8 @@ def train_step(
     gradients, nll, tokens, *others = _gradients(config, state.params, batch, teacher)
     gradients = jax.tree.map(lambda g: g / tokens, gradients)
     optimizer = make_optimizer(config.optimizer, config.steps)
-    moved = trainable(state.params, config.start.trainable)
-    updates, opt_state = optimizer.update(gradients, state.opt_state, moved)
+    trained = trainable(state.params, config.start.trainable)
+    updates, opt_state = optimizer.update(gradients, state.opt_state, trained)
     grad_norm = optax.tree.norm(gradients)
     finite = jnp.isfinite(grad_norm)
     metrics = {
@@ -233,13 +233,13 @@ def train_step(
     }
     names = reported(config, teacher is not None)
     metrics |= {name: x / tokens for name, x in zip(names, others, strict=True)}
-    new_params = optax.apply_updates(moved, updates)
+    new_params = optax.apply_updates(trained, updates)
     new_params, opt_state = jax.tree.map(
         lambda new, old: jnp.where(finite, new, old),
         (new_params, opt_state),
-        (moved, advance_schedule(state.opt_state)),
+        (trained, advance_schedule(state.opt_state)),
     )
-    params = merged(state.params, new_params)
+    params = merge_params(state.params, new_params)
     return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
 
@@ -271,7 +271,7 @@ def compile_train_step(
             "teacher if and only if it is above 0"
         )
     shardings, where = state_shardings(config, mesh), sharding.batch_sharding(mesh)
-    taught = () if teacher is None else (param_shardings(teacher, mesh),)
+    teacher_args = () if teacher is None else (param_shardings(teacher, mesh),)
 
     def step(state: TrainState, batch: Batch, *given: Any) -> tuple[TrainState, Metrics]:
         sharding.require(mesh)
@@ -279,7 +279,7 @@ def compile_train_step(
 
     return jax.jit(
         step,
-        in_shardings=(shardings, where, *taught),
+        in_shardings=(shardings, where, *teacher_args),
         out_shardings=(shardings, sharding.replicated(mesh)),
         donate_argnums=0,
         compiler_options=_compiler_options(mesh),

@@ -50,19 +50,19 @@ class Start:
     In a distributed run, each process calls the same methods in the same order.
     """
 
-    def __init__(self, config: TrainConfig, mesh: Mesh, say: Callable[[str], Any]):
-        self.config, self.mesh, self.say = config, mesh, say
+    def __init__(self, config: TrainConfig, mesh: Mesh, log: Callable[[str], Any]):
+        self.config, self.mesh, self.log = config, mesh, log
 
     @functools.cached_property
     def source(self) -> Trained | None:
         """The model that provides the initial parameters; None for a fresh initialisation."""
         path = self.config.start.checkpoint
-        return open_trained(Path(path), self.say, _CHECKPOINT) if path else None
+        return open_trained(Path(path), self.log, _CHECKPOINT) if path else None
 
     @functools.cached_property
     def teacher(self) -> Trained | None:
         path = self.config.start.teacher
-        return open_trained(Path(path), self.say, _TEACHER) if path else None
+        return open_trained(Path(path), self.log, _TEACHER) if path else None
 
     def check(self, workdir: Path, tokenizer: Tokenizer | None = None) -> None:
         """Raise `UserError` if the run cannot begin in `workdir`.

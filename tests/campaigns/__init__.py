@@ -1,1 +1,1 @@
-"""Long checks that are started by hand or by CI, outside of the test suite."""
+"""Long checks outside of the test suite, started manually or by CI."""

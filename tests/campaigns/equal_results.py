@@ -1,13 +1,13 @@
-"""Records what the commands compute, to compare before and after a change that must not alter it.
+"""Record the results of the commands, to compare them before and after a change to the code.
 
     python -m tests.campaigns.equal_results --out before.json
     ... change the code ...
     python -m tests.campaigns.equal_results --out after.json --against before.json
 
-Everything goes through the commands that users type, so modules may move in between. Recorded are
-the losses of 50 steps of three configs, greedy texts of three attention variants, compressions by
-each method, and a plan. The second call prints each number that differs and exits with status 1.
-It takes about six minutes on two CPU cores. Numbers are equal only on one kind of machine.
+All results come from commands that users type, so modules may move in between. They are the losses
+of 50 steps of three configs, greedy texts of three attention variants, compressions by each method,
+and a plan. The second call prints each value that differs, and then exits with status 1. A call
+takes about six minutes on two CPU cores. Results are equal only on the same kind of machine.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 STEPS = 50
-# A model of two layers for what runs many times.
+# A model of two layers for commands that run many times.
 TINY = (
     "--config.model.d_model=64",
     "--config.model.n_layers=2",
@@ -43,7 +43,7 @@ SHAPES = {
 }
 VARIANTS = ("no_norm", "gqa", "differential_v2")
 METHODS = ("svd", "calibrated", "aligned", "frequency", "gqa_mean", "gqa_aligned", "latent")
-# Wall time and what follows from it, words that a change may reword, and paths of this call.
+# Wall times and values derived from them, text that a change may reword, and paths of this call.
 _MEASURED = {"compile_seconds", "mfu", "text", "versions", "out", "checkpoint"}
 
 
@@ -120,7 +120,7 @@ def record(folder: Path) -> dict[str, Any]:
 
 
 def differences(before: Any, after: Any, where: str = "") -> Iterator[str]:
-    """Yield a line for each value of `after` that is not exactly that of `before`."""
+    """Yield a line for each value that is not exactly equal in `before` and `after`."""
     if isinstance(before, dict) and isinstance(after, dict):
         for key in before.keys() | after.keys():
             if key not in before or key not in after:

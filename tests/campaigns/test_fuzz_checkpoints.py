@@ -1,4 +1,4 @@
-"""A few of the corrupted checkpoints that `tests.campaigns.fuzz` tries by the thousand."""
+"""A small sample of the corrupted checkpoints of `tests.campaigns.fuzz`."""
 
 import tempfile
 from pathlib import Path
@@ -24,9 +24,9 @@ def test_a_corrupted_checkpoint_is_refused_in_a_line_or_read_as_arrays(damage):
 
 @pytest.mark.parametrize("change", ["flip", "cut", "remove", "link"])
 def test_every_file_of_a_checkpoint_is_watched(change, tmp_path):
-    """Damage to each file in its turn is noticed."""
+    """Damage to any single file is detected."""
     count = sum(path.is_file() for path in (checkpoints.OLD / "checkpoints").rglob("*"))
-    for number in range(count + 1):  # with the digests themselves
+    for number in range(count + 1):  # including the file of checksums
         damage = checkpoints.Damage("sealed", change, (number + 0.5) / (count + 1), 0.5, b"\3")
         folder = tmp_path / str(number)
         folder.mkdir()

@@ -1,4 +1,4 @@
-"""A few of the random configs that `tests.campaigns.fuzz` tries by the thousand."""
+"""A small sample of the random configs of `tests.campaigns.fuzz`."""
 
 import tempfile
 from pathlib import Path

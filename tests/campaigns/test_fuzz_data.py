@@ -1,10 +1,11 @@
-"""A few of the JSON lines and tokenizers that `tests.campaigns.fuzz` tries by the thousand."""
+"""A small sample of the JSON-lines and tokenizer files of `tests.campaigns.fuzz`."""
 
 from hypothesis import HealthCheck, example, given, settings
 
 from tests.campaigns.fuzz import data, tokenizers
 
-# Found by long campaigns: at reading it, and at its first text, the library panics.
+# Found by long campaigns: the library panics when it reads the first, and when it encodes with the
+# second.
 PANICS = [
     b'{"normalizer": {"type": "Precompiled", "precompiled_charsmap": "ABQAAAEAAAACAAAA"}, ',
     b'{"pre_tokenizer": {"type": "FixedLength", "length": 0}, ',

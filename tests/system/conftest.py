@@ -1,4 +1,4 @@
-"""Fixtures of tests that start processes."""
+"""Fixtures for tests that start processes."""
 
 import pytest
 
@@ -7,5 +7,5 @@ from tests.system.launch_machine import Machine
 
 @pytest.fixture
 def machine(tmp_path):
-    """A checkout, a home folder and fakes of every program that a launcher runs."""
+    """Return a checkout, a home folder and fakes of all programs that launchers call."""
     return Machine(tmp_path)

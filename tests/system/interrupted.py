@@ -1,12 +1,12 @@
-"""Runs that are interrupted while they compile.
+"""Interrupt training runs while they compile.
 
     python -m tests.system.interrupted CONFIG FOLDER COUNT
 
-CONFIG is a file with a config as JSON, FOLDER a new one for run directories. Runs once to the end
-of its only step and counts the programs that jax compiles, then COUNT times with SIGTERM or SIGINT,
-in turn, each at another moment of these compilations. Each run is a fork of this process, so that
-imports count once; it compiles everything, as nothing is kept. Prints a JSON list of [program,
-seconds after its compilation began, signal, exit status, last line].
+CONFIG is a JSON file with a config, FOLDER an existing folder for run directories. The first run
+trains its only step to the end and counts the programs that jax compiles. Then COUNT runs get
+SIGTERM or SIGINT in turn, each at another moment of these compilations. Each run is a fork of this
+process, so that imports run once; it compiles everything, because no cache is used. Prints a JSON
+list of [program, seconds after its compilation began, signal, exit status, last line].
 """
 
 import json
@@ -25,17 +25,17 @@ from mea_jax.config.schema import TrainConfig
 from mea_jax.parallel import preemption
 from mea_jax.train.run import train
 
-_LOWERED = "/jax/core/compile/jaxpr_to_mlir_module_duration"  # comes just before XLA compiles
+_LOWERED = "/jax/core/compile/jaxpr_to_mlir_module_duration"  # recorded just before XLA compiles
 
 
-_DELAYS = (0.0, 0.01, 0.03, 0.1, 0.2)  # seconds, shorter than what is left of the run
+_DELAYS = (0.0, 0.01, 0.03, 0.1, 0.2)  # seconds, shorter than the rest of the run
 
 
 def start(config: TrainConfig, workdir: Path, program: int, delay: float, number: int) -> int:
-    """Fork a run that gets the signal `number` (0: none) `delay` seconds after it began to compile
-    its program of that index, and wait for it. Returns its exit status.
+    """Fork a run, interrupt it while it compiles, and return its exit status.
 
-    Its compiled programs are listed in the file `workdir`.programs.
+    The run gets the signal `number` (0: none) `delay` seconds after it begins to compile the
+    program with index `program`. It writes the number of its programs to `workdir`.programs.
     """
     if child := os.fork():
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -70,7 +70,9 @@ def main() -> None:
     folder, count = Path(sys.argv[2]), int(sys.argv[3])
     status = start(config, folder / "whole", 0, 0.0, 0)
     assert status == 0, (folder / "whole.log").read_text()
-    programs = int((folder / "whole.programs").read_text()) - 1  # the last one may be the end
+    programs = (
+        int((folder / "whole.programs").read_text()) - 1
+    )  # the run may end during the last one
     found = []
     for i in range(count):
         number = (signal.SIGTERM, signal.SIGINT)[i % 2]

@@ -1,4 +1,4 @@
-"""What the tests of launchers share: a checkout with fakes of every program, and their words."""
+"""A checkout with a fake of every program, and example arguments, for the tests of launchers."""
 
 import os
 import shlex
@@ -11,7 +11,7 @@ from tests.paths import ROOT
 SCRIPTS = sorted(path.name for path in (ROOT / "launch").glob("*.sh"))
 LAUNCHERS = [name for name in SCRIPTS if name != "common.sh"]
 
-# Arguments that lose something wherever a layer of quoting is missing or one too many.
+# Arguments that change if a layer of quoting is missing or superfluous.
 TRAINING = [
     "--config",
     "configs/mea_1b.py",
@@ -38,7 +38,7 @@ SUBCOMMANDS = {
 TRAINS = ("run", "all", "submit", "study", "start")
 EVERY = [(script, sub) for script, subs in SUBCOMMANDS.items() for sub in subs.split()]
 
-# What launchers run. In a dry run not even mkdir may be called.
+# Programs that launchers call. A dry run must call none of them, not even mkdir.
 CLOUD = ["gcloud", "xpk", "kubectl", "sbatch", "scancel", "srun", "ssh", "scp", "nvidia-smi"]
 LOCAL = ["uv", "curl", "sudo", "gcsfuse", "mountpoint", "pip", "python", "python3"]
 BASIC = ["git", "tar", "mkdir", "rm", "setsid", "tail", "sleep"]
@@ -49,7 +49,7 @@ FAKE = """#!/bin/bash
 
 
 class Machine:
-    """A checkout, a home folder and fake programs that record how they are called."""
+    """A checkout, a home folder and fake programs that record their calls."""
 
     def __init__(self, folder: Path):
         self.folder, self.bin, self.home = folder, folder / "bin", folder / "home"
@@ -66,12 +66,12 @@ class Machine:
         path.chmod(0o755)
 
     def real(self, *names: str) -> None:
-        """Takes the fakes away."""
+        """Remove the fakes of `names`, so that the real programs are called."""
         for name in names:
             (self.bin / name).unlink(missing_ok=True)
 
     def calls(self) -> list[list[str]]:
-        """Every call of a fake, in order."""
+        """Return every call of a fake, in order."""
         record, calls = self.folder / "record", []
         words = record.read_text().split("\0")[:-1] if record.exists() else []
         while words:
@@ -98,7 +98,7 @@ class Machine:
         )
 
     def dry_run(self, script, subcommand, after=None, **changes) -> list[list[str]]:
-        """The words of each command that a dry run prints, here-documents as one last word."""
+        """Return the words of each printed command; a here-document is the last word."""
         if after is None:
             after = AFTER if subcommand in TRAINS else []
         variables = VARIABLES.get(script, {}) | changes
@@ -121,7 +121,7 @@ def parse(text: str) -> list[list[str]]:
 
 
 def training_words(command: list[str]) -> list[str]:
-    """The words from `env` or the worker's `start` on, out of as many shells as they pass."""
+    """Return the words of the innermost command that trains, unquoted from all shells around it."""
     for i, word in enumerate(command):
         if word in ("mea_jax.train", "mea_jax.study", "start") and i + 1 < len(command):
             return command
@@ -134,7 +134,7 @@ def training_words(command: list[str]) -> list[str]:
 
 
 def is_one_error(done, *parts):
-    """Asserts exit status 2 and one line on stderr that holds `parts`."""
+    """Assert exit status 2, no output, and one error line on stderr that contains `parts`."""
     assert done.returncode == 2, done.stderr
     assert done.stdout == ""
     (line,) = done.stderr.splitlines()

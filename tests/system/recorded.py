@@ -1,8 +1,8 @@
 """Compare the installed packages with the recorded set: `python -m tests.system.recorded`.
 
-The command prints each installed package whose version is not that of constraints/PYTHON.txt, and
+The command prints each installed package whose version differs from constraints/PYTHON.txt, and
 exits 0: newer versions are expected, and the tests decide whether they work.
-`python -m tests.system.recorded --freeze` prints the installed packages as such a file.
+`python -m tests.system.recorded --freeze` prints the installed packages in the format of that file.
 """
 
 import sys
@@ -18,12 +18,12 @@ from packaging.version import Version
 from tests.paths import ROOT
 
 FOLDER = ROOT / "constraints"
-# What an environment holds without having been asked for.
+# Packages that every environment contains, which are not recorded.
 _IGNORED = {"mea-jax", "pip"}
 
 
 def requirements() -> Iterator[tuple[str, Requirement]]:
-    """Yield every requirement of pyproject.toml, but those on extras of its own, with its group."""
+    """Yield (group, requirement) of pyproject.toml, without requirements on its own extras."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     groups = {"build": project["build-system"]["requires"]}
     groups |= {"dependencies": project["project"]["dependencies"]}
@@ -35,7 +35,7 @@ def requirements() -> Iterator[tuple[str, Requirement]]:
 
 
 def recorded(path: Path) -> dict[str, Version]:
-    """Return the versions that a file of constraints pins, by canonical name."""
+    """Return the versions that a constraints file pins, by canonical name."""
     lines = (line.split("#")[0].strip() for line in path.read_text().splitlines())
     pins = (line.split("==") for line in lines if line)
     return {canonicalize_name(name): Version(version) for name, version in pins}
@@ -51,7 +51,7 @@ def installed() -> dict[str, Version]:
 
 
 def differences(here: dict[str, Version], there: dict[str, Version]) -> list[str]:
-    """Return a line for each package of which `here` and `there` hold different versions."""
+    """Return a line for each package whose versions in `here` and `there` differ."""
     return [
         f"{name}: {here.get(name, 'none')} installed, {there.get(name, 'none')} recorded"
         for name in sorted(here.keys() | there.keys())

@@ -1,11 +1,11 @@
-"""Runs what a page of documentation tells its reader to type.
+"""Run the commands of documentation pages.
 
     python -m tests.system.run_docs FILE
 
-Indented blocks that begin with `python` or `pip` are a shell's, one command each that ends where no
-line goes on (a backslash, a here-document). They run from the page's top to its end, in a copy of
-the files that git knows, so that nothing is left behind. Skipped are installations and benchmarks,
-which take their time; `--list` prints the commands only.
+A command is a line of an indented block that begins with `python` or `pip`, with the lines that
+continue it (after a backslash, in a here-document). Commands run from the top of a page to its end,
+in a copy of all files that git does not ignore, so that nothing is left behind. Installations,
+benchmarks and tests are skipped, because they take long; `--list` only prints the commands.
 """
 
 import argparse
@@ -25,13 +25,13 @@ SKIPPED = ("pip ", "python -m pip", "python -m benchmarks.", "python -m pytest")
 
 
 def blocks(text: str) -> Iterator[list[str]]:
-    """Indented blocks of a Markdown page, without their indentation."""
+    """Yield the lines of each indented block of a Markdown page, without their indentation."""
     for block in re.findall(r"(?:^ {4}.*\n|^\s*\n(?= {4}))+", text, flags=re.MULTILINE):
         yield [line[4:] for line in block.splitlines()]
 
 
 def commands(text: str) -> Iterator[str]:
-    """Every command of a page that a shell runs."""
+    """Yield every shell command of a page."""
     for lines in blocks(text):
         left = iter(lines)
         for line in left:
@@ -67,7 +67,9 @@ def main() -> int:
             began = time.monotonic()
             done = subprocess.run(["bash", "-c", command], cwd=folder, env=env)
             if done.returncode:
-                print(f"status {done.returncode}: the command above fails", file=sys.stderr)
+                print(
+                    f"the command above failed with exit status {done.returncode}", file=sys.stderr
+                )
                 return 1
             print(f"({time.monotonic() - began:.0f} s)", flush=True)
     return 0

@@ -1,4 +1,4 @@
-"""docs/architecture.md: its steps for a new attention variant, and the files it names."""
+"""docs/architecture.md: its steps for a new attention variant work; the files it names exist."""
 
 import os
 import re
@@ -21,7 +21,7 @@ SMALL = (
 
 
 def apply(diff, folder):
-    """Change the file that a diff names; what it keeps and removes must occur exactly once."""
+    """Apply a diff to the file it names; its kept and removed lines must occur exactly once."""
     lines = [line[3:] if line.startswith("   ") else line for line in diff.splitlines()]
     path = folder / next(line for line in lines if line.startswith("+++ b/"))[len("+++ b/") :]
     changed = [line for line in lines if line and not line.startswith(("---", "+++", "@@"))]
@@ -54,7 +54,7 @@ def found(pattern, text):
 @pytest.mark.process
 @pytest.mark.slow
 def test_the_steps_for_a_variant(corpus, tmp_path):
-    """Its patches apply, the tests run over it, and it trains by the command that is printed."""
+    """The patches apply, the tests pass, and the documented command trains the new variant."""
     folder = tmp_path / "clone"
     for name in ("mea_jax", "configs", "tests"):
         ignored = shutil.ignore_patterns("__pycache__", "format_1")

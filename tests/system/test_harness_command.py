@@ -1,4 +1,4 @@
-"""`--tasks` from end to end on the suite; differences; the suite's documents; bad input."""
+"""`--tasks` of mea_jax.evaluate: results on the suite, differences, documents, bad input."""
 
 import json
 import math
@@ -27,7 +27,7 @@ def run(tiny, tmp_path_factory):
 
 @pytest.fixture
 def evaluate(in_process):
-    """`evaluate(*arguments)`: the command, or that of `module`, in this process."""
+    """Return `evaluate(*arguments)`, which runs the command or `module` in this process."""
 
     def run(*arguments, module="mea_jax.evaluate"):
         return in_process(module, *arguments)
@@ -43,7 +43,7 @@ def folder(tmp_path_factory):
 
 
 def test_the_suite_from_end_to_end(run, folder, evaluate, tmp_path):
-    """A model against itself: every difference and its standard error are exactly zero."""
+    """A model compared with itself has differences and standard errors of exactly zero."""
     moved = tmp_path / "elsewhere"
     folder.rename(moved)
     try:
@@ -69,7 +69,7 @@ def test_the_suite_from_end_to_end(run, folder, evaluate, tmp_path):
     assert rows["mea_recall", "acc"]["documents"] == 6
     assert rows["mea_needle_0", "acc"]["documents"] == 2
     model, base = report["models"]
-    # 6 sums to write; 6 x 4 and 6 x 6 to choose; 5 x 2 x 3 keys.
+    # 6 generated sums, 6 x 4 and 6 x 6 choices, 5 x 2 x 3 pass keys.
     assert model["requests"] == base["requests"] == 6 + 24 + 36 + 30
     assert model["truncated"] == 0
     assert model["log_likelihoods"]["real"] < model["log_likelihoods"]["asked"] / 2
@@ -85,16 +85,16 @@ def test_the_suite_from_end_to_end(run, folder, evaluate, tmp_path):
     ("arguments", "parts"),
     [
         (["--tasks", "hellaswg"], ["no such task", "hellaswag"]),
-        (["--tasks", "hellaswag"], ["hellaswag", "data cannot be had"]),
-        (["--tasks", "mea_gone"], ["mea_gone", "data cannot be had", "mea_gone.jsonl"]),
-        (["--tasks", ""], ["--tasks names none"]),
+        (["--tasks", "hellaswag"], ["hellaswag", "cannot load its data"]),
+        (["--tasks", "mea_gone"], ["mea_gone", "cannot load its data", "mea_gone.jsonl"]),
+        (["--tasks", ""], ["--tasks is empty"]),
         (["--tasks", "mea_recall", "--parts", "loss"], ["--tasks", "--parts", "one or the other"]),
-        (["--limit", "3"], ["--limit goes with --tasks"]),
+        (["--limit", "3"], ["--limit requires --tasks"]),
         (["--tasks", "mea_recall", "--limit", "0"], ["--limit=0 must be a whole"]),
         (["--tasks", "mea_recall", "--limit", "1.5"], ["--limit=1.5 must be a whole number"]),
         (["--tasks", "mea_recall", "--limit", "-0.1"], ["--limit=-0.1", "share"]),
         (["--tasks", "mea_recall", "--limit", "nan"], ["--limit=nan", "share"]),
-        (["--log_samples"], ["--log_samples goes with --tasks"]),
+        (["--log_samples"], ["--log_samples requires --tasks"]),
         (["--tasks", "mea_recall", "--num_fewshot", "-1"], ["--num_fewshot=-1 must be 0"]),
         (["--tasks", "mea_recall", "--checkpoint", "two"], ["several", "--baseline"]),
         (["--tasks", "mea_recall", "--include_path", "gone"], ["gone: no such folder"]),
@@ -141,7 +141,11 @@ def test_a_share_of_the_documents_and_their_samples(run, folder, evaluate, tmp_p
             asked = rows(folder, task)
             text = (out / "samples" / role / f"{task}.jsonl").read_text()
             samples = [json.loads(line) for line in text.splitlines()]
-            assert [sample["doc_id"] for sample in samples] == [0, 1, 2]  # a quarter of ten, up
+            assert [sample["doc_id"] for sample in samples] == [
+                0,
+                1,
+                2,
+            ]  # a quarter of ten, rounded up
             for sample, document in zip(samples, asked, strict=False):
                 assert sample["doc"] == document
                 assert str(sample["target"]) == str(document["answer"])
@@ -207,7 +211,7 @@ def test_errors_of_perplexities_are_those_of_the_bootstrap(metric):
     (row,) = differences.differences(*pair)
     picks = rng.integers(0, n, (draws, n))
     drawn = [value(new[p], sizes[p]) - value(old[p], sizes[p]) for p in picks]
-    # The bootstrap's own error is 1 / sqrt(2 draws), 2%.
+    # The relative error of the bootstrap itself is 1 / sqrt(2 draws), 2%.
     assert row["difference_error"] == pytest.approx(np.std(drawn), rel=0.1)
     assert row["difference"] == pytest.approx(value(new, sizes) - value(old, sizes))
 
@@ -236,7 +240,7 @@ def test_right_answers_stand_in_no_place_more_often(tmp_path):
         counts = np.bincount([row["answer"] for row in found], minlength=choices)
         spread = (400 / choices) ** 0.5
         assert abs(counts - 400 / choices).max() < 4 * spread
-        # Nor is it the longest or the first in order: nothing can be had from choices alone.
+        # Choosing the longest or the last in alphabetical order gains nothing either.
         for key in (len, str):
             best = [max(row["choices"], key=key) for row in found]
             hits = [r["choices"][r["answer"]] == b for b, r in zip(best, found, strict=True)]
@@ -295,4 +299,4 @@ def test_the_suite_is_written_by_its_command(evaluate, tmp_path):
     ):
         status, _, err = evaluate("--out", tmp_path / "bad", *bad, module=module)
         is_one_error(status, err, part)
-    is_one_error(*evaluate(module=module)[::2], "no folder given")
+    is_one_error(*evaluate(module=module)[::2], "--out is missing")

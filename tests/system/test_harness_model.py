@@ -1,4 +1,4 @@
-"""The harness's model: contexts and continuations, windows of long texts, answers, processes."""
+"""HarnessModel: log-likelihoods, windows of long texts, generated answers, options, processes."""
 
 import dataclasses
 import json
@@ -61,7 +61,7 @@ def _plain(model):
 
 
 def logs(model, tokens):
-    """log p(token i + 1 | tokens up to i), (T - 1,), and which tokens are the likeliest."""
+    """Return log p(token i + 1 | tokens up to i), (T - 1,), and whether each is the likeliest."""
     ids = np.zeros((1, 64), np.int32)
     ids[0, : len(tokens)] = tokens
     positions = np.arange(64, dtype=np.int32)[None]
@@ -75,9 +75,9 @@ def test_log_likelihoods_are_those_of_the_whole_sequence(model):
     before = model.truncated
     found = model.loglikelihood(requests, disable_tqdm=True)
     for (context, new), (log_probability, greedy) in zip(pairs(), found, strict=True):
-        # Bytes: the tokens of both are those of each. Documents begin with the separator.
+        # Byte tokens of context and continuation concatenate. Documents begin with the separator.
         tokens = [256, *(context + new).encode()]
-        tokens = tokens[-49:]  # 48 are read
+        tokens = tokens[-49:]  # the model reads 48
         expected, right = logs(model, tokens)
         n = len(new.encode()) + len(context) - len(context.rstrip())
         assert log_probability == pytest.approx(expected[-n:].sum(), abs=1e-4)
@@ -106,7 +106,7 @@ def test_answers_end_before_any_of_the_texts_that_end_them(model):
         asked("generate_until", *((c, {"until": [], "max_gen_toks": 12}) for c in contexts)),
         disable_tqdm=True,
     )
-    # Greedy, one prompt at a time, with our own command's cache.
+    # Greedy, one prompt at a time, with the KV cache of mea_jax.generate.
     loaded = load(model.run, "alone", "float32")
     generator = Generator(loaded.resolved(48), loaded.params, length=48)
     for context, text in zip(contexts, plain, strict=True):
@@ -141,7 +141,7 @@ def test_sampled_answers_do_not_depend_on_their_neighbours(model):
 
 def test_what_cannot_fit_is_one_line(model):
     with pytest.raises(
-        UserError, match="task a_task: a continuation of 60 tokens cannot fit into 48"
+        UserError, match="task a_task: a continuation of 60 tokens does not fit in 48"
     ):
         model.loglikelihood(asked("loglikelihood", ("a", "b" * 60)), disable_tqdm=True)
     with pytest.raises(UserError, match=r"a_task asks for 256 new tokens.*--max_length above 256"):
@@ -151,10 +151,16 @@ def test_what_cannot_fit_is_one_line(model):
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ({"num_beams": 4}, "a_task: .* num_beams=4 is not supported; only num_beams=1 is; "),
+        (
+            {"num_beams": 4},
+            "a_task: .* num_beams=4 is not supported: set num_beams=1 or remove it; ",
+        ),
         ({"repetition_penalty": 1.2}, "repetition_penalty=1.2 is not supported"),
         ({"min_p": 0.1}, "min_p=0.1 is not supported"),
-        ({"max_gentoks": 3}, "max_gentoks=3 is not supported; supported options: until, .*max_gen"),
+        (
+            {"max_gentoks": 3},
+            "max_gentoks=3 is not supported: remove it; supported options: until, .*max_gen",
+        ),
         ({"temperature": "warm"}, "temperature='warm' must be a number"),
         ({"top_k": 2.5}, "top_k=2.5 must be a whole number"),
     ],
@@ -217,7 +223,7 @@ def test_learned_positions_end(tiny, tmp_path, one_device):
         HarnessModel(str(tmp_path / "learned"), max_length=64)
 
 
-# What each process of two, without torch, does; and one alone.
+# Each of two processes, or a single one, without torch.
 PROCESS = """
 import json, sys
 sys.modules["torch"] = sys.modules["transformers"] = None
@@ -269,7 +275,7 @@ def test_two_processes_without_torch_give_what_one_gives(run, tmp_path):
 
     processes = [start(0, 2), start(1, 2), start(0, 1)]
     try:
-        for process in processes:  # all of them first: two wait for each other
+        for process in processes:  # input for all first, because two wait for each other
             process.stdin.write(given)
             process.stdin.close()
             process.stdin = None
@@ -293,7 +299,7 @@ def test_two_processes_without_torch_give_what_one_gives(run, tmp_path):
 
 
 def test_the_harness_command_line_knows_the_model(run, tmp_path):
-    """In a process of its own, as a user's: what is wrong with the checkpoint is one line."""
+    """A missing checkpoint is one error line of the command, which runs in a separate process."""
     done = subprocess.run(
         [
             *(sys.executable, "-m", "mea_jax.evaluate.harness", "run", "--model", "mea_jax"),

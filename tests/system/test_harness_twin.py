@@ -1,4 +1,4 @@
-"""The same figures, task by task, as the harness's own model on a twin of a checkpoint."""
+"""Results of each task equal those of the harness's own model on a copy of the checkpoint."""
 
 import jax
 import lm_eval.evaluator
@@ -30,8 +30,10 @@ metric_list:
 
 
 def twin(config, params):
-    """A Llama of transformers with our parameters: rotary features are laid out alike, kernels
-    (in, heads, width) there are (heads x width, in)."""
+    """Return a Llama of transformers with our parameters.
+
+    Rotary features have the same layout; kernels (in, heads, width) become (heads x width, in).
+    """
     c = config.model
     model = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
@@ -74,7 +76,7 @@ def twin(config, params):
 
 @pytest.fixture(scope="module")
 def measured(tiny, tmp_path_factory):
-    """Results of the harness on four tasks: (of ours, of the twin's)."""
+    """Run the harness on four tasks; return the results of our model and of the copy."""
     folder = tmp_path_factory.mktemp("twin")
     llama = {"model.hlc": "none", "model.head_norm": False, "model.n_kv_heads": 2}
     llama |= {"model.tie_embeddings": False, "data.tokenizer": "bpe:264"}
@@ -128,7 +130,9 @@ def test_log_likelihoods_agree(measured, task):
         (x, *greedy), (y, *greedy_too) = (np.atleast_1d(v).tolist() for v in (a, b))
         assert x == pytest.approx(y, abs=1e-3)
         assert greedy == greedy_too
-    assert len({round(float(np.atleast_1d(a)[0]), 2) for a in ours}) > 4, "they differ"
+    assert len({round(float(np.atleast_1d(a)[0]), 2) for a in ours}) > 4, (
+        "the log-likelihoods hardly differ from each other"
+    )
 
 
 def test_answers_agree(measured):

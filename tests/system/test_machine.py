@@ -1,4 +1,4 @@
-"""Accelerators that are not there, and outputs that take nothing more: one line each."""
+"""Missing accelerators and full output devices: one error line each."""
 
 import os
 import subprocess
@@ -57,7 +57,7 @@ def test_process_no_such_accelerator(monkeypatch, tmp_path, platform):
 def test_no_silent_fallback_from_a_tpu_that_another_process_holds(monkeypatch):
     jax.devices()
     monkeypatch.setitem(cli.xla_bridge._backend_errors, "tpu", HELD)
-    cli._check_fallback()  # the tests ask for the CPU
+    cli._check_fallback()  # no error: the tests request the CPU
     monkeypatch.setattr(cli.jax, "config", types.SimpleNamespace(jax_platforms=None))
     with pytest.raises(UserError, match="another process holds the TPU"):
         cli._check_fallback()

@@ -1,4 +1,4 @@
-"""Commands as a user runs them: no library speaks on the screen, only the commands themselves."""
+"""Commands print only their own lines: no warnings, log lines or tracebacks of libraries."""
 
 import os
 import re
@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-# Python's warnings, absl's and XLA's log lines, and tracebacks that a thread prints by itself.
+# Warnings of Python, log lines of absl and XLA, and tracebacks that threads print.
 NOISE = re.compile(
     r"warning|deprecat|traceback|^[IWEF]\d{4} |^(WARNING|ERROR):|was never awaited|leaked",
     re.IGNORECASE | re.MULTILINE,
@@ -31,7 +31,7 @@ TRAIN = (
 
 @pytest.fixture(scope="module")
 def screen(tmp_path_factory):
-    """`screen(module, *arguments)`: what a command of its own process prints, both streams."""
+    """Return `screen(module, *arguments)`, which runs a command: its stdout and stderr, joined."""
     folder = tmp_path_factory.mktemp("noise")
     # One device, and warnings as Python shows them by default.
     kept = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "PYTHONWARNINGS")}
@@ -48,7 +48,7 @@ def screen(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(screen, corpus):
-    """What the training of a tiny quickstart on `corpus` printed; its run is `runs/quickstart`."""
+    """Train a tiny quickstart on `corpus` in `runs/quickstart`; return what the command printed."""
     source = f"({{'source': 'text', 'path': '{corpus}'}},)"
     config = os.path.abspath("configs/quickstart.py")
     return screen("train", f"--config={config}", f"--config.data.sources={source}", *TRAIN)
@@ -71,4 +71,4 @@ def test_commands_on_a_checkpoint_are_quiet(trained, screen):
     ]
     text = "\n".join(printed)
     assert not NOISE.findall(text), text
-    assert "\r" not in text, "a progress bar was drawn into a file"
+    assert "\r" not in text, "a progress bar was printed to a file"

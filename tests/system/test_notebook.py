@@ -1,4 +1,4 @@
-"""launch/colab.ipynb, run from its first cell to its last on a CPU, and what it refuses."""
+"""launch/colab.ipynb runs from its first cell to its last on a CPU; errors of installation."""
 
 import importlib.metadata
 import json
@@ -29,8 +29,10 @@ def test_the_committed_file_holds_no_results():
 
 
 def execute(folder: Path, corpus: Path) -> dict[str, tuple[str, set[str]]]:
-    """The notebook's outputs by cell, after 20 steps of three tiny models
-    and a study of four runs: {id: (text, types)}."""
+    """Run the notebook with 20 steps of three tiny models and a study of four runs.
+
+    Returns its outputs, {cell id: (text, MIME types)}.
+    """
     nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed")
     nbformat = pytest.importorskip("nbformat", reason="nbformat is not installed")
     pytest.importorskip("ipykernel", reason="ipykernel is not installed")
@@ -43,7 +45,7 @@ def execute(folder: Path, corpus: Path) -> dict[str, tuple[str, set[str]]]:
     overrides += ["--config.evaluate.sample_prompt=", "--config.checkpoint.every=20"]
     env = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        # One device, and as quickly compiled as in the other tests.
+        # One device, and the compiler flags of the other tests.
         "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1"),
         "MEA_STEPS": "20",
         "MEA_COMPARE": "1",
@@ -60,7 +62,7 @@ def execute(folder: Path, corpus: Path) -> dict[str, tuple[str, set[str]]]:
         "MEA_PROMPT": "a quick brown",
         "IPYTHONDIR": str(folder / "ipython"),
         "MPLCONFIGDIR": str(folder / "matplotlib"),
-        "PIP_NO_INDEX": "1",  # whoever asks for the network ends the test
+        "PIP_NO_INDEX": "1",  # pip fails if it needs the network
     }
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     client = nbclient.NotebookClient(
@@ -85,7 +87,7 @@ def test_it_runs_from_the_first_cell_to_the_last(tmp_path, corpus):
     assert f"python {sys.version.split()[0]}" in lines
     assert "cpu [CpuDevice(id=0)]" in lines
 
-    # The tests' environment has mea_jax: nothing is installed, and jax stays.
+    # The test environment has mea_jax: nothing is installed, and jax is unchanged.
     text, _ = cells["install"]
     assert text.startswith("mea_jax is installed already\n")
     assert "pip" not in text
@@ -108,14 +110,14 @@ def test_it_runs_from_the_first_cell_to_the_last(tmp_path, corpus):
     assert mea == mha == 2 * half, sizes
 
 
-# -- installing, with pip and the installed packages made up ---------------------------------
+# -- installation, with a fake pip and fake installed packages -------------------------------
 
 
 @pytest.fixture
 def install(tmp_path, monkeypatch):
-    """`install(packages, repo)` runs the cell; the commands it ran, in a folder of its own.
+    """Return `install(packages, repo)`, which runs the cell in `tmp_path`: the commands it ran.
 
-    `after`: the packages once pip has run.
+    `after` are the installed packages after pip has run.
     """
     monkeypatch.chdir(tmp_path)
 
@@ -152,7 +154,7 @@ def install(tmp_path, monkeypatch):
 
 
 def in_checkout(folder: Path) -> None:
-    """Makes `folder` look like a checkout."""
+    """Create the files of a checkout that the cell checks for."""
     (folder / "mea_jax" / "train").mkdir(parents=True)
     (folder / "pyproject.toml").write_text((ROOT / "pyproject.toml").read_text())
 
@@ -190,7 +192,7 @@ def test_another_jax_is_refused_before_pip(install, tmp_path, version):
         install(JAX | {"jax": version})
     for part in (f"jax {version}", low, high):
         assert part in str(error.value)
-    assert not Path("jax-as-installed.txt").exists(), "pip is not reached"
+    assert not Path("jax-as-installed.txt").exists(), "pip was called"
 
 
 def test_a_changed_jax_is_reported(install, tmp_path):

@@ -1,4 +1,4 @@
-"""Several processes on the loopback: one run, whatever their number; and how they end."""
+"""Distributed runs on one machine: equal results for any number of processes; error lines."""
 
 import json
 import os
@@ -24,9 +24,9 @@ from tests.helpers import assert_close, change
 from tests.paths import ROOT
 
 STEPS, SAVED = 5, 3
-DEVICES = 4  # of the whole run, shared by its processes
+DEVICES = 4  # of the entire run, divided among its processes
 
-# A config file that loads the JSON beside it.
+# A config file that loads a JSON file.
 CONFIG = """
 import json
 from mea_jax.config.schema import default_config
@@ -40,7 +40,7 @@ def get_config():
     return config
 """
 
-# What four processes do: place batches on meshes of every kind, train, and go on with a run of two.
+# Each of four processes: place batches on meshes of all kinds, train, and resume a run of two.
 FOUR = """
 import json, sys
 from pathlib import Path
@@ -85,7 +85,7 @@ sys.argv = sys.argv[:1]  # no flags
 cli.run(main)
 """
 
-# Two processes that exchange something until one of them is gone.
+# Each of two processes: communicate until one of them is killed.
 KILLED = """
 import os, signal, sys
 import jax, numpy as np
@@ -125,8 +125,8 @@ def start(arguments, devices=1, **environment):
 
 
 def ends(processes, timeout=240):
-    """[(exit status, stderr)] of all; none of them outlives the test."""
-    processes = list(processes)  # all of them started
+    """Wait for all processes, kill those that remain, and return [(exit status, stderr)]."""
+    processes = list(processes)  # starts them all if it is a generator
     deadline, found = time.monotonic() + timeout, []
     try:
         for process in processes:
@@ -182,7 +182,7 @@ def config_file(config, tmp_path_factory):
 
 
 def cut_after_checkpoint(whole, workdir):
-    """A copy of a run as a kill after its checkpoint of step SAVED leaves it."""
+    """Copy a run to the state that a kill after its checkpoint of step SAVED leaves."""
     shutil.copytree(whole, workdir)
     shutil.rmtree(workdir / "checkpoints" / str(STEPS))
     for name in ("summary.json", "loss.png"):
@@ -191,7 +191,7 @@ def cut_after_checkpoint(whole, workdir):
 
 
 def alone(config, workdir):
-    """The run in this process, on as many devices."""
+    """Train in this process, on as many devices as a distributed run."""
     everything = jax.devices()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, "devices", lambda *_: everything[:DEVICES])
@@ -200,7 +200,7 @@ def alone(config, workdir):
 
 @pytest.fixture(scope="module")
 def runs(config, config_file, tmp_path_factory):
-    """Run directories: of 1, 2 and 4 processes, and of what 2 began and 1 or 4 ended."""
+    """Train with 1, 2 and 4 processes and resume that of 2 with 1 and with 4; return the folder."""
     folder = tmp_path_factory.mktemp("runs")
     alone(config, folder / "1")
     train_together(config_file, 2, folder / "2")
@@ -208,7 +208,7 @@ def runs(config, config_file, tmp_path_factory):
         cut_after_checkpoint(folder / "2", folder / name)
     alone(config, folder / "2 to 1")
     address = free_address()
-    given = folder / "four.json"  # without a sample: two have shown that it works, and it compiles
+    given = folder / "four.json"  # no sample: the run of two tests it, and it takes time to compile
     given.write_text(json.dumps(change(config, **{"evaluate.sample_prompt": ""}).to_dict()))
     found = ends(
         start(["-c", FOUR, address, index, given, folder / "4", folder / "2 to 4"])
@@ -221,7 +221,7 @@ def runs(config, config_file, tmp_path_factory):
 
 @pytest.mark.parametrize("name", ["2", "4", "2 to 1", "2 to 4"])
 def test_any_number_of_processes_is_the_same_run(config, runs, name):
-    """The losses of every step and the parameters after the last, from whichever start."""
+    """Fresh and resumed runs have equal losses at every step and equal final parameters."""
     one, other = (read_metrics(runs / run / "metrics.jsonl") for run in ("1", name))
     assert [(row["step"], row["kind"]) for row in one] == [
         (row["step"], row["kind"]) for row in other
@@ -229,7 +229,7 @@ def test_any_number_of_processes_is_the_same_run(config, runs, name):
     for a, b in zip(one, other, strict=True):
         for key in ("loss", "grad_norm", "tokens", "attention_entropy"):
             if key in a:
-                # Float32 sums over devices in another order, magnified by Adam.
+                # Float32 sums over devices differ in order, and Adam magnifies the difference.
                 np.testing.assert_allclose(a[key], b[key], rtol=1e-5, err_msg=f"{key} {a['step']}")
     mesh = sharding.make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
     states = []
@@ -253,11 +253,11 @@ def test_a_resumed_run_really_began_with_the_others_checkpoint(runs):
         assert not list((runs / name).glob(".shared*"))
 
 
-# -- how they end ---------------------------------------------------------------------------
+# -- errors ---------------------------------------------------------------------------------
 
 
 def one_line(err):
-    """The one line "error: ..." of a process, after which nothing comes."""
+    """Return the line "error: ..." of `err`, which must be the only one and the last line."""
     lines = err.splitlines()
     assert [line for line in lines if line.startswith("error:")] == lines[-1:], err
     assert "Traceback" not in err
@@ -266,7 +266,7 @@ def one_line(err):
 
 
 def test_a_process_that_never_comes(config_file, tmp_path):
-    """jax alone would abort with a stack trace."""
+    """A missing process is one error line, where jax alone would abort with a stack trace."""
     address = free_address()
     command = train_command(config_file, address, 3, 0, "--workdir", tmp_path / "run")
     ((status, err),) = ends([start([*command, "--startup_timeout", 1])], timeout=60)
@@ -286,7 +286,10 @@ def test_no_cluster(config_file, tmp_path):
 
 
 def test_a_cluster_job_whose_other_process_never_comes(config_file, tmp_path):
-    """Found by Slurm's variables, as jax reads them; jax alone would abort with a stack trace."""
+    """A Slurm job, which jax detects from its variables, reports a missing process in one line.
+
+    With jax alone it would abort with a stack trace.
+    """
     port = int(free_address().partition(":")[2])
     slurm = {"JOB_ID": "1", "STEP_NODELIST": "localhost", "NTASKS": "2", "PROCID": "1"}
     slurm = {f"SLURM_{key}": value for key, value in (slurm | {"LOCALID": "0"}).items()}
@@ -314,14 +317,14 @@ def test_configs_that_differ(config_file, tmp_path):
         assert status == 2
         line = one_line(err)
         assert "process 1 on " in line
-        assert "was started otherwise than process 0: seed is 3, not 0" in line
+        assert "differs from process 0: seed is 3, not 0" in line
     assert not workdir.exists()
 
 
 def test_other_data_on_another_host(config_file, corpus, tmp_path):
-    """Each host with a cache and a copy of the text of its own, one of which is not the same.
+    """All processes end with the same line if the text differs between the hosts.
 
-    Only one process has the mistake, and only the other has a line to read its text from: both end.
+    Each host has its own cache and its own copy of the text; that of process 1 is different.
     """
     address = free_address()
     processes = []
@@ -336,11 +339,11 @@ def test_other_data_on_another_host(config_file, corpus, tmp_path):
     for status, err in ends(processes, timeout=60):
         assert status == 2
         assert "process 1 on " in one_line(err)
-        assert f"has made other data than process 0, in {tmp_path / '1' / 'cache'}" in err
+        assert f"has different data from process 0, in {tmp_path / '1' / 'cache'}" in err
 
 
 def test_a_mistake_of_one_process_ends_all(config_file, tmp_path):
-    """Only process 0 reads text; the others, which wait for it, end with its line."""
+    """Only process 0 reads text; if it fails, the processes that wait for it end with its line."""
     address = free_address()
     source = f"--config.data.sources=({{'source': 'text', 'path': '{tmp_path / 'none'}'}},)"
     arguments = ["--workdir", tmp_path / "run", source]
@@ -372,7 +375,7 @@ def test_a_run_directory_that_is_not_shared(config_file, tmp_path):
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_process_ends_the_others(victim):
-    """With one line, unless it is process 0, which holds jax's coordination service."""
+    """The other ends with one line, unless process 0, which runs jax's coordinator, is killed."""
     names = f"ADDRESS, VICTIM, INDEX = {free_address()!r}, {victim}, "
     processes = [start(["-c", f"{names}{index}\n{KILLED}"]) for index in range(2)]
     found = ends(processes, timeout=60)
@@ -386,13 +389,13 @@ def test_a_killed_process_ends_the_others(victim):
 
 
 def test_silence_is_noticed_at_the_limit():
-    """Signs count when they are new, by the clock of the process that looks."""
+    """A heartbeat counts from its first arrival, by the clock of the process that receives it."""
     signs = parallel_processes.SignsOfLife(3, 100.0)
     signs.note({0: "1 a", 1: "7 b"}, 110.0)
     assert signs.lost(100.0 + parallel_processes.LOST_SECONDS) is None
     found = signs.lost(101.0 + parallel_processes.LOST_SECONDS)
     assert (
-        found == f"process 2 has not been heard of for {parallel_processes.LOST_SECONDS + 1:.0f} s"
+        found == f"process 2 has sent no heartbeat for {parallel_processes.LOST_SECONDS + 1:.0f} s"
     )
     signs.note({0: "2 a", 1: "7 b", 2: "1 c"}, 160.0)
     found = signs.lost(160.0 + parallel_processes.LOST_SECONDS)

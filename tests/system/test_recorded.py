@@ -1,4 +1,4 @@
-"""Dependencies: each has an upper bound, and the recorded sets are within the bounds."""
+"""Every dependency has an upper bound, and the recorded package sets are within the bounds."""
 
 import re
 import sys
@@ -10,7 +10,7 @@ from packaging.version import Version
 from tests.system.recorded import FOLDER, ROOT, differences, main, recorded, requirements
 
 FILES = sorted(FOLDER.glob("*.txt"))
-# The group of which the recorded sets lack a package: Beam is not among the tests' dependencies.
+# Groups that the recorded sets do not contain: the tests do not install Beam.
 ELSEWHERE = {"beam"}
 
 
@@ -39,7 +39,7 @@ def test_a_recorded_set_is_within_every_bound(file):
 
 @pytest.mark.parametrize("group", ["dependencies", "hf", "eval", "test", "test-full"])
 def test_bounds_are_next_to_the_newest_version_that_was_run(group):
-    """An upper bound is at most one major version above what a recorded set holds."""
+    """An upper bound is at most one major version above the newest recorded version."""
     sets = [recorded(file) for file in FILES]
     for _, requirement in (pair for pair in requirements() if pair[0] == group):
         newest = max(pins[canonicalize_name(requirement.name)] for pins in sets)
@@ -48,7 +48,7 @@ def test_bounds_are_next_to_the_newest_version_that_was_run(group):
 
 
 def test_recorded_sets_install_anywhere():
-    """Nothing of one machine: no paths, and no builds with a local version such as 2.13.0+cpu."""
+    """The sets contain no paths and no local versions such as 2.13.0+cpu."""
     for file in FILES:
         lines = [line for line in file.read_text().splitlines() if not line.startswith("#")]
         assert all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in lines), file

@@ -1,4 +1,4 @@
-"""Nothing that is loaded is run: checkpoints, tokenizers, configs as JSON, data."""
+"""Checkpoints, tokenizers, JSON configs and data are loaded without running code from them."""
 
 import ast
 import json
@@ -17,7 +17,7 @@ from mea_jax.errors import UserError
 from tests.paths import ROOT
 
 OLD = ROOT / "tests" / "checkpoints" / "format_1"
-# Modules whose formats are programs, and what turns text into one.
+# Modules that can execute code from the files they read, and calls that execute text as code.
 BANNED_MODULES = {
     "pickle",
     "cPickle",
@@ -32,8 +32,8 @@ HANDED_OUT = {path.name for path in MODEL_FILES}
 BANNED_CALLS = {"eval", "exec", "compile", "__import__"}
 BANNED_ARGUMENTS = {"allow_pickle", "trust_remote_code"}
 
-# Loads everything twice: the first time imports what is imported late. In the second nothing may
-# be compiled, run, unpickled or started.
+# Loads everything twice. The first pass triggers all lazy imports; in the second, nothing may be
+# compiled, executed, unpickled or started.
 LOAD = """
 import json, sys
 from pathlib import Path
@@ -67,7 +67,7 @@ print(json.dumps(sorted(seen)))
 
 @pytest.fixture
 def run(tmp_path):
-    """The committed run, with its data where they lie on this machine."""
+    """Copy the committed run, with its data paths changed to those on this machine."""
     shutil.copytree(OLD / "run", tmp_path / "run")
     path = tmp_path / "run" / "config.json"
     tree = json.loads(path.read_text())
@@ -83,7 +83,7 @@ def test_loading_runs_nothing(run, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     seen = json.loads(done.stdout.splitlines()[-1])
-    # Libraries write methods of classes that they make, dataclasses and namedtuples, as text.
+    # Libraries generate the methods of dataclasses and namedtuples from text.
     own = ("compile/b'def __create_fn__", "compile/None", "compile/lambda _cls", "exec/<code")
     assert [event for event in seen if not event.startswith(own)] == []
 
@@ -94,10 +94,10 @@ def python_files():
 
 @pytest.mark.parametrize("path", python_files(), ids=lambda p: str(p.relative_to(ROOT)))
 def test_no_format_that_is_a_program(path):
-    """Neither pickle and its like nor eval and its like occur in the package.
+    """The package uses no pickle or similar format, and no eval or similar call.
 
-    What is handed out with an exported model computes with torch, loads nothing with it, and is
-    not imported here.
+    The files handed out with an exported model compute with torch, but load nothing with it, and
+    the package does not import them.
     """
     banned = BANNED_MODULES - ({"torch"} if path.name in HANDED_OUT else set())
     for node in ast.walk(ast.parse(path.read_text())):
@@ -120,7 +120,7 @@ def test_no_format_that_is_a_program(path):
 
 @pytest.mark.parametrize("seal", [False, True])
 def test_a_checkpoint_cannot_lead_outside(run, tmp_path, seal):
-    """A link in it, to a folder or a file, is refused, whatever its digests say."""
+    """A symbolic link in a checkpoint is refused, with and without recorded checksums."""
     folder = run / "checkpoints" / "4"
     if seal:
         path = folder / "data" / "metadata"
@@ -135,8 +135,11 @@ def test_a_checkpoint_cannot_lead_outside(run, tmp_path, seal):
 
 @pytest.mark.parametrize("prefix", ["../outside/", "/outside/"])
 def test_the_store_takes_no_path_that_leads_outside(tmp_path, prefix):
-    """Files of arrays name others by keys; tensorstore refuses those with "..", and hangs an
-    absolute one below the checkpoint."""
+    """Tensorstore refuses a key that leads out of the checkpoint.
+
+    Array files refer to other files by keys. Tensorstore appends a key to the checkpoint's path; it
+    refuses keys with ".." and keys that begin with "/".
+    """
     (tmp_path / "store").mkdir()
     spec = {
         "driver": "ocdbt",
@@ -151,8 +154,8 @@ def test_the_store_takes_no_path_that_leads_outside(tmp_path, prefix):
 
 
 def test_config_of_a_checkpoint_is_data_only(run):
-    """Not even a config that names a Python file is anything but a value of the wrong type."""
+    """A stored config that names a Python file is refused as a value of the wrong type."""
     path = run / "checkpoints" / "4" / "config" / "metadata"
     path.write_text(json.dumps({"model": "configs/quickstart.py"}))
-    with Checkpoints(run) as checkpoints, pytest.raises(UserError, match="must hold the keys of"):
+    with Checkpoints(run) as checkpoints, pytest.raises(UserError, match="must contain the keys"):
         checkpoints.config(4)

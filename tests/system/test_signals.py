@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C, whenever they come: their own exit status and one line, no crash."""
+"""SIGTERM and Ctrl-C at any time end a command with their exit status and one line."""
 
 import json
 import os
@@ -21,9 +21,9 @@ ENDS = {
 
 
 def test_at_any_moment_of_compilation(tiny, tmp_path):
-    """At once or later in each compilation of a run.
+    """A signal 0 to 0.2 s after the start of any compilation gives its exit status and line.
 
-    jax compiles in a thread, which outlives the exception that a signal raises in the main one.
+    jax compiles in a thread, which continues after the signal's exception in the main thread.
     """
     changes = {"model.n_layers": 1, "optimizer.warmup_steps": 0, "evaluate.every": 0}
     config = tmp_path / "config.json"
@@ -50,7 +50,7 @@ def test_at_any_moment_of_compilation(tiny, tmp_path):
 
 
 class Interrupted:
-    """An object that a signal interrupts while it is removed, where Python ignores exceptions."""
+    """An object that gets a signal in `__del__`, where Python ignores exceptions."""
 
     def __init__(self, number):
         self.number = number
@@ -60,7 +60,7 @@ class Interrupted:
 
 
 def remove_last(kind, number):
-    """Make and drop a thing, and wait for what comes of it."""
+    """Create an object, which is removed immediately, and wait for its signal's exception."""
     kind(number)
     time.sleep(60)
 
@@ -88,4 +88,4 @@ def test_a_request_in_the_loop_is_only_noted():
         with stop.deferred():
             signal.raise_signal(signal.SIGTERM)
         assert stop.requested
-        signal.raise_signal(signal.SIGTERM)  # the second one interrupts nothing
+        signal.raise_signal(signal.SIGTERM)  # a second signal raises nothing either

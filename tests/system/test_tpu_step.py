@@ -1,4 +1,4 @@
-"""The whole training step, and a decode step, compiled for a TPU mesh that need not be there."""
+"""A training step and a decode step, compiled for TPU meshes without a TPU."""
 
 import importlib.util
 import json
@@ -96,16 +96,16 @@ def compiled():
 
 
 def test_the_training_step_runs_splash_on_a_tpu_mesh(compiled):
-    """fsdp 2 x tensor 2: its own heads and rows a device, no T x T array, HLC folded."""
+    """With fsdp 2 x tensor 2, heads and rows are sharded, no array is T x T, and HLC is folded."""
     assert (compiled["kernel"], compiled["form"]) == ("splash", "folded")
     assert "splash_mha_fwd" in compiled["step"]
     assert "splash_mha_dkv" in compiled["step"]
     assert "2048,2048]" not in compiled["step"]
-    assert "bf16[2,4,2048,64]" in compiled["step"], "half of 4 rows, half of 8 heads"
+    assert "bf16[2,4,2048,64]" in compiled["step"], "expected half of 4 rows and half of 8 heads"
 
 
 def collectives(text, *words):
-    """Lines of a program that hold a collective whose place in the model has all these words."""
+    """Return the lines of a program with a collective whose op name contains all `words`."""
     call = re.compile(r" (all-gather|all-reduce|reduce-scatter|all-to-all)(-start)?\(")
     lines = [line for line in text.splitlines() if call.search(line)]
     return [line for line in lines if all(word in line for word in words)]
@@ -114,21 +114,22 @@ def collectives(text, *words):
 def test_the_loss_reduces_once_on_a_tpu_mesh(compiled):
     """The kernel is gathered and its gradient reduced outside of the loop over chunks.
 
-    Inside, two numbers a position of a chunk (1,024) are summed over tensor's pairs of devices.
+    Inside, only two numbers per position of a chunk (1,024) are summed, over the device pairs of
+    the tensor axis.
     """
     step, shared = compiled["step"], compiled["sequence step"]
     assert collectives(step, "all-gather", "jvp()/shard_map/all_gather", "bf16[256,256]")
     loop = "jvp()/shard_map/while/body"
     assert not collectives(shared, loop)
     inside = collectives(step, loop)
-    assert inside, "so the test can see"
+    assert inside, "no collective in the loop: the test sees nothing"
     for line in inside:
         assert set(re.findall(r"f32\[([\d,]*)\]", line.split(" all-reduce")[0])) == {"1024"}
         assert "{{0,1},{2,3}}" in line or "[2,2]<=[4]" in line, line
 
 
 def test_a_sequence_axis_runs_splash_and_gathers_keys_and_values(compiled):
-    """fsdp 2 x sequence 2: each device attends with half of the queries of its rows to all keys."""
+    """With fsdp 2 x sequence 2, each device attends from half of its rows' queries to all keys."""
     text = compiled["sequence step"]
     assert compiled["sequence kernel"] == "splash"
     assert "splash_mha_fwd" in text
@@ -136,10 +137,10 @@ def test_a_sequence_axis_runs_splash_and_gathers_keys_and_values(compiled):
     assert "2048,2048]" not in text
     assert "1024,2048]" not in text
     gathers = collectives(text, "all-gather", "attention.attend")
-    # Devices 0, 1 and 2, 3 share the windows of a row: sequence is the inner of the two axes.
+    # Devices 0 and 1 share windows, and so do 2 and 3: sequence is the inner of the two axes.
     assert gathers
     assert all("{{0,1},{2,3}}" in line for line in gathers)
-    # Keys and values of 2 rows, 4 heads of 64; never the 8 query heads, and no segment ids.
+    # Only keys and values of 2 rows, 4 heads of 64; never the 8 query heads or segment ids.
     shapes = {
         re.sub(r"\b1,", "", dims)
         for line in gathers
@@ -149,7 +150,7 @@ def test_a_sequence_axis_runs_splash_and_gathers_keys_and_values(compiled):
         (2, 4, 64, 2048),
         (2, 4, 64, 1024),
     }, shapes
-    assert collectives(text, "reduce-scatter", "attention.attend"), "their gradients"
+    assert collectives(text, "reduce-scatter", "attention.attend"), "no gradient is reduced"
 
 
 def test_slices_are_data_outermost(compiled):
@@ -157,7 +158,7 @@ def test_slices_are_data_outermost(compiled):
 
 
 def test_a_decode_step_on_a_tpu_reads_its_cache_where_it_lies(compiled):
-    """C = K/2 absorbed: nothing of size S x K x H, and the cache's memory is reused."""
+    """With C = K/2 absorbed, no array is S x K x H, and the cache's memory is reused."""
     assert compiled["served"] == "absorbed"
     assert compiled["aliased"] > compiled["cache"]
     assert compiled["temporary"] < compiled["cache"] / 4

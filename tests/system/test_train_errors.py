@@ -1,4 +1,4 @@
-"""How whole runs end that cannot go on: a loss that is not finite, a disk that refuses."""
+"""Errors that end a training run: losses that are not finite, disks that cannot be written."""
 
 import contextlib
 import errno
@@ -24,9 +24,9 @@ from mea_jax.train.step import abstract_state, compile_eval_step
 
 
 def test_a_diverged_run_names_a_checkpoint_that_is_good(tiny, devices, tmp_path):
-    """A learning rate beyond all reason: the update of step 1 ruins the model in silence.
+    """A checkpoint that the error calls good has a finite loss; the error may also name none.
 
-    The checkpoint that the error calls good must have a finite loss, or be none at all.
+    The learning rate is so high that the update of step 1 ruins the model without an error.
     """
     devices(1)
     config = tiny(**{"optimizer.learning_rate": 1e30, "checkpoint.every": 1})
@@ -42,11 +42,11 @@ def test_a_diverged_run_names_a_checkpoint_that_is_good(tiny, devices, tmp_path)
         state = checkpoints.restore(int(named[1]), abstract_state(config, mesh))
     with jax.set_mesh(mesh):
         sums = compile_eval_step(config, mesh)(state.params, batch)
-    assert math.isfinite(sums["nll"]), f"step {named[1]} is no good checkpoint"
+    assert math.isfinite(sums["nll"]), f"step {named[1]} is not a good checkpoint"
 
 
 def test_too_many_updates_left_out(tiny, devices, tmp_path, monkeypatch):
-    """One line that names the step; none of the updates was made, so nothing else is wrong."""
+    """One line names the step; no bad update was applied, so all losses stay finite."""
     devices(1)
     original = mea_jax.train.step._gradients
 
@@ -56,7 +56,7 @@ def test_too_many_updates_left_out(tiny, devices, tmp_path, monkeypatch):
 
     monkeypatch.setattr(mea_jax.train.step, "_gradients", gradients)
     config = tiny(**{"guards.max_skipped": 2, "checkpoint.every": 1})
-    expected = r"norm is nan .* at step 3: of the .* 3 are left out, more than config\.guards\.max"
+    expected = r"norm is nan .* at step 3: 3 of .* are left out, more than config\.guards\.max"
     with pytest.raises(UserError, match=expected) as error:
         train(config, tmp_path)
     assert "\n" not in str(error.value)
@@ -67,14 +67,14 @@ def test_too_many_updates_left_out(tiny, devices, tmp_path, monkeypatch):
 
 
 def test_a_failed_write_ends_the_run_at_the_next_step(tiny, devices, tmp_path, monkeypatch):
-    """And not at the next save, or at the end: hours of work that nothing holds."""
+    """Waiting for the next save or for the end would lose hours of work."""
     devices(1)
     reported: list[int] = []
     report_step = Loop.report_step
 
     def watched(self, step, *args):
         if step == 5:
-            self.checkpoints._thread.join()  # the failure is there by now
+            self.checkpoints._thread.join()  # by now the write has failed
         reported.append(step)
         return report_step(self, step, *args)
 
@@ -91,7 +91,7 @@ def test_a_failed_write_ends_the_run_at_the_next_step(tiny, devices, tmp_path, m
 
 @pytest.mark.parametrize("call", ["write", "config", "plot", "summary"])
 def test_full_disk(tiny, devices, tmp_path, monkeypatch, call):
-    """Wherever it strikes, one clear line."""
+    """A full disk is one clear line, whichever file cannot be written."""
     devices(1)
 
     def full(*args, **kwargs):
@@ -124,7 +124,7 @@ def test_full_disk(tiny, devices, tmp_path, monkeypatch, call):
 
 def test_a_disk_that_is_really_full(tiny, devices, small_disk):
     devices(1)
-    config = tiny(**{"model.d_ff": 2048})  # half a million parameters, three times four bytes
+    config = tiny(**{"model.d_ff": 2048})  # half a million parameters and two moments, 4 bytes each
     with pytest.raises(UserError, match=r"written|space"):
         train(config, small_disk / "run")
 
@@ -159,7 +159,7 @@ def test_damaged_config_json(tiny, devices, tmp_path):
 
 
 def test_closing_after_a_failed_write_adds_nothing(tiny, tmp_path, monkeypatch):
-    """What orbax says once more at the end neither hides the first line nor follows it."""
+    """An error that orbax raises again at the end neither hides the first nor follows it."""
 
     def fail():
         raise OSError(errno.EROFS, "Read-only file system")

@@ -1,10 +1,11 @@
-"""Compiles attention, forward and backward, for TPUs that need not be there; prints JSON.
+"""Compile attention, forward and backward, for TPUs, which need not be present; print JSON.
 
     JAX_PLATFORMS=cpu python -m tests.system.tpu_compile v5e:2x2 splash:64:64 plain:64:64
 
-Each `<which>:<H>:<W>` becomes one object: the arrays of the compiled program, its custom calls
-with the shapes they take, and the bytes it keeps on a device beside arguments and results. B 4,
-T 2048, N 8, K 4, bfloat16, on a mesh of data 1, tensor 2 and the rest fsdp.
+Each `<which>:<H>:<W>` becomes one object: the array shapes of the compiled program, its custom
+calls with their array shapes, its collectives, and the bytes it needs on a device in addition to
+arguments and results. B 4, T 2048, N 8, K 4, bfloat16, on a mesh of data 1, tensor 2 and fsdp for
+the other devices.
 """
 
 import json
@@ -30,7 +31,7 @@ SHAPE = re.compile(r"\b(?:pred|bf16|[fsu]\d+)\[([\d,]+)\]")
 
 
 def compile_attention(name: str, which: str, head_dim: int, value_dim: int) -> Any:
-    """jax's compiled forward and backward pass on the devices of topology `name`."""
+    """Compile the forward and backward pass for the devices of topology `name`."""
     devices = topology.describe(name)
     mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=-1, tensor=2), devices)
 
@@ -60,7 +61,7 @@ def compile_attention(name: str, which: str, head_dim: int, value_dim: int) -> A
 
 
 def shapes_in(text: str) -> list[list[int]]:
-    """The distinct array shapes that HLO text mentions."""
+    """Return the distinct array shapes in HLO text."""
     return [[int(d) for d in s.split(",")] for s in sorted(set(SHAPE.findall(text)))]
 
 

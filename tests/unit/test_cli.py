@@ -1,4 +1,4 @@
-"""Bad input through the command line: one line on stderr, exit status 2, nothing lost."""
+"""Tests of bad input on the command line: one line on stderr, exit status 2, no data lost."""
 
 import json
 import tomllib
@@ -14,7 +14,7 @@ from tests.paths import ROOT
 PROCESS = ("--coordinator=localhost:8476", "--num_processes=2", "--process_id=1")
 
 
-# -- as the user starts it ------------------------------------------------------------------
+# -- as a separate process ------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -37,7 +37,7 @@ def test_process_bad_json_line(config_file, tmp_path):
 
 @pytest.mark.slow
 def test_process_disk_that_fills_up(config_file, small_disk, tmp_path):
-    """The writers' own threads stay silent as well."""
+    """The threads of the writers print nothing either."""
     config = config_file(**{"model.d_ff": 2048, "mesh.data": 8})
     status, err = real_command("--config", config, "--workdir", small_disk / "run", cwd=tmp_path)
     is_one_error(status, err)
@@ -114,7 +114,7 @@ def test_help_fits_a_screen(command):
         (["--profile_steps=8:9"], ["--profile_steps 8:9", "config.steps=8"]),
         (["--coordinator=localhost:80"], ["add --num_processes and --process_id"]),
         (["--num_processes=2", "--process_id=0"], ["add --coordinator"]),
-        ([*PROCESS, "--coordinator=localhost"], ["--coordinator localhost: write HOST:PORT"]),
+        ([*PROCESS, "--coordinator=localhost"], ["localhost is no address: write HOST:PORT"]),
         ([*PROCESS, "--process_id=2"], ["--process_id 2", "0 to 1"]),
         ([*PROCESS, "--process_id=-1"], ["--process_id -1", "0 to 1"]),
         ([*PROCESS, "--num_processes=0"], ["--num_processes 0"]),
@@ -129,7 +129,7 @@ def test_bad_arguments(command, config_file, arguments, parts):
 
 @pytest.mark.slow
 def test_the_last_value_of_a_key_counts(command, config_file, tmp_path):
-    """Of those that hold a tuple too, which the flag library would join."""
+    """The last value also counts for tuples, which the flag library would join."""
     one, two = tmp_path / "one", tmp_path / "two"
     for folder in (one, two):
         folder.mkdir()
@@ -211,20 +211,23 @@ def test_config_file_without_a_config(command, tmp_path):
 
 
 def test_a_shipped_config_by_its_name(command, monkeypatch, tmp_path):
-    """Its variants too; not where a file has that name; in a clone and where a wheel put it."""
+    """`--config NAME` finds a shipped config, with its variant, unless a file has that name.
+
+    For the path of a file that does not exist, the error suggests the name.
+    """
     names = cli.find_shipped(["x", "--config", "quickstart:mha", "--config=recover:runs/a"])
     assert names[2] == f"{ROOT / 'configs' / 'quickstart.py'}:mha"
     assert names[3] == f"--config={ROOT / 'configs' / 'recover.py'}:runs/a"
     status, _, err = command("--config", "quikstart")
     is_one_error(status, err, "quikstart", "ablations, ", "quickstart, ")
     status, _, err = command("--config", "configs/quickstart.py")
-    is_one_error(status, err, "configs/quickstart.py", "--config quickstart takes the installed")
+    is_one_error(status, err, "configs/quickstart.py", "use --config quickstart for the installed")
     (tmp_path / "quickstart").write_text("")
     assert cli.find_shipped(["x", "--config=quickstart"]) == ["x", "--config=quickstart"]
 
 
 def test_a_wheel_holds_the_configs(monkeypatch, tmp_path):
-    """As its record lists them, beside the folder of packages."""
+    """Shipped configs are found by the wheel's record, next to the folder of packages."""
     data = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["data-files"]
     (tmp_path / "share" / "mea_jax" / "configs").mkdir(parents=True)
     (tmp_path / "lib" / "mea_jax").mkdir(parents=True)

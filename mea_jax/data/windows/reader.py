@@ -63,7 +63,7 @@ class StoredWindows:
                 return padding(self._length)
             shard = bisect.bisect_right(self._ends, index)
             position = index - (self._ends[shard - 1] if shard else 0)
-            reason = f"window {position} cannot be read ({bad_input.detail(error)})"
+            reason = f"window {position} cannot be read ({bad_input.first_line(error)})"
             raise integrity.damaged(
                 self._paths[shard], self._root, reason, skippable=True
             ) from error

@@ -11,14 +11,14 @@ import importlib
 
 from mea_jax import cli
 from mea_jax.errors import UserError, fail
-from mea_jax.evaluate.harness.run import harness_package
+from mea_jax.evaluate.harness.run import require_harness
 from mea_jax.parallel import processes
 
 
 def main() -> None:
     """Register the model and run lm-eval's command line; print a `UserError` as one line."""
     try:
-        harness_package()
+        require_harness()
         from lm_eval.__main__ import cli_evaluate
 
         importlib.import_module("mea_jax.evaluate.harness.model")  # registers itself on import

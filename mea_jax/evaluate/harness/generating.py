@@ -47,7 +47,7 @@ class Prompt:
 
 
 @dataclasses.dataclass
-class Written:
+class GenerationCost:
     """The cost of generating answers, in tokens."""
 
     requests: int = 0
@@ -97,7 +97,7 @@ def cut(text: str, until: Sequence[str]) -> tuple[str, bool]:
     return (text[: min(found)], True) if found else (text, False)
 
 
-class Writer:
+class AnswerGenerator:
     """A model that generates answers to prompts.
 
     `model`, `params`, `mesh` and `budget` are those of `likelihood.Scorer`. `cache_dtype` is the
@@ -116,7 +116,7 @@ class Writer:
         self.model, self.params, self.mesh, self.budget = model, params, mesh, budget
         self.tokenizer, self.cache_dtype = tokenizer, cache_dtype
         with jax.set_mesh(mesh):
-            self.ways = sharding.shard_count("batch")
+            self.batch_shards = sharding.shard_count("batch")
         self._generators: dict[int, Generator] = {}
 
     def _generator(self, length: int) -> Generator:
@@ -133,7 +133,7 @@ class Writer:
     def write(
         self,
         prompts: Sequence[Prompt],
-        written: Written | None = None,
+        written: GenerationCost | None = None,
         on_done: Callable[[int], Any] = lambda count: None,
     ) -> list[str]:
         """Return the answer to each prompt, in order.
@@ -141,7 +141,7 @@ class Writer:
         Sampled answers do not depend on the other prompts of their batch. `written` accumulates the
         cost. `on_done` is called with the number of answers finished since the last call.
         """
-        written = Written() if written is None else written
+        written = GenerationCost() if written is None else written
         groups: dict[tuple[int, Sampling, tuple[str, ...]], list[int]] = {}
         for i, prompt in enumerate(prompts):
             groups.setdefault((prompt.count, prompt.sampling, prompt.until), []).append(i)
@@ -173,9 +173,16 @@ class Writer:
         All `members` share the options in `decoding`.
         """
         members = sorted(members, key=lambda i: -len(prompts[i].tokens))
-        most = max(self.ways, self.budget * self.ways // generator.length // self.ways * self.ways)
+        most = max(
+            self.batch_shards,
+            self.budget
+            * self.batch_shards
+            // generator.length
+            // self.batch_shards
+            * self.batch_shards,
+        )
         batches = math.ceil(len(members) / most)
-        size = math.ceil(math.ceil(len(members) / batches) / self.ways) * self.ways
+        size = math.ceil(math.ceil(len(members) / batches) / self.batch_shards) * self.batch_shards
         padded = generator.length
         for start in range(0, len(members), size):
             batch = members[start : start + size]

@@ -32,11 +32,11 @@ _ROWS = (512, 4096)  # bounds of a row's positions, chosen by width; longer requ
 
 
 @dataclasses.dataclass
-class Work:
+class ScoringCost:
     """The cost of scoring requests, in tokens processed by the model."""
 
     requests: int = 0
-    asked: int = 0  # sum over the requests' own lengths
+    requested_tokens: int = 0  # sum over the requests' own lengths
     real: int = 0  # after common prefixes were merged
     computed: int = 0  # including padding
     programs: int = 0  # compiled shapes
@@ -99,7 +99,7 @@ class Scorer:
     def __init__(self, model: ModelConfig, params: Any, mesh: Mesh, budget: int):
         self.model, self.params, self.mesh, self.budget = model, params, mesh, budget
         with jax.set_mesh(mesh):
-            self.ways = sharding.shard_count("batch")
+            self.batch_shards = sharding.shard_count("batch")
         self.branches = shares_beginnings(model)
         self._compiled: dict[Any, Any] = {}
 
@@ -126,12 +126,12 @@ class Scorer:
     def _dispatch(self, rows: Rows, number: int, trees: Sequence[Tree], shape: tuple[int, int]):
         """Start one batch; return its results and (shard, first entry, tree) for each tree."""
         pairs, chunk = shape
-        *arrays, starts = prefix_trees.laid_out(
+        *arrays, starts = prefix_trees.batch_arrays(
             rows.batch(number), trees, rows.length, rows.size, self.branches
         )
-        of_shard = rows.size // self.ways
-        pairs_SP2 = np.zeros((self.ways, pairs, 2), np.int32)
-        filled, where = [0] * self.ways, []
+        of_shard = rows.size // self.batch_shards
+        pairs_SP2 = np.zeros((self.batch_shards, pairs, 2), np.int32)
+        filled, where = [0] * self.batch_shards, []
         for row, start, tree in starts:
             shard, place = divmod(row, of_shard)
             first, size = filled[shard], len(tree.places_m)
@@ -150,7 +150,7 @@ class Scorer:
 
     def _shape(self, rows: Rows, trees: Sequence[Tree]) -> tuple[int, int]:
         """Return (pairs per shard, pairs per chunk), enough for every batch of `rows`."""
-        of_shard, most = rows.size // self.ways, 1
+        of_shard, most = rows.size // self.batch_shards, 1
         for number in range(rows.batches):
             batch = rows.batch(number)
             for first in range(0, len(batch), of_shard):
@@ -163,7 +163,7 @@ class Scorer:
     def score(
         self,
         requests: Sequence[Request],
-        work: Work | None = None,
+        work: ScoringCost | None = None,
         on_done: Callable[[int], Any] = lambda count: None,
     ) -> list[tuple[float, bool]]:
         """Score each request, in order.
@@ -172,7 +172,7 @@ class Scorer:
         likely token) for each. `work` accumulates the cost. `on_done` is called with the number of
         requests finished since the last call.
         """
-        work = Work() if work is None else work
+        work = ScoringCost() if work is None else work
         low, high = _ROWS
         capacity = min(max(4 * self.model.d_model, low), high)
         trees = prefix_trees.build_trees(requests, capacity, self.branches)
@@ -180,8 +180,8 @@ class Scorer:
             [tree.size for tree in trees],
             capacity=capacity,
             width=self.model.d_model,
-            budget=self.budget * self.ways,
-            ways=self.ways,
+            budget=self.budget * self.batch_shards,
+            batch_shards=self.batch_shards,
         )
         found: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
 
@@ -207,7 +207,7 @@ class Scorer:
         for batch in pending:
             collect(*batch)
         work.requests += len(requests)
-        work.asked += sum(len(request.tokens) for request in requests)
+        work.requested_tokens += sum(len(request.tokens) for request in requests)
         work.real += sum(tree.size for tree in trees)
         work.computed += sum(rows.computed for rows in planned)
         work.programs += len(self._compiled) - before

@@ -24,13 +24,13 @@ from mea_jax.checkpoint.load import open_trained, unresolved
 from mea_jax.errors import UserError, fail, nearest
 from mea_jax.evaluate.harness.generating import (
     NEW_TOKENS,
+    AnswerGenerator,
+    GenerationCost,
     Prompt,
-    Writer,
-    Written,
     check_options,
     read_number,
 )
-from mea_jax.evaluate.harness.likelihood import Request, Scorer, Work
+from mea_jax.evaluate.harness.likelihood import Request, Scorer, ScoringCost
 from mea_jax.evaluate.harness.placing import placed
 from mea_jax.ops.sampling import Sampling
 from mea_jax.parallel import processes
@@ -109,7 +109,7 @@ class HarnessModel(TemplateLM):
             add_bos_token = own or not self._tokens.companions
         self._before = [self._tokens.start] if add_bos_token else []
         self.scorer = Scorer(self.model, self.params, self.mesh, batch_tokens)
-        self.writer = Writer(
+        self.writer = AnswerGenerator(
             self.model,
             self.params,
             self.mesh,
@@ -117,7 +117,12 @@ class HarnessModel(TemplateLM):
             batch_tokens,
             None if cache_dtype == "auto" else cache_dtype,
         )
-        self.work, self.written, self.truncated, self.seconds = Work(), Written(), 0, 0.0
+        self.work, self.written, self.truncated, self.seconds = (
+            ScoringCost(),
+            GenerationCost(),
+            0,
+            0.0,
+        )
 
     @classmethod
     def create_from_arg_string(
@@ -327,9 +332,11 @@ class HarnessModel(TemplateLM):
         with _progress(len(requests), quiet, what) as bar:
             # A request without targets has probability one.
             found = [(0.0, True)] * len(requests)
-            asked = [i for i, request in enumerate(requests) if request.targets]
-            scores = self.scorer.score([requests[i] for i in asked], self.work, bar.update)
-            for i, score in zip(asked, scores, strict=True):
+            requested_tokens = [i for i, request in enumerate(requests) if request.targets]
+            scores = self.scorer.score(
+                [requests[i] for i in requested_tokens], self.work, bar.update
+            )
+            for i, score in zip(requested_tokens, scores, strict=True):
                 found[i] = score
         self.seconds += time.perf_counter() - began
         return found

@@ -37,15 +37,15 @@ def mesh_for(model: ModelConfig, trained_on: MeshConfig) -> tuple[Mesh, str | No
     return mesh, None
 
 
-def placed(trained: Trained, model: ModelConfig, say: Callable[[str], Any]) -> tuple[Mesh, Any]:
+def placed(trained: Trained, model: ModelConfig, log: Callable[[str], Any]) -> tuple[Mesh, Any]:
     """Return (mesh, float32 parameters on it).
 
-    Report through `say` if the parameters cannot be sharded as in training. Raise `UserError` if
+    Report through `log` if the parameters cannot be sharded as in training. Raise `UserError` if
     the model cannot run on these devices or the checkpoint cannot be read.
     """
     mesh, problem = mesh_for(model, trained.config.mesh)
     if problem:
-        say(problem)
+        log(problem)
     length = trained.config.data.context_length
     resolved = resolve(
         dataclasses.replace(model, attention_kernel="auto"), list(mesh.devices.flat), length

@@ -174,7 +174,9 @@ def fill(sizes: Sequence[int], length: int, opening: int) -> tuple[list[list[int
     return rows, left
 
 
-def _best_length(sizes: Sequence[int], opening: int, capacity: int, width: int, ways: int) -> int:
+def _best_length(
+    sizes: Sequence[int], opening: int, capacity: int, width: int, batch_shards: int
+) -> int:
     """Return the row length with the lowest cost per token of `sizes`, in descending order.
 
     Only row lengths whose rows are filled to `_FILLED` are compared; if there are none, return the
@@ -183,7 +185,7 @@ def _best_length(sizes: Sequence[int], opening: int, capacity: int, width: int, 
     others.
     """
     stride = max(1, len(sizes) // _SAMPLE)
-    sample, multiple = sizes[::stride], ways if stride == 1 else 1
+    sample, multiple = sizes[::stride], batch_shards if stride == 1 else 1
     shortest = -(-sizes[0] // _GRAIN) * _GRAIN
     longest = max(shortest, capacity, min(_SEVERAL * shortest, _LONGEST))
     step = max(1, (longest - shortest) // (_GRAIN * _LENGTHS)) * _GRAIN
@@ -198,7 +200,7 @@ def _best_length(sizes: Sequence[int], opening: int, capacity: int, width: int, 
 
 
 def plan(
-    sizes: Sequence[int], *, capacity: int, width: int, budget: int, ways: int = 1
+    sizes: Sequence[int], *, capacity: int, width: int, budget: int, batch_shards: int = 1
 ) -> list[Rows]:
     """Pack trees of these sizes into rows of few lengths.
 
@@ -209,7 +211,7 @@ def plan(
       width: D of the model, which determines the cost of attention relative to the rest.
       budget: approximate number of positions of a batch. All batches of a row length have the same
         size, chosen for the fewest rows of padding.
-      ways: the number of rows of a batch is a multiple of this.
+      batch_shards: the number of rows of a batch is a multiple of this.
     """
     left = sorted(range(len(sizes)), key=lambda i: -sizes[i])
     total, planned = sum(sizes), []
@@ -219,16 +221,19 @@ def plan(
         small = sum(size for size in falling if size < opening)
         if small < _FEW * total:
             opening = 0
-        length = _best_length(falling, opening, capacity, width, ways)
+        length = _best_length(falling, opening, capacity, width, batch_shards)
         rows, rest = fill(falling, length, opening)
-        most = max(ways, budget // length // ways * ways)
-        size = math.ceil(math.ceil(len(rows) / math.ceil(len(rows) / most)) / ways) * ways
+        most = max(batch_shards, budget // length // batch_shards * batch_shards)
+        size = (
+            math.ceil(math.ceil(len(rows) / math.ceil(len(rows) / most)) / batch_shards)
+            * batch_shards
+        )
         planned.append(Rows(length, [[left[i] for i in row] for row in rows], size))
         left = [left[i] for i in rest]
     return planned
 
 
-def laid_out(
+def batch_arrays(
     rows: Sequence[Sequence[int]], trees: Sequence[Tree], length: int, size: int, branches: bool
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, Iterator[tuple[int, int, Tree]]]:
     """Lay out a batch of `rows` as int32 arrays (size, length).

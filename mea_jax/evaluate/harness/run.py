@@ -56,7 +56,7 @@ class Options:
             raise UserError(f"--include_path {self.include_path}: no such folder; give another one")
 
 
-def harness_package() -> None:
+def require_harness() -> None:
     """Raise `UserError` unless lm-eval is installed."""
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError('--tasks needs the package lm-eval: run pip install "mea_jax[eval]"')
@@ -76,11 +76,11 @@ def load_tasks(options: Options) -> dict[str, Any]:
     # The harness's own thousands of tasks are read only if one of them is named.
     folder = {"include_path": options.include_path}
     alone = options.include_path is not None
-    manager = _told(
+    manager = _call_harness(
         "--include_path: cannot read its tasks", TaskManager, **folder, include_defaults=not alone
     )
     if alone and not all(matching(manager, name) for name in options.tasks):
-        manager = _told("--include_path: cannot read its tasks", TaskManager, **folder)
+        manager = _call_harness("--include_path: cannot read its tasks", TaskManager, **folder)
     names: list[str] = []
     for name in options.tasks:
         found = matching(manager, name)
@@ -91,9 +91,9 @@ def load_tasks(options: Options) -> dict[str, Any]:
         names += [n for n in found if n not in names]
     objects: list[Any] = []
     for name in names:
-        loaded = _told(f"--tasks {name}: cannot load its data", manager.load, [name])
+        loaded = _call_harness(f"--tasks {name}: cannot load its data", manager.load, [name])
         objects += loaded.get("groups", {}).values() or loaded["tasks"].values()
-    whole = _told("--tasks: cannot load them", manager.load, objects)
+    whole = _call_harness("--tasks: cannot load them", manager.load, objects)
     for task in whole["tasks"].values():
         fixed = task.get_config("num_fewshot")
         if fixed is None or (options.num_fewshot is not None and fixed != 0):
@@ -101,7 +101,7 @@ def load_tasks(options: Options) -> dict[str, Any]:
     return whole
 
 
-def _told(what: str, function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+def _call_harness(what: str, function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
     """Call a function of the harness; raise any exception as a `UserError` that begins with `what`.
 
     The harness reads the user's files and data from the network, and raises many types of
@@ -144,17 +144,17 @@ def run(
     options: Options,
     checkpoint: Path,
     baseline: Path | None,
-    say: Callable[[str], Any],
+    log: Callable[[str], Any],
     folder: Path | None = None,
 ) -> dict[str, Any]:
     """Run the tasks on `checkpoint` and, if given, on `baseline`; return the report.
 
     Its "results" are `differences.rows`, or `differences.differences` with a `baseline`. "models"
-    contains the cost of each model. `say` prints a line of progress. With `log_samples`, samples
+    contains the cost of each model. `log` prints a line of progress. With `log_samples`, samples
     are written below `folder`. Raise `UserError` for wrong options, tasks or checkpoints.
     """
     options.check()
-    harness_package()
+    require_harness()
     os.environ["DISABLE_MULTIPROC"] = "1"  # a process with jax's threads must not fork
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     tasks = load_tasks(options)
@@ -164,7 +164,7 @@ def run(
         model = _model(path, options)
         found = _measure(model, tasks, options)
         took = model.report()
-        say(f"{path}: {_speed_line(took)}")
+        log(f"{path}: {_speed_line(took)}")
         if options.log_samples and folder is not None:
             role = "baseline" if measured else "checkpoint"
             write_samples(found["samples"], folder / "samples" / role)

@@ -1,1 +1,1 @@
-"""Faults on real training processes: python -m tests.campaigns.faults."""
+"""Faults in real training processes: python -m tests.campaigns.faults."""

@@ -1,11 +1,13 @@
-"""The campaign of faults: python -m tests.campaigns.faults --trials 3 --seed 0
+"""Run the campaign of faults.
 
-Each trial starts real training processes, breaks something, starts them again where that is what a
-user would do, and compares the end with that of a run without the fault: parameters and moments,
-every row of metrics that no clock measured, and the batch of every step, bit for bit.
+    python -m tests.campaigns.faults --trials 3 --seed 0
 
-`--remove GUARD` puts one guard of the program out of work (`--remove all`: each in its turn) and
-expects the campaign to notice: a campaign that passes without a guard has not tested it.
+Each trial starts real training processes, causes a fault, restarts them if a user would do so, and
+compares the result with that of a run without the fault, bit for bit: parameters and moments, all
+rows of metrics except for measured speeds, and the batch of every step.
+
+`--remove GUARD` disables one guard of the program (`--remove all`: each in turn) and expects the
+campaign to detect this: a campaign that passes without a guard has not tested it.
 """
 
 import argparse
@@ -25,11 +27,11 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 from tests.campaigns.faults.kinds import KINDS, SHOWN_BY
 from tests.campaigns.faults.runs import Failed, Scratch, write_corpus
 
-_NOTICED_WITHIN = 6  # trials until a missing guard must have shown
+_NOTICED_WITHIN = 6  # trials until a disabled guard must be detected
 
 
 def trial(campaign: Path, kind: str, seed: int, number: int, remove: str | None) -> str | None:
-    """Runs one trial; None, or how it failed. Trials depend on nothing but seed, kind, number."""
+    """Run one trial, which seed, kind and number determine; return None or how it failed."""
     rng = random.Random(f"{seed}/{kind}/{number}")
     scratch = Scratch(campaign, f"{kind}-{number}{f'-{remove}' if remove else ''}", rng, remove)
     problem: str | None = None
@@ -50,7 +52,7 @@ def trial(campaign: Path, kind: str, seed: int, number: int, remove: str | None)
 
 
 def campaign(arguments: argparse.Namespace, folder: Path) -> int:
-    """All trials of the kinds asked for; the number of failures."""
+    """Run all trials of the requested kinds; return the number of failures."""
     results: dict[str, collections.Counter] = {kind: collections.Counter() for kind in KINDS}
     jobs = [(kind, number) for number in range(arguments.trials) for kind in arguments.kinds]
     began, done = time.monotonic(), 0
@@ -84,7 +86,7 @@ def campaign(arguments: argparse.Namespace, folder: Path) -> int:
 
 
 def without(guards: list[str], arguments: argparse.Namespace, folder: Path) -> int:
-    """Runs the faults that must show that a guard is gone; the number of guards not missed."""
+    """Disable each guard, run the faults that must detect it; return how many went undetected."""
     missed = 0
     for guard in guards:
         problem = None
@@ -101,17 +103,17 @@ def without(guards: list[str], arguments: argparse.Namespace, folder: Path) -> i
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--trials", type=int, default=1, help="of each fault")
+    parser.add_argument("--trials", type=int, default=1, help="trials of each fault")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--kinds", default=",".join(KINDS), help="faults, by commas")
-    parser.add_argument("--remove", choices=[*SHOWN_BY, "all"], help="a guard to do without")
-    parser.add_argument("--workers", type=int, default=2, help="trials at one time")
-    parser.add_argument("--out", type=Path, help="a JSON-lines file that gets a row per trial")
-    parser.add_argument("--keep", type=Path, help="a new folder for the trials that failed")
+    parser.add_argument("--kinds", default=",".join(KINDS), help="comma-separated faults")
+    parser.add_argument("--remove", choices=[*SHOWN_BY, "all"], help="guard to disable")
+    parser.add_argument("--workers", type=int, default=2, help="trials that run at the same time")
+    parser.add_argument("--out", type=Path, help="JSON-lines file to append a row per trial to")
+    parser.add_argument("--keep", type=Path, help="new folder that keeps failed trials")
     arguments = parser.parse_args()
     arguments.kinds = arguments.kinds.split(",")
     if unknown := set(arguments.kinds) - set(KINDS):
-        parser.error(f"unknown faults {', '.join(unknown)}; known: {', '.join(KINDS)}")
+        parser.error(f"--kinds has unknown faults {', '.join(unknown)}; known: {', '.join(KINDS)}")
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.keep or Path(temporary)
         folder.mkdir(exist_ok=True)

@@ -1,8 +1,8 @@
-"""The run that faults are tried on.
+"""The config of the runs that faults are tested on.
 
     python -m mea_jax.train --config tests/campaigns/faults/config.py:FOLDER
 
-FOLDER holds text files. Small enough to take seconds, with a checkpoint every few steps.
+FOLDER contains text files. A run takes seconds and saves a checkpoint every few steps.
 """
 
 from mea_jax.config.schema import default_config

@@ -1,7 +1,7 @@
 """The faults by name.
 
-Each is a function of a trial's `Scratch` that raises `Failed` if the run does not end as a run
-without the fault, or as the documented exception.
+Each is a function of a trial's `Scratch`. It raises `Failed` unless the run ends like a run without
+the fault, or as the function's docstring says.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ KINDS: dict[str, Fault] = {
         *(of_contents.nan, of_contents.nan_limit, of_contents.spike),
     )
 }
-# Which faults must show that a guard is gone.
+# The faults that must detect that a guard is disabled.
 SHOWN_BY = {
     "digests": ("flipped",),
     "lock": ("second",),

@@ -1,4 +1,4 @@
-"""Faults of contents: data that cannot be read, gradients and losses that go wrong."""
+"""Faults of contents: data that cannot be read, gradients that are not finite, loss spikes."""
 
 import shutil
 import time
@@ -23,7 +23,7 @@ def _shards(folder: Path) -> list[Path]:
 
 
 def data_stop(trial: Scratch) -> None:
-    """A shard of the prepared data is damaged: named, exit status 2; mended, and on."""
+    """Damage a shard of the data: the run names it and exits with 2; with new data it resumes."""
     wanted = reference(trial, "plain")
     cache = trial.path / "cache"
     flags = (f"--config.data.cache_dir={cache}",)
@@ -35,19 +35,19 @@ def data_stop(trial: Scratch) -> None:
     content = shard.read_bytes()
     if trial.rng.random() < 0.5:
         shard.unlink()
-    else:  # windows in the middle of it
+    else:  # overwrite windows in its middle
         middle = len(content) // 2
         noise = bytes(trial.rng.randrange(256) for _ in range(middle // 2))
         shard.write_bytes(content[:middle] + noise + content[middle + len(noise) :])
     words = trial.run(status=2, flags=flags)
     expect(str(shard.parent) in words, f"the shard is not named: {words[-600:]}")
-    shutil.rmtree(cache)  # as the line says
+    shutil.rmtree(cache)  # as the message advises
     trial.run(flags=flags)
     expect_same(trial, wanted)
 
 
 def data_skip(trial: Scratch) -> None:
-    """Windows that cannot be read are left out where the config says so, and counted."""
+    """Damage windows with bad_input=skip: they are left out and counted; the others stay equal."""
     wanted = reference(trial, "plain")
     cache = trial.path / "cache"
     flags = (f"--config.data.cache_dir={cache}", "--config.data.bad_input=skip")
@@ -57,7 +57,7 @@ def data_skip(trial: Scratch) -> None:
     process.wait()
     (shard,) = _shards(cache)
     content = bytearray(shard.read_bytes())
-    # Where the file is not only filled up with zeros.
+    # Only places outside of padding with zeros.
     places = [at for at in range(64, len(content) - 64, 16) if all(content[at - 32 : at + 32 : 8])]
     for at in trial.rng.sample(places, 3):
         content[at] ^= 1 << trial.rng.randrange(8)
@@ -67,15 +67,15 @@ def data_skip(trial: Scratch) -> None:
     expect(bool(left_out), f"nothing was left out: {words[-600:]}")
     changed = tuple(row["step"] for row in left_out)
     kept, plain = (order(path, changed) for path in (trial.order, wanted / "order.jsonl"))
-    expect(kept == plain, "windows that can be read came in another order")
+    expect(kept == plain, "the order of the readable windows changed")
 
 
 def nan(trial: Scratch) -> None:
-    """A gradient that is not a number: as if the host had taken the state over that step."""
+    """Make a gradient nan: the run equals one whose host skips the update of that step."""
     step = trial.rng.randrange(2, STEPS)
     wanted = reference(trial, f"passed_over_{step}", f"nan={step}", f"passed_over={step}")
     fault = f"nan={step}"
-    if trial.rng.random() < 0.5:  # and killed at some time after it
+    if trial.rng.random() < 0.5:  # killed some time after that step
         process = trial.start(SLOW, fault)
         target = min(step + 5, STEPS)
         until(lambda: (trial.workdir / "checkpoints" / str(target // 5 * 5)).exists(), process)
@@ -88,21 +88,21 @@ def nan(trial: Scratch) -> None:
 
 
 def nan_limit(trial: Scratch) -> None:
-    """One more than the updates that may be left out: the run stops and says so."""
+    """Leave out one update more than allowed: the run stops and names the step and the limit."""
     first = trial.rng.randrange(10, 40)
     faults = [f"nan={first + 2 * i}" for i in range(4)]
     words = trial.run(*faults, flags=("--config.guards.max_skipped=3",), status=2)
     expect(f"at step {first + 6}" in words and "max_skipped=3" in words, words[-600:])
     trial.run(*faults, flags=("--config.guards.max_skipped=4",))
-    expect(len(events(trial.workdir, "skipped_update")) == 4, "not all four are counted")
+    expect(len(events(trial.workdir, "skipped_update")) == 4, "not all four updates are counted")
 
 
 def spike(trial: Scratch) -> None:
-    """Noise among the batches: back to the checkpoint before, and on without them."""
+    """Replace batches by noise: the run rewinds to an earlier checkpoint and leaves them out."""
     first = trial.rng.randrange(25, 45)
     rewinding = ("--config.guards.rewind=True",)
     fault = f"garbage={first}-{first + 4}"
-    # The update before the first high loss is left out too: it may be its cause.
+    # The update before the first high loss is left out too, because it may be the cause.
     wanted = reference(
         trial, f"without_{first}", f"without={first - 1}-{first + 4}", flags=rewinding
     )
@@ -111,7 +111,7 @@ def spike(trial: Scratch) -> None:
         time.sleep(trial.rng.uniform(2, 8))
         process.kill()
         process.wait()
-    else:  # killed when a checkpoint after the rewind is there
+    else:  # killed when the first checkpoint after the rewind exists
         process = trial.start(SLOW, fault, flags=rewinding)
         until(lambda: events(trial.workdir, "rewind"), process)
         later = trial.workdir / "checkpoints" / str(first // EVERY * EVERY + 2 * EVERY)

@@ -1,4 +1,4 @@
-"""Faults of disks: full, read-only, and bytes of checkpoints that change."""
+"""Faults of disks: full or read-only disks, and damaged files of checkpoints."""
 
 import contextlib
 import subprocess
@@ -22,7 +22,7 @@ from tests.campaigns.faults.runs import (
 def _on_small_disk(
     trial: Scratch, disk: Path, break_disk: Callable[[Path], None], mend: Callable[[Path], object]
 ) -> None:
-    """A run with `disk` under it, or under a part of it, that breaks and is mended."""
+    """Run with all or part of the run directory on `disk`; break it, repair it and resume."""
     wanted = reference(trial, "plain")
     with small_disk(disk, 12 << 20):
         process = trial.start(SLOW)
@@ -32,14 +32,14 @@ def _on_small_disk(
         status, words = process.wait(), process.said()
         expect(status == 2, f"exit status {status}, not 2: {words[-600:]}")
         lines = [line for line in words.splitlines() if line.startswith("error: ")]
-        expect(len(lines) == 1, f"not one clear line: {words[-600:]}")
+        expect(len(lines) == 1, f"not exactly one error line: {words[-600:]}")
         mend(disk)
         trial.run()
         expect_same(trial, wanted)
 
 
 def disk_full(trial: Scratch) -> None:
-    """The disk fills up during a run; space is made, and the run goes on."""
+    """Fill the disk during a run; after space is freed, the run resumes."""
 
     def fill(disk: Path) -> None:
         with contextlib.suppress(OSError), (disk / "filler").open("wb", buffering=0) as file:
@@ -52,12 +52,12 @@ def disk_full(trial: Scratch) -> None:
 
 
 def read_only(trial: Scratch) -> None:
-    """The file system of the checkpoints becomes read-only during a run, and writable again."""
+    """Make the checkpoints' file system read-only during a run, then writable again."""
 
     def remount(how: str) -> Callable[[Path], None]:
         def call(disk: Path) -> None:
             deadline = time.monotonic() + 20
-            while time.monotonic() < deadline:  # refused while a file there is being written
+            while time.monotonic() < deadline:  # fails while a file there is being written
                 command = ["mount", "-o", f"remount,{how}", str(disk)]
                 if subprocess.run(command, capture_output=True).returncode == 0:
                     return
@@ -70,7 +70,7 @@ def read_only(trial: Scratch) -> None:
 
 
 def _damage(trial: Scratch, change: Callable[[Path], None]) -> None:
-    """Cut a run, change a file of its newest checkpoint, go on."""
+    """Kill a run, change a file of its newest checkpoint, and resume from the one before."""
     wanted = reference(trial, "plain")
     process = trial.start(SLOW)
     until(lambda: (trial.workdir / "checkpoints" / "30").exists(), process)
@@ -87,7 +87,7 @@ def _damage(trial: Scratch, change: Callable[[Path], None]) -> None:
         f"falling back to the checkpoint of step {before}",
         f"resuming from step {before} ",
     ):
-        expect(words_expected in words, f"not said: {words_expected}: {words[-800:]}")
+        expect(words_expected in words, f"not printed: {words_expected}: {words[-800:]}")
     aside = trial.workdir / "damaged" / str(newest)
     now = {p.relative_to(aside): p.read_bytes() for p in aside.rglob("*") if p.is_file()}
     expect(now == damaged, "the damaged checkpoint was not kept as it was")
@@ -95,7 +95,7 @@ def _damage(trial: Scratch, change: Callable[[Path], None]) -> None:
 
 
 def truncated(trial: Scratch) -> None:
-    """A file of the newest checkpoint is cut short."""
+    """Cut a file of the newest checkpoint short."""
 
     def change(file: Path) -> None:
         content = file.read_bytes()
@@ -105,7 +105,7 @@ def truncated(trial: Scratch) -> None:
 
 
 def flipped(trial: Scratch) -> None:
-    """One bit of a file of the newest checkpoint is wrong."""
+    """Flip one bit of a file of the newest checkpoint."""
 
     def change(file: Path) -> None:
         content = bytearray(file.read_bytes())
@@ -116,5 +116,5 @@ def flipped(trial: Scratch) -> None:
 
 
 def missing(trial: Scratch) -> None:
-    """A file of the newest checkpoint is not there."""
+    """Remove a file of the newest checkpoint."""
     _damage(trial, lambda file: file.unlink())

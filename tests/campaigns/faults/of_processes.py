@@ -1,4 +1,4 @@
-"""Faults of processes: killed, stopped, started twice, lost from a group."""
+"""Faults of processes: kills, SIGTERM, a second process in a run directory, a lost host."""
 
 import re
 import signal
@@ -23,11 +23,11 @@ from tests.campaigns.faults.runs import (
     until,
 )
 
-_LOST = 20  # seconds without a sign of life until a process counts as lost
+_LOST = 20  # seconds without a heartbeat until a process counts as lost
 
 
 def _killed(trial: Scratch, ready: Callable[[], Any], pause: float) -> None:
-    """A run that is killed up to `pause` seconds after `ready()`, and started again."""
+    """Kill a run up to `pause` seconds after `ready()` is true, and start it again."""
     wanted = reference(trial, "plain")
     process = trial.start(SLOW)
     until(ready, process)
@@ -39,22 +39,22 @@ def _killed(trial: Scratch, ready: Callable[[], Any], pause: float) -> None:
 
 
 def kill(trial: Scratch) -> None:
-    """SIGKILL at a random moment between the start and the end of a process."""
+    """Send SIGKILL at a random moment between the start and the end of a process."""
     _killed(trial, lambda: True, 8)
 
 
 def kill_in_save(trial: Scratch) -> None:
-    """SIGKILL while a checkpoint is written, or just after."""
+    """Send SIGKILL while a checkpoint is written, or just after."""
     step = trial.rng.randrange(EVERY, STEPS, EVERY)
     _killed(trial, lambda: list(trial.workdir.glob(f"checkpoints/{step}*")), 0.15)
 
 
 def term(trial: Scratch) -> None:
-    """SIGTERM at a random moment: saved, exit status 75, and on from that very step."""
+    """Send SIGTERM at a random moment: the run saves, exits with 75, and resumes at that step."""
     wanted = reference(trial, "plain")
     process = trial.start("wait=0.03")
     metrics = trial.workdir / "metrics.jsonl"
-    # The file is there before the step is compiled, which takes as long as the machine is busy.
+    # The file exists before the step is compiled, which takes long on a busy machine.
     until(lambda: metrics.exists() and '"kind": "train"' in metrics.read_text(), process)
     time.sleep(trial.rng.uniform(0.0, 1.2))
     process.kill(signal.SIGTERM)
@@ -62,14 +62,14 @@ def term(trial: Scratch) -> None:
     expect(status == 75, f"exit status {status}, not 75: {process.said()[-600:]}")
     stopped = re.search(rf"stopped by SIGTERM after step (\d+) of {STEPS}", process.said())
     if stopped is None:
-        raise Failed(f"no word of the step: {process.said()[-600:]}")
+        raise Failed(f"the step was not printed: {process.said()[-600:]}")
     words = trial.run()
     expect(f"resuming from step {stopped[1]} " in words, f"resumed elsewhere: {words[-600:]}")
     expect_same(trial, wanted)
 
 
 def second(trial: Scratch) -> None:
-    """A second process is started on the run directory: it refuses, the first goes on."""
+    """Start a second process in the run directory: it is refused, and the first continues."""
     wanted = reference(trial, "plain")
     process = trial.start("wait=0.1")
     until(lambda: (trial.workdir / "metrics.jsonl").exists(), process)
@@ -81,7 +81,7 @@ def second(trial: Scratch) -> None:
 
 
 def _start_hosts(trial: Scratch, run: Path, record: Path, *words: str) -> list[Process]:
-    """Four processes of one run on one machine; `words` are faults and flags."""
+    """Start the four processes of one run on this machine; `words` are faults and flags."""
     address = free_address()
     return [
         trial.start(
@@ -99,7 +99,7 @@ def _start_hosts(trial: Scratch, run: Path, record: Path, *words: str) -> list[P
 
 
 def _finish_hosts(trial: Scratch) -> None:
-    """Four processes go on to the end, which must be that of four without a fault."""
+    """Resume with four processes; the run must end like one of four without a fault."""
     wanted = trial.campaign / "references" / "hosts"
     with REFERENCES:
         if not wanted.exists():
@@ -108,15 +108,15 @@ def _finish_hosts(trial: Scratch) -> None:
                 expect(process.wait() == 0, f"the reference failed: {process.said()[-600:]}")
             (wanted / "order.0").rename(wanted / "order.jsonl")
     for process in _start_hosts(trial, trial.workdir, trial.order):
-        expect(process.wait() == 0, f"no restart: {process.said()[-600:]}")
+        expect(process.wait() == 0, f"the restart failed: {process.said()[-600:]}")
     trial.order = trial.order.with_suffix(".0")
     expect_same(trial, wanted)
 
 
 def host(trial: Scratch) -> None:
-    """One of four hosts is killed: the others end with a line, all start again and go on.
+    """Kill one of four hosts: the others end with an error line, and a restart resumes the run.
 
-    In half of the trials that is during a save, where the others wait for it at a barrier.
+    In half of the trials this happens during a save, while the others wait for it at a barrier.
     """
     processes = _start_hosts(trial, trial.workdir, trial.order, SLOW, f"lost={_LOST}")
     until(lambda: (trial.workdir / "checkpoints" / "10").exists(), processes[0], 120)
@@ -128,17 +128,17 @@ def host(trial: Scratch) -> None:
     victim = trial.rng.randrange(4)
     processes[victim].kill()
     for index, process in enumerate(processes):
-        status = process.wait(_LOST + 40)  # it is missed, the others are told, they go
+        status = process.wait(_LOST + 40)  # time to detect the loss, report it and end
         if index != victim:
             words = process.said()
             # Without process 0 there is no coordination service, and jax aborts by itself.
             aborted = victim == 0 and "distributed service detected fatal errors" in words
-            expect(status != 0 and ("error: " in words or aborted), f"no line: {words[-600:]}")
+            expect(status != 0 and ("error: " in words or aborted), f"no error: {words[-600:]}")
     _finish_hosts(trial)
 
 
 def host_term(trial: Scratch) -> None:
-    """SIGTERM for one of four hosts, which save by the first one's clock: all save and end."""
+    """Send SIGTERM to one of four hosts, which save by the clock of process 0: all save and end."""
     timed = ("--config.checkpoint.every=0", "--config.checkpoint.minutes=0.01")
     processes = _start_hosts(trial, trial.workdir, trial.order, "wait=0.05", *timed)
     until(lambda: list(trial.workdir.glob("checkpoints/[0-9]*")), processes[0], 120)
@@ -148,7 +148,7 @@ def host_term(trial: Scratch) -> None:
     expect(all(status == 75 for status, _ in found), f"not all ended with 75: {found}"[:2000])
     stopped = re.search(rf"stopped by SIGTERM after step (\d+) of {STEPS}", found[0][1])
     if stopped is None:
-        raise Failed(f"no word of the step: {found[0][1][-600:]}")
+        raise Failed(f"the step was not printed: {found[0][1][-600:]}")
     expect(
         stopped[1] in steps_of(trial.workdir),
         f"step {stopped[1]} is not saved: {steps_of(trial.workdir)}",

@@ -1,4 +1,4 @@
-"""Training processes of a campaign: started, waited for, killed, compared."""
+"""Start, await, kill and compare the training processes of a campaign."""
 
 import contextlib
 import json
@@ -25,32 +25,32 @@ from mea_jax.train.step import abstract_state
 from tests import cpu_devices
 from tests.paths import ROOT
 
-STEPS, EVERY = 60, 5  # as in config/schema.py
+STEPS, EVERY = 60, 5  # as in config.py
 LIMIT = 400.0  # seconds that a process may take before it counts as hanging
-REFERENCES = threading.Lock()  # trials that run at the same time share the runs without a fault
-SLOW = "wait=0.01"  # so that moments inside the loop are as likely as those before it
+REFERENCES = threading.Lock()  # concurrent trials share the runs without a fault
+SLOW = "wait=0.01"  # so that a random moment is as likely inside the loop as before it
 _MEASURED = ("tokens_per_second", "flops_per_second", "mfu")
 _WORDS = "a quick brown fox jumps over the lazy dog while seven wizards box by moonlight"
 
 
 class Failed(Exception):
-    """A trial did not end as it should have; the words say how."""
+    """An unexpected end of a trial, which the message describes."""
 
 
 def expect(condition: bool, words: str) -> None:
-    """Raises `Failed` unless `condition`."""
+    """Raise `Failed` with the message `words` unless `condition` is true."""
     if not condition:
         raise Failed(words)
 
 
 class Process:
-    """A training process, its end, and what it printed on stderr."""
+    """A training process and its stderr."""
 
     def __init__(self, popen: subprocess.Popen, log: Path):
         self.popen, self.log = popen, log
 
     def wait(self, limit: float = LIMIT) -> int:
-        """The exit status. Raises `Failed` when it hangs, or ends with a traceback."""
+        """Return the exit status; raise `Failed` if the process hangs or prints a traceback."""
         try:
             status = self.popen.wait(limit)
         except subprocess.TimeoutExpired as error:
@@ -73,7 +73,7 @@ class Process:
 
 
 class Scratch:
-    """The folder of one trial, the corpus and the reference runs of the campaign beside it."""
+    """The folder of one trial, next to the corpus and the reference runs of its campaign."""
 
     def __init__(self, campaign: Path, name: str, rng: random.Random, remove: str | None = None):
         self.campaign, self.path, self.rng = campaign, campaign / name, rng
@@ -91,7 +91,7 @@ class Scratch:
         corpus: Path | None = None,
         guarded: bool = False,
     ) -> Process:
-        """A victim on the trial's run directory; `guarded` keeps the guard under trial in work."""
+        """Start a victim in the trial's run directory; `guarded` leaves all guards enabled."""
         removed = [f"remove={self.remove}"] if self.remove and not guarded else []
         corpus = corpus or self.campaign / "corpus"
         command = [
@@ -113,7 +113,7 @@ class Scratch:
         return process
 
     def run(self, *faults: str, status: int = 0, **options: Any) -> str:
-        """Starts a victim and waits for its end, which must have this `status`; its words."""
+        """Run a victim to its end, which must have exit status `status`; return its stderr."""
         process = self.start(*faults, **options)
         found = process.wait()
         words = process.said()
@@ -129,7 +129,7 @@ class Scratch:
 
 
 def environment(campaign: Path) -> dict[str, str]:
-    """Of a victim: one CPU device, programs compiled once for the whole campaign."""
+    """Return the environment of victims: one CPU device, programs compiled once per campaign."""
     return {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": cpu_devices.flags(1),
@@ -141,7 +141,7 @@ def environment(campaign: Path) -> dict[str, str]:
 
 
 def write_corpus(folder: Path, files: int = 40) -> None:
-    """Short text files, always the same."""
+    """Write short text files, always the same."""
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
     for i in range(files):
@@ -150,7 +150,7 @@ def write_corpus(folder: Path, files: int = 40) -> None:
 
 @contextlib.contextmanager
 def small_disk(where: Path, size: int) -> Iterator[None]:
-    """A file system of `size` bytes at `where`. Raises `OSError` where that is not permitted."""
+    """Mount a file system of `size` bytes at `where`; raise `OSError` if that is not permitted."""
     where.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(where)]
     try:
@@ -170,15 +170,15 @@ def free_address() -> str:
 
 
 def until(condition: Any, process: Process, limit: float = 60.0) -> None:
-    """Waits for `condition()` while the process runs."""
+    """Wait for `condition()` while the process runs; raise `Failed` after `limit` seconds."""
     deadline = time.monotonic() + limit
     while not condition() and process.running:
-        expect(time.monotonic() < deadline, f"not seen within {limit:g} s")
+        expect(time.monotonic() < deadline, f"condition not met within {limit:g} s")
         time.sleep(0.0005)
 
 
 def reference(trial: Scratch, name: str, *faults: str, flags: tuple[str, ...] = ()) -> Path:
-    """A run without the fault, made once for the campaign."""
+    """Make a run without the fault, once per campaign; return its folder."""
     path = trial.campaign / "references" / name
     with REFERENCES:
         if path.exists():
@@ -193,15 +193,15 @@ def reference(trial: Scratch, name: str, *faults: str, flags: tuple[str, ...] = 
 
 
 def steps_of(workdir: Path) -> list[str]:
-    """Names of the complete checkpoints of a run."""
+    """Return the names of the complete checkpoints of a run."""
     return [p.name for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()]
 
 
-# -- what two runs have in common -----------------------------------------------------------
+# -- comparison of two runs ----------------------------------------------------------------
 
 
 def rows(workdir: Path, without_steps: tuple[int, ...] = ()) -> list[dict[str, Any]]:
-    """Rows of training and evaluation, without what a clock measured."""
+    """Return the rows of training and evaluation, without measured speeds."""
     return [
         {key: value for key, value in row.items() if key not in _MEASURED}
         for row in read_metrics(workdir / "metrics.jsonl")
@@ -214,7 +214,7 @@ def events(workdir: Path, kind: str) -> list[dict[str, Any]]:
 
 
 def order(path: Path, without_steps: tuple[int, ...] = ()) -> dict[int, str]:
-    """The digest of the batch that each step was last trained on."""
+    """Return the checksum of the batch that each step was last trained on."""
     found: dict[int, str] = {}
     for line in path.read_text().splitlines():
         try:
@@ -227,7 +227,7 @@ def order(path: Path, without_steps: tuple[int, ...] = ()) -> dict[int, str]:
 
 
 def final_state(workdir: Path) -> Any:
-    """The last checkpoint's state, on one device."""
+    """Return the state of the last checkpoint, without sharding."""
     with Checkpoints(workdir) as checkpoints:
         config = checkpoints.config(STEPS)
         mesh = sharding.make_mesh(type(config.mesh)(), jax.devices()[:1])
@@ -235,15 +235,15 @@ def final_state(workdir: Path) -> Any:
 
 
 def expect_same(trial: Scratch, reference: Path, without_steps: tuple[int, ...] = ()) -> None:
-    """The trial's run ended as the one in `reference` did, bit for bit."""
+    """Raise `Failed` unless the trial's run ended bit-equal to the one in `reference`."""
     found, wanted = rows(trial.workdir, without_steps), rows(reference / "run", without_steps)
     different = [a["step"] for a, b in zip(found, wanted, strict=False) if a != b]
     expect(
         found == wanted,
-        f"other metrics: {len(found)} rows, not {len(wanted)}, first difference at {different[:1]}",
+        f"other metrics: {len(found)} rows, not {len(wanted)}; first difference at {different[:1]}",
     )
     kept = order(trial.order, without_steps)
-    expect(kept == order(reference / "order.jsonl", without_steps), "other batches")
+    expect(kept == order(reference / "order.jsonl", without_steps), "different batches")
     a, b = final_state(trial.workdir), final_state(reference / "run")
     same = jax.tree.map(lambda x, y: np.array_equal(x, y), a, b)
-    expect(all(jax.tree.leaves(same)), "other parameters or moments at the end")
+    expect(all(jax.tree.leaves(same)), "different final parameters or moments")

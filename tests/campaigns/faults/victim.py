@@ -1,20 +1,20 @@
-"""A training process with something wrong.
+"""Run a training process with faults.
 
     python -m tests.campaigns.faults.victim NAME=VALUE .. -- FLAGS
 
-FLAGS are those of mea_jax.train. What may be wrong, and what a run is compared with:
+FLAGS are those of mea_jax.train. The faults, and the options of the runs they are compared with:
 
-  order=FILE        each batch that a step trains on is written to FILE: its step and its digest
-  wait=SECONDS      each step takes so much longer
-  nan=STEP          the gradient of this step is not a number (may be given several times)
-  passed_over=STEP  the same batch, but the host takes the state on by hand: what `nan` must come to
-  garbage=A-B       batches A to B are noise
-  without=A-B       batches A to B are left out from the start: what a rewind must come to
-  lost=SECONDS      of silence until another process counts as lost
-  remove=GUARD      one guard of the program is out of work (see GUARDS)
+  order=FILE        append the step and the checksum of each training batch to FILE
+  wait=SECONDS      make each step that much longer
+  nan=STEP          make the gradient of this step nan (may be given several times)
+  passed_over=STEP  let the host skip the update of this step: the expected result of `nan`
+  garbage=A-B       replace batches A to B by noise
+  without=A-B       leave out batches A to B from the start: the expected result of a rewind
+  lost=SECONDS      count other processes as lost after SECONDS without a heartbeat
+  remove=GUARD      disable one guard of the program (see GUARDS)
 
-`nan` is put in by a mark in the batch that the compiled step looks for, so that the program is the
-same in all of these runs: another one need not give the same bits.
+A mark in the batch makes the compiled step set the gradient to nan. All of these runs therefore use
+the same program: the results of another one might differ in their last bits.
 """
 
 import hashlib
@@ -40,7 +40,7 @@ _MARK = -9  # in the first position of a batch whose gradient becomes nan
 
 
 def replace(owner: Any, name: str, value: Any) -> None:
-    """Puts `value` in the place of `owner.name`."""
+    """Replace the attribute `name` of `owner` by `value`."""
     setattr(owner, name, value)
 
 
@@ -50,7 +50,7 @@ def _intervals(values: list[str]) -> list[tuple[int, int]]:
 
 
 def watch_batches(options: dict[str, list[str]]) -> None:
-    """The batches of the loop: written down, marked, replaced."""
+    """Record, mark or replace the batches of the training loop."""
     original = mea_jax.train.loop.train_batches
     path = options.get("order", [None])[0]
     marked = {int(step) for step in options.get("nan", [])}
@@ -83,7 +83,7 @@ def watch_batches(options: dict[str, list[str]]) -> None:
 
 
 def poison_gradients() -> None:
-    """The step's gradient is not a number where the batch bears the mark."""
+    """Make the gradient of a step nan if its batch has the mark."""
     module = mea_jax.train.step
     original = module._gradients
 
@@ -97,7 +97,7 @@ def poison_gradients() -> None:
 
 
 def pass_over(steps: set[int]) -> None:
-    """The host takes the state over `steps`: parameters and moments stay, the clocks go on."""
+    """Let the host skip the updates of `steps`: only the step counters change."""
     compiled = mea_jax.train.loop.Loop._compiled
 
     def stepping(self, state, batch):
@@ -111,7 +111,7 @@ def pass_over(steps: set[int]) -> None:
             stepped, metrics = step_fn(state, batch)
 
             def leaf(path, value):
-                # The run's step, and in the chain (clip, (adam, decay, schedule)) the schedule's.
+                # The step of the run, and the schedule's in (clip, (adam, decay, schedule)).
                 clock = jax.tree_util.keystr(path) in (".step", ".opt_state[1][2].count")
                 return value + 1 if clock else value
 
@@ -124,7 +124,7 @@ def pass_over(steps: set[int]) -> None:
 
 
 def without(intervals: list[tuple[int, int]]) -> None:
-    """Batches that are left out from the start."""
+    """Leave out the batches in `intervals` from the start."""
     original = guards.Guards.__init__
 
     def start(self, config, stored=None):
@@ -163,7 +163,7 @@ def _no_cleaning():
     replace(manager.Checkpoints, "_prepare", prepare)
 
 
-# The guards that a campaign can do without, to see that it notices.
+# The guards that a campaign can disable, to test that it detects this.
 GUARDS = {
     "digests": lambda: replace(manager.Checkpoints, "damage", lambda *_, **__: None),
     "lock": _no_lock,

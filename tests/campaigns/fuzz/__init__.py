@@ -1,1 +1,1 @@
-"""What no one wrote by hand: random inputs, and what the package has to make of each."""
+"""Random inputs, and checks that the package accepts or refuses each of them properly."""

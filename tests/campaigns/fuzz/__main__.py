@@ -1,11 +1,11 @@
-"""Fuzzes for as long as you like, and goes on after failures.
+"""Fuzz the package with a given number of examples, and continue after failures.
 
-python -m tests.campaigns.fuzz --examples 10000 --seed 0 --out failures.jsonl
-python -m tests.campaigns.fuzz --examples 600 --kinds configs
+    python -m tests.campaigns.fuzz --examples 10000 --seed 0 --out failures.jsonl
+    python -m tests.campaigns.fuzz --examples 600 --kinds configs
 
-Every kind is a module here with a hypothesis `STRATEGY` and `check(example, folder)`, which says
-what became of an example in a few words ("refused: ..." where it was refused), and raises for a
-defect. Exit status 1 if there was any defect, or an example that took longer than --limit.
+Every kind is a module of this package with a hypothesis `STRATEGY` and `check(example, folder)`,
+which returns the outcome of an example ("refused: ..." if it was refused) and raises an exception
+for a defect. The exit status is 1 if there was a defect or an example took longer than --limit.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from typing import Any, TextIO
 
 from tests import cpu_devices
 
-# As in tests/conftest.py, and as there before jax is imported.
+# Set before jax is imported, as in tests/conftest.py.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {cpu_devices.flags(8)}"
 
@@ -37,18 +37,18 @@ import jax
 from hypothesis import find, given, settings
 
 SHARES = {"configs": 1, "jsonl": 2, "tokenizers": 1, "checkpoints": 1}  # of all examples
-MODULES = {"jsonl": "data"}  # where they are not named after the kind
+MODULES = {"jsonl": "data"}  # of kinds whose module has another name
 CLEAR_EVERY = 50  # examples between emptying jax's caches
 SHRINK_EXAMPLES, SHRINK_SECONDS = 60, 120  # for each distinct failure
 
 
 class Hang(BaseException):
-    """An example went over its time. No `Exception`, so that nothing swallows it."""
+    """A timeout of an example; not an `Exception`, so that no handler swallows it."""
 
 
 @contextlib.contextmanager
 def alarm(seconds: int) -> Iterator[None]:
-    """Raises `Hang` in the main thread after so long; again every second, should it be lost."""
+    """Raise `Hang` in the main thread after `seconds`, and again each second in case it is lost."""
 
     def ring(*_):
         raise Hang(f"took longer than {seconds} s")
@@ -63,25 +63,25 @@ def alarm(seconds: int) -> Iterator[None]:
 
 
 def load(kind: str) -> types.ModuleType:
-    """The module of a kind. Exits with one line where there is none."""
+    """Import the module of a kind; exit with one line if that fails."""
     name = f"tests.campaigns.fuzz.{MODULES.get(kind, kind)}"
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        sys.exit(f"error: --kinds {kind}: {name} cannot be imported ({error})")
+        sys.exit(f"error: --kinds {kind}: {name} cannot be imported ({error}); choose other kinds")
 
 
 def where(error: BaseException) -> str:
-    """What makes a failure distinct: its type and the line that raised it."""
+    """Return the type of a failure and the line that raised it, to group equal failures."""
     frames = list(traceback.extract_tb(error.__traceback__))
-    if isinstance(error, Hang) and len(frames) > 1:  # the last is where the alarm rings
+    if isinstance(error, Hang) and len(frames) > 1:  # the last frame is the alarm's
         frames = frames[:-1]
     ours = [frame for frame in frames if "/mea_jax/" in frame.filename] or frames
     return f"{type(error).__name__} at {Path(ours[-1].filename).name}:{ours[-1].lineno}"
 
 
 class Campaign:
-    """Examples of one kind, and what became of them."""
+    """The examples of one kind and their outcomes."""
 
     def __init__(self, kind: str, examples: int, seed: int, limit: int, out: TextIO):
         self.kind, self.module = kind, load(kind)
@@ -93,7 +93,7 @@ class Campaign:
         self.done, self.hangs, self.began = 0, 0, time.monotonic()
 
     def attempt(self, example: Any) -> str:
-        """`check`, in a folder of its own and within the limit."""
+        """Run `check` in a new folder and within the limit; return its outcome."""
         folder = Path(tempfile.mkdtemp(prefix="fuzz-"))
         try:
             with alarm(self.limit):
@@ -102,7 +102,7 @@ class Campaign:
             shutil.rmtree(folder, ignore_errors=True)
 
     def one(self, example: Any) -> None:
-        """An example, whatever becomes of it; one that was there before is left out."""
+        """Check an example and record its outcome; skip an example that was checked before."""
         digest = hashlib.blake2b(repr(example).encode(errors="surrogatepass")).digest()
         if self.done >= self.examples or digest in self.seen:
             return
@@ -150,18 +150,18 @@ class Campaign:
 
     def run(self) -> None:
         quiet = settings(
-            max_examples=3 * self.examples,  # some come twice
+            max_examples=3 * self.examples,  # some occur twice
             database=None,
             deadline=None,
             suppress_health_check=list(hypothesis.HealthCheck),
             phases=[hypothesis.Phase.generate],
         )
         body = given(self.module.STRATEGY)(lambda example: self.one(example))
-        # A failure never reaches hypothesis, so that the search goes on.
+        # A failure never reaches hypothesis, so that the search continues.
         hypothesis.seed(self.seed)(quiet(body))()
 
     def shrink(self) -> None:
-        """The smallest example that hypothesis finds for each distinct failure, into the file."""
+        """Write the smallest example that hypothesis finds for each distinct failure."""
         for place, (example, text) in self.firsts.items():
             if place.startswith("Hang"):
                 continue
@@ -185,7 +185,7 @@ class Campaign:
             try:
                 example = find(self.module.STRATEGY, same, settings=quick)
             except (hypothesis.errors.HypothesisException, Hang):
-                continue  # rare: the example as it was found has to do
+                continue  # rare: only the original example is in the file
             row = {"kind": self.kind, "place": place, "shrunk": repr(example), "traceback": text}
             self.out.write(json.dumps(row) + "\n")
             self.out.flush()
@@ -200,11 +200,11 @@ class Campaign:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--examples", type=int, default=1000, help="of all kinds together")
+    parser.add_argument("--examples", type=int, default=1000, help="examples of all kinds together")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--kinds", default=",".join(SHARES), help="comma-separated")
+    parser.add_argument("--kinds", default=",".join(SHARES), help="comma-separated kinds")
     parser.add_argument("--out", type=Path, default=Path("fuzz_failures.jsonl"))
-    parser.add_argument("--limit", type=int, default=120, help="seconds that an example may take")
+    parser.add_argument("--limit", type=int, default=120, help="seconds per example")
     parser.add_argument(
         "--shrink",
         action=argparse.BooleanOptionalAction,
@@ -215,7 +215,7 @@ def main() -> int:
     arguments = parser.parse_args()
     kinds = [kind for kind in arguments.kinds.split(",") if kind]
     if unknown := [kind for kind in kinds if kind not in SHARES]:
-        parser.error(f"--kinds {unknown[0]}: known are {', '.join(SHARES)}")
+        parser.error(f"--kinds has unknown {unknown[0]}; known: {', '.join(SHARES)}")
     jax.config.update("jax_numpy_rank_promotion", "raise")
     whole = sum(SHARES[kind] for kind in kinds)
     campaigns = []
@@ -233,7 +233,7 @@ def main() -> int:
 
 
 def report(campaigns: list[Campaign], outcomes: bool) -> None:
-    """The table, and what failed how often."""
+    """Print a table of all kinds, then each failure with its count."""
     heads = ("kind", "examples", "accepted", "refused", "tracebacks", "hangs", "s each")
     rows = [heads, *(campaign.row() for campaign in campaigns)]
     print()

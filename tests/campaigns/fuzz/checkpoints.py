@@ -1,7 +1,7 @@
-"""Corrupted checkpoints: whatever bytes lie in one, it is refused in one line or read as arrays.
+"""Corrupted checkpoints: each is refused in one line, or read as arrays of the right shapes.
 
-Three kinds of it: one whose digests must give the damage away; one from before there were digests;
-and one that someone made up, whose digests are right.
+There are three kinds: "sealed" ones, whose checksums must reveal the damage; "unsealed" ones of the
+old format without checksums; and "forged" ones, whose checksums match the damage.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ STEP = 4
 
 @dataclasses.dataclass(frozen=True)
 class Damage:
-    """What happens to one file: `file` and `place` are shares of all files and of its length."""
+    """A change to one file; `file` and `place` are fractions of all files and of its length."""
 
     kind: str  # "sealed", "unsealed", "forged"
     change: str
@@ -63,7 +63,7 @@ def _target() -> tuple[TrainConfig, Any, Any]:
 
 
 def damage(folder: Path, example: Damage) -> bool:
-    """Changes the checkpoint in `folder`; whether it is another one now."""
+    """Change a file of the checkpoint in `folder`; return whether its content is different now."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     path = files[int(example.file * len(files))]
     before = path.read_bytes()
@@ -90,7 +90,15 @@ def damage(folder: Path, example: Damage) -> bool:
 
 
 def check(example: Damage, folder: Path) -> str:
-    """What became of it: "refused", "read", or "unchanged". Raises whatever must not happen."""
+    """Damage a checkpoint, load it, and return the outcome.
+
+    Returns:
+      "refused: damage", "refused: content", "read" or "unchanged".
+
+    Raises:
+      AssertionError: the damage was not detected, or a message or an array is wrong.
+      Exception: any other error than a `UserError`, which is a defect.
+    """
     run = folder / "run"
     shutil.copytree(OLD, run)
     checkpoint = run / "checkpoints" / str(STEP)
@@ -102,14 +110,14 @@ def check(example: Damage, folder: Path) -> str:
         try:
             _as_new(checkpoint)
         except (OSError, ValueError, LookupError, TypeError):
-            return "refused: content"  # it cannot even be forged: a link, or no such JSON
+            return "refused: content"  # it cannot be forged: a link, or invalid JSON
     config, state, params = _target()
     try:
         with Checkpoints(run) as checkpoints:
             step = checkpoints.newest_good(lambda line: None)
             assert step == STEP
             if example.kind == "sealed" and changed:
-                raise AssertionError(f"damage was not noticed: {example}")
+                raise AssertionError(f"damage was not detected: {example}")
             checkpoints.config(step)
             position = checkpoints.position(step, _digest())
             Guards(config.guards, position.guards)
@@ -128,7 +136,7 @@ def check(example: Damage, folder: Path) -> str:
 
 
 def params_on_device(params: Any) -> Any:
-    """The abstract parameters with the place that a reader gives them."""
+    """Return the abstract parameters with the sharding that a reader of checkpoints uses."""
     where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), params)
 
@@ -140,7 +148,7 @@ def _digest() -> str:
 
 
 def _as_new(checkpoint: Path) -> None:
-    """Seals a checkpoint of the old format as one of today."""
+    """Convert a checkpoint of the old format to the current one, with checksums."""
     path = checkpoint / "data" / "metadata"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 2}))
     digests.seal(checkpoint)

@@ -1,7 +1,7 @@
-"""Config trees as a file or `--config.key=value` overrides may produce them.
+"""Random config trees, as config files or `--config.key=value` overrides may produce them.
 
-A tree is coherent first: every option at a value that goes with the others. Then most have a few
-options thrown out of line, by another value of the right type or by anything at all.
+A tree is coherent at first: the values of all options fit together. In most trees a few options
+then get another value, of the right type or of any type.
 """
 
 import dataclasses
@@ -26,10 +26,12 @@ from mea_jax.config.schema import (
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """A tree, the number of devices it meets, and how it comes there.
+    """A config tree and the number of devices for it.
 
-    `coherent`: nothing was thrown out of line, so it must train. `through_file`: set in a
-    `ConfigDict`, as by a config file; else handed over as a plain tree.
+    Attributes:
+      coherent: True if no value was changed, so that the config must train.
+      through_file: True if the tree updates a `ConfigDict`, as in a config file; otherwise it is
+        parsed directly.
     """
 
     tree: Any
@@ -51,7 +53,7 @@ def _one(draw, *values):
 
 @st.composite
 def _meshes(draw, devices: int):
-    """(mesh tree, sizes of its axes)."""
+    """Draw (mesh tree, sizes of its axes)."""
     sizes, left = {}, devices
     for axis in draw(st.permutations(("tensor", "sequence", "fsdp", "expert"))):
         sizes[axis] = draw(st.sampled_from(_divisors(left)))
@@ -66,7 +68,7 @@ def _meshes(draw, devices: int):
 
 @st.composite
 def _components(draw, kv: int, tensor: int, layers: int, fewer: bool):
-    """Component heads that block identity and a mesh allow: None, one number, or one a layer."""
+    """Draw component heads that block identity and mesh allow: None, a number, one per layer."""
     counts = [c for c in _divisors(kv) if c % tensor == 0] if fewer else [kv]
     form = _one(draw, "none", "int", "tuple")
     if form == "none":
@@ -216,9 +218,9 @@ def _coherent(draw, devices: int):
     }
 
 
-# -- options out of line -------------------------------------------------------------------
+# -- changed options -----------------------------------------------------------------------
 
-# Neither so small as to be harmless nor so large as to be refused would only take time and memory.
+# No values between small ones and those that are refused: they would only take time and memory.
 INTEGERS = (-(2**40), -2, -1, 0, 1, 2, 3, 4, 5, 7, 8, 16, 2**31 - 1, 2**31, 2**40, 2**63, 10**4000)
 FLOATS = (
     *(math.nan, math.inf, -math.inf, -1.0, -1e-9, 0.0, 1e-300, 1e-40, 1e-20, 0.5, 1.0, 2.0),
@@ -248,7 +250,7 @@ ANYTHING = st.one_of(
 
 
 def _hints(cls: Any = TrainConfig, prefix: str = "") -> dict[str, Any]:
-    """Every option's type by its path; those of a source are at "data.sources.0."."""
+    """Return the type of every option by its path; those of a source are at "data.sources.0."."""
     found: dict[str, Any] = {}
     for name, hint in typing.get_type_hints(cls).items():
         inner = typing.get_args(hint)[0] if typing.get_origin(hint) is tuple else hint
@@ -265,7 +267,7 @@ HINTS = _hints()
 
 @st.composite
 def _out_of_line(draw, hint: Any):
-    """A value that an option of type `hint` has no right to expect, often of the right type."""
+    """Draw a value that may be invalid for an option of type `hint`, often of the right type."""
     if hint is None or draw(st.integers(0, 3)) == 0:
         return draw(ANYTHING)
     if isinstance(hint, types.UnionType):  # component heads
@@ -278,7 +280,7 @@ def _out_of_line(draw, hint: Any):
 
 
 def _put(tree: Any, path: str, value: Any) -> None:
-    """Sets a leaf by its path, if what lies above it is still there."""
+    """Set a leaf by its path, if its parents are still containers."""
     *parents, last = path.split(".")
     for key in parents:
         if isinstance(tree, list):

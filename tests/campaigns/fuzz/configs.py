@@ -1,4 +1,4 @@
-"""Random configs: each either trains, or is refused in one line that names a key."""
+"""Random configs: each one trains, or is refused in one line that names a key."""
 
 import contextlib
 import dataclasses
@@ -31,13 +31,13 @@ from tests.helpers import random_batch
 from .config_trees import Example, examples
 
 STRATEGY = examples()
-RUN_ONE_IN = 3  # of configs that trace, so many also take two steps
-GENERATE_ONE_IN = 10  # likewise two tokens
+RUN_ONE_IN = 3  # one in so many traced configs also takes two steps
+GENERATE_ONE_IN = 10  # one in so many also generates two tokens
 LONGEST_LINE = 500
 
 
 def refusal(error: UserError) -> str:
-    """The key that a refusal names. Raises `AssertionError` unless it is one clear line."""
+    """Return the key that a refusal names; raise `AssertionError` unless it is one short line."""
     line = str(error)
     assert len(line.splitlines()) == 1, f"not one line: {line!r}"
     assert len(line) <= LONGEST_LINE, f"{len(line)} characters: {line[:LONGEST_LINE]}"
@@ -53,12 +53,12 @@ def _build(example: Example) -> TrainConfig:
     try:
         config.update(example.tree)
     except Exception as error:  # the command prints whatever a config file raises as one line
-        raise UserError(f"config file: {type(error).__name__}") from error
+        raise UserError(f"config file: {type(error).__name__}: correct the file") from error
     return from_config_dict(config)
 
 
 def _resolve(example: Example) -> tuple[TrainConfig, jax.sharding.Mesh]:
-    """What `mea_jax.train.run.train` does before it looks at data, in its order."""
+    """Repeat the steps of `mea_jax.train.run.train` before it reads data, in the same order."""
     config, devices = _build(example), jax.devices()[: example.devices]
     mesh = sharding.make_mesh(config.mesh, devices)
     split = (mesh.shape["tensor"], mesh.shape["sequence"])
@@ -68,13 +68,13 @@ def _resolve(example: Example) -> tuple[TrainConfig, jax.sharding.Mesh]:
     start = Start(config, mesh, str)
     if start.source is None:
         validate_from_scratch(config.model)
-    _ = start.teacher  # as with the source: named, it must exist
+    _ = start.teacher  # like the source, it must exist if it is named
     memory.check_fits(config, mesh)
     return config, mesh
 
 
 def _batch(config: TrainConfig) -> dict[str, np.ndarray]:
-    """Random windows, some of two documents and some padding."""
+    """Return random windows, some with two documents and some with padding."""
     length = config.data.context_length
     kinds = [[length], [length // 3, length - length // 3], [max(length - 2, 1)]]
     rows = [[size for size in kinds[i % 3] if size] for i in range(config.batch_size)]
@@ -82,7 +82,7 @@ def _batch(config: TrainConfig) -> dict[str, np.ndarray]:
 
 
 def _steps(config: TrainConfig, mesh: jax.sharding.Mesh, finite: bool) -> TrainState:
-    """Two compiled updates, an evaluation and the diagnostics of what they leave."""
+    """Run two compiled updates, then an evaluation and the diagnostics; return the state."""
     where = sharding.batch_sharding(mesh)
     batch = {name: jax.device_put(x, where) for name, x in _batch(config).items()}
     state, step = create_state(config, mesh), compile_train_step(config, mesh)
@@ -101,7 +101,7 @@ def _steps(config: TrainConfig, mesh: jax.sharding.Mesh, finite: bool) -> TrainS
 
 
 def _generate(config: TrainConfig, params: Any) -> None:
-    """Two tokens, as a finished run samples them: on its mesh, from its parameters."""
+    """Sample two tokens as a finished run does, on its mesh, from its parameters."""
     model = dataclasses.replace(config.model, attention_kernel="auto")
     length = config.data.context_length
     generator = Generator(model, params, length=length)
@@ -113,9 +113,9 @@ def _generate(config: TrainConfig, params: Any) -> None:
 
 
 def _prepare(config: TrainConfig, folder: Path) -> None:
-    """The windows of a small corpus under these options, or a refusal of one line."""
+    """Prepare and read a small corpus with these options; a refusal must be one line."""
     if any(s.source.startswith(("tfds:", "python_stdlib")) for s in config.data.sources):
-        return  # seconds each, and not of the config's making
+        return  # these take seconds, whatever the config
     (folder / "somewhere").mkdir()
     for i in range(4):
         (folder / "somewhere" / f"{i}.txt").write_text("some words " * (i + 3))
@@ -141,19 +141,19 @@ def _prepare(config: TrainConfig, folder: Path) -> None:
 
 
 def _chance(example: Example, one_in: int, salt: str) -> bool:
-    """Whether this example is among the one in so many: always the same answer."""
+    """Return whether an example is one in `one_in`, always the same for equal arguments."""
     return zlib.crc32(f"{salt} {example!r}".encode()) % one_in == 0
 
 
 def _small(config: TrainConfig) -> bool:
-    """Whether nothing in a config is far beyond what the coherent ones have."""
+    """Return whether no size in a config is far above those of coherent configs."""
     sizes = [config.batch_size, config.data.context_length, config.data.prefetch]
     sizes += [v for v in flatten(dataclasses.asdict(config.model)).values() if type(v) is int]
     return max(sizes) <= 1024
 
 
 def check(example: Example, folder: Path) -> str:
-    """ "ran", or "refused: <key>"; any other exception is a defect."""
+    """Return "ran" or "refused: <key>"; any exception is a defect."""
     try:
         config, mesh = _resolve(example)
     except UserError as error:

@@ -1,7 +1,7 @@
-"""JSON lines of any kind, plain and compressed: documents, or one line that names the file.
+"""Random JSON-lines files, plain and compressed: each gives documents, or one line that names it.
 
-An `Example` is the name and the bytes of a file: anything at all, JSON of any shape, or a good file
-with some of it changed, before or after its compression.
+An `Example` is the name and the bytes of a file: random bytes, JSON of any shape, or a valid file
+with changes before or after its compression.
 """
 
 import dataclasses
@@ -21,19 +21,19 @@ from mea_jax.errors import UserError
 from .mutation import mutated
 
 LONGEST_LINE = 2000  # characters of a message; its longest part is the path
-_DEEP = 100_000  # brackets within each other, far beyond what Python's parser follows
+_DEEP = 100_000  # nested brackets, far deeper than Python's parser supports
 
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """A file `data` + `suffix` that holds `content`."""
+    """A file `data` + `suffix` that contains `content`."""
 
     suffix: str  # ".jsonl", ".jsonl.gz" or ".jsonl.zst"
     content: bytes
 
 
 def compress(suffix: str, lines: bytes) -> bytes:
-    """As the suffix says; always the same bytes for the same lines."""
+    """Compress `lines` as the suffix requires; equal lines always give equal bytes."""
     if suffix == ".jsonl.gz":
         return gzip.compress(lines, mtime=0)
     if suffix == ".jsonl.zst":
@@ -107,14 +107,14 @@ STRATEGY = _examples()
 
 
 def check(example: Example, folder: Path) -> str:
-    """Reads the file under both ways to deal with bad input, and compares what they give.
+    """Read the file with both settings for bad input, and compare the results.
 
     Returns:
-      "documents", "refused: one line" for what is bad, or "refused: no text".
+      "documents", "refused: one line" for bad input, or "refused: no text".
 
     Raises:
-      AssertionError: what was read or said is not as it should be.
-      Exception: anything but a `UserError`.
+      AssertionError: the documents or the messages are wrong.
+      Exception: any other error than a `UserError`, which is a defect.
     """
     path = folder / f"data{example.suffix}"
     path.write_bytes(example.content)
@@ -123,15 +123,15 @@ def check(example: Example, folder: Path) -> str:
         left_out = LeftOut(allowed=True)
         found, nothing = _read(source, left_out)
         strict, error = _read(source, LeftOut())
-        assert found[: len(strict)] == strict, "other documents without bad ones than before them"
+        assert found[: len(strict)] == strict, "documents before the bad input differ"
         assert nothing is None or not found
-        assert nothing is None or "holds no text" in str(nothing), nothing
+        assert nothing is None or "contains no text" in str(nothing), nothing
         for message in filter(None, (nothing, error)):
             _one_line(str(message), path)
         for line in left_out.lines:
             _one_line(line, path)
         if left_out.count:
-            assert error is not None, "left out, but no error where nothing may be"
+            assert error is not None, "input was left out, but is no error with bad_input=stop"
             assert str(error) == f"{left_out.lines[0]}; or leave such input out with {OPTION}"
             return "refused: one line"
         assert (found, str(nothing)) == (strict, str(error))
@@ -143,7 +143,7 @@ def check(example: Example, folder: Path) -> str:
 
 
 def _read(source: SourceConfig, left_out: LeftOut) -> tuple[list[str], UserError | None]:
-    """The texts up to the end, or to the error that came first."""
+    """Return the texts up to the end or the first error, and that error or None."""
     texts: list[str] = []
     try:
         for document in sources.documents(source, left_out):
@@ -163,6 +163,6 @@ def _one_line(message: str, path: Path) -> None:
 
 
 def _agrees(texts: list[str], content: bytes) -> None:
-    """With the shortest reader there could be: of a file in which nothing is wrong."""
+    """Compare with a minimal reader, for a file without errors."""
     lines = [json.loads(line) for line in content.split(b"\n") if line.strip()]
     assert texts == [line["text"] for line in lines if line["text"]]

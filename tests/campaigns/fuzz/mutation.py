@@ -1,4 +1,4 @@
-"""Damage to bytes of any kind, as other strategies use it."""
+"""Random damage to bytes, for the other strategies."""
 
 from hypothesis import strategies as st
 
@@ -7,7 +7,7 @@ _FRAGMENTS = (
     b"\r\n",
     b"\n",
     b"\0",
-    b"\xed\xa0\x80",  # half of a surrogate pair, as UTF-8 would spell it
+    b"\xed\xa0\x80",  # half of a surrogate pair, encoded like UTF-8
     rb"\ud800",
     b"NaN",
     b"-Infinity",
@@ -18,13 +18,13 @@ _FRAGMENTS = (
     b'"',
     b"\\",
 )
-# A flipped bit gets past more checks than the rest, so it comes more often.
+# A flipped bit passes more checks than other damage, so it is more frequent.
 _KINDS = ("flip", "flip", "flip", "cut", "remove", "double", "replace", "insert")
 
 
 @st.composite
 def mutated(draw, whole: bytes) -> bytes:
-    """`whole` with a few bits flipped, cut short, with a stretch removed, doubled or replaced."""
+    """Flip bits of `whole`, cut it short, and remove, double, replace or insert bytes."""
     content = bytearray(whole)
     for _ in range(draw(st.integers(1, 5))):
         if not content:

@@ -1,7 +1,7 @@
-"""Tokenizer files of any kind: one that works, or one line that names the file.
+"""Changed tokenizer files: each works, or gives one line that names the file.
 
-An `Example` is the name and the bytes of a tokenizer file that was good before some of it was
-changed: its bytes, or the values in its JSON or in its protocol buffer.
+An `Example` is the name and the bytes of a valid tokenizer file with changes: to its bytes, or to
+values in its JSON or its protocol buffer.
 """
 
 import copy
@@ -31,13 +31,13 @@ TEXTS = [
     tokenizers.SEPARATOR + " <unk></s>",
     "x" * 2000,
 ]
-_PROTOCOL: Any = sentencepiece_model_pb2  # makes its classes as it is imported
+_PROTOCOL: Any = sentencepiece_model_pb2  # creates its classes when it is imported
 _LINES = ["the cat sat on the mat", "a dog ran home; naïve", "def f(x): return x + 1"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """A file `name` that holds `content`."""
+    """A file `name` that contains `content`."""
 
     name: str  # "tokenizer.json", "tokenizer.model" or "tokenizer.bytes.json"
     content: bytes
@@ -45,7 +45,7 @@ class Example:
 
 @functools.cache
 def _json_files() -> list[bytes]:
-    """One of each model that Hugging Face's library has, and the bytes."""
+    """Return a tokenizer.json for each kind of model of Hugging Face's library."""
     vocabulary = {token: i for i, token in enumerate(["[UNK]", "</s>", "the", "cat", "##s", "a"])}
     scores = [(token, -float(i)) for i, token in enumerate(vocabulary)]
     models = [
@@ -69,7 +69,7 @@ def _json_files() -> list[bytes]:
 
 @functools.cache
 def _models() -> list[bytes]:
-    """SentencePiece models of some hundred bytes."""
+    """Return SentencePiece models of a few hundred bytes."""
     options: list[dict[str, Any]] = [
         {"vocab_size": 40},
         {"vocab_size": 60, "model_type": "bpe"},
@@ -112,7 +112,7 @@ _ODD: Any = st.sampled_from(
 
 
 def _places(tree: Any) -> list[tuple[Any, Any]]:
-    """Every (container, key) in a tree of JSON; of long lists and dicts the first and last few."""
+    """Return all (container, key) of a JSON tree; of long containers only the first and last 6."""
     if not isinstance(tree, dict | list):
         return []
     keys = list(tree) if isinstance(tree, dict) else list(range(len(tree)))
@@ -122,7 +122,7 @@ def _places(tree: Any) -> list[tuple[Any, Any]]:
 
 @st.composite
 def _changed_json(draw, whole: bytes) -> bytes:
-    """Some values of a tree removed, replaced, doubled or put elsewhere."""
+    """Remove, replace or increment some values of a JSON tree, or copy others over them."""
     tree = json.loads(whole)
     for _ in range(draw(st.integers(1, 3))):
         places = _places(tree)
@@ -144,7 +144,7 @@ def _changed_json(draw, whole: bytes) -> bytes:
 
 @st.composite
 def _changed_model(draw, whole: bytes) -> bytes:
-    """Some fields of the protocol buffer at other values of their types."""
+    """Set fields of the protocol buffer to other values of their types, or remove pieces."""
     model = _PROTOCOL.ModelProto.FromString(whole)
     for _ in range(draw(st.integers(1, 3))):
         part = draw(
@@ -197,14 +197,14 @@ STRATEGY = _examples()
 
 
 def check(example: Example, folder: Path) -> str:
-    """Loads the file, and encodes and decodes with what was loaded.
+    """Load the file, and encode and decode with the tokenizer.
 
     Returns:
       "works", or "refused: one line".
 
     Raises:
-      AssertionError: what was loaded or said is not as it should be.
-      BaseException: anything but a `UserError`, such as a panic of a library.
+      AssertionError: the tokenizer or the message is wrong.
+      BaseException: any other error than a `UserError`, such as a panic of a library.
     """
     path = folder / example.name
     path.write_bytes(example.content)

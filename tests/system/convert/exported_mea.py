@@ -1,4 +1,4 @@
-"""Models in the directories that modeling_mea.py is loaded from, written here by hand."""
+"""Write models as exported directories, without the exporter, and load their modeling_mea.py."""
 
 import json
 import shutil
@@ -14,26 +14,26 @@ from transformers import AutoModelForCausalLM, dynamic_module_utils, utils
 
 from mea_jax.config.schema import ModelConfig
 from mea_jax.convert import composite
-from mea_jax.model.transformer import stretches
+from mea_jax.model.transformer import runs_of_equal_layers
 
 torch.set_num_threads(1)
 utils.logging.disable_progress_bar()
-# Where transformers copies a directory's code; one folder a process, as Python keeps its packages.
+# transformers copies a directory's code here; one per process, because Python caches its packages.
 _MODULES = tempfile.TemporaryDirectory()
 dynamic_module_utils.HF_MODULES_CACHE = _MODULES.name
 
 
 def layers_of(model: ModelConfig, params: Any) -> list[Any]:
-    """Each layer's parameters without the axis of layers."""
+    """Return the parameters of each layer, without the axis of layers."""
     return [
         jax.tree.map(lambda x, i=i: np.asarray(x[i]), params[f"layers_{first}"])
-        for first, length, *_ in stretches(model)
+        for first, length, *_ in runs_of_equal_layers(model)
         for i in range(length)
     ]
 
 
 def save(model: ModelConfig, params: Any, folder: Path) -> Path:
-    """The model as an exported directory."""
+    """Write the model as an exported directory; return `folder`."""
     folder.mkdir(parents=True)
     tensors = composite.mea_top_tensors(model, params)
     for index, layer in enumerate(layers_of(model, params)):
@@ -47,7 +47,7 @@ def save(model: ModelConfig, params: Any, folder: Path) -> Path:
 
 
 def load(folder: Path, **options: Any) -> Any:
-    """The model of an exported directory, as anyone loads it; every tensor found its place."""
+    """Load an exported directory as users do, and check that all tensors match the model."""
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder, trust_remote_code=True, output_loading_info=True, **options
     )

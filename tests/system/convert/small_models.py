@@ -1,4 +1,4 @@
-"""Small models of the real classes of transformers, with random weights that all matter."""
+"""Small models of classes of transformers, with random weights that all affect the logits."""
 
 import dataclasses
 from pathlib import Path
@@ -21,7 +21,7 @@ from mea_jax.data import tokenizers
 torch.set_num_threads(1)
 utils.logging.disable_progress_bar()
 
-VOCABULARY = 280  # the tokenizer has 264 ids: published vocabularies are padded as well
+VOCABULARY = 280  # the tokenizer has 264 ids: published vocabularies are padded too
 SHAPE: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
@@ -34,7 +34,7 @@ SHAPE: dict[str, Any] = {
     "bos_token_id": None,
     "eos_token_id": None,
 }
-# Acts from position 16 / 4 on.
+# Changes frequencies whose wavelength is above 16 / 4 positions.
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 10_000.0,
@@ -73,7 +73,7 @@ KINDS = {
 
 
 def make(kind: str, **changes: Any) -> Any:
-    """A model whose logits have a spread of about one; its norms' weights are random too."""
+    """Return a model whose logits have a spread of about one and whose norm weights are random."""
     found = KINDS[kind]
     torch.manual_seed(len(kind))
     model = found.model(found.config(**(SHAPE | found.changes | changes)))
@@ -89,7 +89,7 @@ def make(kind: str, **changes: Any) -> Any:
 
 
 def save(model: Any, folder: Path, **options: Any) -> Path:
-    """As transformers saves it, with a tokenizer of 264 ids."""
+    """Save a model as transformers does, with a tokenizer of 264 ids; return `folder`."""
     model.save_pretrained(folder, **options)
     words = "the quick brown fox jumps over the lazy dog"
     tokenizers.train_bpe(iter([words]), 264).save(folder)
@@ -101,7 +101,7 @@ def tokens(seed: int, rows: int, length: int) -> np.ndarray:
 
 
 def logits(model: Any, tokens_BT: np.ndarray, **arguments: Any) -> np.ndarray:
-    """Float32 logits of a model of transformers."""
+    """Return the float32 logits of a model of transformers."""
     inputs = {name: torch.tensor(value) for name, value in arguments.items()}
     with torch.no_grad():
         return model(input_ids=torch.tensor(tokens_BT).long(), **inputs).logits.numpy()

@@ -1,4 +1,4 @@
-"""python -m mea_jax.convert: what users do wrong, what a kill leaves, what travels along."""
+"""python -m mea_jax.convert: user errors, killed conversions, files copied with a model."""
 
 import functools
 import json
@@ -31,7 +31,7 @@ SHARD = "model-00002-of-00003.safetensors"
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory):
-    """A Llama in three shards."""
+    """Save a Llama in three shards; return its folder."""
     model = small_models.make("llama", num_hidden_layers=1)
     folder = small_models.save(model, tmp_path_factory.mktemp("llama"), max_shard_size="60KB")
     assert (folder / SHARD).exists()
@@ -52,12 +52,12 @@ def copy(original, tmp_path):
 
 @pytest.fixture
 def shell(in_process):
-    """`shell(*arguments)`: the command in this process; (status, out, err)."""
+    """Return `shell(*arguments)`, which runs the command in this process: (status, out, err)."""
     return functools.partial(in_process, "mea_jax.convert")
 
 
 def edit(path, **changes):
-    """Sets keys of a JSON file; None removes one."""
+    """Set keys of a JSON file; a value of None removes the key."""
     tree = json.loads(path.read_text()) | changes
     path.write_text(json.dumps({k: v for k, v in tree.items() if v is not None}))
 
@@ -70,7 +70,7 @@ def edit_index(folder, change):
 
 
 def drop_tensor(folder):
-    """From its shard and from the index, which then agree."""
+    """Remove a tensor from its shard and from the index, which then agree."""
     tensors = load_file(folder / SHARD)
     name = sorted(tensors)[0]
     del tensors[name]
@@ -110,7 +110,7 @@ BAD = {
     "empty shard": (lambda f: (f / SHARD).write_bytes(b""), [SHARD, "is cut short"]),
     "longer shard": (
         lambda f: (f / SHARD).write_bytes((f / SHARD).read_bytes() + b"0"),
-        [SHARD, "longer than it says"],
+        [SHARD, "longer than its header says"],
     ),
     "no JSON in a header": (
         lambda f: (f / SHARD).write_bytes(b"\x08" + bytes(7) + b"notjson!"),
@@ -120,11 +120,11 @@ BAD = {
         lambda f: edit_index(
             f, lambda m: m.update({"model.norm.weight": "model-00001-of-00003.safetensors"})
         ),
-        ["model.norm.weight", "where the index says it is"],
+        ["model.norm.weight", "where the index puts it"],
     ),
     "index leaves one out": (
         lambda f: edit_index(f, lambda m: m.pop("model.norm.weight")),
-        ["model.norm.weight", "the index does not know it"],
+        ["model.norm.weight", "the index does not name it"],
     ),
     "index names what is not there": (
         lambda f: edit_index(f, lambda m: m.update(ghost=SHARD)),
@@ -141,13 +141,13 @@ BAD = {
     ),
     "no index": (lambda f: (f / shards.INDEX).unlink(), ["neither model.safetensors nor"]),
     "not finite": (spoilt(np.inf), ["model.layers.0.", "not finite"]),
-    "no config": (lambda f: (f / "config.json").unlink(), ["holds no config.json"]),
+    "no config": (lambda f: (f / "config.json").unlink(), ["contains no config.json"]),
     "damaged config": (lambda f: cut(f / "config.json", 0.5), ["config.json cannot be read"]),
     "unknown architecture": (
         lambda f: edit(f / "config.json", architectures=["GPT2LMHeadModel"]),
         ["GPT2LMHeadModel", "LlamaForCausalLM, Qwen3ForCausalLM, Qwen3MoeForCausalLM"],
     ),
-    "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), ["holds no tokenizer"]),
+    "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), ["contains no tokenizer"]),
     "tokenizer of another model": (many_tokens, ["tokenizer does not match", "vocab_size=280"]),
 }
 REFUSED = {
@@ -203,7 +203,7 @@ def test_numbers_beyond_bfloat16_are_refused_by_name(copy, shell, tmp_path):
     [
         ([], ["give --model FOLDER and --out RUN"]),
         (["--model", "nowhere", "--out", "x"], ["--model nowhere: no such folder"]),
-        (["--model", "nobody/nothing", "--out", "x"], ["the hub does not give it"]),
+        (["--model", "nobody/nothing", "--out", "x"], ["cannot be downloaded from the hub"]),
         (["--model", "MODEL", "--out", "x", "--dtype", "float64"], ["--dtype=float64"]),
         (["--model", "MODEL", "--out", "x", "--context_length", "300"], ["beyond the model's"]),
         (["--model", "MODEL", "--out", "x", "--text", "tekst:x"], ["--text tekst:x", "text"]),
@@ -238,7 +238,7 @@ def test_two_processes_do_not_write_one_output(tmp_path):
 
 
 class Killed(BaseException):
-    """Stands for a kill: no handler of ours may catch it."""
+    """An exception in place of a kill: no handler of the package may catch it."""
 
 
 @pytest.mark.parametrize("stage", ["_fill", "Writer.save", "write_json"])
@@ -273,13 +273,13 @@ def test_an_export_that_was_killed_is_no_model(imported, tmp_path, monkeypatch):
 def test_a_disk_without_room_is_refused_before_it_is_filled(original, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(importing.UserError, match="the conversion takes"):
+    with pytest.raises(importing.UserError, match="the conversion needs"):
         import_model(original, tmp_path / "run")
     assert not list(tmp_path.iterdir())
 
 
 def test_both_ways_of_storing_experts_are_read(tmp_path, devices):
-    """One by one as published, and all in one tensor, as transformers 5 holds them in memory."""
+    """Models are published with a tensor per expert; transformers 5 has all experts in one."""
     devices(1)
     model = small_models.make("qwen3_moe", num_hidden_layers=1)
     folder = small_models.save(model, tmp_path / "apart")
@@ -314,7 +314,7 @@ def test_a_rope_as_transformers_4_writes_it():
     assert found.rope_scaling == configs.RopeScaling(8.0, 1.0, 4.0, 16)
 
 
-# -- out -----------------------------------------------------------------------------------------
+# -- export --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -364,7 +364,7 @@ def test_the_tokenizer_and_its_companions_travel_through(copy, tmp_path, devices
 
 
 def made_here(config, folder):
-    """A run directory as training leaves it, with random parameters."""
+    """Write a run directory as training does, with random parameters."""
     params = jax.tree.map(np.asarray, params_of(config.model, noise=0.1))
     writer = Writer(folder.with_name("arrays"), config.model)
     writer.write_top({k: v for k, v in params.items() if not k.startswith("layers_")})
@@ -377,7 +377,7 @@ def made_here(config, folder):
 
 
 def test_a_model_trained_here_gets_a_tokenizer_that_transformers_reads(tiny, tmp_path):
-    """Of bytes, of which the library has no kind: one that gives the same ids."""
+    """The byte tokenizer, which the library lacks, is exported as one that gives the same ids."""
     made_here(tiny(**{f"model.{name}": value for name, value in PLAIN.items()}), tmp_path / "run")
     export_model(tmp_path / "run", tmp_path / "out", print)
     theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
@@ -390,7 +390,7 @@ def test_a_model_trained_here_gets_a_tokenizer_that_transformers_reads(tiny, tmp
 
 
 def test_our_model_through_theirs_is_itself(tiny, tmp_path):
-    """Export, then import: the same parameters and the same model."""
+    """Export and import give the same parameters and the same model config."""
     gqa = PLAIN | {"n_kv_heads": 2, "qk_norm": True}
     made_here(tiny(**{f"model.{name}": value for name, value in gqa.items()}), tmp_path / "run")
     export_model(tmp_path / "run", tmp_path / "out", print)
@@ -424,7 +424,7 @@ def test_a_mixed_model_keeps_its_component_heads_or_rebuilds_composite_ones(tiny
 
 
 def test_parameters_of_every_path_have_their_tensor():
-    """No leaf of ours without one of theirs, and as many numbers."""
+    """The tensors of transformers contain as many numbers as our parameters."""
     for kind in small_models.KINDS:
         config = small_models.make(kind).config.to_dict()
         config |= {"architectures": [small_models.KINDS[kind].model.__name__]}
@@ -435,11 +435,12 @@ def test_parameters_of_every_path_have_their_tensor():
 
 
 def test_no_run_is_started_in_an_imported_folder(imported, devices):
-    """It would begin with fresh parameters, beside those that were brought here."""
+    """Such a run would start from new parameters, next to the imported ones."""
     devices(1)
     before = sorted(path.name for path in imported.rglob("*") if path.name != lock.FILE)
-    with pytest.raises(importing.UserError, match=r"configs/recover\.py:.*llama and a --workdir"):
-        train(StoredModel(imported, print).config, imported)  # as --workdir alone would
+    expected = r"configs/recover\.py:.*llama and another --workdir"
+    with pytest.raises(importing.UserError, match=expected):
+        train(StoredModel(imported, print).config, imported)  # as with --workdir alone
     after = sorted(path.name for path in imported.rglob("*") if path.name != lock.FILE)
     assert before == after
 
@@ -450,5 +451,5 @@ def test_a_run_that_starts_from_an_import_keeps_what_came_with_the_tokenizer(
     mesh = sharding.make_mesh(configs.MeshConfig(1, 1, 1), devices(1))
     start = Start(tiny(**{"start.checkpoint": str(imported)}), mesh, print)
     own = tokenizers.from_directory(imported / "tokenizer")
-    own.companions = {}  # as prepared data may have it
+    own.companions = {}  # as in prepared data
     assert tokenizers.MODEL_CONFIG in start.tokenizer(own).companions

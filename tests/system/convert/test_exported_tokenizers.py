@@ -1,4 +1,4 @@
-"""The tokenizer of an export feeds a model what `generate` feeds it here."""
+"""Exported tokenizers give the ids that mea_jax.generate feeds its model."""
 
 import io
 import json
@@ -22,13 +22,13 @@ TEXTS = [
 
 
 def trained() -> hf.Tokenizer:
-    """Byte pairs as `config.data.tokenizer = "bpe:300"` learns them."""
+    """Train byte pairs as `config.data.tokenizer = "bpe:300"` does."""
     words = ["hello world, def f(x): return x, two spaces"] * 50
     return hf.Tokenizer.from_str(tokenizers.train_bpe(iter(words), 300).content.decode())
 
 
 def template(single: str, *tokens: str) -> hf.Tokenizer:
-    """The trained tokenizer with a template of its own."""
+    """Return the trained tokenizer with the template `single`, which uses `tokens`."""
     made = trained()
     made.add_special_tokens(list(tokens))
     ids = [(token, made.token_to_id(token)) for token in tokens]
@@ -37,7 +37,7 @@ def template(single: str, *tokens: str) -> hf.Tokenizer:
 
 
 def with_offsets() -> hf.Tokenizer:
-    """The trained tokenizer with a processor that adds no token, such as GPT-2's."""
+    """Return the trained tokenizer with a processor that adds no token, such as GPT-2's."""
     made = trained()
     made.post_processor = hf.processors.ByteLevel(trim_offsets=True)
     return made
@@ -52,7 +52,7 @@ HUGGING_FACE = {
 
 
 def fed(tokenizer: tokenizers.Tokenizer, texts: list[str]) -> list[list[int]]:
-    """The ids that `generate` gives its model."""
+    """Return the ids that mea_jax.generate feeds its model."""
     generator: Any = SimpleNamespace(check=lambda ids, where: None)
     return encode(generator, tokenizer, texts, "{}")
 
@@ -64,7 +64,7 @@ def exported(tokenizer: tokenizers.Tokenizer, folder) -> Any:
 
 @pytest.mark.parametrize("kind", ["bytes", *HUGGING_FACE])
 def test_each_text_begins_with_the_start_token(kind, tmp_path):
-    """Also where a text spells out a special token, which is text here."""
+    """This includes texts that spell out a special token, which is not parsed as one."""
     ours: tokenizers.Tokenizer = tokenizers.BytesTokenizer()
     if kind != "bytes":
         ours = tokenizers.HuggingFaceTokenizer(HUGGING_FACE[kind](), kind)
@@ -72,7 +72,7 @@ def test_each_text_begins_with_the_start_token(kind, tmp_path):
     assert theirs(TEXTS)["input_ids"] == fed(ours, TEXTS)
     assert theirs("")["input_ids"] == [ours.start]
     assert theirs.bos_token_id == ours.start
-    assert set(theirs(TEXTS)) == {"input_ids", "attention_mask"}, "what generate() takes"
+    assert set(theirs(TEXTS)) == {"input_ids", "attention_mask"}, "arguments of generate()"
     assert theirs.eos_token_id == ours.separator
     assert [theirs.decode(ids[1:]) for ids in theirs(TEXTS)["input_ids"]] == TEXTS
     assert theirs(TEXTS[1], add_special_tokens=False)["input_ids"] == fed(ours, TEXTS)[1][1:]
@@ -90,7 +90,7 @@ def test_a_processor_that_only_moves_offsets_stays(tmp_path):
 
 @pytest.mark.parametrize("begin", [1, -1], ids=["a begin token", "none"])
 def test_sentencepiece_texts_begin_with_the_start_token(begin, tmp_path):
-    """Without a begin token the end token begins a document."""
+    """Without a begin token, the end token begins a document."""
     sentencepiece = pytest.importorskip("sentencepiece")
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -112,7 +112,7 @@ def test_sentencepiece_texts_begin_with_the_start_token(begin, tmp_path):
 
 
 def test_a_tokenizer_that_came_with_files_is_left_as_it_came(tmp_path):
-    """As published, although `generate` feeds such a model the start token first."""
+    """Its files stay as published, although mea_jax.generate feeds the start token first."""
     config = json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}).encode()
     ours = tokenizers.HuggingFaceTokenizer(trained(), "published")
     ours.companions = {"tokenizer_config.json": config}

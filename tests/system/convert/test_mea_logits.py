@@ -1,4 +1,4 @@
-"""modeling_mea.py against the JAX model: every kind of attention, padding, caches, generation."""
+"""modeling_mea.py equals the JAX model: all kinds of attention, padding, caches, generation."""
 
 import copy
 from types import SimpleNamespace
@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from mea_jax.config.schema import Side
 from mea_jax.generate.generator import Decoding, Generator
 from tests.helpers import GROUPED, PLAIN, apply_logits, params_of, tiny_model
 from tests.system.convert.exported_mea import load, save
@@ -44,7 +45,7 @@ SPANS = ((0, 20), (0, 13), (6, 20))
 
 
 def batch():
-    """Tokens, positions, and 1 where there is a token: (3, 20)."""
+    """Return tokens, positions and a mask that is 1 at tokens, each (3, 20)."""
     real = np.zeros((len(SPANS), LENGTH), np.int32)
     for row, (start, end) in zip(real, SPANS, strict=True):
         row[start:end] = 1
@@ -55,7 +56,7 @@ def batch():
 
 @pytest.fixture(scope="module", params=CASES)
 def case(request, tmp_path_factory):
-    """One model in both forms, and its logits on the batch by JAX."""
+    """Return one model in JAX and in torch, and its JAX logits on the batch."""
     model = tiny_model(**CASES[request.param])
     params = params_of(model, noise=0.3)
     tokens, places, real = batch()
@@ -72,7 +73,7 @@ def case(request, tmp_path_factory):
 
 @torch.no_grad()
 def test_logits_are_ours(case):
-    """At every token of rows with and without padding; float32, so 1e-4 is 100 roundings."""
+    """Rows with and without padding are equal at every token; 1e-4 is 100 roundings of float32."""
     logits = case.torch(**case.inputs, use_cache=False).logits.numpy()
     for ours, theirs, (start, end) in zip(case.logits, logits, SPANS, strict=True):
         np.testing.assert_allclose(theirs[start:end], ours[start:end], rtol=0, atol=1e-4)
@@ -80,7 +81,10 @@ def test_logits_are_ours(case):
 
 @torch.no_grad()
 def test_a_cache_in_pieces_is_the_whole(case):
-    """A prompt, then 1, 3 and 9 more tokens (read as they lie, likewise, mixed first), then 1."""
+    """A prompt of 6 tokens, then 1, 3, 9 and 1 more with the cache give the logits of one pass.
+
+    With 1 or 3 tokens the model reads the components as cached; with 9 it mixes them first.
+    """
     ids, mask = case.inputs["input_ids"], case.inputs["attention_mask"]
     pieces, past, end = [], None, 0
     for size in (6, 1, 3, 9, 1):
@@ -95,7 +99,7 @@ def test_a_cache_in_pieces_is_the_whole(case):
 
 @torch.no_grad()
 def test_padding_between_tokens_changes_nothing(case):
-    """A prompt padded on the right, continued behind its padding: 6 tokens, 4 empty, 4 tokens."""
+    """A prompt can continue after its right padding: 6 tokens, 4 of padding, 4 tokens."""
     ids = case.inputs["input_ids"][:1, :10]
     mask = torch.tensor([[1] * 6 + [0] * 4 + [1] * 4])
     first = torch.cat([ids[:, :6], torch.zeros(1, 4, dtype=ids.dtype)], dim=1)
@@ -107,12 +111,12 @@ def test_padding_between_tokens_changes_nothing(case):
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_cache_holds_components(case, dtype):
-    """Its bytes are those of C_k + C_v heads and, where a key norm meets mixed keys, K float32."""
+    """A cached token is C_k + C_v heads and, with a key norm on mixed keys, K float32 numbers."""
     config = case.model
     past = copy.deepcopy(case.torch).to(dtype)(**case.inputs).past_key_values
     held = sum(x.numel() * x.element_size() for layer in past.layers for x in layer_tensors(layer))
-    components = sum(config.components("key")) + sum(config.components("value"))
-    scalars = config.qk_norm and config.mixes("key") and config.hlc_order == "before"
+    components = sum(config.components(Side.KEY)) + sum(config.components(Side.VALUE))
+    scalars = config.qk_norm and config.mixes(Side.KEY) and config.hlc_order == "before"
     a_token = components * config.head_dim * dtype.itemsize
     a_token += 4 * config.n_kv_heads * config.n_layers * scalars
     assert held == a_token * len(SPANS) * LENGTH
@@ -126,7 +130,7 @@ PROMPTS = [[5, 9, 200, 31, 77], [18, 3], [150, 151, 152, 153]]
 
 
 def padded(prompts):
-    """Prompts padded on the left, as generation wants them."""
+    """Return prompts padded on the left, as `generate` expects them."""
     longest = max(map(len, prompts))
     ids = [[0] * (longest - len(p)) + p for p in prompts]
     mask = [[0] * (longest - len(p)) + [1] * len(p) for p in prompts]
@@ -140,7 +144,7 @@ def generated(model, **options):
 
 @pytest.mark.parametrize("name", ["C per layer", "complex keys, key norm"])
 def test_greedy_tokens_are_ours(name, tmp_path):
-    """Continuations of prompts of three lengths in one batch."""
+    """Continuations of prompts of three lengths in one batch equal those of JAX."""
     model = tiny_model(**CASES[name])
     params = params_of(model, noise=0.3)
     ours = Generator(model, params, length=24).run(PROMPTS, Decoding(12))
@@ -157,7 +161,7 @@ def test_greedy_tokens_are_ours(name, tmp_path):
     ids=["sampling", "beams"],
 )
 def test_generation_without_a_cache_is_the_same(tmp_path, options):
-    """Beams move rows of the cache about, its scalars among them."""
+    """The tokens do not depend on the cache, whose rows and scalars beam search reorders."""
     model = tiny_model(**CASES["key norm"])
     exported = load(save(model, params_of(model, noise=0.3), tmp_path / "model"))
     texts = []

@@ -10,11 +10,12 @@ import torch
 
 from mea_jax.checkpoint.load import load as load_run
 from mea_jax.compress import methods
-from mea_jax.compress.layer import take_apart
+from mea_jax.compress.layer import split_heads
 from mea_jax.compress.moments import of_weights
 from mea_jax.compress.options import Options
 from mea_jax.compress.probe import assemble
 from mea_jax.compress.run import compress
+from mea_jax.config.schema import Side
 from mea_jax.convert import composite
 from mea_jax.convert.exporting import export_model
 from mea_jax.errors import UserError
@@ -45,13 +46,13 @@ def logits_of(model, params):
 
 
 def stacked(params, layers):
-    """The whole model with these layers in place of its own, all alike."""
+    """Return the parameters of the model with `layers`, which have equal shapes, as its layers."""
     top = {name: leaf for name, leaf in params.items() if not name.startswith("layers_")}
     return top | {"layers_0": jax.tree.map(lambda *leaves: np.stack(leaves), *layers)}
 
 
 def rebuilt(model, params):
-    """The whole model through `composite.rebuild`."""
+    """Rebuild all layers with `composite.rebuild`; return the new config and parameters."""
     pairs = [composite.rebuild(model, layer) for layer in layers_of(model, params)]
     assert len({target for target, _ in pairs}) == 1
     return pairs[0][0], stacked(params, [layer for _, layer in pairs])
@@ -59,7 +60,7 @@ def rebuilt(model, params):
 
 @pytest.mark.parametrize("name", CASES)
 def test_rebuilt_heads_are_the_same_function(name):
-    """The result is plain attention: it holds nothing of HLC, and K whole heads."""
+    """The result is plain attention with K full key heads, no mixing, and the same logits."""
     model = tiny_model(**CASES[name])
     params = params_of(model, noise=0.3)
     target, new = rebuilt(model, params)
@@ -80,7 +81,7 @@ def test_rebuilt_heads_are_the_same_function(name):
     ],
 )
 def test_what_no_stock_class_holds_is_refused(changes, said):
-    """One line that names what stands in the way, and the form that has it."""
+    """The error names the unsupported option and the form that supports it."""
     model = tiny_model(**changes)
     with pytest.raises(UserError) as error:
         composite.rebuild(model, {})
@@ -90,7 +91,7 @@ def test_what_no_stock_class_holds_is_refused(changes, said):
 
 
 def test_a_norm_that_hides_features_is_refused():
-    """A weight of zero cannot be divided out of keys that hold it."""
+    """A key norm with a weight of zero cannot be divided out of the keys."""
     model = tiny_model(**CASES["complex keys, key norm"])
     layer = layers_of(model, params_of(model))[0]
     layer["attention"]["key_norm"]["scale"] = np.array([1, 1, 0, 1, 1, 1, 1, 1], np.float32)
@@ -107,7 +108,7 @@ def test_rivals_are_refused():
 
 @pytest.fixture(scope="module")
 def run(tiny, tmp_path_factory):
-    """A trained model of Qwen3's attention, two layers and four heads."""
+    """Train a model with Qwen3's attention, two layers and four heads; return its folder."""
     workdir = tmp_path_factory.mktemp("runs") / "tiny"
     changes = {f"model.{name}": value for name, value in (PLAIN | {"qk_norm": True}).items()}
     train(tiny(steps=8, **changes), workdir)
@@ -116,7 +117,7 @@ def run(tiny, tmp_path_factory):
 
 @torch.no_grad()
 def test_a_compressed_model_leaves_in_both_forms(run, devices, tmp_path):
-    """Half the cache by `mea_jax.compress`: as modeling_mea.py, and as a class of transformers."""
+    """A model with half the cache has the same logits in modeling_mea.py and as Qwen3."""
     devices(1)
     sizes: dict[str, Any] = {
         "calibration_tokens": 512,
@@ -126,7 +127,7 @@ def test_a_compressed_model_leaves_in_both_forms(run, devices, tmp_path):
     options = Options(**sizes, dtype="float32", method="aligned", budget="measured")
     compress(run, tmp_path / "half", options)
     model, params, _, _ = load_run(tmp_path / "half", dtype="float32")
-    assert sum(model.components("key") + model.components("value")) < 16
+    assert sum(model.components(Side.KEY) + model.components(Side.VALUE)) < 16
     tokens, ours = logits_of(model, params)
     classes = {"mea": "MEAForCausalLM", "stock": "Qwen3ForCausalLM"}
     for form, name in classes.items():
@@ -139,12 +140,12 @@ def test_a_compressed_model_leaves_in_both_forms(run, devices, tmp_path):
 
 @torch.no_grad()
 def test_complex_keys_of_a_compressed_model(tmp_path):
-    """The method "frequency" under a key norm: in torch, and rebuilt."""
+    """With a key norm, the method "frequency" gives the same logits in torch and rebuilt."""
     model = tiny_model(**PLAIN, qk_norm=True)
     params = params_of(model, noise=0.3)
     layers = layers_of(model, params)
     for layer in layers:
-        heads = take_apart(model, layer["attention"])
+        heads = split_heads(model, layer["attention"])
         moments = of_weights(heads.query_DNH, heads.key_DKH, heads.value_DKH)
         keys = methods.solve_keys("frequency", heads, moments, 2)
         values = methods.solve_values("frequency", heads, moments, 1)

@@ -1,4 +1,4 @@
-"""What modeling_mea.py is beyond our models' logits: loss, storage, a fresh start, experts."""
+"""modeling_mea.py: storage, loss, hidden states, fixed caches, initial weights, experts."""
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ def folder(tmp_path_factory):
 
 
 def test_it_is_stored_as_it_was_read(folder, tmp_path):
-    """`save_pretrained` takes the code along, and other tensors of a model gain nothing."""
+    """`save_pretrained` copies the code and writes the same tensors."""
     model = load(folder)
     model.save_pretrained(tmp_path / "again")
     names = {file.name for file in (tmp_path / "again").iterdir()}
@@ -33,7 +33,7 @@ def test_it_is_stored_as_it_was_read(folder, tmp_path):
 
 
 def test_loss_and_gradients(folder):
-    """The mean cross-entropy of next tokens, which every parameter has a part in."""
+    """The loss is the mean cross-entropy of next tokens; every parameter has a gradient."""
     model = load(folder)
     out = model(IDS, labels=IDS)
     log_p = torch.log_softmax(out.logits[:, :-1], dim=-1)
@@ -44,7 +44,7 @@ def test_loss_and_gradients(folder):
 
 
 def test_hidden_states_and_last_logits(folder):
-    """What evaluation asks for: states of all depths, logits of the last positions alone."""
+    """A call can return the states of all depths, or only the logits of the last positions."""
     model = load(folder)
     with torch.no_grad():
         out = model(IDS, output_hidden_states=True)
@@ -56,7 +56,7 @@ def test_hidden_states_and_last_logits(folder):
 
 @pytest.mark.parametrize("changes", [{"qk_norm": True}, {"positions": "alibi"}])
 def test_a_cache_of_fixed_size(tmp_path, changes):
-    """generate() with preallocated keys and values, whose masks come ready made."""
+    """`generate` gives the same tokens with a static cache, whose masks are already complete."""
     ours = tiny_model(**GROUPED, **changes, key_components=(1, 2))
     model = load(save(ours, params_of(ours, noise=0.3), tmp_path / "model"))
     mask = torch.ones_like(IDS)
@@ -69,7 +69,7 @@ def test_a_cache_of_fixed_size(tmp_path, changes):
 
 @pytest.mark.parametrize("kinds", [("heads", "heads"), ("frequency", "dense")])
 def test_a_fresh_model_is_plain_attention(folder, kinds):
-    """Mixing starts at block identity: two components serve four heads, as GQA with two."""
+    """Mixing starts at block identity, so two components for four heads equal GQA with two."""
     mixed = AutoConfig.from_pretrained(folder, trust_remote_code=True)
     mixed.key_mixing, mixed.value_mixing = kinds
     mixed.key_components = mixed.value_components = [2, 2]
@@ -96,7 +96,7 @@ def test_scalars_keep_their_bits_in_narrow_caches(dtype):
 
 @pytest.mark.parametrize("normalise", [True, False])
 def test_experts_are_the_sum_of_the_chosen(normalise):
-    """Against all experts of all tokens, times weights that are zero for those not chosen."""
+    """The output equals all experts on all tokens, with weight zero for those not chosen."""
     config = MEAConfig(
         hidden_size=8,
         n_experts=6,

@@ -1,4 +1,4 @@
-"""modeling_mea.py under other versions of transformers, and in training by transformers."""
+"""modeling_mea.py with other versions of transformers, and trained with transformers."""
 
 import copy
 import re
@@ -34,7 +34,7 @@ def model(folder):
 
 @pytest.fixture
 def warned(monkeypatch):
-    """The warnings that transformers logs during a test."""
+    """Return a list that collects the warnings that transformers logs."""
     lines: list[str] = []
     logger = type(logging.get_logger("transformers"))
     monkeypatch.setattr(logger, "warning_once", lambda self, line, *args: lines.append(line))
@@ -45,7 +45,7 @@ def warned(monkeypatch):
 @pytest.mark.parametrize("whole", [True, False], ids=["with logits", "without"])
 @pytest.mark.parametrize("name", ["past_key_values", "cache"])
 def test_a_cache_goes_by_either_name(model, name, whole):
-    """In, and out: attribute and key, whichever the generation of any version looks for."""
+    """A cache is taken and returned under both names; `generate` of each version uses one."""
     used = model if whole else model.model
 
     def result(out):
@@ -62,7 +62,7 @@ def test_a_cache_goes_by_either_name(model, name, whole):
 
 @torch.no_grad()
 def test_a_cache_by_position_or_twice(model):
-    """The fourth argument is the cache, as in stock classes; both names may hold the same one."""
+    """The fourth argument is the cache, as in stock classes; both names may have the same one."""
     cache = model(IDS[:, :6], None, None, DynamicCache()).past_key_values
     assert cache.get_seq_length() == 6
     assert model(IDS[:, 6:], cache=cache, past_key_values=cache).past_key_values is cache
@@ -90,7 +90,7 @@ def test_what_looks_like_a_cache_is_not_ignored(model, unknown):
 
 @torch.no_grad()
 def test_other_keywords_are_taken(model):
-    """Those that transformers 4 and 5 pass to any model."""
+    """Keywords that transformers 4 and 5 pass to any model are accepted."""
     known = {"cache_position": torch.arange(10), "cache_params": None, "token_type_ids": None}
     torch.testing.assert_close(model(IDS, **known).logits, model(IDS).logits, rtol=0, atol=0)
     logits, cache = model(IDS, return_dict=False, use_cache=True)
@@ -101,15 +101,17 @@ def test_other_keywords_are_taken(model):
 
 
 def test_generation_continues_a_given_cache(model):
-    """A user's own cache, as `generate` takes it under its old name with every version."""
+    """`generate` of every version takes a given cache under its old name."""
     options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     mask, cache = torch.ones_like(IDS), DynamicCache()
     with torch.no_grad():
         model(IDS[:, :6], past_key_values=cache)
     fresh = model.generate(IDS, attention_mask=mask, **options)
-    with warnings.catch_warnings(action="ignore"):  # that 5.24 prefers another name
-        continued = model.generate(IDS, attention_mask=mask, past_key_values=cache, **options)
-    assert continued.tolist() == fresh.tolist()
+    with warnings.catch_warnings(action="ignore"):  # 5.24 warns that it prefers another name
+        continue_training = model.generate(
+            IDS, attention_mask=mask, past_key_values=cache, **options
+        )
+    assert continue_training.tolist() == fresh.tolist()
     assert cache.get_seq_length() == 15
 
 
@@ -147,7 +149,7 @@ def test_the_versions_of_this_environment_are_not_warned_about(folder, warned):
 
 
 def gradients(model, **options):
-    """The loss of a training step, and the gradient of every parameter."""
+    """Return the loss of a training step and the gradient of every parameter."""
     model.zero_grad()
     loss = model(IDS, labels=IDS, **options).loss
     loss.backward()
@@ -164,14 +166,14 @@ def test_gradient_checkpointing_changes_no_gradient(folder, warned, options):
     assert len(runs) == 1
     model.gradient_checkpointing_enable(options)
     found = gradients(model)
-    assert len(runs) == 3  # forwards, and again for the gradients
+    assert len(runs) == 3  # one above, one forward, one recomputed
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
     assert [line for line in warned if "`use_cache=True` is incompatible with gradient" in line]
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing")
 def test_caches_under_gradient_checkpointing(folder):
-    """As a stock class: no cache in training, one in evaluation; a filled cache is not dropped."""
+    """As in a stock class, only evaluation returns a cache; a filled cache is not ignored."""
     sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
     stock = LlamaForCausalLM(LlamaConfig(vocab_size=264, num_hidden_layers=2, **sizes))
     filled = DynamicCache()
@@ -188,14 +190,14 @@ def test_caches_under_gradient_checkpointing(folder):
 
 
 def test_the_loss_is_divided_by_the_tokens_of_a_whole_update(model):
-    """`Trainer` accumulates gradients by this keyword, and then no longer divides itself."""
+    """`Trainer` passes this keyword to accumulate gradients, and then does not divide the loss."""
     mean = model(IDS, labels=IDS).loss
     whole = model(IDS, labels=IDS, num_items_in_batch=72).loss
     torch.testing.assert_close(whole, mean * 18 / 72, rtol=1e-6, atol=0)
 
 
 def test_a_cache_of_fixed_size_with_keys_as_wide_as_values(tmp_path):
-    """The one kind that transformers before 5.4 can preallocate: it learns the slots from us."""
+    """Before 5.4, transformers can preallocate only this kind; the model passes it the slots."""
     ours = tiny_model(**GROUPED, key_components=2, value_components=2)
     model = load(save(ours, params_of(ours, noise=0.3), tmp_path / "model"))
     options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}

@@ -1,4 +1,4 @@
-"""Models of transformers and their imports are one function: logits, caches, generation, back."""
+"""Imported models equal those of transformers: logits, caches, generation, and exported again."""
 
 import functools
 import json
@@ -22,14 +22,14 @@ from mea_jax.ops.sampling import Sampling
 from tests.helpers import apply_logits
 from tests.system.convert import small_models
 
-LIMIT = 1e-4  # of the largest difference of float32 logits, whose spread is about one
+LIMIT = 1e-4  # largest difference of float32 logits, whose spread is about one
 LENGTH = 48
-FAMILIES = ["llama", "qwen3 tied", "qwen3_moe"]  # one of each, where programs take long to compile
+FAMILIES = ["llama", "qwen3 tied", "qwen3_moe"]  # one per family, for long compilations
 
 
 @pytest.fixture(scope="module")
 def pair(corpus, tmp_path_factory):
-    """`pair(kind)`: the model of transformers, its folder, and the run directory made of it."""
+    """Return `pair(kind)`, which makes (model of transformers, its folder, the imported run)."""
 
     @functools.cache
     def make(kind):
@@ -60,13 +60,13 @@ def our_logits(model, params, tokens_BT, positions_BT=None, segments_BT=None):
 
 
 def kl(a, b):
-    """Largest KL(a || b) of a position, in nats."""
+    """Return the largest KL(a || b) of all positions, in nats."""
     p, q = (jax.nn.log_softmax(jnp.asarray(x, jnp.float32)) for x in (a, b))
     return float(jnp.max(jnp.sum(jnp.exp(p) * (p - q), axis=-1)))
 
 
 def assert_same(a, b):
-    assert np.abs(a).max() > 1, "logits too small to tell models apart"
+    assert np.abs(a).max() > 1, "the logits are too small to distinguish models"
     np.testing.assert_allclose(a, b, rtol=0, atol=LIMIT)
     assert kl(a, b) < LIMIT
 
@@ -83,7 +83,7 @@ def test_logits(pair, kind, devices):
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_padding(pair, kind, side, devices):
-    """Their mask and positions are our segments and positions."""
+    """A mask and positions of transformers act as our segments and positions."""
     devices(1)
     model, _, run = pair(kind)
     config, params = loaded(run)
@@ -101,7 +101,7 @@ def test_padding(pair, kind, side, devices):
 
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_cache(pair, kind, devices):
-    """A prompt, then token by token, prompts of different lengths side by side."""
+    """Logits are equal after a prefill of two prompt lengths and after each decode step."""
     devices(1)
     model, _, run = pair(kind)
     config, params = loaded(run)
@@ -174,7 +174,7 @@ def test_compressing_to_all_heads_keeps_the_model(pair, kind, devices, tmp_path)
     theirs = small_models.logits(model, tokens_BT)
     config, params = loaded(tmp_path / "same")
     assert_same(theirs, our_logits(config, params, tokens_BT))
-    # And so does its export, whose heads are mixed: rebuilt, they are those of a stock class.
+    # So does its export in a stock class, which rebuilds the mixed heads.
     export_model(tmp_path / "same", tmp_path / "stock", print, form="stock")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "stock", dtype=torch.float32)
     assert type(again) is type(model)

@@ -1,4 +1,4 @@
-"""Models whose tokenizer is vocab.json and merges.txt, or has tokens that the model lacks."""
+"""Import of tokenizers in vocab.json and merges.txt, and of tokens that the model lacks."""
 
 import json
 import shutil
@@ -34,7 +34,7 @@ ADDED: dict[str, dict[str, bool]] = {
 
 
 def slow(folder, added=ADDED, **config):
-    """vocab.json and merges.txt of a trained encoding, and the files about its added tokens."""
+    """Write vocab.json and merges.txt of trained byte pairs, and tokenizer_config.json."""
     folder.mkdir(exist_ok=True)
     trained = hf.Tokenizer(hf.models.BPE())
     trained.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -94,7 +94,7 @@ def test_ids_are_those_of_transformers(kind, tmp_path):
 
 
 def test_tokens_of_the_old_file_have_their_ids(tmp_path):
-    """added_tokens.json, as transformers wrote it before tokenizer_config.json had them."""
+    """The old file is added_tokens.json; transformers now writes tokenizer_config.json instead."""
     folder = slow(tmp_path, tokenizer_class="Qwen2Tokenizer")
     config = json.dumps({"tokenizer_class": "Qwen2Tokenizer"})
     (folder / "tokenizer_config.json").write_text(config)
@@ -116,8 +116,8 @@ def test_tokens_of_the_old_file_have_their_ids(tmp_path):
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ({"tokenizer_class": "CodeGenTokenizer"}, "tokenizer_class 'CodeGenTokenizer' it cannot"),
-        ({}, "no tokenizer_class it cannot be made here"),
+        ({"tokenizer_class": "CodeGenTokenizer"}, "names tokenizer_class 'CodeGenTokenizer'"),
+        ({}, "no tokenizer.json, and it names no tokenizer_class"),
     ],
 )
 def test_other_classes_are_refused_with_the_way_out(config, words, tmp_path):
@@ -143,7 +143,7 @@ def test_damaged_files_are_named(name, tmp_path):
 
 @pytest.fixture(params=["llama", "llama tied"])
 def model(request, tmp_path):
-    """A folder whose embedding has as many rows as the tokenizer of 264 ids."""
+    """Save a model with an embedding row for each of the 264 ids of its tokenizer."""
     model = small_models.make(request.param, num_hidden_layers=1, vocab_size=264)
     return small_models.save(model, tmp_path / "model")
 
@@ -194,7 +194,7 @@ def test_more_than_a_few_added_tokens_are_another_models(kind, model, in_process
 
 
 def test_a_model_with_a_slow_tokenizer_is_imported(tmp_path):
-    """And exported with a tokenizer.json beside the files that it came with."""
+    """Its export contains a tokenizer.json in addition to the original files."""
     made = small_models.make("llama", num_hidden_layers=1, vocab_size=300)
     folder = small_models.save(made, tmp_path / "model")
     (folder / "tokenizer.json").unlink()

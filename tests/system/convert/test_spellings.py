@@ -1,4 +1,4 @@
-"""Facts that config.json can spell in two ways: read as transformers reads them, or refused."""
+"""Values that config.json can give under two keys: read as in transformers, or refused."""
 
 import json
 import re
@@ -18,10 +18,10 @@ from mea_jax.errors import UserError
 from tests.helpers import apply_logits
 from tests.system.convert import small_models
 
-LIMIT = 1e-4  # of the largest difference of float32 logits, whose spread is about one
+LIMIT = 1e-4  # largest difference of float32 logits, whose spread is about one
 LLAMA3 = {key: value for key, value in small_models.LLAMA3.items() if key != "rope_theta"}
 DEFAULT = {"rope_type": "default"}
-# Edits of a config.json of Llama; None removes a key.
+# Changes to the config.json of a Llama; None removes a key.
 AGREED = {
     "transformers 4": {"rope_parameters": None, "rope_scaling": LLAMA3, "rope_theta": 3e4},
     "type": {
@@ -113,7 +113,7 @@ def llama(tmp_path_factory):
 
 @pytest.fixture
 def theirs_and_ours(llama, tmp_path, devices):
-    """`theirs_and_ours(changes)`: logits of transformers and of the import, on an edited config."""
+    """Return `theirs_and_ours(changes)`: the logits of transformers and ours, for a new config."""
     devices(1)
 
     def compute(changes):
@@ -166,7 +166,7 @@ def test_numbers_of_experts_have_two_names():
 
 
 def test_a_window_that_the_class_has_by_default_is_not_ignored():
-    """Qwen3 has one of 4096 positions where the config turns it on without a size."""
+    """A Qwen3 config that turns the window on without a size gets one of 4096 positions."""
     config = small_models.make("qwen3").config.to_dict() | {"architectures": ["Qwen3ForCausalLM"]}
     del config["sliding_window"], config["layer_types"]
     families.model_config(config, "")

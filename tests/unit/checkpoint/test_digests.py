@@ -1,4 +1,4 @@
-"""Digests of a folder: whatever happened to it is found, by the process that reads that part."""
+"""Tests of a folder's checksums: any damage is found, by the process that reads that part."""
 
 import contextlib
 import hashlib
@@ -23,7 +23,7 @@ FILES = {
 
 @pytest.fixture
 def sealed(tmp_path):
-    """A folder of `FILES` with its digests."""
+    """Write a folder of `FILES` with their checksums and return it."""
     folder = tmp_path / "folder"
     for name, content in FILES.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -34,7 +34,7 @@ def sealed(tmp_path):
 
 @contextlib.contextmanager
 def changed(path, content):
-    """`path` with other content (None: not there), until the end of the block."""
+    """Change the content of `path` (None: delete it) until the end of the block."""
     before = path.read_bytes()
     path.unlink()
     if content is not None:
@@ -64,7 +64,7 @@ def test_what_was_sealed_is_whole(sealed, tmp_path):
 
 @pytest.mark.parametrize("name", [*FILES, digests.FILE])
 def test_every_change_of_every_file_is_found(sealed, name):
-    """Each bit of the first and last bytes, each length but the right one, and no file at all."""
+    """Flipped bits of the first and last bytes, other lengths and a missing file are all found."""
     path = sealed / name
     content = path.read_bytes()
     ends = {*range(len(content))[:3], *range(len(content))[-3:]}
@@ -111,7 +111,7 @@ def test_words_for_each_damage(sealed):
 @pytest.mark.parametrize("outside", [True, False])
 @pytest.mark.parametrize("what", ["file", "folder"])
 def test_links_are_refused(sealed, tmp_path, what, outside):
-    """Though what they lead to has the right content."""
+    """Links are refused, even if the content of their target is correct."""
     path = sealed / ("state/d/two" if what == "file" else "state/d")
     target = tmp_path / "target" if outside else sealed / "target"
     path.rename(target)
@@ -123,13 +123,13 @@ def test_links_are_refused(sealed, tmp_path, what, outside):
 
 
 def test_a_device_is_refused(sealed):
-    os.mkfifo(sealed / "pipe")  # reading it would wait for ever
+    os.mkfifo(sealed / "pipe")  # reading it would block forever
     assert "pipe is a link or a device" in (digests.damage(sealed) or "")
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 7])
 def test_sharing_finds_the_damage_in_the_part_that_owns_it(sealed, parts):
-    """Every file is read by exactly one of the parts, the digests by all."""
+    """Exactly one part reads each file; all parts read the list of checksums."""
     for name, content in FILES.items():
         if not content:
             continue
@@ -150,14 +150,14 @@ def test_sharing_finds_the_damage_in_the_part_that_owns_it(sealed, parts):
     ],
 )
 def test_malformed_digests_with_a_right_checksum(sealed, body):
-    """As another program might write them: words, no exception."""
+    """A malformed list with a correct checksum is reported as damage and raises nothing."""
     checksum = hashlib.sha256(body.encode()).hexdigest()
     (sealed / digests.FILE).write_text(f"{checksum} {body}\n")
     assert digests.damage(sealed) == f"{digests.FILE} is malformed"
 
 
 def test_names_that_lead_outside(sealed, tmp_path):
-    """A list that names a file outside is not followed."""
+    """A file outside of the folder that the list names is not read."""
     (tmp_path / "secret").write_bytes(b"")
     entry = {"size": 0, "sha256": hashlib.sha256(b"").hexdigest()}
     body = json.dumps({"files": {"../secret": entry}})
@@ -167,20 +167,20 @@ def test_names_that_lead_outside(sealed, tmp_path):
 
 
 def test_what_cannot_be_read(sealed, tmp_path, monkeypatch):
-    """A folder that is not there, and a disk that fails in the middle of a file."""
+    """A missing folder, and a disk that fails in the middle of a file, are reported as damage."""
     assert digests.damage(tmp_path / "nothing") == f"{digests.FILE} is missing"
     (tmp_path / "file").write_bytes(b"")
     assert digests.damage(tmp_path / "file") == "Not a directory"
 
     def fails(*_):
-        raise OSError(5, "Input/output error")  # which names no file
+        raise OSError(5, "Input/output error")  # an error that names no file
 
     monkeypatch.setattr(digests.hashlib, "file_digest", fails)
     assert digests.damage(sealed) == "a file cannot be read: Input/output error"
 
 
 def test_sealing_again_takes_the_folder_as_it_is(sealed):
-    """The digests of before are no file of the folder."""
+    """The previous list of checksums is not listed as a file of the folder."""
     (sealed / "more").write_bytes(b"x")
     digests.seal(sealed)
     assert digests.damage(sealed) is None

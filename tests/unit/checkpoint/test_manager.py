@@ -1,4 +1,4 @@
-"""Checkpoints: self-describing, bit-exact, and free of the mesh that wrote them."""
+"""Tests of checkpoints: self-describing, bit-exact and independent of the mesh that wrote them."""
 
 import dataclasses
 import errno
@@ -29,7 +29,7 @@ from tests.paths import ROOT
 
 OPTIONS = CheckpointConfig(every=1, keep=2)
 POSITION = Position(3, "digest", {"rewinds": 1})
-# A run of six steps that was cut after the fourth, written before checkpoints had digests.
+# A run of six steps, interrupted after the fourth, from before checkpoints had checksums.
 FORMAT_1 = ROOT / "tests" / "checkpoints" / "format_1"
 
 
@@ -40,7 +40,7 @@ def config(tiny):
 
 @pytest.fixture(scope="module")
 def written(config, tmp_path_factory):
-    """(run directory, state): step 3, written from a mesh of data 2 x fsdp 4."""
+    """Save step 3 from a mesh of data 2 x fsdp 4; return (run directory, state)."""
     mesh = sharding.make_mesh(MeshConfig(2, 4, 1))
     state = create_state(config, mesh)
     # Moments that are not all zero.
@@ -94,7 +94,7 @@ def test_the_newest_are_kept(config, tmp_path):
 
 
 def test_saving_returns_before_writing_but_not_before_copying(config, tmp_path):
-    """The state may be overwritten, as the next step does with donated buffers."""
+    """The state may be overwritten after `save`, as the next step does with donated buffers."""
     mesh = sharding.make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
     state = create_state(config, mesh)
     expected = jax.tree.map(np.array, state)
@@ -122,12 +122,15 @@ def test_a_damaged_checkpoint_is_one_clear_error(config, tmp_path):
     with Checkpoints(tmp_path) as checkpoints, unreadable:
         checkpoints.restore(1, abstract_state(config, mesh))
     (tmp_path / "checkpoints" / "1" / "config" / "metadata").write_text("{")
-    with Checkpoints(tmp_path) as checkpoints, pytest.raises(UserError, match="holds no config"):
+    with (
+        Checkpoints(tmp_path) as checkpoints,
+        pytest.raises(UserError, match="its config cannot be restored"),
+    ):
         checkpoints.config(1)
 
 
 def test_a_disk_that_refuses(config, tmp_path, monkeypatch):
-    """What the operating system says, and up to where the run is safe."""
+    """The error contains the operating system's message and the newest saved step."""
     mesh = sharding.make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
     state = create_state(config, mesh)
     with Checkpoints(tmp_path, OPTIONS) as checkpoints:
@@ -142,19 +145,19 @@ def test_a_disk_that_refuses(config, tmp_path, monkeypatch):
             checkpoints.save(2, state, config, POSITION)
 
 
-# -- damaged, half written, superseded ------------------------------------------------------
+# -- damaged, partly written, superseded ----------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def one_device(config):
-    """(mesh, state) on the first device."""
+    """Return (mesh, state) on the first device."""
     mesh = sharding.make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
     return mesh, create_state(config, mesh)
 
 
 @pytest.fixture(scope="module")
 def three(config, one_device, tmp_path_factory):
-    """A run directory with checkpoints of steps 1, 2 and 3."""
+    """Write a run directory with checkpoints of steps 1, 2 and 3 and return it."""
     workdir = tmp_path_factory.mktemp("three")
     with Checkpoints(workdir, CheckpointConfig(keep=5)) as checkpoints:
         for step in (1, 2, 3):
@@ -164,7 +167,7 @@ def three(config, one_device, tmp_path_factory):
 
 @pytest.fixture
 def run(three, tmp_path):
-    """A copy of it to do damage to."""
+    """Return a copy of `three` that a test may damage."""
     return shutil.copytree(three, tmp_path / "run")
 
 
@@ -173,7 +176,7 @@ def content(folder):
 
 
 def spoil(run, step):
-    """Another bit in the largest file of a checkpoint."""
+    """Flip a bit in the largest file of a checkpoint and return its path in the checkpoint."""
     folder = run / "checkpoints" / str(step)
     path = max(sorted(folder.rglob("*")), key=lambda path: path.stat().st_size * path.is_file())
     old = path.read_bytes()
@@ -182,11 +185,11 @@ def spoil(run, step):
 
 
 def refuse(line):
-    raise AssertionError(f"nothing was to be said: {line}")
+    raise AssertionError(f"unexpected log line: {line}")
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_kept(run):
-    """Moved aside byte for byte, so that the run may write the step anew; twice, if need be."""
+    """Damaged checkpoints are moved aside unchanged, so that the run can write the step again."""
     for name in ("3", "3-1"):
         said: list[str] = []
         path = spoil(run, 3)
@@ -217,7 +220,7 @@ def test_who_only_reads_moves_nothing(run):
 
 
 def test_all_checkpoints_damaged(run):
-    """An error that names each, and nothing is moved: someone may have a good copy."""
+    """The error names each, and none is moved, because the user may have a good copy of a file."""
     for step in (1, 2, 3):
         spoil(run, step)
     before = content(run)
@@ -237,7 +240,7 @@ def test_the_newest_good_one_below_a_step(run):
 
 @pytest.mark.parametrize("unsealed", [False, True])
 def test_links_are_refused(run, tmp_path, unsealed):
-    """A file that is a link leads to what no one has vouched for, in either format."""
+    """A link is damage in either format, because no checksum covers its target."""
     folder = run / "checkpoints" / "3"
     if unsealed:
         (folder / digests.FILE).unlink()
@@ -258,7 +261,7 @@ def test_the_present_format_needs_its_digests(run):
 
 
 def test_what_a_killed_run_leaves_is_no_checkpoint(run):
-    """And goes when the next one starts; whoever only reads leaves it."""
+    """The next run deletes partly written checkpoints; a reader leaves them."""
     leftovers = ("4.part", "4.part.orbax-checkpoint-tmp-17", "0.old")
     for name in leftovers:
         shutil.copytree(run / "checkpoints/3", run / "checkpoints" / name)
@@ -281,7 +284,7 @@ def test_the_newest_and_every_third_are_kept(config, one_device, tmp_path):
 
 
 def test_a_run_that_goes_back_forgets(run, config, one_device):
-    """Checkpoints after the step, the one being written included; they are written anew."""
+    """Checkpoints after the step are deleted, even one still being written, and are saved again."""
     with Checkpoints(run, CheckpointConfig(keep=5)) as checkpoints:
         checkpoints.save(4, one_device[1], config, POSITION)
         checkpoints.forget_after(1)
@@ -293,7 +296,7 @@ def test_a_run_that_goes_back_forgets(run, config, one_device):
 
 
 def test_an_error_of_the_writing_thread(run, config, one_device, monkeypatch):
-    """Told once, at the first look after it; what was half written is no checkpoint."""
+    """The next check raises the error, once; the partly written folder is not a checkpoint."""
 
     def full(folder):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -308,7 +311,7 @@ def test_an_error_of_the_writing_thread(run, config, one_device, monkeypatch):
             checkpoints.check()
         checkpoints.check()
         assert checkpoints.steps() == [1, 2, 3]
-    failing = pytest.raises(UserError, match=expected)  # also when leaving is the first look
+    failing = pytest.raises(UserError, match=expected)  # leaving the block checks too
     with failing, Checkpoints(run, OPTIONS) as checkpoints:
         checkpoints.save(4, one_device[1], config, POSITION)
 
@@ -317,12 +320,12 @@ def test_an_error_of_the_writing_thread(run, config, one_device, monkeypatch):
             checkpoints.save(4, one_device[1], config, POSITION)
             raise KeyError
 
-    with pytest.raises(KeyError):  # one that is on its way out already is the one to be seen
+    with pytest.raises(KeyError):  # an exception already raised is not replaced
         with_an_error_of_its_own()
 
 
 def test_a_request_to_stop_is_no_damage(three, config, one_device, monkeypatch):
-    """SIGTERM while a checkpoint is read must not be told as one that cannot be read."""
+    """SIGTERM while a checkpoint is read is not reported as an unreadable checkpoint."""
 
     def stopped(*args, **kwargs):
         raise Preempted("stopped by SIGTERM")
@@ -336,7 +339,7 @@ def test_a_request_to_stop_is_no_damage(three, config, one_device, monkeypatch):
 
 
 def test_plain_orbax_reads_the_state(written):
-    """Other tools need nothing of ours: a tree of dicts with the same leaves."""
+    """Other tools can read the state without this package, as a tree of dicts with equal leaves."""
     with ocp.StandardCheckpointer() as reader:
         found = reader.restore((written[0] / "checkpoints/3/state").absolute())
     expected = flat(serialization.to_state_dict(written[1]))
@@ -350,7 +353,7 @@ def test_plain_orbax_reads_the_state(written):
 
 @pytest.fixture
 def old_run(tmp_path):
-    """(config, run directory): a copy of the run of format 1, beside a copy of its text."""
+    """Copy the run of format 1 and its text; return (config, run directory)."""
     folder = shutil.copytree(FORMAT_1, tmp_path / "format_1")
     path = folder / "run" / "config.json"
     tree = json.loads(path.read_text())
@@ -375,7 +378,7 @@ def test_format_1_is_restored_to_its_very_bytes(old_run):
 
 
 def test_a_run_of_format_1_goes_on(old_run, devices, capsys):
-    """To its end, on the same data, and saves in the present format."""
+    """It trains to its last step on the same data and saves in the current format."""
     devices(1)
     config, run = old_run
     train(config, run)

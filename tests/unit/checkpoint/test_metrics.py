@@ -1,4 +1,4 @@
-"""metrics.jsonl, TensorBoard, the figure, the progress lines, and numbers for people."""
+"""Tests of metrics.jsonl, TensorBoard, the figure, progress lines and number formatting."""
 
 import json
 import math
@@ -45,13 +45,13 @@ def test_rows_are_on_disk_at_once(tmp_path):
 
 
 def test_numbers_that_are_not_finite_are_null(tmp_path):
-    """Strict JSON: what other readers than Python's take."""
+    """The files are strict JSON, which readers other than Python's require."""
 
     def refuse(constant):
         raise AssertionError(f"{constant} is not JSON")
 
     old = tmp_path / "metrics.jsonl"
-    old.write_text('{"step": 1, "kind": "train", "loss": NaN}\n')  # as earlier versions wrote
+    old.write_text('{"step": 1, "kind": "train", "loss": NaN}\n')  # as earlier versions wrote it
     writer = MetricsWriter(tmp_path, 1)
     writer.write(2, "train", {"loss": np.float32("nan"), "heads": np.array([[-np.inf, 2.0]])})
     writer.close()
@@ -83,7 +83,7 @@ def test_tensorboard_gets_scalars(tmp_path):
     "rows", [[], [(1, "train")], [(1, "train"), (2, "train"), (2, "held_out")]]
 )
 def test_figure_of_any_run(tmp_path, rows, baselines):
-    """Even of one without a row, and without a second axis."""
+    """A figure is drawn even of a run without rows or without baselines."""
     written(tmp_path, rows)
     path = metrics.plot_loss(tmp_path, "title", 1.5 if baselines else None, baselines)
     assert path.name == "loss.png"
@@ -96,7 +96,7 @@ def test_progress_without_a_terminal_is_a_line_at_the_end(capsys):
         progress.update(step, 1.25, 5000.0)
     progress.close()
     err = capsys.readouterr().err
-    assert err.count("\n") == 1, "the steps before came within seconds"
+    assert err.count("\n") == 1, "only the last step is printed: the run took seconds"
     assert "step 3/3" in err
     assert "loss 1.250" in err
     assert "5,000 tokens/s" in err

@@ -1,4 +1,4 @@
-"""Characters in paths: what a command writes somewhere, the next one reads from there."""
+"""Tests of special characters in paths: commands read what other commands wrote there."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from mea_jax.model.params import TrainState
 from mea_jax.train.run import train
 from tests.helpers import params_of
 
-# Wildcards, what URLs escape, what shells quote, other scripts, what flags begin with.
+# Wildcards, characters that URLs escape or shells quote, other scripts, a flag's dash.
 NAMES = [
     "sweep[lr=1]",
     "a*b?",
@@ -27,7 +27,7 @@ NAMES = [
 
 
 def save(workdir, config, step=1):
-    """A checkpoint of parameters alone; waits for it."""
+    """Save a checkpoint of parameters without optimizer state and wait until it is written."""
     with Checkpoints(workdir, CheckpointConfig(keep=1)) as checkpoints:
         state = TrainState(step=np.int32(step), params=params_of(config.model), opt_state={})
         checkpoints.save(step, state, config, Position(0, "of no data"))
@@ -36,7 +36,7 @@ def save(workdir, config, step=1):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_a_run_directory_of_any_name(tiny, devices, tmp_path, name):
-    """Trained, resumed, read by the commands after training, layer by layer too."""
+    """A run of any name can be trained, resumed and read, as one tree and layer by layer."""
     devices(1)
     workdir = tmp_path / name / "run"
     config = tiny(steps=2, **{"optimizer.warmup_steps": 1, "data.cache_dir": str(tmp_path / name)})
@@ -51,7 +51,7 @@ def test_a_run_directory_of_any_name(tiny, devices, tmp_path, name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_written_checkpoint_of_any_name(tiny, tmp_path, name):
-    """As imports and compressions write it."""
+    """A checkpoint written layer by layer, as imports and compressions do, can be read."""
     config = tiny()
     writer = Writer(tmp_path / name / "arrays", config.model)
     params = params_of(config.model)
@@ -85,12 +85,12 @@ def test_a_link_is_made_once(tmp_path):
     assert orbax_store.plain_path(tmp_path / "b c%") == tmp_path / "b c%"
 
 
-# -- read back before it counts ----------------------------------------------------------------
+# -- checkpoints are read back before they count ------------------------------------------------
 
 
 @pytest.mark.parametrize("lost", ["manifest", "array", "shape"])
 def test_a_checkpoint_that_cannot_be_read_back_is_not_sealed(tiny, tmp_path, monkeypatch, lost):
-    """The one before stays; here the disk loses a file, or the store an array."""
+    """The previous checkpoint stays if the disk loses a file or the store loses an array."""
     config = tiny()
     save(tmp_path, config)
     waiting = Checkpoints._complete

@@ -1,4 +1,4 @@
-"""Published models where a run directory is expected, and the reverse."""
+"""Tests of published models given in place of a run directory, and the reverse."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Budgets: an exact division, of bytes that are those of the arrays."""
+"""Tests of budgets: the division over layers is optimal, and its bytes are those of the arrays."""
 
 import functools
 import itertools
@@ -40,7 +40,7 @@ def test_a_total_below_the_cheapest_is_an_error():
 @pytest.mark.parametrize("method", ["aligned", "frequency"])
 @pytest.mark.parametrize("qk_norm", [False, True])
 def test_bytes_are_those_of_the_arrays_that_a_generator_holds(method, qk_norm):
-    """Scalars of a key norm among them, and only where keys are compressed."""
+    """Cache bytes include the scalars of a key norm, but only in layers with compressed keys."""
     model = tiny_model(qk_norm=qk_norm, **PLAIN)
     target = target_model(model, method, [2, 4], [1, 4])
     served, _ = serve(target, params_of(target))
@@ -70,7 +70,7 @@ def test_a_layer_keeps_a_head():
     with pytest.raises(UserError, match=r"--keep=0\.1 leaves less than one of 4 heads: keep 0\.25"):
         uniform(0.1, 4)
     for keep in (0.0, -1.0, 1.5):
-        with pytest.raises(UserError, match="must lie in"):
+        with pytest.raises(UserError, match="must be in"):
             uniform(keep, 4)
 
 

@@ -1,4 +1,4 @@
-"""The command: a trained model in, a smaller one out, whatever interrupts it."""
+"""Tests of the compress command, from a trained model to a smaller one, and of interruptions."""
 
 import dataclasses
 import functools
@@ -18,7 +18,7 @@ from mea_jax.compress import repair
 from mea_jax.compress import run as compress_run
 from mea_jax.compress.options import Options
 from mea_jax.compress.run import compress
-from mea_jax.config.schema import SourceConfig
+from mea_jax.config.schema import Side, SourceConfig
 from mea_jax.data.tokenizers import from_directory
 from mea_jax.errors import UserError
 from mea_jax.generate.generator import Decoding, Generator
@@ -36,7 +36,7 @@ SMALL: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def run(tiny, tmp_path_factory):
-    """A trained MHA model of two layers and four heads."""
+    """Train an MHA model of two layers and four heads; return its run directory."""
     workdir = tmp_path_factory.mktemp("runs") / "tiny"
     config = tiny(steps=8, **{f"model.{name}": value for name, value in PLAIN.items()})
     train(config, workdir)
@@ -74,11 +74,11 @@ def test_keeping_all_heads_keeps_the_model(run, one, tmp_path, method):
 
 @pytest.mark.slow
 def test_half_the_cache(run, one, tmp_path):
-    """The result serves with half the bytes, and what the table says is so."""
+    """The result generates with half the cache, and the summary states its bytes correctly."""
     out = tmp_path / "out"
     summary = compress(run, out, options(method="aligned"))
     model, params, tokenizer, length = load(out, dtype="float32")
-    assert model.components("key") == model.components("value") == (2, 2)
+    assert model.components(Side.KEY) == model.components(Side.VALUE) == (2, 2)
     generator = Generator(model, params, length=length, cache_dtype="bfloat16")
     assert generator.cache_bytes_per_token() == summary["cache_bytes_per_token"]["after"]
     assert summary["cache_kept"] == 0.5
@@ -94,7 +94,7 @@ def test_half_the_cache(run, one, tmp_path):
 
 @pytest.mark.slow
 def test_data_that_changed_are_read_in_the_models_own_tokens(tiny, corpus, one, tmp_path):
-    """A tokenizer trained on the spot would be another on other text."""
+    """The run's tokenizer is used: one trained on the changed text would differ."""
     text = tmp_path / "text"
     shutil.copytree(corpus, text)
     changes = {f"model.{name}": value for name, value in PLAIN.items()}
@@ -108,11 +108,11 @@ def test_data_that_changed_are_read_in_the_models_own_tokens(tiny, corpus, one, 
     trained = from_directory(tmp_path / "run" / "tokenizer")
     assert made.texts.prepared.tokenizer.encode_batch(["fox"]) == trained.encode_batch(["fox"])
     assert made.texts.prepared.tokenizer.content == trained.content
-    assert any("not as they were" in line for line in said)
+    assert any("data have changed since training" in line for line in said)
 
 
 def test_the_loss_before_is_that_of_the_run(run, one, tmp_path):
-    """The sweep through layers is the model: its held-out loss is what training ended with."""
+    """The layer-wise evaluation computes the model: its held-out loss is that of the run's end."""
     summary = compress(run, tmp_path / "out", options(keep=1.0, held_out_tokens=1_000_000))
     ended = json.loads((run / "summary.json").read_text())
     assert summary["held_out"]["before"] == pytest.approx(ended["held_out_loss"], rel=1e-5)
@@ -122,8 +122,10 @@ def test_the_loss_before_is_that_of_the_run(run, one, tmp_path):
 
 @pytest.mark.slow
 def test_what_was_measured_serves_other_devices_too(run, devices, tmp_path):
-    """A folder of measurements: of one device, taken up by two and by one again, and by one without
-    the residuals. Held-out windows go by the batch, and so do what is kept of them."""
+    """Measurements made on one device are reused on two, and on one again without the residuals.
+
+    The batch size depends on the number of devices, and so do the stored held-out residuals.
+    """
     found = []
     for number, count in enumerate((1, 2, 1, 1)):
         devices(count)
@@ -143,7 +145,7 @@ def test_measurements_of_other_text_are_refused(run, one, tmp_path):
     settings = tmp_path / "known" / "settings.json"
     stored = json.loads(settings.read_text())
     settings.write_text(json.dumps(stored | {"text": "of another day"}))
-    with pytest.raises(UserError, match="holds those of another text"):
+    with pytest.raises(UserError, match="was made with another text"):
         compress(run, tmp_path / "again", options(keep=0.25), tmp_path / "known")
 
 
@@ -157,7 +159,7 @@ def test_measured_budgets_cost_no_more_bytes(run, one, tmp_path, budget):
     model, params = params_of(tmp_path / "out")
     with Checkpoints(tmp_path / "out") as checkpoints:
         config = checkpoints.config(8)
-    assert config.model.components("key") == model.components("key")
+    assert config.model.components(Side.KEY) == model.components(Side.KEY)
     assert len(summary["sensitivities"]) == 4
     assert all(s["losses"][-1] == 0 for s in summary["sensitivities"])
     generator = Generator(model, params, length=32, cache_dtype="bfloat16")
@@ -172,7 +174,7 @@ def test_residual_budgets_need_no_text(run, one, tmp_path):
 
 @pytest.mark.slow
 def test_repair_brings_layers_nearer(run, one, tmp_path):
-    """More with more freedom; from the same start."""
+    """Both repairs start at the same error, and the one with more parameters reduces it more."""
     output = compress(run, tmp_path / "b", options(method="svd", repair="output"))
     more = options(method="svd", repair="layerwise", repair_steps=40)
     layerwise = compress(run, tmp_path / "c", more)
@@ -182,7 +184,7 @@ def test_repair_brings_layers_nearer(run, one, tmp_path):
 
 
 def residual_after(run, path, folder):
-    """The residual after the last layer of a model, on the calibration text of the original."""
+    """Return the last residual of the model at `path`, on the calibration text of `run`."""
     made = compress_run.CompressionPass(
         run, path.with_name(f"{path.name}-unused"), options(), print
     )
@@ -197,7 +199,7 @@ def residual_after(run, path, folder):
 
 @pytest.mark.slow
 def test_blocks_make_up_for_what_earlier_ones_lost(run, one, tmp_path):
-    """The last residual comes nearer to the original's than by repairing layers by themselves."""
+    """Block-wise repair brings the last residual nearer to the original's than layer-wise."""
     lost = {}
     whole = residual_after(run, run, tmp_path / "whole")
     for kind in ("layerwise", "blockwise"):
@@ -209,7 +211,7 @@ def test_blocks_make_up_for_what_earlier_ones_lost(run, one, tmp_path):
 
 @pytest.mark.slow
 def test_a_block_that_nothing_was_taken_from_stays(run, one, tmp_path):
-    """Before the first layer with fewer heads both models are one: no step may move it."""
+    """Blocks before the first layer with fewer heads equal the original's and are not trained."""
     compress(run, tmp_path / "out", options(repair="blockwise", repair_steps=4, layers="1"))
     original, compressed = StoredModel(run, print), StoredModel(tmp_path / "out", print)
     assert_equal(compressed.layer(0)["mlp"], original.layer(0)["mlp"])
@@ -218,7 +220,7 @@ def test_a_block_that_nothing_was_taken_from_stays(run, one, tmp_path):
 
 
 def first_layer(run, folder, **changes):
-    """The run's first layer on text: its spec, its parameters, and what makes an `Original`."""
+    """Return the first layer's spec and parameters, and the other arguments of `OriginalLayer`."""
     made = compress_run.CompressionPass(run, folder / "out", options(), print)
     stream = made.texts.training(folder / "text", 512)
     stream.embed(made.model, made.source.top())
@@ -229,22 +231,22 @@ def first_layer(run, folder, **changes):
 
 @pytest.mark.parametrize("qk_norm", [False, True])
 def test_a_layer_that_is_too_soft_is_sharpened(run, one, tmp_path, qk_norm):
-    """Logits at 1/1.2 of what they were: the temperature that brings them back is 1.2."""
+    """If logits are 1/1.2 of the original's, the temperature that restores them is 1.2."""
     spec, attention, rest = first_layer(run, tmp_path, qk_norm=qk_norm)
     attention = attention | {"query": 4 * attention["query"]}
     if qk_norm:
         scale_H = 3 * np.ones(8, np.float32)
         attention |= {"query_norm": {"scale": scale_H}, "key_norm": {"scale": scale_H}}
     soft = repair.sharpened(attention, 1 / 1.2)
-    original = repair.Original(spec, attention, *rest)
+    original = repair.OriginalLayer(spec, attention, *rest)
     assert repair.temperature(original, (spec, soft)) == 1.2
     assert original.error((spec, repair.sharpened(soft, 1.2))) < 1e-9
 
 
 def test_a_layer_that_is_nearly_whole_is_not_shaken(run, one, tmp_path):
-    """Steps bring a layer nearer however little it has lost."""
+    """Repair reduces the error of a layer even if it is already small."""
     spec, attention, rest = first_layer(run, tmp_path)
-    original = repair.Original(spec, attention, *rest)
+    original = repair.OriginalLayer(spec, attention, *rest)
     rng = np.random.default_rng(0)
     for size in (0.1, 0.01, 0.001):
         moved = {
@@ -274,7 +276,7 @@ def test_some_layers_only(run, one, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["calibrate", "divide", "_compress_layer", "look", "finish"])
 def test_a_killed_pass_goes_on(run, one, tmp_path, monkeypatch, stage):
-    """Killed after each stage (in the midst of the layers): the same bytes as without."""
+    """A pass killed after any stage (or layer) resumes and ends with the same parameters."""
     how = options(budget="measured", repair="output")
     compress(run, tmp_path / "whole", how)
     original, calls = getattr(compress_run.CompressionPass, stage), []
@@ -298,7 +300,7 @@ def test_a_killed_pass_goes_on(run, one, tmp_path, monkeypatch, stage):
 
 
 def test_eight_devices_see_the_same_moments(run, devices, tmp_path):
-    """Of the same windows, split over them."""
+    """The moments of one device and of eight are equal: the same windows are split over them."""
     found = []
     for count in (1, 8):
         devices(count)
@@ -316,7 +318,7 @@ def test_eight_devices_see_the_same_moments(run, devices, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("keep", [0.625, 0.375])
 def test_a_division_over_layers_meets_shares_between_whole_heads(run, one, tmp_path, keep):
-    """Two layers of four heads: 0.625 is five heads of keys and five of values, and so on."""
+    """In two layers of four heads, a share of 0.625 is five key heads and five value heads."""
     summary = compress(run, tmp_path / "out", options(budget="measured", keep=keep))
     assert summary["cache_kept"] == keep
 
@@ -326,18 +328,18 @@ def test_a_division_over_layers_meets_shares_between_whole_heads(run, one, tmp_p
 def test_a_share_that_no_division_meets_becomes_the_nearest_and_is_named(
     run, one, tmp_path, keep, met, capsys
 ):
-    """Two layers of four heads: sixteenths of the cache."""
+    """The nearest possible share is used and logged; here, shares are multiples of 1/16."""
     summary = compress(run, tmp_path / "out", options(budget="residual", keep=keep))
     assert summary["cache_kept"] == met
     lines = capsys.readouterr().err.splitlines()
     (said,) = [line for line in lines if line.startswith("--keep=")]
     assert said.startswith(f"--keep={keep}: the nearest")
-    assert said.endswith(f"come to is {met:.3g}")
+    assert said.endswith(f"reach is {met:.3g}")
 
 
 @pytest.fixture
 def shell(in_process):
-    """`shell(*arguments)`: the command in this process; (status, out, err)."""
+    """Return `shell(*arguments)`, which runs the command in this process: (status, out, err)."""
     return functools.partial(in_process, "mea_jax.compress")
 
 
@@ -356,7 +358,7 @@ def test_the_command_prints_a_table(run, shell, tmp_path):
         (["--keep", "0.6"], "2 are 0.5 of the cache and 3 are 0.75; give one of these"),
         (["--method", "alined"], "aligned"),
         (["--calibration_tokens", "100000000"], "the text has"),
-        (["--method", "calibrated", "--calibration_tokens", "0"], "made of activations"),
+        (["--method", "calibrated", "--calibration_tokens", "0"], "needs activations"),
         (["--repair", "output", "--calibration_tokens", "0"], "needs text"),
         (["--budget", "repaired"], "add --repair layerwise"),
         (["--layers", "9"], "the model has layers 0 to 1"),

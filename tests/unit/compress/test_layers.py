@@ -1,5 +1,7 @@
-"""A compressed layer is the project's own attention: the model with it equals the model whose
-keys and values were replaced by what they are rebuilt to."""
+"""Tests of compressed layers in the package's attention.
+
+A model with a compressed layer equals the original with rebuilt keys and values.
+"""
 
 import dataclasses
 
@@ -9,7 +11,7 @@ import numpy as np
 import pytest
 
 from mea_jax.compress import layer as layers
-from mea_jax.compress.layer import take_apart
+from mea_jax.compress.layer import split_heads
 from mea_jax.compress.methods import METHODS, rebuilt_keys, solve_keys, solve_values, target_model
 from mea_jax.compress.moments import of_weights
 from mea_jax.compress.probe import assemble, plain_layer
@@ -55,7 +57,7 @@ def logits(model, params):
 
 def compressed(model, params, method, keys_count, values_count):
     tree = jax.tree.map(lambda x: x[0], params["layers_0"])
-    heads = take_apart(model, tree["attention"])
+    heads = split_heads(model, tree["attention"])
     moments = moments_of(heads)
     keys = solve_keys(method, heads, moments, keys_count)
     values = solve_values(method, heads, moments, values_count)
@@ -78,7 +80,7 @@ def test_all_heads_return_the_model(name, method):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", ["MHA", "GQA", "MEA", "head norm only"])
 def test_a_compressed_layer_is_the_model_with_rebuilt_keys_and_values(name, method):
-    """So gauges are folded exactly, whatever their signs and conjugates."""
+    """Gauges are folded exactly, including their signs and conjugates."""
     model, params = one_layer(name)
     target, new, (heads, keys, values, tree) = compressed(model, params, method, 2, 3)
     plain = plain_layer(heads, tree)
@@ -95,7 +97,7 @@ def test_a_compressed_layer_is_the_model_with_rebuilt_keys_and_values(name, meth
 
 @pytest.mark.parametrize("method", ["svd", "frequency"])
 def test_keys_under_a_norm_are_rebuilt_before_it(method):
-    """Without a gauge nothing is tied, and a key norm too is exact."""
+    """Methods without a gauge are exact with a key norm too, because no weights are tied."""
     model, params = one_layer("QK-norm")
     target, new, (heads, keys, _, tree) = compressed(model, params, method, 2, 4)
     plain = plain_layer(heads, tree)

@@ -1,4 +1,4 @@
-"""What a change of one layer costs: the divergence of predictions; and the errors of increases."""
+"""Tests of the divergence that a change of one layer causes, and of standard errors."""
 
 import math
 
@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from mea_jax.compress.damage import _compared, _overall
-from mea_jax.compress.layer import take_apart
+from mea_jax.compress.layer import split_heads
 from mea_jax.compress.moments import of_weights
-from mea_jax.compress.probe import Measurer, plain_layer
+from mea_jax.compress.probe import SensitivityProbe, plain_layer
 from mea_jax.compress.stream import Stream
 from mea_jax.config.schema import MeshConfig
 from mea_jax.model.transformer import Decoder
@@ -18,7 +18,7 @@ from tests.helpers import params_of, random_batch, tiny_model
 
 MODEL = tiny_model(hlc="none", head_norm=False, tie_embeddings=False)
 PARAMS = params_of(MODEL, noise=0.3)
-ROWS = [[12, 9], [20], [7, 5, 4], [24]]  # documents of two windows a batch; some padding
+ROWS = [[12, 9], [20], [7, 5, 4], [24]]  # documents of two windows per batch; some end with padding
 BATCHES = [random_batch(i, 2, 24, 264, ROWS[2 * i : 2 * i + 2]) for i in range(2)]
 LAYERS = [jax.tree.map(lambda x, i=i: x[i], PARAMS["layers_0"]) for i in range(2)]
 TOP = {name: leaf for name, leaf in PARAMS.items() if name != "layers_0"}
@@ -30,13 +30,13 @@ def measurer(tmp_path):
         BATCHES, ["a", "b"], tmp_path, sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     )
     stream.embed(MODEL, TOP)
-    heads = [take_apart(MODEL, layer["attention"]) for layer in LAYERS]
+    heads = [split_heads(MODEL, layer["attention"]) for layer in LAYERS]
     plain = [plain_layer(h, layer) for h, layer in zip(heads, LAYERS, strict=True)]
-    return Measurer(MODEL, TOP, plain, stream)
+    return SensitivityProbe(MODEL, TOP, plain, stream)
 
 
 def log_probabilities(params):
-    """Of each batch's real tokens, by the model itself: (tokens, V), float64."""
+    """Yield each batch's log probabilities from `Decoder`, without padding: float64 (tokens, V)."""
     for batch in BATCHES:
         read = (batch["inputs"], batch["positions"], batch["segment_ids"])
         logits = Decoder(MODEL).apply({"params": params}, *read, method="logits")
@@ -47,7 +47,7 @@ def log_probabilities(params):
 @pytest.mark.slow
 @pytest.mark.parametrize("which", [0, 1])
 def test_a_change_costs_the_divergence_of_predictions(measurer, which):
-    """KL(original || changed), from whole distributions of the whole model."""
+    """The cost is KL(original || changed), computed from all logits of the complete model."""
     for _ in range(which):
         measurer.advance()
     kernel = LAYERS[which]["attention"]["value"]
@@ -68,7 +68,7 @@ def test_a_change_costs_the_divergence_of_predictions(measurer, which):
 def test_all_heads_cost_nothing_and_fewer_cost_something(measurer):
     attention = LAYERS[0]["attention"]
     moments = of_weights(*(attention[name] for name in ("query", "key", "value")))
-    for row in measurer.sensitivity("aligned", take_apart(MODEL, attention), moments):
+    for row in measurer.sensitivity("aligned", split_heads(MODEL, attention), moments):
         assert row.losses[-1] == 0
         assert all(loss > 1e-4 for loss in row.losses[:-1]), row
         assert row.losses[0] > 2 * row.losses[-2]
@@ -77,7 +77,7 @@ def test_all_heads_cost_nothing_and_fewer_cost_something(measurer):
 
 
 def test_errors_of_increases_are_those_of_many_samples():
-    """Batches of unequal size, whose losses go up and down together: only the increase varies."""
+    """The estimates equal the spread over samples, even if both losses vary together much more."""
     rng = np.random.default_rng(0)
 
     def sample():
@@ -108,7 +108,7 @@ def test_one_batch_has_no_error_to_speak_of():
 
 
 def test_of_all_domains_errors_are_those_within():
-    """Two domains far apart, each without any spread: the mean of both is known exactly."""
+    """If no domain has spread, the error of the mean is 0, although the domains differ."""
     one = _compared([(3.0, 2.0), (6.0, 4.0)], [(4.0, 2.0, 0.2), (8.0, 4.0, 0.4)])
     other = _compared([(2.0, 2.0), (2.0, 2.0)], [(12.0, 2.0, 2.0), (12.0, 2.0, 2.0)])
     assert (one["error"], other["error"]) == pytest.approx((0, 0), abs=1e-12)

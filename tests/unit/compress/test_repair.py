@@ -1,4 +1,4 @@
-"""Directions of repair's steps: what a step is, whatever the gradient's size and shape."""
+"""Tests of the repair's steps, whose size does not depend on the gradient's size or shape."""
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ STEPS = repair.STEPS
 
 
 def gradients(seed=0):
-    """Of a block's shapes, of very different sizes."""
+    """Return random gradients of a block, whose leaves differ much in size."""
     rng = np.random.default_rng(seed)
     leaves, tree = jax.tree.flatten(BLOCK, is_leaf=lambda x: isinstance(x, tuple))
     sizes = 10.0 ** rng.integers(-6, 3, len(leaves))
@@ -35,7 +35,7 @@ def gradients(seed=0):
 
 @jax.jit
 def update(*each):
-    """The last update after these gradients, over the schedule."""
+    """Return the update after the last of these gradients, divided by its learning rate."""
     optimizer = repair._optimizer(STEPS)
     params = jax.tree.map(jnp.ones_like, each[0])
     state = optimizer.init(params)
@@ -66,7 +66,7 @@ def test_steps_are_shares_of_a_parameter_whatever_its_gradient():
     ],
 )
 def test_each_head_and_each_expert_is_a_matrix(where, name, one):
-    """A gradient that is large in one of them moves the others no less, and that one no more."""
+    """A large gradient in one of them changes neither its own step nor those of the others."""
     plain = gradients()
     large = jax.tree.map(lambda x: x, plain)
     large[where][name] = large[where][name].at[one].multiply(1e4)
@@ -75,9 +75,9 @@ def test_each_head_and_each_expert_is_a_matrix(where, name, one):
 
 
 def test_all_directions_of_a_matrix_move_alike():
-    """Of a gradient with singular values from 1 to 1/100: theirs differ by a factor of 3 at most.
+    """A step's singular values differ by a factor below 3 if the gradient's are 1 to 1/100.
 
-    Adam would follow the largest.
+    Adam would mainly move along the largest.
     """
     both = gradients()
     rng = np.random.default_rng(1)
@@ -90,7 +90,7 @@ def test_all_directions_of_a_matrix_move_alike():
 
 @pytest.mark.parametrize("steps", [40, repair._FEW])
 def test_steps_end_at_nothing(steps):
-    """The schedule falls to 0: the last steps do not shake what was found."""
+    """The learning rate decays to 0, so that the last steps hardly change the result."""
     optimizer = repair._optimizer(steps)
     gradient = gradients()
     state = optimizer.init(gradient)

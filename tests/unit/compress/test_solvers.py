@@ -1,4 +1,4 @@
-"""Keys and values rebuilt from fewer heads: what each method promises, on random heads."""
+"""Tests of keys and values rebuilt from fewer heads, by each method, on random heads."""
 
 import itertools
 
@@ -15,7 +15,7 @@ F = H // 2
 
 @pytest.fixture(scope="module")
 def text():
-    """Inputs whose directions differ in power, and random heads."""
+    """Return inputs of unequal power per direction, and random (D, K, H) and (K, H, D) kernels."""
     rng = np.random.default_rng(0)
     x = rng.normal(size=(TOKENS, D)) * np.exp(-np.arange(D) / 6)
     return x, rng.normal(size=(D, K, H)), rng.normal(size=(K, H, D))
@@ -65,7 +65,7 @@ def test_all_heads_rebuild_the_keys(text, name):
 @pytest.mark.parametrize("components", [1, 2, 3])
 @pytest.mark.parametrize("name", KEYS)
 def test_residual_of_keys_is_that_of_the_activations(text, name, components):
-    """Weighted by head and frequency, relative to the whole."""
+    """The residual is weighted by head and frequency, relative to the keys' weighted power."""
     x, w = text[:2]
     found = KEYS[name](complex_blocks(moment(x, w), K), components)
     weights = {"heads": np.repeat(WEIGHTS.mean(1)[:, None], F, 1), "mean": np.ones((K, F))}
@@ -83,14 +83,14 @@ def test_more_freedom_loses_less(text, components):
     assert lost["frequency"] <= lost["aligned"] + 1e-12
     assert lost["aligned"] <= lost["groups"] + 1e-12
     assert lost["aligned"] <= lost["aligned, unit"] + 1e-3
-    # Of one objective, with equal weights:
+    # The same objective, with equal weights:
     ones = np.ones((K, F))
     assert keys.aligned(gram, components, ones, unit=False).residual <= equal + 1e-12
     assert equal <= keys.mean_groups(gram, components).residual + 1e-12
 
 
 def test_mixing_of_any_kind_commutes_with_rotation(text):
-    """Components rotated and then mixed are composites mixed and then rotated."""
+    """Rotating components and then mixing them equals mixing them and then rotating."""
     turn_F = np.exp(1j * 7.0 * 10.0 ** -np.arange(F))
     gram = complex_blocks(moment(*text[:2]), K)
     for name in ("heads", "aligned", "frequency"):
@@ -109,7 +109,7 @@ def test_a_gauge_under_a_norm_has_modulus_one(text):
 
 
 def test_heads_that_differ_by_a_gauge_need_one_component(text):
-    """Rotary pairs turned and scaled: exactly one head's worth of keys, whatever the gauge."""
+    """If heads differ only by rotated and scaled rotary pairs, one component has no residual."""
     rng = np.random.default_rng(2)
     gauge = rng.normal(size=(K, F)) + 1j * rng.normal(size=(K, F))
     w = real_heads(complex_heads(text[1])[:, :1] * gauge)
@@ -142,7 +142,7 @@ def test_residual_of_values_is_that_after_the_output_projection(text, name, comp
 
 @pytest.mark.parametrize("components", [1, 2, 3])
 def test_the_dense_map_is_the_best_of_its_rank(text, components):
-    """Eckart-Young: the singular values beyond C H are what is lost."""
+    """The residual is the share of the singular values after the first C H (Eckart-Young)."""
     q = values.output_weights(text[2], None, np.ones(K), K)
     weighed = np.einsum("nki,kij->nkj", heads_of(*text[:2]), root(q)[0]).reshape(TOKENS, -1)
     energy = np.linalg.svd(weighed, compute_uv=False) ** 2
@@ -183,7 +183,7 @@ def test_the_best_groups_are_the_best_of_all(groups):
 
 
 def test_many_heads_are_joined_greedily():
-    """Twelve heads in three clear clusters."""
+    """Twelve heads in three distinct clusters are partitioned into these clusters."""
     places = np.repeat([0.0, 10.0, 20.0], 4)[np.random.default_rng(0).permutation(12)]
     found = partition(12, 3, lambda group: float(np.var(places[list(group)]) * len(group)))
     assert sorted(len({*places[list(group)]}) for group in found) == [1, 1, 1]

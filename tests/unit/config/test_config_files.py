@@ -1,4 +1,4 @@
-"""Every config in configs/, with every variant, at its full size and no memory."""
+"""Tests of every config in configs/, with every variant, at full size without allocation."""
 
 import importlib.util
 
@@ -16,9 +16,9 @@ from tests.paths import ROOT
 
 CONFIGS = ROOT / "configs"
 
-# Their model is what a checkpoint holds (test_recovery.py), their argument is no variant
-# (below), they are studies (study/test_sweep.py), it is fixed (suite), or a published model (below,
-# and interop/test_published.py), whose argument is a checkpoint or none.
+# Configs that take no variant: the model is that of a checkpoint (test_recovery.py), they have
+# another argument (below), are studies (study/test_sweep.py), are fixed (suite), or are published
+# models (below and interop/test_published.py), whose optional argument is a checkpoint.
 NO_MODELS: tuple[str, ...] = (
     "__init__",
     "recover",
@@ -32,10 +32,10 @@ NO_MODELS: tuple[str, ...] = (
     "llama3_2_1b",
 )
 
-# Parameters are
-#   V D, once or (untied) twice, + D for the final norm
+# The number of parameters is
+#   V D (2 V D if untied) + D for the final norm
 #   + L (2 D N H for queries and output + 2 D K H for keys and values (C = K) + 3 D F + 2 D)
-#   + L (2 K K for mixing + H for the head norm) where there are any.
+#   + L (2 K K for mixing + H for the head norm), if the model has them.
 PARAMETERS = {
     # V 4096, D 256, L 6, N 8, K 8 (gqa: 2), H 32, F 704, untied:
     # 2,097,152 + 256 + 6 (131,072 + 131,072 + 540,672 + 512) + 6 (128 + 32)
@@ -57,7 +57,7 @@ PARAMETERS = {
     "mea_125m:no_norm": 123_590_784,
     # V 128,256, D 2048, L 16, N 32, K 8 (mha: 32), H 64, F 8192, untied:
     # 525,336,576 + 2048 + 16 (8,388,608 + 2,097,152 + 50,331,648 + 4096) + 16 (128 + 64).
-    # gqa is LLaMA-3.2-1B with a head of its own: 1,235,814,400 as published + 128,256 x 2048.
+    # gqa is LLaMA-3.2-1B with an untied output head: 1,235,814,400 as published + 128,256 x 2048.
     "mea_1b": 1_498_485_760,
     "mea_1b:mha": 1_599_145_984,
     "mea_1b:gqa": 1_498_482_688,
@@ -91,7 +91,7 @@ def test_parameter_count(name):
     sharding.check_divisible(config, mesh)
     arrays = len(jax.live_arrays())
     state = abstract_state(config, mesh)
-    assert len(jax.live_arrays()) <= arrays + 1, "nothing but a random key is allocated"
+    assert len(jax.live_arrays()) <= arrays + 1, "only a random key may be allocated"
     leaves = flat(state.params)
     assert sum(leaf.size for leaf in leaves.values()) == PARAMETERS[name]
     variant = name.partition(":")[2]
@@ -103,7 +103,7 @@ def test_parameter_count(name):
 
 
 def test_qwen3_30b_a3b_is_the_published_model():
-    """30.5B parameters, 29.9B without embeddings, 3.3B of them active (its card, rounded so)."""
+    """The counts are those of its card: 30.5B parameters, 29.9B without embeddings, 3.3B active."""
     config = load("qwen3_30b_a3b")
     model = resolve(config.model, jax.devices(), config.data.context_length)
     validate_from_scratch(model)
@@ -113,7 +113,7 @@ def test_qwen3_30b_a3b_is_the_published_model():
     whole = sum(leaf.size for leaf in leaves.values())
     # 2 V D + D + 48 (D (2 N + 2 K) H + 2 H + 2 D + D E + 3 E D F)
     assert whole == 30_532_122_624
-    assert round((whole - leaves["embedding"].size) / 1e9, 1) == 30.2, "the head is counted"
+    assert round((whole - leaves["embedding"].size) / 1e9, 1) == 30.2, "the output head is counted"
     outside = leaves["embedding"].size + leaves["head"].size
     assert round((whole - outside) / 1e9, 1) == 29.9
     experts = sum(leaves[f"layers_0/mlp/{name}"].size for name in ("gate", "up", "down"))
@@ -133,8 +133,8 @@ def test_docstring_holds_the_command(name):
 @pytest.mark.parametrize(
     ("kind", "parameters"),
     [
-        # V 2,048, D 256, L 6, N 8, K 8 (gqa: 4), H 32, F 704, untied, as quickstart's above;
-        # gqa has two norms of width H a layer.
+        # V 2,048, D 256, L 6, N 8, K 8 (gqa: 4), H 32, F 704, untied, as for quickstart above;
+        # gqa also has two norms of width H per layer.
         ("mha", 5_868_800),
         ("mea", 5_869_760),
         ("gqa", 5_475_968),

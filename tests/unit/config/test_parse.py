@@ -1,4 +1,4 @@
-"""The config: JSON and back, types, and one clear line for everything that cannot work."""
+"""Tests of the config: round trips through JSON, types, and one line for each invalid value."""
 
 import dataclasses
 import json
@@ -16,6 +16,7 @@ from mea_jax.config.parse import from_config_dict, from_dict
 from mea_jax.config.presets import apply_variant
 from mea_jax.config.schema import (
     ModelConfig,
+    Side,
     SourceConfig,
     TrainConfig,
     default_config,
@@ -27,7 +28,7 @@ from tests.helpers import change, tiny_model
 
 
 def tree_with(path, value):
-    """A default config as JSON has it, with `value` at a path such as "data.sources[0].path"."""
+    """Return the default config's JSON with `value` at a path such as "data.sources[0].path"."""
     tree = TrainConfig().to_dict()
     *parents, last = re.findall(r"\w+", path)
     node: Any = tree
@@ -86,8 +87,8 @@ def test_whole_numbers_may_be_floats_but_not_the_other_way():
         ("model.key_components", [4, "x"], r"config\.model\.key_components\[1\] must be of type"),
         ("optimizer.learning_rate", None, r"config\.optimizer\.learning_rate must be of type"),
         ("data.sources", "text", r"config\.data\.sources must be a list, not 'text'"),
-        ("data.sources", ["text"], r"config\.data\.sources\[0\] must hold the keys of Source"),
-        ("model", 7, r"config\.model must hold the keys of ModelConfig, not 7"),
+        ("data.sources", ["text"], r"config\.data\.sources\[0\] must contain the keys of Source"),
+        ("model", 7, r"config\.model must contain the keys of ModelConfig, not 7"),
     ],
 )
 def test_wrong_types(path, value, message):
@@ -99,18 +100,18 @@ def test_wrong_types(path, value, message):
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        ("steps", 2**31, r"config\.steps=2147483648 must lie within \+-2\^31: whole numbers"),
-        ("seed", -(2**40), r"config\.seed=-1099511627776 must lie within"),
+        ("steps", 2**31, r"config\.steps=2147483648 must be within \+-2\^31: integers"),
+        ("seed", -(2**40), r"config\.seed=-1099511627776 must be within"),
         pytest.param(
-            *("steps", 10**5000, r"config\.steps=something of type int must lie within"),
+            *("steps", 10**5000, r"config\.steps=something of type int must be within"),
             id="a number that has no repr",
         ),
-        ("model.key_components", 2**31, r"key_components=2147483648 must lie within"),
-        ("model.value_components", [4, 2**70], r"value_components\[1\]=1180591\d* must lie within"),
+        ("model.key_components", 2**31, r"key_components=2147483648 must be within"),
+        ("model.value_components", [4, 2**70], r"value_components\[1\]=1180591\d* must be within"),
         (
             "optimizer.learning_rate",
             10**400,
-            r"learning_rate=1000*\.\.\.0* must lie within \+-3\.4e38",
+            r"learning_rate=1000*\.\.\.0* must be within \+-3\.4e38",
         ),
         ("optimizer.learning_rate", 1e39, r"learning_rate=1e\+39 is infinite in float32"),
         ("optimizer.eps", 1e-300, r"eps=1e-300 is 0 in float32"),
@@ -118,23 +119,23 @@ def test_wrong_types(path, value, message):
         ("model.rope_scaling", {"factor": 1e300}, r"rope_scaling\.factor=1e\+300 is infinite"),
         ("model.rope_theta", 1e-30, r"rope_theta=1e-30 must be 1 or more"),
         ("data.sources", [{"weight": 1e-300}], r"data\.sources\[0\]\.weight=1e-300 is 0"),
-        ("data.sources", [{"path": "a\0b"}], r"data\.sources\[0\]\.path='a\\x00b' holds a null"),
+        ("data.sources", [{"path": "a\0b"}], r"data\.sources\[0\]\.path='a\\x00b' contains a null"),
         ("model.n_layers", 2**31 - 1, r"config\.model\.n_layers=2147483647 must be at most 10,000"),
         ("data.prefetch", 1_001, r"config\.data\.prefetch=1001 must be at most 1,000"),
         ("data.read_threads", 10**6, r"read_threads=1000000 must be at most 1,000"),
-        ("model.d_ff", 2**31 - 1, None),  # large, but an address each: train/memory.py refuses it
+        ("model.d_ff", 2**31 - 1, None),  # large but addressable: train/memory.py refuses it
         (
             "model",
             {"d_model": 2**31 - 2, "d_ff": 2**31 - 2},
             r"config\.model describes about \de\+\d+ parameters, which no computer can address",
         ),
-        ("name", "..", r"config\.name='\.\.' must name a folder"),
+        ("name", "..", r"config\.name='\.\.' must be the name of a folder"),
         (
             "name",
             "é" * 128,
-            r"config\.name='é*\.\.\.é*' must name a folder of its own .* 255 bytes",
+            r"config\.name='é*\.\.\.é*' must be the name of a folder .* 255 bytes",
         ),
-        ("name", "a\0b", r"config\.name='a\\x00b' holds a null character"),
+        ("name", "a\0b", r"config\.name='a\\x00b' contains a null character"),
         ("evaluate.sample_prompt", "\udcff", r"sample_prompt='\\udcff' is not valid UTF-8"),
         ("model.dtype", "x" * 10_000, r"config\.model\.dtype='x*\.\.\.x*': known: auto"),
         (
@@ -162,7 +163,7 @@ def test_what_no_run_can_compute_with_is_one_short_line(path, value, message):
 
 
 def test_numpy_numbers_become_plain_ones():
-    """`ConfigDict` lets float64 pass, which is a float; JSON and equality are as for any other."""
+    """`ConfigDict` accepts numpy's float64, a subclass of float; it is converted to float."""
     tree = tree_with("optimizer.learning_rate", np.float64(0.5))
     assert type(from_dict(tree).optimizer.learning_rate) is float
 
@@ -220,8 +221,8 @@ HEADS = {"n_heads": 8, "n_kv_heads": 4}
         (HEADS | {"value_components": (4, 5)}, r"value_components=5 \(layer 1\) exceeds"),
         (HEADS | {"value_components": (4,)}, r"value_components lists 1 layers, but n_layers=2"),
         (HEADS | {"key_components": 0}, r"key_components=0 \(layer 0\) must be at least 1"),
-        (HEADS | {"hlc": "none", "key_components": 2}, r"below n_kv_heads=4, which needs the mix"),
-        (HEADS | {"hlc": "v", "key_components": 2}, r"hlc='v' leaves out for keys"),
+        (HEADS | {"hlc": "none", "key_components": 2}, r"below n_kv_heads=4, but hlc="),
+        (HEADS | {"hlc": "v", "key_components": 2}, r"hlc='v' does not mix keys"),
         ({"head_dim": 7}, r"head_dim=7 must be even"),
         ({"d_model": 0}, r"d_model=0 must be positive"),
         ({"vocab_size": -1}, r"vocab_size=-1 must be positive"),
@@ -258,11 +259,11 @@ def test_models_that_cannot_be(changes, message):
         ({"data.held_out_fraction": 1.0}, r"held_out_fraction=1\.0 must be 0 or more and below 1"),
         ({"data.sources": (SourceConfig(held_out=True),)}, r"every source is held_out; add one"),
         ({"optimizer.schedule": "cosin"}, r"schedule='cosin': did you mean 'cosine'\?"),
-        ({"optimizer.warmup_steps": 1000}, r"warmup_steps=1000 leaves nothing of steps=1000"),
+        ({"optimizer.warmup_steps": 1000}, r"warmup_steps=1000 must be .* below steps=1000"),
         ({"optimizer.warmup_steps": -1}, r"warmup_steps=-1"),
         ({"optimizer.learning_rate": 0.0}, r"learning_rate=0\.0 must be positive"),
         ({"optimizer.learning_rate": float("nan")}, r"learning_rate=nan must be a finite"),
-        ({"optimizer.final_fraction": 1.5}, r"final_fraction=1\.5 must lie in \[0, 1\]"),
+        ({"optimizer.final_fraction": 1.5}, r"final_fraction=1\.5 must be in \[0, 1\]"),
         ({"optimizer.clip_norm": -1.0}, r"clip_norm=-1\.0 must"),
         ({"optimizer.b2": 1.0}, r"b2=1\.0 must"),
         ({"optimizer.z_loss": -1.0}, r"z_loss=-1\.0 must"),
@@ -279,7 +280,7 @@ def test_runs_that_cannot_be(changes, message):
 
 
 def test_any_component_count_is_a_model_but_not_a_fresh_one():
-    """A compressed checkpoint may have 3 of 4 heads; block identity is not defined for it."""
+    """A compressed checkpoint may have 3 of 4 heads, for which block identity is not defined."""
     model = tiny_model(key_components=(4, 3))
     validate(TrainConfig(model=model))
     with pytest.raises(UserError, match=r"key_components=3 \(layer 1\) does not divide .*=4"):
@@ -312,7 +313,7 @@ def test_variants_are_baselines_of_the_same_shape(variant):
     same = [f.name for f in dataclasses.fields(ModelConfig)]
     changed = {name for name in same if getattr(found.model, name) != getattr(base.model, name)}
     assert changed <= {"hlc", "head_norm", "n_kv_heads", "key_components", "value_components"}
-    assert found.model.mixes("key") == (variant == "no_norm")
+    assert found.model.mixes(Side.KEY) == (variant == "no_norm")
     assert not found.model.head_norm
 
 

@@ -1,4 +1,4 @@
-"""Published models at their full size, without memory: counts, names, and the configs of ours."""
+"""Tests of published models at full size without allocation: counts, names and our configs."""
 
 import dataclasses
 import importlib.util
@@ -30,7 +30,7 @@ QWEN3 = {
     "use_sliding_window": False,
     "vocab_size": 151936,
 }
-# config.json as published, and the parameters that the model cards state or their files hold.
+# Published config.json, and the number of parameters in the model's card or files.
 PUBLISHED = {
     "qwen3_0_6b": (
         QWEN3
@@ -98,7 +98,7 @@ PUBLISHED = {
         30_532_122_624,
     ),
 }
-# How a model runs, not what it computes.
+# Options that do not change the model's function.
 OWN = ("dtype", "backend", "attention_kernel", "hlc_form", "remat", "scan_unroll", "loss_chunk")
 
 
@@ -134,7 +134,7 @@ def test_a_published_config_is_our_config_of_that_name(name):
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_published_config_comes_back(name):
-    """Whatever a stock class computes from; keys with no meaning for it aside."""
+    """All keys are restored except those that have no effect on the stock class."""
     config, _ = PUBLISHED[name]
     back = families.stock_config(families.model_config(config, name), "bfloat16", config)
     aside = ("sliding_window", "use_sliding_window", "max_window_layers")

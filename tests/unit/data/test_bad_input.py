@@ -1,4 +1,4 @@
-"""Input that cannot be read: one error that names it, or left out and counted; never both."""
+"""Tests of unreadable input, which is either an error that names it or left out and counted."""
 
 import dataclasses
 import errno
@@ -19,7 +19,7 @@ from mea_jax.data.corpus import FileCorpus
 from mea_jax.data.windows import writing
 from mea_jax.errors import UserError
 
-# Of GOOD, computed before anything could be left out: checkpoints hold such digests.
+# The digest of GOOD from before input could be left out; checkpoints contain such digests.
 DIGEST = "11c22d4a95e6d4d0595792132a819919"
 GOOD = [f"document {i}, " + "la " * (3 + i % 5) for i in range(40)]
 BAD_LINES = [
@@ -34,7 +34,7 @@ BAD_LINES = [
 
 
 def both_ways(source, path):
-    """The texts read with bad input left out, what was left out, and the error without."""
+    """Return the texts and `LeftOut` with bad input left out, and the error otherwise."""
     spec = SourceConfig(source=source, path=str(path))
     left_out = LeftOut(allowed=True)
     texts = [document.text for document in sources.documents(spec, left_out)]
@@ -55,7 +55,7 @@ def config_of(tmp_path, path, source="jsonl", **options):
 
 
 def prepare(config):
-    """What was prepared, and the lines for the user."""
+    """Prepare the data; return them and the logged lines."""
     lines: list[str] = []
     return prepare_lib.prepare(config, log=lines.append), lines
 
@@ -66,7 +66,7 @@ def good_line(text):
 
 @pytest.fixture
 def mixed(tmp_path):
-    """Good lines with bad ones between them."""
+    """Write a file of good lines with bad lines between them; return its path."""
     lines = [good_line(text) for text in GOOD]
     for i, line in enumerate(BAD_LINES):
         lines.insert(5 * i, line)
@@ -102,7 +102,7 @@ def test_the_rest_of_a_broken_compressed_file_is_one_piece(tmp_path, suffix):
     rng = np.random.default_rng(0)
     texts = [rng.bytes(3000).hex() for _ in range(100)]
     for name in "ab":
-        # The suffix says how to compress.
+        # The suffix determines the compression.
         with pa.output_stream(str(tmp_path / f"{name}{suffix}")) as file:
             file.write(b"".join(good_line(name + text) + b"\n" for text in texts))
     path = tmp_path / f"a{suffix}"
@@ -113,7 +113,7 @@ def test_the_rest_of_a_broken_compressed_file_is_one_piece(tmp_path, suffix):
     assert kept == ["a" + text for text in texts[: len(kept)]]
     assert found[len(kept) :] == ["b" + text for text in texts]
     assert left_out.count == 1
-    assert f"a{suffix}: broken beyond line {len(kept)}" in error
+    assert f"a{suffix}: broken after line {len(kept)}" in error
 
 
 def test_text_files_that_cannot_be_read_are_left_out(tmp_path, monkeypatch):
@@ -124,14 +124,15 @@ def test_text_files_that_cannot_be_read_are_left_out(tmp_path, monkeypatch):
     (tmp_path / bad_name).write_text("fine, but for its name")
     whole = FileCorpus._bytes
     with monkeypatch.context() as patch:
-        # Permissions would stop no one who is root.
+        # Removing permissions has no effect for root.
         patch.setattr(FileCorpus, "_bytes", lambda self, name: whole(self, name.replace("c", "?")))
         texts, left_out, _ = both_ways("text", tmp_path)
     assert texts == ["a.txt", "d.txt"]
     assert [line.removeprefix(str(tmp_path)) for line in left_out.lines] == [
         "/x\\udcff.txt: the file's name is not UTF-8; rename it",
         "/b.txt: byte 3 is not UTF-8; convert the file, for example with iconv",
-        f"/?.txt: cannot be read: {os.strerror(errno.ENOENT)}",
+        f"/?.txt: cannot be read: {os.strerror(errno.ENOENT)}; "
+        "check that it exists and is readable",
     ]
 
 
@@ -163,7 +164,7 @@ def test_a_file_that_vanishes_after_the_listing_is_left_out(tmp_path, source, wh
 
 
 def test_a_shard_that_vanishes_while_preparing_is_counted(tmp_path, monkeypatch):
-    """And is missed by the windows, though they list the folder anew."""
+    """The vanished file is counted, although the windows are written from a new listing."""
     folder = tmp_path / "shards"
     folder.mkdir()
     for i in range(3):
@@ -253,13 +254,14 @@ def test_a_mistake_that_is_not_the_inputs_is_not_left_out(tmp_path, monkeypatch)
 def test_nothing_but_bad_input_holds_no_text(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"\n".join(BAD_LINES))
-    with pytest.raises(UserError, match=rf"holds no text.*left out {len(BAD_LINES)}, .*, line 1:"):
+    expected = rf"contains no text.*left out {len(BAD_LINES)}, .*, line 1:"
+    with pytest.raises(UserError, match=expected):
         prepare(config_of(tmp_path, path))
 
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "bpe:300"])
 def test_prepared_without_bad_lines_is_prepared_as_if_there_were_none(tmp_path, mixed, tokenizer):
-    """Every pass leaves the same out, and counts it once."""
+    """Every pass over the input leaves out the same lines, and each is counted once."""
     prepared, lines = prepare(config_of(tmp_path, mixed, tokenizer=tokenizer))
     (tmp_path / "good.jsonl").write_bytes(b"\n".join(map(good_line, GOOD)))
     good, _ = prepare(config_of(tmp_path, tmp_path / "good.jsonl", tokenizer=tokenizer))
@@ -286,7 +288,7 @@ def test_prepared_without_bad_lines_is_prepared_as_if_there_were_none(tmp_path, 
     assert len(stored["left_out"][0]) == len(BAD_LINES)
     again, lines = prepare(config_of(tmp_path, mixed, tokenizer=tokenizer))
     assert again.sources == prepared.sources
-    assert len(lines) == 2, "named again"  # the source and the sum
+    assert len(lines) == 2, "left-out lines are logged again"  # of the source and of the total
 
 
 def test_data_with_gaps_are_not_taken_where_none_may_be(tmp_path, mixed):
@@ -297,7 +299,7 @@ def test_data_with_gaps_are_not_taken_where_none_may_be(tmp_path, mixed):
 
 @pytest.mark.parametrize("first", ["stop", "skip"])
 def test_data_without_gaps_serve_both(tmp_path, first):
-    """So a run with damaged windows can go over to leaving them out."""
+    """A run with damaged windows can therefore switch to leaving them out."""
     (tmp_path / "a.jsonl").write_bytes(b"\n".join(map(good_line, GOOD)))
     both = [
         prepare(config_of(tmp_path, tmp_path / "a.jsonl", bad_input=option))[0]

@@ -1,4 +1,4 @@
-"""Damage to prepared data: found before a run, and said with the way out."""
+"""Tests of damaged prepared data: it is found before a run and the error contains the remedy."""
 
 import dataclasses
 
@@ -31,7 +31,7 @@ def prepare(config):
 
 
 def small_files(directory):
-    """All files of prepared data but the windows and the list of checksums."""
+    """Return all files of prepared data except the windows and the list of checksums."""
     return [
         path
         for path in sorted(directory.rglob("*"))
@@ -41,7 +41,7 @@ def small_files(directory):
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "bpe:300"])
 def test_every_flipped_bit_of_the_metadata_is_found(config, tokenizer):
-    """And said in one line, with the way out."""
+    """The error of each flipped bit or truncation is one line and contains the remedy."""
     config = dataclasses.replace(config, tokenizer=tokenizer)
     directory = prepare(config).directory
     paths = small_files(directory)
@@ -61,8 +61,8 @@ def test_every_flipped_bit_of_the_metadata_is_found(config, tokenizer):
             with pytest.raises(UserError) as caught:
                 prepare(config)
             assert str(caught.value) == (
-                f"{path}: not as it was written; remove the folder {directory}, "
-                "and the next run prepares it anew"
+                f"{path}: does not match its checksum; remove the folder {directory}, "
+                "and the next run prepares it again"
             )
         path.write_bytes(whole)
     assert prepare(config).sources
@@ -85,7 +85,7 @@ def open_all(config):
 
 
 def test_metadata_without_checksums_are_damaged_in_one_line(config):
-    """As those prepared before there were checksums."""
+    """Data prepared before checksums existed are accepted, and damage is still one error line."""
     prepared = prepare(config)
     directory = prepared.directory
     (directory / "checksums.json").unlink()

@@ -1,4 +1,4 @@
-"""What ends a text: the files of a published model say so, in several places."""
+"""Tests of end tokens, which several files of a published model can name."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ WORDS = ["a", "<|endoftext|>", "<|im_end|>", "<|stop|>", DEEPSEEK]
     [
         # No file: the known name.
         (WORDS, {}, "<|endoftext|>", []),
-        # SmolLM2: a turn's end is a stop; documents still end as in pretraining.
+        # SmolLM2: the end of a turn stops generation; documents end as in pretraining.
         (WORDS, {"model_config": {"eos_token_id": 2}}, "<|endoftext|>", ["<|im_end|>"]),
         (WORDS, {"tokenizer_config": {"eos_token": "<|im_end|>"}}, "<|endoftext|>", ["<|im_end|>"]),
         (
@@ -44,9 +44,9 @@ WORDS = ["a", "<|endoftext|>", "<|im_end|>", "<|stop|>", DEEPSEEK]
         # No known name.
         (["a", DEEPSEEK], {"model_config": {"eos_token_id": 1}}, DEEPSEEK, []),
         (["a", DEEPSEEK], {"tokenizer_config": {"eos_token": {"content": WORDS[4]}}}, DEEPSEEK, []),
-        # Only a turn's end.
+        # Only the end of a turn.
         (["a", "<|eot_id|>"], {"model_config": {"eos_token_id": 1}}, "<|eot_id|>", []),
-        # Ids out of range, of other types, tokens that are not there, files that hold no object.
+        # Ids out of range or of other types, missing tokens, files that are not a JSON object.
         (
             WORDS,
             {
@@ -75,7 +75,7 @@ def test_ends_are_what_the_files_of_a_model_name(words, files, separator, stops,
 
 
 def test_no_end_token_is_no_reason_to_add_one(tmp_path):
-    """The vocabulary is the model's: the line names the file that should say what ends a text."""
+    """The error names the file that must contain the end token: the vocabulary cannot change."""
     hf.Tokenizer(hf.models.BPE({"a": 0}, [])).save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(UserError, match=r"no end token.*eos_token in .*tokenizer_config") as caught:
         tokenizers.from_directory(tmp_path)
@@ -83,7 +83,7 @@ def test_no_end_token_is_no_reason_to_add_one(tmp_path):
 
 
 def test_another_separator_gives_other_windows(tmp_path):
-    """Prepared data are found by a name that changes with the id that ends documents."""
+    """The name of prepared data depends on the id of the token that ends documents."""
     folders: list[Path] = []
     bpe = tokenizers.train_bpe(iter(["the quick brown fox"]), 264)
     for end in (None, "<|stop|>", DEEPSEEK):

@@ -1,4 +1,4 @@
-"""What of a folder or glob is read, and that whatever is passed over is counted and named."""
+"""Tests of the files read from a folder or glob, and of the counts of those passed over."""
 
 import codecs
 import json
@@ -23,7 +23,7 @@ def passed_over(path, source="text"):
 
 @pytest.fixture
 def mix(tmp_path):
-    """A folder with a file, and one elsewhere that is to be linked."""
+    """Write a folder with a file, and a folder outside that tests link; return the first."""
     for name in ("mix/shard1/a.txt", "data/b.txt", "data/deep/c.txt"):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -80,7 +80,7 @@ def test_what_is_passed_over_is_counted(mix, tmp_path):
         "broken links (1), empty documents (1), files with other suffixes (2), "
         "hidden files or folders (2), special files (1)"
     )
-    for _ in range(2):  # made, and found
+    for _ in range(2):  # prepared, then found in the cache
         lines: list[str] = []
         prepare.prepare(config, log=lines.append)
         assert lines[0] == expected

@@ -1,4 +1,7 @@
-"""Waiting for the process that prepares the data; tests/system/test_processes.py has all of it."""
+"""Tests of waiting for the process that prepares the data.
+
+tests/system/test_processes.py tests the complete preparation by several processes.
+"""
 
 import time
 
@@ -9,7 +12,7 @@ from mea_jax.errors import UserError
 
 
 class Clock:
-    """Time that passes only by sleeping; also a look at process 0, a function of it."""
+    """A clock that only `sleep` advances, with the progress of process 0 as a function of time."""
 
     def __init__(self, value):
         self.now, self.value = 0.0, value
@@ -25,7 +28,7 @@ class Clock:
 
 
 def test_a_preparation_that_goes_on_is_waited_for(monkeypatch):
-    """However long it takes, if something happens every now and then."""
+    """There is no limit on the duration as long as there is progress now and then."""
     clock = Clock(lambda now: "done" if now > 100_000 else f"{now // 1500} 0")
     monkeypatch.setattr(multi_host, "time", clock)
     multi_host.wait(clock.look)

@@ -1,4 +1,4 @@
-"""Packing: every target once, documents apart, next to no padding."""
+"""Tests of packing: every target once, documents in separate segments, hardly any padding."""
 
 import numpy as np
 from hypothesis import given, settings
@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from mea_jax.data import packing
 
 SEPARATOR = 99
-# Ids of document d are 1 + 100 d .. 40 + 100 d, so that a token tells its document.
+# The ids of document d are 1 + 100 d .. 40 + 100 d, so that a token identifies its document.
 LENGTHS = st.lists(st.integers(0, 40), max_size=12)
 
 
@@ -23,7 +23,7 @@ def pack(documents, length):
 @settings(deadline=None, max_examples=200)
 def test_inputs_and_targets_are_those_of_the_documents(lengths, length, chunk):
     documents = make(lengths)
-    old, packing._CHUNK = packing._CHUNK, chunk  # the size of steps must not show
+    old, packing._CHUNK = packing._CHUNK, chunk  # the chunk size must not change the result
     try:
         windows = pack(documents, length)
     finally:
@@ -65,7 +65,7 @@ def test_segments_are_one_document_and_positions_restart(lengths, length):
             np.testing.assert_array_equal(window["positions"][where], np.arange(len(where)))
             tokens = {*window["inputs"][where], *window["targets"][where]} - {SEPARATOR}
             assert len({(int(token) - 1) // 100 for token in tokens}) <= 1
-            # A separator ends its segment: nothing follows it that could attend back.
+            # A separator ends its segment, so that no later token attends to it.
             assert SEPARATOR not in window["targets"][where[:-1]]
 
 

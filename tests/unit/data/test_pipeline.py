@@ -1,4 +1,4 @@
-"""The pipeline: batch i is a function of (seed, i, batch size), whoever reads it and from where."""
+"""Tests of the pipeline: batch i depends only on (seed, i, batch size), not on who reads it."""
 
 import collections
 import dataclasses
@@ -23,7 +23,7 @@ BATCH = 8
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
-    """Two sources, told apart by their letters, with weights 3 and 1."""
+    """Prepare two sources of weights 3 and 1, which their letters distinguish."""
     folder = tmp_path_factory.mktemp("pipeline")
     for letter in "ab":
         (folder / letter).mkdir()
@@ -94,7 +94,7 @@ def test_prefetch_does_not_change_batches(prepared, options):
 
 @pytest.mark.parametrize("rows", [[0], [3, 4, 5], [7, 0, 2], [1, 1]])
 def test_rows_are_those_of_the_whole_batch(prepared, rows):
-    """Whichever a process needs, in whatever order."""
+    """A process can read any rows in any order."""
     whole = train(prepared, 4, start_step=3)
     for batch, part in zip(whole, train(prepared, 4, start_step=3, rows=rows), strict=True):
         same({name: x[rows] for name, x in batch.items()}, part)
@@ -116,7 +116,7 @@ def test_only_the_rows_asked_for_are_read(prepared, monkeypatch):
             return self.windows[index]
 
     monkeypatch.setattr(reader, "open_windows", lambda *args: Counting(open_windows(*args)))
-    # Far into the run, to see that nothing before is read either.
+    # Start at a late step, to test that earlier batches are not read either.
     options = {"start_step": 1000, "rows": [2, 3], "threads": 0}
     train(prepared, 3, **options)
     assert len(reads) == 3 * 2
@@ -137,7 +137,7 @@ def test_seeds_and_epochs_differ(prepared):
 
 
 def letter(row):
-    """The source of a window's inputs, "a" or "b"."""
+    """Return the source of a window's inputs, "a" or "b"."""
     text = bytes(token for token in row if token < 256)
     return "a" if b"a" in text else "b"
 
@@ -146,7 +146,7 @@ def test_mixture_has_the_weights(prepared):
     letters = collections.Counter(
         letter(row) for batch in train(prepared, 50) for row in batch["inputs"]
     )
-    # Sources are interleaved in exact proportion, not drawn by chance.
+    # Sources are interleaved in exact proportion, not drawn at random.
     assert letters == {"a": 300, "b": 100}
 
 
@@ -197,7 +197,7 @@ def test_held_out_sample_is_spread_and_fixed(prepared):
     for a, b in zip(sample, held_out(prepared, max_batches=2), strict=True):
         same(a, b)
     index = [np.nonzero((everything == row).all(axis=1))[0] for row in join(sample)["inputs"]]
-    # Evenly spread: the n-th of 16 lies at n / 16 of all windows.
+    # Evenly spread: the n-th of 16 is at n / 16 of all windows.
     expected = [n * total // 16 for n in range(16)]
     assert all(e in found for e, found in zip(expected, index, strict=True))
     for a, b in zip(held_out(prepared, max_batches=10**6), held_out(prepared), strict=True):
@@ -218,7 +218,7 @@ def test_batch_number_is_the_nth_that_is_not_left_out(step, numbers, joined):
     for n in sorted(numbers):
         if joined and left_out and left_out[-1][1] == n - 1:
             left_out[-1] = (left_out[-1][0], n)
-        else:  # neighbours may also be intervals of their own
+        else:  # neighbors may also be separate intervals
             left_out.append((n, n))
     rest = [n for n in range(200) if n not in numbers]
     assert pipeline.batch_number(step, left_out) == rest[step]
@@ -235,13 +235,13 @@ def test_batches_left_out_are_never_read(prepared):
 
 
 def shard(prepared, split="train"):
-    """The file of the first source's windows; there is one of each split."""
+    """Return the file of the first source's windows; each split has one."""
     (path,) = prepared.sources[0].directory.rglob(f"*-{split}.array_record-*")
     return path
 
 
 def flip_in_a_window(path):
-    """Windows of so few positions take some hundred bytes each, from the file's begin on."""
+    """Flip a bit in a window: windows are a few hundred bytes each, from the start of the file."""
     content = bytearray(path.read_bytes())
     content[1000] ^= 1
     path.write_bytes(content)
@@ -258,7 +258,7 @@ DAMAGE = {
 
 @pytest.fixture
 def copied(prepared, tmp_path):
-    """As `prepared`, in files of its own."""
+    """Return a copy of `prepared` with separate files."""
     directory = tmp_path / prepared.directory.name
     shutil.copytree(prepared.directory, directory)
     parts = [
@@ -273,7 +273,7 @@ def copied(prepared, tmp_path):
 def test_a_damaged_window_ends_the_run_with_its_name(copied, damage, threads):
     path = shard(copied)
     DAMAGE[damage](path)
-    remedy = f"remove the folder {copied.directory}, and the next run prepares it anew"
+    remedy = f"remove the folder {copied.directory}, and the next run prepares it again"
     with pytest.raises(UserError) as caught:
         train(copied, 40, threads=threads, prefetch=threads)
     message = str(caught.value)
@@ -295,7 +295,7 @@ def test_a_damaged_window_is_padding_and_all_others_stay(prepared, copied, damag
         padded += gone.sum()
         assert not any(x[gone].any() for x in b.values())
         same({n: x[~gone] for n, x in a.items()}, {n: x[~gone] for n, x in b.items()})
-    # Three of four rows come from the first source. One window of it comes again each epoch.
+    # Three of four rows come from the first source. A damaged window occurs once per epoch.
     everything = 40 * BATCH * 3 // 4
     assert padded == everything if damage != "one bit" else 0 < padded < everything / 20
 

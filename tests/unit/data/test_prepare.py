@@ -1,4 +1,4 @@
-"""Preparation: whole or not at all, once per set of options, with true counts."""
+"""Tests of preparation: atomic, once per set of options, with correct counts."""
 
 import dataclasses
 import errno
@@ -56,7 +56,7 @@ def documents(config, held_out):
 
 
 def stored(prepared, split):
-    """The text of all targets of a split, in the order they are stored."""
+    """Return the text of all targets of a split, in stored order."""
     targets = [
         packing.fields(**window)["targets"][window["segment_ids"] > 0]
         for source in prepared.sources
@@ -77,7 +77,7 @@ def test_windows_hold_exactly_the_documents_of_each_side(config):
 
 
 def test_documents_between_a_beginning_and_an_end(config, tmp_path):
-    """Of a tokenizer that has one token for each, such as Llama 3's."""
+    """Each document is enclosed in both tokens if the tokenizer has both, as Llama 3's has."""
     model = tokenizer_files.of_bytes()  # ids 0 to 255, and 256, the end
     model.add_special_tokens(["<s>"])
     model.post_processor = hf.processors.TemplateProcessing(
@@ -99,7 +99,7 @@ def test_counts(config):
     assert source.held_out_documents == len(held_out) > 0
     assert source.train_bytes == sum(len(text.encode()) for text in train)
     assert source.held_out_bytes == sum(len(text.encode()) for text in held_out)
-    assert source.train_tokens == source.train_bytes + len(train)  # bytes, and a separator each
+    assert source.train_tokens == source.train_bytes + len(train)  # bytes and separators
     assert source.held_out_windows == -(-source.held_out_tokens // 64)
     positions = (source.train_windows + source.held_out_windows) * 64
     tokens = source.train_tokens + source.held_out_tokens
@@ -192,7 +192,7 @@ def test_an_interrupted_preparation_leaves_nothing(config, monkeypatch, where):
 
 
 def test_what_a_kill_leaves_is_not_taken_for_whole(config, monkeypatch):
-    # SIGKILL runs no clean-up: the scratch folder stays, complete but for its last file.
+    # SIGKILL runs no cleanup: the scratch folder stays, complete except for its last file.
     with monkeypatch.context() as patch:
         patch.setattr(prepare_lib.shutil, "rmtree", lambda *args, **kwargs: None)
         patch.setattr(prepare_lib, "_rename", lambda scratch, final: 1 / 0)
@@ -206,7 +206,7 @@ def test_what_a_kill_leaves_is_not_taken_for_whole(config, monkeypatch):
 
 
 def at_once(config):
-    """What `prepare` gave two threads that both found no cache."""
+    """Prepare in two threads that both find no cache; assert equal results in one folder."""
     both, barrier = [], threading.Barrier(2, timeout=30)
     lock = prepare_lib.integrity.lock
 
@@ -228,13 +228,13 @@ def at_once(config):
 
 @pytest.fixture
 def made(monkeypatch):
-    """The folders that preparations were made in, and how many worked at the same time."""
+    """Return a list, to which each preparation appends how many are active at the same time."""
     calls, make, active = [], prepare_lib._make, []
 
     def counting(config, corpora, given, directory, *args):
         active.append(directory)
         calls.append(len(active))
-        time.sleep(0.2)  # for the other to come
+        time.sleep(0.2)  # let the other thread start
         result = make(config, corpora, given, directory, *args)
         active.remove(directory)
         return result
@@ -249,7 +249,7 @@ def test_of_two_at_once_one_works(config, made):
 
 
 def test_two_at_once_without_locks_agree(config, made, monkeypatch):
-    """As on a file system that has none: both work, apart from each other."""
+    """On a file system without locks both prepare the data, in separate folders."""
 
     def refuse(*args):
         raise OSError(errno.ENOLCK, "No locks available")
@@ -286,7 +286,7 @@ def test_cache_that_cannot_be_written(config, tmp_path):
     "error",
     [
         OSError(errno.ENOSPC, "No space left on device"),
-        # What ArrayRecord raised on a full disk, shortened.
+        # The error of ArrayRecord on a full disk, shortened.
         RuntimeError("write() failed: No space left on device; writing /x/y; at byte 3137536"),
     ],
 )
@@ -361,7 +361,7 @@ def test_summary_tells_of_skipped_files(config, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "bpe:300"])
 def test_files_of_any_format_give_the_same_windows(config, tmp_path, tokenizer):
-    """The same documents as JSON lines, compressed ones and Parquet: token for token."""
+    """JSON lines, compressed JSON lines and Parquet of the same documents give equal tokens."""
     texts = [document.text for document in sources.documents(config.sources[0])]
     shards = [texts[:11], texts[11:12], texts[12:]]
     found = []
@@ -395,7 +395,7 @@ def test_files_of_any_format_give_the_same_windows(config, tmp_path, tokenizer):
 
 
 def test_progress_is_reported(config):
-    """By each pass over the documents: another process waits for it."""
+    """Each pass over the documents reports progress, for which other processes wait."""
     sizes: list[int] = []
     prepare(dataclasses.replace(config, tokenizer="bpe:300"), on_progress=sizes.append)
     total = sum(len(text.encode()) for held in (True, False) for text in documents(config, held))
@@ -410,7 +410,7 @@ def test_beam_without_the_package(config, monkeypatch):
 
 def test_beam_writes_the_same_tokens(config, monkeypatch):
     pytest.importorskip("apache_beam")
-    monkeypatch.setattr(builder, "_SHARD_BYTES", 2000)  # so that there are several shards
+    monkeypatch.setattr(builder, "_SHARD_BYTES", 2000)  # to get several shards
     alone = prepare(config)
     other = dataclasses.replace(config, cache_dir=config.cache_dir + "2")
     beam = prepare(other, beam_runner="DirectRunner")
@@ -419,12 +419,12 @@ def test_beam_writes_the_same_tokens(config, monkeypatch):
         texts = [stored(prepared, split).split("<|endoftext|>") for prepared in (alone, beam)]
         assert sorted(texts[0]) == sorted(texts[1])
     assert beam.sources[0].train_tokens == alone.sources[0].train_tokens
-    assert beam.sources[0].train_windows > alone.sources[0].train_windows  # a partial one a shard
+    assert beam.sources[0].train_windows > alone.sources[0].train_windows  # a partial one per shard
 
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_beam_tokens_do_not_depend_on_workers(config, monkeypatch, workers):
-    """In order: what the shards hold is a matter of their sizes alone."""
+    """The content and order of the shards depend only on the sizes, not on the workers."""
     pytest.importorskip("apache_beam")
     monkeypatch.setattr(builder, "_SHARD_BYTES", 2000)
     options = ["--direct_running_mode=multi_threading", f"--direct_num_workers={workers}"]

@@ -1,4 +1,4 @@
-"""Sources: what is read, under which names, and what each malformed input says."""
+"""Tests of sources: the documents read, their names, and the errors of malformed input."""
 
 import gzip
 import itertools
@@ -24,7 +24,7 @@ def read(source: str, path="", **options) -> list[Document]:
 
 
 def fails(*words: str):
-    """Expects a `UserError` of one line that has all `words`."""
+    """Expect a `UserError` of one line that contains all `words` in this order."""
     return pytest.raises(UserError, match=".*".join(re.escape(word) for word in words))
 
 
@@ -123,7 +123,7 @@ SHARDS = [TEXTS[:12], TEXTS[12:13], TEXTS[13:]]
 
 
 def write_shard(path, texts, **options):
-    """One file of documents, in the format that its name says."""
+    """Write a file of documents, in the format of its suffix."""
     if path.name.endswith(".parquet"):
         table = pa.table({"id": list(range(len(texts))), "text": texts})
         pq.write_table(table, path, **{"row_group_size": 5} | options)
@@ -139,7 +139,7 @@ def write_shard(path, texts, **options):
 
 
 def write_shards(folder, suffix):
-    """Three shards; written last to first, since only names may say which comes first."""
+    """Write three shards, the last one first, because only names may determine their order."""
     folder.mkdir()
     for i in reversed(range(3)):
         write_shard(folder / f"shard-{i}{suffix}", SHARDS[i])
@@ -171,11 +171,11 @@ def test_broken_compressed_lines_name_the_file_and_line(tmp_path, suffix):
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(
-        UserError, match=rf"a\{suffix}: broken beyond line [1-9]\d* .*fetch it again"
+        UserError, match=rf"a\{suffix}: broken after line [1-9]\d* .*fetch it again"
     ):
         read("jsonl", path)
     path.write_bytes(b"hello")
-    with fails(f"a{suffix}", "broken beyond line 0"):
+    with fails(f"a{suffix}", "broken after line 0"):
         read("jsonl", path)
     path.write_bytes(b"")
     with pytest.raises(UserError, match=f"a{suffix}"):
@@ -219,7 +219,7 @@ def test_a_broken_row_group_is_named(tmp_path):
 
 @pytest.mark.parametrize("row_group_size", [64, 1024])
 def test_parquet_is_never_whole_in_memory(tmp_path, row_group_size):
-    """Not even where one row group holds all."""
+    """The file is read in batches of rows, even if it is one row group."""
     path = tmp_path / "a.parquet"
     rng = np.random.default_rng(0)
     texts = [rng.bytes(8192).hex() for _ in range(1024)]  # 16 MB
@@ -228,7 +228,7 @@ def test_parquet_is_never_whole_in_memory(tmp_path, row_group_size):
     documents = sources.documents(SourceConfig(source="parquet", path=str(path)))
     before = pa.total_allocated_bytes()
     assert next(documents).text == texts[0]
-    # One batch of rows, of 256 texts at most, once read and once as text.
+    # A batch of at most 256 rows is in memory twice: as read and as text.
     assert pa.total_allocated_bytes() - before < 9 << 20
     assert [document.text for document in documents] == texts[1:]
 
@@ -255,7 +255,7 @@ def test_missing_and_empty_sources(tmp_path):
     with fails("matches no *.jsonl files"):
         read("jsonl", tmp_path)
     (tmp_path / "a.txt").write_text("")
-    with fails("holds no text"):
+    with fails("contains no text"):
         read("text", tmp_path)
     with fails("needs a path"):
         read("text")
@@ -286,7 +286,7 @@ def test_tfds_mistakes(notes, tmp_path):
     with fails("no dataset 'no_such_dataset'", str(notes), "path", "download_and_prepare()"):
         read("tfds:no_such_dataset", notes)
     with fails("no dataset 'c4/en:3.1.0'", "path of the data source", "docs/data.md"):
-        read("tfds:c4/en:3.1.0", tmp_path / "elsewhere")  # as configs/mea_1b.py asks for it
+        read("tfds:c4/en:3.1.0", tmp_path / "elsewhere")  # the source of configs/mea_1b.py
     with fails("'notes' is not prepared", "download_and_prepare()"):
         read("tfds:notes", tmp_path / "elsewhere")
 
@@ -299,7 +299,7 @@ def test_split_depends_on_the_name_alone_and_has_its_share():
     # A larger fraction only adds documents to the held-out side.
     assert held_out < {name for name in names if unit_hash(name) < 0.2}
     assert not any(unit_hash(name) < 0.0 for name in names)
-    # Golden, computed once: the split must not move between versions of this code.
+    # A golden value: the split must not change between versions.
     assert unit_hash("json/decoder.py") == 0.11393991729957655
 
 

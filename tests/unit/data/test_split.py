@@ -1,4 +1,4 @@
-"""What is held out: whenever there is text for it, and by names where that gives its share."""
+"""Tests of the held-out split: by document names if that gives the share, otherwise by cuts."""
 
 import dataclasses
 import itertools
@@ -19,7 +19,7 @@ from mea_jax.errors import UserError
 
 @pytest.fixture
 def prepared(tmp_path):
-    """Prepares sources at a held-out fraction; gives the result and the lines for the user."""
+    """Return a function that prepares sources and returns the prepared data and logged lines."""
 
     def run(*specs, fraction=0.03, **options):
         options = {"tokenizer": "bytes", "context_length": 64, **options}
@@ -45,7 +45,7 @@ def jsonl(path, texts):
 
 
 def numbered(count, lines):
-    """Documents of numbered lines of 10 bytes."""
+    """Return `count` documents of numbered lines of 10 bytes."""
     return ["".join(f"{d:04d}{i:05d}\n" for i in range(lines)) for d in range(count)]
 
 
@@ -78,7 +78,7 @@ def test_a_few_documents_none_of_which_falls_to_held_out_by_name(prepared, tmp_p
         (tmp_path / "few" / name).write_text(text)
     found, _ = prepared(SourceConfig("text", str(tmp_path / "few")))
     held_out = stored(found, "held_out")
-    assert set(held_out) < set(texts)  # whole ones, because they are short
+    assert set(held_out) < set(texts)  # not cut, because they are short
     assert fraction <= share(found) <= fraction + 1 / 60
     assert sorted(held_out + stored(found, "train")) == texts
 
@@ -157,7 +157,7 @@ def test_too_little_text_is_said(prepared, tmp_path):
 
 def test_a_fraction_of_zero_is_said(prepared, tmp_path):
     spec = files(tmp_path / "f", numbered(3, 9))
-    for _ in range(2):  # made, and found
+    for _ in range(2):  # prepared, then found in the cache
         found, lines = prepared(spec, fraction=0.0)
         assert found.sources[0].held_out_windows == 0
         assert "held_out_fraction is 0" in lines[-1]
@@ -181,7 +181,7 @@ def test_a_source_named_as_held_out(prepared, tmp_path):
 
 
 def older(found):
-    """Makes prepared data look as an older version left them."""
+    """Change prepared data to the format of an older version and return them."""
     content = json.loads((found.directory / "prepared.json").read_text())
     del content["splits"], content["inputs"]
     (found.directory / "prepared.json").write_text(json.dumps(content))
@@ -197,7 +197,7 @@ def test_data_of_an_older_version_without_held_out_text_are_prepared_again(
         patch.setattr(split, "decide", lambda *_: split.Split(0.03, 0.03))
         old = older(prepared(spec)[0])
         assert old.sources[0].held_out_windows == 0
-    for _ in range(2):  # made, and found
+    for _ in range(2):  # prepared, then found in the cache
         new, _ = prepared(spec)
         assert new.directory.name == f"{old.directory.name}-shares"
         assert new.sources[0].held_out_bytes == 300
@@ -249,15 +249,15 @@ def test_commands_that_need_held_out_text_fail_before_they_read_any(monkeypatch)
         monkeypatch.setattr(module, "prepare", lambda *_, **__: pytest.fail("read"))
     config = TrainConfig(data=DataConfig(held_out_fraction=0.0))
     run: Any = types.SimpleNamespace(config=config, run=Path("runs/x"), digest="", tokenizer=None)
-    with pytest.raises(UserError, match=r"data of runs/x have no held-out text.*fraction=0\.0"):
+    with pytest.raises(UserError, match=r"runs/x: its data have no held-out text.*fraction=0\.0"):
         calibration.CalibrationTexts(run, Options(), print)
-    with pytest.raises(UserError, match=r"data of runs/x hold no held-out text.*--parts"):
+    with pytest.raises(UserError, match=r"data of runs/x have no held-out text.*--parts"):
         evaluate_run.held_out_text(run, print)
 
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [("", "holds no text"), ('{"body": "x"}\n', r"no field 'text' \(it has: body\)")],
+    [("", "contains no text"), ('{"body": "x"}\n', r"no field 'text' \(it has: body\)")],
 )
 def test_an_import_reads_the_first_document_of_its_text(tmp_path, content, words):
     from mea_jax.convert import importing

@@ -1,4 +1,4 @@
-"""Tokenizers: lossless, deterministic, and clear about malformed files."""
+"""Tests of tokenizers: lossless, deterministic, with clear errors for malformed files."""
 
 import io
 import json
@@ -48,10 +48,10 @@ def test_decode_never_raises(tokenizer):
 
 
 def test_bpe_merges_common_words_within_pre_tokens():
-    everything = tokenizers.train_bpe(iter(TEXTS), 2000)  # until nothing is left to merge
+    everything = tokenizers.train_bpe(iter(TEXTS), 2000)  # until no pair is left to merge
     vocabulary = set(hf.Tokenizer.from_str(everything.content.decode()).get_vocab())
     assert "Ġreturn" in vocabulary  # a word with its leading space
-    assert "):ĊĠĠĠ" in vocabulary  # signs, line end, and indentation but its last space
+    assert "):ĊĠĠĠ" in vocabulary  # signs, line end, and indentation except its last space
     assert not any(token.isdigit() and len(token) > 3 for token in vocabulary)
 
 
@@ -145,9 +145,9 @@ def test_malformed_files(tmp_path):
     with pytest.raises(UserError, match=r"missing\.json: no such file"):
         tokenizers.load(str(tmp_path / "missing.json"))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"holds no tokenizer; expected .*tokenizer\.model"):
+    with pytest.raises(UserError, match=r"contains no tokenizer; add .*tokenizer\.model"):
         tokenizers.load(str(tmp_path / "empty"))
-    with pytest.raises(UserError, match="'gpt2' is none of 'bytes', 'bpe:<size>'"):
+    with pytest.raises(UserError, match="'gpt2' is not a tokenizer: set it to 'bytes', 'bpe"):
         tokenizers.load("gpt2")
 
 
@@ -155,12 +155,12 @@ def test_bpe_specs():
     assert tokenizers.bpe_size("bpe:2048") == 2048
     assert tokenizers.bpe_size("bytes") is None
     for spec in ("bpe", "bpe:", "bpe:many", "bpe:256", "bpe:-5"):
-        with pytest.raises(UserError, match="size of at least 257"):
+        with pytest.raises(UserError, match="size must be at least 257"):
             tokenizers.bpe_size(spec)
 
 
 def changed(path, change):
-    """Writes the trained tokenizer with its tree changed."""
+    """Write the trained tokenizer with its JSON changed by `change`; return its path."""
     tree = json.loads(BPE.content)
     change(tree)
     path.write_text(json.dumps(tree))
@@ -170,7 +170,7 @@ def changed(path, change):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        # The library panics, which is no `Exception`: at reading, and at encoding.
+        # The library panics, which is not an `Exception`: here on reading, below on encoding.
         (
             lambda tree: tree.update(
                 normalizer={"type": "Precompiled", "precompiled_charsmap": "ABQAAAEAAAACAAAA"}
@@ -181,7 +181,7 @@ def changed(path, change):
             lambda tree: tree.update(pre_tokenizer={"type": "FixedLength", "length": 0}),
             "cannot encode text",
         ),
-        # It would list all ids below, two thousand million of them.
+        # The library would list all two billion smaller ids.
         (lambda tree: tree["model"]["vocab"].update(the=2**31), "has ids up to 2147483648"),
         (lambda tree: tree["model"]["vocab"].update(the=-1), "truncated, or not a Hugging Face"),
         (
@@ -198,7 +198,7 @@ def test_what_the_library_does_not_foresee_is_one_line(tmp_path, change, words):
 
 
 def test_pieces_that_are_not_utf8(tmp_path):
-    """SentencePiece reads such a model, and fails where a piece is decoded."""
+    """SentencePiece loads such a model and fails only when it decodes the piece."""
     sentencepiece = pytest.importorskip("sentencepiece")
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -226,7 +226,7 @@ def test_documents_begin_as_the_files_own_template_says(template, tmp_path):
     tokenizer = tokenizers.from_directory(tmp_path)
     assert tokenizer.separator == 3
     assert tokenizer.start == (2 if template and template.startswith("<s>") else 3)
-    assert tokenizer.encode_batch(["ab"]) == [[0, 1]], "packing puts both where they belong"
+    assert tokenizer.encode_batch(["ab"]) == [[0, 1]], "packing adds both tokens, not encoding"
 
 
 def test_ids_that_end_a_text(tmp_path):

@@ -1,4 +1,4 @@
-"""Calls that take long can be interrupted, and give and raise what they would elsewhere."""
+"""Tests of long calls: they can be interrupted, and return and raise as direct calls do."""
 
 import os
 import signal
@@ -48,7 +48,7 @@ def test_an_interrupted_call_gets_no_more_items():
 @pytest.mark.process
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
 def test_signals_end_a_call_that_holds_on(number, status):
-    """Of a library that releases the interpreter, as the trainer of merges does."""
+    """The call represents one of a library that releases the GIL, as BPE training does."""
     script = (
         "import time\n"
         "from mea_jax import cli\n"

@@ -1,4 +1,4 @@
-"""The command: two checkpoints side by side from end to end, and its bad input."""
+"""Tests of `python -m mea_jax.evaluate`: two checkpoints end to end, and bad input."""
 
 import dataclasses
 import functools
@@ -13,7 +13,7 @@ import pytest
 from mea_jax.data.tokenizers import BytesTokenizer
 from mea_jax.errors import UserError
 from mea_jax.evaluate import models, run
-from mea_jax.evaluate.run import Options, settle
+from mea_jax.evaluate.run import Options, fill_defaults
 from mea_jax.train.run import train
 from tests.helpers import is_one_error, tiny_model
 
@@ -35,7 +35,11 @@ QUICK += ("--repeats", "2", "--dtype", "float32")
 
 @pytest.fixture(scope="module")
 def runs(tiny, tmp_path_factory):
-    """Three runs on the same text: all heads cached, half of them, and another vocabulary."""
+    """Train four runs on the same text and return their folder.
+
+    "whole" caches all heads, "half" half of them, "learned" has learned positions, and "wide" has a
+    larger vocabulary.
+    """
     root = tmp_path_factory.mktemp("runs")
     half = tiny_model(key_components=2, value_components=2)
     learned = tiny_model(positions="learned", max_positions=40)
@@ -48,7 +52,7 @@ def runs(tiny, tmp_path_factory):
 
 @pytest.fixture
 def evaluate(in_process):
-    """`evaluate(*arguments)`: the command in this process, on 8 devices; (status, out, err)."""
+    """Return `evaluate(*arguments)`: it runs the command here, on 8 devices: (status, out, err)."""
     return functools.partial(in_process, "mea_jax.evaluate", count=8)
 
 
@@ -73,7 +77,7 @@ def test_two_checkpoints_side_by_side(runs, tmp_path, evaluate):
     assert half["cache"]["bytes_per_token"] == 2 * 2 * 2 * 8 * 4
     summaries = [json.loads((runs / n / "summary.json").read_text()) for n in ("whole", "half")]
     for model, summary in zip((whole, half), summaries, strict=True):
-        # The training's own last evaluation; to what float32 sums in other batches differ.
+        # The last evaluation of training; float32 sums over other batches differ by less than 1e-4.
         assert model["loss"]["all"]["loss"] == pytest.approx(summary["held_out_loss"], rel=1e-4)
         bits = summary["held_out_bits_per_byte"]
         assert model["loss"]["all"]["bits_per_byte"] == pytest.approx(bits, rel=1e-4)
@@ -155,18 +159,18 @@ def test_one_checkpoint_and_some_parts(runs, tmp_path, evaluate):
     [
         ((), "no checkpoint given"),
         (("whole", "--parts", "los"), "--parts los: did you mean 'loss'?"),
-        (("whole", "--parts", ""), "--parts names none"),
-        (("whole", "--contexts", "0"), "--contexts 0: contexts are whole numbers"),
-        (("whole", "--contexts", "1k"), "--contexts 1k: contexts are whole numbers"),
+        (("whole", "--parts", ""), "--parts is empty"),
+        (("whole", "--contexts", "0"), "--contexts 0: contexts must be whole numbers"),
+        (("whole", "--contexts", "1k"), "--contexts 1k: contexts must be whole numbers"),
         (("whole", "--contexts", ""), "--contexts is empty"),
-        (("whole", "--depths", "1.5"), "--depths 1.5: depths lie in [0, 1]"),
-        (("whole", "--lengths", "nan"), "--lengths nan: lengths are multiples"),
+        (("whole", "--depths", "1.5"), "--depths 1.5: depths must be in [0, 1]"),
+        (("whole", "--lengths", "nan"), "--lengths nan: lengths must be multiples"),
         (("whole", "--samples", "0"), "--samples=0: 0 is not a positive integer"),
         (("whole", "--cache_dtype", "int9"), "one of <auto|float32|bfloat16|int8>"),
         (("whole", "--seed", "-1"), "--seed=-1: -1 is not an integer in"),
         (("nowhere",), "nowhere: no such folder"),
         (("whole", "whole"), "is given 2 times"),
-        (("whole", "wide"), "a vocabulary of 272 words"),
+        (("whole", "wide"), "a vocabulary of 272 tokens"),
         (("whole", "--lengths", "1"), "--lengths 1 is 32 tokens, and a pass key"),
         (("learned", "--lengths", "8"), "256 is longer than the 40 positions that a model learned"),
         (
@@ -183,7 +187,7 @@ def test_bad_input_is_one_line(runs, tmp_path, evaluate, arguments, message):
     status, _, err = evaluate(*given, "--out", out, *arguments[len(checkpoints) :])
     assert status == 2
     is_one_error(status, err, message)
-    assert not out.exists(), "nothing is written before all is known to be well"
+    assert not out.exists(), "nothing is written before all arguments are checked"
 
 
 def test_checkpoints_that_are_damaged_or_of_another_tokenizer(runs, tmp_path, evaluate):
@@ -199,7 +203,7 @@ def test_checkpoints_that_are_damaged_or_of_another_tokenizer(runs, tmp_path, ev
     one = models.load(runs / "whole", "whole", "float32")
     other = BytesTokenizer()
     other.content = b"other"
-    with pytest.raises(UserError, match="has another tokenizer than"):
+    with pytest.raises(UserError, match="has a different tokenizer from"):
         models.check_comparable([one, dataclasses.replace(one, tokenizer=other)])
 
 
@@ -235,7 +239,7 @@ def test_defaults_are_what_the_models_can_take(runs):
     whole = models.load(runs / "whole", "whole", "float32")
     learned = models.load(runs / "learned", "learned", "float32")
     said: list[str] = []
-    found = settle([whole, learned], Options(parts=("speed",)), said.append)
+    found = fill_defaults([whole, learned], Options(parts=("speed",)), said.append)
     assert found.contexts == (40,)
     assert "a model learned 40" in said[0]
 
@@ -244,11 +248,11 @@ def test_defaults_are_what_the_models_can_take(runs):
         return dataclasses.replace(whole, config=dataclasses.replace(whole.config, data=data))
 
     with pytest.raises(UserError, match="no default context for pass keys fits"):
-        settle([with_window(16)], Options(parts=("passkey",)), said.append)
-    found = settle([with_window(200)], Options(), said.append)
+        fill_defaults([with_window(16)], Options(parts=("passkey",)), said.append)
+    found = fill_defaults([with_window(200)], Options(), said.append)
     assert (found.lengths, found.contexts) == ((1.0, 2.0, 4.0), run.CONTEXTS)
-    with pytest.raises(UserError, match="a window of 200 is longer than the 40 positions"):
-        settle([with_window(200), learned], Options(parts=("loss",)), said.append)
+    with pytest.raises(UserError, match="context_length=200 is longer than the 40 positions"):
+        fill_defaults([with_window(200), learned], Options(parts=("loss",)), said.append)
 
 
 def test_names_are_short_and_different():

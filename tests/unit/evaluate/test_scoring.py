@@ -1,4 +1,4 @@
-"""Right and wrong answers, by greedy decoding and by likelihood, through the cache."""
+"""Tests of the scores of right and wrong answers, by greedy decoding and by likelihood."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from mea_jax.errors import UserError
 from mea_jax.evaluate import scoring
 from mea_jax.evaluate.arithmetic import arithmetic, arithmetic_examples
 from mea_jax.evaluate.retrieval import passkey_examples, retrieval, shortest_context
-from mea_jax.evaluate.scoring import Encoded, Served, encode, number, score
+from mea_jax.evaluate.scoring import CachedAnswerer, Encoded, encode, number, score
 from mea_jax.evaluate.tasks import Example
 from mea_jax.generate.generator import Generator
 from tests.helpers import apply_logits, params_of, tiny_model
@@ -23,7 +23,7 @@ PARAMS = params_of(MODEL, noise=0.3)
 
 
 class Stub:
-    """Writes what `answer` makes of each example's right answer."""
+    """A model whose output for each example is `answer` applied to the right answer."""
 
     def __init__(self, examples, answer):
         self.written = {tuple(e.prompt): answer(e.text) for e in examples}
@@ -70,7 +70,7 @@ def test_the_number_that_a_text_begins_with(text, expected):
 
 
 class Merging(BytesTokenizer):
-    """Takes "= " for one token, so that an answer's space belongs to its prompt's last token."""
+    """A tokenizer with "= " as one token, which joins a prompt's end and an answer's space."""
 
     def encode_batch(self, texts):
         return [list(text.replace("= ", "~").encode()) for text in texts]
@@ -86,14 +86,14 @@ def test_an_answer_is_what_it_adds_to_its_prompt():
 
 @pytest.mark.slow
 def test_nats_through_the_cache_are_those_of_one_forward_pass():
-    """Prompts and answers of several lengths, more than a batch; float32: 1e-4 nats."""
+    """The nats agree to 1e-4 in float32, for prompts and answers of five lengths, in 3 batches."""
     rng = np.random.default_rng(0)
     examples = [
         Encoded(rng.integers(0, 256, 5 + 4 * i).tolist(), rng.integers(0, 256, 1 + i).tolist(), "")
         for i in range(5)
     ]
     prompts, answers = [e.prompt for e in examples], [e.answer for e in examples]
-    served = Served(Generator(MODEL, PARAMS, length=48), rows=2)
+    served = CachedAnswerer(Generator(MODEL, PARAMS, length=48), rows=2)
     found = served.nats(prompts, answers)
     for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
         tokens = np.array([prompt + answer], np.int32)
@@ -106,15 +106,15 @@ def test_nats_through_the_cache_are_those_of_one_forward_pass():
 
 @pytest.mark.slow
 def test_batches_give_every_example_its_own_tokens():
-    served = Served(Generator(MODEL, PARAMS, length=48), rows=2)
+    served = CachedAnswerer(Generator(MODEL, PARAMS, length=48), rows=2)
     prompts = [[i, i + 1, i + 2] for i in range(5)]
-    alone = Served(Generator(MODEL, PARAMS, length=48), rows=1)
+    alone = CachedAnswerer(Generator(MODEL, PARAMS, length=48), rows=1)
     assert served.generate(prompts, 6) == alone.generate(prompts, 6)
 
 
 @pytest.mark.slow
 def test_the_cache_that_is_judged_is_the_one_that_is_asked_for():
-    """An int8 cache rounds: nats differ, by little. Were it ignored, they would be equal."""
+    """The nats of an int8 cache differ slightly; if `cache_dtype` were ignored, they would not."""
     kept: dict[str, Any] = {"lengths": [256], "depths": [0.0, 1.0], "samples": 2}
     whole = retrieval(MODEL, PARAMS, TOKENIZER, **kept)
     rounded = retrieval(MODEL, PARAMS, TOKENIZER, cache_dtype="int8", **kept)
@@ -133,7 +133,7 @@ def test_contexts_have_their_length_and_their_cells():
     for length in lengths:
         examples = encode(TOKENIZER, passkey_examples(TOKENIZER, length, depths, samples=4))
         assert len(examples) == 12
-        for e in examples:  # but for one sentence of filler
+        for e in examples:  # shorter by at most one sentence of filler
             assert length - 100 < len(e.prompt) + len(e.answer) + scoring.MARGIN <= length
     assert rows == retrieval(MODEL, PARAMS, TOKENIZER, lengths=lengths, depths=depths, samples=2)
 
@@ -142,7 +142,7 @@ def test_contexts_have_their_length_and_their_cells():
 def test_the_shortest_context_is_long_enough(needles):
     length = shortest_context(TOKENIZER, needles)
     assert len(passkey_examples(TOKENIZER, length, samples=10, needles=needles)) == 50
-    with pytest.raises(UserError, match=f"a context of {length // 2} tokens: size .* too short"):
+    with pytest.raises(UserError, match=f"length={length // 2} is too short .*: size .* too short"):
         passkey_examples(TOKENIZER, length // 2, needles=needles)
 
 

@@ -1,4 +1,7 @@
-"""Speed: what is timed is what generation runs, in turns. No time is asserted."""
+"""Tests of speed measurements: the same programs as in generation, models in turns.
+
+No test asserts a time.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +32,7 @@ def test_quartiles():
 
 @pytest.mark.slow
 def test_a_cycle_writes_the_tokens_of_generation():
-    """From a cache with room for one cycle: the same greedy tokens as `Generator.run`."""
+    """A cycle over a cache with room for one cycle gives the greedy tokens of `Generator.run`."""
     served, params = decode.serve(MODEL, PARAMS)
     length, prompt = RECENT + 20, np.arange(20, dtype=np.int32)
     cache = decode.empty_cache(served, 1, length, jnp.float32)
@@ -55,11 +58,14 @@ def test_a_cycle_does_not_lengthen_the_context(context):
 
 @pytest.mark.parametrize("cache_dtype", ["float32", "int8"])
 def test_a_cache_taken_as_full_is_read_as_one_that_prompts_filled(cache_dtype):
-    """Alike in everything but what is in it, so one program serves both, and reads as much."""
+    """Both caches have the same shapes, lengths and counters; only keys and values differ.
+
+    So the same program serves both, and reads the same number of bytes.
+    """
     served, params = decode.serve(MODEL, PARAMS)
     of, dtype = (2, 40), jnp.dtype(cache_dtype)
     _, filled = speed._fill(served, of[1], dtype, params, np.ones(of, np.int32))
-    _, taken = speed._taken_as_full(served, *of, dtype)
+    _, taken = speed._zero_filled(served, *of, dtype)
     jax.tree.map(lambda a, b: np.testing.assert_equal(a.shape, b.shape), filled, taken)
     for name in ("segment_ids_BS", "lengths_B", "recent_count", "positions_B"):
         np.testing.assert_array_equal(getattr(filled, name), getattr(taken, name))
@@ -75,7 +81,7 @@ def test_decoding_alone():
 def test_rows_of_each_model_and_context():
     models = {"whole": (MODEL, PARAMS), "again": (MODEL, PARAMS)}
     said: list[str] = []
-    found = speed.speeds(models, contexts=[16, 64], rows=2, repeats=3, say=said.append)
+    found = speed.speeds(models, contexts=[16, 64], rows=2, repeats=3, log=said.append)
     assert list(found) == ["whole", "again"]
     assert len(said) == 4
     for name, rows in found.items():

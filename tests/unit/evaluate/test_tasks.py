@@ -1,4 +1,4 @@
-"""The tasks' texts: deterministic, keys where they are asked for, sides that do not meet."""
+"""Tests of the tasks' texts: determinism, depth of keys, disjoint training and evaluation."""
 
 import json
 import re
@@ -16,7 +16,7 @@ PROBLEM = re.compile(r"(\d+) ([+-]) (\d+) = (\d+)\n")
 
 
 def _keys(text):
-    """Pass keys in `text` by their names."""
+    """Return the pass keys in `text`, by name."""
     return {match[1]: match[2] for match in KEY.finditer(text)}
 
 
@@ -36,7 +36,7 @@ def test_the_key_lies_at_its_depth_and_the_text_is_as_long_as_it_may_be(depth, s
         assert found.prompt.endswith(f"Answer: {name}")
         story = found.prompt[: found.prompt.index("\nQuestion")]
         filler = len(story) - len(match[0])
-        # Half a sentence (about 60 letters) either way.
+        # Half a sentence (a sentence has about 60 letters) in both directions.
         assert match.start() == pytest.approx(depth * filler, abs=65)
         assert size - 90 < len(found.prompt) <= size
 
@@ -45,7 +45,7 @@ def test_the_same_draws_give_the_same_text():
     assert example(3) == example(3)
     assert example(3) != example(4)
     assert list(tasks.documents(10, 7, 500)) == list(tasks.documents(10, 7, 500))
-    # A document does not depend on how many there are.
+    # A document does not depend on the number of documents.
     assert list(tasks.documents(10, 7, 500))[:4] == list(tasks.documents(4, 7, 500))
     assert arithmetic_examples("+", 2) == arithmetic_examples("+", 2)
 
@@ -69,7 +69,7 @@ def test_a_text_too_short_for_its_question_is_refused():
 
 
 def test_pieces_that_are_longer_together_still_fit():
-    """A tokenizer may take more tokens for a text than for its sentences one by one."""
+    """The text fits even if a tokenizer needs more tokens for it than for its sentences."""
 
     def measure(texts):
         return [len(text) // 4 + len(text) // 50 * 3 for text in texts]
@@ -82,9 +82,9 @@ def test_what_is_asked_in_an_evaluation_is_in_no_training_document():
     taught = "".join(tasks.documents(600, 1, 600)) + "".join(tasks.documents(600, 0, 600))
     keys = {int(key) for key in re.findall(r"\b\d{5}\b", taught)}
     assert len(keys) > 500
-    assert all(tasks.key_side(key) == tasks.TRAIN for key in keys)
+    assert all(tasks.split_of_key(key) == tasks.TRAIN for key in keys)
     asked = {int(example(seed).answer) for seed in range(100)}
-    assert all(tasks.key_side(key) == tasks.EVALUATION for key in asked)
+    assert all(tasks.split_of_key(key) == tasks.EVALUATION for key in asked)
     assert not keys & asked
 
     def canonical(a, operation, b):
@@ -97,7 +97,7 @@ def test_what_is_asked_in_an_evaluation_is_in_no_training_document():
             for e in arithmetic_examples(operation, digits):
                 *shots, question = e.prompt.splitlines()
                 assert canonical(*question.split()[:3]) not in problems, question
-                assert all(tasks.problem_side(*_parts(s)) == tasks.TRAIN for s in shots)
+                assert all(tasks.split_of_problem(*_parts(s)) == tasks.TRAIN for s in shots)
 
 
 def _parts(line):
@@ -106,8 +106,8 @@ def _parts(line):
 
 
 def test_a_fifth_of_keys_is_kept_for_evaluation():
-    """20% of 20,000 by a hash: within 1%, which is 3.5 standard deviations."""
-    kept = np.mean([tasks.key_side(key) == tasks.EVALUATION for key in range(10_000, 30_000)])
+    """A hash keeps 20% of 20,000 keys, within 1 percentage point (3.5 standard deviations)."""
+    kept = np.mean([tasks.split_of_key(key) == tasks.EVALUATION for key in range(10_000, 30_000)])
     assert kept == pytest.approx(0.2, abs=0.01)
 
 
@@ -151,12 +151,12 @@ def test_tables_are_recalled_whole_and_none_of_their_rows_is_asked_in_an_evaluat
         table, asked = block.split("Again:\n")
         rows = ROW.findall(table)
         assert len(rows) >= 2
-        assert sorted(table.splitlines()) == sorted(asked.splitlines())  # the very same lines
-        assert all(tasks.recall_side(name, value) == tasks.TRAIN for name, value in rows)
+        assert sorted(table.splitlines()) == sorted(asked.splitlines())  # the same lines
+        assert all(tasks.split_of_recall(name, value) == tasks.TRAIN for name, value in rows)
     e = tasks.recall(np.random.default_rng(0), pairs=6)
     rows = ROW.findall(e.prompt)
     assert len(rows) == 6
-    assert all(tasks.recall_side(name, value) == tasks.EVALUATION for name, value in rows)
+    assert all(tasks.split_of_recall(name, value) == tasks.EVALUATION for name, value in rows)
 
 
 def test_lists_are_said_twice_and_hold_nothing_that_is_asked():
@@ -168,7 +168,7 @@ def test_lists_are_said_twice_and_hold_nothing_that_is_asked():
             for line in again:
                 assert line.startswith("Again: ")
                 assert first.endswith(f" {line.removeprefix('Again: ')}")
-                assert len(line.split()) >= 4  # three words, so two can be known
+                assert len(line.split()) >= 4  # three words, so that two are predictable
         assert len(text) <= 600
         assert not ROW.search(text), "no row of a table"
         assert not re.search(r"\d{4}|[-+]", text), "no pass key and no sum"

@@ -1,4 +1,4 @@
-"""Held-out losses: of each token, by source, by position, and what they add up to."""
+"""Tests of held-out losses: per token, per source, per position, and their totals."""
 
 import dataclasses
 
@@ -30,7 +30,7 @@ PARAMS = params_of(MODEL, noise=0.3)
 
 @pytest.fixture(scope="module")
 def config(tiny, tmp_path_factory):
-    """Two sources of text, of few long and many short documents, in windows of 32."""
+    """Return a config with two text sources (of 40 and 30 documents) and windows of 32 tokens."""
     folder = tmp_path_factory.mktemp("texts")
     rng = np.random.default_rng(1)
     for i in range(30):
@@ -52,7 +52,7 @@ def found(prepared):
 
 @pytest.mark.parametrize("mebibytes", [0, 1], ids=["whole", "chunks"])
 def test_loss_of_each_token_is_that_of_the_reference(mebibytes, monkeypatch):
-    """To float32 rounding; with chunks of 4 positions, the last one filled up."""
+    """The losses agree up to float32 rounding, also in chunks of 4 positions with a padded end."""
     model = dataclasses.replace(MODEL, loss_chunk=mebibytes)
     if mebibytes:
         monkeypatch.setattr("mea_jax.evaluate.token_losses.positions_within", lambda *_: 4)
@@ -66,7 +66,7 @@ def test_loss_of_each_token_is_that_of_the_reference(mebibytes, monkeypatch):
 
 
 def test_sources_add_up_to_the_held_out_loss_of_training(config, prepared, found):
-    """To float32 sums of some thousand tokens: 1e-5."""
+    """The losses agree to 1e-5, the rounding of float32 sums over a few thousand tokens."""
     config = dataclasses.replace(config, model=MODEL)
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     with jax.set_mesh(mesh):
@@ -92,7 +92,7 @@ def test_every_document_is_counted_once_whatever_the_windows(prepared, found):
 
 
 def test_tokens_of_a_document_lie_where_its_text_does(prepared, found):
-    """Of the second source, documents of 150 + 5 i bytes and a separator each, in order."""
+    """Each document of the second source has 150 + 5 i bytes and a separator."""
     (source,) = prepared.sources[1:]
     sizes = sorted(found[source_names(prepared)[1]].tokens_UP.sum(1).astype(int))
     assert all((size - 151) % 5 == 0 and 151 <= size < 301 for size in sizes)
@@ -108,7 +108,7 @@ def test_buckets_average_back_to_the_total(found):
 
 @pytest.mark.slow
 def test_a_bucket_holds_what_has_so_much_context(prepared, found):
-    """Against masks of the stored windows; nats to float32 sums."""
+    """Tokens and nats per bucket agree with masks of the stored windows (nats to 1e-5)."""
     losses = found[ALL]
     assert losses.edges == (0, 16, 32)
     near_tokens, near_nats = 0, 0.0
@@ -130,12 +130,15 @@ def test_edges_of_buckets(length, edges):
 
 
 def test_the_standard_error_is_that_of_the_spread_over_many_draws():
-    """Against 4,000 draws of 50 documents of uneven length: within 10%, as draws allow."""
+    """The mean error is within 10% of the spread of 4,000 draws of 50 documents.
+
+    The documents differ in length. 10% allows for the randomness of the draws.
+    """
     rng = np.random.default_rng(0)
 
     def draw():
         tokens = rng.integers(1, 60, (50, 2)).astype(float)
-        level = rng.normal(3.0, 0.5, (50, 1))  # a document's tokens are alike
+        level = rng.normal(3.0, 0.5, (50, 1))  # a document's tokens have similar losses
         nats = tokens * level + np.sqrt(tokens) * rng.normal(0, 1, tokens.shape)
         return Losses("x", nats, tokens, (0, 16, 32), None)
 
@@ -151,7 +154,7 @@ def test_increases_are_taken_document_by_document():
     other = dataclasses.replace(base, nats_UP=base.nats_UP + 1.0)
     more, error = other.increase(base)
     assert more == pytest.approx(0.1)
-    assert error == pytest.approx(0, abs=1e-12), "all documents have lost alike"
+    assert error == pytest.approx(0, abs=1e-12), "all losses rise by the same amount"
     assert other.error > 0.1
     assert base.increase(base) == (0, 0)
 

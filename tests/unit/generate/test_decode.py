@@ -1,7 +1,7 @@
-"""Prefill and steps over a cache are the model run on the whole text.
+"""Tests of prefill and decode steps with a cache against the model on the full text.
 
-Logits are compared to 1e-5 of float32 rounding, relative to the largest logit: products of up to 32
-terms (264 for none) in another order, through one or two layers.
+The tolerance for logits is 1e-5 of the largest logit. It covers float32 rounding of products of up
+to 48 terms (none sums over the vocabulary) in a different order, through one or two layers.
 """
 
 import functools
@@ -21,8 +21,8 @@ from tests.helpers import PLAIN, apply_logits, change, params_of, tiny_model
 
 TOLERANCE = 1e-5
 NEW, SLOTS = 20, 32
-FLUSHED = 7  # steps between two flushes, sooner than `kv_cache.RECENT` asks for
-# Rows of a batch, padded to 9 tokens: one document; a short one; two, of which the second goes on.
+FLUSHED = 7  # steps between two flushes, fewer than `kv_cache.RECENT`
+# Rows of a batch, padded to 9 tokens: a document, a short one, and two with the second continued.
 PROMPTS = [[9], [3], [4, 4]]
 PADDED = 9
 
@@ -62,7 +62,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "talking heads, ALiBi": PLAIN | {"variant": "talking_heads", "positions": "alibi"},
     "collaborative": PLAIN | {"variant": "collaborative", "key_components": 3, "n_heads": 8},
 }
-# Where C = K, or nothing is mixed, "auto" is direct; otherwise it is absorbed.
+# "auto" is direct without mixing and where C = K; otherwise it is absorbed.
 CASES = [(name, "auto") for name in MODELS] + [
     (name, form)
     for name in ("layers that differ", "complex keys, dense values", "key norm, complex")
@@ -77,7 +77,7 @@ def model_of(name, **changes):
 
 
 def prompts(rows, padded=PADDED, seed=0):
-    """(tokens, segment ids, positions), (B, padded): rows of documents, then padding."""
+    """Return (tokens, segment ids, positions), each (B, padded), with padding after documents."""
     rng = np.random.default_rng(seed)
     tokens, segments, positions = (np.zeros((len(rows), padded), np.int32) for _ in range(3))
     for row, lengths in enumerate(rows):
@@ -91,7 +91,7 @@ def prompts(rows, padded=PADDED, seed=0):
 
 
 def greedy(served, params, cache, inputs, count=NEW, flushed=FLUSHED):
-    """(tokens (B, count), the logits that chose them (B, count, V), the last cache)."""
+    """Return (tokens (B, count), the logits (B, count, V) that chose them, the last cache)."""
 
     @jax.jit
     def run(params, cache, inputs):
@@ -114,7 +114,10 @@ def fresh_cache(served, rows=3, length=SLOTS, dtype="float32"):
 
 
 def second_token(served):
-    """Logits after the prompts and one more token, which are read from the cache, and the cache."""
+    """Return a function that gives the logits after the prompts and one more token, and the cache.
+
+    It runs prefill and one step, which reads the prompts from the cache.
+    """
 
     @jax.jit
     def run(params, cache, inputs):
@@ -139,10 +142,10 @@ def whole_text(model):
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "form"), CASES)
 def test_steps_are_the_model_on_the_whole_text(name, form):
-    """Of every row: its last document and what was generated, each by itself, padded at the end.
+    """Logits equal those of each row's last document and its new tokens, run in a separate row.
 
-    So the same test says that rows of unequal lengths do not disturb one another, and that of two
-    packed documents only the last is continued.
+    So rows of different lengths do not affect one another, and of two packed documents only the
+    last is continued.
     """
     model = model_of(name)
     chosen, logits, _ = generated(name, form)
@@ -156,7 +159,7 @@ def test_steps_are_the_model_on_the_whole_text(name, form):
     positions = np.tile(np.arange(PADDED + NEW, dtype=np.int32), (len(PROMPTS), 1))
     params = params_of(model, noise=0.2)
     expected = np.asarray(whole_text(model)(params, tokens, positions, segments))
-    assert len(np.unique(chosen)) > 8, "no constant text"
+    assert len(np.unique(chosen)) > 8, "the generated text must vary"
     for row, lengths in enumerate(PROMPTS):
         want = expected[row, lengths[-1] - 1 : lengths[-1] - 1 + NEW]
         error = np.abs(logits[row] - want).max()
@@ -166,7 +169,7 @@ def test_steps_are_the_model_on_the_whole_text(name, form):
 
 @pytest.mark.slow
 def test_prompts_end_in_padding_of_any_width():
-    """A prompt padded further gives the same text, to the last bit: its slots are not read."""
+    """A prompt with more padding gives the same tokens: slots of padding are not read."""
     model = model_of("layers that differ")
     served, params = serve(model, params_of(model, noise=0.2))
     narrow, wide = (
@@ -188,7 +191,7 @@ def test_prompts_end_in_padding_of_any_width():
     ],
 )
 def test_slots_not_in_use_are_not_read(name, form):
-    """A cache full of large numbers, in what prefill does not overwrite, changes no bit."""
+    """Large numbers in slots that prefill does not overwrite do not change a bit of the results."""
     model = model_of(name)
     served, params = serve(model, params_of(model, noise=0.2), form)
     cache = fresh_cache(served)
@@ -200,12 +203,12 @@ def test_slots_not_in_use_are_not_read(name, form):
     noisy = greedy(served, params, loud, prompts(PROMPTS))
     np.testing.assert_array_equal(noisy[0], quiet[0])
     np.testing.assert_array_equal(noisy[1], quiet[1])
-    assert noisy[2].layers[0].key.data.max() == 1e4, "the last slots were never written"
+    assert noisy[2].layers[0].key.data.max() == 1e4, "the last slots must not be overwritten"
 
 
 @pytest.mark.slow
 def test_it_does_not_matter_when_the_cache_is_flushed():
-    """At every step, now and then, or never: the same text, and in the end the same cache."""
+    """Flushing at every step, every 7 steps or never gives the same text and final cache."""
     model = model_of("layers that differ")
     served, params = serve(model, params_of(model, noise=0.2))
     tokens, logits, cache = generated("layers that differ", "auto")
@@ -224,7 +227,7 @@ def test_it_does_not_matter_when_the_cache_is_flushed():
 
 @pytest.mark.slow
 def test_a_full_cache_drops_what_does_not_fit():
-    """Its keys and values stay as they were: nothing wraps round."""
+    """The keys and values in a full cache do not change: writes do not wrap around."""
     model = model_of("layers that differ")
     served, params = serve(model, params_of(model, noise=0.2))
     cache = fresh_cache(served, rows=1, length=8)
@@ -249,7 +252,10 @@ def test_a_full_cache_drops_what_does_not_fit():
     ],
 )
 def test_int8_cache_is_close_and_small(name, form):
-    """Errors of logits below 3% of their spread: half of 1/127 a number, averaged over tokens."""
+    """Logits differ by less than 3% of their spread.
+
+    An entry differs by at most half of 1/127 of its vector's largest, averaged over tokens.
+    """
     model = model_of(name)
     served, params = serve(model, params_of(model, noise=0.2), form)
     results = {
@@ -263,12 +269,12 @@ def test_int8_cache_is_close_and_small(name, form):
         for which in ("key", "value"):
             data, steps = getattr(few, which).data, getattr(few, which).step
             assert 4 * data.nbytes == getattr(many, which).data.nbytes
-            assert steps.nbytes * data.shape[-1] == 4 * data.nbytes  # one a vector
+            assert steps.nbytes * data.shape[-1] == 4 * data.nbytes  # one per vector
 
 
 @pytest.fixture
 def one_device():
-    """The code of one device: the suite has eight, where bfloat16 operands are widened."""
+    """Select the code for one device; the suite has eight, where bfloat16 operands are widened."""
     patch = pytest.MonkeyPatch()
     patch.setattr(cpu, "_several_devices", lambda: False)
     yield
@@ -290,7 +296,7 @@ def one_device():
     ],
 )
 def test_bfloat16_products_on_a_cpu(one_device, name, form):
-    """They compile as one device runs them, and stay within 5% of the spread of logits."""
+    """The products compile for one device; logits are within 5% of the spread of exact ones."""
     results = []
     for backend, dtype in (("xla", "float32"), ("cpu", "bfloat16")):
         model = model_of(name, backend=backend, dtype=dtype)

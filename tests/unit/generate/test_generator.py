@@ -1,4 +1,4 @@
-"""Generation: the same tokens as recomputing every prefix, whatever the batch; the command."""
+"""Tests of generation: the same tokens as recomputing each prefix, in any batch; the command."""
 
 import dataclasses
 import json
@@ -42,7 +42,7 @@ def generator():
 
 
 def recomputed(generator, params, prompt, count):
-    """Greedy tokens, each from a forward pass over the whole prefix, padded to one length."""
+    """Return greedy tokens, each from a forward pass over its prefix, padded to a fixed length."""
     model, tokens = tiny_model(key_components=2, value_components=1), list(prompt)
     length = len(prompt) + count
     where = jnp.arange(length)[None], jnp.ones((1, length), jnp.int32)
@@ -55,7 +55,10 @@ def recomputed(generator, params, prompt, count):
 
 
 def test_greedy_tokens_are_those_of_recomputing_every_prefix(generator):
-    """Over more steps than `RECENT`, so that the cache is flushed; C_k 2 and C_v 1 of K 4."""
+    """The tokens are equal over more steps than `RECENT`, so that the cache is flushed.
+
+    C_k = 2, C_v = 1 and K = 4.
+    """
     params = params_of(tiny_model(key_components=2, value_components=1), noise=0.3)
     count = kv_cache.RECENT + 20
     new = generator.run(PROMPTS, Decoding(count))
@@ -110,7 +113,7 @@ def test_a_looker_on_never_sees_a_stop_token(generator):
     seen: list[list[int]] = []
 
     def on_tokens(new):
-        seen.extend(map(list, new))  # as they are now
+        seen.extend(map(list, new))  # copies, because the lists grow
         return [False] * len(new)
 
     new = generator.run(PROMPTS, Decoding(40, stop=(stop,), chunk=4), on_tokens=on_tokens)
@@ -128,7 +131,7 @@ def test_the_report_counts_the_first_rows_only(generator):
 @pytest.mark.slow
 @pytest.mark.parametrize("sizes", [(2, 1, 2), (1, 1, 4)], ids=["data 2, tensor 2", "tensor 4"])
 def test_a_mesh_gives_the_tokens_of_one_device(sizes):
-    """Over more steps than `RECENT`: what goes round the loop keeps its shardings in the flush."""
+    """The tokens are equal over more steps than `RECENT`: a flush keeps the carry's shardings."""
     model, length, count = tiny_model(), 256, kv_cache.RECENT + 72
     params = params_of(model, noise=0.3)
     expected = Generator(model, params, length=length).run(PROMPTS[:1], Decoding(count))
@@ -179,14 +182,14 @@ def test_a_stream_prints_every_character_once_and_none_half(capsys):
     for i in range(1, len(data) + 1):
         stopped.append(stream.show(list(data[:i])))
         shown.append(capsys.readouterr().out)
-    assert "".join(shown) == "naïve → "  # and nothing of the stop text, which came letter by letter
+    assert "".join(shown) == "naïve → "  # without the stop text, which came byte by byte
     assert stopped.index(True) == len("naïve → END".encode()) - 1
     assert "\ufffd" not in "".join(shown)
 
 
 @pytest.fixture(scope="module")
 def writer():
-    """A generator that writes ASCII and, as often as anything, the separator."""
+    """Return a generator that writes ASCII characters and, often, the separator."""
     model = tiny_model(tie_embeddings=False)
     params = params_of(model, noise=0.3)
     params["head"][:, 256] *= 5
@@ -200,11 +203,11 @@ def test_streamed_text_holds_neither_separator_nor_stop_text(writer, capsys):
     session = Session(writer, tokenizer, Decoding(40, stop=(256,)), [])
     (free,) = writer.run(encode(writer, tokenizer, ["over"], "{}"), Decoding(40))
     end = free.index(256)
-    assert 10 < end < 39  # the second time that the text is looked at, or later
+    assert 10 < end < 39  # after the first check for stop texts
     text = tokenizer.decode(free[:end])
     assert stream_one(session, "over") == "end_of_document"
     assert capsys.readouterr().out == f"over{text}\n"
-    # A stop text whose first two letters come before the first look at it, the others after.
+    # The first check for stop texts is after the first two letters of this one.
     session = dataclasses.replace(session, stops=["never", text[6:10]])
     assert stream_one(session, "over") == "stop"
     assert capsys.readouterr().out == f"over{text[: text.index(text[6:10])]}\n"
@@ -234,12 +237,12 @@ def test_prompt_files(tmp_path):
     with pytest.raises(UserError, match="line 2: expected an object"):
         read_prompts(records)
     lines.write_text("\n")
-    with pytest.raises(UserError, match="holds no prompt"):
+    with pytest.raises(UserError, match="contains no prompt"):
         read_prompts(lines)
 
 
 def test_a_line_of_text_may_hold_other_separators(tmp_path):
-    """U+2028 and the like, which end a line for `str.splitlines` and are none in a text file."""
+    """U+2028 and similar characters end a line for `str.splitlines`, but not in a text file."""
     text = "one\u2028and\u2029the\x85same\x0cline"
     lines, records = tmp_path / "p.txt", tmp_path / "p.jsonl"
     lines.write_text(f"{text}\nanother\n", encoding="utf-8")
@@ -351,7 +354,7 @@ def test_a_checkpoint_without_a_tokenizer_or_none_at_all(run_directory, tmp_path
     (tmp_path / "run" / "checkpoints").symlink_to(run_directory / "checkpoints")
     result = generate("--checkpoint", tmp_path / "run", "--prompt", "x")
     assert result.returncode == 2
-    assert "holds no tokenizer" in result.stderr
+    assert "contains no tokenizer" in result.stderr
     result = generate("--checkpoint", tmp_path, "--prompt", "x")
     assert result.returncode == 2
-    assert "holds no checkpoints" in result.stderr
+    assert "contains no checkpoints" in result.stderr

@@ -1,4 +1,4 @@
-"""The FLOPs convention against what the compiler counts."""
+"""Tests of the FLOPs convention against the compiler's count."""
 
 import jax
 import pytest
@@ -8,7 +8,7 @@ from mea_jax.train.step import batch_loss
 from tests.helpers import params_of, random_batch, tiny_model
 
 LENGTH, BATCH = 64, 2
-# Wide enough that products outweigh norms, softmax and rotary positions.
+# Wide enough that products dominate norms, softmax and rotary positions.
 SHAPE = {
     "d_model": 128,
     "d_ff": 384,
@@ -20,7 +20,10 @@ SHAPE = {
 
 
 def compiler_flops(tiny, model):
-    """Of the loss and its gradient, nothing hidden in a loop: the compiler counts those once."""
+    """Return the compiler's FLOPs of the loss and its gradient.
+
+    `model` must have no loops, because the compiler counts the body of a loop once.
+    """
     config = tiny(model=model)
     batch = random_batch(0, BATCH, LENGTH, model.vocab_size)
     grad = jax.jit(jax.value_and_grad(lambda p: batch_loss(config, p, batch)[0]))
@@ -30,7 +33,7 @@ def compiler_flops(tiny, model):
 
 
 def attention_flops(model):
-    """Scores and weighted values over the causal half, forward and backward, of the batch."""
+    """Return a batch's FLOPs of scores and weighted values over the causal half, both passes."""
     pairs = BATCH * LENGTH * LENGTH / 2
     return 3 * model.n_layers * 2 * 2 * pairs * model.n_heads * model.head_dim
 
@@ -45,10 +48,10 @@ def attention_flops(model):
     ],
 )
 def test_the_convention_is_the_compilers_count(tiny, changes):
-    """Plus the masked half of T x T, which plain einsums compute and the convention leaves out.
+    """The compiler counts 0 to 8% more than the convention and the masked half of T x T.
 
-    The compiler also counts elementwise work (norms, softmax, rotary positions, the loss): a few
-    per cent at this shape, so 0 to 8% above.
+    Plain einsums compute the masked half, which the convention omits. The compiler also counts
+    elementwise work (norms, softmax, rotary positions, the loss): a few percent at this shape.
     """
     model = tiny_model(**SHAPE | changes, scan_unroll=2)
     expected = flops.step_flops(model, LENGTH, BATCH * LENGTH) + attention_flops(model)
@@ -57,7 +60,10 @@ def test_the_convention_is_the_compilers_count(tiny, changes):
 
 
 def test_forward_flops_by_hand():
-    """One layer, D 4, N 2, K 2, H 3, F 5, V 7, windows of 8, two FLOPs a multiply-add."""
+    """The FLOPs are right for one layer, D 4, N 2, K 2, H 3, F 5, V 7 and windows of 8.
+
+    A multiply-add counts as two FLOPs.
+    """
     model = tiny_model(
         d_model=4, n_layers=1, n_heads=2, n_kv_heads=2, head_dim=3, d_ff=5, vocab_size=7
     )
@@ -69,7 +75,7 @@ def test_forward_flops_by_hand():
 
 
 def test_mixing_is_counted():
-    """Explicit: C K H multiply-adds a token. Folded: D C K H a step, none a token."""
+    """Explicit mixing costs C K H multiply-adds per token; folding costs D C K H per step."""
     shape = {"n_layers": 1, "key_components": 2, "hlc": "k"}
     plain = tiny_model(n_layers=1, hlc="none")
     folded, explicit = (tiny_model(**shape, hlc_form=form) for form in ("folded", "explicit"))

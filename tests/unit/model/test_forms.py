@@ -1,7 +1,7 @@
-"""MEA's forms are one function: folded, explicit, and absorbed reading of a cache, whatever is on.
+"""Tests that the forms of MEA (folded, explicit, absorbed) are equal, for all options.
 
-Everything here is one attention layer against `references.mea`. Tolerances are relative to the
-largest entry of what is compared, as entries near zero are sums of large terms.
+Each test compares one attention layer with `references.mea`. Tolerances are relative to the
+largest entry of the compared array, because entries near zero are sums of large terms.
 """
 
 import itertools
@@ -15,17 +15,17 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from mea_jax.config.checks import validate
-from mea_jax.config.schema import TrainConfig
+from mea_jax.config.schema import Side, TrainConfig
 from mea_jax.generate.decode import serve
 from mea_jax.model.attention import Attention, Context, Slots
-from mea_jax.model.kv_cache import RECENT, LayerCache, Stored, empty_heads
+from mea_jax.model.kv_cache import RECENT, CachedLayer, LayerCache, empty_heads
 from mea_jax.model.transformer import rope_of
 from mea_jax.ops import attention
 from tests import references
 from tests.helpers import apply_logits, change, flat, packed, params_of, tiny_model
 
-# float32 products of up to 32 terms, two or three in a row, regrouped. Gradients of mixing are sums
-# over all positions besides.
+# Two or three float32 products of up to 32 terms in a row, in a different order. Gradients of the
+# mixing are also sums over all positions.
 VALUES, GRADIENTS = 2e-5, 1e-4
 ROWS, LENGTH = [[4, 5], [7]], 10  # two documents; padding at both ends of a batch
 
@@ -35,7 +35,11 @@ def normal(seed, *shape):
 
 
 def assert_near(found, expected, tolerance):
-    """Leaf by leaf; leaves that vanish (one key head under a key norm) by 1% of the largest."""
+    """Compare leaf by leaf, relative to the leaf's largest entry.
+
+    The scale is at least 1% of the tree's largest entry, because some leaves vanish (one key head
+    with a key norm).
+    """
     found, expected = flat(found), flat(expected)
     assert found.keys() == expected.keys()
     sizes = {path: np.abs(want).max() for path, want in expected.items()}
@@ -46,11 +50,13 @@ def assert_near(found, expected, tolerance):
 
 
 def layer_of(model, **options):
-    return Attention(model, model.components("key")[0], model.components("value")[0], **options)
+    return Attention(
+        model, model.components(Side.KEY)[0], model.components(Side.VALUE)[0], **options
+    )
 
 
 def layer_params(model, seed=0):
-    """Of one layer, mixing far from the identity, norms far from one."""
+    """Return a layer's parameters, with mixing far from the identity and norms far from one."""
     stacked = params_of(model, seed, noise=0.3)["layers_0"]["attention"]
     return jax.tree.map(lambda p: jnp.asarray(p[0]), stacked)
 
@@ -61,7 +67,7 @@ def inputs():
 
 
 def trained(model, form):
-    """The layer as it trains, a function of parameters and input."""
+    """Return the layer in training as a function of parameters and input."""
     _, positions_BT, segments_BT = inputs()
     context = Context(segments_BT, rope_of(model, positions_BT))
     layer = layer_of(change(model, hlc_form=form))
@@ -69,11 +75,11 @@ def trained(model, form):
 
 
 def decoded(model, cached_form):
-    """(prefill, steps): the layer over a cache, both (B, T, D).
+    """Return a function that gives (prefill, steps): the layer with a cache, both (B, T, D).
 
-    Every position is a decode step of its own, on a copy of the cache that prefill left, in which
-    its own slot and all later ones hold large garbage, as the recent part does: a step may read
-    what came before it and what it writes itself, and nothing else.
+    Each position is a separate decode step on a copy of the cache after prefill. In the copy, the
+    position's slot, all later ones and the recent part contain large numbers. So a step may read
+    only earlier slots and what it writes itself.
     """
     x_BTD, positions_BT, segments_BT = inputs()
     b, t, d = x_BTD.shape
@@ -90,7 +96,7 @@ def decoded(model, cached_form):
 
     def run(params, x_BTD):
         context = Context(segments_BT, rope_of(model, positions_BT))
-        empty = Stored(cache_of(b, t), cache_of(b, RECENT))
+        empty = CachedLayer(cache_of(b, t), cache_of(b, RECENT))
         prefilled, stored = layer.apply({"params": params}, x_BTD, context, 0, empty)
         own_R = jnp.tile(jnp.arange(t), b)  # the slot of each of the B T rows
         distance_RS = jnp.arange(t)[None] - own_R[:, None]
@@ -109,7 +115,7 @@ def decoded(model, cached_form):
             main=Slots(before_RS, distance_RS),
             recent=Slots(recent_RS == 0, recent_RS),
         )
-        spoilt_cache = Stored(jax.tree.map(spoilt, stored.main), cache_of(b * t, RECENT, 1e4))
+        spoilt_cache = CachedLayer(jax.tree.map(spoilt, stored.main), cache_of(b * t, RECENT, 1e4))
         rows = x_BTD.reshape(b * t, 1, d)
         steps, _ = layer.apply({"params": params}, rows, context, 0, spoilt_cache)
         return prefilled, steps.reshape(b, t, d)
@@ -148,7 +154,7 @@ def models(draw, key_kind, value_kind, qk_norm):
 @settings(max_examples=2, phases=[Phase.generate])  # an example takes seconds: no shrinking
 @given(data=st.data())
 def test_every_form_is_the_reference(key_kind, value_kind, qk_norm, data):
-    """Values of all forms, gradients of those that train; any C <= K, C_k and C_v apart."""
+    """All forms agree in values, trainable ones in gradients, for any C_k <= K and C_v <= K."""
     model = data.draw(models(key_kind, value_kind, qk_norm))
     params, (x, positions_BT, segments_BT) = layer_params(model), inputs()
     weight = normal(6, *x.shape)
@@ -178,10 +184,10 @@ EXTENDED: dict[str, Any] = COMPRESSED | {"key_mixing": "frequency", "value_mixin
 
 @pytest.mark.parametrize("changes", [COMPRESSED, EXTENDED, EXTENDED | {"qk_norm": True}])
 def test_bfloat16_products(changes):
-    """Every form, inputs of products rounded to 8 bits, is near the float32 reference.
+    """Every form with bfloat16 products is within 3% of the float32 reference's largest entry.
 
-    Four roundings of 2^-9 follow one another (input, kernel, keys, weights); their sums over 32
-    terms stay within 3% of the largest entry. The XLA backend cannot run bfloat16 on a CPU.
+    Inputs of products are rounded to 8 bits. There are four roundings of 2^-9 in a row (input,
+    kernel, keys, weights), summed over 32 terms. The XLA backend cannot run bfloat16 on a CPU.
     """
     model = tiny_model(**changes, backend="cpu", dtype="bfloat16")
     params, (x, positions_BT, segments_BT) = layer_params(model), inputs()
@@ -217,7 +223,7 @@ def test_order_of_mixing_and_rotation_matters_only_with_a_key_norm(key_mixing, q
 
 @pytest.mark.parametrize("positions", ["rope", "alibi", "none"])
 def test_positions_reach_the_layer(positions):
-    """Without positions a query weighs earlier tokens by what they are, in whatever order."""
+    """Without positions, the order of earlier tokens does not change the output."""
     model = tiny_model(**COMPRESSED, positions=positions)
     x = normal(5, 1, 6, 32)
     swapped = x[:, jnp.asarray([2, 0, 1, 3, 4, 5])]
@@ -229,7 +235,7 @@ def test_positions_reach_the_layer(positions):
     assert difference < VALUES if positions == "none" else difference > 0.02
 
 
-# -- a model exported by folding --------------------------------------------------------------
+# -- export by folding ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -243,7 +249,7 @@ def test_positions_reach_the_layer(positions):
     ],
 )
 def test_folding_exports_a_plain_model(changes):
-    """`serve(form="folded")` gives the kernels of a model without mixing, with the same logits."""
+    """`serve(form="folded")` returns kernels of a model without mixing and with equal logits."""
     model = tiny_model(**changes)
     params = params_of(model, noise=0.3)
     served, ready = serve(model, params, "folded")
@@ -266,11 +272,11 @@ def test_folding_exports_a_plain_model(changes):
         jax.jit(apply_logits, static_argnums=0)(m, p, tokens, *packed(ROWS, LENGTH))
         for m, p in ((model, params), (plain, exported))
     )
-    assert_near(found, expected, 5 * VALUES)  # two layers, and the unembedding
+    assert_near(found, expected, 5 * VALUES)  # two layers and the output projection
 
 
 def test_forms_of_a_cache_are_told_apart():
-    """What `describe` says of a model whose layers differ: composite heads where C = K."""
+    """`describe` lists the forms of layers that differ; where C = K, heads are cached directly."""
     model = tiny_model(n_layers=3, key_components=(4, 2, 2), value_components=2)
     params = params_of(model)
     told = {form: serve(model, params, form)[0].describe() for form in ("auto", "folded")}

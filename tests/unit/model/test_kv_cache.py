@@ -1,4 +1,4 @@
-"""The KV cache is as small as it claims, in its arrays and in what the compiler makes of a step."""
+"""Tests of the KV cache's size: its arrays, and the memory of a compiled decode step."""
 
 import functools
 import re
@@ -14,7 +14,7 @@ from tests.helpers import PLAIN, params_of, tiny_model
 
 
 def bytes_of(model, form="auto", rows=4, length=64):
-    """Of a bfloat16 cache, neither it nor parameters being made."""
+    """Return the bytes of a bfloat16 cache without allocating it or parameters."""
 
     def empty(params):
         return empty_cache(serve(model, params, form)[0], rows, length, jnp.bfloat16).layers
@@ -23,13 +23,13 @@ def bytes_of(model, form="auto", rows=4, length=64):
 
 
 WIDE = {"n_layers": 3, "n_heads": 8, "n_kv_heads": 8}
-POSITIONS = 4 * 64 * 3  # over rows, slots and layers
+POSITIONS = 4 * 64 * 3  # rows x slots x layers
 
 
 @pytest.mark.slow
 def test_bytes_are_in_proportion_to_component_heads():
     plain = bytes_of(tiny_model(**WIDE | PLAIN))
-    assert plain == 2 * POSITIONS * 8 * 8 * 2  # keys and values, K heads of 8, two bytes each
+    assert plain == 2 * POSITIONS * 8 * 8 * 2  # keys and values, K = 8 heads of width 8, two bytes
     for components in (1, 4, 6):
         model = tiny_model(**WIDE, key_components=components, value_components=components)
         for form in ("auto", "absorbed", "explicit"):
@@ -41,7 +41,7 @@ def test_bytes_are_in_proportion_to_component_heads():
 
 
 def test_bytes_of_extensions():
-    """Complex and dense mixing cost no byte; a key norm one float32 a composite head."""
+    """Complex and dense mixing need no bytes; a key norm needs a float32 per composite head."""
     half = {"key_components": 4, "value_components": 4}
     base = bytes_of(tiny_model(**WIDE, **half))
     kinds = {"key_mixing": "frequency", "value_mixing": "dense"}
@@ -49,20 +49,20 @@ def test_bytes_of_extensions():
     normed = tiny_model(**WIDE, **half, qk_norm=True)
     assert bytes_of(normed) == base + POSITIONS * 8 * 4
     after = tiny_model(**WIDE, **half, qk_norm=True, hlc_order="after")
-    assert bytes_of(after) == base  # there the components themselves are normed
+    assert bytes_of(after) == base  # with "after" the components are normed
     collaborative = tiny_model(**WIDE | PLAIN, variant="collaborative", key_components=2)
     assert bytes_of(collaborative) == 2 * POSITIONS * 8 * (2 + 8)
 
 
 def test_a_cache_is_planned_without_memory():
-    """A billion positions, in bytes, on this machine."""
+    """The bytes of a billion positions are computed on this machine."""
     model = tiny_model(**WIDE, key_components=2, value_components=2)
     assert bytes_of(model, rows=1024, length=1 << 20) == 2 * (1 << 30) * 3 * 2 * 8 * 2
 
 
 @pytest.mark.parametrize("form", ["direct", "absorbed"])
 def test_int8_rounds_to_a_step_of_its_vector(form):
-    """127 steps to a vector's largest entry, so half a step is 1/254 of it; zeros stay zeros."""
+    """Errors are at most half a step, 1/254 of the vector's largest entry; zeros stay zeros."""
     x = np.random.default_rng(0).standard_normal((2, 5, 3, 8)).astype(np.float32)
     x[:, 1] *= 1e-6
     x[:, 2] = 0
@@ -72,17 +72,20 @@ def test_int8_rounds_to_a_step_of_its_vector(form):
     largest = np.abs(vectors).max(axis=-1, keepdims=True)
     restored = np.asarray(cache.data) * np.asarray(cache.step)[..., None]
     assert (np.abs(restored - vectors) <= largest / 254 * (1 + 1e-5)).all()
-    assert np.abs(restored - vectors).max() > 0.001 * largest.max(), "it is rounded"
+    assert np.abs(restored - vectors).max() > 0.001 * largest.max(), "nothing was rounded"
 
 
-# -- what the compiler makes of a step ---------------------------------------------------------
+# -- the compiled step --------------------------------------------------------------------------
 
 BATCH, LONG, HEADS, WIDTH = 2, 640, 8, 16
 
 
-@functools.cache  # a program read back from the disk no longer knows its memory
+@functools.cache  # a program read from the disk has no memory analysis
 def compiled_step(form):
-    """A step of one layer with 2 of 8 heads cached, the cache donated."""
+    """Compile a step of one layer with 2 of 8 heads cached and the cache donated.
+
+    Return (compiled step, the cache's shapes).
+    """
     model = tiny_model(
         n_layers=1,
         n_heads=HEADS,
@@ -100,18 +103,19 @@ def compiled_step(form):
 
 @pytest.mark.parametrize("form", ["absorbed", "explicit"])
 def test_nothing_of_the_whole_caches_size_is_made(form):
-    """Absorbed reading makes no array of S x K x H numbers; explicit rebuilding does."""
+    """The absorbed form makes no array of S x K x H numbers; the explicit form does."""
     compiled, _ = compiled_step(form)
     shapes = re.findall(r"[a-z]\d+\[([\d,]+)\]", compiled.as_text())
     sizes = {int(np.prod([int(d) for d in shape.split(",")])) for shape in shapes}
-    assert BATCH * LONG * 2 * WIDTH in sizes, "the cache itself"
+    assert BATCH * LONG * 2 * WIDTH in sizes, "the cache is missing"
     assert (max(sizes) >= BATCH * LONG * HEADS * WIDTH) == (form == "explicit")
 
 
 def test_a_donated_cache_is_updated_in_place():
-    """Every array of the new cache is the old one's memory, and none is copied beside it.
+    """Every array of the new cache reuses the old one's memory, and none is copied.
 
-    Scratch: queries, logits and weights, 8 heads against 2 x 2 of width 16 in the cache.
+    Temporary memory contains queries, logits and weights of 8 heads; the cache has 2 x 2 heads of
+    width 16.
     """
     compiled, cache = compiled_step("absorbed")
     memory, whole = compiled.memory_analysis(), count_bytes(cache.layers)

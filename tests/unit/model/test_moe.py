@@ -1,4 +1,4 @@
-"""Experts are what a dense sum over all of them gives; routers' losses; a whole model of them."""
+"""Tests of mixtures of experts: the dense sum as reference, router losses, an entire model."""
 
 import dataclasses
 import functools
@@ -14,7 +14,7 @@ from mea_jax.errors import UserError
 from mea_jax.generate import decode
 from mea_jax.generate.generator import Decoding, Generator
 from mea_jax.model import flops, moe
-from mea_jax.model.experts import Experts, Routed, run_experts, run_share
+from mea_jax.model.experts import Experts, Routed, run_experts, run_local_experts
 from mea_jax.model.params import abstract_params
 from mea_jax.model.transformer import apply_routed
 from mea_jax.ops import grouped
@@ -22,7 +22,7 @@ from mea_jax.ops.backend import make_backend
 from mea_jax.parallel import sharding
 from mea_jax.plan.costs import count
 from mea_jax.plan.hlo import parse
-from mea_jax.train.optimizer import decayed
+from mea_jax.train.optimizer import decay_mask
 from mea_jax.train.step import batch_loss, compile_train_step, create_state, reported
 from tests.helpers import (
     apply_logits,
@@ -45,7 +45,7 @@ def random(*shape, seed=0):
 
 # -- grouped products -----------------------------------------------------------------------
 
-# Groups without rows, of one row, of less and more than a block, rows that belong to none.
+# Groups of no rows, one row, fewer and more rows than a block; rows that are in no group.
 SIZES = {
     "even": (129, [33, 32, 32, 32]),
     "one has all": (129, [0, 129, 0, 0]),
@@ -67,7 +67,7 @@ def by_hand(x_SD, w_EDF, sizes):
 
 @functools.cache
 def compiled_product(backend: Any):
-    """x, w, sizes, cotangent -> y, and the gradients of x and w."""
+    """Return a compiled function: (x, w, sizes, cotangent) -> (y, gradients of x and w)."""
 
     def run(x, w, sizes, g):
         y, pull = jax.vjp(lambda x, w: grouped.grouped_product(x, w, sizes, backend), x, w)
@@ -82,7 +82,7 @@ def test_rows_meet_the_matrix_of_their_group(name, backend):
     rows, sizes = SIZES[name]
     x, w, g = random(rows, 12), random(4, 12, 10, seed=1), random(rows, 10, seed=2)
     y, d_x, d_w = compiled_product(backend)(x, w, np.asarray(sizes, np.int32), g)
-    # Float32 sums of 10 to 129 numbers near 1, in another order.
+    # Float32 sums of 10 to 129 numbers near 1, in a different order.
     np.testing.assert_allclose(y, by_hand(x, w, sizes), rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(d_x, by_hand(g, w.swapaxes(1, 2), sizes), rtol=1e-5, atol=1e-5)
     ends = np.cumsum(sizes)
@@ -92,7 +92,7 @@ def test_rows_meet_the_matrix_of_their_group(name, backend):
 
 
 def test_ragged_dot_is_the_same_function():
-    """What runs on a TPU, by its lowering for other devices: dense, and for tests only."""
+    """The TPU's product agrees, in its lowering for other devices (dense, for tests only)."""
 
     @jax.jit
     def run(x, w, sizes, g):
@@ -110,8 +110,10 @@ def test_ragged_dot_is_the_same_function():
 
 @pytest.mark.parametrize(("rows", "groups"), [(37, 4), (4096, 8), (65_536, 128)])
 def test_blocks_are_enough_and_few(rows, groups):
-    """However rows fall every row has its block; filling up takes a sixteenth where groups are
-    large, of blocks of 16 rows at least."""
+    """Every row is in one block for any group sizes; padding adds at most a sixteenth.
+
+    The limit on padding does not apply to blocks of 16 rows, the smallest size.
+    """
     size = grouped.block_size(rows, groups)
     limit = grouped.block_count(rows, groups, size)
     run, rng = jax.jit(lambda sizes: grouped.blocks(sizes, rows, size)), np.random.default_rng(rows)
@@ -127,7 +129,7 @@ def test_blocks_are_enough_and_few(rows, groups):
 
 
 def dense(x_TD, real_T, router_DE, gate_EDF, up_EDF, down_EFD, k, normalise):
-    """Every expert for every token, times a matrix of weights that is mostly zero."""
+    """Compute all experts for all tokens, weighted by a matrix that is mostly zero."""
     probability_TE = jax.nn.softmax(x_TD @ router_DE)
     weights_Tk, ids_Tk = jax.lax.top_k(probability_TE, k)
     if normalise:
@@ -140,7 +142,7 @@ def dense(x_TD, real_T, router_DE, gate_EDF, up_EDF, down_EFD, k, normalise):
 
 
 def arrays_of(model, seed=0):
-    """(router, experts) of a layer."""
+    """Return (router, experts) of the first layer."""
     mlp = jax.tree.map(lambda x: x[0], params_of(model, seed)["layers_0"]["mlp"])
     return mlp["router"], Experts(mlp["gate"], mlp["up"], mlp["down"])
 
@@ -153,7 +155,7 @@ def arrays_of(model, seed=0):
     ],
 )
 def test_a_mixture_is_the_dense_sum(changes, normalise, backend):
-    """Values and every gradient, padding left out; without the sum's division too."""
+    """Values and all gradients agree, with padding, with and without normalised weights."""
     model = tiny_model(**EXPERTS | changes, normalise_router=normalise, backend=backend)
     ids: Any = np.ones((3, 20), np.int32)
     ids[1, 13:], ids[2], x = 0, 0, random(3, 20, 32)
@@ -173,14 +175,14 @@ def test_a_mixture_is_the_dense_sum(changes, normalise, backend):
         jax.jit(lambda *a, f=f: (y := jax.vjp(f, *a))[0:1] + y[1](cotangent))(x, router, experts)
         for f in (ours, reference)
     )
-    # Sums over 24 to 60 numbers in another order.
+    # Sums over 24 to 60 numbers in a different order.
     assert_close(found, expected, rtol=2e-5, atol=2e-5)
-    assert np.all(np.asarray(found[0])[2] == 0), "padding gets nothing"
+    assert np.all(np.asarray(found[0])[2] == 0), "padding must be zero"
 
 
 @pytest.mark.parametrize("held", ["all", "few", "none"])
 def test_a_share_of_the_experts_takes_whatever_it_is_sent(held):
-    """What one device of four adds, however many rounds of its chunks that takes."""
+    """A device with 4 of 16 experts gives their sum, for any number of rounds over its chunks."""
     model = tiny_model(**EXPERTS)
     _, experts = arrays_of(model)
     rng = np.random.default_rng(0)
@@ -200,12 +202,12 @@ def test_a_share_of_the_experts_takes_whatever_it_is_sent(held):
         return jax.jit(whole)(x, routed.weights_Tk, experts)
 
     expected = run(functools.partial(run_experts, XLA))
-    assert_close(run(functools.partial(run_share, XLA, 4)), expected, rtol=1e-5, atol=1e-5)
+    assert_close(run(functools.partial(run_local_experts, XLA, 4)), expected, rtol=1e-5, atol=1e-5)
     assert np.any(np.asarray(expected[0])) == (held != "none")
 
 
 def test_routers_are_served_in_float32():
-    """And experts in the dtype of products, like all matrices."""
+    """Routers are float32; experts have the dtype of products, like all matrices."""
     model = tiny_model(**EXPERTS, dtype="bfloat16")
     params = jax.eval_shape(lambda p: decode.serve(model, p)[1], params_of(model))
     mlp = params["layers"][0]["mlp"]
@@ -218,17 +220,17 @@ def test_routers_are_served_in_float32():
 
 
 def test_the_router_is_float32_below_bfloat16():
-    """Its choice is that of float32 numbers: rounded logits would choose otherwise."""
+    """The router chooses the experts of exact logits; bfloat16 logits would choose others."""
     router, x = random(32, 16, seed=1), random(200, 32).astype(jnp.bfloat16)
     routed, _ = moe.route(x, jnp.ones(200, bool), router, 4, True)
     exact = np.argsort(-(np.asarray(x, np.float64) @ router), axis=1)[:, :4]
     np.testing.assert_array_equal(routed.ids_Tk, exact)
     rounded = jnp.dot(x, router.astype(jnp.bfloat16))
-    assert np.any(np.asarray(jax.lax.top_k(rounded, 4)[1]) != exact), "so the test can see"
+    assert np.any(np.asarray(jax.lax.top_k(rounded, 4)[1]) != exact), "no choice differs"
 
 
 def test_router_losses_by_hand():
-    """Three real tokens of four, two experts of three each."""
+    """The losses are right for three real tokens of four, with two of three experts per token."""
     logits = np.array([[2.0, 1.0, 0.0], [0.0, 3.0, 1.0], [5.0, 5.5, -1.0], [9.0, 9.0, 9.0]])
     real = jnp.array([True, True, True, False])
     routed, sums = moe.route(jnp.asarray(logits, jnp.float32), real, jnp.eye(3), 2, True)
@@ -260,13 +262,16 @@ def test_parameters_and_which_of_them_decay(config):
         "layers_0/mlp/up": (2, 4, 32, 24),
         "layers_0/mlp/down": (2, 4, 24, 32),
     }
-    decays = flat(decayed(params, False))
+    decays = flat(decay_mask(params, False))
     assert all(decays[name] for name in shapes)
 
 
 @pytest.mark.slow
 def test_objective_has_the_routers_losses(config):
-    """Times the number of tokens, means over layers of this batch's real tokens, padding apart."""
+    """The objective adds each router loss times the number of tokens.
+
+    Router losses are means over layers, of the batch's real tokens; padding does not change them.
+    """
     params, batch = params_of(config.model), random_batch(0, 4, 32, 264, [[32], [20, 9], [7], [1]])
     assert reported(config, False) == ("load_balance", "router_z", "busiest_expert")
     inputs = (batch["inputs"], batch["positions"], batch["segment_ids"])
@@ -281,7 +286,7 @@ def test_objective_has_the_routers_losses(config):
     np.testing.assert_allclose(busiest / tokens, np.max(router.busiest()), rtol=1e-6)
     np.testing.assert_allclose(objective, nll + 0.1 * balance + 0.01 * z, rtol=1e-6)
     filled = {name: x.copy() for name, x in batch.items()}
-    filled["inputs"][batch["segment_ids"] == 0] = 7  # other padding, and nothing else moves
+    filled["inputs"][batch["segment_ids"] == 0] = 7  # other tokens in the padding
     assert_close(
         batch_loss(config, params, filled)[1], batch_loss(config, params, batch)[1], 1e-6, 0
     )
@@ -289,7 +294,7 @@ def test_objective_has_the_routers_losses(config):
 
 @pytest.mark.slow
 def test_training_evens_the_load(config):
-    """The balance falls, and every expert's weights move."""
+    """The load-balance loss falls, and the weights of every expert change."""
     config = change(config, **{"optimizer.learning_rate": 1e-2, "optimizer.load_balance": 1.0})
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
     state = create_state(config, mesh)
@@ -319,8 +324,7 @@ def test_remat_and_unrolling_change_nothing(config):
 
 @pytest.mark.slow
 def test_cached_decoding_is_the_training_forward(config):
-    """Greedy tokens of prompts of uneven lengths, one at a time from a cache, are those of whole
-    forward passes."""
+    """Greedy tokens with a cache, for prompts of different lengths, equal those of full passes."""
     model, params = config.model, params_of(config.model, noise=0.2)
     prompts = [[5, 9, 200, 31, 7], [17], [3, 1, 4, 1, 5, 9, 2, 6]]
     found = Generator(model, params, length=32).run(prompts, Decoding(6))
@@ -341,8 +345,11 @@ def test_cached_decoding_is_the_training_forward(config):
 
 @pytest.mark.slow
 def test_a_step_computes_what_is_active(tiny):
-    """Products of the compiled step, loops multiplied out, over the project's convention plus the
-    masked half of T x T that plain einsums compute. Dense over the 16 experts it would be 3.6."""
+    """A compiled step has 1.0 to 1.1 times the FLOPs of the project's convention.
+
+    Loops are multiplied out. The masked half of T x T, which plain einsums compute, is added to the
+    convention. A dense sum over the 16 experts would give 3.6.
+    """
     shape = {"d_model": 64, "head_dim": 16, "n_layers": 2, "vocab_size": 512}
     experts = {"n_experts": 16, "experts_per_token": 2, "d_expert": 96}
     batch, length = 8, 256
@@ -361,7 +368,7 @@ def test_a_step_computes_what_is_active(tiny):
 
 
 def test_active_flops_by_hand():
-    """A token's router, D E, and its two experts, 3 D F each."""
+    """A token's FLOPs are those of the router (D E) and of its two experts (3 D F each)."""
     model = tiny_model(**EXPERTS)
     dense_model = dataclasses.replace(tiny_model(), d_ff=1)
     length = 8
@@ -378,13 +385,13 @@ def test_active_flops_by_hand():
     ("changes", "message"),
     [
         ({"model.n_experts": -1}, r"n_experts=-1 must be positive, or 0"),
-        ({"model.n_experts": 4}, r"experts_per_token=0 must be positive where n_experts=4"),
-        ({"model.d_expert": 8}, r"d_expert=8 is about experts, and n_experts=0"),
+        ({"model.n_experts": 4}, r"experts_per_token=0 must be positive with n_experts=4"),
+        ({"model.d_expert": 8}, r"d_expert=8 needs experts, but n_experts=0"),
         (
             {"model.n_experts": 4, "model.experts_per_token": 5, "model.d_expert": 8},
             r"experts_per_token=5 exceeds n_experts=4",
         ),
-        ({"optimizer.load_balance": 0.1}, r"load_balance=0.1 is about a router"),
+        ({"optimizer.load_balance": 0.1}, r"load_balance=0.1 needs a router"),
         ({"optimizer.router_z_loss": -0.1}, r"router_z_loss=-0.1 must be 0 or more"),
     ],
 )

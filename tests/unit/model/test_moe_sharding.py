@@ -1,4 +1,4 @@
-"""A step of a mixture of experts is one step on any mesh, and moves what it is said to move."""
+"""Tests that a step of a mixture of experts is the same on any mesh, and of its communication."""
 
 import functools
 
@@ -25,7 +25,7 @@ MESHES = {
     "fsdp, expert and tensor": MeshConfig(1, 2, 2, expert=2),
     "expert and sequence": MeshConfig(1, 1, 1, sequence=2, expert=2),
 }
-# Windows of several documents, padding as ragged as it can be.
+# Windows of several documents with very different amounts of padding.
 UNEVEN = [[32], [20, 9], [7], [1], [32], [4], [3], [30]]
 
 
@@ -43,7 +43,10 @@ def config(tiny):
 
 @pytest.fixture(scope="module")
 def run(config):
-    """`run(mesh name)`: metrics of some steps from the same seed, the last state, the program."""
+    """Return `run(mesh name)`: it trains 3 steps and returns (metrics, last state, program text).
+
+    All runs start from the same seed.
+    """
 
     @functools.cache
     def train(name):
@@ -70,18 +73,18 @@ def run(config):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in MESHES if name != "one"])
 def test_several_devices_take_the_steps_of_one(run, name):
-    """Losses, the gradient's norm and all that the routers report."""
+    """Losses, gradient norms and all metrics of routers are equal to those on one device."""
     seen, state, _ = run(name)
     expected, one, _ = run("one")
-    # Float32 sums in another order, magnified by Adam's division. Were a choice of experts to turn
-    # on a rounding, the busiest expert would move by 1/138 and more.
+    # Float32 sums in a different order, magnified by Adam's division. If rounding changed a choice
+    # of experts, "busiest_expert" would change by 1/138 or more.
     np.testing.assert_allclose(seen, expected, rtol=2e-5)
     assert_close(state.params, one.params, rtol=1e-2, atol=2e-4)
 
 
 @pytest.mark.slow
 def test_experts_are_split_over_their_axis(run):
-    """And over fsdp and tensor; all else over expert like over fsdp."""
+    """Experts are split over expert, fsdp and tensor; other parameters over expert as over fsdp."""
     _, state, _ = run("fsdp, expert and tensor")
     leaves = flat(state.params)
     specs = {
@@ -103,8 +106,11 @@ def test_experts_are_split_over_their_axis(run):
 
 @pytest.mark.slow
 def test_what_crosses_the_expert_axis(run):
-    """Tokens, not experts: in each layer a device gathers the axis's tokens and scatters as many
-    sums; in its gradient it gathers tokens and sums' gradients, and scatters those of tokens."""
+    """Tokens cross the axis, not experts.
+
+    In each layer a device gathers the tokens of the axis and scatters the same number of sums. In
+    the gradient it gathers the tokens and the gradients of sums, and scatters those of tokens.
+    """
     _, _, text = run("expert 4")
     assert text is not None
     tokens = 8 * 32 * 32 * 4  # B T D, float32
@@ -118,11 +124,11 @@ def test_what_crosses_the_expert_axis(run):
     }
     layers = 2
     assert moved == {"all-gather": 3 * layers, "reduce-scatter": 2 * layers}
-    expert = 4 * 32 * 24 * 4  # E D F: of the matrices of all experts nothing as large moves
+    expert = 4 * 32 * 24 * 4  # E D F: the matrices of all experts are not moved
     sizes = [
         c.nbytes
         for c in count(parse(text)).collectives
-        if "mlp" in c.source and c.kind in moved  # an all-reduce is left over, of one device each
+        if "mlp" in c.source and c.kind in moved  # ignores an all-reduce with groups of one device
     ]
     assert {size for size in sizes if size >= expert} == {tokens}
 
@@ -144,7 +150,7 @@ def test_meshes_that_do_not_divide_a_mixture(tiny, mesh, changes, message):
 
 @pytest.mark.slow
 def test_a_prompt_on_a_mesh_gives_the_tokens_of_one_device():
-    """One row, which an axis of experts does not divide."""
+    """The tokens are equal for a single row, which the expert axis does not divide."""
     model = tiny_model(**EXPERTS)
     params, prompt = params_of(model, noise=0.3), [[5, 9, 200, 31, 7]]
     expected = Generator(model, params, length=32).run(prompt, Decoding(4))

@@ -1,4 +1,4 @@
-"""The decoder: baselines it contains, documents it keeps apart, scans, remat, the head."""
+"""Tests of the decoder: its baselines, separation of documents, scans, remat and the head."""
 
 import functools
 
@@ -8,14 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mea_jax.config.schema import Side
 from mea_jax.model.attention import Context
 from mea_jax.model.params import init_params
-from mea_jax.model.transformer import Block, Decoder, rope_of, stretches
+from mea_jax.model.transformer import Block, Decoder, rope_of, runs_of_equal_layers
 from mea_jax.ops.rms_norm import rms_norm
 from mea_jax.train.step import batch_loss
 from tests.helpers import assert_close, change, flat, packed, params_of, random_batch, tiny_model
 
-# Logits of some units, through two layers of float32 sums in another order.
+# Logits of a few units, after two layers of float32 sums in a different order.
 TOLERANCE = 2e-4
 LENGTH = 16
 
@@ -29,7 +30,7 @@ def forward(model):
 
 
 def logits(model, params, tokens, rows=None):
-    """Logits (B, T, V) of `tokens` (B, T) in documents of the lengths `rows`."""
+    """Return the logits (B, T, V) of `tokens` (B, T), in documents of the lengths `rows`."""
     inputs = packed(rows or [[tokens.shape[1]]] * len(tokens), tokens.shape[1])
     return np.asarray(forward(model)(params, tokens, *inputs))
 
@@ -39,7 +40,7 @@ def tokens_of(seed, batch=2, length=LENGTH):
 
 
 def without_mixing(params):
-    """The tree of a model that has none; head norms go as well."""
+    """Return the parameters without mixing and head norms."""
     if not isinstance(params, dict):
         return params
     return {
@@ -62,7 +63,7 @@ EXTENDED = {"key_mixing": "frequency", "value_mixing": "dense"}
 @pytest.mark.parametrize(("components", "kinds"), [(4, HEADS), (2, HEADS), (2, EXTENDED)])
 @pytest.mark.parametrize("form", ["folded", "explicit"])
 def test_fresh_mea_without_head_norm_is_its_baseline(components, kinds, form):
-    """C = K: multi-head attention. C < K: grouped queries with C groups. The same weights."""
+    """With the same weights, C = K is multi-head attention, and C < K is GQA with C groups."""
     counts = {"key_components": components, "value_components": components}
     model = tiny_model(head_norm=False, hlc_form=form, **counts, **kinds)
     params = fresh(head_norm=False, **counts, **kinds)
@@ -75,12 +76,12 @@ def test_fresh_mea_without_head_norm_is_its_baseline(components, kinds, form):
     tokens = tokens_of(0)
     expected = logits(baseline, plain, tokens)
     assert expected.std() > 0.01
-    # Mixing with zeros and ones is exact; the products are grouped in another way.
+    # Mixing with zeros and ones is exact, but the products are grouped differently.
     np.testing.assert_allclose(logits(model, params, tokens), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_values_need_no_scale_under_the_head_norm():
-    """It divides each head's output by its size, so tripling the values changes nothing."""
+    """The head norm divides by the size of a head's output: tripled values change nothing."""
     for head_norm in (True, False):
         model = tiny_model(head_norm=head_norm, norm_eps=1e-12)
         params = params_of(model, noise=0.2)
@@ -98,8 +99,8 @@ LISTS = {
 
 
 def test_stretches():
-    assert stretches(tiny_model(**LISTS)) == [(0, 2, 4, 2), (2, 1, 2, 2), (3, 1, 4, 3)]
-    assert stretches(tiny_model(n_layers=5)) == [(0, 5, 4, 4)]
+    assert runs_of_equal_layers(tiny_model(**LISTS)) == [(0, 2, 4, 2), (2, 1, 2, 2), (3, 1, 4, 3)]
+    assert runs_of_equal_layers(tiny_model(n_layers=5)) == [(0, 5, 4, 4)]
 
 
 # Differential attention's lambda at the start depends on the layer.
@@ -124,12 +125,12 @@ def test_scanned_stretches_are_a_loop_over_layers(case):
     context = Context(segments_BT, rope_of(model, jnp.asarray(positions_BT)))
     x = jnp.asarray(params["embedding"])[tokens]
     layer = 0
-    for first, length, key, value in stretches(model):
+    for first, length, key, value in runs_of_equal_layers(model):
         block = Block(model, key, value)
         run = jax.jit(lambda p, x, i, block=block: block.apply({"params": p}, x, context, i)[0])
         for i in range(length):
-            assert key == model.components("key")[layer]
-            assert value == model.components("value")[layer]
+            assert key == model.components(Side.KEY)[layer]
+            assert value == model.components(Side.VALUE)[layer]
             own = params[f"layers_{first}"]
             x = run(jax.tree.map(lambda p, i=i: p[i], own), x, layer)
             layer += 1
@@ -141,7 +142,7 @@ def test_scanned_stretches_are_a_loop_over_layers(case):
 
 
 def test_layers_are_not_all_alike():
-    """Each layer of a stretch is initialised on its own."""
+    """Each layer of a stretch is initialised separately."""
     params = fresh(head_norm=False, key_components=4, value_components=4)
     key = params["layers_0"]["attention"]["key"]
     assert np.abs(np.asarray(key[0]) - np.asarray(key[1])).max() > 0.05
@@ -149,13 +150,13 @@ def test_layers_are_not_all_alike():
 
 @pytest.fixture(scope="module")
 def mixed():
-    """A model whose mixing is far from the identity, C_k < K, C_v < K."""
+    """Return a model with C_k < K and C_v < K, and parameters with mixing far from the identity."""
     model = tiny_model(key_components=2, value_components=2)
     return model, params_of(model, noise=0.3)
 
 
 def test_documents_do_not_see_one_another(mixed):
-    """Changing the first document of a window leaves the logits of the second as they were."""
+    """Changing the first document of a window does not change the logits of the second."""
     rows = [[9, 7], [9, 7]]
     tokens = tokens_of(0)
     other = tokens.copy()
@@ -207,7 +208,7 @@ def test_remat_policies_change_memory_and_nothing_else(tiny):
             lambda p, c=config: jax.vjp(lambda q: batch_loss(c, q, batch)[0], p), params
         )
         saved[policy] = sum(x.size for x in jax.tree.leaves(residuals))
-    # What is recomputed is the same program, but the compiler may fuse it in another way.
+    # The recomputed program is the same, but the compiler may fuse it differently.
     for policy in ("dots", "full"):
         assert float(results[policy][0]) == pytest.approx(float(results["none"][0]), rel=1e-6)
         assert_close(results[policy][1], results["none"][1], rtol=1e-4, atol=1e-4)
@@ -236,7 +237,7 @@ def test_bfloat16_is_close_to_float32():
         for dtype in ("float32", "bfloat16")
     )
     assert low.dtype == np.float32
-    # Eight bits of mantissa through two layers: some per cent of the logits' spread.
+    # Eight bits of mantissa through two layers: a few percent of the spread of the logits.
     assert 0 < np.abs(exact - low).std() < 0.05 * exact.std()
 
 

@@ -1,4 +1,4 @@
-"""The rivals of MEA: each is its definition, and starts where its paper says."""
+"""Tests of the attention variants: each agrees with its definition and its paper's start."""
 
 import math
 import types
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mea_jax.config.checks import validate, validate_from_scratch
-from mea_jax.config.schema import TrainConfig
+from mea_jax.config.schema import Side, TrainConfig
 from mea_jax.errors import UserError
 from mea_jax.model.attention import Context
 from mea_jax.model.transformer import rope_of
@@ -42,14 +42,14 @@ def inputs(model):
 
 
 def layer(model, index=LAYER):
-    """The attention layer, a function of parameters and input."""
+    """Return the attention layer as a function of parameters and input."""
     _, positions_BT, segments_BT = inputs(model)
     context = Context(segments_BT, rope_of(model, positions_BT))
-    module = make_attention(model, model.components("key")[0], model.components("value")[0])
+    module = make_attention(model, model.components(Side.KEY)[0], model.components(Side.VALUE)[0])
     return lambda params, x: module.apply({"params": params}, x, context, index)[0]
 
 
-# -- definitions (shared/facts/variants.md), one head after another ---------------------------
+# -- definitions (shared/facts/variants.md), head by head -------------------------------------
 
 
 def project(x_BTD, kernel_DNH):
@@ -61,7 +61,7 @@ def residual(o_BTNW, params):
 
 
 def differential_v1(model, params, x, positions, segments):
-    """Half the heads, each a pair of maps over values of width 2H; one lambda a layer."""
+    """Compute N / 2 heads, each a pair of maps over values of width 2H; one lambda per layer."""
     q, k = (rotated(model, project(x, params[name]), positions) for name in ("query", "key"))
     v = project(x, params["value"])
     pairs, key_pairs = model.n_heads // 2, model.n_kv_heads // 2
@@ -91,7 +91,7 @@ def differential_v1(model, params, x, positions, segments):
 
 
 def differential_v2(model, params, x, positions, segments):
-    """2N query heads on the same key and value heads; a gate a token and head, no norm."""
+    """Compute 2N query heads with shared keys and values; a gate per token and head, no norm."""
     q, k = (rotated(model, project(x, params[name]), positions) for name in ("query", "key"))
     slopes = [2 ** (-8 * (i // 2 + 1) / model.n_heads) for i in range(2 * model.n_heads)]
     o = weighted(maps_of(logits_of(model, q, k, slopes), segments), project(x, params["value"]))
@@ -100,7 +100,7 @@ def differential_v2(model, params, x, positions, segments):
 
 
 def talking_heads(model, params, x, positions, segments):
-    """Logits of all heads mixed before the softmax, probabilities after."""
+    """Mix the logits of all heads before the softmax and the probabilities after it."""
     q, k = (rotated(model, project(x, params[name]), positions) for name in ("query", "key"))
     logits = jnp.einsum("bnts,nm->bmts", logits_of(model, q, k), params["logit_mixing"])
     maps = jnp.einsum("bnts,nm->bmts", maps_of(logits, segments), params["probability_mixing"])
@@ -108,7 +108,7 @@ def talking_heads(model, params, x, positions, segments):
 
 
 def collaborative(model, params, x, positions, segments):
-    """Head n scores (Q diag(m_n)) K^T with Q and K shared; rotary pairs lie within H features."""
+    """Score head n by (Q diag(m_n)) K^T with shared Q and K; rotary pairs are within H features."""
     q, k = project(x, params["query"]), project(x, params["key"])
     k = rotated(model, k, positions)
     scores = []
@@ -133,15 +133,15 @@ ALIBI: dict[str, dict[str, Any]] = {
 }
 
 
-# `test_attention` has MHA, GQA, MQA and MEA against the same reference.
+# `test_attention` compares MHA, GQA, MQA and MEA with the same reference.
 OTHERS = {n: c for n, c in ATTENTIONS.items() if n not in ("MHA", "GQA", "MQA") and "MEA" not in n}
 
 
 @pytest.mark.parametrize("name", OTHERS | ALIBI)
 def test_variant_is_its_definition(name):
-    """Values, and gradients of all parameters and of the input.
+    """Values and gradients of all parameters and of the input agree.
 
-    float32 sums of up to 32 terms in another order, relative to the largest entry.
+    The tolerance is relative to the largest entry, for float32 sums of up to 32 terms.
     """
     model = tiny_model(n_layers=1, **(ATTENTIONS | ALIBI)[name])
     reference = DEFINITIONS[model.variant]
@@ -164,7 +164,10 @@ def test_variant_is_its_definition(name):
 
 @pytest.mark.slow
 def test_differential_v1_is_a_case_of_talking_heads():
-    """Rows {1, -lambda} after the softmax, pair p's values in heads 2p, 2p + 1; then its norm."""
+    """Talking heads with rows {1, -lambda} after the softmax, and a norm, give differential V1.
+
+    The values of pair p are those of heads 2p and 2p + 1.
+    """
     model = tiny_model(n_layers=1, **V1)
     params, (x, positions, segments) = layer_params(model), inputs(model)
     q, k = (rotated(model, project(x, params[name]), positions) for name in ("query", "key"))
@@ -190,10 +193,10 @@ def test_differential_v1_is_a_case_of_talking_heads():
 
 
 def fresh(model, index=LAYER):
-    """A layer's parameters by its own initialisation."""
+    """Return a layer's parameters as it initialises them."""
     _, positions_BT, segments_BT = inputs(model)
     context = Context(segments_BT, rope_of(model, positions_BT))
-    module = make_attention(model, model.components("key")[0], model.components("value")[0])
+    module = make_attention(model, model.components(Side.KEY)[0], model.components(Side.VALUE)[0])
     variables = module.init(jax.random.key(0), inputs(model)[0], context, index)
     return {path: leaf.value for path, leaf in flat_boxes(variables["params"]).items()}
 
@@ -235,18 +238,21 @@ def test_a_variant_holds_nothing_of_the_others(name):
     ids=["MEA", "talking", "collaborative"],
 )
 def test_starts_as_multi_head_attention(changes):
-    """With the same four projections: mixing is the identity at the start, to the last bit."""
+    """The outputs are equal with the same four projections: mixing starts as the identity."""
     model, plain = (tiny_model(n_layers=1, **c) for c in (changes, PLAIN))
     params, x = fresh(model), inputs(model)[0]
     projections = {name: params[name] for name in PROJECTIONS}
     found, expected = layer(model)(params, x), layer(plain)(projections, x)
-    # Collaborative logits are sums over all heads' features, all but the own ones zero.
+    # Collaborative logits are sums over the features of all heads; those of other heads are zero.
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
 
 
 @pytest.mark.slow
 def test_differential_v1_starts_at_its_layers_lambda():
-    """0.8 - 0.6 exp(-0.3 layer); the four vectors are N(0, 0.1), and their exponentials cancel."""
+    """Lambda starts as 0.8 - 0.6 exp(-0.3 layer).
+
+    The four vectors are N(0, 0.1), and their exponentials cancel.
+    """
     model = tiny_model(n_layers=1, head_dim=64, **V1)
     params = fresh(model)
     for name in ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2"):
@@ -256,7 +262,7 @@ def test_differential_v1_starts_at_its_layers_lambda():
 
 
 def test_layers_index_reaches_differential_v1():
-    """`test_transformer` has the scanned stack against a loop; here, that the index matters."""
+    """The layer's index changes its output; `test_transformer` tests the scanned stack."""
     model = tiny_model(n_layers=1, **V1)
     params, x = layer_params(model), inputs(model)[0]
     first, later = layer(model, 0)(params, x), layer(model, 5)(params, x)
@@ -265,7 +271,7 @@ def test_layers_index_reaches_differential_v1():
 
 @pytest.mark.slow
 def test_collaborative_starts_from_any_number_of_shared_keys():
-    """Three for four heads: each head reads all of one of them, and every one is read."""
+    """With three shared keys for four heads, each head reads one key, and every key is read."""
     model = tiny_model(n_layers=1, key_components=3, **COLLABORATIVE)
     validate(TrainConfig(model=model))
     validate_from_scratch(model)
@@ -282,7 +288,7 @@ def test_collaborative_starts_from_any_number_of_shared_keys():
         validate_from_scratch(tiny_model(key_components=3))
 
 
-# -- what cannot be ---------------------------------------------------------------------------
+# -- errors -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -349,7 +355,10 @@ def test_what_this_machine_has_not_is_refused(changes, message):
 
 
 def test_kernels_by_length_and_positions():
-    """On CPU devices: its own kernel, or none that takes biases; T x T only up to 1,024."""
+    """CPU devices use the "cpu" kernel up to 8,192 positions, without biases.
+
+    Otherwise "einsum" (T x T) up to 1,024 positions, then "chunked".
+    """
 
     def kernel(length, **changes):
         model = tiny_model(**{"backend": "cpu"} | changes)
@@ -363,7 +372,10 @@ def test_kernels_by_length_and_positions():
 
 
 def test_kernels_of_accelerators():
-    """Flash kernels where they apply; cuDNN's mask of segments is T x T, so not at any length."""
+    """Accelerators use flash kernels where they apply.
+
+    cuDNN's mask of segments is T x T, so long windows do not use it.
+    """
 
     def kernel(platform, length, **changes):
         model = tiny_model(**{"backend": "auto", "dtype": "auto"} | changes)

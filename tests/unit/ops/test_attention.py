@@ -1,4 +1,4 @@
-"""The forms of MEA are one function; attention is causal, within documents, and head-normed."""
+"""Tests of the attention layer against a reference, and of its norms, masks and statistics."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mea_jax.config.schema import RopeScaling
+from mea_jax.config.schema import RopeScaling, Side
 from mea_jax.model.attention import Attention, Context
 from mea_jax.model.transformer import rope_of
 from mea_jax.ops import attention
@@ -22,7 +22,7 @@ def normal(seed, *shape):
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
 
 
-# -- the module against a reference written out ---------------------------------------------
+# -- the module against a reference ---------------------------------------------------------
 
 
 CASES: dict[str, dict[str, Any]] = {
@@ -67,14 +67,16 @@ def test_layer_is_the_reference_in_values_and_gradients(case):
     expected_gradients, expected = differentiated(reference)
     for form in ("folded", "explicit") if model.hlc != "none" else ("folded",):
         module = Attention(
-            change(model, hlc_form=form), model.components("key")[0], model.components("value")[0]
+            change(model, hlc_form=form),
+            model.components(Side.KEY)[0],
+            model.components(Side.VALUE)[0],
         )
 
         def function(params, x, module=module):
             return module.apply({"params": params}, x, context, 0)[0]
 
         gradients, out = differentiated(function)
-        # Values reach some tens; float32 keeps seven digits, and sums of 32 to 400 lose one or two.
+        # Values reach some tens; sums of 32 to 400 terms lose one or two of float32's seven digits.
         np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-4)
         assert_close(gradients, expected_gradients, rtol=1e-3, atol=2e-3)
 
@@ -144,7 +146,7 @@ def test_visible_positions():
 
 
 def test_bfloat16_softmax_is_in_float32():
-    """Logits that differ by less than bfloat16 resolves still rank the positions."""
+    """Logits that would be equal in bfloat16 still rank the positions."""
     q = jnp.full((1, 2, 1, 8), 4.0, jnp.bfloat16)
     k = jnp.stack([jnp.full((1, 1, 8), 8.0), jnp.full((1, 1, 8), 8.0).at[..., 0].set(8.0625)], 1)
     logits = attention.attention_logits(
@@ -155,7 +157,7 @@ def test_bfloat16_softmax_is_in_float32():
 
 
 def test_statistics_of_uniform_attention():
-    """Zero queries attend evenly: position t has entropy log(t + 1)."""
+    """Zero queries attend uniformly: position t has entropy log(t + 1)."""
     positions_BT, segments = packed([[4, 3], [6]], 8)
     statistics = attention.attention_statistics(
         jnp.zeros((2, 8, 4, 2)), normal(0, 2, 8, 2, 2), jnp.asarray(segments), 1.0
@@ -167,10 +169,10 @@ def test_statistics_of_uniform_attention():
 
 
 def test_statistics_by_hand():
-    """Against numpy, head by head; padding counts neither in the mean nor in the maximum."""
+    """Statistics agree with numpy, head by head; padding is in neither mean nor maximum."""
     _, segments = packed([[4, 3], [6]], 8)
     q, k = np.array(normal(0, 2, 8, 4, 6)), np.array(normal(1, 2, 8, 2, 6))
-    q[0, 7], k[0, 7] = 100.0, 100.0  # the padding, as loud as can be
+    q[0, 7], k[0, 7] = 100.0, 100.0  # large numbers in the padding
     found = attention.attention_statistics(
         jnp.asarray(q), jnp.asarray(k), jnp.asarray(segments), 0.5
     )
@@ -188,7 +190,7 @@ def test_statistics_by_hand():
 
 
 def test_statistics_by_blocks_of_queries(monkeypatch):
-    """Four blocks, the last one not full, against the logits of all queries at one time."""
+    """Statistics over four blocks, the last one not full, equal those of all logits together."""
     monkeypatch.setattr(attention, "_WATCHED", 3)
     segments_BT = jnp.asarray(packed([[4, 6], [7]], 11)[1])
     q, k = normal(0, 2, 11, 4, 6), normal(1, 2, 11, 2, 6)

@@ -1,9 +1,9 @@
-"""Attention by blocks against a few float32 lines: values, gradients, memory, sharding.
+"""Tests of chunked attention against a short float32 reference, and of its memory and sharding.
 
-Tolerances are relative to the largest entry of each reference array, or to 1 if that is less (with
-one key the gradient of q is zero, up to a rounding). float32: 2e-5, sums in another order.
-bfloat16: 2e-2, the inputs are the same, but probabilities, their gradients and the result are
-rounded to 8 bits (2^-9 each), the gradients one after another.
+Tolerances are relative to the largest entry of each reference array, or to 1 if that is smaller
+(with one key, the gradient of q is zero up to rounding). They are 2e-5 in float32, for sums in a
+different order, and 2e-2 in bfloat16: inputs are the same, but probabilities, their gradients and
+the result are rounded to 8 bits (2^-9 each), the gradients several times in a row.
 """
 
 import re
@@ -27,13 +27,13 @@ def normal(seed, *shape):
 
 
 def inputs(seed, batch, length, heads, composites, width, value_width):
-    """q, k, v and the weights of a scalar made of the output."""
+    """Return q, k, v and weights like the output, for a scalar of it."""
     shapes = ((heads, width), (composites, width), (composites, value_width), (heads, value_width))
     return [normal(seed + i, batch, length, *shape) for i, shape in enumerate(shapes)]
 
 
 def packed_ids(seed, batch, length):
-    """Documents of random lengths, padding (0) at the end, ids that come back after others."""
+    """Return segment ids of random lengths, with recurring ids and padding (0) at the end."""
     rng = np.random.default_rng(seed)
     ids = np.cumsum(rng.random((batch, length)) < 0.2, axis=1) % 3 + 1
     ids[:, length - length // 5 :] = 0
@@ -51,7 +51,7 @@ def reference(q, k, v, ids, scale, slopes=None):
 
 
 def value_and_grads(f, weight, *args):
-    """f's output and the gradients of its product with `weight`, compiled together."""
+    """Return the output of `f` and the gradients of its product with `weight`."""
 
     @jax.jit
     def both(weight, *args):
@@ -147,8 +147,8 @@ def test_slopes_are_constants():
 
 
 def test_what_is_hidden_changes_nothing():
-    # Not even by a rounding: p of a hidden key is zero, not small. NaN would spread from a zero
-    # too, so the other document is large, not infinite.
+    # Not even by rounding: p of a hidden key is exactly zero. The hidden document has large, not
+    # infinite, numbers, because zero times infinity is NaN.
     q, k, v, weight = inputs(7, 1, 40, 2, 1, 4, 4)
     first_T = jnp.arange(40) < 20
     ids = jnp.where(first_T, 1, 2)[None].astype(jnp.int32)
@@ -166,7 +166,7 @@ def test_what_is_hidden_changes_nothing():
 
 
 def test_scores_of_1e4_are_finite_and_right():
-    # A score of 1e4 is rounded to 5e-4 in any order of sums, and so is the log-sum-exp: 3e-3.
+    # 3e-3, because scores of 1e4 and their log-sum-exps are rounded to 5e-4.
     q, k, v, weight = inputs(11, 2, 45, 4, 2, 8, 6)
     ids = packed_ids(11, 2, 45)
     scale = 1e4 / float(jnp.max(jnp.abs(jnp.einsum("btnh,bsnh->bnts", q, jnp.repeat(k, 2, 2)))))
@@ -179,7 +179,7 @@ def test_scores_of_1e4_are_finite_and_right():
 
 
 def squares(text, length):
-    """The array types of a program with two dimensions of at least `length`."""
+    """Return the shapes of a program's arrays with two dimensions of at least `length`."""
     types = re.findall(r"(?:f|bf|s|u|i|bool|pred)\d*\[([\d,]+)\]", text)
     return [dims for dims in types if sum(int(d) >= length for d in dims.split(",") if d) > 1]
 
@@ -197,16 +197,16 @@ def test_memory_is_linear_in_the_length():
     assert not squares(str(compiled.as_text()), length)
     assert not squares(str(chunked.trace(*shapes).jaxpr), length)
     plain = gradient(lambda q, k, v: attention.dot_product_attention(q, k, v, ids, 0.25))
-    assert squares(str(plain.trace(*shapes).jaxpr), length)  # so the search can find one
+    assert squares(str(plain.trace(*shapes).jaxpr), length)  # the search finds one here
 
-    # Six arrays of one block's scores and a dozen of the inputs' size, against T x T of one head.
+    # Six arrays of a block's scores and twelve of the inputs' size, far below T x T of one head.
     scores, array = 4 * heads * block**2, 4 * heads * length * width
     assert 6 * scores + 12 * array < 4 * length**2 / 6
     assert compiled.memory_analysis().temp_size_in_bytes < 6 * scores + 12 * array
 
 
 def test_a_scan_over_layers_saves_no_masks():
-    """Masks follow from ids alone: made before the scan, they would be saved for its derivative."""
+    """A scan's derivative saves no masks, as it would if they were computed before the scan."""
     length, shape = 8192, (1, 8192, 2, 16)
 
     def loss(scales, x, ids):
@@ -218,7 +218,7 @@ def test_a_scan_over_layers_saves_no_masks():
     scales, x = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((2, 1, 1, 1, 1), shape))
     ids = jax.ShapeDtypeStruct((1, length), jnp.int32)
     compiled = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(scales, x, ids).compile()
-    # 16 arrays of the size of x; with the masks, half of T x T bytes a head, it was 81 MB.
+    # 16 arrays of the size of x. With masks, half of T x T bytes per head, it was 81 MB.
     memory = compiled.memory_analysis()
     assert memory is not None
     assert memory.temp_size_in_bytes < length**2 / 2

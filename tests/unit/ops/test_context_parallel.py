@@ -1,4 +1,4 @@
-"""Attention of windows that devices share: the same function, as much work for each device."""
+"""Tests of attention over windows split across devices: same results, equal work per device."""
 
 import re
 from typing import Any
@@ -58,7 +58,10 @@ def test_a_batch_is_laid_out_without_moving_anything():
 
 @pytest.mark.parametrize(("length", "block", "shards"), [(256, 16, 2), (256, 8, 8), (4096, 512, 4)])
 def test_all_shards_compute_as_many_pairs_of_blocks(length, block, shards):
-    """Together the triangle of one device, each pair once: blocks that divide a chunk."""
+    """All shards together compute each pair of the causal triangle once.
+
+    The blocks divide a chunk.
+    """
     tables = chunked.pairs(length, block, shards)
     n = length // block
     assert tables.shape == (shards, n * (n + 1) // 2 // shards, 3)
@@ -73,7 +76,7 @@ def test_all_shards_compute_as_many_pairs_of_blocks(length, block, shards):
 
 @pytest.mark.parametrize(("length", "shards", "block"), [(2048, 2, 512), (8192, 4, 1024)])
 def test_splash_skips_what_a_shard_cannot_see(length, shards, block):
-    """Blocks that its kernels run, of queries by keys: as many on each shard, the triangle's."""
+    """The kernels run the same number of blocks on each shard, in total those of the triangle."""
     with jax.set_mesh(mesh_of(shards)):
         q, v = (jnp.zeros((1, length, heads, 64), jnp.bfloat16) for heads in (N, K))
         kernel, _ = flash.sharded_splash(q, v, sp.zigzag(length, shards), shards, "saved", True)
@@ -90,7 +93,7 @@ def test_splash_skips_what_a_shard_cannot_see(length, shards, block):
 
 
 def draw(batch, length, width=8, value_width=8):
-    """q, k, v, a cotangent, and segment ids of rows packed in different ways."""
+    """Return ([q, k, v, cotangent], segment ids), with rows packed in different ways."""
     rng = np.random.default_rng(0)
     sizes = (N, width), (K, width), (K, value_width), (N, value_width)
     arrays = [rng.standard_normal((batch, length, *s), dtype=np.float32) for s in sizes]
@@ -140,12 +143,12 @@ def test_it_is_attention(case):
 
     with jax.set_mesh(mesh_of(shards, tensor)):
         found = value_and_gradients(attend, *arrays)
-    # Both sides are float32 and sum up to 1024 terms in another order, of size 1 or so.
+    # Both are float32 sums of up to 1024 terms of size about 1, in a different order.
     assert_close(found, value_and_gradients(expected, *arrays), rtol=1e-4, atol=2e-5)
 
 
 def test_gathered_keys_and_values_are_not_saved(capsys):
-    """They would be n times a device's own; the gradient gathers them again."""
+    """The gradient gathers keys and values again; saved, they would be n times a device's own."""
     q, k = (jnp.zeros((1, 256, heads, 8)) for heads in (N, K))
     ids = jnp.ones((1, 256), jnp.int32)
     with jax.set_mesh(mesh_of(8)):
@@ -155,7 +158,7 @@ def test_gathered_keys_and_values_are_not_saved(capsys):
     saved = re.findall(r"f32\[([\d,]+)\] (.*)", capsys.readouterr().out)
     sizes = [np.prod([int(d) for d in dims.split(",")]) for dims, _ in saved]
     assert len([why for _, why in saved if "from the argument" in why]) == 3, "q, k, v"
-    # The result, and its log-sum-exps: nothing of the size of k on eight devices.
+    # Also saved are the result and its log-sum-exps, but not the gathered keys and values.
     assert sorted(sizes) == [N * 256, *[K * 256 * 8] * 2, *[N * 256 * 8] * 2]
 
 
@@ -170,7 +173,7 @@ def test_gathered_keys_and_values_are_not_saved(capsys):
     ids=lambda backend: f"{type(backend).__name__}, {backend.attention_kernel}",
 )
 def test_natural_order_on_a_mesh_that_splits_windows(backend):
-    """What diagnostics and generation ask for, with a head norm."""
+    """Attention in natural order, as in diagnostics and generation, agrees, with a head norm."""
     arrays, ids = draw(2, 32)
     norm = HeadNorm(jnp.linspace(0.5, 1.5, 8), 1e-5)
 
@@ -222,7 +225,7 @@ def test_evaluation_and_diagnostics_are_those_of_one_device(tiny):
 
 @pytest.mark.slow
 def test_a_run_with_its_sample_is_that_of_one_device(tiny, tmp_path, devices):
-    """The whole command: steps, evaluation, checkpoint and a continuation of one prompt."""
+    """An entire run agrees: steps, evaluation, checkpoint and the continuation of a prompt."""
     results = []
     for name, mesh, count in (
         ("shared", MeshConfig(1, 2, 2, sequence=2), 8),
@@ -245,7 +248,7 @@ def test_what_cannot_split_windows_is_refused():
     talking = tiny_model(variant="talking_heads", hlc="none", head_norm=False)
     with pytest.raises(UserError, match=r"mesh.sequence=2 splits .* talking_heads"):
         resolve(talking, jax.devices(), 64, 1, 2)
-    # The same for a config that never met `resolve`.
+    # The same without `resolve`.
     (q, k, v, _), ids = draw(4, 32)
     with jax.set_mesh(mesh_of(2)), pytest.raises(ValueError, match="'cpu' cannot take windows"):
         CpuBackend(FLOAT32, "cpu").attend(q, k, v, ids, SCALE, shards=2)
@@ -263,7 +266,7 @@ def test_talking_heads_do_not_train_on_split_windows(tiny):
 
 
 def test_the_kernel_of_split_windows():
-    """Chunked on a CPU however short, though "cpu" or einsums would be faster on one device."""
+    """On CPUs it is "chunked" at any length, although "cpu" or "einsum" is faster on one device."""
     for backend in ("cpu", "xla"):
         model = tiny_model(backend=backend, attention_kernel="auto")
         assert resolve(model, jax.devices(), 64, 1, 2).attention_kernel == "chunked"

@@ -1,7 +1,8 @@
-"""The CPU kernels against three-line float32 references: values, gradients, odd shapes.
+"""Tests of the CPU kernels against short float32 references: values, gradients, odd shapes.
 
-Tolerances are relative to the largest entry of the reference. float32: 2e-5, sums in another order.
-bfloat16: 3e-2, inputs rounded to 8 bits (2^-9 each) and, in gradients, two roundings in a row.
+Tolerances are relative to the largest entry of the reference: 2e-5 in float32 for sums in a
+different order; 3e-2 in bfloat16 for inputs rounded to 8 bits (2^-9 each) and, in gradients, two
+roundings in a row.
 """
 
 import os
@@ -27,7 +28,7 @@ sizes = st.sampled_from([1, 2, 3, 7, 16, 33, 64, 100])
 
 @pytest.fixture(autouse=True, scope="module")
 def one_device():
-    """The code of one device: the suite has eight, for which transpositions are not pinned."""
+    """Select the code for one device; for the suite's eight, transpositions are not pinned."""
     patch = pytest.MonkeyPatch()
     patch.setattr(cpu, "_several_devices", lambda: False)
     yield
@@ -39,7 +40,7 @@ def normal(seed, *shape):
 
 
 def assert_close(got, want, dtype):
-    """Within the tolerance times the largest entry anywhere: some gradients are zero exactly."""
+    """Compare relative to the largest entry of all arrays, because some gradients are zero."""
     scale = max(np.abs(np.asarray(b)).max(initial=0.0) for b in jax.tree.leaves(want))
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         assert a.shape == b.shape
@@ -48,7 +49,7 @@ def assert_close(got, want, dtype):
 
 
 def value_and_grads(f, *args):
-    """f's outputs and the gradients of a fixed linear functional of them, compiled together."""
+    """Return the output of `f` and the gradients of a fixed linear functional of it."""
 
     @jax.jit
     def both(*args):
@@ -116,7 +117,7 @@ def test_swiglu(dtype):
 )
 def test_attention(dtype, b, t, heads, h, block, segments):
     n, k = heads
-    block = block if block != 1 or t <= 7 else 9  # each block is compiled by itself
+    block = block if block != 1 or t <= 7 else 9  # each block is compiled separately
     q, key, v = normal(0, b, t, n, h), normal(1, b, t, k, h), normal(2, b, t, k, h)
     ids = jnp.sort(jnp.asarray(np.random.default_rng(3).integers(0, segments, (b, t))), 1)
     options = {"scale": h**-0.5, "dtype": jnp.dtype(dtype), "block": block}
@@ -166,7 +167,7 @@ def test_head_norm_is_the_norm_of_plain_attention(dtype, b, t, heads, block, eps
 
 
 def test_attention_of_huge_scores_is_finite_and_exact():
-    # The largest score is subtracted among visible keys: a hidden one 1e4 above must not count.
+    # The maximum is over visible keys: hidden keys, with scores up to 7e4, must not count.
     q, v = jnp.ones((1, 8, 1, 4)), normal(2, 1, 8, 1, 4)
     k = jnp.arange(8.0)[None, :, None, None] * jnp.full((1, 8, 1, 4), 2500.0)
     ids = jnp.ones((1, 8), jnp.int32)
@@ -252,7 +253,7 @@ print("equal")
 @pytest.mark.process
 @pytest.mark.slow
 def test_sharded_arrays_give_the_same_gradients():
-    # bfloat16: 1e-1, four products in a row each way.
+    # bfloat16: 1e-1, for four products in a row in each pass.
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     env = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     run = subprocess.run(

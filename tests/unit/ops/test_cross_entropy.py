@@ -1,4 +1,4 @@
-"""Chunked cross-entropy is the plain one, on any mesh, and never holds a whole batch's logits."""
+"""Tests of chunked cross-entropy against the plain one, on meshes, and of its memory."""
 
 import math
 import re
@@ -41,7 +41,7 @@ def inputs(seed):
     return x, kernel, targets, weights
 
 
-# 5 and 7 do not divide 12; 100 is more than there is; 0 means all.
+# 5 and 7 do not divide 12; 100 exceeds it; 0 means all.
 @given(
     chunk=st.sampled_from([1, 4, 5, 7, 12, 100, 0]),
     z_loss=st.sampled_from([0.0, 0.1]),
@@ -81,7 +81,7 @@ def distilled_reference(x, kernel, targets, weights, y, teacher, z_loss, share):
     return objective + share * (kl - nll), (nll, kl)
 
 
-# Half the weights are 0 or 0.5, chunks as above, a teacher of another width.
+# Weights of 0, 0.5 and 1, chunks as above, and a teacher of a different width.
 @pytest.mark.slow
 @given(
     chunk=st.sampled_from([1, 5, 100, 0]),
@@ -121,7 +121,7 @@ def test_weights_of_zero_take_no_part():
     x, kernel, targets, _ = inputs(0)
     weights = np.ones((BATCH, LENGTH), np.float32)
     weights[1, 3:] = 0
-    x2 = np.where(weights[..., None] > 0, x, 1e3).astype(np.float32)  # loud, but weightless
+    x2 = np.where(weights[..., None] > 0, x, 1e3).astype(np.float32)  # large, but with weight 0
 
     def both(x):
         return jax.value_and_grad(
@@ -152,7 +152,7 @@ def test_uniform_logits_cost_log_of_the_vocabulary():
 
 
 def largest_array(text: str) -> int:
-    """Elements of the largest array that a program's HLO mentions."""
+    """Return the number of elements of the largest array in a program's HLO."""
     shapes = re.findall(r"\b(?:f32|bf16|f16|s32|u32|pred|s8)\[([\d,]*)\]", text)
     return max(math.prod(int(d) for d in shape.split(",") if d) for shape in shapes)
 
@@ -160,8 +160,10 @@ def largest_array(text: str) -> int:
 @pytest.mark.slow
 @pytest.mark.parametrize(("mebibytes", "whole"), [(1, False), (0, True)])
 def test_logits_of_the_whole_batch_never_exist(tiny, mebibytes, whole):
-    """In the compiled gradient of the model's loss, with a teacher too; without chunks they do, so
-    the test can see."""
+    """The compiled gradient of the loss never contains them, with or without a teacher.
+
+    Without chunks it does, so the test can detect them.
+    """
     options = {"model.n_layers": 1, "model.vocab_size": 4096, "optimizer.z_loss": 0.1}
     config = tiny(**{"model.loss_chunk": mebibytes}, **options)
     batch = random_batch(0, batch=8, length=32, vocab=4096)
@@ -173,20 +175,23 @@ def test_logits_of_the_whole_batch_never_exist(tiny, mebibytes, whole):
         text = jax.jit(grad).lower(params).compile().as_text()
         assert text is not None
         logits = 8 * 32 * 4096
-        # All else is smaller: the table has 4096 x 32 elements.
+        # All other arrays are smaller: the table has 4096 x 32 elements.
         assert (largest_array(text) >= logits) == whole
 
 
 def test_chunks_fit_into_their_bytes():
-    assert cross_entropy.positions_within(0, 264) == 0, "all"
-    assert cross_entropy.positions_within(256, 128_256) == 512, "523, in whole multiples of 128"
+    assert cross_entropy.positions_within(0, 264) == 0, "0 means all positions"
+    assert cross_entropy.positions_within(256, 128_256) == 512, "523, down to multiples of 128"
     assert cross_entropy.positions_within(512, 32_000) == 4_096  # 4,194
-    assert cross_entropy.positions_within(8, 128_256) == 16, "below 128 as they come"
-    assert cross_entropy.positions_within(1, 10**6) == 1, "a position at least"
+    assert cross_entropy.positions_within(8, 128_256) == 16, "counts below 128 are not rounded"
+    assert cross_entropy.positions_within(1, 10**6) == 1, "at least one position"
 
 
 def test_memory_does_not_grow_with_the_vocabulary():
-    """8,192 positions: but for the kernel and its gradient, 32,000 words take what 128,256 do."""
+    """Temporary memory for 8,192 positions is the same for 32,000 and 128,256 tokens.
+
+    The gradient of the kernel is not counted.
+    """
     positions, width, mebibytes = 8192, 16, 32
 
     def extra(vocab):
@@ -219,18 +224,21 @@ MESHES = {
 
 
 def sharded_inputs(seed):
-    """As `inputs`, in sizes that 8 devices divide."""
+    """Return arrays like those of `inputs`, in sizes that 8 devices divide."""
     rng = np.random.default_rng(seed)
     x = rng.standard_normal((8, 16, 16)).astype(np.float32)
     kernel = rng.standard_normal((16, 40)).astype(np.float32)
     targets = rng.integers(0, 40, (8, 16), dtype=np.int32)
     weights = rng.choice([0.0, 1.0, 0.5], (8, 16)).astype(np.float32)
-    weights[3], weights[5, 3:] = 0, 0  # a row of nothing but padding, and most of one
+    weights[3], weights[5, 3:] = 0, 0  # a row of padding, and one that is mostly padding
     return x, kernel, targets, weights
 
 
 def sharded_gradient(mesh, x, kernel, targets, weights):
-    """jit of ((objective, nll), gradients) times 3 on `mesh`, and its arguments, placed."""
+    """Return (compiled function, its arguments placed on `mesh`, their shardings).
+
+    The function returns ((objective, nll), gradients), with the objective times 3.
+    """
 
     def scaled(x, kernel, targets, weights):
         sums = cross_entropy.cross_entropy(x, kernel, targets, weights, FLOAT32, 5, 0.1)
@@ -261,7 +269,7 @@ def test_a_mesh_gives_the_loss_and_gradients_of_log_softmax(name):
     expected_gradients = jax.grad(lambda x, k: reference(x, k, targets, weights, 0.1)[0], (0, 1))(
         x, kernel
     )
-    # Some hundred float32 terms of up to ten each, in another order.
+    # A few hundred float32 terms of up to ten each, in a different order.
     np.testing.assert_allclose((objective / 3, nll), expected, rtol=1e-5)
     np.testing.assert_allclose(evaluated, expected, rtol=1e-5)
     assert_close(gradients, [3 * g for g in expected_gradients], rtol=1e-4, atol=2e-5)
@@ -276,7 +284,7 @@ COLLECTIVE = re.compile(
 
 @pytest.mark.parametrize("name", ["fsdp", "data, fsdp and tensor", "fsdp, sequence and tensor"])
 def test_no_chunk_waits_for_the_kernel_or_its_gradient(name):
-    """In the loop only numbers of its 5 positions cross a mesh; the kernel does so once."""
+    """In the loop only numbers of its 5 positions cross the mesh; the kernel is gathered once."""
     mesh = sharding.make_mesh(MESHES[name])
     with jax.set_mesh(mesh):
         gradient, placed, _ = sharded_gradient(mesh, *sharded_inputs(0))
@@ -285,10 +293,10 @@ def test_no_chunk_waits_for_the_kernel_or_its_gradient(name):
     lines = [line for line in text.splitlines() if COLLECTIVE.search(line)]
     inside = [line for line in lines if "while/body" in line]
     gathers = [line for line in lines if "all-gather" in line]
-    assert len(gathers) == 1, "the kernel"
+    assert len(gathers) == 1, "only the kernel is gathered"
     assert gathers[0] not in inside
     assert any("reduce-scatter" in line for line in lines)
-    assert bool(inside) == ("tensor" in name), "so the test can see"
+    assert bool(inside) == ("tensor" in name), "only a tensor axis communicates inside the loop"
     for line in inside:
         sizes = re.findall(r"f32\[([\d,]*)\]", line.split("all-reduce(")[0])
         assert set(sizes) <= {"5", "2,5"}, line

@@ -1,4 +1,4 @@
-"""Rows of an embedding table on any mesh: values, gradients, and that no mesh moves the table."""
+"""Tests of the embedding lookup on several meshes: values, gradients and communication."""
 
 import re
 
@@ -24,7 +24,10 @@ WORDS, WIDTH = 4096, 16
 
 
 def value_and_gradient(mesh, axes):
-    """jit of (rows, gradient of the table) for ids and a cotangent, and its placed arguments."""
+    """Return (compiled function, its placed arguments, the same as numpy arrays).
+
+    The function maps (table, ids, cotangent) to (rows, gradient of the table).
+    """
     rng = np.random.default_rng(0)
     arrays = (
         rng.standard_normal((WORDS, WIDTH)).astype(np.float32),
@@ -59,7 +62,7 @@ def test_rows_and_their_gradient(name, axes):
     ("name", "positions"), [("fsdp", 8 * 8 // 8), ("fsdp, sequence and tensor", 8 * 8 // 4)]
 )
 def test_no_more_moves_than_a_device_keeps(name, positions):
-    """Neither the table nor its gradient, nor the rows of all devices."""
+    """Neither the table, its gradient nor the rows of all devices are moved."""
     mesh = sharding.make_mesh(MESHES[name])
     with jax.set_mesh(mesh):
         both, placed, _ = value_and_gradient(mesh, ("vocab", "embed"))
@@ -76,7 +79,7 @@ def test_no_more_moves_than_a_device_keeps(name, positions):
 
 
 def test_a_lone_prompt_is_left_to_the_partitioner():
-    """One row, which fsdp 8 does not divide."""
+    """The lookup is right for a single row, which fsdp=8 does not divide."""
     mesh = sharding.make_mesh(MESHES["fsdp"])
     table = jnp.arange(32.0, dtype=jnp.float32).reshape(4, 8)
     with jax.set_mesh(mesh):

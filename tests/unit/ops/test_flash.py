@@ -1,7 +1,7 @@
-"""The accelerators' flash kernels compute attention's own function, and lower to what they say.
+"""Tests of the accelerators' flash kernels: results against plain attention, and lowered calls.
 
-No accelerator is needed: the TPU kernel runs interpreted and compiles ahead of time where libtpu
-is installed; for cuDNN the arguments run through XLA, and the calls are read in the lowered text.
+No accelerator is needed. The TPU kernel runs interpreted, and compiles ahead of time where libtpu
+is installed. For cuDNN, the arguments run through XLA, and the calls are read from lowered text.
 """
 
 import importlib.util
@@ -29,9 +29,9 @@ from mea_jax.ops.flash import (
 )
 from mea_jax.parallel import sharding, topology
 
-N, K, SCALE = 4, 2, 0.11  # a scale that is no power of two
+N, K, SCALE = 4, 2, 0.11  # not a power of two
 
-# Both sides are float32 and sum up to 256 terms in another order, of size 1 or so.
+# Both are float32 sums of up to 256 terms of size about 1, in a different order.
 TOLERANCE: dict[str, Any] = {"rtol": 1e-4, "atol": 2e-5}
 
 
@@ -46,7 +46,7 @@ def reference(q_BTNH, k_BTKH, v_BTKW, segment_ids_BT):
 
 
 def draw(batch, length, head_dim, value_dim, seed=0):
-    """q, k, v with logits of size 1, a cotangent, and rows packed in different ways."""
+    """Return q, k, v (logits of size 1), a cotangent, and segment ids with varied packing."""
     rng = np.random.default_rng(seed)
     sizes = (N, head_dim), (K, head_dim), (K, value_dim), (N, value_dim)
     q, k, v, g = (rng.standard_normal((batch, length, *s), dtype=np.float32) for s in sizes)
@@ -55,7 +55,7 @@ def draw(batch, length, head_dim, value_dim, seed=0):
     for row in range(batch):
         starts = [0, *cuts[row % 4]]
         for i, (start, stop) in enumerate(itertools.pairwise(starts)):
-            segment_ids[row, start:stop] = i + 1  # and zeros, padding, to the end of the row
+            segment_ids[row, start:stop] = i + 1  # the rest of the row stays 0, padding
     return q, k, v, g, segment_ids
 
 
@@ -101,7 +101,10 @@ def test_splash_kernel_is_attention(shape):
     ("length", "block", "fused"), [(1024, 1024, True), (1152, 384, True), (1408, 128, False)]
 )
 def test_splash_kernel_is_attention_over_several_blocks(length, block, fused):
-    """One block of keys in two halves; three blocks; eleven, with the two backward kernels."""
+    """The kernel agrees with a block of keys in two halves, with three blocks, and with eleven.
+
+    The last case uses the two separate backward kernels.
+    """
     blocks = _splash_blocks(length, 64)
     assert (blocks.block_q, blocks.use_fused_bwd_kernel) == (block, fused)
     assert_equals_reference(interpreted, *draw(1, length, 16, 16))
@@ -117,12 +120,12 @@ def test_on_a_mesh_each_device_computes_its_rows_and_heads(attend):
         o = jax.jit(attend)(*arrays[:3], arrays[4])
         text = jax.jit(attend).lower(*arrays[:3], arrays[4]).as_text()
     assert {shard.data.shape for shard in o.addressable_shards} == {(1, 130, N // 2, 8)}
-    assert "manual_axes" in text, "left to the partitioner"
+    assert "manual_axes" in text, "the kernel was left to the partitioner"
 
 
 @pytest.mark.parametrize("attend", [interpreted, through_xla], ids=["splash", "cudnn"])
 def test_nothing_passes_between_segments(attend):
-    """Bit for bit: what a segment yields does not depend on its neighbours, padding included."""
+    """A segment's output does not depend on its neighbours or on padding, bit for bit."""
     q, k, v, _, segment_ids = draw(2, 130, 16, 16)
     inside = segment_ids == segment_ids[1, 60]
     inside[0] = False
@@ -140,7 +143,7 @@ def test_cudnn_arguments_are_attention(shape):
 
 
 def test_one_segment_needs_no_mask():
-    """Rows of one segment and padding at the end: equal wherever there is text."""
+    """Rows of one segment with padding at the end give equal outputs wherever there is text."""
     q, k, v, _, segment_ids = draw(1, 63, 16, 16)
     segment_ids[:, 50:] = 0
     found = through_xla(q, k, v, segment_ids, one_segment=True)
@@ -148,12 +151,12 @@ def test_one_segment_needs_no_mask():
     np.testing.assert_allclose(found[:, :50], expected[:, :50], **TOLERANCE)
 
 
-# -- what is lowered for a GPU ----------------------------------------------------------------
+# -- lowering for a GPU -----------------------------------------------------------------------
 
 
 @pytest.fixture
 def cudnn_installed(monkeypatch):
-    """jax asks for cuDNN's version while it traces; without CUDA's packages it has none to tell."""
+    """Patch the check of cuDNN's version, which fails in tracing without CUDA's packages."""
     monkeypatch.setattr(
         "jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91000
     )
@@ -171,14 +174,14 @@ def lowered_for_cuda(shape, **options):
 
 
 def calls(text):
-    """Name, backend configuration and types of the operands of each of cuDNN's calls."""
+    """Return the name, backend configuration and operand types of each call of cuDNN."""
     pattern = r"@(__cudnn\$\w+)\(.*backend_config = \"(.*?)\", .* : \((.*?)\) -> "
     found = re.findall(pattern, text)
     return [(name, config, re.findall(r"tensor<(\w+)>", types)) for name, config, types in found]
 
 
 def square(text, length):
-    """Sizes of the arrays over pairs of positions in lowered text."""
+    """Return the types of the arrays over pairs of positions in lowered text."""
     return set(re.findall(rf"tensor<((?:\d+x)*{length}x{length}x\w+)>", text))
 
 
@@ -187,7 +190,7 @@ def test_cudnn_lowers_to_its_kernel_with_one_mask_for_all_heads(cudnn_installed)
     (forward, config, operands), (backward, _, _) = calls(text)
     assert forward == "__cudnn$fmhaScaleBiasSoftmax"
     assert backward == "__cudnn$fmhaScaleBiasSoftmaxBackward"
-    # Causality is the kernel's own; keys and values are not repeated; the mask has 2 B T^2 bytes.
+    # The kernel masks causally; keys and values are not repeated; the mask has 2 B T^2 bytes.
     assert r"\22mask_type\22: \22CAUSAL\22" in config
     assert operands == [
         f"2x192x{N}x64xbf16",
@@ -208,7 +211,7 @@ def test_cudnn_of_one_segment_has_no_mask_at_all(cudnn_installed):
 
 
 def test_cudnn_gets_the_widths_and_lengths_that_it_takes(cudnn_installed):
-    """Odd T, a width that is no multiple of 8, wider values: filled, and still one call."""
+    """Odd T, a width that is not a multiple of 8 and wider values are padded to a single call."""
     (_, _, operands), _ = calls(lowered_for_cuda((2, 191, 20, 44)))
     assert operands[:3] == [f"2x192x{heads}x48xbf16" for heads in (N, K, K)]
 
@@ -247,7 +250,7 @@ def test_why_a_kernel_cannot_run(monkeypatch):
     )
 
 
-# -- what is compiled for a TPU ---------------------------------------------------------------
+# -- compilation for a TPU --------------------------------------------------------------------
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
@@ -258,7 +261,7 @@ needs_libtpu = pytest.mark.skipif(
 @pytest.mark.process
 @needs_libtpu
 def test_splash_compiles_for_a_tpu_mesh():
-    """Head widths 64 and 128, both passes, on fsdp 2 x tensor 2 of a v5e."""
+    """Both passes compile for head widths 64 and 128 on fsdp 2 x tensor 2 of a v5e."""
     requests = ["splash:64:64", "splash:128:128", "plain:64:64"]
     environment = {
         **{k: v for k, v in os.environ.items() if k != "XLA_FLAGS"},
@@ -277,15 +280,15 @@ def test_splash_compiles_for_a_tpu_mesh():
         result, width = found[request], int(request.split(":")[1])
         forward, backward = result["kernels"]
         assert forward.startswith("splash_mha_fwd")
-        assert backward.startswith("splash_mha_dkv")  # fused: dq comes with it
+        assert backward.startswith("splash_mha_dkv")  # fused: it also computes dq
         for shapes in result["kernels"].values():
-            # Each of 4 devices has half of the 4 rows and of the heads, 8 of queries and 4 of keys.
+            # Each of 4 devices has half of the 4 rows, the 8 query heads and the 4 key heads.
             assert [2, 4, 2048, width] in shapes
             assert [2, 2, 2048, width] in shapes
             assert [4, 8, 2048, width] not in shapes
         assert not result["collectives"]
         assert not [shape for shape in result["shapes"] if shape.count(2048) > 1]
-    # The same question finds the logits of the einsums.
+    # The same search finds the logits of plain einsums.
     plain = found["plain:64:64"]
     assert [2, 2, 2, 2048, 2048] in plain["shapes"]
     assert not plain["kernels"]

@@ -1,4 +1,4 @@
-"""Head-level linear composition as functions of arrays: its forms, its extensions, its theorems."""
+"""Tests of the functions of head-level linear composition: forms, extensions and identities."""
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +13,11 @@ from mea_jax.ops.backend import resolve
 from tests import references
 from tests.helpers import assert_close, tiny_model
 
-# Sums of up to 32 float32 products, regrouped.
+# Sums of up to 32 float32 products, in a different order.
 TOLERANCE = 1e-5
 HEAD_DIM = 8
 KINDS = ("heads", "frequency", "dense")
-few = settings(max_examples=4)  # each compiles anew
+few = settings(max_examples=4)  # each example compiles again
 
 
 def normal(seed, *shape):
@@ -25,7 +25,7 @@ def normal(seed, *shape):
 
 
 def mixing_of(kind, seed, components, composites):
-    """A random mixing of `kind`."""
+    """Return a random mixing of `kind`."""
     c, k, h = components, composites, HEAD_DIM
     return normal(
         seed, *{"heads": (c, k), "frequency": (c, k, h // 2, 2), "dense": (c, h, k, h)}[kind]
@@ -36,7 +36,7 @@ def mixing_of(kind, seed, components, composites):
 @few
 @given(composites=st.integers(1, 4), missing=st.integers(0, 3), seed=st.integers(0, 9))
 def test_folded_and_explicit_mixing_are_the_reference(kind, composites, missing, seed):
-    components = max(composites - missing, 1)  # any C <= K: a compressed model's need not divide
+    components = max(composites - missing, 1)  # C need not divide K in a compressed model
     x, kernel = normal(seed, 2, 3, 5), normal(seed + 1, 5, components, HEAD_DIM)
     mix = mixing_of(kind, seed + 2, components, composites)
     weight = normal(seed + 3, 2, 3, composites, HEAD_DIM)
@@ -86,7 +86,7 @@ def test_mixing_keeps_the_dtype_of_activations(kind):
 @few
 @given(components=st.integers(1, 4), composites=st.integers(1, 4), seed=st.integers(0, 9))
 def test_absorbing_is_the_adjoint_of_mixing(kind, components, composites, seed):
-    """q . mix(k) = absorb(q) . k, query by query and position by position."""
+    """For each query and position, q . mix(k) = absorb(q) . k."""
     q, k = normal(seed, 2, 3, composites, 2, HEAD_DIM), normal(seed + 1, 2, 5, components, HEAD_DIM)
     mix = mixing_of(kind, seed + 2, components, composites)
     expected = jnp.einsum("btkgh,bskh->bkgts", q, hlc.mix(kind, k, mix))
@@ -100,7 +100,10 @@ def test_absorbing_is_the_adjoint_of_mixing(kind, components, composites, seed):
 @few
 @given(components=st.integers(1, 4), composites=st.integers(1, 4), seed=st.integers(0, 9))
 def test_values_may_be_mixed_after_the_weighted_sum(kind, components, composites, seed):
-    """sum_s p_s mix(v_s) = mix(sum_s p_s v_s): each query head keeps its own composite head."""
+    """Mixing commutes with the weighted sum: sum_s p_s mix(v_s) = mix(sum_s p_s v_s).
+
+    Each query head keeps its composite head.
+    """
     p, v = normal(seed, 2, composites, 2, 3, 5), normal(seed + 1, 2, 5, components, HEAD_DIM)
     mix = mixing_of(kind, seed + 2, components, composites)
     expected = jnp.einsum("bkgts,bskh->btkgh", p, hlc.mix(kind, v, mix))
@@ -121,7 +124,7 @@ def test_rope_commutes_with_mixing_of_keys(kind, seed):
 
 
 def test_rope_does_not_commute_with_dense_mixing():
-    """Why "dense" is for values only."""
+    """Dense mixing of keys does not commute with rotation, so "dense" is for values only."""
     x, mix = normal(0, 1, 6, 3, HEAD_DIM), mixing_of("dense", 1, 3, 5)
     frequencies = rope.rope_frequencies(HEAD_DIM, 100.0, RopeScaling())
     table = rope.rope_table(jnp.arange(6)[None], frequencies)
@@ -143,13 +146,13 @@ def test_initial_mixing_repeats_each_component(kind, components, composites):
         assert serving == [
             composite // (composites // components) for composite in range(composites)
         ]
-    assert set(serving) == set(range(components)), "no component lies idle"
+    assert set(serving) == set(range(components)), "every component must be used"
     np.testing.assert_array_equal(hlc.mix(kind, x, mix), x[:, :, jnp.asarray(serving)])
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_normal_mixing_keeps_the_size_of_heads(kind):
-    """Mean squares over 64 x 32 draws: a standard error of about 1%."""
+    """Mean squares over 64 x 32 draws stay the same within 10%; the standard error is about 1%."""
     x = normal(0, 64, 32, 6, HEAD_DIM)
     keys = jax.random.split(jax.random.key(0), 16)
     mixes = [hlc.draw("normal", key, kind, 6, 8, HEAD_DIM) for key in keys]
@@ -165,7 +168,7 @@ def test_normal_mixing_keeps_the_size_of_heads(kind):
 @few
 @given(components=st.integers(1, 4), composites=st.integers(1, 4), seed=st.integers(0, 9))
 def test_wlc_is_a_case_of_both_extensions(components, composites, seed):
-    """Equal real numbers at every frequency; M kron I."""
+    """W_lc is "frequency" with equal real numbers at all frequencies, and "dense" with M kron I."""
     x, mix_CK = normal(seed, 2, 3, components, HEAD_DIM), normal(seed + 1, components, composites)
     expected = hlc.mix("heads", x, mix_CK)
     real_CKF = jnp.repeat(mix_CK[:, :, None], HEAD_DIM // 2, axis=2)
@@ -177,7 +180,7 @@ def test_wlc_is_a_case_of_both_extensions(components, composites, seed):
 
 
 def test_mixing_keys_is_talking_heads_before_the_softmax_where_heads_share_a_query():
-    """q . sum_c M[c, n] k_c = sum_c M[c, n] (q . k_c): talking heads mixes the latter."""
+    """Talking heads mixes logits: q . sum_c M[c, n] k_c = sum_c M[c, n] (q . k_c)."""
     n = 4
     q_BTNH = jnp.repeat(normal(0, 2, 5, 1, HEAD_DIM), n, axis=2)
     k, v, mix = normal(1, 2, 5, n, HEAD_DIM), normal(2, 2, 5, n, HEAD_DIM), normal(3, n, n)
@@ -188,7 +191,7 @@ def test_mixing_keys_is_talking_heads_before_the_softmax_where_heads_share_a_que
 
 
 def test_mixing_values_is_no_talking_of_probabilities():
-    """sum_c M[c, n] (p_n v_c) keeps p_n; talking heads would mix the p of other heads in."""
+    """The sum over c of M[c, n] (p_n v_c) keeps p_n; talking heads mixes the p of other heads."""
     n = 4
     q, k, v = (normal(i, 2, 5, n, HEAD_DIM) for i in range(3))
     mix, segments = normal(3, n, n), jnp.ones((2, 5), jnp.int32)
@@ -198,7 +201,7 @@ def test_mixing_values_is_no_talking_of_probabilities():
         assert np.abs(mixed - talking).max() > 0.5
 
 
-# -- which form trains faster ----------------------------------------------------------------
+# -- the faster form in training -------------------------------------------------------------
 
 shapes = st.sampled_from([64, 256, 1024, 4096, 16384])
 heads = st.integers(1, 64)
@@ -213,10 +216,10 @@ def test_without_compression_folding_always_wins(kind, d_model, heads, head_dim)
 
 @given(kind=st.sampled_from(KINDS), heads=heads, missing=st.integers(1, 63))
 def test_explicit_stays_the_choice_as_models_widen(kind, heads, missing):
-    """What explicit mixing saves grows with D, what it costs does not."""
+    """The saving of explicit mixing grows with D; its cost does not."""
     components = max(heads - missing, 1)
     forms = [hlc.choose_form(kind, d, components, heads, 64) for d in (64, 512, 4096, 32768)]
-    assert forms == sorted(forms, reverse=True), "folded first, explicit from some width on"
+    assert forms == sorted(forms, reverse=True), "folded first, explicit above some width"
 
 
 @pytest.mark.parametrize(
@@ -224,7 +227,7 @@ def test_explicit_stays_the_choice_as_models_widen(kind, heads, missing):
     [(256, 8, "folded"), (2048, 8, "explicit"), (2048, 16, "folded")],
 )
 def test_halved_heads_are_mixed_explicitly_in_wide_models_only(d_model, components, form):
-    """16 composite heads of width 128."""
+    """With 16 composite heads of width 128, 8 components are explicit at D = 2048, not at 256."""
     assert hlc.choose_form("heads", d_model, components, 16, 128) == form
 
 
@@ -238,13 +241,13 @@ WIDE = {"d_model": 2048, "n_heads": 16, "n_kv_heads": 16, "head_dim": 128, "hlc_
         ({"key_components": 8, "value_components": 8}, 1, "explicit"),
         ({"key_components": 8, "value_components": 8}, 2, "folded"),
         ({"key_components": 8, "value_components": 8, "hlc_form": "explicit"}, 2, "explicit"),
-        ({"key_components": 8}, 1, "folded"),  # half of the projections want each: a tie
+        ({"key_components": 8}, 1, "folded"),  # a tie: one projection is faster in each form
         ({"key_components": 8, "hlc": "k"}, 1, "explicit"),
-        ({"hlc_order": "after"}, 1, "folded"),  # of values; its keys are explicit in either form
+        ({"hlc_order": "after"}, 1, "folded"),  # for values; keys are explicit in either form
         ({"hlc": "none", "head_norm": False}, 1, "auto"),
     ],
 )
 def test_resolved_form(changes, tensor, form):
-    """By shapes on one device; folded wherever heads are split, unless something is forced."""
+    """The form follows from shapes on one device; with split heads it is folded unless forced."""
     model = tiny_model(**WIDE | changes)
     assert resolve(model, jax.devices(), 64, tensor).hlc_form == form

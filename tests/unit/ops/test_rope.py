@@ -1,4 +1,4 @@
-"""Rotary positions against complex numbers, llama3 scaling against a loop over frequencies."""
+"""Tests of rotary positions against complex numbers, and of llama3 scaling against a loop."""
 
 import math
 
@@ -12,7 +12,7 @@ from mea_jax.config.schema import RopeScaling
 from mea_jax.ops.rope import apply_rope, rope_frequencies, rope_table
 
 LLAMA3 = RopeScaling(factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context=8192)
-# Angles up to 300 radians carry float32 errors of 300 * 2^-24 = 2e-5.
+# Angles of up to 300 radians have float32 errors of 300 * 2^-24 = 2e-5.
 TOLERANCE = 1e-4
 
 
@@ -59,7 +59,7 @@ def test_no_scaling_is_the_plain_series():
 
 @pytest.mark.parametrize("scaling", [LLAMA3, RopeScaling(8.0, 1.0, 4.0, 8192)])
 def test_llama3_scaling(scaling):
-    """A loop over frequencies in terms of wavelengths, as the published description has it."""
+    """The frequencies are those of a loop over wavelengths, as in the published description."""
     expected = []
     for frequency in [500_000.0 ** (-2 * i / 64) for i in range(32)]:
         wavelength = 2 * math.pi / frequency
@@ -77,7 +77,7 @@ def test_llama3_scaling(scaling):
     ratio = plain / scaled
     assert ratio[0] == 1.0
     assert ratio[-1] == pytest.approx(scaling.factor)
-    assert ((ratio > 1.01) & (ratio < 0.99 * scaling.factor)).any(), "some lie between"
+    assert ((ratio > 1.01) & (ratio < 0.99 * scaling.factor)).any(), "none is between"
 
 
 def test_bfloat16_is_rotated_in_float32():
@@ -88,5 +88,5 @@ def test_bfloat16_is_rotated_in_float32():
     turned = apply_rope(low, table)
     assert turned.dtype == jnp.bfloat16
     exact = rotate(np.asarray(low, np.float32), positions)
-    # One rounding to 8 bits of mantissa, of values up to 4.
+    # A single rounding of values up to 4 to 8 bits of mantissa.
     np.testing.assert_allclose(np.asarray(turned, np.float32), exact, atol=4 * 2**-9)

@@ -1,4 +1,4 @@
-"""The next token from logits, against numpy's sorting."""
+"""Tests of sampling the next token from logits, against sorting in numpy."""
 
 import functools
 
@@ -13,20 +13,20 @@ from mea_jax.errors import UserError
 from mea_jax.ops.sampling import Sampling, choose, restrict
 
 VOCAB = 12
-many = settings(max_examples=50)  # one shape: nothing is compiled anew but for another k
-# Unequal ones differ by enough for their probabilities to differ.
+many = settings(max_examples=50)  # a single shape: only another k compiles again
+# Two different numbers differ enough that their probabilities differ.
 numbers = st.integers(-128, 128).map(lambda i: i / 16)
 logits_of = functools.partial(st.lists, numbers, min_size=VOCAB, max_size=VOCAB)
 
 
 def kept(logits, **options):
-    """Which tokens may be drawn."""
+    """Return a mask of the tokens that may be drawn."""
     row = jnp.asarray(logits, jnp.float32)[None]
     return np.asarray(jax.nn.softmax(restrict(row, Sampling(1.0, **options))))[0] > 0
 
 
 def smallest_set(p, top_p):
-    """The fewest tokens whose probabilities reach `top_p`, by sorting."""
+    """Return a mask of the fewest tokens whose probabilities reach `top_p`, by sorting."""
     order = np.argsort(-p, kind="stable")
     count = int(np.searchsorted(np.cumsum(p[order]), top_p)) + 1
     chosen = np.zeros(len(p), bool)
@@ -35,7 +35,10 @@ def smallest_set(p, top_p):
 
 
 def decided(p, top_p):
-    """Where a sum of probabilities meets `top_p` to float32's last digits, either set is right."""
+    """Return whether no sum of probabilities is within 1e-5 of `top_p`.
+
+    Otherwise float32 rounding decides which set of tokens is kept, and two sets are right.
+    """
     return np.abs(np.cumsum(-np.sort(-p)) - top_p).min() > 1e-5
 
 
@@ -94,7 +97,7 @@ def keys(count, seed=0):
     "sampling", [Sampling(), Sampling(0.0, top_k=3, top_p=0.5), Sampling(5.0, top_k=1)]
 )
 def test_greedy(sampling):
-    """At temperature 0, or with one token to choose from at any temperature."""
+    """The most likely token is chosen at temperature 0, and with top_k=1 at any temperature."""
     logits = jnp.asarray(np.random.default_rng(0).standard_normal((200, VOCAB)), jnp.float32)
     chosen = choose(logits, keys(200), sampling)
     assert chosen.dtype == jnp.int32
@@ -111,7 +114,10 @@ def test_greedy(sampling):
     ],
 )
 def test_frequencies_are_the_probabilities(sampling, allowed):
-    """Pearson's statistic of 20,000 draws: of 11 degrees, above 40 once in 30,000 times."""
+    """Pearson's statistic of 20,000 draws is below 40.
+
+    With 11 degrees of freedom, chance exceeds 40 once in 30,000 times.
+    """
     draws = 20_000
     logits = np.random.default_rng(1).standard_normal(VOCAB).astype(np.float32)
     p = softmax(logits / sampling.temperature)
@@ -144,8 +150,8 @@ def test_a_rows_token_depends_on_its_own_key_and_logits():
         ({"temperature": -0.1}, r"^temperature=-0\.1 must be 0 \(greedy\) or more$"),
         ({"temperature": float("nan")}, r"^temperature=nan must be 0"),
         ({"top_k": -1}, r"^top_k=-1 must be 0 \(all tokens\) or more$"),
-        ({"top_p": 0.0}, r"^top_p=0\.0 must lie above 0"),
-        ({"top_p": 1.5}, r"^top_p=1\.5 must lie above 0"),
+        ({"top_p": 0.0}, r"^top_p=0\.0 must be above 0"),
+        ({"top_p": 1.5}, r"^top_p=1\.5 must be above 0"),
     ],
 )
 def test_sampling_that_cannot_be(options, message):

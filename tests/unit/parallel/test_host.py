@@ -1,4 +1,4 @@
-"""The host's allocator."""
+"""Tests of the settings of the host's allocator."""
 
 import sys
 

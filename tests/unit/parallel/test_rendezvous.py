@@ -1,4 +1,4 @@
-"""Processes that look for each other: threads here, since nothing but sockets is involved."""
+"""Tests of the rendezvous of processes, here threads, because only sockets are involved."""
 
 import contextlib
 import socket
@@ -13,7 +13,7 @@ from mea_jax.parallel import rendezvous
 
 @pytest.fixture
 def address(monkeypatch):
-    """A free one; those who are told of a problem do not wait long for latecomers."""
+    """Return a free address, and shorten the wait for late processes after an error."""
     monkeypatch.setattr(rendezvous, "_LINGER_SECONDS", 1.0)
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
@@ -25,9 +25,9 @@ def port_of(address):
 
 
 def meet(address, *processes, timeout=20.0):
-    """What becomes of processes (index, count), or (index, count, seconds before it starts).
+    """Run processes, each (index, count) or (index, count, seconds before it starts).
 
-    None for one that met the others, else the line that it ends with.
+    Return a list with None for each process that met the others, otherwise its error message.
     """
     found: list[str | None] = [""] * len(processes)
 
@@ -54,7 +54,7 @@ def meet(address, *processes, timeout=20.0):
 def test_all_meet_in_whatever_order(address, count):
     processes = [(index, count, 0.1 * ((index * 3 + 2) % count)) for index in range(count)]
     assert meet(address, *processes) == [None] * count
-    # The port is free at once for jax, and for the next run.
+    # The port is immediately free for jax and for the next run.
     rendezvous._listen(port_of(address)).close()
 
 
@@ -70,7 +70,7 @@ def test_missing_processes_are_named_to_all_that_came(address):
 
 @pytest.mark.slow
 def test_one_whose_time_is_up_first_knows_who_is_missing(address):
-    """It has been told by process 0, which goes on waiting."""
+    """Process 0, which continues to wait, has sent it the list of missing processes."""
     thread = threading.Thread(target=meet, args=(address, (0, 3)), kwargs={"timeout": 4.0})
     thread.start()
     with pytest.raises(UserError, match=rf"^process 1 did not come to {address} within 2\.5 s"):
@@ -101,14 +101,14 @@ def test_two_with_one_number(address, processes):
 
 
 def test_counts_that_differ_are_told_to_all(address):
-    """Also to the third, which process 0 did not count on, and which comes late."""
+    """All processes report it, also the late third, which process 0 did not expect."""
     for line in meet(address, (0, 2), (1, 3), (2, 3, 0.5)):
         assert "--num_processes 3, process 0 on" in line
         assert "with 2: give every process the same" in line
 
 
 def test_strangers_do_not_disturb(address):
-    """A port scanner, another program's bytes, and someone who says nothing."""
+    """A port scanner, bytes of another program and a silent connection do not disturb."""
 
     def strangers():
         for words in (b"", b"GET / HTTP/1.1\r\n\r\n", b"[1, 2]\n", b'{"process": "x"}\n'):
@@ -130,7 +130,7 @@ def test_strangers_do_not_disturb(address):
 
 
 def test_one_that_left_is_not_counted(address):
-    """Process 1 comes, is killed, and is started again: only then is the run complete."""
+    """If process 1 connects, is killed and is started again, the run is complete only then."""
 
     def come_and_go():
         with socket.create_connection(("localhost", port_of(address)), 5) as connection:
@@ -148,7 +148,7 @@ def test_one_that_left_is_not_counted(address):
 def test_a_port_that_another_program_has(address):
     with socket.create_server(("localhost", port_of(address))) as server:
 
-        def speak():  # as jax's own service speaks, once the run has begun
+        def speak():  # like jax's service after the start of a run
             with contextlib.suppress(OSError):
                 while True:
                     connection, _ = server.accept()
@@ -157,7 +157,7 @@ def test_a_port_that_another_program_has(address):
 
         threading.Thread(target=speak, daemon=True).start()
         (line,) = meet(address, (1, 2), timeout=10.0)
-        assert f"what answers at {address} is not a process 0 that waits" in line
+        assert f"the program at {address} is not a waiting process 0" in line
         server.shutdown(socket.SHUT_RDWR)
 
 

@@ -1,4 +1,4 @@
-"""One step is one step on any mesh; what is declared split is split; nothing is ignored."""
+"""Tests of sharding: equal steps on all meshes, the declared shardings, and errors."""
 
 import functools
 import inspect
@@ -30,7 +30,7 @@ from tests.helpers import assert_close, change, flat, random_batch
 STEPS = 5
 MESHES = {
     "one": MeshConfig(1, 1, 1),
-    # each axis alone; configs/ use data and fsdp
+    # each axis alone; files in configs/ use data and fsdp
     "data": MeshConfig(8, 1, 1),
     "fsdp": MeshConfig(1, 8, 1),
     "tensor": MeshConfig(1, 1, 2),
@@ -40,7 +40,7 @@ MESHES = {
     "mixed with sequence": MeshConfig(1, 2, 2, sequence=2),
     "data and sequence": MeshConfig(2, 1, 1, sequence=4),
 }
-# MEA with C < K, and MHA with everything else that touches the ends of the model.
+# MEA with C < K, and MHA with the other options for the input and output of the model.
 MODELS: dict[str, dict[str, Any]] = {
     "MEA": {"model.key_components": 2, "model.value_components": 2, "model.n_heads": 8},
     "MHA": {
@@ -55,7 +55,7 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "MEA, C = K": {"model.n_layers": 1, "model.positions": "alibi", "model.remat": "dots"},
 }
-# Windows of several documents, padding as ragged as it can be, and a part of two rows almost empty.
+# Windows of several documents with very different padding; a microbatch of two rows almost empty.
 UNEVEN = [[32], [20, 9], [7], [1], [32], [4], [3], [30]]
 
 
@@ -72,7 +72,10 @@ def config(tiny):
 
 @pytest.fixture(scope="module")
 def run(tiny):
-    """`run(mesh name, model)`: losses of 5 steps from the same seed, and the last state."""
+    """Return `run(mesh name, model)`: it trains 5 steps and returns (losses, last state).
+
+    All runs start from the same seed.
+    """
 
     @functools.cache
     def train(name, model="MEA"):
@@ -103,13 +106,13 @@ def test_several_devices_give_the_losses_of_one(run, name, model):
     losses, state = run(name, model)
     expected, one = run("one", model)
     assert len(set(expected)) == STEPS
-    # Float32 sums in another order, magnified by Adam's division over 5 steps.
+    # Float32 sums in a different order, magnified by Adam's division over 5 steps.
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
     assert_close(state.params, one.params, rtol=1e-2, atol=2e-4)
 
 
 def normalised(spec, ndim):
-    """Axes as tuples, one entry for each dimension."""
+    """Return `spec` with a tuple of mesh axes for each dimension."""
     axes = [a if isinstance(a, tuple) else (a,) if a else () for a in spec]
     return axes + [()] * (ndim - len(axes))
 
@@ -134,7 +137,7 @@ SPECS = {
 
 
 def check_specs(tree):
-    """Parameters, or moments of the same tree."""
+    """Check the shardings of parameters, or of moments with the same tree."""
     leaves = flat(tree)
     assert leaves.keys() == SPECS.keys()
     for path, leaf in leaves.items():
@@ -145,7 +148,10 @@ def check_specs(tree):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["mixed", "mixed with sequence"])
 def test_parameters_and_moments_are_split_as_declared(run, name):
-    """After 5 steps, on data 2 x fsdp 2 x tensor 2, and on fsdp 2 x sequence 2 x tensor 2."""
+    """The shardings are as declared after 5 steps.
+
+    The meshes are data 2 x fsdp 2 x tensor 2 and fsdp 2 x sequence 2 x tensor 2.
+    """
     _, state = run(name)
     check_specs(state.params)
     adam = next(s for s in jax.tree.leaves(state.opt_state, is_leaf=has_moments) if has_moments(s))
@@ -166,7 +172,7 @@ def test_each_device_holds_only_its_part(run):
     assert len(gate.addressable_shards) == 8
     embedding = run("fsdp")[1].params["embedding"]
     assert {shard.data.shape for shard in embedding.addressable_shards} == {(264, 4)}
-    # Nothing is left out: all but norm scales and mixing is held in eighths.
+    # A device has an eighth of every parameter except norm scales and mixing.
     for name in ("fsdp", "sequence"):
         sizes, held = {}, {}
         for path, leaf in flat(run(name)[1].params).items():
@@ -176,7 +182,7 @@ def test_each_device_holds_only_its_part(run):
 
 
 def test_state_is_made_where_it_stays(config):
-    """`create_state` needs no device that holds a whole parameter: its program is sharded."""
+    """The program of `create_state` is sharded: no device needs memory for a full parameter."""
     mesh = mesh_of("mixed")
     found = flat(create_state(config, mesh))
     for path, abstract in flat(abstract_state(config, mesh)).items():
@@ -187,14 +193,14 @@ def test_state_is_made_where_it_stays(config):
     ("name", "shape"), [("mixed", (2, 32, 32)), ("data and sequence", (4, 8, 32))]
 )
 def test_residual_is_split_by_rows_and_positions(config, name, shape):
-    """An activation between blocks, as jax reports it while the compiled loss runs."""
+    """Activations between blocks are split, as jax reports when it compiles the loss."""
     mesh, seen = mesh_of(name), []
     constrain = sharding.constrain
 
     def spy(x, *names):
         y = constrain(x, *names)
-        # flax's scan traces its body once more, to see what does not depend on it; there an effect
-        # counts as such a dependency.
+        # flax's scan traces its body once more to find what does not depend on the carry. There, an
+        # effect would count as such a dependency.
         probing = any(frame.frame.f_locals.get("init_mode") is True for frame in inspect.stack(0))
         if names == ("batch", "length", "activation_embed") and not probing:
             jax.debug.inspect_array_sharding(y, callback=lambda s: seen.append((y.shape, s)))
@@ -213,7 +219,7 @@ def test_residual_is_split_by_rows_and_positions(config, name, shape):
 
 
 def test_heads_are_split_inside_the_compiled_step(config):
-    """With tensor 2 each device computes half of the heads: no product is over all 8."""
+    """With tensor=2 each device computes half of the 8 heads; no product is over all."""
     mesh = sharding.make_mesh(MeshConfig(1, 1, 2), jax.devices()[:2])
     one = change(config, **{"model.n_layers": 1})
     with jax.set_mesh(mesh):
@@ -226,7 +232,7 @@ def test_heads_are_split_inside_the_compiled_step(config):
         int(np.prod([int(d) for d in shape.split(",")]))
         for shape in re.findall(r"f32\[([\d,]+)\]", text)
     ]
-    attention_logits = 8 * 8 * 32 * 32  # B N T T of the whole; a device has half of it
+    attention_logits = 8 * 8 * 32 * 32  # B N T T; a device has half of it
     assert attention_logits // 2 in sizes
     assert attention_logits not in sizes
 
@@ -266,7 +272,7 @@ def test_constrain_inside_a_mesh_is_not_ignored():
 
 
 def test_constrain_leaves_whole_what_does_not_divide():
-    """One row of a prompt, over data 2 x fsdp 2: not filled up to four."""
+    """A prompt of one row on data 2 x fsdp 2 is not padded to four rows."""
     x = jnp.ones((1, 4, 2))
     with jax.set_mesh(mesh_of("mixed")):
         traced = jax.make_jaxpr(
@@ -277,7 +283,7 @@ def test_constrain_leaves_whole_what_does_not_divide():
 
 @pytest.mark.slow
 def test_a_program_without_its_mesh_is_refused(config):
-    """Its annotations would do nothing. One device needs none."""
+    """Without a mesh its annotations would do nothing; one device needs no mesh."""
     mesh, batch = mesh_of("mixed"), random_batch(0, 8, 32, 264)
     state = abstract_state(config, mesh)
     step = compile_train_step(config, mesh)
@@ -298,8 +304,11 @@ def test_a_program_without_its_mesh_is_refused(config):
 
 
 def test_minus_one_takes_what_is_left():
-    """data, fsdp, tensor, sequence, slices, expert in a config; tensor, which talks most, innermost
-    in a mesh."""
+    """An axis of -1 takes the remaining devices.
+
+    The order in a config is data, fsdp, tensor, sequence, slices, expert. In a mesh, tensor is
+    innermost, because it communicates most.
+    """
     shapes = {
         (-1, 1, 1): (8, 1, 1, 1, 1),
         (2, -1, 1): (2, 4, 1, 1, 1),
@@ -316,7 +325,7 @@ def test_minus_one_takes_what_is_left():
 
 
 def test_data_runs_over_slices_outermost():
-    """Without slices of their own, each is as many consecutive devices."""
+    """Where devices report no slices, each slice is an equal number of consecutive devices."""
     mesh = sharding.make_mesh(MeshConfig(data=4, fsdp=2, slices=2))
     numbers = np.vectorize(lambda device: device.id)(mesh.devices)
     assert sorted(numbers[:2].reshape(-1)) == [0, 1, 2, 3]
@@ -356,7 +365,7 @@ def test_mesh_that_does_not_fit_the_devices(sizes):
 @pytest.mark.parametrize(
     ("mesh", "changes", "message"),
     [
-        ((4, 1, 1, 1, 1, 2), {}, r"expert=2 splits experts, and .*n_experts=0 has none: use data"),
+        ((4, 1, 1, 1, 1, 2), {}, r"expert=2 splits experts, and .*n_experts=0 has none: use"),
         ((1, 1, 8), {"model.n_heads": 4}, r"tensor=8 does not divide .*n_heads=4"),
         ((2, 1, 4), {"model.n_kv_heads": 2}, r"tensor=4 does not divide .*n_kv_heads=2"),
         ((2, 1, 4), {"model.key_components": 2}, r"key_components \(layer 0\)=2"),
@@ -365,13 +374,13 @@ def test_mesh_that_does_not_fit_the_devices(sizes):
         ((2, 1, 4), {"model.vocab_size": 270}, r"vocab_size=270"),
         ((1, 8, 1), {"model.d_model": 36}, r"fsdp=8 does not divide .*d_model=36"),
         ((1, 4, 1, 2), {"model.d_model": 36}, r"fsdp x sequence = 4 x 2 does not .*d_model=36"),
-        ((2, 1, 1, 4), {"data.context_length": 36}, r"context_length=36 .* multiple of 8 \(2 x 4"),
+        ((2, 1, 1, 4), {"data.context_length": 36}, r"context_length=36: .* multiple of 8 \(2 x 4"),
         (
             (2, 1, 1, 4),
             {"data.context_length": 512, "model.attention_kernel": "splash"},
-            r"sequence=4 needs .*context_length=512 to be a multiple of 1024 \(2 x 4 x 128",
+            r"sequence=4 does not fit .*context_length=512: .* multiple of 1024 \(2 x 4 x 128",
         ),
-        ((8, 1, 1), {"batch_size": 12}, r"12 windows cannot be shared .* 8 devices"),
+        ((8, 1, 1), {"batch_size": 12}, r"12 windows cannot be divided .* 8 devices"),
         ((2, 4, 1), {"accumulate": 2}, r"batch_size / accumulate = 4 windows .* 8 devices"),
     ],
 )

@@ -1,4 +1,4 @@
-"""What a plan counts: products, bytes, collectives of compiled programs, loops multiplied out."""
+"""Tests of a plan's counts: products, bytes and collectives, with loops multiplied out."""
 
 from types import SimpleNamespace
 
@@ -24,7 +24,7 @@ def counted(executable) -> costs.Costs:
 
 
 def test_without_loops_products_and_bytes_are_those_of_xla():
-    """Elementwise work is not counted here, so there is none in the program."""
+    """FLOPs and bytes agree with XLA's in a program without elementwise work (not counted)."""
 
     def function(x, w, v):
         return (x @ w) @ v
@@ -32,13 +32,13 @@ def test_without_loops_products_and_bytes_are_those_of_xla():
     executable = compiled(function, (32, D), (D, 3 * D), (3 * D, D))
     mine, xla = counted(executable), executable.cost_analysis()
     assert mine.flops == xla["flops"] == 2 * 32 * D * 3 * D * 2
-    # XLA also counts scratch memory of its product's library.
+    # XLA also counts temporary memory of the library for products.
     assert mine.hbm_bytes == pytest.approx(xla["bytes accessed"], rel=0.05)
 
 
 @pytest.mark.parametrize("outer", [1, 3])
 def test_loops_are_multiplied_out(outer):
-    """A scan of 5 layers in a scan of parts; XLA's own total counts each body once."""
+    """A scan of 5 layers within a scan is multiplied out; XLA's total counts each body once."""
 
     def layers(x, w_LDD):
         return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w_LDD)[0]
@@ -54,7 +54,7 @@ def test_loops_are_multiplied_out(outer):
 
 
 def test_a_slice_of_a_large_array_is_read_once_a_turn():
-    """Each of 16 turns reads one layer of the stack, not the stack."""
+    """Each of 16 iterations reads one layer of the stack, not the stack."""
     layers, size = 16, 1 << 16
 
     def function(x, w):
@@ -62,7 +62,7 @@ def test_a_slice_of_a_large_array_is_read_once_a_turn():
 
     moved = counted(compiled(function, (size,), (layers, size))).hbm_bytes
     once = layers * size * 4
-    assert 3 * once <= moved < 5 * once, "reads x and a layer, writes x"
+    assert 3 * once <= moved < 5 * once, "an iteration must read x and a layer, and write x"
 
 
 def test_a_loop_of_unknown_length_is_said():
@@ -85,11 +85,11 @@ ENTRY %main (a: bf16[2,8192,2048,1], b: bf16[2048,8,64,1]) -> bf16[2,8192,8,64] 
 
 
 def test_a_tpu_writes_head_axes_as_windows():
-    """8 heads as a window of 8 taps over one position filled up by 7 on either side."""
+    """8 heads are a window of size 8 over one position, padded by 7 on both sides."""
     labels = "window={size=1x8 pad=0_0x7_7 rhs_reversal=0x1}, dim_labels=0bf1_i1o0->0b1f"
     mine = costs.count(hlo.parse(WINDOWS.replace("LABELS", labels)))
     assert mine.flops == 2 * 2 * 8192 * 2048 * 8 * 64
-    # b lies in on-chip memory.
+    # b is in on-chip memory.
     assert mine.hbm_bytes == 2 * (2 * 8192 * 2048 + 2 * 8192 * 8 * 64)
 
 
@@ -124,7 +124,7 @@ def test_axes_are_those_along_which_a_group_differs():
     ],
 )
 def test_collectives_of_a_real_program(kind, spec, factor):
-    """A product with its rows split gathers them; with its contraction split it adds up."""
+    """A product with split rows gathers them; one with a split contraction is all-reduced."""
     mesh = jax.make_mesh((4,), ("x",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
     whole, split = (NamedSharding(mesh, s) for s in (PartitionSpec(), spec))
     other = NamedSharding(mesh, PartitionSpec("x")) if kind == "all-reduce" else whole
@@ -150,7 +150,10 @@ def collective(kind: str, nbytes: float) -> costs.Collective:
 
 
 def test_links_of_a_torus():
-    """v5p: rings from 4 chips on, both directions; every axis that a group spans adds its links."""
+    """On v5p, axes of 4 or more chips are rings with both directions.
+
+    Every axis that a group spans adds its links.
+    """
     chip, devices = CHIPS["v5p"], torus(4, 4, 4)
     gathered = collective("all-gather", 1e9)
     line = [d for d in range(64) if devices[d].coords[:2] == (0, 0)]
@@ -158,7 +161,7 @@ def test_links_of_a_torus():
     assert one == pytest.approx(0.75 * 1e9 / (2 * chip.link))
     cube = collectives.seconds(gathered, range(64), devices, chip)
     assert cube == pytest.approx(63 / 64 * 1e9 / (6 * chip.link))
-    # Two chips are no ring.
+    # Two chips are not a ring.
     two = torus(2, 1, 1)
     assert collectives.seconds(gathered, [0, 1], two, chip) == pytest.approx(0.5e9 / chip.link)
 
@@ -184,7 +187,10 @@ def test_what_slices_exchange_goes_through_the_hosts():
 
 
 def test_splash_counts_the_causal_half():
-    """N 4, K 2, T 256, H 64: forward 2 products, backward 5 or, as two kernels, 3 and 4."""
+    """Splash runs 2 products forward, and 5 backward or, as two kernels, 3 and 4.
+
+    The shape is N 4, K 2, T 256, H 64.
+    """
     q = hlo.Array("bf16", (1, 4, 256, 64), fast=False)
     k = hlo.Array("bf16", (1, 2, 256, 64), fast=False)
     partial = hlo.Array("bf16", (2, 1, 4, 256, 64), fast=False)

@@ -1,4 +1,4 @@
-"""The committed study of compression: its rows are the study's, its tables those of its rows."""
+"""Tests of the committed compression study: its rows, its tables and its page."""
 
 import re
 import shutil
@@ -28,7 +28,7 @@ def test_rows_of_a_share_have_no_more_bytes_than_the_papers():
             if figures.name_of(other) == figures.PAPER
         )
         assert row["bytes"] <= paper["bytes"], row
-        assert row["before"] == paper["before"], "another held-out text"
+        assert row["before"] == paper["before"], "the held-out text differs"
 
 
 def test_its_tables_are_what_its_rows_give(tmp_path):
@@ -42,7 +42,7 @@ def test_the_page_shows_the_table_of_the_rows():
 
 
 def test_readme_shows_its_numbers():
-    """The increases of README's four rows are those of the page's table."""
+    """The increases in README's four rows are those of the page's table."""
     page, readme = PAGE.read_text(), (ROOT / "README.md").read_text()
     rows = re.findall(r"^\| [^|]+ \| (0\.\d{4}) \| (0\.\d{4}) \| (0\.\d{4}) \|$", readme, re.M)
     assert len(rows) == 4
@@ -52,7 +52,7 @@ def test_readme_shows_its_numbers():
 
 
 def test_the_page_tells_what_was_retrieved():
-    """Means over depths of `retrieval.jsonl`, at each length."""
+    """The page has the means over depths of `retrieval.jsonl`, at each length."""
     rows, page = read(DATA / "retrieval.jsonl"), PAGE.read_text()
     models = list(dict.fromkeys(row["model"] for row in rows))
     assert len(models) == 5

@@ -1,4 +1,4 @@
-"""The committed study: its rows are those of its config, its report that of its rows."""
+"""Tests of the committed learning-rate study: its rows, its report and its page."""
 
 import importlib.util
 
@@ -31,11 +31,11 @@ def test_its_rows_are_the_runs_of_its_config(tmp_path):
     assert len(rows) == len(wanted) == 190
     copy = Store(tmp_path)
     copy.grid.write_bytes((STUDY / "grid.json").read_bytes())
-    copy.claim(made.identity)  # refuses the rows of another grid
+    copy.claim(made.fingerprint)  # raises if the rows are of another grid
 
 
 def test_its_report_is_what_its_rows_give(tmp_path):
-    """All tables, to the digits shown; the second line names the folders."""
+    """The tables are equal in all digits; the first lines, with folder names, are not compared."""
     made = report(STUDY, tmp_path).splitlines()
     assert made[3:] == (STUDY / "report.md").read_text().splitlines()[3:]
 

@@ -1,4 +1,4 @@
-"""The study of compression: a grid that goes on where it stopped, and what is drawn of its rows."""
+"""Tests of the compression study: resuming its grid, and the tables and figures of its rows."""
 
 import json
 from dataclasses import asdict
@@ -24,7 +24,7 @@ def run(tiny, tmp_path_factory):
 
 
 def test_a_stopped_study_goes_on(run, devices, tmp_path, monkeypatch):
-    """What is in rows.jsonl is not made again; what was made but not written is taken."""
+    """Compressions in rows.jsonl are not repeated; finished ones without a row are read."""
     devices(1)
     work, out = tmp_path / "work", tmp_path / "out"
     study, name = Study(work, out), CompressionName("aligned", "measured", "none")
@@ -63,7 +63,7 @@ def test_more_effort_is_more_steps_on_more_text():
     name = CompressionName("aligned", "repaired", "layerwise", effort=4)
     asked = name.of(usual, 0.5)
     assert (asked.repair_steps, asked.repair_tokens) == (400, 4000)
-    assert asked.calibration_tokens == 1000  # else budgets would be measured anew
+    assert asked.calibration_tokens == 1000  # otherwise budgets would be measured again
     assert name.folder(0.5) != CompressionName("aligned", "repaired", "layerwise").folder(0.5)
 
 
@@ -78,7 +78,7 @@ def test_a_part_of_the_study_by_its_flags(run, devices, tmp_path, in_process):
     rows = compression.read(tmp_path / "out" / "rows.jsonl")
     assert [(r["method"], r["keep"]) for r in rows] == [("svd", 0.25), ("svd", 0.5)]
     status, _, err = in_process("studies.compression", *arguments, "--effort=4")
-    assert (status, "nothing in the study is like that" in err) == (2, True)
+    assert (status, "no compression of the study matches" in err) == (2, True)
 
 
 def row(kind, seed, name, keep, increase):
@@ -108,8 +108,10 @@ def test_ratios_are_to_the_papers_method_at_the_same_seed():
 
 
 def test_means_of_seeds_have_the_error_of_a_mean():
-    """Independent errors add as squares; a row without one, and a share without the paper's row,
-    leave theirs out."""
+    """Independent errors add as squares.
+
+    If a row has no error, the mean has none; without the paper's row there is no ratio.
+    """
     known = [
         r | {"error": e, "divergence": r["increase"] / 2}
         for r, e in zip(ROWS, (3e-2, 3e-3, 4e-2, 4e-3), strict=True)
@@ -143,12 +145,15 @@ def test_one_command_redraws_all(tmp_path):
 
 @pytest.mark.slow
 def test_recovery_starts_from_what_was_compressed(run, devices, tmp_path, monkeypatch):
-    """Each start at its own loss, the control at the model's; what is finished stays."""
+    """Each run starts at the loss of its model, the control at the original's.
+
+    Finished runs are not repeated.
+    """
     devices(1)
     quick = (
         PAPER,
         CompressionName("aligned", "uniform", "none"),
-    )  # the others differ in nothing here
+    )  # the other starts are equal here
     monkeypatch.setattr(recovery, "STARTS", quick)
     monkeypatch.setattr(recovery, "TAUGHT", quick[1])
     study = Study(tmp_path / "work", tmp_path / "out")
@@ -161,7 +166,7 @@ def test_recovery_starts_from_what_was_compressed(run, devices, tmp_path, monkey
     assert len(first) == 2 + len(kept)
     ended = json.loads((run / "summary.json").read_text())["held_out_loss"]
     assert first["original"] == pytest.approx(ended, abs=1e-4)
-    best = recovery.TAUGHT.folder(0.5)
+    best = recovery.DISTILLED.folder(0.5)
     assert first[best] == first[f"{best}, taught"]
     after = {row["start"]: row["loss"] for row in rows}
     assert after[best] != after[f"{best}, taught"]

@@ -1,4 +1,4 @@
-"""The paper's protocol: which commands, in which order, what a failure costs, and the table."""
+"""Tests of the paper's protocol: its commands and their order, failures, and the table."""
 
 import importlib.util
 import json
@@ -29,7 +29,7 @@ def one_model():
 
 
 class Commands:
-    """Stands for the commands: leaves what they leave, fails at the one whose number is `fails`."""
+    """A fake of the commands: it writes their files, and call number `fails` fails."""
 
     def __init__(self, out, fails=None):
         self.out, self.fails, self.called = out, fails, []
@@ -59,7 +59,10 @@ class Commands:
 
     @staticmethod
     def score(name, task):
-        """Task a: 0.5 for the original, less for the others by the loss; b: the same less 0.1."""
+        """Return a row of scores: 0.5 for the original in task a, 0.1 less in b.
+
+        For other models it is lower by a tenth of their increase in loss.
+        """
         base = 0.5 if task == "a" else 0.4
         lost = 0.1 * (LOSS["original"] - LOSS[name])
         return {
@@ -80,7 +83,7 @@ def run(out, call):
 
 
 def test_every_model_is_made_before_it_is_read(tmp_path):
-    """Compressed models, their trainings and the control, each after what it starts from."""
+    """Compressed models, their training and the control come after the model they start from."""
     made = set()
     for stage in halve.stages(config(), "FOLDER", tmp_path):
         for flag, word in zip(stage.words, stage.words[1:], strict=False):
@@ -98,7 +101,7 @@ def test_every_model_is_made_before_it_is_read(tmp_path):
 
 def test_a_failure_costs_its_own_stage_only(tmp_path):
     first = Commands(tmp_path, fails=3)
-    with pytest.raises(UserError, match="control failed with status 3"):
+    with pytest.raises(UserError, match="'control' failed with status 3"):
         run(tmp_path, first)
     again = Commands(tmp_path)
     run(tmp_path, again)
@@ -119,7 +122,7 @@ def test_the_table(tmp_path):
     assert rows["half"]["layers"] == "half"
     assert rows["original"]["mean"]["value"] == pytest.approx(0.45)
     assert rows["half"]["mean"]["difference"] == pytest.approx(-0.025)
-    # Two tasks of error 0.004: sqrt(2) 0.004 / 2.
+    # Two tasks with an error of 0.004: sqrt(2) 0.004 / 2.
     assert rows["half"]["mean"]["difference_error"] == pytest.approx(0.0028284, rel=1e-3)
     assert "| half | 3,072 | 75.0% | 2.2500 | +0.2500 ± 0.0100 | 1.50x |" in text
     assert "| original | 4,096 | 100.0% | 2.0000 |  |  |" in text
@@ -143,10 +146,10 @@ def test_the_metric_that_stands_for_a_task(tmp_path):
     ("changes", "words"),
     [
         ({"keeps": 0.5}, "unknown config key config.keeps: did you mean 'keep'"),
-        ({"keep": 0.0}, "config.keep=0.0 must lie"),
+        ({"keep": 0.0}, "config.keep=0.0 must be in"),
         ({"compressions": {}}, "config.compressions is empty"),
-        ({"compressions": {"control": {}}}, "config.compressions.control: choose another name"),
-        ({"tasks": "mmlu"}, "config.tasks='mmlu' is of another type"),
+        ({"compressions": {"control": {}}}, "config.compressions.control is a reserved name"),
+        ({"tasks": "mmlu"}, "config.tasks='mmlu' has the wrong type"),
     ],
 )
 def test_what_cannot_be_run_is_refused_before_anything_is(tmp_path, changes, words):
@@ -159,7 +162,9 @@ def test_what_cannot_be_run_is_refused_before_anything_is(tmp_path, changes, wor
 
 def test_a_folder_of_other_options_is_refused(tmp_path):
     run(tmp_path, Commands(tmp_path))
-    with pytest.raises(UserError, match=r"holds half of other options \(--keep=0.25, --keep=0.5\)"):
+    with pytest.raises(
+        UserError, match=r"contains half with other options \(--keep=0.25, --keep=0.5\)"
+    ):
         halve.run(one_model() | {"keep": 0.25}, "FOLDER", tmp_path, print, Commands(tmp_path))
     (tmp_path / "stages.json").write_text("{")
     with pytest.raises(UserError, match=r"stages\.json is damaged"):

@@ -1,4 +1,4 @@
-"""A grid of runs from a config, and the store of its rows."""
+"""Tests of grids of runs from a config, and of the store of their rows."""
 
 import json
 import multiprocessing
@@ -57,11 +57,11 @@ def test_chunks_hold_each_run_once():
         ({"variants": {}}, "config.variants is empty"),
         ({"variants": {"x": {"model": {"hcl": "kv"}}}}, "config.variants.x: unknown config key"),
         ({"learning_rates": ()}, "config.learning_rates must be a list"),
-        ({"seeds": (0, 0)}, "names a value twice"),
+        ({"seeds": (0, 0)}, "contains a value twice"),
         ({"seeds": (0.5,)}, "numbers of type int"),
-        ({"per_size": {"xl": {"seeds": (0,)}}}, "sizes are l, s"),
+        ({"per_size": {"xl": {"seeds": (0,)}}}, "sizes l, s"),
         ({"per_size": {"l": {"seed": (0,)}}}, "axes horizons"),
-        # which cell
+        # errors that name a cell
         ({"variants": {"odd": {"model": {"n_kv_heads": 3}}}}, "cell odd, size l, 200 steps: "),
         ({"learning_rates": (-1.0,)}, "cell mea, size l, 200 steps: "),
     ],
@@ -99,7 +99,7 @@ def test_a_row_that_a_kill_cut_short_costs_no_other(tmp_path):
         store.append(row(seed))
     whole = store.path.read_bytes()
     end = len(whole.splitlines(keepends=True)[-1])
-    for cut in range(1, end):  # wherever the kill fell
+    for cut in range(1, end):  # at any point of the last row
         store.path.write_bytes(whole[:-cut])
         assert [r["seed"] for r in store.rows()] == ([0, 1, 2] if cut == 1 else [0, 1])
         store.append(row(3))
@@ -136,7 +136,7 @@ def test_the_last_row_of_a_run_counts(tmp_path):
     [
         ({"seed": 1}, "line 2: no variant"),
         (row(1, None), "line 2: loss=None without diverged=true"),
-        ([1], "line 2: [1] is no JSON object"),
+        ([1], "line 2: [1] is not a JSON object"),
         ({k: v for k, v in row(1).items() if k != "steps"}, "line 2: no steps"),
     ],
 )
@@ -150,28 +150,28 @@ def test_a_row_that_is_no_runs_is_named(tmp_path, bad, words):
 
 
 def test_a_store_is_of_one_grid(tmp_path):
-    """Axes, variants and sizes may grow, how runs are executed may change; nothing else."""
-    Store(tmp_path).claim(grid_of(study()).identity)
+    """Axes, variants and sizes may grow and options of execution may change, but nothing else."""
+    Store(tmp_path).claim(grid_of(study()).fingerprint)
     more = study(seeds=(5,))
     more.variants.gated = {"model": {"gate": "head"}}
     more.base.data.prefetch = 3
-    Store(tmp_path).claim(grid_of(more).identity)
+    Store(tmp_path).claim(grid_of(more).fingerprint)
     other = study()
     other.base.optimizer.weight_decay = 0.5
     other.variants.mha = {"model": {"hlc": "none", "head_norm": True}}
     with pytest.raises(UserError) as caught:
-        Store(tmp_path).claim(grid_of(other).identity)
+        Store(tmp_path).claim(grid_of(other).fingerprint)
     assert "base.optimizer.weight_decay, variants.mha.model.head_norm" in str(caught.value)
     again = study()
     again.variants.gated = {"model": {"gate": "feature"}}
     with pytest.raises(UserError, match=r"variants\.gated\.model\.gate"):
-        Store(tmp_path).claim(grid_of(again).identity)
+        Store(tmp_path).claim(grid_of(again).fingerprint)
 
 
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("sizes.d128.model.head_dim=31", "the config sets no 'head_dim' there: mend the name"),
+        ("sizes.d128.model.head_dim=31", "the config has no 'head_dim' there: correct the name"),
         ("sizes.d129.model.d_model=64", "no 'd129' there: did you mean 'd192'?"),
         ("base.optimizer.learning_rat=1", "no 'learning_rat' there: did you mean 'learning_rate'?"),
     ],

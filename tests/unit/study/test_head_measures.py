@@ -1,4 +1,4 @@
-"""What is said of mixing matrices and of heads, on examples whose answer is known."""
+"""Tests of the measures of mixing matrices and heads, on examples with known answers."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +16,7 @@ def off_diagonal(size):
 
 
 def blocks(rng, size, noise):
-    """Two groups of rows and of columns, alike within, over noise."""
+    """Return a matrix with two groups of equal rows and of equal columns, plus noise."""
     signs = np.kron([[1.0, 1.0], [1.0, -1.0]], np.ones((size // 2, size // 2)))
     return signs + noise * rng.standard_normal((size, size))
 
@@ -26,7 +26,7 @@ def blocks(rng, size, noise):
 
 @pytest.mark.parametrize("side", ["rows", "columns"])
 def test_blocks_are_clusters(side):
-    """Found below chance of 1 in 100, whatever is on the diagonal, with the groups they have."""
+    """The groups are found with p < 0.01, for any diagonal."""
     x = blocks(np.random.default_rng(0), 8, 0.3) + 5 * np.eye(8)
     found = clusters(x if side == "rows" else x.T, off_diagonal(8), True, 999, 0)
     assert found is not None
@@ -38,10 +38,10 @@ def test_blocks_are_clusters(side):
 @pytest.mark.parametrize("scales", [0.0, 1.0])
 @pytest.mark.parametrize("signed", [True, False])
 def test_chance_is_no_cluster(scales, signed):
-    """p is uniform for random mixings, those with loud and quiet heads included.
+    """The p of random mixings is uniform, also with heads of very different scales.
 
-    Of 120 uniform p, the share at or below x has standard deviation below sqrt(x / 120): bounds
-    at four of them.
+    Of 120 uniform p, the share at or below x has a standard deviation below sqrt(x / 120). The
+    bounds are four standard deviations.
     """
     rng, found = np.random.default_rng(1), []
     for seed in range(120):
@@ -57,7 +57,7 @@ def test_chance_is_no_cluster(scales, signed):
 
 
 def test_sign_and_scale_of_a_head_are_no_matter():
-    """Flipped and scaled rows and columns are in the same groups, told from chance as well."""
+    """Flipping and scaling rows and columns keeps the groups, and p stays below 0.02."""
     rng = np.random.default_rng(2)
     x = blocks(rng, 8, 0.3)
     signs = rng.choice([-1.0, 1.0], (2, 8)) * np.exp(rng.standard_normal((2, 8)))
@@ -66,13 +66,13 @@ def test_sign_and_scale_of_a_head_are_no_matter():
     assert one is not None
     assert two is not None
     assert (one.groups, two.groups) == ([[0, 1, 2, 3], [4, 5, 6, 7]],) * 2
-    assert max(one.p, two.p) < 0.02  # a row's shuffles keep its signs: chance is not the same
-    # Balancing stops after a few sweeps, so not to the last digit.
+    assert max(one.p, two.p) < 0.02  # shuffles of a row keep its signs, so chance differs
+    # Balancing stops after a few sweeps, so the last digits differ.
     assert two.silhouette == pytest.approx(one.silhouette, abs=0.02)
 
 
 def test_silhouette_is_rousseeuws():
-    """Points 0, 1 and 10 on a line, the first two in a group: (9.5 of 10, 8 of 9, alone: 0)."""
+    """Points 0, 1 and 10 on a line, the first two in a group, have 9/10, 8/9 and 0 (alone)."""
     points = np.array([0.0, 1.0, 10.0])
     distance = np.abs(points[:, None] - points[None])
     found = silhouette(distance[None], np.array([[0, 0, 2]]))
@@ -95,7 +95,7 @@ def test_too_little_is_not_tested():
 def test_the_start_is_at_no_distance(kind, components):
     parameter = np.asarray(hlc.initial(kind, components, 4, 8))
     mix = measures.as_mixing(kind, parameter)
-    start = measures.starting(kind, components, 4, 8)
+    start = measures.block_identity_redundancy(kind, components, 4, 8)
     assert measures.distance(mix, start) == 0
     assert measures.distance(1.5 * mix, start) == pytest.approx(0.5)
     assert measures.from_others(kind, mix) == 0
@@ -112,18 +112,22 @@ def test_the_start_is_at_no_distance(kind, components):
 def test_weights_from_others_and_beyond_whole_heads():
     even = np.ones((4, 4))
     assert measures.from_others("heads", even) == pytest.approx(3 / 4)
-    turned = measures.starting("frequency", 4, 4, 8) * 1j  # by a right angle: no real part
+    turned = (
+        measures.block_identity_redundancy("frequency", 4, 4, 8) * 1j
+    )  # rotated by a right angle: no real part
     assert measures.head_level("frequency", turned) == pytest.approx(0)
     assert measures.from_others("frequency", turned) == pytest.approx(0)
     quarter = np.zeros((8, 8))
     quarter[np.arange(0, 8, 2), np.arange(1, 8, 2)] = 1
     swapped = np.einsum("ck,hj->chkj", np.eye(4), quarter + quarter.T)  # features in pairs
     assert measures.head_level("dense", swapped) == pytest.approx(0)
-    assert measures.distance(swapped, measures.starting("dense", 4, 4, 8)) == pytest.approx(2**0.5)
+    assert measures.distance(
+        swapped, measures.block_identity_redundancy("dense", 4, 4, 8)
+    ) == pytest.approx(2**0.5)
 
 
 def test_effective_rank():
-    """exp(entropy): of equal values their number, of shares 1/2, 1/4, 1/4 the number 2 sqrt 2."""
+    """The rank is exp(entropy): n for n equal values, 2 sqrt 2 for shares 1/2, 1/4, 1/4."""
     assert measures.effective_rank(np.array([3.0, 3.0, 3.0, 0.0])) == pytest.approx(3)
     assert measures.effective_rank(np.array([2.0, 1.0, 1.0])) == pytest.approx(2 * 2**0.5)
     assert measures.effective_rank(np.array([5.0])) == pytest.approx(1)
@@ -138,8 +142,11 @@ def rotation(rng, width):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_composites_are_blind_to_the_components_basis(kind):
-    """R^-1 on components and R M as mixing are one function: one spectrum of composite heads,
-    another of M. A composite head's scale is no matter either."""
+    """A change of the components' basis changes the spectrum of M, not that of composite heads.
+
+    R^-1 on components and R M as mixing give the same function. The scale of a composite head has
+    no effect either.
+    """
     rng = np.random.default_rng(4)
     kernel_DCH = rng.standard_normal((16, 3, 4))
     shapes = {"heads": (3, 4), "frequency": (3, 4, 2, 2), "dense": (3, 4, 4, 4)}
@@ -165,7 +172,7 @@ def test_composites_are_blind_to_the_components_basis(kind):
     louder = parameter * np.array([1, 5, 1, 2]).reshape(composites)
     np.testing.assert_allclose(both(kernel_DCH, louder)[0], composite, atol=2e-3)
     rank = measures.rank_in_heads(kind, composite, 4)
-    assert 1 < rank <= 3 + 0.01  # three components make no four heads
+    assert 1 < rank <= 3 + 0.01  # three components do not make four heads
 
 
 # -- redundancy --------------------------------------------------------------------------------
@@ -181,18 +188,20 @@ def test_copies_are_alike_and_independent_heads_are_not():
     head = rng.standard_normal((20_000, 1, 4)) * np.array([3, 2, 1, 0.5])
     same = measures.redundancy(covariance(np.repeat(head, 3, axis=1)), 3)
     assert same["cka"] == pytest.approx(1)
-    assert same["canonical"] == pytest.approx(1, abs=1e-4)  # less the ridge
+    assert same["canonical"] == pytest.approx(1, abs=1e-4)  # reduced by the ridge
     assert same["effective_heads"] == pytest.approx(1, abs=1e-6)
     apart = measures.redundancy(covariance(rng.standard_normal((20_000, 3, 4))), 3)
-    # Of n tokens both are about H / n by chance.
+    # By chance, both are about H / n for n tokens.
     assert 0 <= apart["cka"] < 0.001
     assert 0 <= apart["canonical"] < 0.001
     assert apart["effective_heads"] == pytest.approx(3, abs=0.001)
 
 
 def test_a_heads_basis_changes_nothing():
-    """Rotations and scales of each head by itself: neither measure; any invertible map: the
-    canonical correlations."""
+    """Rotating and scaling single heads changes neither measure.
+
+    Invertible maps of heads change CKA but not the canonical correlations.
+    """
     rng = np.random.default_rng(6)
     shared = rng.standard_normal((500, 6))
     x_BKH = np.stack([shared @ rng.standard_normal((6, 4)) for _ in range(3)], axis=1)
@@ -202,13 +211,13 @@ def test_a_heads_basis_changes_nothing():
     assert 0.2 < before["cka"] < 0.98
     skewed = np.stack([x_BKH[:, k] @ rng.standard_normal((4, 4)) for k in range(3)], axis=1)
     skew = measures.redundancy(covariance(skewed), 3)
-    # The ridge is of a millionth, and the maps' condition numbers of hundreds.
+    # The ridge is a millionth, and the condition numbers of the maps are hundreds.
     assert skew["canonical"] == pytest.approx(before["canonical"], abs=0.01)
     assert skew["cka"] != pytest.approx(before["cka"], abs=0.01)
 
 
 def test_random_heads_of_one_residual_are_alike_by_chance():
-    """Two random subspaces of H in D features share H/D of their squared cosines."""
+    """Two random H-dimensional subspaces of D features have mean squared cosines of H / D."""
     found = measures.chance(np.eye(64), 6, 8, 0)
     assert found["canonical"] == pytest.approx(8 / 64, rel=0.1)
     narrow = np.diag(np.where(np.arange(64) < 8, 1.0, 1e-3))

@@ -1,4 +1,4 @@
-"""What W_lc learned: the measures on mixings and heads that are known, and the command."""
+"""Tests of the analysis of trained W_lc: its rows and the command."""
 
 import functools
 import json
@@ -23,7 +23,7 @@ KINDS = ("heads", "frequency", "dense")
 
 
 def untrained(mea, run, config):
-    """A run directory with a checkpoint that no training made: weights near where it begins."""
+    """Write a run directory with an untrained checkpoint, whose weights are near their start."""
     shutil.copytree(mea / "tokenizer", run / "tokenizer")
     params, source = params_of(config.model, noise=0.01), StoredModel(mea, print)
     writer = Writer(run / "parts", config.model)
@@ -52,7 +52,7 @@ def runs(tiny, tmp_path_factory):
 
 @pytest.fixture
 def command(in_process):
-    """`command(*arguments)`: the command in this process; (status, out, err)."""
+    """Return `command(*arguments)`, which runs the command here and returns (status, out, err)."""
     return functools.partial(in_process, "mea_jax.study.heads")
 
 
@@ -60,14 +60,17 @@ QUICK = ("--held_out_tokens", 512, "--shuffles", 19)
 
 
 def test_a_trained_run(runs, tmp_path, command):
-    """All its checkpoints, a row for each layer's keys and values, and what lies in the store."""
+    """The report has all checkpoints, with a row for the keys and the values of each layer.
+
+    Its mixing and distances are those of the stored parameters.
+    """
     out = tmp_path / "new" / "heads"
     status, said, err = command("--checkpoint", runs / "mea", "--out", out, *QUICK)
     assert status == 0, err
     report = json.loads((out / "heads.json").read_text())
     assert report["steps"] == [4, 8]
     assert [(r["step"], r["layer"], r["which"]) for r in report["rows"]] == [
-        (step, layer, which) for step in (4, 8) for layer in (0, 1) for which in ("key", "value")
+        (step, layer, side) for step in (4, 8) for layer in (0, 1) for side in ("key", "value")
     ]
     attention = StoredModel(runs / "mea", print).layer(1)["attention"]
     row = report["rows"][-2]
@@ -89,8 +92,10 @@ def test_a_trained_run(runs, tmp_path, command):
 
 
 def test_redundancy_is_that_of_the_heads_activations(runs, tmp_path, devices):
-    """The covariance of projected inputs is that of the values which the layer itself shows: their
-    second moment less the mean's, of rank one."""
+    """The covariance of projected inputs is that of the layer's values.
+
+    The second moment of the values minus it is the mean's part, of rank one.
+    """
     devices(1)
     folder = runs / "mea" / "checkpoints" / "8"
     looks = heads.RunAnalysis([folder], tmp_path, heads.AnalysisOptions(512, 19, 0), print)
@@ -102,7 +107,7 @@ def test_redundancy_is_that_of_the_heads_activations(runs, tmp_path, devices):
     stream.embed(looks.model, source.top())
     for index, spec in enumerate(layer_specs(looks.model)):
         tree = source.layer(index)
-        sums = stream.advance(spec, tree, watch=True)
+        sums = stream.advance(spec, tree, collect=True)
         assert sums is not None
         moment = sums["values"] / float(sums["tokens"])
         attention = tree["attention"]
@@ -115,7 +120,7 @@ def test_redundancy_is_that_of_the_heads_activations(runs, tmp_path, devices):
 
 
 def test_one_step_and_weights_alone(runs, command):
-    """Beside the run where no folder is given; without text nothing of the data is needed."""
+    """The default folder is in the run directory; without text, no data are needed."""
     step = runs / "mea" / "checkpoints" / "4"
     status, said, err = command("--checkpoint", step, "--held_out_tokens", 0, "--shuffles", 19)
     assert status == 0, err
@@ -137,7 +142,7 @@ def test_frequency_and_dense_mixing(runs, tmp_path, command):
         assert row["effective_rank"] == pytest.approx(row["components"], abs=0.05)
         assert row["after"]["cka"] > 0
     assert rows[0]["rows"] is None  # two components
-    assert "each pair's size alone" in said
+    assert "only each pair's magnitude" in said
 
 
 def test_keys_mixed_after_their_norm_are_not_compared(runs, tmp_path, command):
@@ -151,7 +156,7 @@ def test_keys_mixed_after_their_norm_are_not_compared(runs, tmp_path, command):
 
 
 def test_a_compressed_mixing_has_no_start(runs, tmp_path, command):
-    """Its mixing was solved for: no distance, and clusters of the whole of it."""
+    """A solved mixing has no distance to a start, and its clusters are those of the full matrix."""
     run = tmp_path / "compressed"
     shutil.copytree(runs / "mea", run)
     (run / "compression.json").write_text("{}")
@@ -159,7 +164,7 @@ def test_a_compressed_mixing_has_no_start(runs, tmp_path, command):
     assert status == 0, err
     rows = json.loads((tmp_path / "out" / "heads.json").read_text())["rows"]
     assert all(row["distance"] is None for row in rows)
-    assert rows[0]["columns"]["p"] == 1 / 20  # block identity itself
+    assert rows[0]["columns"]["p"] == 1 / 20  # it is the block identity
     assert "did not begin at block identity" in said
 
 
@@ -179,7 +184,7 @@ def test_a_damaged_step_is_left_out(runs, tmp_path, command):
         ((), ["no model given", "--checkpoint"]),
         (("--checkpoint", "{runs}/plain"), ["no mixing of heads", "hlc='kv'"]),
         (("--checkpoint", "{runs}/nowhere"), ["nowhere", "no such folder"]),
-        (("--checkpoint", "{runs}"), ["holds no checkpoints"]),
+        (("--checkpoint", "{runs}"), ["contains no checkpoints"]),
         (("--checkpoint", "{runs}/mea", "--shuffles", "5"), ["--shuffles=5", "19"]),
         (("--checkpoint", "{runs}/mea", "--held_out_tokens", "-1"), ["--held_out_tokens=-1"]),
         (("--checkpoint", "{runs}/mea", "--out", "/proc/heads"), ["/proc/heads", "written"]),

@@ -1,7 +1,7 @@
-"""Fits of learning-rate studies against synthetic runs whose law is known.
+"""Tests of the fits of learning-rate studies, against synthetic runs with a known law.
 
-Intervals are of 95%; over 200 trials their coverage has a standard deviation of 1.5%, so 90% fails
-by chance in fewer than one of 300 draws. The draws are fixed.
+Intervals are 95% intervals. Over 200 trials their coverage has a standard deviation of 1.5%, so a
+bound of 90% fails by chance in fewer than one of 300 draws. The draws are fixed.
 """
 
 # mypy: disable-error-code="union-attr,operator"
@@ -28,17 +28,17 @@ GRID = tuple(1.25e-4 * 2**i for i in range(7))
 
 
 def step_law(parameters, tokens):
-    """Step Law's own optimum (arXiv 2503.04715)."""
+    """Return the optimum of Step Law (arXiv 2503.04715)."""
     return 1.79 * parameters**-0.713 * tokens**0.307
 
 
 def holds(estimate, value):
-    """Whether an interval holds `value`; without an interval it does not."""
+    """Return whether an estimate has an interval that contains `value`."""
     return estimate.low is not None and estimate.low <= value <= estimate.high
 
 
 def curves(random, seeds=1, noise=0.001, memory=0.0, offset=0.0, points=40, horizon=2 * 10**9):
-    """Runs whose held-out losses follow the law, with noise that neighbours may share."""
+    """Return runs whose held-out losses follow the law, with noise that may be correlated."""
     found = []
     tokens = np.linspace(0, horizon, points + 1)[1:].astype(int)
     for seed in range(seeds):
@@ -55,7 +55,7 @@ def curves(random, seeds=1, noise=0.001, memory=0.0, offset=0.0, points=40, hori
 def parabola(
     random, best, grid=GRID, seeds=2, noise=0.002, skew=0.0, parameters=10**8, tokens=2 * 10**9
 ):
-    """Runs at one (N, D) whose loss is a parabola in log learning rate (and a cubic term)."""
+    """Return runs at one (N, D) with a loss cubic in log lr, a parabola if `skew` is 0."""
     found = []
     for seed in range(seeds):
         for rate in grid:
@@ -67,7 +67,7 @@ def parabola(
 
 
 def sizes(random, law, parameters, tokens, scatter=0.0, seeds=1):
-    """A grid of sqrt(2) around each cell's optimum, as Step Law's runs have."""
+    """Return runs on a grid of factors sqrt(2) around each cell's optimum, as in Step Law."""
     found = []
     for n in parameters:
         for d in tokens:
@@ -80,7 +80,7 @@ def sizes(random, law, parameters, tokens, scatter=0.0, seeds=1):
 
 @pytest.mark.parametrize(("freedom", "t"), [(1, 12.7062), (2, 4.3027), (5, 2.5706), (30, 2.0423)])
 def test_quantiles_of_student(freedom, t):
-    """Against the tables, to their last digit."""
+    """The quantiles agree with published tables to the last digit."""
     assert student_t(freedom) == pytest.approx(t, abs=6e-5)
 
 
@@ -113,7 +113,7 @@ def test_loss_in_tokens_is_recovered(noise):
 
 
 def test_exact_losses_give_the_law_back():
-    """To 0.1%, which is the search's grid and the rounding that is always allowed for."""
+    """The law is exact to 0.1%, the search's grid and the assumed rounding."""
     (fit,) = fit_tokens(curves(np.random.default_rng(0), noise=0.0))
     assert fit.alpha.value == pytest.approx(ALPHA, rel=1e-3)
     assert fit.floor.value == pytest.approx(FLOOR, rel=1e-3)
@@ -122,7 +122,10 @@ def test_exact_losses_give_the_law_back():
 
 
 def test_spikes_do_not_move_the_law():
-    """Two held-out losses of 90 are 5% too high, 50 times the noise, where alpha is decided."""
+    """Two of 90 held-out losses that are 5% too high, 50 times the noise, move alpha by < 2%.
+
+    They are in the part of the curve that determines alpha.
+    """
     (run,) = curves(np.random.default_rng(1), points=100)
     curve = list(run.curve)
     for at in (12, 14):
@@ -159,7 +162,10 @@ def test_the_optimum_is_recovered(runs):
 
 
 def test_the_optimum_of_a_skewed_curve_is_covered():
-    """A cubic term, 14% at 4 times the optimum: the vertex is 8% off; the interval says so."""
+    """The interval covers the optimum, although a cubic term moves the vertex by 8%.
+
+    The cubic term is 14% at 4 times the optimum.
+    """
     held = 0
     for trial in range(TRIALS):
         random = np.random.default_rng(trial)
@@ -179,7 +185,10 @@ def test_the_optimum_of_a_skewed_curve_is_covered():
     ids=["6 cells", "6 cells, scattered", "15 cells, scattered"],
 )
 def test_step_law_is_recovered_from_runs_of_its_form(parameters, tokens, scatter):
-    """lr* = 1.79 N^-0.713 D^0.307 (arXiv 2503.04715), with its grid, its 0.25% and its range."""
+    """The fit recovers lr* = 1.79 N^-0.713 D^0.307 (arXiv 2503.04715).
+
+    The grid, the noise (0.25%) and the range are those of the paper.
+    """
     held = np.zeros(4)
     for trial in range(TRIALS):
         random = np.random.default_rng(trial)
@@ -196,7 +205,7 @@ def test_step_law_is_recovered_from_runs_of_its_form(parameters, tokens, scatter
 
 
 def test_sensitivity_is_recovered():
-    """Against the same mean of the losses without noise; the largest rate diverges."""
+    """The interval contains the sensitivity without noise; the largest rate diverges."""
     held = 0
     x = np.log(np.array(GRID) / 1e-3)
     true = 3 + 0.05 * x**2

@@ -1,4 +1,4 @@
-"""Gains over a baseline against synthetic runs whose gain is known."""
+"""Tests of gains over a baseline, against synthetic runs with a known gain."""
 
 # mypy: disable-error-code="union-attr,operator"
 # An estimate that is None fails its test.
@@ -16,7 +16,10 @@ GRID = tuple(5e-4 * 2**i for i in range(6))
 
 
 def runs(random, gain=0.02, seeds=3, noise=0.002, shared=0.1, diverged=()):
-    """Losses quadratic in log lr around `BEST`; seeds move those of all variants alike."""
+    """Return runs with losses quadratic in log lr around `BEST`.
+
+    A seed changes the losses of all variants by the same amount.
+    """
     of_seed = shared * random.normal(size=seeds)
     found = []
     for variant, best in BEST.items():
@@ -42,7 +45,7 @@ def test_intervals_hold_the_gain_though_seeds_differ_by_more():
         held.append(gain.low <= 0.02 <= gain.high)
         reach.append(gain.high - gain.low)
     assert np.mean(held) >= 0.9
-    assert np.median(reach) < 0.03, "seeds move all variants alike, which is no noise here"
+    assert np.median(reach) < 0.03, "common shifts of a seed are not noise"
 
 
 def test_each_has_the_learning_rate_that_suits_it():
@@ -59,7 +62,7 @@ def test_a_learning_rate_at_which_a_seed_diverges_is_none_to_choose():
     every = {("mea", rate, 1) for rate in GRID}
     lost = of_mea(fit_gains(runs(np.random.default_rng(0), diverged=every)))
     assert lost.learning_rate is None
-    assert lost.reason == "runs diverged at every learning rate"
+    assert lost.reason == "runs diverged at every learning rate: add a lower one"
 
 
 def test_a_value_at_the_end_of_the_grid_is_said_to_be():
@@ -78,7 +81,7 @@ def test_a_baseline_by_name_and_one_that_is_not_there():
     found = fit_gains(runs(np.random.default_rng(0), noise=0.0), "mea")
     assert {g.variant: g.gain is None for g in found} == {"mea": True, "mha": False}
     assert next(g for g in found if g.variant == "mha").gain.value == pytest.approx(-0.02)
-    with pytest.raises(UserError, match="no runs of the baseline 'gqa': there are mea, mha"):
+    with pytest.raises(UserError, match="no runs of the baseline 'gqa': choose one of mea, mha"):
         fit_gains(runs(np.random.default_rng(0)), "gqa")
 
 
@@ -88,4 +91,4 @@ def test_without_common_seeds_there_is_no_difference():
     ]
     mea = of_mea(fit_gains(found))
     assert mea.gain is None
-    assert mea.reason == "no seed has a run of mha at its best learning rate too: add one"
+    assert mea.reason == "no seed has runs at the best rates of both this and mha: add one"

@@ -1,4 +1,4 @@
-"""Rows that are refused, fits that abstain and say what to add, and runs that diverge."""
+"""Tests of invalid rows, of fits that abstain and report what to add, and of diverged runs."""
 
 # mypy: disable-error-code="union-attr,operator"
 # An estimate that is None fails its test.
@@ -39,7 +39,7 @@ GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 
 
 def runs(losses, grid=GRID, seeds=2, variant="mea", size="s", parameters=10**7, tokens=10**9):
-    """Runs with these losses at these rates, and a little noise; None: diverged."""
+    """Return runs with `losses` at the rates `grid`, with a little noise; None means diverged."""
     noise = np.random.default_rng(0).normal(size=(seeds, len(grid))) * 1e-3
     return [
         Result(
@@ -80,19 +80,19 @@ def test_a_row_is_read():
         ({"learning_rate": 0}, "above 0"),
         ({"learning_rate": math.nan}, "above 0"),
         ({"learning_rate": "1e-3"}, "above 0"),
-        ({"tokens": 1e9}, "whole number"),
-        ({"tokens": 0}, "whole number"),
-        ({"parameters": True}, "whole number"),
+        ({"tokens": 1e9}, "an integer"),
+        ({"tokens": 0}, "an integer"),
+        ({"parameters": True}, "an integer"),
         ({"parameters": 10**30}, "too large"),
-        ({"seed": -1}, "whole number"),
-        ({"variant": ""}, "a name"),
-        ({"size": 6}, "a name"),
+        ({"seed": -1}, "an integer"),
+        ({"variant": ""}, "a non-empty string"),
+        ({"size": 6}, "a non-empty string"),
         ({"diverged": 0}, "true or false"),
         ({"curve": 3}, "a list"),
         ({"curve": [[1, 2, 3]]}, "point 1"),
         ({"curve": [[0, 7.6], [5, math.nan]]}, "point 2"),
         ({"curve": [[5, 7.6], [5, 7.5]]}, "above the point before"),
-        ({"curve": [[2000, 7.6]]}, "up to the run's 1000"),
+        ({"curve": [[2000, 7.6]]}, "at most the run's 1000"),
     ],
 )
 def test_a_malformed_row_is_refused_by_its_number(change, words):
@@ -110,7 +110,7 @@ def test_a_missing_key_is_named(key):
 
 @pytest.mark.parametrize("row", [3, None, [ROW], "mea"])
 def test_what_is_no_object_is_refused(row):
-    with pytest.raises(UserError, match=r"row 1: .* no JSON object"):
+    with pytest.raises(UserError, match=r"row 1: .* not a JSON object"):
         parse([row])
 
 
@@ -142,17 +142,17 @@ def test_an_optimum_at_the_edge_is_no_number(best, words):
 
 
 def test_a_vertex_beyond_the_grid_is_no_number():
-    """The lowest loss inside by luck: at the value before the last."""
+    """The lowest loss is inside the grid only by chance, at the value before the last."""
     grid = (1e-3, 2e-3, 4e-3, 8e-3, 9e-3)
     losses = bowl(1e-2, grid)
     (fit,) = fit_optima(runs([*losses[:4], losses[3] + 0.002], grid=grid, seeds=2))
     assert fit.best == 8e-3
     assert fit.learning_rate is None
-    assert "lies outside the fitted values: extend the grid beyond 0.009" in fit.reason
+    assert "is outside the fitted values: extend the grid beyond 0.009" in fit.reason
 
 
 def test_between_the_best_and_divergence_the_grid_is_refined():
-    """No parabola reaches over the value that diverged; sqrt(3e-3 1e-2) is to be tried."""
+    """A parabola does not extend over a diverged value; the reason suggests sqrt(3e-3 1e-2)."""
     losses = [*bowl(5e-3)[:4], None]
     (fit,) = fit_optima(runs(losses))
     assert fit.diverged == (1e-2,)
@@ -235,9 +235,9 @@ def cells(pairs, best=1e-3):
 @pytest.mark.parametrize(
     ("pairs", "words"),
     [
-        ([(10**7, 10**9)], "1 of the 4 cells"),
-        ([(10**7, 10**9), (10**8, 10**9), (10**8, 10**10)], "3 of the 5 cells"),
-        ([(10**7 * k, 10**9 * k) for k in (1, 2, 4, 8, 16)], "cannot be told apart"),
+        ([(10**7, 10**9)], "1 of the 4 required cells"),
+        ([(10**7, 10**9), (10**8, 10**9), (10**8, 10**10)], "3 of the 5 required cells"),
+        ([(10**7 * k, 10**9 * k) for k in (1, 2, 4, 8, 16)], "cannot be separated"),
     ],
 )
 def test_a_law_needs_sizes_and_horizons(pairs, words):
@@ -267,7 +267,10 @@ def test_one_horizon_gives_the_exponent_of_sizes_only():
 
 
 def test_sensitivity_counts_divergence_at_the_loss_at_initialisation():
-    """Trapezoids by hand: losses 2, 1, 3 (of initialisation) on an even grid, best 1: 1.75 - 1."""
+    """With losses 2, 1, 3 on an even grid and a best loss of 1, the trapezoids give 1.75 - 1.
+
+    The 3 is the loss at initialisation.
+    """
     grid = (1e-4, 1e-3, 1e-2)
     found = [
         dataclasses.replace(run, loss=None if run.diverged else round(run.loss))
@@ -282,7 +285,7 @@ def test_sensitivity_counts_divergence_at_the_loss_at_initialisation():
     found[0] = dataclasses.replace(found[0], curve=((0, 3.0), (10**9, 2.0)))
     (fit,) = fit_sensitivity(found)
     assert fit.value.value == pytest.approx(0.75)
-    found[0] = dataclasses.replace(found[0], loss=50.0)  # finished, worse than it began
+    found[0] = dataclasses.replace(found[0], loss=50.0)  # finished, but worse than at the start
     (fit,) = fit_sensitivity(found)
     assert fit.value.value == pytest.approx(1.0)
 
@@ -319,7 +322,7 @@ def test_the_largest_stable_learning_rate():
     ids=["smooth", "recovered", "unrecovered", "below the margin"],
 )
 def test_a_spike_at_the_end_is_unstable(tail, stable):
-    """One definition for all: a nat above the lowest held-out loss, until the end."""
+    """A run is unstable if it stays a nat above its lowest held-out loss until the end."""
     line = ((0, 7.6), (10, 3.2), (20, tail[0]), (30, tail[1]))
     run = Result("mea", 1e-3, "s", 10**7, 30, 0, tail[1], False, line)
     (fit,) = fit_stability([run])
@@ -327,7 +330,10 @@ def test_a_spike_at_the_end_is_unstable(tail, stable):
 
 
 def test_a_run_that_stays_at_the_frequencies_of_words_is_unstable():
-    """It has no spike. Half way from 7.6 to the best, 2.8 of another variant, is 5.2."""
+    """A run without a spike is unstable if its loss stays above the mean of start and best loss.
+
+    The mean of 7.6 and 2.8, the best loss of all variants, is 5.2.
+    """
     found = []
     for variant, losses in (("mea", (3.0, 2.8, 5.1)), ("mha", (3.0, 3.1, 5.3))):
         for rate, loss in zip(GRID, losses, strict=False):
@@ -338,7 +344,7 @@ def test_a_run_that_stays_at_the_frequencies_of_words_is_unstable():
     assert (mea.learning_rate, mea.limit_found) == (1e-3, False)
     assert (mha.learning_rate, mha.limit_found, mha.unstable) == (3e-4, True, (1e-3,))
     (alone,) = fit_stability([run for run in found if run.variant == "mha"])
-    assert alone.learned_below == pytest.approx(5.3), "5.3 is not above"
+    assert alone.learned_below == pytest.approx(5.3), "a run at the limit is stable"
 
 
 def test_everything_as_json_whatever_the_order():

@@ -1,4 +1,4 @@
-"""Fits and report of a store: what the command shows of rows whose law is known."""
+"""Tests of the fits and the report of a store whose rows follow a known law."""
 
 import json
 
@@ -15,7 +15,10 @@ RATES = [5e-4 * 2**i for i in range(8)]
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
-    """Two variants with losses quadratic in log lr around `PEAKS`; the largest peak diverges."""
+    """Return rows of two variants with losses quadratic in log lr around `PEAKS`.
+
+    At the largest rate, the runs of "mha" diverge.
+    """
     made = Store(tmp_path_factory.mktemp("store"))
     rng = np.random.default_rng(0)
     for size, parameters in (("s", 800_000), ("m", 2_700_000)):
@@ -45,10 +48,10 @@ def test_the_report_finds_what_the_rows_were_made_of(store, tmp_path):
         assert high / low < 2
     assert "64 runs, 4 of them diverged" in text
     assert (tmp_path / "report.md").read_text() == text
-    assert "better than mha by" in text, "the only variant of that name is the baseline"
+    assert "better than mha by" in text, "mha must be the default baseline"
     other = report.report(store.folder, tmp_path / "other", "mea")
     assert "better than mea by" in other
-    assert "--baseline mea`" in other, "the command that makes it again"
+    assert "--baseline mea`" in other, "the report must have the command that makes it again"
     for name in report.FIGURES:
         assert f"]({name}.png)" in text
         assert (tmp_path / f"{name}.png").stat().st_size > 5_000

@@ -1,4 +1,4 @@
-"""Many runs in one program are the runs by themselves; a stopped grid goes on."""
+"""Tests of several runs in one program: equal to separate runs, resumable, with histories."""
 
 import dataclasses
 import importlib.util
@@ -28,7 +28,7 @@ IDENTITY: dict[str, Any] = {"base": {}, "variants": {}, "sizes": {}, "spikes": {
 
 @pytest.fixture
 def grid(tiny):
-    """`grid(**changes)`: a study of one cell with four runs."""
+    """Return `grid(**changes)`, which returns a study of one cell with four runs."""
 
     def make(members=MEMBERS, **changes):
         config = tiny(steps=6, **{"evaluate.every": 2, "checkpoint.every": 2}, **changes)
@@ -44,7 +44,7 @@ def rows_of(folder):
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 8])
 def test_runs_together_are_the_runs_alone(grid, tmp_path, devices, count):
-    """One after another in one program, and vmapped over a mesh: losses to round-off."""
+    """Losses agree up to rounding, for runs in sequence in one program or vmapped over a mesh."""
     devices(count)
     study = grid()
     assert running.run(study, tmp_path / "store", print, StopRequest()) == 4
@@ -70,7 +70,7 @@ def test_runs_together_are_the_runs_alone(grid, tmp_path, devices, count):
 
 @pytest.mark.slow
 def test_a_grid_compiles_its_step_once(grid, tmp_path, devices, monkeypatch):
-    """However many steps and rates there are."""
+    """The step is traced once for any number of steps and rates."""
     devices(1)
     traced: list[int] = []
     original = Sweep._step
@@ -87,22 +87,22 @@ def test_a_grid_compiles_its_step_once(grid, tmp_path, devices, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("stop_at", [3, 4])
 def test_a_stopped_grid_goes_on(grid, tmp_path, devices, monkeypatch, stop_at):
-    """The same rows as without, but for the seconds; nothing is done twice."""
+    """The rows are those of an uninterrupted grid, except the seconds; no run is repeated."""
     devices(1)
     running.run(grid(), tmp_path / "whole", print, StopRequest())
-    stop, taken = StopRequest(), running.Chunk._take
+    stop, taken = StopRequest(), running.SweepRun._take
 
     def take(self, step, *rest):
         taken(self, step, *rest)
         stop.requested = step == stop_at
 
-    monkeypatch.setattr(running.Chunk, "_take", take)
+    monkeypatch.setattr(running.SweepRun, "_take", take)
     with pytest.raises(Preempted, match="which is saved"):
         running.run(grid(), tmp_path / "cut", print, stop)
-    monkeypatch.setattr(running.Chunk, "_take", taken)
+    monkeypatch.setattr(running.SweepRun, "_take", taken)
     said: list[str] = []
     running.run(grid(), tmp_path / "cut", said.append, StopRequest())
-    assert any("going on from step" in line for line in said)
+    assert any("resuming from step" in line for line in said)
     whole, cut = rows_of(tmp_path / "whole"), rows_of(tmp_path / "cut")
     for key, row in whole.items():
         assert row | {"seconds": 0} == cut[key] | {"seconds": 0}
@@ -137,7 +137,9 @@ def test_shards_split_the_programs(tmp_path, devices, tiny, monkeypatch):
     config = tiny(steps=6)
     cells = tuple(Cell(v, "s", config, MEMBERS[:1]) for v in "abc")
     done: list[str] = []
-    monkeypatch.setattr(running.Chunk, "train", lambda self, *rest: done.append(self.cell.variant))
+    monkeypatch.setattr(
+        running.SweepRun, "train", lambda self, *rest: done.append(self.cell.variant)
+    )
     for index in range(2):
         study = Grid("test", cells, 0, (0.5, 3, 2), IDENTITY)
         running.run(study, tmp_path, print, StopRequest(), (index, 2))
@@ -164,12 +166,12 @@ def test_why_a_run_diverged():
     rising = fed([3.0] * 4 + [4.0] * 6)
     assert rising.spikes == [
         [6, 0]
-    ]  # the mean of two exceeds the lowest by more than 0.5 from here
+    ]  # from here the mean of two exceeds the lowest by more than 0.5
     assert "spike at step 6" in str(rising.why_diverged(4.0))
     back = fed([3.0] * 4 + [4.0] * 6 + [3.0] * 3)
     assert back.spikes == [[6, 11]]
     assert back.why_diverged(3.0) is None
-    assert fed([3.0, 9.0] * 6, (0.5, 3, 4)).spikes == []  # noise between batches is none
+    assert fed([3.0, 9.0] * 6, (0.5, 3, 4)).spikes == []  # noise between batches is not a spike
 
 
 def test_a_history_survives_a_checkpoint():
@@ -215,7 +217,7 @@ def test_ablations_are_grids_of_models_that_differ(group):
 def test_a_small_study_and_arguments_that_are_none():
     small = grid_of(config_module("lr_study").get_config("small"))
     assert [len(cell.members) for cell in small.cells] == [5, 5]
-    with pytest.raises(UserError, match="nothing, or small"):
+    with pytest.raises(UserError, match="has no argument 'tiny': use small, or none"):
         config_module("lr_study").get_config("tiny")
     with pytest.raises(UserError, match="did you mean 'rivals'"):
         config_module("ablations").get_config("rival")

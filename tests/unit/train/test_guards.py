@@ -1,4 +1,4 @@
-"""The guards: what is a spike, when a run stops, and that a checkpoint keeps all they go by."""
+"""Tests of the guards: spikes, skipped updates, rewinds, and their state in checkpoints."""
 
 import itertools
 import json
@@ -14,7 +14,7 @@ from mea_jax.errors import UserError
 from mea_jax.train.guards import SKIP_WINDOW, Guards, Spike, SpikeDetector, merge
 
 MANY = settings(max_examples=300)
-# Halves, so that a loss lies exactly at the margin now and then: that is no spike.
+# Halves, so that some losses are exactly at the margin, which is not a spike.
 LOSSES = st.lists(
     st.sampled_from([0.5 * i for i in range(12)] + [math.nan, math.inf]), min_size=1, max_size=40
 )
@@ -42,16 +42,17 @@ def metrics(loss=2.0, skipped=0.0, empty_windows=0.0, tokens=64.0):
 
 
 def lowest_mean(losses, w):
-    """Of any w in a row."""
+    """Return the lowest mean of `w` losses in a row; infinity if there are fewer."""
     means = (sum(losses[i : i + w]) / w for i in range(len(losses) - w + 1))
     return min(means, default=math.inf)
 
 
 def spikes_by_definition(losses, margin, n, w):
-    """{step: what is known there}, from the whole sequence at once: the module's definition.
+    """Return {step: ("begin", first step) or ("end", None)} by the module's definition.
 
-    Runs of n and more losses, each above the lowest mean of w in a row before the run by more than
-    the margin, or not finite after one that was above. Those above are in no mean.
+    A spike is n or more losses in a row. Each exceeds the lowest mean of w losses in a row before
+    the spike by more than the margin, or is not finite and follows one that did. Losses that exceed
+    it are in no mean. This function reads the entire sequence, not step by step.
     """
     high: list[bool] = []
     for i, loss in enumerate(losses):
@@ -70,7 +71,10 @@ def spikes_by_definition(losses, margin, n, w):
 @MANY
 @given(LOSSES, st.sampled_from([0.5, 1.0, 2.0]), st.integers(1, 4), st.sampled_from([1, 2, 4]))
 def test_spikes_are_those_of_the_definition(losses, margin, n, w):
-    """Means of 1, 2 and 4 halves are exact in binary, so that the two must agree at the margin."""
+    """The detector agrees with the definition, also at the margin.
+
+    Means of 1, 2 and 4 halves are exact in binary.
+    """
     detector, found = SpikeDetector(margin, n, w), {}
     for step, loss in enumerate(losses, start=1):
         if (change := detector.feed(step, loss)) is not None:
@@ -79,7 +83,7 @@ def test_spikes_are_those_of_the_definition(losses, margin, n, w):
 
 
 def test_a_spike_and_its_end():
-    """With a margin of 1 above a lowest loss of 2: 3.0 is not above it, nan begins nothing."""
+    """With a margin of 1 and a lowest loss of 2, 3.0 is not above; nan does not begin a spike."""
     losses = [5.0, 2.0, 3.0, math.nan, 3.1, math.nan, 3.2, 3.3, 2.9, 3.5, 1.0]
     detector = SpikeDetector(1.0, 3)
     assert [detector.feed(step, loss) for step, loss in enumerate(losses, start=1)] == (
@@ -106,7 +110,7 @@ def test_events_of_a_run():
     assert guards.check(4, metrics(4.0)) == []
     (event,) = guards.check(5, metrics(4.5))
     assert (event.kind, event.values) == ("spike", {"first": 4, "lowest": 2.0, "loss": 4.5})
-    assert guards.check(6, metrics(4.5)) == []  # known already
+    assert guards.check(6, metrics(4.5)) == []  # already reported
     (event,) = guards.check(7, metrics(2.5))
     assert (event.kind, event.values) == ("spike_end", {"first": 4, "loss": 2.5})
     both = guards.check(8, metrics(math.nan, skipped=1.0, empty_windows=8.0))
@@ -123,13 +127,15 @@ def test_a_spike_that_is_to_be_rewound_is_raised_with_its_steps():
 
 
 def test_updates_left_out_count_over_a_thousand_steps():
-    """Two are allowed among any 1000 steps: a third stops the run, unless the first is too old."""
+    """Two are allowed within 1000 steps; a third stops the run unless the first is too old."""
     for third, stops in ((SKIP_WINDOW, True), (SKIP_WINDOW + 1, False)):
         guards = Guards(GuardConfig(max_skipped=2))
         for step in (1, 500):
             guards.check(step, metrics(skipped=1.0))
         if stops:
-            with pytest.raises(UserError, match=rf"step {third}.* 3 are left out, more .*=2"):
+            with pytest.raises(
+                UserError, match=rf"step {third}: 3 of the last .* are left out, more .*=2"
+            ):
                 guards.check(third, metrics(skipped=1.0))
         else:
             (event,) = guards.check(third, metrics(skipped=1.0))
@@ -152,13 +158,13 @@ def test_the_limit_holds_for_every_window(steps, most):
 
 
 def test_none_may_be_left_out():
-    with pytest.raises(UserError, match=r"gradient norm is nan .* at step 1: of .* 1 are left out"):
+    with pytest.raises(UserError, match=r"gradient norm is nan .* at step 1: 1 of .* are left out"):
         Guards(GuardConfig(max_skipped=0)).check(1, metrics(skipped=1.0))
     with pytest.raises(UserError, match=r"no window of the batch of step 1 can be read: .*data"):
         Guards(GuardConfig(max_skipped=0)).check(1, metrics(math.nan, 1.0, 8.0, tokens=0.0))
 
 
-# -- what a checkpoint keeps ----------------------------------------------------------------
+# -- state in checkpoints -------------------------------------------------------------------
 
 
 def outcome(guards, step, values):
@@ -171,7 +177,7 @@ def outcome(guards, step, values):
 @MANY
 @given(CONFIGS, LOSSES, st.booleans(), st.data())
 def test_a_resumed_run_decides_as_one_that_was_not_cut(config, losses, rewind, data):
-    """At every cut point, through JSON: the same events, errors and spikes at the same steps."""
+    """A state restored from JSON at any step gives the same events, errors and spikes."""
     whole = Guards(GuardConfig(**vars(config) | {"rewind": rewind}))
     cut = Guards(whole.config)
     for guards in (whole, cut):
@@ -181,7 +187,7 @@ def test_a_resumed_run_decides_as_one_that_was_not_cut(config, losses, rewind, d
         if step == at + 1:
             cut = Guards(whole.config, json.loads(json.dumps(cut.state(), allow_nan=False)))
         values = metrics(loss, skipped=float(not math.isfinite(loss)))
-        # Values that hold nan are not equal to themselves: by their text.
+        # Values with nan are not equal to themselves, so the texts are compared.
         assert str(outcome(whole, step, values)) == str(outcome(cut, step, values))
     assert whole.state() == cut.state()
 
@@ -205,18 +211,18 @@ def test_state_that_is_malformed_is_one_clear_error():
 @MANY
 @given(INTERVALS)
 def test_merged_intervals_hold_the_same_numbers(intervals):
-    merged = merge(intervals)
+    merge_params = merge(intervals)
     numbers = {n for first, last in intervals for n in range(first, last + 1)}
-    assert sorted(numbers) == [n for first, last in merged for n in range(first, last + 1)]
-    # A gap of a number at least between any two: those that touch are one.
-    assert all(a[1] + 1 < b[0] for a, b in itertools.pairwise(merged))
-    # Which is what `batch_number` needs: it counts through the numbers outside.
+    assert sorted(numbers) == [n for first, last in merge_params for n in range(first, last + 1)]
+    # There is a gap of at least one number between any two; adjacent intervals are merged.
+    assert all(a[1] + 1 < b[0] for a, b in itertools.pairwise(merge_params))
+    # `batch_number` needs this: it counts the numbers outside.
     outside = [n for n in range(60) if n not in numbers]
-    assert [batch_number(step, merged) for step in range(15)] == outside[:15]
+    assert [batch_number(step, merge_params) for step in range(15)] == outside[:15]
 
 
 def test_rewound():
-    """On guards of the checkpoint: a rewind more, and the batches are left out from now on."""
+    """A rewind is added to the guards of the checkpoint, and its batches are left out."""
     guards = Guards(GuardConfig(rewind=True, max_rewinds=2, spike_smoothing=1))
     event = guards.rewound(Spike(21, 25), (19, 24))
     assert (guards.rewinds, guards.left_out) == (1, [(19, 24)])

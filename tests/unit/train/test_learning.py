@@ -1,4 +1,4 @@
-"""Every variant of attention trains to look back, from its own initialisation."""
+"""Tests that each attention variant learns to attend to earlier tokens from its initialisation."""
 
 from typing import Any
 
@@ -15,9 +15,10 @@ PERIOD, WINDOW, VOCAB, STEPS = 4, 16, 32, 200
 
 
 def repeated(step, alone=False):
-    """Four random tokens repeated to the end: who looks four back, after the first four, knows.
+    """Return a batch of four random tokens repeated to the end of the window.
 
-    `alone`: every position a document of its own, so that nobody can look back.
+    After the first four tokens, each token equals the one four positions before it. With `alone`,
+    each position is a separate document, so that attention cannot see earlier tokens.
     """
     rng = np.random.default_rng(step)
     row = np.tile(rng.integers(0, VOCAB, (32, PERIOD), dtype=np.int32), 1 + WINDOW // PERIOD)
@@ -33,7 +34,7 @@ def repeated(step, alone=False):
 
 
 def final_loss(model: ModelConfig, alone=False):
-    """The mean loss in nats of the last ten of `STEPS` steps, on fresh sequences each."""
+    """Return the mean loss, in nats, of the last ten of `STEPS` steps, each on new sequences."""
     config = TrainConfig(
         steps=STEPS,
         batch_size=32,
@@ -50,8 +51,8 @@ def final_loss(model: ModelConfig, alone=False):
     return float(np.mean([float(loss) for loss in losses[-10:]]))
 
 
-# Three of sixteen targets cannot be known: 0.65 nats a token. Who cannot look back is left with
-# log 32 = 3.47. All of these reach less than half of it in so few steps.
+# Three of sixteen targets are not predictable: 0.65 nats per token. Without attention to earlier
+# tokens the loss is log 32 = 3.47. All variants reach less than half of that in 200 steps.
 LEARNED = 2.0
 LEARNED_POSITIONS = {"learned positions": {"positions": "learned", "max_positions": WINDOW}}
 MODELS: dict[str, dict[str, Any]] = ATTENTIONS | LEARNED_POSITIONS

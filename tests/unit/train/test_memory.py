@@ -1,4 +1,4 @@
-"""Runs that no machine of this size could hold are refused in one line, before anything is made."""
+"""Tests that runs too large for the memory are refused in one line before they allocate."""
 
 import jax
 import pytest
@@ -25,7 +25,7 @@ def run(**changes):
     ("changes", "message"),
     [
         ({"model.vocab_size": LARGEST}, r"config\.model needs 1,024\.0 GiB on each device for par"),
-        # Tables of these are made while a model is traced: refused before that.
+        # Tracing a model makes tables of these sizes, so the check is before it.
         ({"model.head_dim": 2**31 - 2}, r"config\.model needs .* GiB on each device"),
         ({"model.n_heads": LARGEST, "model.positions": "alibi"}, r"config\.model needs .* GiB"),
         ({"data.context_length": LARGEST}, r"config\.batch_size=8 windows .* 4,096\.0 GiB"),
@@ -43,7 +43,10 @@ def test_what_cannot_fit(changes, message, monkeypatch):
 
 @pytest.mark.parametrize("fsdp", [1, 8])
 def test_the_least_is_what_a_state_and_its_gradients_take(fsdp):
-    """And so a machine of just that size is not refused; devices of the CPU share its memory."""
+    """The estimate is exact, so a machine of just that size is accepted.
+
+    CPU devices share the memory of the machine.
+    """
     mesh = sharding.make_mesh(MeshConfig(fsdp=fsdp), jax.devices()[:fsdp])
     config = run()
     state = create_state(config, mesh)

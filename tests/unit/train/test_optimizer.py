@@ -1,4 +1,4 @@
-"""Schedules at chosen steps, what decays, and clipping."""
+"""Tests of the learning-rate schedules, weight decay and clipping."""
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,7 @@ def test_warmup_rises_linearly_and_moves_at_once(name):
 def test_cosine():
     rate = schedule(warmup_steps=20, final_fraction=0.1)
     assert rate(20) == near(2.0)
-    assert rate(60) == near(2.0 * (0.1 + 0.9 / 2))  # half way, the mean of both ends
+    assert rate(60) == near(2.0 * (0.1 + 0.9 / 2))  # halfway: the mean of both ends
     assert rate(40) == near(2.0 * (0.1 + 0.9 * (1 + 2**-0.5) / 2))  # cos(pi / 4)
     assert rate(100) == near(0.2)
     assert rate(1000) == near(0.2)
@@ -73,7 +73,7 @@ def test_every_schedule_peaks_after_warmup_and_never_rises_again(
         final_fraction=final,
         decay_fraction=fraction,
     )
-    every = jnp.minimum(jnp.arange(301), steps)  # one shape, so that little is compiled
+    every = jnp.minimum(jnp.arange(301), steps)  # one shape, for fewer compilations
     rates = np.broadcast_to(make_schedule(config, steps)(every), every.shape)
     assert (rates > 0).all() or final == 0
     assert (np.diff(rates[: warmup + 1]) > 0).all()
@@ -91,7 +91,7 @@ def update(config, gradient, params):
 @pytest.mark.parametrize("decay_mixing", [False, True])
 @pytest.mark.parametrize("tied", [False, True])
 def test_decay_moves_matrices_only(decay_mixing, tied):
-    """With gradients of zero, weight decay is all that moves a leaf."""
+    """With gradients of zero, only weight decay changes a leaf."""
     config = OptimizerConfig(
         learning_rate=0.5, warmup_steps=0, weight_decay=0.1, decay_mixing=decay_mixing
     )

@@ -1,4 +1,4 @@
-"""A trace of some steps: what is in it, and what is said of one that cannot be."""
+"""Tests of profiles: the traced steps, the log lines, and invalid ranges of steps."""
 
 import gzip
 import json
@@ -15,12 +15,12 @@ pytestmark = pytest.mark.slow
 
 
 class Cut(BaseException):
-    """Stands for a kill."""
+    """An exception that stands for a kill."""
 
 
 @pytest.fixture(scope="module")
 def traced(tiny, tmp_path_factory):
-    """(run directory, what was said) of a run of 8 steps, traced from 3 to 5, cut after 6."""
+    """Return (run directory, log lines) of a run of 8 steps, traced from 3 to 5 and cut at 6."""
     workdir = tmp_path_factory.mktemp("profile") / "run"
     everything, lines = jax.devices(), []
     report = Loop.report_step
@@ -58,7 +58,7 @@ def test_the_trace_has_the_steps_asked_for(traced):
 
 
 def test_the_trace_has_what_ran(traced):
-    """Not only our names: the programs, by the runtime's own events."""
+    """The trace has events of the runtime for programs, in addition to our own names."""
     workdir, _ = traced
     names = [event["name"] for event in events(workdir) if event.get("ph") == "X"]
     runs = [name for name in names if "Execute" in name or "ThunkExecutor" in name]
@@ -77,9 +77,9 @@ def test_a_resumed_run_past_the_steps_says_so(traced, tiny, devices, capsys):
     devices(1)
     before = sorted((workdir / "profile").rglob("*"))
     train(tiny(), workdir, (1, 4))
-    assert "no profile: steps 1 to 4 lie before step 4, already done" in capsys.readouterr().err
+    assert "no profile: steps 1 to 4 are done, the run is at step 4" in capsys.readouterr().err
     train(tiny(), workdir, (7, 8))  # finished by now
-    assert "no profile: steps 7 to 8 lie before step 8, already done" in capsys.readouterr().err
+    assert "no profile: steps 7 to 8 are done, the run is at step 8" in capsys.readouterr().err
     assert sorted((workdir / "profile").rglob("*")) == before
 
 
@@ -92,7 +92,7 @@ def test_nothing_is_traced_unless_asked(tiny, devices, tmp_path, monkeypatch):
 
 @pytest.fixture
 def traces(monkeypatch):
-    """What a `Profile` does, in order."""
+    """Return a list to which a `Profile` appends its operations, in order."""
     done = []
     monkeypatch.setattr(jax.profiler, "start_trace", lambda _: done.append("start"))
     monkeypatch.setattr(jax.profiler, "stop_trace", lambda: done.append("stop"))

@@ -1,4 +1,4 @@
-"""What a resumed run checks before it goes on, and what a failed start leaves behind."""
+"""Tests of the checks of a resumed run, of rewinds, and of failed starts."""
 
 import shutil
 from pathlib import Path
@@ -23,7 +23,7 @@ from tests.helpers import change
 
 @pytest.fixture
 def cut(tiny, corpus, devices, tmp_path, monkeypatch):
-    """(config, workdir) of a run whose evaluation at the end fails: checkpoints, no summary."""
+    """Return (config, workdir) of a run that stopped at its end: checkpoints, but no summary."""
     devices(1)
     folder, workdir = tmp_path / "corpus", tmp_path / "run"
     shutil.copytree(corpus, folder)
@@ -67,7 +67,10 @@ def test_a_start_that_fails_does_not_claim_the_directory(tiny, devices, tmp_path
 
 
 def test_saving_is_outside_the_transfer_guard(tiny, devices, tmp_path, monkeypatch):
-    """On accelerators orbax copies implicitly; CPUs do not guard that, so look at the setting."""
+    """Saving runs without the guard, because orbax copies implicitly on accelerators.
+
+    CPUs do not guard such copies, so this test inspects the setting.
+    """
     devices(1)
     seen = []
     save = Checkpoints.save
@@ -83,9 +86,9 @@ def test_saving_is_outside_the_transfer_guard(tiny, devices, tmp_path, monkeypat
 
 
 def test_a_rewind_holds_one_state_at_a_time(tiny, devices, tmp_path, monkeypatch):
-    """The state of the spike is gone before that of the checkpoint comes: there is room for one.
+    """The state of the spike is freed before the checkpoint is read: memory is enough for one.
 
-    And a save that was announced for a step of the future is not waited for.
+    A save that was announced for a later step is forgotten.
     """
     devices(1)
     check, rewind = Guards.check, Loop._rewind
@@ -99,7 +102,7 @@ def test_a_rewind_holds_one_state_at_a_time(tiny, devices, tmp_path, monkeypatch
 
     def watched(self, spike):
         shape = jax.tree.leaves(abstract_params(self.config.model))[0].shape
-        self.checkpoints.wait()  # as the rewind does: a write under way may hold a leaf
+        self.checkpoints.wait()  # as in a rewind: a write in progress may hold a leaf
         same = (x for x in jax.live_arrays() if x.shape == shape)
         rewound.append([x for x in same if not any(x is y for y in already)])
         before = self.saves
@@ -118,11 +121,11 @@ def test_a_rewind_holds_one_state_at_a_time(tiny, devices, tmp_path, monkeypatch
 
 
 def test_a_checkpoint_to_rewind_to_is_kept(tiny, tmp_path):
-    """However many are saved within a spike, one from before it stays, and no more than that."""
+    """One checkpoint from before a spike is kept, for any number of saves within the spike."""
     config, options = tiny(**{"model.n_layers": 1}), CheckpointConfig(every=1, keep=2)
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
     state = create_state(config, mesh)
-    with Checkpoints(tmp_path, options, rewindable=6) as checkpoints:
+    with Checkpoints(tmp_path, options, rewind_distance=6) as checkpoints:
         for step in (2, 4, 10, 11, 12, 13):
             checkpoints.save(step, state, config, Position(0, "digest"))
         checkpoints.wait()

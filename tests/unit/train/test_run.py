@@ -1,4 +1,4 @@
-"""Whole runs in process: what they leave, how they resume, how they stop."""
+"""Tests of complete runs in this process: their files, resuming, and stopping."""
 
 import itertools
 import json
@@ -30,12 +30,12 @@ STEPS = 8
 
 @pytest.fixture(scope="module")
 def finished(tiny, tmp_path_factory):
-    """(config, run directory, summary) of an uninterrupted run on one device."""
+    """Return (config, run directory, summary) of an uninterrupted run on one device."""
     config, workdir = tiny(), tmp_path_factory.mktemp("runs") / "whole"
     return config, workdir, train_on_one_device(config, workdir)
 
 
-# -- what a run leaves ----------------------------------------------------------------------
+# -- files of a run -------------------------------------------------------------------------
 
 
 def test_run_directory(finished):
@@ -66,7 +66,7 @@ def test_summary(finished):
     assert stored["parameters"] == sum(x.size for x in jax.tree.leaves(params))
     assert stored["held_out_loss"] < math.log(264)
     assert 0 <= stored["data_wait_share"] < 1
-    # Bits per byte, from nats per token: every byte is a token and each document has one more.
+    # Every byte is a token, and each document has one more.
     assert stored["held_out_bits_per_byte"] > stored["held_out_loss"] / math.log(2)
     assert set(stored["baseline_bits_per_byte"]) == {"gzip -9", "xz -9e"}
 
@@ -115,7 +115,8 @@ def test_diagnostics_of_a_fresh_model(tiny, finished):
         found = compile_diagnostics(config, mesh)(create_state(config, mesh).params, batch)
     for which in ("key", "value"):
         np.testing.assert_array_equal(found[f"mixing_distance/{which}"], np.zeros(2))
-    # Fresh queries and keys are nearly orthogonal: close to even attention, never above it.
+    # Fresh queries and keys are nearly orthogonal: the entropy is near that of even attention, the
+    # maximum.
     real = batch["segment_ids"] > 0
     even = np.log(batch["positions"][real] + 1.0).mean()
     entropy = np.asarray(found["attention_entropy"])
@@ -144,9 +145,9 @@ def assert_same_run(config, workdir, whole):
 @pytest.mark.slow
 @pytest.mark.parametrize("step", [2, 5, 7])
 def test_a_cut_run_ends_as_if_it_had_not_been(finished, devices, tmp_path, step):
-    """Cut before the first checkpoint, right after it, and later: bit for bit the same end.
+    """Runs cut before the first checkpoint, right after it and later end the same, bit for bit.
 
-    Parameters, moments, and every row of metrics; none of them twice.
+    Parameters, moments and rows of metrics are equal, and no row is written twice.
     """
     config, whole, _ = finished
     devices(1)
@@ -188,7 +189,7 @@ def test_a_line_cut_in_the_middle_is_dropped(finished, devices, tmp_path):
 
 @pytest.mark.slow
 def test_resumed_on_other_meshes(finished, devices, tmp_path):
-    """8 devices by data, then 4 x 2 by fsdp and tensor, then one: the losses of one device."""
+    """A run on data 8, then fsdp 4 x tensor 2, then one device has the losses of one device."""
     config, whole, _ = finished
     stages = [
         ({"mesh": MeshConfig(8, 1, 1)}, 8, 3),
@@ -204,13 +205,13 @@ def test_resumed_on_other_meshes(finished, devices, tmp_path):
             train(stage, tmp_path)
     found = [row["loss"] for row in rows_of(tmp_path) if row["kind"] == "train"]
     expected = [row["loss"] for row in rows_of(whole) if row["kind"] == "train"]
-    # Float32 sums in another order, magnified by Adam's division over 8 steps.
+    # Float32 sums in a different order, magnified by Adam's division over 8 steps.
     np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
 @pytest.mark.slow
 def test_resumed_on_another_microbatch(finished, devices, tmp_path, monkeypatch):
-    """In four parts from step 4 on: the same tokens in the same order, the losses of one part."""
+    """With four microbatches after step 4, the tokens, their order and the losses are the same."""
     config, whole, _ = finished
     devices(1)
     train_until(6, config, tmp_path)
@@ -231,7 +232,7 @@ def test_resumed_on_another_microbatch(finished, devices, tmp_path, monkeypatch)
     assert [row["tokens"] for row in found] == [row["tokens"] for row in expected]
     losses, expected_losses = ([row["loss"] for row in rows] for rows in (found, expected))
     np.testing.assert_array_equal(losses[:4], expected_losses[:4])
-    # Float32 sums in another order, magnified by Adam's division over 4 steps.
+    # Float32 sums in a different order, magnified by Adam's division over 4 steps.
     np.testing.assert_allclose(losses, expected_losses, rtol=1e-4)
 
 
@@ -253,7 +254,7 @@ def test_a_finished_run_is_reported_and_left_alone(finished, capsys, devices):
 
 
 def test_batches_are_those_of_the_step(finished):
-    """Step i of the run saw batch i of the seed: its loss is that of a step taken by hand."""
+    """Step i of a run uses batch i of the seed: its loss is that of a separate step."""
     config, workdir, _ = finished
     prepared = prepare(config.data, log=lambda line: None)
     batches = train_batches(prepared, seed=config.seed, batch_size=8, start_step=4)
@@ -294,7 +295,7 @@ train(parse.from_dict(json.loads(Path(sys.argv[1]).read_text())), Path(sys.argv[
 @pytest.mark.process
 @pytest.mark.slow
 def test_a_killed_process_resumes(finished, devices, tmp_path):
-    """SIGKILL in the middle of step 6, whatever was being written; then the same run again."""
+    """After SIGKILL in the middle of step 6, the same command ends as an uninterrupted run."""
     config, whole, _ = finished
     given, workdir = tmp_path / "given.json", tmp_path / "run"
     given.write_text(json.dumps(config.to_dict()))
@@ -313,7 +314,7 @@ def test_a_killed_process_resumes(finished, devices, tmp_path):
     assert_same_run(config, workdir, whole)
 
 
-# -- runs that must not go on ---------------------------------------------------------------
+# -- runs that must not continue ------------------------------------------------------------
 
 
 def test_another_config_in_the_same_directory(finished, devices):
@@ -327,6 +328,6 @@ def test_another_config_in_the_same_directory(finished, devices):
         assert expected in line
     assert "--workdir" in line
     assert "n_layers" not in line
-    # How a run is executed may change: it is the same run.
+    # Options of execution may change: it is the same run.
     same = change(config, log_every=3, **{"model.remat": "full", "data.prefetch": 4})
     assert train(same, workdir)["steps"] == STEPS

@@ -1,4 +1,4 @@
-"""When a run saves: one process alone, and several, whatever their clocks and signals say."""
+"""Tests of the times at which a run saves, with one process and with several."""
 
 import types
 
@@ -17,14 +17,14 @@ STEPS = 24
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A namespace whose `now` is the time, in seconds."""
+    """Return a namespace whose `now` is the time in seconds."""
     now = types.SimpleNamespace(now=1000.0)
     monkeypatch.setattr(saving.time, "monotonic", lambda: now.now)
     return now
 
 
 def saved(saves, clock, steps=12, seconds=60.0):
-    """The steps that one process saves, each of which takes so many seconds."""
+    """Return the steps that a process saves, with `seconds` per step."""
     found = []
     for step in range(1, steps + 1):
         clock.now += seconds
@@ -55,7 +55,7 @@ def test_by_steps_and_by_minutes(clock, every, minutes, expected):
 
 
 def test_a_save_that_takes_long_is_not_followed_by_another(clock):
-    """The minutes begin at the end of a save."""
+    """Minutes are counted from the end of a save."""
     saves = SaveTimes(CheckpointConfig(every=0, minutes=1.0), StopRequest())
     clock.now += 60
     assert saves.due(1)
@@ -80,10 +80,10 @@ def test_a_request_to_stop_saves_at_once(clock):
 
 
 class Process:
-    """One process of a simulated run, which does what `Loop` does in each step, in that order.
+    """A process of a simulated run, with the operations of `Loop` in each step, in that order.
 
-    It starts step k; waits for the metrics of k - 1, which all processes must have started for;
-    asks whether k is due; and before it saves, waits for the metrics of k.
+    It starts step k and waits for the metrics of k - 1, for which all processes must have started
+    k - 1. It then checks whether k is due, and before it saves it waits for the metrics of k.
     """
 
     def __init__(self, run, index, options):
@@ -122,7 +122,7 @@ class Process:
 
 
 class Run:
-    """Several processes around one board; `current` is the one whose code runs."""
+    """Several processes with a shared key-value store; `current` is the one whose code runs."""
 
     current: Process
 
@@ -150,17 +150,17 @@ class Run:
 @settings(max_examples=200)
 @given(st.data())
 def test_all_processes_save_at_the_same_steps(data):
-    """Whoever is ahead, whatever each clock says, whoever is told to stop, and when.
+    """All save at the same steps, for any order, clocks and requests to stop.
 
-    And a request to stop is granted: within two steps if no save by time is announced, which takes
-    two steps itself; word of it takes two more to the first process.
+    A request to stop takes effect within six steps: two to reach the first process, two for a save
+    by time that is already announced, and two for the stop.
     """
     options = CheckpointConfig(
         every=data.draw(st.sampled_from([0, 1, 5])), minutes=data.draw(st.sampled_from([0, 1]))
     )
     count = data.draw(st.integers(2, 4))
     requests = data.draw(st.dictionaries(st.integers(0, count - 1), st.integers(0, 60)))
-    # Processes that are chosen again and again run ahead as far as the lockstep lets them.
+    # Processes that are chosen repeatedly run ahead as far as the lockstep allows.
     order = data.draw(st.lists(st.integers(0, 3), min_size=20, max_size=200))
     paces = data.draw(st.lists(st.sampled_from([0.0, 7.0, 30.0, 90.0]), min_size=4, max_size=4))
     with pytest.MonkeyPatch.context() as patch:
@@ -195,9 +195,9 @@ def test_all_processes_save_at_the_same_steps(data):
 
 
 def test_minutes_go_by_the_clock_of_the_first_process(monkeypatch):
-    """A minute a step there, three between two saves: announced after the third, saved two later.
+    """With a minute per step and saves every three minutes, step 3 announces the save of step 5.
 
-    The clock of the other says nothing, however fast it goes.
+    The clock of the other process has no effect, at any speed.
     """
     run = Run(monkeypatch, 2, CheckpointConfig(every=0, minutes=3.0))
     while ready := run.ready():
@@ -210,7 +210,7 @@ def test_minutes_go_by_the_clock_of_the_first_process(monkeypatch):
 
 
 def test_a_request_to_stop_of_any_process_stops_all(monkeypatch):
-    """And a round that was announced before is done first."""
+    """A request to stop, of any of three processes, stops all; an announced save comes first."""
     for index in range(3):
         run = Run(monkeypatch, 3, CheckpointConfig(every=0, minutes=0.0))
         run.processes[index].stop.requested = True

@@ -1,4 +1,4 @@
-"""Updates whose gradient is not finite: left out on the device, and nothing else is changed."""
+"""Tests that an update with a gradient that is not finite is skipped without other changes."""
 
 import functools
 
@@ -28,9 +28,9 @@ def config(tiny, request):
 
 @functools.cache
 def compiled(config):
-    """(state of a run of two steps as numpy, the compiled step) on the first device.
+    """Return (state after two steps as numpy, compiled step), on the first device.
 
-    Where a batch is marked, its gradient has one of `BAD` in one place.
+    The gradient of a marked batch has one of `BAD` in one place.
     """
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
     original, values = train_step._gradients, jnp.array([0.0, *BAD.values()])
@@ -63,7 +63,7 @@ def marked(batch, kind):
 
 
 def taken_over(state):
-    """`state` one step later without an update, by hand."""
+    """Return `state` one step later without an update."""
 
     def is_schedule(node):
         return isinstance(node, optax.ScaleByScheduleState)
@@ -78,9 +78,9 @@ def taken_over(state):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", BAD)
 def test_an_update_is_left_out(config, kind):
-    """Parameters, moments and Adam's count stay, bit for bit; the run's counters go on.
+    """Parameters, moments and Adam's count stay the same, bit for bit; the run's counters advance.
 
-    "overflow" is a gradient whose values are finite and whose norm is not.
+    "overflow" is a gradient with finite values and an infinite norm.
     """
     state, _ = compiled(config)
     new, metrics = after(config, state, marked(GOOD, kind))
@@ -99,7 +99,7 @@ def test_an_update_is_left_out(config, kind):
 
 @pytest.mark.slow
 def test_the_next_step_is_that_of_a_state_taken_over(config):
-    """Nothing of the bad gradient comes back later; the learning rate is that of the run's step."""
+    """The bad gradient has no later effect; the learning rate is that of the run's step."""
     state, _ = compiled(config)
     new, _ = after(config, state, marked(GOOD, "nan"))
     found, metrics = after(config, new, OTHER)
@@ -113,7 +113,7 @@ def test_the_next_step_is_that_of_a_state_taken_over(config):
 
 
 def test_parameters_that_are_not_finite(config):
-    """All gradients are nan: no update can mend that, and none touches the other parameters."""
+    """With nan in a parameter all gradients are nan: every update is skipped."""
     state, _ = compiled(config)
     params = jax.tree.map(np.array, state.params)
     params["embedding"][7] = np.nan
@@ -125,7 +125,7 @@ def test_parameters_that_are_not_finite(config):
 
 
 def test_a_batch_of_padding(config):
-    """No token, no gradient: left out, and not a state full of nan."""
+    """A batch without tokens has no gradient: its update is skipped, and the state has no nan."""
     state, _ = compiled(config)
     new, metrics = after(config, state, PADDING)
     assert (metrics["skipped"], metrics["tokens"], metrics["empty_windows"]) == (1, 0, 4)
@@ -143,7 +143,7 @@ def test_windows_without_a_token_are_counted(config):
 
 
 def test_a_finite_gradient_is_a_plain_update(config):
-    """Bit for bit what optax gives for the same gradient, counts included."""
+    """The update equals that of optax for the same gradient, bit for bit, including counts."""
     state, _ = compiled(config)
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
     optimizer = make_optimizer(config.optimizer, config.steps)
@@ -167,10 +167,10 @@ def test_a_finite_gradient_is_a_plain_update(config):
 
 @pytest.mark.slow
 def test_in_parts_and_on_a_mesh(tiny):
-    """One bad row on one of eight devices, in one of two parts: no device makes the update."""
+    """A bad row on one of eight devices, in one of two microbatches, skips the update on all."""
     config = tiny(accumulate=2, **{"model.n_layers": 1, "mesh.data": 2, "mesh.fsdp": 4})
     batch = random_batch(0, batch=16, length=16, vocab=263)
-    batch["inputs"][5, 2] = 263  # a word that no other row has
+    batch["inputs"][5, 2] = 263  # a token that no other row has
     mesh = sharding.make_mesh(config.mesh)
     old, _ = compiled(tiny(**{"model.n_layers": 1, "optimizer.clip_norm": 1.0}))
     params = jax.tree.map(np.array, old.params)

@@ -1,4 +1,4 @@
-"""One training step: accumulation, what is reported, and that it learns."""
+"""Tests of a training step: accumulation, metrics, padding and learning."""
 
 import functools
 
@@ -11,14 +11,14 @@ from mea_jax.parallel import sharding
 from mea_jax.train.step import abstract_state, compile_eval_step, compile_train_step, create_state
 from tests.helpers import assert_close, random_batch
 
-# Padding as uneven as it can be: parts of two rows hold 64, 33, 10 and 2 tokens.
+# Very uneven padding. The four microbatches of UNEVEN_BY_PART have 64, 33, 10 and 2 tokens.
 UNEVEN = [[32], [20, 9], [7], [1], [32], [4], [3], [1]]
 UNEVEN_BY_PART = [[32], [32], [32], [1], [1, 6], [1, 2], [1], [1]]
 
 
 @functools.cache
 def one_device(config):
-    """(fresh state as numpy, compiled step) on the first device."""
+    """Return (fresh state as numpy, compiled step, mesh), on the first device."""
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
     with jax.set_mesh(mesh):
         state = jax.tree.map(np.asarray, create_state(config, mesh))
@@ -35,8 +35,8 @@ def after_one_step(config, batch):
 @pytest.mark.parametrize("rows", [None, UNEVEN, UNEVEN_BY_PART])
 def test_accumulating_four_parts_equals_one(tiny, rows):
     batch = random_batch(0, batch=8, length=32, vocab=264, rows=rows)
-    # SGD-like: with a large eps, Adam's first update is the gradient times a constant, so the
-    # parameters show the gradients' values and not only their signs.
+    # Like SGD: with a large eps, Adam's first update is the gradient times a constant. So the
+    # parameters depend on the values of the gradients, not only on their signs.
     options = {
         "optimizer.eps": 1e3,
         "optimizer.learning_rate": 1e3,
@@ -47,7 +47,7 @@ def test_accumulating_four_parts_equals_one(tiny, rows):
     whole, metrics = after_one_step(tiny(**options), batch)
     parts, metrics4 = after_one_step(tiny(**options, accumulate=4), batch)
     assert float(metrics["tokens"]) == (batch["segment_ids"] > 0).sum()
-    # Sums of some hundred float32 terms in another order.
+    # Sums of a few hundred float32 terms in a different order.
     assert_close(metrics, metrics4, rtol=1e-5, atol=0)
     start = one_device(tiny(**options))[0]
     moved = jax.tree.map(lambda a, b: np.asarray(a) - b, whole.params, start.params)
@@ -66,8 +66,8 @@ def test_a_memorisable_batch_is_memorised(tiny):
         for _ in range(60):
             state, metrics = step(state, batch)
             losses.append(float(metrics["loss"]))
-    # A fresh model guesses, log(264) = 5.6 nats, and less well for its own logits: with tied
-    # embeddings it leans towards the token it just read.
+    # A fresh model is near log(264) = 5.6 nats, but above: with tied embeddings its logits favour
+    # the token that it just read.
     assert np.log(264) < losses[0] < np.log(264) + 1.5
     assert losses[-1] < 0.3
     assert int(state.step) == 60
@@ -86,7 +86,7 @@ def test_z_loss_is_not_in_the_reported_loss(tiny):
 
 
 def test_metrics_of_a_step(tiny):
-    """Against the same quantities computed outside of it."""
+    """The metrics agree with the same quantities computed separately."""
     config = tiny(**{"model.n_layers": 1})
     batch = random_batch(0, batch=8, length=32, vocab=264, rows=UNEVEN)
     state, _, mesh = one_device(config)
@@ -102,7 +102,7 @@ def test_metrics_of_a_step(tiny):
 
 
 def test_padding_takes_no_part(tiny):
-    """What stands in padded positions changes nothing."""
+    """Tokens in padded positions change nothing."""
     config = tiny(**{"model.n_layers": 1})
     batch = random_batch(0, batch=8, length=32, vocab=264, rows=UNEVEN)
     padding = batch["segment_ids"] == 0

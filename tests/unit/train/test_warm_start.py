@@ -1,4 +1,4 @@
-"""Runs that start from a checkpoint: what they take from it, what they leave as it was."""
+"""Tests of runs that start from a checkpoint: parameters, frozen parts, teachers, resuming."""
 
 import dataclasses
 import json
@@ -38,14 +38,14 @@ ATTENTION = {"start.trainable": "attention"}
 
 @pytest.fixture(scope="module")
 def source(tiny, tmp_path_factory):
-    """(run directory, summary) of a model trained on one device."""
+    """Return (run directory, summary) of a model trained on one device."""
     workdir = tmp_path_factory.mktemp("source") / "model"
     return workdir, train_on_one_device(tiny(), workdir)
 
 
 @pytest.fixture(scope="module")
 def recovery(tiny, source):
-    """`recovery(**changes)`: the config of a run that starts from `source`."""
+    """Return `recovery(**changes)`, which returns the config of a run that starts from `source`."""
     start = {"start.checkpoint": str(source[0]), "checkpoint.every": 2}
 
     def make(**changes) -> TrainConfig:
@@ -56,14 +56,14 @@ def recovery(tiny, source):
 
 @pytest.fixture(scope="module")
 def taught(recovery, source):
-    """Everything at once: attention only, by a teacher, in two parts."""
+    """Return a config that trains only attention, with a teacher, in two microbatches."""
     teacher = {"start.teacher": str(source[0] / "checkpoints" / "4"), "start.distillation": 0.5}
     return recovery(accumulate=2, **ATTENTION, **teacher)
 
 
 @pytest.fixture(scope="module")
 def whole(taught, tmp_path_factory):
-    """(run directory, summary) of `taught`, uninterrupted."""
+    """Return (run directory, summary) of an uninterrupted run of `taught`."""
     workdir = tmp_path_factory.mktemp("recovered") / "whole"
     return workdir, train_on_one_device(taught, workdir)
 
@@ -73,7 +73,7 @@ def one_device(config):
 
 
 def store(workdir: Path, config: TrainConfig, params) -> Path:
-    """A checkpoint of parameters alone, as compression writes it."""
+    """Write a checkpoint with only parameters, as compression does; return `workdir`."""
     with Checkpoints(workdir, CheckpointConfig()) as checkpoints:
         state = TrainState(step=np.int32(0), params=params, opt_state={})
         checkpoints.save(0, state, config, Position(0, "of no data"))
@@ -82,12 +82,15 @@ def store(workdir: Path, config: TrainConfig, params) -> Path:
     return workdir
 
 
-# -- what is taken ------------------------------------------------------------------------------
+# -- the start ----------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
 def test_it_starts_with_the_loss_that_the_source_ended_with(source, whole):
-    """Here in two parts, whose sums round otherwise; a later test has them equal to the bit."""
+    """The losses are equal up to the rounding of sums over two microbatches.
+
+    A later test has them equal to the bit.
+    """
     rows = [row for row in rows_of(whole[0]) if row["kind"] == "held_out"]
     assert [row["step"] for row in rows] == [0, 4, STEPS]
     assert rows[0]["loss"] == pytest.approx(source[1]["held_out_loss"], rel=1e-6)
@@ -111,7 +114,10 @@ def test_moments_and_steps_begin_anew(recovery, source):
 
 @pytest.mark.slow
 def test_parameters_alone_are_enough_and_c_need_not_divide_k(tiny, tmp_path, devices):
-    """A compressed model: 3 and 1 of 4 key heads, 2 and 3 of 4 value heads, no moments stored."""
+    """A compressed model without stored moments, with C that does not divide K, can be trained.
+
+    Its layers have 3 and 1 of 4 key heads, and 2 and 3 of 4 value heads.
+    """
     devices(1)
     model = {"model.key_components": (3, 1), "model.value_components": (2, 3)}
     config = tiny(**model)
@@ -134,12 +140,15 @@ def test_a_teacher_may_have_another_shape(recovery, tiny, tmp_path, devices):
     assert all(row["kl"] > 0.1 for row in rows)
 
 
-# -- what stays as it was -----------------------------------------------------------------------
+# -- frozen parameters --------------------------------------------------------------------------
 
 
 @pytest.mark.slow
 def test_only_attention_moves(recovery, source, whole, taught):
-    """Bit for bit, under weight decay; moments exist for attention alone."""
+    """All other parameters stay the same, bit for bit, with weight decay.
+
+    Only attention has moments.
+    """
     assert taught.optimizer.weight_decay > 0
     before, after = final_state(recovery(), source[0], step=8), final_state(taught, whole[0], STEPS)
     old, new = flat(before.params), flat(after.params)
@@ -166,12 +175,12 @@ def test_clipping_and_its_norm_are_of_what_is_trained(recovery):
     assert 0 < norms["attention"] < 0.9 * norms["all"]
 
 
-# -- teaching -----------------------------------------------------------------------------------
+# -- distillation -------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
 def test_its_own_teacher_has_nothing_to_say(recovery):
-    """KL(p || p) is 0, and so is its gradient: without cross-entropy nothing pulls."""
+    """KL(p || p) and its gradient are 0, so without cross-entropy the gradient is 0."""
     config = recovery(**{"start.teacher": "itself", "start.distillation": 1.0})
     mesh, batch = one_device(config), random_batch(0, batch=8, length=32, vocab=264)
     with jax.set_mesh(mesh):
@@ -181,7 +190,7 @@ def test_its_own_teacher_has_nothing_to_say(recovery):
         _, own = step(state, batch, params)
         other = jax.tree.map(lambda p: 1.1 * p, params)
         _, different = step(create_state(config, mesh), batch, other)
-    # Softmax minus softmax, of logits that two compilations of one model round differently.
+    # Softmax minus softmax, of logits that two compilations of a model round differently.
     assert float(own["kl"]) < 1e-6
     assert float(own["grad_norm"]) < 1e-5
     assert float(different["kl"]) > 1e-4
@@ -191,11 +200,14 @@ def test_its_own_teacher_has_nothing_to_say(recovery):
 
 @pytest.mark.slow
 def test_recovery_on_a_mesh_is_that_of_one_device(taught):
-    """Data, fsdp, tensor and sequence at once or in pairs; padding included."""
+    """Metrics, updates and the sharding of moments are right on meshes of two and three axes.
+
+    The batch has padding.
+    """
     rows = [[32], [20, 9], [7], [1], [32], [4], [3], [1]]
     batch = random_batch(0, batch=8, length=32, vocab=264, rows=rows)
     model = change(taught.model, loss_chunk=1, attention_kernel="chunked")
-    # SGD-like, as in test_train_step: the parameters show the gradients' values.
+    # Like SGD, as in test_step: the parameters depend on the values of the gradients.
     options = {"optimizer.eps": 1e3, "optimizer.learning_rate": 1e3, "optimizer.clip_norm": 0.0}
     config = change(taught, model=model, **options)
     params, teacher = params_of(model, seed=1), params_of(model, seed=2, noise=0.1)
@@ -219,7 +231,7 @@ def test_recovery_on_a_mesh_is_that_of_one_device(taught):
         found.append((metrics, moved))
     assert max(np.abs(x).max() for x in jax.tree.leaves(found[0][1])) > 1e-2
     for metrics, moved in found[1:]:
-        # Sums of some hundred float32 terms in another order.
+        # Sums of a few hundred float32 terms in a different order.
         assert_close(metrics, found[0][0], rtol=1e-4, atol=1e-6)
         assert_close(moved, found[0][1], rtol=1e-3, atol=1e-5)
 
@@ -236,7 +248,7 @@ def test_a_step_without_its_teacher_is_not_compiled(recovery, taught):
 @pytest.mark.slow
 @pytest.mark.parametrize("step", [2, 5])
 def test_a_cut_recovery_ends_as_if_it_had_not_been(taught, whole, devices, tmp_path, step):
-    """Before the first checkpoint, and after the second: the same bits and rows, none twice."""
+    """Runs cut at step 2 or 5 end with the same bits and rows, and no row is written twice."""
     devices(1)
     train_until(step, taught, tmp_path)
     train(taught, tmp_path)
@@ -249,7 +261,7 @@ def test_a_run_that_has_begun_needs_its_source_no_more(recovery, source, devices
     devices(1)
     copy = shutil.copytree(source[0], tmp_path / "copy")
     config = recovery(**{"start.checkpoint": str(copy)})
-    train_until(4, config, tmp_path / "run")  # the checkpoint of step 2 is whole
+    train_until(4, config, tmp_path / "run")  # the checkpoint of step 2 is complete
     train_until(1, config, tmp_path / "early")
     shutil.rmtree(copy)
     summary = train(config, tmp_path / "run")
@@ -278,13 +290,13 @@ def test_the_config_takes_model_and_data_from_the_checkpoint(source, command, tm
     run = tmp_path / "runs" / "model_recovered"
     config = from_dict(json.loads((run / "config.json").read_text()))
     wanted = from_dict(kept)
-    # What runs where is chosen anew.
+    # Options that depend on the machine are chosen again.
     chosen = {key: getattr(config.model, key) for key in ("backend", "attention_kernel")}
     assert config.model == change(wanted.model, loss_chunk=1, **chosen)
     assert config.data == change(wanted.data, prefetch=3)
     assert config.start.checkpoint == str(source[0])
     assert config.optimizer.learning_rate == 1.6e-5
-    # And without a config: the run's own, here that it is finished.
+    # Without a config the command uses the run's; here the run is finished.
     status, out, err = command("--workdir", run)
     assert status == 0, err
     assert f"{run} is finished: 2 steps are done" in out
@@ -292,7 +304,7 @@ def test_the_config_takes_model_and_data_from_the_checkpoint(source, command, tm
 
 @pytest.mark.slow
 def test_longer_windows_of_the_same_model(source, command, tmp_path, monkeypatch):
-    """With pass keys, in its own tokens; nothing but lengths and text changes."""
+    """`configs/longer.py` adds pass keys, and changes only lengths and text."""
     (tmp_path / "texts").mkdir()
     keys = "".join(json.dumps({"text": f"The pass key is {i}. " * 9}) + "\n" for i in range(200))
     (tmp_path / "texts" / "passkeys.jsonl").write_text(keys)
@@ -347,17 +359,17 @@ def test_a_checkpoint_that_is_none_or_damaged_is_one_line(source, command, tmp_p
         victim = max(where.rglob("d/*"), key=lambda path: path.stat().st_size)
         victim.write_bytes(victim.read_bytes()[:-1])
     status, _, err = command(*recover(damaged, *QUICK))
-    is_one_error(status, err, "every checkpoint", "is damaged", "bring good copies back")
-    assert "--workdir" not in err, "which would not mend it"
+    is_one_error(status, err, "every checkpoint", "is damaged", "restore good copies")
+    assert "--workdir" not in err, "another --workdir would not fix it"
     status, _, err = command(*recover(damaged / "checkpoints" / "8", *QUICK))
-    is_one_error(status, err, "config.start.checkpoint", "is damaged", "take another step")
+    is_one_error(status, err, "config.start.checkpoint", "is damaged", "use another step")
 
 
 def test_one_directory_cannot_be_source_and_run(tiny, tmp_path, devices):
-    """A compressed checkpoint has no config.json of a run that would keep another one out."""
+    """A run may not use a compressed checkpoint's folder, which has no config.json of a run."""
     devices(1)
     run = store(tmp_path / "compressed", tiny(), params_of(tiny().model))
-    with pytest.raises(UserError, match="own directory: give the run a --workdir of its own"):
+    with pytest.raises(UserError, match="own directory: give the run another --workdir"):
         train(tiny(**{"start.checkpoint": str(run)}), run)
 
 
@@ -374,4 +386,4 @@ def test_a_teacher_must_share_the_words(recovery, tiny, tmp_path, devices, chang
         shutil.copytree(tmp_path / "bpe" / "tokenizer", run / "tokenizer")
     with pytest.raises(UserError, match=r"config\.start\.teacher .*other") as error:
         train(recovery(**{"start.teacher": str(run), "start.distillation": 0.5}), tmp_path / "run")
-    assert ("272 words" if change_ == "words" else "tokenizer") in str(error.value)
+    assert ("272 tokens" if change_ == "words" else "tokenizer") in str(error.value)

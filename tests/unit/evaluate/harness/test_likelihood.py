@@ -1,4 +1,4 @@
-"""Log-probabilities of packed trees against whole sequences computed one by one."""
+"""Tests of the log-probabilities of packed trees against sequences that are run separately."""
 
 import functools
 
@@ -10,7 +10,7 @@ import pytest
 from mea_jax.checkpoint.load import unresolved
 from mea_jax.config.schema import MeshConfig
 from mea_jax.evaluate.harness import likelihood
-from mea_jax.evaluate.harness.likelihood import Request, Scorer, Work
+from mea_jax.evaluate.harness.likelihood import Request, Scorer, ScoringCost
 from mea_jax.model.params import init_params
 from mea_jax.ops import attention, cpu
 from mea_jax.parallel import sharding
@@ -32,18 +32,18 @@ def requests_of(seed, questions=8, choices=3):
 
 
 def logits_of(model, params, requests):
-    """Logits (T, V) of each request, a row each."""
+    """Return the logits (requests, T, V) of `requests`, one per row."""
     tokens_BT = np.zeros((len(requests), LONGEST), np.int32)
     for row, request in zip(tokens_BT, requests, strict=True):
         row[: len(request.tokens)] = request.tokens
     positions_BT = np.broadcast_to(np.arange(LONGEST, dtype=np.int32), tokens_BT.shape)
     apply = jax.jit(functools.partial(apply_logits, model))
-    # Padding comes last, where nothing before it looks.
+    # Padding is at the end, where causal attention does not read it.
     return np.asarray(apply(params, tokens_BT, positions_BT, np.ones_like(tokens_BT)))
 
 
 def directly(logits_TV, request):
-    """The same from all logits of the one sequence."""
+    """Return (log-probability, is greedy) of a request's targets from its logits (T, V)."""
     n, last = len(request.targets), len(request.tokens)
     logits_nV = logits_TV[last - n : last].astype(np.float64)
     logs_nV = logits_nV - np.log(np.exp(logits_nV).sum(1, keepdims=True))
@@ -70,24 +70,24 @@ def scorer_of(model, params, mesh=None):
 def test_packed_requests_score_like_whole_sequences(changes):
     model = tiny_model(**changes)
     params, requests = params_of(model, noise=0.3), requests_of(0)
-    greedy = requests[5]  # what the model itself would write next
+    greedy = requests[5]  # repeated below with the model's own next token
     logits = logits_of(model, params, requests)
     top = logits[5, len(greedy.tokens) - 1].argmax()
     requests.append(Request(greedy.tokens, [int(top)]))
 
-    work = Work()
+    work = ScoringCost()
     found = scorer_of(model, params).score(requests, work)
     assert found[-1][1]
     assert found[-1][0] < 0
     for (log_probability, is_greedy), request, row in zip(found, requests, logits, strict=False):
         expected, expected_greedy = directly(row, request)
-        # Float32 sums in another order, of at most 7 logarithms around 6.
+        # Float32 sums of at most 7 logarithms around 6, in a different order.
         assert log_probability == pytest.approx(expected, abs=1e-4)
         assert is_greedy == expected_greedy
     assert work.requests == len(requests)
-    assert work.asked == sum(len(r.tokens) for r in requests)
+    assert work.requested_tokens == sum(len(r.tokens) for r in requests)
     shares = likelihood.shares_beginnings(model)
-    assert (work.real < 0.6 * work.asked) == shares, "beginnings that are shared are read once"
+    assert (work.real < 0.6 * work.requested_tokens) == shares, "shared prefixes are computed once"
 
 
 def test_shared_beginnings_change_no_score():
@@ -113,7 +113,7 @@ def test_a_mesh_scores_like_one_device(sizes):
 
 
 def test_logits_of_all_positions_never_exist_at_once(monkeypatch):
-    """The compiled program's largest array of words is a chunk's, and chunks change no score."""
+    """The compiled program has logits of one chunk at a time; chunks do not change the scores."""
     model = tiny_model()
     params, requests = params_of(model, noise=0.3), requests_of(3)
     expected = scorer_of(model, params).score(requests)
@@ -133,7 +133,7 @@ def test_logits_of_all_positions_never_exist_at_once(monkeypatch):
 
 
 def test_attention_of_trees():
-    """Both kernels against a mask made by hand: two trees, the first with two branches, padding."""
+    """Both kernels agree with an explicit mask: two trees, the first with branches, and padding."""
     n, k = 4, 2
     rng = np.random.default_rng(4)
     q, kk, v = (jnp.asarray(rng.standard_normal((1, 11, h, 8)), jnp.float32) for h in (n, k, k))

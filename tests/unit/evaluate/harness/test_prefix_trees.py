@@ -1,4 +1,4 @@
-"""Trees of requests and rows of trees: what each request sees, and how little is padding."""
+"""Tests of prefix trees and their packing: the tokens that a request sees, and the padding."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from mea_jax.evaluate.harness.prefix_trees import Request, build_trees, fill, pl
 
 
 def multiple_choice(rng, count, context, answer, choices=4, before=()):
-    """Requests of `count` questions; `before`: what all of them begin with."""
+    """Return `choices` requests for each of `count` questions; all begin with `before`."""
     found = []
     for _ in range(count):
         question = [*before, *rng.integers(0, 50, rng.integers(*context)).tolist()]
@@ -19,7 +19,7 @@ def multiple_choice(rng, count, context, answer, choices=4, before=()):
 
 
 def seen(tree, place):
-    """The tokens that position `place` of a tree sees, by the rule of `tree_attention`."""
+    """Return the tokens that position `place` of a tree sees, by the rule of `tree_attention`."""
     return [tree.tokens_n[s] for s in range(place + 1) if place < tree.reach_n[s]]
 
 
@@ -42,7 +42,7 @@ def test_every_scored_token_follows_exactly_its_request(branches):
                 assert seen(tree, place) == request.tokens[: end + 1]
                 assert tree.positions_n[place] == end
             found.add(number)
-        if not branches:  # one path: attention within segments is enough
+        if not branches:  # a single path: attention within segments is enough
             assert (tree.reach_n == tree.size).all()
             assert (tree.positions_n == np.arange(tree.size)).all()
     assert found == set(range(len(requests)))
@@ -59,7 +59,7 @@ def test_what_requests_share_is_computed_once():
 def test_no_row_overflows_and_no_tree_is_lost():
     rng = np.random.default_rng(2)
     sizes = rng.integers(1, 700, 300).tolist()
-    planned = plan(sizes, capacity=512, width=128, budget=4096, ways=4)
+    planned = plan(sizes, capacity=512, width=128, budget=4096, batch_shards=4)
     members = [i for rows in planned for row in rows.rows for i in row]
     assert sorted(members) == list(range(300))
     for rows in planned:
@@ -93,7 +93,10 @@ MIXES = {
 @pytest.mark.parametrize("branches", [True, False])
 @pytest.mark.parametrize("mix", MIXES)
 def test_nine_tenths_of_what_is_computed_is_real(mix, branches):
-    """Padding of rows and of the last batch counted; the shapes, each compiled once, are few."""
+    """At least 90% is real, counting the padding of rows and of the last batch.
+
+    There are at most 4 shapes; each is compiled once.
+    """
     requests = MIXES[mix](np.random.default_rng(3))
     trees = build_trees(requests, 1024, branches)
     planned = plan([t.size for t in trees], capacity=1024, width=256, budget=4096)
@@ -111,11 +114,11 @@ def test_layouts_say_the_same_of_a_tree_of_one_path():
     requests = [Request([1, 2, 3], [4]), Request([5, 6], [7])]
     trees = build_trees(requests, 100)
     args = ([[0, 1], []], trees, 8, 2)
-    tokens, positions, reach, starts = prefix_trees.laid_out(*args, branches=True)
+    tokens, positions, reach, starts = prefix_trees.batch_arrays(*args, branches=True)
     assert tokens[0].tolist() == [1, 2, 3, 5, 6, 0, 0, 0]
     assert positions[0].tolist() == [0, 1, 2, 0, 1, 0, 0, 0]
     assert reach[0].tolist() == [3, 3, 3, 5, 5, 0, 0, 0]
-    segments = prefix_trees.laid_out(*args, branches=False)[2]
+    segments = prefix_trees.batch_arrays(*args, branches=False)[2]
     assert segments[0].tolist() == [1, 1, 1, 2, 2, 0, 0, 0]
     assert not tokens[1].any()
     assert [(row, start) for row, start, _ in starts] == [(0, 0), (0, 3)]

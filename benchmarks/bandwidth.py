@@ -1,4 +1,4 @@
-"""Measures the memory bandwidth that decoding reaches, relative to plain copying and reading.
+"""Measure the memory bandwidth that decoding reaches, relative to plain copying and reading.
 
     python -m benchmarks.bandwidth [--contexts 1024,8192,32768] [--out bench/bandwidth]
 

@@ -1,4 +1,4 @@
-"""Measures the cost of saving: how long it blocks and slows training, and the time to disk.
+"""Measure the cost of saving: how long it blocks and slows training, and the time to disk.
 
     python -m benchmarks.checkpointing [--saves 8] [--out DIR] [--json out.json]
 

@@ -1,4 +1,4 @@
-"""Measures time and memory of compressing Qwen3-30B-A3B's attention shapes with random weights.
+"""Measure time and memory of compressing Qwen3-30B-A3B's attention shapes with random weights.
 
     python -m benchmarks.compression [--methods svd,aligned] [--layers 48] [--folder /scratch]
 
@@ -66,7 +66,8 @@ def make_checkpoint(run: Path, layers: int) -> None:
 
     with tempfile.TemporaryDirectory(dir=run.parent) as scratch:
         writer = Writer(Path(scratch), config.model)
-        writer.write_top(tree({k: v for k, v in shapes.items() if not k.startswith("layers")}, 0))
+        top = {name: leaf for name, leaf in shapes.items() if not name.startswith("layers")}
+        writer.write_non_layer(tree(top, 0))
         for index, (stack, _) in enumerate(places(config.model)):
             writer.write_layer(index, tree(shapes[stack], 1))
         (run / "checkpoints").mkdir(parents=True)

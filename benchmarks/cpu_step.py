@@ -1,4 +1,4 @@
-"""Measures training steps on a CPU, next to a plain matrix product of the model's main shape.
+"""Measure training steps on a CPU, next to a plain matrix product of the model's main shape.
 
     python -m benchmarks.cpu_step [--json out.json] [--repeats 9]
 

@@ -1,4 +1,4 @@
-"""Measures one decode step by context length, with full and compressed caches.
+"""Measure one decode step by context length, with full and compressed caches.
 
     python -m benchmarks.decode_step [--contexts 1024,4096,16384,32768] [--out bench/decode_step]
     JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 python -m benchmarks.decode_step --topology v5e:2x2

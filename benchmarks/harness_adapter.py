@@ -1,4 +1,4 @@
-r"""Compares requests/s of our model in lm-evaluation-harness with the harness's own `hf` model.
+r"""Compare requests/s of our model in lm-evaluation-harness with the harness's own `hf` model.
 
     python -m mea_jax.convert to_hf --checkpoint runs/suite --out exported/suite
     python -m studies.harness_suite --out suite

@@ -1,4 +1,4 @@
-"""Measures time and memory of importing a model of Qwen3-30B-A3B's shapes with small experts.
+"""Measure time and memory of importing a model of Qwen3-30B-A3B's shapes with small experts.
 
     python -m benchmarks.importing [--layers 48] [--experts 128] [--width 8] [--folder /scratch]
 
@@ -61,10 +61,10 @@ def make_model(folder: Path, layers: int, experts: int, width: int) -> tuple[int
 
     def arrays() -> Iterator[tuple[str, np.ndarray]]:
         for entry in entries:
-            scale = np.float32(entry.theirs[-1] ** -0.5)
-            yield entry.name, rng.standard_normal(entry.theirs, np.float32) * scale
+            scale = np.float32(entry.hf_shape[-1] ** -0.5)
+            yield entry.name, rng.standard_normal(entry.hf_shape, np.float32) * scale
 
-    plan = [(entry.name, entry.theirs) for entry in entries]
+    plan = [(entry.name, entry.hf_shape) for entry in entries]
     shards.write_folder(folder, plan, arrays(), "bfloat16", 10**9)
     return len(plan), max(shards.size_of([item], "bfloat16") for item in plan)
 

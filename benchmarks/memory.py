@@ -1,4 +1,4 @@
-"""Measures whether the resident memory of a training process grows over its steps.
+"""Measure whether the resident memory of a training process grows over its steps.
 
     python -m benchmarks.memory [--steps 2000] [--plot memory.png] [--json out.json]
     python -m benchmarks.memory -- --config.model.d_model=256

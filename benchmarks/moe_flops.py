@@ -1,4 +1,4 @@
-"""Compares the compiled FLOPs of a mixture-of-experts step to those of its active parameters.
+"""Compare the compiled FLOPs of a mixture-of-experts step to those of its active parameters.
 
     python -m benchmarks.moe_flops [--topology gpu:4] [--out bench/moe_flops]
 

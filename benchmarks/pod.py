@@ -1,4 +1,4 @@
-"""Plans pod runs with the TPU compiler: memory, bottleneck, cost of MEA, compile time, loss memory.
+"""Plan pod runs with the TPU compiler: memory, bottleneck, cost of MEA, compile time, loss memory.
 
     python -m benchmarks.pod [--only fit,mea,depth,loss] [--out bench/pod]
 

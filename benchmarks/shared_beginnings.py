@@ -1,4 +1,4 @@
-r"""Measures the speed-up from computing common prefixes of benchmark requests only once.
+r"""Measure the speed-up from computing common prefixes of benchmark requests only once.
 
     python ../shared/tools/real_tasks.py tasks    # or any folder of lm-evaluation-harness tasks
     python -m benchmarks.shared_beginnings --checkpoint runs/smol --tasks r_hellaswag \

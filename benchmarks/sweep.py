@@ -1,4 +1,4 @@
-"""Compares a grid of small models in one program with the same runs one after another.
+"""Compare a grid of small models in one program with the same runs one after another.
 
     python -m benchmarks.sweep [--runs 16] [--d_model 128] [--layers 4] [--json out.json]
 

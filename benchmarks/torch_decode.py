@@ -1,4 +1,4 @@
-"""Compares a PyTorch decode step with half the cache to its uncompressed twin, on a CPU.
+"""Compare a PyTorch decode step with half the cache to its uncompressed twin, on a CPU.
 
     python -m benchmarks.torch_decode [--contexts 4096,16384,32768] [--out bench/torch_decode]
 

@@ -1,4 +1,4 @@
-"""Measures MEA's cost in training: MHA against MEA with explicit and folded mixing.
+"""Measure MEA's cost in training: MHA against MEA with explicit and folded mixing.
 
     python -m benchmarks.train_forms [--repeats 9] [--out bench/train_forms]
     JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 python -m benchmarks.train_forms --topology v5e:2x2

@@ -1,4 +1,4 @@
-"""Draws docs/architecture.svg, README's picture of one MEA attention layer.
+"""Draw docs/architecture.svg, README's picture of one MEA attention layer.
 
 python docs/architecture.py
 """
@@ -30,7 +30,7 @@ def box(axis, x, y, width, text, color, height=0.62, bold=False):
 
 
 def heads(axis, x, y, count, color, label, note=""):
-    """A row of small squares, one a head."""
+    """Draw a row of small squares, one per head."""
     step = 0.26
     for i in range(count):
         left = x + (i - (count - 1) / 2) * step - 0.1

@@ -9,11 +9,12 @@ import re
 import runpy
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
+import tqdm
 from absl import app, flags, logging
 from jax._src import xla_bridge  # for the reasons of a fallback to the CPU
 from ml_collections import config_dict, config_flags
@@ -26,6 +27,8 @@ from mea_jax.errors import UserError, fail, nearest
 from mea_jax.parallel import preemption, processes
 from mea_jax.parallel.host import accelerator_attached, keep_freed_memory
 from mea_jax.parallel.preemption import Preempted
+
+T = TypeVar("T")
 
 _OVERRIDE = re.compile(r"--?(config\.[\w.\[\]]+)")
 # jax's message, without the advice at its end. The reason comes from the platform, such as
@@ -317,6 +320,11 @@ def run(
             processes.end(1, f"{traceback.format_exc()}error: {type(error).__name__}: {reason}")
 
     app.run(wrapped, flags_parser=functools.partial(_parse_flags, training=training))
+
+
+def progress(items: Iterable[T], what: str, total: int | None = None) -> Iterable[T]:
+    """Return `items` with a progress bar and ETA on stderr, which is shown on terminals only."""
+    return tqdm.tqdm(items, desc=what, total=total, leave=False, dynamic_ncols=True, disable=None)
 
 
 def pyplot() -> Any:

@@ -22,7 +22,7 @@ from typing import Any
 from absl import flags
 
 from mea_jax import cli
-from mea_jax.checkpoint.files import disk_errors, write_whole
+from mea_jax.checkpoint.files import disk_errors, write_atomically
 from mea_jax.checkpoint.layerwise import StoredModel
 from mea_jax.compress.methods import METHODS
 from mea_jax.compress.options import Options
@@ -161,7 +161,7 @@ class Study:
     def _write(self, name: str, rows: list[Row]) -> None:
         lines = sorted(json.dumps(row) for row in rows)
         with disk_errors(self.out / name):
-            write_whole(self.out / name, "".join(line + "\n" for line in lines))
+            write_atomically(self.out / name, "".join(line + "\n" for line in lines))
 
 
 def read(path: Path) -> list[Row]:

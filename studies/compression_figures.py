@@ -15,7 +15,7 @@ import numpy as np
 from absl import flags
 
 from mea_jax import cli
-from mea_jax.checkpoint.files import disk_errors, write_whole
+from mea_jax.checkpoint.files import disk_errors, write_atomically
 from mea_jax.errors import UserError
 from studies.compression import KEEPS, CompressionName, Row, read, variants
 from studies.recovery import CONTROL, KEEP, STARTS
@@ -340,7 +340,7 @@ def redraw(data: Path) -> str:
     """Write the tables and all figures; return the tables' text."""
     text = "".join(f"## {title}\n\n{table}\n\n" for title, table in sections(data))
     with disk_errors(data / "tables.md"):
-        write_whole(data / "tables.md", text)
+        write_atomically(data / "tables.md", text)
     draw_losses(read(data / "rows.jsonl"), data / "losses.png")
     if layers := read(data / "layers.jsonl"):
         draw_layers(layers, data / "layers.png")

@@ -22,7 +22,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from mea_jax import cli
-from mea_jax.checkpoint.files import disk_errors, write_json, write_whole
+from mea_jax.checkpoint.files import disk_errors, write_atomically, write_json
 from mea_jax.config.schema import flatten
 from mea_jax.errors import UserError, nearest
 from studies import halve_table
@@ -186,7 +186,7 @@ def run(
     text = halve_table.markdown(report, config)
     with disk_errors(out):
         write_json(out / "report.json", report)
-        write_whole(out / "report.md", text)
+        write_atomically(out / "report.md", text)
     return text
 
 

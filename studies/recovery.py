@@ -18,7 +18,7 @@ from typing import Any
 from absl import flags
 
 from mea_jax import cli
-from mea_jax.checkpoint.files import disk_errors, write_whole
+from mea_jax.checkpoint.files import disk_errors, write_atomically
 from mea_jax.checkpoint.metrics import read_metrics
 from mea_jax.config.parse import from_config_dict, from_dict
 from mea_jax.config.schema import TrainConfig
@@ -111,7 +111,7 @@ def main() -> None:
         of = (new[0]["kind"], new[0]["seed"])
         rows = [row for row in read(out) if (row["kind"], row["seed"]) != of] + new
         with disk_errors(out):
-            write_whole(out, "".join(json.dumps(row) + "\n" for row in rows))
+            write_atomically(out, "".join(json.dumps(row) + "\n" for row in rows))
     print(f"rows in {out}")
 
 

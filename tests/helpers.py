@@ -158,7 +158,7 @@ def assert_equal(a: Any, b: Any) -> None:
         np.testing.assert_array_equal(np.asarray(a[path]), np.asarray(b[path]), err_msg=path)
 
 
-def is_one_error(status, err, *parts):
+def assert_one_error(status, err, *parts):
     """Assert that `err` has one line "error: ...", its last one, which contains all `parts`."""
     assert status != 0
     assert "Traceback" not in err
@@ -169,7 +169,7 @@ def is_one_error(status, err, *parts):
         assert part in lines[0], (part, lines[0])
 
 
-def real_command(*arguments, cwd):
+def run_train_in_subprocess(*arguments, cwd):
     """Run `python -m mea_jax.train` in a separate process; return (status, stderr)."""
     finished = subprocess.run(
         [sys.executable, "-m", "mea_jax.train", *map(str, arguments)],

@@ -37,6 +37,17 @@ def split(path: str, line: int, text: str) -> Iterator[Sentence]:
                 yield path, line + text[: text.find(sentence)].count("\n"), words
 
 
+def message_text(node: ast.expr) -> str:
+    """Return the text of a message, with the names of its values in braces."""
+    if isinstance(node, ast.Constant):
+        return str(node.value)
+    if isinstance(node, ast.JoinedStr):
+        return "".join(map(message_text, node.values))
+    if isinstance(node, ast.BinOp):
+        return message_text(node.left) + message_text(node.right)
+    return f"{{{ast.unparse(node.value if isinstance(node, ast.FormattedValue) else node)}}}"
+
+
 def of_python(path: str, source: str) -> Iterator[Sentence]:
     """Yield the sentences of docstrings, comments and the messages of `UserError`."""
     for node in ast.walk(ast.parse(source)):
@@ -46,7 +57,7 @@ def of_python(path: str, source: str) -> Iterator[Sentence]:
             first = node.body[0]
             yield from split(path, first.lineno, ast.get_docstring(node) or "")
         elif isinstance(node, ast.Call) and getattr(node.func, "id", "") == "UserError":
-            yield from split(path, node.lineno, " ".join(map(ast.unparse, node.args)))
+            yield from split(path, node.lineno, " ".join(map(message_text, node.args)))
     comment: list[str] = []
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT and not token.string.startswith(

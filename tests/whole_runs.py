@@ -15,7 +15,7 @@ from mea_jax.train.step import abstract_state
 MEASURED = ("tokens_per_second", "flops_per_second", "mfu")
 
 
-class Cut(BaseException):
+class SimulatedKill(BaseException):
     """A simulated kill, a `BaseException` that no handler of the package may catch."""
 
 
@@ -25,12 +25,12 @@ def train_until(step, config, workdir):
 
     def stop(self, at, *args):
         if at == step:
-            raise Cut
+            raise SimulatedKill
         return report(self, at, *args)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Loop, "report_step", stop)
-        with pytest.raises(Cut):
+        with pytest.raises(SimulatedKill):
             train(config, workdir)
 
 
@@ -42,7 +42,7 @@ def train_on_one_device(config, workdir):
         return train(config, workdir)
 
 
-def final_state(config, workdir, step):
+def restore_state(config, workdir, step):
     """Restore the state of a checkpoint on the first device."""
     mesh = sharding.make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
     with Checkpoints(workdir) as checkpoints:

@@ -1,8 +1,8 @@
 """Write and verify the checksums of a folder.
 
-`seal` writes `digests.json` into a folder: the size and SHA-256 of every file below it. `damage`
-compares. It detects a single changed bit, a truncated, missing or additional file, and links, which
-could point outside the folder.
+`write_checksums` writes `digests.json` into a folder: the size and SHA-256 of every file below it.
+`damage` compares. It detects a single changed bit, a truncated, missing or additional file, and
+links, which could point outside the folder.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ FILE = "digests.json"
 _THREADS = 2  # hashing releases Python's lock; more threads would only take cores from training
 
 
-def seal(folder: Path) -> None:
+def write_checksums(folder: Path) -> None:
     """Write the checksums of all files below `folder`, and sync all of it to disk.
 
     Raise `OSError` if a write fails.
@@ -38,7 +38,7 @@ def seal(folder: Path) -> None:
 
 
 def damage(folder: Path, part: int = 0, parts: int = 1) -> str | None:
-    """Return a short description of what has changed in `folder` since `seal`, or None.
+    """Return a short description of what has changed in `folder` since `write_checksums`, or None.
 
     Read every `parts`-th file from the `part`-th on, so that several processes can share the
     reading. Each of them checks the names of all files.

@@ -31,7 +31,7 @@ def make_writable(folder: Path) -> None:
     probe.unlink()
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_atomically(path: Path, text: str) -> None:
     """Replace a file's text atomically: if this fails, the file stays as it was."""
     scratch = path.with_name(path.name + ".tmp")
     scratch.write_text(text)
@@ -56,4 +56,4 @@ def to_json(tree: Any, indent: int | None = None) -> str:
 def write_json(path: Path, tree: Any) -> None:
     """Write `tree` as JSON, atomically. Raise `UserError` if the disk refuses."""
     with disk_errors(path):
-        write_whole(path, to_json(tree, indent=1) + "\n")
+        write_atomically(path, to_json(tree, indent=1) + "\n")

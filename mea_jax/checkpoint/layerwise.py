@@ -23,7 +23,7 @@ from mea_jax.checkpoint import digests
 from mea_jax.checkpoint.files import disk_errors
 from mea_jax.checkpoint.load import open_trained
 from mea_jax.checkpoint.manager import FORMAT
-from mea_jax.checkpoint.orbax_store import missing, names_of, plain_path
+from mea_jax.checkpoint.orbax_store import array_shapes, missing, plain_path
 from mea_jax.config.schema import ModelConfig, TrainConfig
 from mea_jax.errors import UserError
 from mea_jax.model.params import abstract_params
@@ -195,7 +195,7 @@ class Writer:
         for path, leaf in _flat(tree):
             self._write((stack, *path), place, leaf)
 
-    def write_top(self, tree: Tree) -> None:
+    def write_non_layer(self, tree: Tree) -> None:
         """Write the parameters outside the layers."""
         for path, leaf in _flat(tree):
             self._write(path, None, leaf)
@@ -248,9 +248,9 @@ class Writer:
                 ),
                 force=True,
             )
-            if problem := missing(checkpoint / "state", names_of({"params": params})):
+            if problem := missing(checkpoint / "state", array_shapes({"params": params})):
                 raise UserError(
                     f"{checkpoint} was written, but cannot be read back: {problem}; check the disk "
                     "and run the command again"
                 )
-            digests.seal(checkpoint)
+            digests.write_checksums(checkpoint)

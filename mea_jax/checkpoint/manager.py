@@ -25,7 +25,7 @@ import orbax.checkpoint as ocp
 from absl import logging as absl_logging
 
 from mea_jax.checkpoint import digests
-from mea_jax.checkpoint.orbax_store import missing, names_of, plain_path, quiet_threads
+from mea_jax.checkpoint.orbax_store import array_shapes, missing, plain_path, quiet_threads
 from mea_jax.checkpoint.published import refuse_published
 from mea_jax.config.parse import from_dict
 from mea_jax.config.schema import CheckpointConfig, TrainConfig
@@ -75,8 +75,8 @@ class Checkpoints:
     ):
         """Open the checkpoints of `workdir`: to read and write, or only to read without `options`.
 
-        With `rewind_distance`, a checkpoint at least that many steps older than the newest is always
-        kept, if there is one. Raise `UserError` if the directory cannot be written.
+        With `rewind_distance`, a checkpoint at least that many steps older than the newest is
+        always kept, if there is one. Raise `UserError` if the directory cannot be written.
         """
         self.directory = (workdir / "checkpoints").absolute()
         self._plain = plain_path(self.directory)  # as orbax takes it
@@ -152,7 +152,7 @@ class Checkpoints:
             found = digests.damage(folder, index, count)
             if not (folder / digests.FILE).exists() and self._unsealed(folder):
                 found = digests.links(folder)  # nothing else can be verified
-        return processes.any_of(found)
+        return processes.first_problem(found)
 
     def _unsealed(self, folder: Path) -> bool:
         """Return whether this is a checkpoint of the format without checksums."""
@@ -208,7 +208,7 @@ class Checkpoints:
                     f"the damaged checkpoint of step {step} cannot be moved to {target}: "
                     f"{error.strerror}; move it away manually"
                 )
-        processes.agree(problem)
+        processes.raise_on_all(problem)
         return target
 
     def forget_after(self, step: int) -> None:
@@ -218,7 +218,7 @@ class Checkpoints:
             for newer in self.steps():
                 if newer > step:
                     self._remove(newer)
-        processes.agree(None)
+        processes.raise_on_all(None)
 
     def _remove(self, step: int) -> None:
         old = self.directory / f"{step}.old"  # not a checkpoint, even if the removal is interrupted
@@ -252,7 +252,7 @@ class Checkpoints:
             )
         except Exception as error:
             raise self._write_error(error) from error
-        what = (step, names_of(state))
+        what = (step, array_shapes(state))
         self._thread = threading.Thread(target=self._complete, args=what, daemon=True)
         self._thread.start()
 
@@ -265,7 +265,7 @@ class Checkpoints:
             if processes.is_first():
                 if problem := missing(part / "state", shapes):
                     raise OSError(f"the written files cannot be read back: {problem}")
-                digests.seal(part)
+                digests.write_checksums(part)
                 os.rename(part, self.directory / str(step))
                 digests.sync_folder(self.directory)
                 self._keep()
@@ -356,8 +356,9 @@ class Checkpoints:
 
         Raise `UserError` if it cannot be read, or is not valid.
         """
+        tree = self._json(step, "config")
         try:
-            return from_dict(self._json(step, "config"))
+            return from_dict(tree)
         except UserError as error:
             raise UserError(f"checkpoint {self.directory / str(step)}: {error}") from error
 

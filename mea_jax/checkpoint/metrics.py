@@ -14,7 +14,7 @@ import numpy as np
 import tqdm
 
 from mea_jax import cli
-from mea_jax.checkpoint.files import disk_errors, to_json, write_whole
+from mea_jax.checkpoint.files import disk_errors, to_json, write_atomically
 
 
 class EventFile:
@@ -80,7 +80,7 @@ class MetricsWriter:
         self.path = workdir / "metrics.jsonl"
         with disk_errors(self.path):
             kept = [row for row in read_metrics(self.path) if keep(row)]
-            write_whole(self.path, "".join(to_json(row) + "\n" for row in kept))
+            write_atomically(self.path, "".join(to_json(row) + "\n" for row in kept))
             self.file = self.path.open("a")
             self.board = EventFile(workdir / "tensorboard", start_step + 1)
 

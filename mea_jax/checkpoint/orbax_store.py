@@ -77,7 +77,7 @@ def plain_path(folder: Path) -> Path:
     )
 
 
-def names_of(tree: Any) -> dict[str, tuple[int, ...]]:
+def array_shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     """Return the shape of each array of `tree`, by its name in a store of orbax."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(p, simple=True, separator="."): x.shape for p, x in leaves}

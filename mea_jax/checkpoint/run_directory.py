@@ -81,7 +81,7 @@ class RunDirectory:
         probe, problem = self.path / there.name, None
         if self.first:
             probe.write_text("")
-        processes.agree(None)
+        processes.raise_on_all(None)
         until = time.monotonic() + _SHARED_SECONDS
         while not probe.exists() and problem is None:
             if time.monotonic() > until:
@@ -92,7 +92,7 @@ class RunDirectory:
                 )
             time.sleep(0.1)
         try:
-            processes.agree(problem)
+            processes.raise_on_all(problem)
         finally:
             if self.first:
                 probe.unlink(missing_ok=True)
@@ -124,7 +124,7 @@ class RunDirectory:
                     self._lock = stack.enter_context(lock.hold(self.path, self.log))
                 except UserError as error:
                     problem = str(error)
-            processes.agree(problem)
+            processes.raise_on_all(problem)
             yield
 
     def check_claim(self) -> None:

@@ -16,12 +16,13 @@ import numpy as np
 
 from mea_jax.checkpoint.files import disk_errors, write_json
 from mea_jax.checkpoint.layerwise import StoredModel
+from mea_jax.cli import progress
 from mea_jax.compress import layer as layers
 from mea_jax.compress.calibration import CalibrationTexts
 from mea_jax.compress.moments import Moments, of_weights
 from mea_jax.compress.options import Options
 from mea_jax.compress.probe import Sensitivity, SensitivityProbe, plain_layer, residuals
-from mea_jax.compress.stream import Losses, Stream, moments_of, progress
+from mea_jax.compress.stream import Losses, Stream, moments_of
 from mea_jax.config.schema import ModelConfig
 from mea_jax.errors import UserError
 from mea_jax.model.layer_spec import layer_specs

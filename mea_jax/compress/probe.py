@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from mea_jax.cli import progress
 from mea_jax.compress import layer as layers
 from mea_jax.compress import repair
 from mea_jax.compress.keys import Keys
@@ -26,7 +27,7 @@ from mea_jax.compress.methods import (
     target_model,
 )
 from mea_jax.compress.moments import Moments
-from mea_jax.compress.stream import Stream, compared_sums, progress, run_block
+from mea_jax.compress.stream import Stream, compared_sums, run_block
 from mea_jax.compress.values import Values
 from mea_jax.config.schema import ModelConfig, Side
 from mea_jax.model.layer_spec import LayerSpec, layer_specs, plain_spec

@@ -19,11 +19,11 @@ import optax
 import optax.contrib
 from optax.contrib import MuonDimensionNumbers
 
+from mea_jax.cli import progress
 from mea_jax.compress.stream import (
     LayerSpec,
     Stream,
     apply_attention,
-    progress,
     run_attention,
     run_block,
 )

@@ -18,6 +18,7 @@ import jax
 from mea_jax.checkpoint.files import disk_errors, write_json
 from mea_jax.checkpoint.layerwise import StoredModel, Writer
 from mea_jax.checkpoint.load import unresolved
+from mea_jax.cli import progress
 from mea_jax.compress import budgets, damage, methods, repair
 from mea_jax.compress import layer as layers
 from mea_jax.compress.calibration import CalibrationTexts
@@ -25,7 +26,7 @@ from mea_jax.compress.measurements import Measurements
 from mea_jax.compress.moments import unseen
 from mea_jax.compress.options import Options, check, repair_text
 from mea_jax.compress.probe import Sensitivity, assemble
-from mea_jax.compress.stream import Losses, Stream, progress
+from mea_jax.compress.stream import Losses, Stream
 from mea_jax.config.schema import Side
 from mea_jax.errors import UserError
 from mea_jax.model.layer_spec import layer_specs
@@ -173,7 +174,7 @@ class CompressionPass:
         if options.repair == "blockwise":
             followed = self.texts.training(self.part / "followed", repair_text(options))
             followed.start(target, self.source.top(), len(rows), writer.layer)
-        writer.write_top(self.source.top())
+        writer.write_non_layer(self.source.top())
         rest = range(len(rows), self.model.n_layers)
         for index in progress(rest, "compressing, layers"):
             tree = self.source.layer(index)

@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tqdm
 from jax.sharding import Mesh
 
 from mea_jax.compress.moments import Moments
@@ -245,7 +244,7 @@ class Stream:
     def advance(
         self, spec: LayerSpec, layer: Tree, collect: bool = False
     ) -> dict[str, np.ndarray] | None:
-        """Run the next layer, with parameters `layer`; with `collect`, return sums for `Moments`."""
+        """Run the next layer, of parameters `layer`; with `collect`, return sums for `Moments`."""
         placed, index = self.place(layer), self.done
         sums: dict[str, np.ndarray] = {}
 
@@ -298,8 +297,3 @@ def moments_of(sums: dict[str, np.ndarray], heads: int) -> Moments:
         outputs=sums["outputs"] / tokens,
         tokens=int(sums["tokens"]),
     )
-
-
-def progress(items: Iterable, words: str, total: int | None = None) -> Any:
-    """Return `items` with a progress bar on stderr, which is shown on terminals only."""
-    return tqdm.tqdm(items, desc=words, total=total, leave=False, dynamic_ncols=True, disable=None)

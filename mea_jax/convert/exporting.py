@@ -9,10 +9,10 @@ from typing import Any
 
 import jax
 import numpy as np
-import tqdm
 
 from mea_jax.checkpoint.files import disk_errors
 from mea_jax.checkpoint.layerwise import StoredModel, places
+from mea_jax.cli import progress
 from mea_jax.config.schema import ModelConfig, Side
 from mea_jax.convert import composite, families, folders, shards, tensors, tokenizer_files
 from mea_jax.data.tokenizers import from_directory
@@ -61,7 +61,7 @@ class _Stock:
         return families.stock_config(self.model, dtype, kept)
 
     def plan(self) -> Plan:
-        return [(entry.name, entry.theirs) for entry in tensors.entries(self.model)]
+        return [(entry.name, entry.hf_shape) for entry in tensors.entries(self.model)]
 
     def arrays(self) -> Arrays:
         layer: dict[str, Any] = {}
@@ -74,7 +74,7 @@ class _Stock:
                     current = entry.layer
                     layer = composite.rebuild(self.own, self.stored.layer(current))[1]
                 array = _at(layer, entry.path)
-            yield entry.name, entry.to_theirs(np.asarray(array))
+            yield entry.name, entry.to_hf(np.asarray(array))
 
     def finish(self, folder: Path) -> None:
         """Do nothing: a stock class needs no further files."""
@@ -150,7 +150,7 @@ def export_model(
     Raises:
       UserError: if the model cannot be exported or written; then there is no `out`.
     """
-    with folders.whole(out) as part:
+    with folders.atomic_folder(out) as part:
         stored = StoredModel(checkpoint, log)
         form = choose_form(stored.config.model, form)
         dtype = str(stored.dtype) if dtype == "auto" else dtype
@@ -162,7 +162,7 @@ def export_model(
         config, plan, folder = model.config(dtype, kept), model.plan(), part / "result"
         size = shards.size_of(plan, dtype)
         folders.check_space(part, size + _SPARE)
-        arrays = tqdm.tqdm(model.arrays(), "writing tensors", len(plan), disable=None, leave=False)
+        arrays = progress(model.arrays(), "writing tensors", len(plan))
         with disk_errors(out):
             shards.write_folder(folder, plan, arrays, dtype, shard_size)
             tokenizer_files.write(tokenizer, folder, length)

@@ -161,7 +161,7 @@ def model_config(config: Json, where: str) -> ModelConfig:
         "qk_norm": family.qk_norm,
         "norm_eps": read.number("rms_norm_eps"),
         "tie_embeddings": bool(config.get("tie_word_embeddings", False)),
-        "dtype": _products(read),
+        "dtype": _compute_dtype(read),
         **_rope(read),
     }
     if family.experts:
@@ -241,7 +241,7 @@ def _experts(read: _Reader) -> dict[str, Any]:
     }
 
 
-def _products(read: _Reader) -> str:
+def _compute_dtype(read: _Reader) -> str:
     """Return the dtype of the model's products: models in float16 run in bfloat16."""
     keys = ("dtype", "torch_dtype")
     names = {k: str(v).removeprefix("torch.") for k in keys if (v := read.config.get(k))}

@@ -14,7 +14,7 @@ _MARK = ".unfinished"  # marks a work folder as ours
 
 
 @contextlib.contextmanager
-def whole(out: Path, option: str = "--out") -> Iterator[Path]:
+def atomic_folder(out: Path, option: str = "--out") -> Iterator[Path]:
     """Yield the work folder `<out>.part`, and rename the folder `result` in it to `out` at the end.
 
     The files of a conversion that was killed are removed: it starts from the beginning. Raise

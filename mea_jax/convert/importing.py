@@ -14,11 +14,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tqdm
 
 from mea_jax.checkpoint.files import disk_errors, write_json
 from mea_jax.checkpoint.layerwise import Writer
 from mea_jax.checkpoint.published import refuse_unpublished
+from mea_jax.cli import progress
 from mea_jax.config.checks import validate
 from mea_jax.config.schema import DataConfig, ModelConfig, SourceConfig, TrainConfig
 from mea_jax.convert import families, folders, shards, slow_tokenizers, tensors
@@ -38,8 +38,8 @@ _UNUSED = re.compile(
     r"(.*\.)?rotary_emb\.(inv_freq|original_inv_freq|cos_cached|sin_cached)"
     r"|(.*\.)?self_attn\.masked_bias"
 )
-_WORDS = ("embedding", "head")  # parameters with a row for each token
-_NEW = 64  # tokens that a tokenizer may have beyond the embedding
+_PER_TOKEN = ("embedding", "head")  # parameters with a row for each token
+_MAX_NEW_TOKENS = 64  # tokens that a tokenizer may have beyond the embedding
 _SPARE = 1 << 28  # bytes of disk in addition to the arrays
 
 
@@ -101,8 +101,8 @@ class Source:
         for entry in self.entries:
             name, found = self._find(entry)
             known.add(name)
-            wanted = entry.theirs
-            if entry.path[0] in _WORDS:
+            wanted = entry.hf_shape
+            if entry.path[0] in _PER_TOKEN:
                 wanted = (wanted[0] - len(self.new_tokens), wanted[1])
             if found.shape != wanted:
                 raise UserError(
@@ -184,7 +184,7 @@ def _tokenizer(folder: Path, model: ModelConfig) -> Tokenizer:
     tokenizer = slow_tokenizers.read(folder, config)
     beyond = tokenizer.vocab_size - model.vocab_size
     named = set(range(model.vocab_size, tokenizer.vocab_size)) <= tokenizer.added
-    if beyond > 0 and not (named and beyond <= _NEW):
+    if beyond > 0 and not (named and beyond <= _MAX_NEW_TOKENS):
         raise UserError(
             f"{folder}: the tokenizer does not match: it has ids up to {tokenizer.vocab_size - 1}, "
             f"config.json has vocab_size={model.vocab_size}: fetch the model's own tokenizer"
@@ -254,14 +254,12 @@ def import_model(
     Raises:
       UserError: if anything is wrong with the arguments or the model; then there is no `out`.
     """
-    with folders.whole(out) as part:
+    with folders.atomic_folder(out) as part:
         source = Source(folder)
         config = run_config(source, out, context_length, text)
         writer = Writer(part / "arrays", config.model, dtype)
         folders.check_space(part, 2 * writer.bytes + _SPARE)  # mapped files, then the checkpoint
-        for entry, array in tqdm.tqdm(
-            source.arrays(), "reading tensors", len(source.entries), disable=None, leave=False
-        ):
+        for entry, array in progress(source.arrays(), "reading tensors", len(source.entries)):
             _fill(entry, array, writer)
         run = part / "result"
         with disk_errors(run):
@@ -283,7 +281,7 @@ def import_model(
 
 def _fill(entry: tensors.Entry, array: np.ndarray, writer: Writer) -> None:
     ours = writer.open(entry.path, entry.layer)
-    target = entry.to_theirs(ours if entry.expert is None else ours[entry.expert])
+    target = entry.to_hf(ours if entry.expert is None else ours[entry.expert])
     known, new = target[: len(array)], target[len(array) :]
     total = np.zeros(target.shape[1:])
     for where, piece in casts(entry.name, array, target.dtype):

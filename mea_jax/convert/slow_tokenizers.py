@@ -62,7 +62,8 @@ def read(folder: Path, more: Mapping[str, bytes]) -> Tokenizer:
         model = hf.models.BPE.from_file(str(folder / _VOCABULARY), str(folder / _MERGES))
     except Exception as error:  # of the library's own kinds
         raise UserError(
-            f"{folder}: {_VOCABULARY} or {_MERGES} is damaged ({first_line(error)}); fetch both again"
+            f"{folder}: {_VOCABULARY} or {_MERGES} is damaged ({first_line(error)}); fetch both "
+            "again"
         ) from error
     tokenizer = _byte_level(model, name, bool(config.get("add_prefix_space")))
     if "added_tokens_decoder" not in config:  # as transformers wrote them before version 4.34

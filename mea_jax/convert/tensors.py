@@ -33,29 +33,29 @@ class Entry:
     shape: tuple[int, ...]
     layer: int | None = None
     expert: int | None = None
-    turned: bool = True
+    transposed: bool = True
 
     @property
-    def theirs(self) -> tuple[int, ...]:
+    def hf_shape(self) -> tuple[int, ...]:
         """The shape in transformers."""
-        if not self.turned:
+        if not self.transposed:
             return self.shape
         # The output projection alone sums over two axes.
         inputs = 2 if self.path[-1] == "out" else 1
         into = int(np.prod(self.shape[:inputs]))
         return int(np.prod(self.shape[inputs:])), into
 
-    def to_theirs(self, array: np.ndarray) -> np.ndarray:
+    def to_hf(self, array: np.ndarray) -> np.ndarray:
         """Return a view of our `array` in the shape of transformers."""
-        return array.reshape(self.theirs[::-1]).T if self.turned else array
+        return array.reshape(self.hf_shape[::-1]).T if self.transposed else array
 
 
 def top_entries(model: ModelConfig) -> list[Entry]:
     """Return the entries of the embedding, the final norm and, if it is not tied, the head."""
     words, width = model.vocab_size, model.d_model
     entries = [
-        Entry("model.embed_tokens.weight", ("embedding",), (words, width), turned=False),
-        Entry("model.norm.weight", ("final_norm", "scale"), (width,), turned=False),
+        Entry("model.embed_tokens.weight", ("embedding",), (words, width), transposed=False),
+        Entry("model.norm.weight", ("final_norm", "scale"), (width,), transposed=False),
     ]
     if not model.tie_embeddings:
         entries.append(Entry("lm_head.weight", ("head",), (width, words)))
@@ -73,8 +73,8 @@ def attention_entries(model: ModelConfig, layer: int) -> list[Entry]:
         ("o_proj", "out", (n, h, d)),
     )
     entries = [
-        Entry(f"{at}.self_attn.{theirs}.weight", ("attention", ours), shape, layer)
-        for theirs, ours, shape in matrices
+        Entry(f"{at}.self_attn.{hf_name}.weight", ("attention", ours), shape, layer)
+        for hf_name, ours, shape in matrices
     ]
     scales: list[tuple[str, Path, int]] = [
         ("input_layernorm", ("attention_norm",), d),
@@ -84,8 +84,8 @@ def attention_entries(model: ModelConfig, layer: int) -> list[Entry]:
         scales.append(("self_attn.q_norm", ("attention", "query_norm"), h))
         scales.append(("self_attn.k_norm", ("attention", "key_norm"), h))
     return entries + [
-        Entry(f"{at}.{theirs}.weight", (*ours, "scale"), (width,), layer, turned=False)
-        for theirs, ours, width in scales
+        Entry(f"{at}.{hf_name}.weight", (*ours, "scale"), (width,), layer, transposed=False)
+        for hf_name, ours, width in scales
     ]
 
 

@@ -45,7 +45,7 @@ def prepare_together(
         wait(functools.partial(board.get, _HOW_FAR))
         prepared = prepare(config, vocab_size, log)
     digest = processes.broadcast(prepared.digest, _WEEK)
-    processes.agree(
+    processes.raise_on_all(
         None
         if prepared.digest == digest
         else f"{processes.name()} has different data from process 0, in {prepared.directory}: "

@@ -14,21 +14,21 @@ import tokenizers as hf
 LONGEST = 128  # characters of one class in a row; the Python standard library has at most 109
 
 
-def _pattern(summarize_names: str, any_number: str) -> str:
+def _pattern(plus: str, any_number: str) -> str:
     """Return the regular expression of a piece; arguments are quantifiers such as "+" and "*"."""
     # For code and English. In order:
     return "|".join(
         (
             r"'(?i:s|t|d|m|ll|re|ve)(?!\p{L})",  # contractions
             # A word, with one space or sign before it.
-            rf"(?: |[^\s\p{{L}}\p{{N}}])?[\p{{L}}\p{{M}}]{summarize_names}",
+            rf"(?: |[^\s\p{{L}}\p{{N}}])?[\p{{L}}\p{{M}}]{plus}",
             r"\p{N}{1,3}",  # digits by threes
             # Signs with the line's end and the next line's indentation, as in "):\n    ". The last
             # space of the indentation belongs to the next word.
-            rf" ?[^\s\p{{L}}\p{{N}}]{summarize_names}(?:[\r\n]{summarize_names}(?:[ \t]{summarize_names}(?!\S))?)?",
-            rf"\s{any_number}[\r\n]{summarize_names}(?:[ \t]{summarize_names}(?!\S))?",  # line ends and indentation
-            rf"\s{summarize_names}(?!\S)",  # other white space; its last character belongs to the next word
-            rf"\s{summarize_names}",
+            rf" ?[^\s\p{{L}}\p{{N}}]{plus}(?:[\r\n]{plus}(?:[ \t]{plus}(?!\S))?)?",
+            rf"\s{any_number}[\r\n]{plus}(?:[ \t]{plus}(?!\S))?",  # line ends and indentation
+            rf"\s{plus}(?!\S)",  # other white space; its last character belongs to the next word
+            rf"\s{plus}",
         )
     )
 

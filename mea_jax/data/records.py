@@ -67,8 +67,8 @@ class JsonlCorpus(FileCorpus):
         except (OSError, EOFError, zlib.error) as error:
             if unit.endswith((".gz", ".zst")) and not getattr(error, "errno", None):
                 raise BadInputError(
-                    f"{path}: broken after line {number} ({first_line(error)}); it is truncated or not "
-                    f"a {unit[unit.rindex('.') :]} file: fetch it again"
+                    f"{path}: broken after line {number} ({first_line(error)}); it is truncated or "
+                    f"not a {unit[unit.rindex('.') :]} file: fetch it again"
                 ) from error
             reason = getattr(error, "strerror", None) or error
             raise BadInputError(

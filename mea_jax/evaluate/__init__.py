@@ -1,4 +1,4 @@
-"""Measures the quality and speed of models, and what compressing their caches costs.
+"""Measure the quality and speed of models, and what compressing their caches costs.
 
 `python -m mea_jax.evaluate` measures (run.py) and writes report.json, a table and figures for one
 or several models:

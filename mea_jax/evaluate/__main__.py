@@ -1,4 +1,4 @@
-"""Profiles one model or compares several: cache, loss, retrieval, arithmetic, speed.
+r"""Profile one model or compare several: cache, loss, retrieval, arithmetic, speed.
 
 python -m mea_jax.evaluate --checkpoint runs/quickstart --out profiles/quickstart
 python -m mea_jax.evaluate --checkpoint runs/whole --checkpoint runs/half --out profiles/half
@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import tqdm
 from absl import flags
 
 from mea_jax import cli
-from mea_jax.checkpoint.files import make_writable, to_json, write_whole
+from mea_jax.checkpoint.files import make_writable, to_json, write_atomically
 from mea_jax.errors import UserError, nearest
 from mea_jax.evaluate import figures, run, table
 from mea_jax.evaluate.harness import run as harness_run
@@ -34,7 +35,7 @@ CACHE_DTYPES = ("auto", "float32", "bfloat16", "int8")
 def log(line: str) -> None:
     """Print a line of progress to stderr, on the first process only."""
     if processes.is_first():
-        print(line, file=sys.stderr, flush=True)
+        tqdm.tqdm.write(line, file=sys.stderr)  # above a progress bar, if there is one
 
 
 def _parts() -> tuple[str, ...]:
@@ -169,7 +170,7 @@ def main() -> None:
     folder = _folder()
 
     def save(report: dict[str, Any]) -> None:
-        write_whole(folder / "report.json", to_json(report, indent=1) + "\n")
+        write_atomically(folder / "report.json", to_json(report, indent=1) + "\n")
 
     try:
         report = run.profile(models, options, log, save)
@@ -202,7 +203,9 @@ if __name__ == "__main__":
     )
     OUT = flags.DEFINE_string("out", None, "folder for report.json, table.txt and figures")
     PARTS = flags.DEFINE_list("parts", list(run.PARTS), "parts to measure")
-    SEED = flags.DEFINE_integer("seed", 0, "of the examples", lower_bound=0, upper_bound=2**32 - 1)
+    SEED = flags.DEFINE_integer(
+        "seed", 0, "seed of the examples", lower_bound=0, upper_bound=2**32 - 1
+    )
     SAMPLES = flags.DEFINE_integer(
         "samples", 20, "pass keys per length and depth, problems per kind", lower_bound=1
     )

@@ -1,4 +1,4 @@
-"""Scores a model's answers, generated through its KV cache as in serving.
+"""Score a model's answers, generated through its KV cache as in serving.
 
 Letters: E examples, A tokens of an answer, P tokens of a prompt.
 """
@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mea_jax.cli import progress
 from mea_jax.config.schema import ModelConfig
 from mea_jax.data.tokenizers import Tokenizer
 from mea_jax.evaluate.tasks import Example
@@ -128,15 +129,16 @@ class CachedAnswerer:
 
     def generate(self, prompts: Sequence[list[int]], count: int) -> list[list[int]]:
         new: dict[int, list[int]] = {}
-        for batch in self._batches(len(prompts)):
+        length = self.generator.length
+        for batch in progress(self._batches(len(prompts)), f"answers at {length:,} positions"):
             tokens = self.generator.run([prompts[i] for i in batch], Decoding(count))
             new |= dict(zip(batch, tokens, strict=True))
         return [new[i] for i in range(len(prompts))]
 
     def nats(self, prompts: Sequence[list[int]], answers: Sequence[list[int]]) -> np.ndarray:
         width, longest = max(map(len, answers)), max(map(len, prompts))
-        nats = np.zeros(len(prompts))
-        for batch in self._batches(len(prompts)):
+        nats, length = np.zeros(len(prompts)), self.generator.length
+        for batch in progress(self._batches(len(prompts)), f"likelihoods at {length:,} positions"):
             tokens_BP = np.zeros((len(batch), longest), np.int32)
             answers_BA = np.zeros((len(batch), width), np.int32)
             for row, i in enumerate(batch):

@@ -1,4 +1,4 @@
-"""Measures decoding in tokens per second and prefill in seconds, by context length.
+"""Measure decoding in tokens per second and prefill in seconds, by context length.
 
 Models take turns, A B A B, in one process: on a shared machine only their ratios within a round are
 meaningful.
@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mea_jax.cli import progress
 from mea_jax.config.schema import ModelConfig
 from mea_jax.generate import decode
 from mea_jax.model.kv_cache import RECENT, Cache, flush
@@ -154,7 +155,7 @@ def speeds(
     """
     result: dict[str, list[dict[str, Any]]] = {name: [] for name in models}
     first = next(iter(models))
-    for context in contexts:
+    for context in progress(contexts, "speed, contexts"):
         programs = {
             name: _programs(model, params, context, rows, cache_dtype, prefill)
             for name, (model, params) in models.items()

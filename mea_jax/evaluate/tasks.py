@@ -1,4 +1,4 @@
-"""Draws tasks with right and wrong answers as text: pass keys, sums, tables to recall.
+"""Draw tasks with right and wrong answers as text: pass keys, sums, tables to recall.
 
     python -m mea_jax.evaluate.tasks --out passkeys.jsonl --documents 20000 --seed 1 --length 600
 
@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import tqdm
 from absl import flags
 
 from mea_jax import cli
@@ -385,7 +384,7 @@ def main() -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w", encoding="utf-8") as out:
-            for text in tqdm.tqdm(texts, total=DOCUMENTS.value, disable=None, leave=False):
+            for text in cli.progress(texts, "documents", DOCUMENTS.value):
                 size += len(text)
                 out.write(json.dumps({"text": text}) + "\n")
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Measures held-out loss by source of text and by the length of a token's context.
+"""Measure held-out loss by source of text and by the length of a token's context.
 
 Letters: U documents, P buckets of positions, C positions of a chunk; others as in architecture.md.
 """

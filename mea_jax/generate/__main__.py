@@ -1,4 +1,4 @@
-"""The command that continues prompts with a trained model, using a KV cache.
+"""Continue prompts with a trained model, using a KV cache.
 
 python -m mea_jax.generate --checkpoint runs/quickstart --prompt "def main("
 python -m mea_jax.generate --checkpoint runs/quickstart --prompts prompts.txt --output out.jsonl

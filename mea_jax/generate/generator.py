@@ -204,7 +204,7 @@ class Generator:
                 f"{self.length} positions: shorten it, or set a longer cache (--cache_length)"
             )
         vocab = self.served.model.vocab_size
-        if (bad := max(prompt)) >= vocab or min(prompt) < 0:
+        if (bad := next((i for i in prompt if not 0 <= i < vocab), None)) is not None:
             raise UserError(
                 f"{where} has token {bad}, and the model's vocabulary has {vocab}: use the "
                 "tokenizer of the run, config.data.tokenizer"

@@ -137,8 +137,8 @@ class AttentionLayer(nn.Module):
         """Compute attention of T positions to themselves (B, T, N, W), in training and prefill.
 
         `scale` defaults to 1/sqrt(H). `norm` is applied to the outputs. If the collection
-        "statistics" is mutable, `record_statistics` records into it; if "heads" is, the outputs before `norm`
-        are recorded.
+        "statistics" is mutable, `record_statistics` records into it; if "heads" is, the outputs
+        before `norm` are recorded.
         """
         scale = scale or self.config.head_dim**-0.5
         q, k, v = (constrain(x, *HEADS) for x in (q_BTNH, k_BTKH, v_BTKW))

@@ -1,9 +1,9 @@
 """The experts of a device, applied to the tokens that the router sends to them.
 
-`run_experts` applies all experts, `run_local_experts` a part of them. Both sort the pairs of token and
-expert by expert and multiply them group by group (ops/grouped.py). So no expert has a capacity and
-no token is dropped. A weight p_e multiplies the F features before W_down. W_down is linear, so the
-gradient of p_e does not need an expert's D outputs.
+`run_experts` applies all experts, `run_local_experts` a part of them. Both sort the pairs of token
+and expert by expert and multiply them group by group (ops/grouped.py). So no expert has a capacity
+and no token is dropped. A weight p_e multiplies the F features before W_down. W_down is linear, so
+the gradient of p_e does not need an expert's D outputs.
 
 Letters as in docs/architecture.md. T is all tokens of a device, A also those gathered from its
 neighbours, S = T k or A k the pairs of token and expert, R the pairs in a chunk.

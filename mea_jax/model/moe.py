@@ -31,10 +31,10 @@ from mea_jax.model.experts import Experts, Routed, run_experts, run_local_expert
 from mea_jax.model.init import kernel, residual_gain
 from mea_jax.ops.backend import make_backend
 from mea_jax.ops.context_parallel import lay_out
-from mea_jax.parallel.sharding import mesh_axes, on_a_mesh, shard_count, spec
+from mea_jax.parallel.sharding import has_mesh, mesh_axes, shard_count, spec
 
 Array = jax.Array
-_AGAIN = ("all_gather", "gather")  # operations that the backward pass repeats
+_REGATHERED = ("all_gather", "gather")  # operations that the backward pass repeats
 _AXES = {  # logical axes of the parameters
     "router": ("embed", "router"),
     "gate": ("experts", "expert_embed", "mlp"),
@@ -65,7 +65,7 @@ class RouterSums(NamedTuple):
         """Return the mean of logsumexp(logits)^2 (arXiv 2202.08906, eq. 5)."""
         return self.z / self.tokens
 
-    def busiest(self) -> Array:
+    def load_imbalance(self) -> Array:
         """Return the load of the busiest expert divided by the mean load."""
         return jnp.max(self.chosen_E, axis=-1) / jnp.mean(self.chosen_E, axis=-1)
 
@@ -150,7 +150,7 @@ def _on_a_mesh(model, backend, x_BTD, segment_ids_BT, router_DE, experts):
     specs: list[Any] = [spec(_AXES[name]) for name in ("gate", "up", "down")]
     of_experts = Experts(*specs)
     split = jax.shard_map(
-        _again(shard),
+        _regather_in_backward(shard),
         in_specs=(of_x, of_ids, spec(_AXES["router"]), of_experts),
         out_specs=(PartitionSpec(parts or None, *of_x), PartitionSpec(token_axes or None)),
         check_vma=False,  # it does not support loops that start from equal values on all devices
@@ -159,7 +159,7 @@ def _on_a_mesh(model, backend, x_BTD, segment_ids_BT, router_DE, experts):
     return jnp.sum(y, axis=0), jax.tree.map(lambda s: jnp.sum(s, axis=0), sums)
 
 
-def _again(function: Any) -> Any:
+def _regather_in_backward(function: Any) -> Any:
     """Wrap `function` so that its gradient gathers weights and rows again.
 
     If saved, these would be the largest arrays of a layer: k times the residual, and the complete
@@ -167,7 +167,7 @@ def _again(function: Any) -> Any:
     """
 
     def policy(primitive, *_, **__) -> bool:
-        return primitive.name not in _AGAIN
+        return primitive.name not in _REGATHERED
 
     return jax.checkpoint(function, policy=policy, prevent_cse=False)
 
@@ -181,7 +181,7 @@ def mixture(
     resolved.
     """
     backend = make_backend(model)
-    if on_a_mesh():
+    if has_mesh():
         return _on_a_mesh(model, backend, x_BTD, segment_ids_BT, router_DE, experts)
 
     def local(x_BTD, router_DE, experts):
@@ -191,7 +191,7 @@ def mixture(
         )
         return run_experts(backend, x_TD, routed, experts).reshape(x_BTD.shape), sums
 
-    return _again(local)(x_BTD, router_DE, experts)
+    return _regather_in_backward(local)(x_BTD, router_DE, experts)
 
 
 class MoE(nn.Module):

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from mea_jax.parallel.sharding import mesh_axes, on_a_mesh, spec
+from mea_jax.parallel.sharding import has_mesh, mesh_axes, spec
 
 
 class Products(Protocol):
@@ -121,7 +121,7 @@ def _sums(arrays, options, differentiate, teacher=()):
     """
     arrays = (*arrays[:3], arrays[3].astype(jnp.float32))
     run = functools.partial(_local_sums, options, differentiate)
-    if not on_a_mesh():
+    if not has_mesh():
         return run((), arrays, teacher)
     rows, embed, vocab = mesh_axes("batch", "length"), mesh_axes("embed"), mesh_axes("vocab")
     # Each device's part of the sum over rows is scattered over `embed`, then summed over the rest.

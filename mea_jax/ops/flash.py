@@ -18,7 +18,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 from jax.sharding import NamedSharding
 
-from mea_jax.parallel.sharding import on_a_mesh, shard_count, spec
+from mea_jax.parallel.sharding import has_mesh, shard_count, spec
 
 # A TPU's vector registers are 128 wide, so the kernel's blocks are multiples of 128 positions.
 LANES = 128
@@ -287,7 +287,7 @@ def _on_each_device(
     natural order are complete on each device: if the mesh splits them, devices repeat the same work
     (context_parallel.py divides it).
     """
-    if not on_a_mesh():
+    if not has_mesh():
         return attend(q_BTNH, k_BSKH, v_BSKW, segment_ids_BT)
     heads = spec(("batch", None, "activation_heads", None))
     split = jax.shard_map(

@@ -33,7 +33,7 @@ HEARTBEAT_SECONDS = 100  # jax's default, stated here because the documentation 
 LOST_SECONDS = 60.0  # without a heartbeat until a process counts as lost; less than jax's own
 _POLL_SECONDS = 2.0  # between checks for another process's last message
 _FAREWELL_SECONDS = 10.0  # that a failing process waits for the others to read its message
-_LOOKS = 5  # reads of a key, if the coordination service fails to answer
+_READ_ATTEMPTS = 5  # reads of a key, if the coordination service fails to answer
 _AGREE_SECONDS = 600.0  # that the first process waits for the last at a point of agreement
 _ENDED = "mea_jax/ended"
 _ALIVE = "mea_jax/alive"
@@ -112,7 +112,7 @@ def start(
     finally:
         guard.cancel()
     if is_distributed():
-        threading.Thread(target=_watch, daemon=True).start()
+        _watcher.start()
 
 
 def _late(timeout: float) -> None:
@@ -140,13 +140,13 @@ def _point() -> str:
     return f"mea_jax/{_points}"
 
 
-def agree(problem: str | None, timeout: float = _AGREE_SECONDS) -> None:
+def raise_on_all(problem: str | None, timeout: float = _AGREE_SECONDS) -> None:
     """Raise the same `UserError` on every process if any process has a `problem`."""
-    if (found := any_of(problem, timeout)) is not None:
+    if (found := first_problem(problem, timeout)) is not None:
         raise UserError(found)
 
 
-def any_of(problem: str | None, timeout: float = _AGREE_SECONDS) -> str | None:
+def first_problem(problem: str | None, timeout: float = _AGREE_SECONDS) -> str | None:
     """Return one process's `problem`, the same on every process; None if no process has one."""
     if not is_distributed():
         return problem
@@ -189,7 +189,7 @@ def check_same(config: dict[str, Any], timeout: float) -> None:
         for key in sorted(mine.keys() | first.keys())
         if json.dumps(mine.get(key)) != json.dumps(first.get(key))
     ]
-    agree(
+    raise_on_all(
         f"{name()} differs from process 0: {'; '.join(lines)}: start all processes with the same "
         "config and versions"
         if lines
@@ -220,9 +220,9 @@ class KeyValueStore:
     def get(self, key: str) -> str | None:
         """Return the value of `key`, or None if no process has set it.
 
-        If the service fails to answer, this retries up to `_LOOKS` times, then returns None.
+        Return None, too, if the service does not answer within `_READ_ATTEMPTS` attempts.
         """
-        for _ in range(_LOOKS):
+        for _ in range(_READ_ATTEMPTS):
             try:
                 return _client().key_value_try_get(f"{self.name}/{key}")
             except jax.errors.JaxRuntimeError as error:
@@ -232,7 +232,7 @@ class KeyValueStore:
         return None
 
 
-def _look(key: str) -> str | None:
+def _read_key(key: str) -> str | None:
     try:
         return _client().key_value_try_get(key)
     except Exception:  # not set, or the service is gone: jax's own threads report that
@@ -242,7 +242,7 @@ def _look(key: str) -> str | None:
 # -- the end --------------------------------------------------------------------------------
 
 
-class SignsOfLife:
+class Heartbeats:
     """The time of each process's last heartbeat, by this process's clock."""
 
     def __init__(self, count: int, now: float) -> None:
@@ -254,7 +254,7 @@ class SignsOfLife:
             if self._heard[index][0] != sign:
                 self._heard[index] = (sign, now)
 
-    def lost(self, now: float) -> str | None:
+    def describe_lost(self, now: float) -> str | None:
         """Return a message about a process that was silent for `LOST_SECONDS`, or None."""
         for index, (sign, heard) in self._heard.items():
             if now - heard > LOST_SECONDS:
@@ -270,10 +270,10 @@ def _watch() -> None:
     that reads all heartbeats is cheap; every process reading all of them would not be.
     """
     state = jax_distributed.global_state
-    signs = SignsOfLife(state.num_processes, time.monotonic())
+    signs = Heartbeats(state.num_processes, time.monotonic())
     beat = 0
-    while _client() is not None:
-        if (words := _look(_ENDED)) is not None:
+    while not _finished.is_set():
+        if (words := _read_key(_ENDED)) is not None:
             said = json.loads(words)
             end(said["status"], f"error: {said['who']} ended: {said['line']}")
         beat += 1
@@ -283,9 +283,13 @@ def _watch() -> None:
             if is_first():
                 found = _client().key_value_dir_get(_ALIVE)
                 signs.note({int(k.rpartition("/")[2]): v for k, v in found}, time.monotonic())
-                if (lost := signs.lost(time.monotonic())) is not None:
+                if (lost := signs.describe_lost(time.monotonic())) is not None:
                     end(1, f"error: {lost}: check its log and its machine's log; {AGAIN}")
-        time.sleep(_POLL_SECONDS)
+        _finished.wait(_POLL_SECONDS)
+
+
+_finished = threading.Event()  # ends the watcher
+_watcher = threading.Thread(target=_watch, name="watcher", daemon=True)
 
 
 def end(status: int, line: str, by_signal: bool = False) -> NoReturn:
@@ -329,7 +333,7 @@ def lost_another(error: BaseException) -> bool:
 
 
 def finish() -> None:
-    """Wait until every process is done; if one fails before that, end them all."""
+    """Wait until every process is done and stop watching them; if one fails first, end them all."""
     if is_distributed():
         try:
             _client().wait_at_barrier("mea_jax/finish", int(_AGREE_SECONDS * 1000))
@@ -339,3 +343,7 @@ def finish() -> None:
                 "error: the run is done here, but another process did not finish: check the log of "
                 "each",
             )
+        # Python ends threads that wait for its lock at shutdown, which aborts the process if the
+        # thread is inside of jax's C++ client ("FATAL: exception not rethrown").
+        _finished.set()
+        _watcher.join(_FAREWELL_SECONDS)

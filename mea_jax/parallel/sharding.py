@@ -140,15 +140,16 @@ def check_divisible(config: TrainConfig, mesh: Mesh) -> None:
         )
     _check_length(config, mesh.shape["sequence"])
     rows = config.batch_size // config.accumulate
-    if rows % copies(mesh):
+    if rows % batch_shards(mesh):
         names = "data x fsdp" if expert == 1 else "data x fsdp x expert"
         raise UserError(
             f"batch_size / accumulate = {rows} windows cannot be divided evenly over {names} = "
-            f"{copies(mesh)} devices: change config.batch_size, config.accumulate or config.mesh"
+            f"{batch_shards(mesh)} devices: change config.batch_size, config.accumulate or "
+            "config.mesh"
         )
 
 
-def copies(mesh: Mesh) -> int:
+def batch_shards(mesh: Mesh) -> int:
     """Return the number of shards of a batch: devices that share a window count once."""
     return math.prod(mesh.shape[axis] for axis in RULES["batch"] or ())
 
@@ -261,7 +262,7 @@ def shard_count(name: str) -> int:
     return math.prod(mesh.shape[axis] for axis in mesh_axes(name))
 
 
-def on_a_mesh() -> bool:
+def has_mesh() -> bool:
     """Return whether `jax.set_mesh` has set a mesh of several devices."""
     mesh = jax.sharding.get_abstract_mesh()
     return not mesh.empty and mesh.size > 1

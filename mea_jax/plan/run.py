@@ -155,7 +155,11 @@ def run_sweep(config: TrainConfig, target: targets.Target, out: Path) -> None:
 
 
 def _check_flags() -> None:
-    """Raise `UserError` for flags of another step."""
+    """Raise `UserError` for flags of another step, or that a sweep does not use."""
+    if SWEEP.value and HLO.value is not None:
+        raise UserError(
+            "--hlo writes one program, but --sweep compiles many: leave one of them out"
+        )
     for owner, step in STEPS.items():
         every = [flags.FLAGS[name] for name in step.own]
         given = [flag.name for flag in every if flag.present and flag.value is not False]

@@ -28,9 +28,10 @@ from mea_jax.checkpoint.files import disk_errors, make_writable, write_json
 from mea_jax.checkpoint.layerwise import StoredModel
 from mea_jax.checkpoint.load import open_trained, unresolved
 from mea_jax.checkpoint.manager import find_checkpoint
+from mea_jax.cli import progress
 from mea_jax.compress.calibration import CalibrationTexts
 from mea_jax.compress.options import Options
-from mea_jax.compress.stream import Stream, progress
+from mea_jax.compress.stream import Stream
 from mea_jax.config.schema import ModelConfig, Side
 from mea_jax.errors import UserError
 from mea_jax.model.layer_spec import LayerSpec, layer_specs

@@ -13,7 +13,7 @@ import numpy as np
 from absl import flags
 
 from mea_jax import cli
-from mea_jax.checkpoint.files import disk_errors, write_json, write_whole
+from mea_jax.checkpoint.files import disk_errors, write_atomically, write_json
 from mea_jax.errors import UserError
 from mea_jax.study.fit import fit_store, tables
 from mea_jax.study.store import Row
@@ -231,7 +231,7 @@ def report(store: Path, out: Path, baseline: str | None = None) -> str:
     for title, table in tables(fits):
         text += f"\n## {title}\n\n{table}\n"
     with disk_errors(out):
-        write_whole(out / "report.md", text)
+        write_atomically(out / "report.md", text)
     return text
 
 

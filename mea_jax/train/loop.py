@@ -268,7 +268,9 @@ class Loop:
         self.saves.saved()
         if self.saves.stopping and step < self.config.steps:
             self.checkpoints.wait()
-            processes.agree(None)  # wait for the checksums: the first process to exit ends all
+            processes.raise_on_all(
+                None
+            )  # wait for the checksums: the first process to exit ends all
             raise Preempted(
                 f"stopped by SIGTERM after step {step} of {self.config.steps}, which is saved; "
                 "run the same command to continue"

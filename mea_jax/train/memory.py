@@ -17,7 +17,7 @@ from mea_jax.config.checks import least_parameters
 from mea_jax.config.schema import TrainConfig
 from mea_jax.errors import UserError
 from mea_jax.ops.backend import make_backend
-from mea_jax.parallel.sharding import copies
+from mea_jax.parallel.sharding import batch_shards
 from mea_jax.train.optimizer import trainable
 from mea_jax.train.step import abstract_state
 
@@ -58,7 +58,7 @@ def least_bytes(config: TrainConfig, mesh: Mesh) -> tuple[int, int]:
             for leaf in jax.tree.leaves(tree)
         )
 
-    rows = config.batch_size // config.accumulate // copies(mesh)
+    rows = config.batch_size // config.accumulate // batch_shards(mesh)
     tokens = rows * config.data.context_length // mesh.shape["sequence"]
     residual = config.model.d_model * jnp.dtype(make_backend(config.model).activation).itemsize
     gradients = trainable(state.params, config.start.trainable)

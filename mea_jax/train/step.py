@@ -153,7 +153,12 @@ def _with_router(
     tokens, optim = sums[1], config.optimizer
     balance, z = jnp.mean(router.load_balance()), jnp.mean(router.z_loss())
     objective += tokens * (optim.load_balance * balance + optim.router_z_loss * z)
-    return objective, (*sums, tokens * balance, tokens * z, tokens * jnp.max(router.busiest()))
+    return objective, (
+        *sums,
+        tokens * balance,
+        tokens * z,
+        tokens * jnp.max(router.load_imbalance()),
+    )
 
 
 def split_batch(config: TrainConfig, batch: Batch) -> Batch:

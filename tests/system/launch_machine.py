@@ -133,7 +133,7 @@ def training_words(command: list[str]) -> list[str]:
     raise AssertionError(f"no training in {command}")
 
 
-def is_one_error(done, *parts):
+def assert_one_error(done, *parts):
     """Assert exit status 2, no output, and one error line on stderr that contains `parts`."""
     assert done.returncode == 2, done.stderr
     assert done.stdout == ""

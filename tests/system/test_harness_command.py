@@ -12,7 +12,7 @@ from mea_jax.evaluate import tasks
 from mea_jax.evaluate.harness import differences
 from studies import harness_functions as functions
 from studies import harness_suite as suite
-from tests.helpers import is_one_error
+from tests.helpers import assert_one_error
 from tests.whole_runs import train_on_one_device
 
 TASKS = "mea_arithmetic,mea_arithmetic_choice,mea_recall,mea_needle"
@@ -120,7 +120,7 @@ def test_bad_input(run, folder, evaluate, tmp_path, monkeypatch, arguments, part
     status, _, err = evaluate(*common, *arguments)
     (folder / "mea_gone.yaml").unlink(missing_ok=True)
     assert status == 2
-    is_one_error(status, err, *parts)
+    assert_one_error(status, err, *parts)
     assert not (tmp_path / "out" / "results.json").exists()
 
 
@@ -162,7 +162,7 @@ def test_a_share_of_the_documents_and_their_samples(run, folder, evaluate, tmp_p
 def test_without_the_package(monkeypatch, run, evaluate, tmp_path):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     status, _, err = evaluate("--checkpoint", run, "--out", tmp_path, "--tasks", "hellaswag")
-    is_one_error(status, err, 'pip install "mea_jax[eval]"')
+    assert_one_error(status, err, 'pip install "mea_jax[eval]"')
 
 
 # -- differences ------------------------------------------------------------------------------
@@ -254,26 +254,26 @@ def test_what_is_asked_is_right_and_not_in_the_training_text(folder):
         a, operation, b, _ = question.split()
         result = int(a) + int(b) if operation == "+" else int(a) - int(b)
         assert int(row["answer"]) == result
-        assert tasks.problem_side(int(a), operation, int(b)) == tasks.EVALUATION
+        assert tasks.split_of_problem(int(a), operation, int(b)) == tasks.EVALUATION
     for row in rows(folder, "mea_recall"):
         table, name = row["prompt"].rsplit("\n", 1)
         (value,) = (v for n, v in re.findall(r"(\w+) (\w+)", table) if n == name)
         assert row["choices"][row["answer"]] == f" {value}"
-        assert tasks.recall_side(name, value) == tasks.EVALUATION
+        assert tasks.split_of_recall(name, value) == tasks.EVALUATION
     for depth in suite.DEPTHS:
         for row in rows(folder, f"mea_needle_{depth}"):
             key = row["choices"][row["answer"]].strip()
             (name,) = re.findall(r"the pass key of (\w+)\?", row["prompt"])
             place = row["prompt"].index(f"Remember the pass key: {name} {key}.")
             assert place / row["prompt"].index("\n") == pytest.approx(depth / 100, abs=0.35)
-            assert tasks.key_side(int(key)) == tasks.EVALUATION
+            assert tasks.split_of_key(int(key)) == tasks.EVALUATION
 
 
 def test_tables_of_training_documents_hold_no_row_that_is_asked_for():
     for text in tasks.documents(20, 3, 600, ["recall"]):
         found = re.findall(r"([A-Z]\w+) (\w+)", text)
         assert found
-        assert all(tasks.recall_side(name, v) == tasks.TRAIN for name, v in found)
+        assert all(tasks.split_of_recall(name, v) == tasks.TRAIN for name, v in found)
         assert len(text) <= 600
 
 
@@ -298,5 +298,5 @@ def test_the_suite_is_written_by_its_command(evaluate, tmp_path):
         (("--seed", -1), "--seed=-1"),
     ):
         status, _, err = evaluate("--out", tmp_path / "bad", *bad, module=module)
-        is_one_error(status, err, part)
-    is_one_error(*evaluate(module=module)[::2], "--out is missing")
+        assert_one_error(status, err, part)
+    assert_one_error(*evaluate(module=module)[::2], "--out is missing")

@@ -17,7 +17,7 @@ from mea_jax.errors import UserError
 from mea_jax.evaluate.harness.model import HarnessModel
 from mea_jax.evaluate.models import load
 from mea_jax.generate.generator import Decoding, Generator, continuation
-from tests.helpers import apply_logits, change, is_one_error
+from tests.helpers import apply_logits, assert_one_error, change
 from tests.paths import ROOT
 from tests.whole_runs import train_on_one_device
 
@@ -183,6 +183,8 @@ def test_neutral_and_equivalent_generation_options_change_nothing(model):
     assert write(max_tokens=5) == plain
     prompt = len(model.tok_encode("a quick"))
     assert write(max_length=prompt + 5) == plain
+    with pytest.raises(UserError, match=rf"prompt of {prompt} tokens and max_length={prompt}"):
+        write(max_length=prompt)
 
 
 @pytest.mark.parametrize(
@@ -199,7 +201,7 @@ def test_neutral_and_equivalent_generation_options_change_nothing(model):
 def test_bad_model_arguments_are_one_line(arguments, parts, capsys):
     with pytest.raises(SystemExit) as stopped:
         HarnessModel.create_from_arg_string(arguments, {"batch_size": 1, "device": None})
-    is_one_error(stopped.value.code, capsys.readouterr().err, *parts)
+    assert_one_error(stopped.value.code, capsys.readouterr().err, *parts)
 
 
 @pytest.mark.parametrize(
@@ -311,7 +313,7 @@ def test_the_harness_command_line_knows_the_model(run, tmp_path):
         timeout=240,
         check=False,
     )
-    is_one_error(done.returncode, done.stderr, str(tmp_path / "none"))
+    assert_one_error(done.returncode, done.stderr, str(tmp_path / "none"))
 
 
 def test_the_entry_point_leads_to_the_model():

@@ -24,7 +24,7 @@ from tests.system.launch_machine import (
     TRAINING,
     TRAINS,
     VARIABLES,
-    is_one_error,
+    assert_one_error,
     training_words,
 )
 
@@ -297,7 +297,7 @@ def test_a_missing_variable_is_one_line(machine, script, subcommand, name, dry):
     after = AFTER if subcommand in TRAINS else []
     options = ["--dry-run"] if dry else []
     done = machine.launch(script, subcommand, *options, *after, **variables)
-    is_one_error(done, f"missing variable {name}: ", f"such as {name}=")
+    assert_one_error(done, f"missing variable {name}: ", f"such as {name}=")
     assert machine.calls() == []
 
 
@@ -333,7 +333,7 @@ def test_a_missing_variable_is_one_line(machine, script, subcommand, name, dry):
 )
 def test_what_cannot_work_is_one_line(machine, script, words, changes, parts):
     done = machine.launch(script, *words, **(VARIABLES.get(script, {}) | changes))
-    is_one_error(done, *parts)
+    assert_one_error(done, *parts)
     assert machine.calls() == []
 
 
@@ -355,7 +355,7 @@ def test_a_missing_program_is_one_line(machine, script, subcommand, program):
         (bare / name).symlink_to(str(shutil.which(name)))
     after = AFTER if subcommand in TRAINS else []
     done = machine.launch(script, subcommand, *after, path=str(bare), **VARIABLES[script])
-    is_one_error(done, f"{program} is not installed: ")
+    assert_one_error(done, f"{program} is not installed: ")
     # A dry run needs none of them.
     words = [subcommand, "--dry-run", *after]
     done = machine.launch(script, *words, path=str(bare), **VARIABLES[script])

@@ -10,7 +10,7 @@ import pytest
 
 from mea_jax import cli
 from mea_jax.errors import UserError
-from tests.helpers import is_one_error, real_command
+from tests.helpers import assert_one_error, run_train_in_subprocess
 from tests.paths import ROOT
 
 
@@ -42,7 +42,7 @@ def test_no_such_accelerator(command, config_file, monkeypatch, reason, parts):
     path = config_file()
     monkeypatch.setattr("mea_jax.train.run.sharding.make_mesh", refuses(error))
     status, _, err = command("--config", path)
-    is_one_error(status, err, *parts)
+    assert_one_error(status, err, *parts)
     assert "(set " not in err
     assert status == 2
 
@@ -50,8 +50,8 @@ def test_no_such_accelerator(command, config_file, monkeypatch, reason, parts):
 @pytest.mark.parametrize("platform", ["cuda", "tpu", "gpu", "nonsense"])
 def test_process_no_such_accelerator(monkeypatch, tmp_path, platform):
     monkeypatch.setenv("JAX_PLATFORMS", platform)
-    status, err = real_command("--config", "quickstart", cwd=tmp_path)
-    is_one_error(status, err, f"JAX_PLATFORMS={platform} cannot be used", "JAX_PLATFORMS=cpu")
+    status, err = run_train_in_subprocess("--config", "quickstart", cwd=tmp_path)
+    assert_one_error(status, err, f"JAX_PLATFORMS={platform} cannot be used", "JAX_PLATFORMS=cpu")
 
 
 def test_no_silent_fallback_from_a_tpu_that_another_process_holds(monkeypatch):
@@ -71,4 +71,4 @@ def test_process_output_to_a_full_device(unbuffered):
         finished = subprocess.run(
             command, env=environment, stdout=full, stderr=subprocess.PIPE, text=True
         )
-    is_one_error(finished.returncode, finished.stderr, "output", "No space left on device")
+    assert_one_error(finished.returncode, finished.stderr, "output", "No space left on device")

@@ -105,6 +105,18 @@ def main():
 cli.run(main)
 """
 
+# Each of two processes: join, finish, and report whether the watcher of the others still runs.
+FINISHED = """
+import threading
+from mea_jax.parallel import processes
+
+processes.start(coordinator=ADDRESS, count=2, index=INDEX, timeout=60)
+threads = lambda: [thread.name for thread in threading.enumerate()]
+assert "watcher" in threads()
+processes.finish()
+assert "watcher" not in threads()
+"""
+
 
 def free_address():
     with socket.socket() as probe:
@@ -388,16 +400,27 @@ def test_a_killed_process_ends_the_others(victim):
         assert "the connection to another process was lost" in one_line(err)
 
 
+def test_no_thread_of_ours_is_left_when_a_run_ends():
+    """Python would end it inside of jax's client, which sometimes aborts a finished process."""
+    address = free_address()
+    found = []
+    for index in range(2):
+        text = FINISHED.replace("ADDRESS", repr(address)).replace("INDEX", str(index))
+        found.append(start(["-c", text]))
+    for status, err in ends(found):
+        assert status == 0, err
+
+
 def test_silence_is_noticed_at_the_limit():
     """A heartbeat counts from its first arrival, by the clock of the process that receives it."""
-    signs = parallel_processes.SignsOfLife(3, 100.0)
+    signs = parallel_processes.Heartbeats(3, 100.0)
     signs.note({0: "1 a", 1: "7 b"}, 110.0)
-    assert signs.lost(100.0 + parallel_processes.LOST_SECONDS) is None
-    found = signs.lost(101.0 + parallel_processes.LOST_SECONDS)
+    assert signs.describe_lost(100.0 + parallel_processes.LOST_SECONDS) is None
+    found = signs.describe_lost(101.0 + parallel_processes.LOST_SECONDS)
     assert (
         found == f"process 2 has sent no heartbeat for {parallel_processes.LOST_SECONDS + 1:.0f} s"
     )
     signs.note({0: "2 a", 1: "7 b", 2: "1 c"}, 160.0)
-    found = signs.lost(160.0 + parallel_processes.LOST_SECONDS)
+    found = signs.describe_lost(160.0 + parallel_processes.LOST_SECONDS)
     assert found is not None
     assert found.startswith("process 1 on b ")

@@ -119,13 +119,13 @@ def test_no_format_that_is_a_program(path):
 
 
 @pytest.mark.parametrize("seal", [False, True])
-def test_a_checkpoint_cannot_lead_outside(run, tmp_path, seal):
+def test_a_checkpoint_cannot_lead_outside(run, tmp_path, write_checksums):
     """A symbolic link in a checkpoint is refused, with and without recorded checksums."""
     folder = run / "checkpoints" / "4"
-    if seal:
+    if write_checksums:
         path = folder / "data" / "metadata"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 2}))
-        digests.seal(folder)
+        digests.write_checksums(folder)
     outside = tmp_path / "outside"
     (folder / "state" / "d").rename(outside)
     (folder / "state" / "d").symlink_to(outside)

@@ -8,7 +8,7 @@ import pytest
 
 from mea_jax import cli
 from mea_jax.config import shipped
-from tests.helpers import is_one_error, real_command
+from tests.helpers import assert_one_error, run_train_in_subprocess
 from tests.paths import ROOT
 
 PROCESS = ("--coordinator=localhost:8476", "--num_processes=2", "--process_id=1")
@@ -19,10 +19,10 @@ PROCESS = ("--coordinator=localhost:8476", "--num_processes=2", "--process_id=1"
 
 @pytest.mark.slow
 def test_process_misspelt_key(config_file, tmp_path):
-    status, err = real_command(
+    status, err = run_train_in_subprocess(
         "--config", config_file(), "--config.optimizer.learning_rte=1", cwd=tmp_path
     )
-    is_one_error(status, err, "config.optimizer.learning_rte", "config.optimizer.learning_rate")
+    assert_one_error(status, err, "config.optimizer.learning_rte", "config.optimizer.learning_rate")
     assert not (tmp_path / "runs").exists()
 
 
@@ -31,16 +31,20 @@ def test_process_bad_json_line(config_file, tmp_path):
     path = tmp_path / "text.jsonl"
     path.write_text('{"text": "one"}\n{"txt": "two"}\n')
     config = config_file(**{"data.sources": ({"source": "jsonl", "path": str(path)},)})
-    status, err = real_command("--config", config, "--workdir", tmp_path / "run", cwd=tmp_path)
-    is_one_error(status, err, "text.jsonl", "line 2", "'text'")
+    status, err = run_train_in_subprocess(
+        "--config", config, "--workdir", tmp_path / "run", cwd=tmp_path
+    )
+    assert_one_error(status, err, "text.jsonl", "line 2", "'text'")
 
 
 @pytest.mark.slow
 def test_process_disk_that_fills_up(config_file, small_disk, tmp_path):
     """The threads of the writers print nothing either."""
     config = config_file(**{"model.d_ff": 2048, "mesh.data": 8})
-    status, err = real_command("--config", config, "--workdir", small_disk / "run", cwd=tmp_path)
-    is_one_error(status, err)
+    status, err = run_train_in_subprocess(
+        "--config", config, "--workdir", small_disk / "run", cwd=tmp_path
+    )
+    assert_one_error(status, err)
 
 
 # -- the command line -----------------------------------------------------------------------
@@ -124,7 +128,7 @@ def test_help_fits_a_screen(command):
 )
 def test_bad_arguments(command, config_file, arguments, parts):
     status, _, err = command("--config", config_file(), *arguments)
-    is_one_error(status, err, *parts)
+    assert_one_error(status, err, *parts)
 
 
 @pytest.mark.slow
@@ -165,22 +169,22 @@ def test_which_overrides_are_dropped(argv, kept):
 
 
 def test_an_override_without_a_config(command):
-    is_one_error(*command("--config.steps=2")[::2], "--config.steps", "add --config quickstart")
+    assert_one_error(*command("--config.steps=2")[::2], "--config.steps", "add --config quickstart")
 
 
 def test_mesh_that_does_not_fit_the_heads(command, config_file):
     path = config_file(**{"mesh.data": 1, "mesh.tensor": 8})
     status, _, err = command("--config", path, count=8)
-    is_one_error(status, err, "config.mesh.tensor=8", "n_heads=4")
+    assert_one_error(status, err, "config.mesh.tensor=8", "n_heads=4")
 
 
 def test_no_config(command):
-    is_one_error(*command()[::2], "--config configs/quickstart.py")
+    assert_one_error(*command()[::2], "--config configs/quickstart.py")
 
 
 def test_missing_config_file(command, tmp_path):
     status, _, err = command("--config", tmp_path / "missing.py")
-    is_one_error(status, err, "missing.py")
+    assert_one_error(status, err, "missing.py")
 
 
 @pytest.mark.parametrize(
@@ -197,17 +201,17 @@ def test_missing_config_file(command, tmp_path):
 )
 def test_mistakes_inside_a_config_file(command, config_file, body, parts):
     status, _, err = command("--config", config_file(body))
-    is_one_error(status, err, *parts)
+    assert_one_error(status, err, *parts)
 
 
 def test_config_file_that_is_not_python(command, tmp_path):
     (tmp_path / "conf.py").write_text("def get_config(:\n")
-    is_one_error(*command("--config", tmp_path / "conf.py")[::2], "config file")
+    assert_one_error(*command("--config", tmp_path / "conf.py")[::2], "config file")
 
 
 def test_config_file_without_a_config(command, tmp_path):
     (tmp_path / "conf.py").write_text("x = 1\n")
-    is_one_error(*command("--config", tmp_path / "conf.py")[::2], "get_config")
+    assert_one_error(*command("--config", tmp_path / "conf.py")[::2], "get_config")
 
 
 def test_a_shipped_config_by_its_name(command, monkeypatch, tmp_path):
@@ -219,9 +223,11 @@ def test_a_shipped_config_by_its_name(command, monkeypatch, tmp_path):
     assert names[2] == f"{ROOT / 'configs' / 'quickstart.py'}:mha"
     assert names[3] == f"--config={ROOT / 'configs' / 'recover.py'}:runs/a"
     status, _, err = command("--config", "quikstart")
-    is_one_error(status, err, "quikstart", "ablations, ", "quickstart, ")
+    assert_one_error(status, err, "quikstart", "ablations, ", "quickstart, ")
     status, _, err = command("--config", "configs/quickstart.py")
-    is_one_error(status, err, "configs/quickstart.py", "use --config quickstart for the installed")
+    assert_one_error(
+        status, err, "configs/quickstart.py", "use --config quickstart for the installed"
+    )
     (tmp_path / "quickstart").write_text("")
     assert cli.find_shipped(["x", "--config=quickstart"]) == ["x", "--config=quickstart"]
 
@@ -244,7 +250,7 @@ def test_a_wheel_holds_the_configs(monkeypatch, tmp_path):
 
 
 def test_unknown_variant(command, config_file):
-    is_one_error(*command("--config", config_file() + ":nonorm")[::2], "nonorm", "no_norm")
+    assert_one_error(*command("--config", config_file() + ":nonorm")[::2], "nonorm", "no_norm")
 
 
 # -- data -----------------------------------------------------------------------------------
@@ -269,24 +275,24 @@ def test_bad_sources(command, config_file, tmp_path, source, content, parts):
     sources = ({"source": source, "path": str(path)},)
     config = config_file(**{"data.sources": sources})
     status, _, err = command("--config", config, "--workdir", tmp_path / "run")
-    is_one_error(status, err, *parts)
+    assert_one_error(status, err, *parts)
 
 
 def test_empty_folder(command, config_file, tmp_path):
     (tmp_path / "empty").mkdir()
     sources = ({"source": "text", "path": str(tmp_path / "empty")},)
     status, _, err = command("--config", config_file(**{"data.sources": sources}))
-    is_one_error(status, err, "empty", "matches no files")
+    assert_one_error(status, err, "empty", "matches no files")
 
 
 def test_tokenizer_larger_than_the_vocabulary(command, config_file):
     status, _, err = command("--config", config_file(), "--config.model.vocab_size=200")
-    is_one_error(status, err, "257 tokens", "200", "--config.model.vocab_size=257")
+    assert_one_error(status, err, "257 tokens", "200", "--config.model.vocab_size=257")
 
 
 def test_missing_tokenizer(command, config_file):
     status, _, err = command("--config", config_file(), "--config.data.tokenizer=none.json")
-    is_one_error(status, err, "none.json")
+    assert_one_error(status, err, "none.json")
 
 
 # -- the run directory ----------------------------------------------------------------------
@@ -299,7 +305,7 @@ def test_directory_of_another_config(command, config_file, tmp_path):
     assert command(*run)[0] == 0
     before = (tmp_path / "run" / "config.json").read_bytes()
     status, _, err = command(*run, "--config.seed=7", "--config.model.d_ff=64")
-    is_one_error(status, err, "seed: 0 -> 7", "model.d_ff: 48 -> 64", "--workdir")
+    assert_one_error(status, err, "seed: 0 -> 7", "model.d_ff: 48 -> 64", "--workdir")
     assert (tmp_path / "run" / "config.json").read_bytes() == before
 
 
@@ -309,13 +315,13 @@ def test_a_finished_run_asked_for_more_steps(command, config_file, tmp_path):
     run = ["--config", config, "--workdir", tmp_path / "run"]
     assert command(*run)[0] == 0
     status, _, err = command(*run, "--config.steps=2")
-    is_one_error(status, err, "steps: 1 -> 2", f"--config.start.checkpoint={tmp_path / 'run'}")
+    assert_one_error(status, err, "steps: 1 -> 2", f"--config.start.checkpoint={tmp_path / 'run'}")
 
 
 def test_directory_that_cannot_be_written(command, config_file, tmp_path):
     (tmp_path / "file").write_text("")
     status, _, err = command("--config", config_file(), "--workdir", tmp_path / "file" / "run")
-    is_one_error(status, err, "cannot be written", "--workdir")
+    assert_one_error(status, err, "cannot be written", "--workdir")
 
 
 @pytest.mark.slow
@@ -324,5 +330,5 @@ def test_loss_that_is_not_finite(command, config_file, tmp_path):
     status, _, err = command(
         "--config", config, "--workdir", tmp_path / "run", "--config.optimizer.learning_rate=1e30"
     )
-    is_one_error(status, err, "loss", "after step", "last good checkpoint")
+    assert_one_error(status, err, "loss", "after step", "last good checkpoint")
     assert not (tmp_path / "run" / "summary.json").exists()

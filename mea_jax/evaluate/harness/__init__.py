@@ -1,4 +1,4 @@
-"""Runs lm-evaluation-harness in this process, with a checkpoint of this project as its model.
+"""Run lm-evaluation-harness in this process, with a checkpoint of this project as its model.
 
 - prefix_trees.py, likelihood.py: pack requests as token trees and compute their log-probabilities.
 - generating.py: generates answers through the KV cache.

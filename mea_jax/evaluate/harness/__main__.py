@@ -1,4 +1,4 @@
-"""Runs the harness's own command line with `--model mea_jax` available.
+"""Run the harness's own command line with `--model mea_jax` available.
 
 python -m mea_jax.evaluate.harness run --model mea_jax --model_args checkpoint=runs/quickstart \
     --tasks hellaswag

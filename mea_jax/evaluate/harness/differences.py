@@ -1,4 +1,4 @@
-"""Turns the harness's results into rows and compares two models, paired by document.
+"""Turn the harness's results into rows and compare two models, paired by document.
 
 A metric's value is a function of means over documents. Its standard error is therefore that of the
 mean of each document's influence on the value (the delta method). The error of a difference is that

@@ -1,4 +1,4 @@
-"""Computes log-probabilities of requests' targets with one jitted program per shape, on a mesh.
+"""Compute log-probabilities of requests' targets with one jitted program per shape, on a mesh.
 
 Letters: B rows, T positions, S shards of the batch, P pairs (position, next token) of a shard,
 C pairs of a chunk.

@@ -1,4 +1,4 @@
-"""Serves a checkpoint as a model of lm-evaluation-harness, in its process and without torch.
+"""Serve a checkpoint as a model of lm-evaluation-harness, in its process and without torch.
 
 The harness passes all requests of a kind in one call. On several hosts, every process runs the same
 harness on the same documents and calls the same methods. Each batch is sharded over all devices,
@@ -303,7 +303,12 @@ class HarnessModel(TemplateLM):
         if (name := next((n for n in NEW_TOKENS if options.get(n) is not None), None)) is not None:
             count = read_number(task, options, name, int, None)
         elif options.get("max_length") is not None:  # of prompt and answer together
-            count = read_number(task, options, "max_length", int, None) - len(ids)
+            longest = read_number(task, options, "max_length", int, None)
+            if (count := longest - len(ids)) < 1:
+                raise UserError(
+                    f"task {task} has a prompt of {len(ids)} tokens and max_length={longest} for "
+                    "prompt and answer: use fewer examples (--num_fewshot)"
+                )
         if not 1 <= count < self.max_length:
             raise UserError(
                 f"task {request.task_name} asks for {count} new tokens, which leaves no room for a "

@@ -1,4 +1,4 @@
-"""Merges requests with common prefixes into token trees and packs the trees into rows.
+"""Merge requests with common prefixes into token trees and packs the trees into rows.
 
 This computes every common prefix once and wastes few positions on padding.
 

@@ -11,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from mea_jax.checkpoint.files import disk_errors, to_json, write_whole
+from mea_jax.checkpoint.files import disk_errors, to_json, write_atomically
 from mea_jax.errors import UserError
 from mea_jax.evaluate.harness import differences
 from mea_jax.evaluate.run import environment
@@ -207,7 +207,7 @@ def write_samples(samples: dict[str, list[dict[str, Any]]], folder: Path) -> Non
             lines.append(to_json(plain) + "\n")
         with disk_errors(path):
             folder.mkdir(parents=True, exist_ok=True)
-            write_whole(path, "".join(lines))
+            write_atomically(path, "".join(lines))
 
 
 def _speed_line(took: dict[str, Any]) -> str:
@@ -225,7 +225,7 @@ def write(report: dict[str, Any], folder: Path) -> str:
     """Format the report as a table; on the first process write table.txt and results.json."""
     text = differences.table(report["results"])
     if processes.is_first():
-        write_whole(folder / "results.json", to_json(report, indent=1) + "\n")
+        write_atomically(folder / "results.json", to_json(report, indent=1) + "\n")
         (folder / "table.txt").write_text(text + "\n")
     return text
 

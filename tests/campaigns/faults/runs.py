@@ -226,7 +226,7 @@ def order(path: Path, without_steps: tuple[int, ...] = ()) -> dict[int, str]:
     return found
 
 
-def final_state(workdir: Path) -> Any:
+def restore_state(workdir: Path) -> Any:
     """Return the state of the last checkpoint, without sharding."""
     with Checkpoints(workdir) as checkpoints:
         config = checkpoints.config(STEPS)
@@ -244,6 +244,6 @@ def expect_same(trial: Scratch, reference: Path, without_steps: tuple[int, ...] 
     )
     kept = order(trial.order, without_steps)
     expect(kept == order(reference / "order.jsonl", without_steps), "different batches")
-    a, b = final_state(trial.workdir), final_state(reference / "run")
+    a, b = restore_state(trial.workdir), restore_state(reference / "run")
     same = jax.tree.map(lambda x, y: np.array_equal(x, y), a, b)
     expect(all(jax.tree.leaves(same)), "different final parameters or moments")

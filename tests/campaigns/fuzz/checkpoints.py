@@ -151,4 +151,4 @@ def _as_new(checkpoint: Path) -> None:
     """Convert a checkpoint of the old format to the current one, with checksums."""
     path = checkpoint / "data" / "metadata"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 2}))
-    digests.seal(checkpoint)
+    digests.write_checksums(checkpoint)

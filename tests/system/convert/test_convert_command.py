@@ -23,7 +23,7 @@ from mea_jax.data import tokenizers
 from mea_jax.parallel import sharding
 from mea_jax.train.run import train
 from mea_jax.train.warm_start import Start
-from tests.helpers import PLAIN, apply_logits, assert_equal, is_one_error, params_of
+from tests.helpers import PLAIN, apply_logits, assert_equal, assert_one_error, params_of
 from tests.system.convert import small_models
 
 SHARD = "model-00002-of-00003.safetensors"
@@ -168,7 +168,7 @@ def test_a_bad_model_gets_one_line_and_leaves_nothing(kind, copy, shell, tmp_pat
     spoil, words = BAD[kind]
     spoil(copy)
     status, _, err = shell("from_hf", "--model", copy, "--out", tmp_path / "run")
-    is_one_error(status, err, *words)
+    assert_one_error(status, err, *words)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["copy"]
 
 
@@ -193,7 +193,7 @@ def test_numbers_beyond_bfloat16_are_refused_by_name(copy, shell, tmp_path):
     spoilt(np.finfo(np.float32).max)(copy)
     arguments = ("from_hf", "--model", copy, "--out", tmp_path / "run")
     status, _, err = shell(*arguments, "--dtype", "bfloat16")
-    is_one_error(status, err, "model.layers.0.", "3.4e+38, beyond the range of bfloat16")
+    assert_one_error(status, err, "model.layers.0.", "3.4e+38, beyond the range of bfloat16")
     assert not (tmp_path / "run").exists()
     assert shell(*arguments)[0] == 0
 
@@ -214,7 +214,7 @@ def test_mistakes_of_from_hf(arguments, words, original, shell, monkeypatch, tmp
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     filled = [str(original) if word == "MODEL" else word for word in arguments]
-    is_one_error(*shell("from_hf", *filled)[::2], *words)
+    assert_one_error(*shell("from_hf", *filled)[::2], *words)
     assert not list(tmp_path.iterdir())
 
 
@@ -223,16 +223,20 @@ def test_an_output_that_exists_is_kept(command, original, imported, shell, tmp_p
     given = ("--model", original) if command == "from_hf" else ("--checkpoint", imported)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("x")
-    is_one_error(*shell(command, *given, "--out", tmp_path / "out")[::2], "exists: choose another")
+    assert_one_error(
+        *shell(command, *given, "--out", tmp_path / "out")[::2], "exists: choose another"
+    )
     (tmp_path / "new.part").mkdir()
     (tmp_path / "new.part" / "mine").write_text("x")
-    is_one_error(*shell(command, *given, "--out", tmp_path / "new")[::2], "new.part is in the way")
+    assert_one_error(
+        *shell(command, *given, "--out", tmp_path / "new")[::2], "new.part is in the way"
+    )
     assert [p.name for p in tmp_path.rglob("mine")] == ["mine", "mine"]
 
 
 def test_two_processes_do_not_write_one_output(tmp_path):
     refused = pytest.raises(importing.UserError, match="another process is writing")
-    with folders.whole(tmp_path / "out"), refused, folders.whole(tmp_path / "out"):
+    with folders.atomic_folder(tmp_path / "out"), refused, folders.atomic_folder(tmp_path / "out"):
         pass
     assert (tmp_path / "out").is_dir()
 
@@ -328,7 +332,7 @@ def test_a_rope_as_transformers_4_writes_it():
 )
 def test_mistakes_of_to_hf(arguments, words, imported, shell, tmp_path):
     given = ("--checkpoint", imported, "--out", tmp_path / "out")
-    is_one_error(*shell("to_hf", *given, *arguments)[::2], *words)
+    assert_one_error(*shell("to_hf", *given, *arguments)[::2], *words)
     assert not list(tmp_path.iterdir())
 
 
@@ -367,7 +371,7 @@ def made_here(config, folder):
     """Write a run directory as training does, with random parameters."""
     params = jax.tree.map(np.asarray, params_of(config.model, noise=0.1))
     writer = Writer(folder.with_name("arrays"), config.model)
-    writer.write_top({k: v for k, v in params.items() if not k.startswith("layers_")})
+    writer.write_non_layer({k: v for k, v in params.items() if not k.startswith("layers_")})
     for index in range(config.model.n_layers):
         writer.write_layer(index, jax.tree.map(lambda x, i=index: x[i], params["layers_0"]))
     (folder / "checkpoints").mkdir(parents=True)
@@ -431,7 +435,7 @@ def test_parameters_of_every_path_have_their_tensor():
         model = configs.dataclasses.replace(families.model_config(config, ""), backend="xla")
         entries = importing.tensors.entries(model)
         ours = sum(x.size for x in jax.tree.leaves(params_of(model)))
-        assert sum(int(np.prod(entry.theirs)) for entry in entries) == ours
+        assert sum(int(np.prod(entry.hf_shape)) for entry in entries) == ours
 
 
 def test_no_run_is_started_in_an_imported_folder(imported, devices):

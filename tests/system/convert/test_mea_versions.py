@@ -108,10 +108,10 @@ def test_generation_continues_a_given_cache(model):
         model(IDS[:, :6], past_key_values=cache)
     fresh = model.generate(IDS, attention_mask=mask, **options)
     with warnings.catch_warnings(action="ignore"):  # 5.24 warns that it prefers another name
-        continue_training = model.generate(
+        continued = model.generate(
             IDS, attention_mask=mask, past_key_values=cache, **options
         )
-    assert continue_training.tolist() == fresh.tolist()
+    assert continued.tolist() == fresh.tolist()
     assert cache.get_seq_length() == 15
 
 

@@ -16,7 +16,7 @@ from mea_jax.convert.exporting import export_model
 from mea_jax.convert.importing import import_model
 from mea_jax.data import tokenizers
 from mea_jax.errors import UserError
-from tests.helpers import is_one_error
+from tests.helpers import assert_one_error
 from tests.system.convert import small_models
 
 TEXTS = [
@@ -190,7 +190,7 @@ def test_more_than_a_few_added_tokens_are_another_models(kind, model, in_process
     else:
         add(model, 65)
     found = in_process("mea_jax.convert", "from_hf", "--model", model, "--out", tmp_path / "run")
-    is_one_error(*found[::2], "tokenizer does not match", "vocab_size=264")
+    assert_one_error(*found[::2], "tokenizer does not match", "vocab_size=264")
 
 
 def test_a_model_with_a_slow_tokenizer_is_imported(tmp_path):

@@ -28,7 +28,7 @@ def sealed(tmp_path):
     for name, content in FILES.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
-    digests.seal(folder)
+    digests.write_checksums(folder)
     return folder
 
 
@@ -90,7 +90,7 @@ def test_every_bit_of_the_digests_themselves(tmp_path_factory, data):
     if not folder.exists():
         folder.mkdir()
         (folder / "file").write_bytes(b"content")
-        digests.seal(folder)
+        digests.write_checksums(folder)
     path = folder / digests.FILE
     content = path.read_bytes()
     place = data.draw(st.integers(0, len(content) - 1))
@@ -119,7 +119,7 @@ def test_links_are_refused(sealed, tmp_path, what, outside):
     assert f"{path.relative_to(sealed)} is a link" in (digests.damage(sealed) or "")
     assert f"{path.relative_to(sealed)} is a link" in (digests.links(sealed) or "")
     with pytest.raises(ValueError, match="is a link"):
-        digests.seal(sealed)
+        digests.write_checksums(sealed)
 
 
 def test_a_device_is_refused(sealed):
@@ -182,5 +182,5 @@ def test_what_cannot_be_read(sealed, tmp_path, monkeypatch):
 def test_sealing_again_takes_the_folder_as_it_is(sealed):
     """The previous list of checksums is not listed as a file of the folder."""
     (sealed / "more").write_bytes(b"x")
-    digests.seal(sealed)
+    digests.write_checksums(sealed)
     assert digests.damage(sealed) is None

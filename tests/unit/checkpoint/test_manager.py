@@ -184,7 +184,7 @@ def spoil(run, step):
     return path.relative_to(folder)
 
 
-def refuse(line):
+def fail_on_log(line):
     raise AssertionError(f"unexpected log line: {line}")
 
 
@@ -197,7 +197,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_kept(run):
         with Checkpoints(run, OPTIONS) as checkpoints:
             assert checkpoints.newest_good(said.append) == 2
             assert checkpoints.steps() == [1, 2]
-            assert checkpoints.newest_good(refuse) == 2
+            assert checkpoints.newest_good(fail_on_log) == 2
         aside = run / "damaged" / name
         assert said == [
             f"the checkpoint of step 3 is damaged: {path} is damaged, moved to {aside}",
@@ -226,16 +226,16 @@ def test_all_checkpoints_damaged(run):
     before = content(run)
     expected = r"every checkpoint in .* is damaged \(step 3: .*; step 2: .*; step 1: .*\)"
     with Checkpoints(run, OPTIONS) as checkpoints, pytest.raises(UserError, match=expected):
-        checkpoints.newest_good(refuse)
+        checkpoints.newest_good(fail_on_log)
     assert content(run) == before
     assert not (run / "damaged").exists()
 
 
 def test_the_newest_good_one_below_a_step(run):
     with Checkpoints(run, OPTIONS) as checkpoints:
-        assert checkpoints.newest_good(refuse) == 3
-        assert checkpoints.newest_good(refuse, below=3, share=False) == 2
-        assert checkpoints.newest_good(refuse, below=1) is None
+        assert checkpoints.newest_good(fail_on_log) == 3
+        assert checkpoints.newest_good(fail_on_log, below=3, share=False) == 2
+        assert checkpoints.newest_good(fail_on_log, below=1) is None
 
 
 @pytest.mark.parametrize("unsealed", [False, True])
@@ -268,7 +268,7 @@ def test_what_a_killed_run_leaves_is_no_checkpoint(run):
     names = {"1", "2", "3", *leftovers}
     with Checkpoints(run) as checkpoints:
         assert checkpoints.steps() == [1, 2, 3]
-        assert checkpoints.newest_good(refuse) == 3
+        assert checkpoints.newest_good(fail_on_log) == 3
     assert {path.name for path in (run / "checkpoints").iterdir()} == names
     with Checkpoints(run, OPTIONS) as checkpoints:
         assert checkpoints.steps() == [1, 2, 3]
@@ -292,7 +292,7 @@ def test_a_run_that_goes_back_forgets(run, config, one_device):
         checkpoints.save(2, one_device[1], config, POSITION)
     with Checkpoints(run) as checkpoints:
         assert checkpoints.steps() == [1, 2]
-        assert checkpoints.newest_good(refuse) == 2
+        assert checkpoints.newest_good(fail_on_log) == 2
 
 
 def test_an_error_of_the_writing_thread(run, config, one_device, monkeypatch):
@@ -366,7 +366,7 @@ def test_format_1_is_restored_to_its_very_bytes(old_run):
     config, run = old_run
     mesh = sharding.make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
     with Checkpoints(run) as checkpoints:
-        assert checkpoints.newest_good(refuse) == 4
+        assert checkpoints.newest_good(fail_on_log) == 4
         state = checkpoints.restore(4, abstract_state(config, mesh))
         stored = checkpoints.config(4)
         data = json.loads((run / "checkpoints/4/data/metadata").read_text())

@@ -127,7 +127,7 @@ def test_a_published_config_is_our_config_of_that_name(name):
     leaves = jax.tree.leaves(abstract_params(plain))
     assert sum(leaf.size for leaf in leaves) == count
     entries = tensors.entries(plain)
-    assert sum(int(np.prod(entry.theirs)) for entry in entries) == count
+    assert sum(int(np.prod(entry.hf_shape)) for entry in entries) == count
     names = [entry.name for entry in entries]
     assert len(set(names)) == len(names)
 

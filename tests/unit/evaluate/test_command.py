@@ -15,7 +15,7 @@ from mea_jax.errors import UserError
 from mea_jax.evaluate import models, run
 from mea_jax.evaluate.run import Options, fill_defaults
 from mea_jax.train.run import train
-from tests.helpers import is_one_error, tiny_model
+from tests.helpers import assert_one_error, tiny_model
 
 pytestmark = pytest.mark.slow
 
@@ -186,7 +186,7 @@ def test_bad_input_is_one_line(runs, tmp_path, evaluate, arguments, message):
     out = tmp_path / "out"
     status, _, err = evaluate(*given, "--out", out, *arguments[len(checkpoints) :])
     assert status == 2
-    is_one_error(status, err, message)
+    assert_one_error(status, err, message)
     assert not out.exists(), "nothing is written before all arguments are checked"
 
 
@@ -198,7 +198,7 @@ def test_checkpoints_that_are_damaged_or_of_another_tokenizer(runs, tmp_path, ev
     victim.write_bytes(victim.read_bytes()[:-7])
     status, _, err = evaluate("--checkpoint", damaged, "--out", tmp_path / "out")
     assert status == 2
-    is_one_error(status, err, f"every checkpoint in {damaged / 'checkpoints'} is damaged")
+    assert_one_error(status, err, f"every checkpoint in {damaged / 'checkpoints'} is damaged")
 
     one = models.load(runs / "whole", "whole", "float32")
     other = BytesTokenizer()
@@ -211,16 +211,16 @@ def test_folders_that_cannot_be_written(runs, tmp_path, evaluate):
     checkpoint = ("--checkpoint", runs / "whole", "--parts", "arithmetic", "--samples", 1)
     status, _, err = evaluate(*checkpoint)
     assert status == 2
-    is_one_error(status, err, "no folder for the report given")
+    assert_one_error(status, err, "no folder for the report given")
     (tmp_path / "file").write_text("")
     for folder in ("/proc/report", tmp_path / "file", tmp_path / "file" / "below"):
         status, _, err = evaluate(*checkpoint, "--out", folder)
         assert status == 2
-        is_one_error(status, err, f"--out {folder} cannot be written")
+        assert_one_error(status, err, f"--out {folder} cannot be written")
     (tmp_path / "report.json").mkdir()
     status, _, err = evaluate(*checkpoint, "--out", tmp_path, "--dtype", "float32")
     assert status == 2
-    is_one_error(status, err, "cannot be written: Is a directory")
+    assert_one_error(status, err, "cannot be written: Is a directory")
 
 
 def test_texts_that_are_not_there(runs, tmp_path, evaluate):

@@ -241,7 +241,7 @@ def test_router_losses_by_hand():
     np.testing.assert_allclose(sums.load_balance(), 3 * share @ mean, rtol=1e-6)
     z = np.log(np.exp(logits[:3]).sum(1))
     np.testing.assert_allclose(sums.z_loss(), np.mean(z**2), rtol=1e-6)
-    assert sums.busiest() == 1.5
+    assert sums.load_imbalance() == 1.5
 
 
 # -- a model --------------------------------------------------------------------------------
@@ -283,7 +283,7 @@ def test_objective_has_the_routers_losses(config):
     assert float(tokens) == 69
     np.testing.assert_allclose(balance / tokens, np.mean(router.load_balance()), rtol=1e-6)
     np.testing.assert_allclose(z / tokens, np.mean(router.z_loss()), rtol=1e-6)
-    np.testing.assert_allclose(busiest / tokens, np.max(router.busiest()), rtol=1e-6)
+    np.testing.assert_allclose(busiest / tokens, np.max(router.load_imbalance()), rtol=1e-6)
     np.testing.assert_allclose(objective, nll + 0.1 * balance + 0.01 * z, rtol=1e-6)
     filled = {name: x.copy() for name, x in batch.items()}
     filled["inputs"][batch["segment_ids"] == 0] = 7  # other tokens in the padding

@@ -9,7 +9,7 @@ from mea_jax.errors import UserError
 from mea_jax.study.grid import default_study, grid_of
 from mea_jax.study.run import parse_shard, without
 from mea_jax.study.store import Store
-from tests.helpers import is_one_error
+from tests.helpers import assert_one_error
 from tests.paths import ROOT
 
 SMALL = {"d_model": 32, "n_layers": 1, "d_ff": 48, "n_heads": 4, "n_kv_heads": 4, "head_dim": 8}
@@ -181,5 +181,5 @@ def test_an_override_of_what_is_not_there_is_named(override, words, in_process):
     status, _, err = in_process(
         "mea_jax.study.run", "--config", config, f"--config.{override}", "--list"
     )
-    is_one_error(status, err, words)
+    assert_one_error(status, err, words)
     assert f"--config.{override.split('=')[0]}: " in err

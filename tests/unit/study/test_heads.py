@@ -14,7 +14,7 @@ from mea_jax.ops import hlc
 from mea_jax.study import head_measures as measures
 from mea_jax.study import heads
 from mea_jax.train.run import train
-from tests.helpers import PLAIN, is_one_error, params_of
+from tests.helpers import PLAIN, assert_one_error, params_of
 
 pytestmark = pytest.mark.slow
 
@@ -30,7 +30,7 @@ def untrained(mea, run, config):
     stack = params.pop("layers_0")
     for index in range(config.model.n_layers):
         writer.write_layer(index, jax.tree.map(lambda leaf, i=index: leaf[i], stack))
-    writer.write_top(params)
+    writer.write_non_layer(params)
     writer.save(run / "checkpoints" / "0", config, source.digest)
 
 
@@ -194,4 +194,4 @@ def test_a_damaged_step_is_left_out(runs, tmp_path, command):
 def test_one_line_for_a_mistake(runs, command, arguments, parts):
     status, _, err = command(*(word.format(runs=runs) for word in arguments))
     assert status == 2
-    is_one_error(status, err, *parts)
+    assert_one_error(status, err, *parts)

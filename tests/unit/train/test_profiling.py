@@ -14,7 +14,7 @@ from mea_jax.train.run import train
 pytestmark = pytest.mark.slow
 
 
-class Cut(BaseException):
+class SimulatedKill(BaseException):
     """An exception that stands for a kill."""
 
 
@@ -27,7 +27,7 @@ def traced(tiny, tmp_path_factory):
 
     def stop(self, step, *args):
         if step == 6:
-            raise Cut
+            raise SimulatedKill
         return report(self, step, *args)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -36,7 +36,7 @@ def traced(tiny, tmp_path_factory):
         patch.setattr(
             "mea_jax.checkpoint.metrics.Progress.say", lambda self, line: lines.append(line)
         )
-        with pytest.raises(Cut):
+        with pytest.raises(SimulatedKill):
             train(tiny(), workdir, (3, 5))
     return workdir, lines
 
@@ -123,8 +123,8 @@ def test_steps_done_before_are_left_out(traces, tmp_path):
 
 def test_an_error_between_ends_the_trace(traces, tmp_path):
     profile = profiling.Profile((1, 5), tmp_path, 0, traces.append)
-    with pytest.raises(Cut), profile, profile.step(1, "x"):
-        raise Cut
+    with pytest.raises(SimulatedKill), profile, profile.step(1, "x"):
+        raise SimulatedKill
     assert traces[1:3] == ["start", "stop"]
     assert traces[-1].startswith("profile of steps 1 to 1")
 

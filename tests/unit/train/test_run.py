@@ -23,7 +23,14 @@ from mea_jax.train.diagnostics import compile_diagnostics, mixing_distance
 from mea_jax.train.run import train
 from mea_jax.train.step import compile_train_step, create_state
 from tests.helpers import assert_equal, change, params_of
-from tests.whole_runs import MEASURED, Cut, final_state, rows_of, train_on_one_device, train_until
+from tests.whole_runs import (
+    MEASURED,
+    SimulatedKill,
+    restore_state,
+    rows_of,
+    train_on_one_device,
+    train_until,
+)
 
 STEPS = 8
 
@@ -138,7 +145,7 @@ def test_mixing_distance_is_relative(tiny):
 
 
 def assert_same_run(config, workdir, whole):
-    assert_equal(final_state(config, workdir, STEPS), final_state(config, whole, STEPS))
+    assert_equal(restore_state(config, workdir, STEPS), restore_state(config, whole, STEPS))
     assert rows_of(workdir, MEASURED) == rows_of(whole, MEASURED)
 
 
@@ -164,11 +171,11 @@ def test_cut_between_the_last_checkpoint_and_the_summary(finished, devices, tmp_
     devices(1)
 
     def stop(*_):
-        raise Cut
+        raise SimulatedKill
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mea_jax.checkpoint.metrics, "plot_loss", stop)
-        with pytest.raises(Cut):
+        with pytest.raises(SimulatedKill):
             train(config, tmp_path)
     assert not (tmp_path / "summary.json").exists()
     summary = train(config, tmp_path)
@@ -261,7 +268,7 @@ def test_batches_are_those_of_the_step(finished):
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
     with jax.set_mesh(mesh):
         _, metrics = compile_train_step(config, mesh)(
-            final_state(config, workdir, step=4), next(batches)
+            restore_state(config, workdir, step=4), next(batches)
         )
     row = next(r for r in rows_of(workdir) if r["kind"] == "train" and r["step"] == 5)
     assert float(metrics["loss"]) == row["loss"]

@@ -22,14 +22,14 @@ from mea_jax.train.warm_start import Start
 from tests.helpers import (
     assert_close,
     assert_equal,
+    assert_one_error,
     change,
     flat,
-    is_one_error,
     params_of,
     random_batch,
 )
 from tests.paths import ROOT
-from tests.whole_runs import MEASURED, final_state, rows_of, train_on_one_device, train_until
+from tests.whole_runs import MEASURED, restore_state, rows_of, train_on_one_device, train_until
 
 CONFIG = ROOT / "configs" / "recover.py"
 STEPS = 6
@@ -150,7 +150,10 @@ def test_only_attention_moves(recovery, source, whole, taught):
     Only attention has moments.
     """
     assert taught.optimizer.weight_decay > 0
-    before, after = final_state(recovery(), source[0], step=8), final_state(taught, whole[0], STEPS)
+    before, after = (
+        restore_state(recovery(), source[0], step=8),
+        restore_state(taught, whole[0], STEPS),
+    )
     old, new = flat(before.params), flat(after.params)
     assert old.keys() == new.keys()
     for path in old:
@@ -252,7 +255,7 @@ def test_a_cut_recovery_ends_as_if_it_had_not_been(taught, whole, devices, tmp_p
     devices(1)
     train_until(step, taught, tmp_path)
     train(taught, tmp_path)
-    assert_equal(final_state(taught, tmp_path, STEPS), final_state(taught, whole[0], STEPS))
+    assert_equal(restore_state(taught, tmp_path, STEPS), restore_state(taught, whole[0], STEPS))
     assert rows_of(tmp_path, MEASURED) == rows_of(whole[0], MEASURED)
 
 
@@ -345,24 +348,24 @@ SHARE = "--config.start.distillation=0.5"
 )
 def test_what_cannot_start_is_one_line(source, command, more, parts):
     status, _, err = command(*recover(source[0], *QUICK, *more))
-    is_one_error(status, err, *parts)
+    assert_one_error(status, err, *parts)
 
 
 def test_a_checkpoint_that_is_none_or_damaged_is_one_line(source, command, tmp_path):
     status, _, err = command(*recover(tmp_path / "nothing"))
-    is_one_error(status, err, "nothing: no such folder", "--workdir alone resumes it")
+    assert_one_error(status, err, "nothing: no such folder", "--workdir alone resumes it")
     status, _, err = command("--config", CONFIG)
-    is_one_error(status, err, "configs/recover.py:runs/NAME")
+    assert_one_error(status, err, "configs/recover.py:runs/NAME")
     damaged = shutil.copytree(source[0], tmp_path / "damaged")
     for step in (4, 8):
         where = damaged / "checkpoints" / str(step)
         victim = max(where.rglob("d/*"), key=lambda path: path.stat().st_size)
         victim.write_bytes(victim.read_bytes()[:-1])
     status, _, err = command(*recover(damaged, *QUICK))
-    is_one_error(status, err, "every checkpoint", "is damaged", "restore good copies")
+    assert_one_error(status, err, "every checkpoint", "is damaged", "restore good copies")
     assert "--workdir" not in err, "another --workdir would not fix it"
     status, _, err = command(*recover(damaged / "checkpoints" / "8", *QUICK))
-    is_one_error(status, err, "config.start.checkpoint", "is damaged", "use another step")
+    assert_one_error(status, err, "config.start.checkpoint", "is damaged", "use another step")
 
 
 def test_one_directory_cannot_be_source_and_run(tiny, tmp_path, devices):

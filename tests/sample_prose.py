@@ -61,7 +61,7 @@ def of_python(path: str, source: str) -> Iterator[Sentence]:
     comment: list[str] = []
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT and not token.string.startswith(
-            ("#!", "# noqa", "# type")
+            ("#!", "# noqa", "# type", "# --")
         ):
             comment.append(token.string.lstrip("# "))
         elif token.type not in (tokenize.NL, tokenize.NEWLINE) and comment:

@@ -108,9 +108,7 @@ def test_generation_continues_a_given_cache(model):
         model(IDS[:, :6], past_key_values=cache)
     fresh = model.generate(IDS, attention_mask=mask, **options)
     with warnings.catch_warnings(action="ignore"):  # 5.24 warns that it prefers another name
-        continued = model.generate(
-            IDS, attention_mask=mask, past_key_values=cache, **options
-        )
+        continued = model.generate(IDS, attention_mask=mask, past_key_values=cache, **options)
     assert continued.tolist() == fresh.tolist()
     assert cache.get_seq_length() == 15
 

@@ -201,4 +201,7 @@ def test_buffers_of_old_versions_are_passed_over(llama, tmp_path):
         (folder / path.name).write_bytes(path.read_bytes())
     file = folder / SINGLE
     save_file(load_file(file) | {name: np.ones(8, np.float32) for name in BUFFERS}, file)
-    Source(folder)
+    plain = {entry.name: array for entry, array in Source(llama).arrays()}
+    found = {entry.name: array for entry, array in Source(folder).arrays()}
+    assert found.keys() == plain.keys()
+    assert all(np.array_equal(found[name], plain[name]) for name in plain)

@@ -5,68 +5,20 @@ import errno
 import gzip
 import json
 import lzma
-import threading
-import time
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tokenizers as hf
 
-from mea_jax.config.schema import DataConfig, SourceConfig
+from mea_jax.config.schema import SourceConfig
 from mea_jax.convert import tokenizer_files
 from mea_jax.data import packing, sources
 from mea_jax.data import prepare as prepare_lib
 from mea_jax.data.corpus import unit_hash
-from mea_jax.data.windows import builder, reader, writing
+from mea_jax.data.windows import reader, writing
 from mea_jax.errors import UserError
-
-FRACTION = 0.3
-WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa"]
-
-
-@pytest.fixture
-def config(tmp_path):
-    rng = np.random.default_rng(0)
-    folder = tmp_path / "text"
-    folder.mkdir()
-    for i in range(30):
-        (folder / f"{i:02d}.txt").write_text(f"file {i}: " + " ".join(rng.choice(WORDS, 60)))
-    return DataConfig(
-        sources=(SourceConfig(source="text", path=str(folder)),),
-        tokenizer="bytes",
-        context_length=64,
-        held_out_fraction=FRACTION,
-        cache_dir=str(tmp_path / "cache"),
-    )
-
-
-def prepare(config, vocab_size=None, **kwargs):
-    return prepare_lib.prepare(config, vocab_size, log=lambda line: None, **kwargs)
-
-
-def documents(config, held_out):
-    return [
-        document.text
-        for source in config.sources
-        for document in sources.documents(source)
-        if (unit_hash(document.name) < config.held_out_fraction) == held_out
-    ]
-
-
-def stored(prepared, split):
-    """Return the text of all targets of a split, in stored order."""
-    targets = [
-        packing.fields(**window)["targets"][window["segment_ids"] > 0]
-        for source in prepared.sources
-        for window in reader.open_windows(source.directory, split, prepared.context_length)
-    ]
-    return prepared.tokenizer.decode(np.concatenate(targets).tolist())
-
-
-def entries(config):
-    return list(prepare_lib.cache_root(config).iterdir())
+from tests.unit.data.preparing import FRACTION, documents, entries, prepare, stored
 
 
 def test_windows_hold_exactly_the_documents_of_each_side(config):
@@ -205,69 +157,6 @@ def test_what_a_kill_leaves_is_not_taken_for_whole(config, monkeypatch):
     assert stored(prepared, "held_out")
 
 
-def at_once(config):
-    """Prepare in two threads that both find no cache; assert equal results in one folder."""
-    both, barrier = [], threading.Barrier(2, timeout=30)
-    lock = prepare_lib.integrity.lock
-
-    def together(*args):
-        barrier.wait()
-        return lock(*args)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare_lib.integrity, "lock", together)
-        threads = [threading.Thread(target=lambda: both.append(prepare(config))) for _ in "ab"]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    assert len(both) == 2
-    assert both[0].sources == both[1].sources
-    assert entries(config) == [both[0].directory]
-
-
-@pytest.fixture
-def made(monkeypatch):
-    """Return a list, to which each preparation appends how many are active at the same time."""
-    calls, make, active = [], prepare_lib._make, []
-
-    def counting(config, corpora, given, directory, *args):
-        active.append(directory)
-        calls.append(len(active))
-        time.sleep(0.2)  # let the other thread start
-        result = make(config, corpora, given, directory, *args)
-        active.remove(directory)
-        return result
-
-    monkeypatch.setattr(prepare_lib, "_make", counting)
-    return calls
-
-
-def test_of_two_at_once_one_works(config, made):
-    at_once(config)
-    assert made == [1]
-
-
-def test_two_at_once_without_locks_agree(config, made, monkeypatch):
-    """On a file system without locks both prepare the data, in separate folders."""
-
-    def refuse(*args):
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr(prepare_lib.integrity.fcntl, "flock", refuse)
-    at_once(config)
-    assert sorted(made) == [1, 2]
-
-
-def test_a_lock_left_by_a_kill_holds_no_one_up(config):
-    prepared = prepare(config)
-    root = prepare_lib.cache_root(config)
-    (root / f"{prepared.directory.name}.lock").write_text("")
-    prepare_lib.shutil.rmtree(prepared.directory)
-    assert prepare(config).sources == prepared.sources
-    assert entries(config) == [prepared.directory]
-
-
 def test_tokenizer_larger_than_the_vocabulary(config):
     for spec, size in (("bytes", 257), ("bpe:300", 300)):
         with pytest.raises(UserError, match=rf"has {size} tokens.* only 100.*vocab_size={size}"):
@@ -400,42 +289,3 @@ def test_progress_is_reported(config):
     prepare(dataclasses.replace(config, tokenizer="bpe:300"), on_progress=sizes.append)
     total = sum(len(text.encode()) for held in (True, False) for text in documents(config, held))
     assert sum(sizes) == 4 * total  # the tokenizer, both splits, the compressors
-
-
-def test_beam_without_the_package(config, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "apache_beam.options.pipeline_options", None)
-    with pytest.raises(UserError, match="needs the package apache-beam: pip install"):
-        prepare(config, beam_runner="DirectRunner")
-
-
-def test_beam_writes_the_same_tokens(config, monkeypatch):
-    pytest.importorskip("apache_beam")
-    monkeypatch.setattr(builder, "_SHARD_BYTES", 2000)  # to get several shards
-    alone = prepare(config)
-    other = dataclasses.replace(config, cache_dir=config.cache_dir + "2")
-    beam = prepare(other, beam_runner="DirectRunner")
-    assert beam.baselines == alone.baselines
-    for split in ("train", "held_out"):
-        texts = [stored(prepared, split).split("<|endoftext|>") for prepared in (alone, beam)]
-        assert sorted(texts[0]) == sorted(texts[1])
-    assert beam.sources[0].train_tokens == alone.sources[0].train_tokens
-    assert beam.sources[0].train_windows > alone.sources[0].train_windows  # a partial one per shard
-
-
-@pytest.mark.parametrize("workers", [1, 3])
-def test_beam_tokens_do_not_depend_on_workers(config, monkeypatch, workers):
-    """The content and order of the shards depend only on the sizes, not on the workers."""
-    pytest.importorskip("apache_beam")
-    monkeypatch.setattr(builder, "_SHARD_BYTES", 2000)
-    options = ["--direct_running_mode=multi_threading", f"--direct_num_workers={workers}"]
-    prepared = prepare(config, beam_runner="DirectRunner", beam_options=options)
-    corpus = sources.open_source(config.sources[0])
-    shards = min(len(corpus.units), corpus.size // 2000)
-    assert shards > 3
-    expected = "".join(
-        document.text + "<|endoftext|>"
-        for shard in range(shards)
-        for document in corpus.documents(shard, shards)
-        if not unit_hash(document.name) < FRACTION
-    )
-    assert stored(prepared, "train") == expected

@@ -6,7 +6,7 @@
 The argument is a group of variants; without an argument all groups run. "parts": head norm x
 mixing, mixing of keys or values only, and kinds, initialisation and weight decay of the mixing.
 "order": mixing before or after a key norm and the rotation (the same function without that norm).
-"positions": position encodings. "rivals": baselines. Model, data and schedule are those of the
+"positions": position encodings. "baselines": baselines. Model, data and schedule are those of the
 smaller size of `configs/lr_study.py`, so that rows of both can be compared.
 """
 
@@ -53,7 +53,7 @@ GROUPS = {
             for name, model in (("mha", MHA), ("mea", MEA))
         },
     },
-    "rivals": {
+    "baselines": {
         "differential_v1": {"model": MHA | {"variant": "differential_v1"}},
         "differential_v2": {"model": MHA | {"variant": "differential_v2"}},
         "talking_heads": {"model": MHA | {"variant": "talking_heads"}},

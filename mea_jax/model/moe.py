@@ -103,7 +103,7 @@ def _tokens(x_BTD: Array, segment_ids_BT: Array) -> tuple[Array, Array]:
     return x_BTD.reshape(-1, x_BTD.shape[-1]), segment_ids_BT.reshape(-1) > 0
 
 
-def _on_a_mesh(model, backend, x_BTD, segment_ids_BT, router_DE, experts):
+def _run_on_mesh(model, backend, x_BTD, segment_ids_BT, router_DE, experts):
     """Compute `mixture` on the mesh of `jax.set_mesh`."""
     divided = all(
         size % shard_count(name) == 0
@@ -182,7 +182,7 @@ def mixture(
     """
     backend = make_backend(model)
     if has_mesh():
-        return _on_a_mesh(model, backend, x_BTD, segment_ids_BT, router_DE, experts)
+        return _run_on_mesh(model, backend, x_BTD, segment_ids_BT, router_DE, experts)
 
     def local(x_BTD, router_DE, experts):
         x_TD, real_T = _tokens(x_BTD, segment_ids_BT)

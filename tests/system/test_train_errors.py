@@ -82,7 +82,7 @@ def test_a_failed_write_ends_the_run_at_the_next_step(tiny, devices, tmp_path, m
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(Loop, "report_step", watched)
-    monkeypatch.setattr(mea_jax.checkpoint.manager.digests, "seal", full)
+    monkeypatch.setattr(mea_jax.checkpoint.manager.digests, "write_checksums", full)
     expected = r"checkpoint of step 4 could not be written .*No space left.*nothing is saved"
     with pytest.raises(UserError, match=expected):
         train(tiny(), tmp_path)

@@ -99,7 +99,7 @@ def test_a_norm_that_hides_features_is_refused():
         composite.rebuild(model, layer)
 
 
-def test_rivals_are_refused():
+def test_baseline_variants_are_refused():
     model = tiny_model(**PLAIN, variant="talking_heads")
     for refused in (composite.mea_config, composite.check_rebuildable):
         with pytest.raises(UserError, match="'talking_heads'"):

@@ -301,7 +301,7 @@ def test_an_error_of_the_writing_thread(run, config, one_device, monkeypatch):
     def full(folder):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(digests, "seal", full)
+    monkeypatch.setattr(digests, "write_checksums", full)
     expected = r"step 4 .*No space left.*safe up to step 3"
     with Checkpoints(run, OPTIONS) as checkpoints:
         checkpoints.save(4, one_device[1], config, POSITION)

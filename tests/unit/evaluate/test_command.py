@@ -171,7 +171,7 @@ def test_one_checkpoint_and_some_parts(runs, tmp_path, evaluate):
         (("nowhere",), "nowhere: no such folder"),
         (("whole", "whole"), "is given 2 times"),
         (("whole", "wide"), "a vocabulary of 272 tokens"),
-        (("whole", "--lengths", "1"), "--lengths 1 is 32 tokens, and a pass key"),
+        (("whole", "--lengths", "1"), "--lengths 1 is 32 tokens, but a pass key"),
         (("learned", "--lengths", "8"), "256 is longer than the 40 positions that a model learned"),
         (
             ("whole", "learned", "--contexts", "64", "--parts", "speed"),

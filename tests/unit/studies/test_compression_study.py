@@ -51,7 +51,7 @@ def test_budgets_measured_once_serve_every_share(run, devices, tmp_path, monkeyp
         CompressionName("aligned", "measured", "none"),
     )
     half = study.compress(run, name, 0.5, SMALL)
-    monkeypatch.setattr("mea_jax.compress.measurements.Measurer", lambda *args: 1 / 0)
+    monkeypatch.setattr("mea_jax.compress.measurements.SensitivityProbe", lambda *args: 1 / 0)
     quarter = study.compress(run, name, 0.25, SMALL)
     assert quarter["bytes"] <= half["bytes"] / 2
     assert (tmp_path / "work" / "mha-0" / name.folder(0.5)).exists()
@@ -155,7 +155,7 @@ def test_recovery_starts_from_what_was_compressed(run, devices, tmp_path, monkey
         CompressionName("aligned", "uniform", "none"),
     )  # the other starts are equal here
     monkeypatch.setattr(recovery, "STARTS", quick)
-    monkeypatch.setattr(recovery, "TAUGHT", quick[1])
+    monkeypatch.setattr(recovery, "DISTILLED", quick[1])
     study = Study(tmp_path / "work", tmp_path / "out")
     kept = {name: study.compress(run, name, 0.5, SMALL) for name in recovery.STARTS}
     recipe = str(ROOT / "configs" / "recover.py")

@@ -206,7 +206,7 @@ def test_the_committed_study_is_a_grid():
     assert set(default_study().keys()) == set(config.keys())
 
 
-@pytest.mark.parametrize("group", ["", "parts", "order", "positions", "rivals"])
+@pytest.mark.parametrize("group", ["", "parts", "order", "positions", "baselines"])
 def test_ablations_are_grids_of_models_that_differ(group):
     grid = grid_of(config_module("ablations").get_config(group))
     models = [cell.config.model for cell in grid.cells]
@@ -219,5 +219,5 @@ def test_a_small_study_and_arguments_that_are_none():
     assert [len(cell.members) for cell in small.cells] == [5, 5]
     with pytest.raises(UserError, match="has no argument 'tiny': use small, or none"):
         config_module("lr_study").get_config("tiny")
-    with pytest.raises(UserError, match="did you mean 'rivals'"):
-        config_module("ablations").get_config("rival")
+    with pytest.raises(UserError, match="did you mean 'baselines'"):
+        config_module("ablations").get_config("baseline")

@@ -34,7 +34,7 @@ def traced(tiny, tmp_path_factory):
         patch.setattr(jax, "devices", lambda *_: everything[:1])
         patch.setattr(Loop, "report_step", stop)
         patch.setattr(
-            "mea_jax.checkpoint.metrics.Progress.say", lambda self, line: lines.append(line)
+            "mea_jax.checkpoint.metrics.Progress.log", lambda self, line: lines.append(line)
         )
         with pytest.raises(SimulatedKill):
             train(tiny(), workdir, (3, 5))

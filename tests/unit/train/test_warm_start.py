@@ -353,7 +353,7 @@ def test_what_cannot_start_is_one_line(source, command, more, parts):
 
 def test_a_checkpoint_that_is_none_or_damaged_is_one_line(source, command, tmp_path):
     status, _, err = command(*recover(tmp_path / "nothing"))
-    assert_one_error(status, err, "nothing: no such folder", "--workdir alone resumes it")
+    assert_one_error(status, err, "nothing: no such folder", "resume it with --workdir and without")
     status, _, err = command("--config", CONFIG)
     assert_one_error(status, err, "configs/recover.py:runs/NAME")
     damaged = shutil.copytree(source[0], tmp_path / "damaged")

@@ -118,11 +118,11 @@ def test_no_format_that_is_a_program(path):
             assert not arguments & BANNED_ARGUMENTS, f"line {node.lineno}"
 
 
-@pytest.mark.parametrize("seal", [False, True])
-def test_a_checkpoint_cannot_lead_outside(run, tmp_path, write_checksums):
+@pytest.mark.parametrize("with_checksums", [False, True])
+def test_a_checkpoint_cannot_lead_outside(run, tmp_path, with_checksums):
     """A symbolic link in a checkpoint is refused, with and without recorded checksums."""
     folder = run / "checkpoints" / "4"
-    if write_checksums:
+    if with_checksums:
         path = folder / "data" / "metadata"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 2}))
         digests.write_checksums(folder)

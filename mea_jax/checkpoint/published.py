@@ -12,10 +12,9 @@ from pathlib import Path
 from mea_jax.errors import UserError
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth")
-_NO_GGUF = (
-    "is a llama.cpp model (GGUF), which is not supported: download the same model in the format of "
-    "transformers, with config.json and safetensors, and give its folder to "
-    "python -m mea_jax.convert from_hf --model FOLDER --out RUN"
+_GGUF = (
+    "is a llama.cpp model (GGUF): import it first, with "
+    "python -m mea_jax.convert from_gguf --model FILE.gguf --out RUN"
 )
 
 
@@ -37,7 +36,7 @@ def refuse_published(path: Path, option: str) -> None:
     Raise it also if `path` does not exist: it may be a name on the hub.
     """
     if is_gguf(path):
-        raise UserError(f"{option} {path} {_NO_GGUF}")
+        raise UserError(f"{option} {path} {_GGUF}")
     folder = path.parent if path.is_file() else path
     if is_transformers(folder):
         raise UserError(
@@ -55,7 +54,7 @@ def refuse_published(path: Path, option: str) -> None:
 def refuse_unpublished(path: Path, option: str) -> None:
     """Raise `UserError` if `path`, given for a model's folder, is a run directory or a file."""
     if is_gguf(path):
-        raise UserError(f"{option} {path} {_NO_GGUF}")
+        raise UserError(f"{option} {path} {_GGUF}")
     if (path / "checkpoints").is_dir():
         raise UserError(
             f"{option} {path} is a run directory already, not a published model: give it to "

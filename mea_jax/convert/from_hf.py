@@ -4,65 +4,21 @@ python -m mea_jax.convert from_hf --model Qwen3-0.6B --out runs/qwen3
 python -m mea_jax.convert from_hf --model Qwen/Qwen3-0.6B --out runs/qwen3 --dtype bfloat16
 """
 
-from pathlib import Path
-
 from absl import flags
 
 from mea_jax import cli
-from mea_jax.cli import si, table
-from mea_jax.convert.importing import DTYPES, import_model, locate
-from mea_jax.errors import UserError, nearest
+from mea_jax.convert import import_command
+from mea_jax.convert.importing import locate
 
 
 def main() -> None:
-    """Run the command: check the flags, import the model and print a summary."""
-    if MODEL.value is None or OUT.value is None:
-        raise UserError(
-            "--model or --out is missing: give --model FOLDER and --out RUN, such as "
-            "--out runs/qwen3"
-        )
-    if DTYPE.value not in DTYPES:
-        raise UserError(f"--dtype={DTYPE.value}: {nearest(DTYPE.value, DTYPES)}")
-    if CONTEXT.value < 0:
-        raise UserError(f"--context_length={CONTEXT.value} must be 1 or more, or 0 for the default")
-    out = Path(OUT.value)
-    found = import_model(locate(MODEL.value), out, DTYPE.value, CONTEXT.value, TEXT.value)
-    rows = [
-        ("architecture", found["architecture"]),
-        ("parameters", f"{found['parameters']:,} in {found['tensors']:,} tensors"),
-        *_vocabulary(found["vocab_size"], found["new_tokens"]),
-        ("stored", f"{si(found['bytes'], 'B')} of {DTYPE.value}"),
-        ("windows", f"{found['context_length']:,} positions"),
-        ("run directory", f"{out}, for generate, evaluate, compress and configs/recover.py"),
-    ]
-    print(table(rows))
-
-
-def _vocabulary(size: int, new: list[str]) -> list[tuple[str, str]]:
-    """Return a row about new tokens, whose rows the model's embedding lacked, if there are any."""
-    if not new:
-        return []
-    names = ", ".join(new[:4]) + (", ..." if len(new) > 4 else "")
-    count = "1 row is new" if len(new) == 1 else f"{len(new)} rows are new"
-    why = f"the tokenizer has {names} beyond the embedding; they get the mean of the other rows"
-    return [("vocabulary", f"{size:,} tokens, of which {count}: {why}")]
+    """Import the model of --model."""
+    import_command.run(MODEL.value, "FOLDER", locate)
 
 
 if __name__ == "__main__":
     MODEL = flags.DEFINE_string(
         "model", None, "folder with config.json and safetensors, or a model's name on the hub"
     )
-    OUT = flags.DEFINE_string("out", None, "new run directory to write")
-    DTYPE = flags.DEFINE_string(
-        "dtype", "float32", "dtype of the stored parameters: " + ", ".join(DTYPES)
-    )
-    CONTEXT = flags.DEFINE_integer(
-        "context_length", 0, "positions of a text window; 0: the model's maximum, at most 2048"
-    )
-    TEXT = flags.DEFINE_string(
-        "text",
-        "python_stdlib",
-        "text that evaluate and compress read instead of the model's own training text, such as "
-        "text:FOLDER or jsonl:FILE",
-    )
+    flags.adopt_module_key_flags(import_command)
     cli.run(main, "stopped; the same command starts from the beginning", training=False)

@@ -6,8 +6,9 @@ first number is read.
 """
 
 import dataclasses
+import functools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,20 @@ import numpy as np
 
 from mea_jax.checkpoint.files import disk_errors, write_json
 from mea_jax.checkpoint.layerwise import Writer
-from mea_jax.checkpoint.published import refuse_unpublished
+from mea_jax.checkpoint.published import is_gguf, refuse_unpublished
 from mea_jax.cli import progress
 from mea_jax.config.checks import validate
 from mea_jax.config.schema import DataConfig, ModelConfig, SourceConfig, TrainConfig
-from mea_jax.convert import families, folders, shards, slow_tokenizers, tensors
+from mea_jax.convert import (
+    families,
+    folders,
+    gguf_tokenizer,
+    shards,
+    slow_tokenizers,
+    tensors,
+)
 from mea_jax.convert.casting import casts
+from mea_jax.convert.gguf_file import GGUFModel
 from mea_jax.data import tokenizers
 from mea_jax.data.sources import documents
 from mea_jax.data.tokenizers import Tokenizer
@@ -73,9 +82,11 @@ def locate(model: str) -> Path:
 
 
 class Source:
-    """The checked folder of a published model.
+    """A published model, checked.
 
     Attributes:
+      path: its folder or file, for messages.
+      where: the place of its config, for messages.
       config: the content of config.json.
       model: our config of the same model, with rows for `new_tokens`.
       tokenizer: the tokenizer, with its companion files.
@@ -83,16 +94,26 @@ class Source:
       entries: the tensors of `model`, in the published order.
     """
 
-    def __init__(self, folder: Path):
-        """Check all files of `folder`. Raise `UserError` if anything is wrong."""
-        self.folder, self.where = folder, str(folder / "config.json")
-        self.config = families.read_config(folder)
+    def __init__(
+        self,
+        path: Path,
+        where: str,
+        config: dict[str, Any],
+        tokenizer: Callable[[], Tokenizer],
+        arrays: Callable[[], Mapping[str, Any]],
+    ):
+        """Check that config, tokenizer and tensors are of one model; raise `UserError` if not.
+
+        `tokenizer` and `arrays` are called in that order once the config is known to be supported.
+        Arrays are given by their names in transformers, each with a `shape` and an `array()`.
+        """
+        self.path, self.where, self.config = path, where, config
         self.model: ModelConfig = families.model_config(self.config, self.where)
-        self.tokenizer = _tokenizer(folder, self.model)
+        self.tokenizer = _check_tokenizer(tokenizer(), path, self.model)
         self.new_tokens = _new_tokens(self.tokenizer, self.model.vocab_size)
         size = self.model.vocab_size + len(self.new_tokens)
         self.model = dataclasses.replace(self.model, vocab_size=size)
-        self._tensors = shards.read_folder(folder)
+        self._tensors = arrays()
         self.entries = tensors.entries(self.model)
         self._check()
 
@@ -106,7 +127,7 @@ class Source:
                 wanted = (wanted[0] - len(self.new_tokens), wanted[1])
             if found.shape != wanted:
                 raise UserError(
-                    f"{self.folder}: {name} has shape {found.shape}, config.json asks for {wanted}"
+                    f"{self.path}: {name} has shape {found.shape}, config.json asks for {wanted}"
                     ": fetch the model again"
                 )
         for name in self._tensors:
@@ -116,7 +137,7 @@ class Source:
     def _check_surplus(self, name: str) -> None:
         if name != "lm_head.weight":
             raise UserError(
-                f"{self.folder}: contains {name}, which the model of config.json does not have: "
+                f"{self.path}: contains {name}, which the model of config.json does not have: "
                 "give a model without it"
             )
         head, embedding = (
@@ -124,7 +145,7 @@ class Source:
         )
         if not np.array_equal(head, embedding):
             raise UserError(
-                f"{self.folder}: config.json sets tie_word_embeddings, but {name} is not the "
+                f"{self.path}: config.json sets tie_word_embeddings, but {name} is not the "
                 "embedding: set the key to false"
             )
 
@@ -138,7 +159,7 @@ class Source:
             if (tensor := self._tensors.get(name)) is not None:
                 half = {"gate": 0, "up": 1}.get(ours)
                 return name, _Part(tensor, (entry.expert, self.model.n_experts), half)
-        raise UserError(f"{self.folder}: {entry.name} is missing: fetch the model again")
+        raise UserError(f"{self.path}: {entry.name} is missing: fetch the model again")
 
     def arrays(self) -> Iterator[tuple[tensors.Entry, np.ndarray]]:
         """Yield each entry with its published tensor, memory-mapped, in the order of `entries`."""
@@ -178,15 +199,30 @@ class _Part:
         return array if self.half is None else np.split(array, 2)[self.half]
 
 
-def _tokenizer(folder: Path, model: ModelConfig) -> Tokenizer:
-    """Return the tokenizer with its companion files. Raise `UserError` if it is another model's."""
-    config = {tokenizers.MODEL_CONFIG: (folder / "config.json").read_bytes()}
-    tokenizer = slow_tokenizers.read(folder, config)
+def open_source(model: Path) -> Source:
+    """Return the published model of a folder, or of a GGUF file.
+
+    Raise `UserError` if anything is wrong with it.
+    """
+    if is_gguf(model):
+        found = GGUFModel(model)
+        config = found.config()
+        read = functools.partial(gguf_tokenizer.read, model, found.fields, config)
+        return Source(model, str(model), config, read, lambda: found.tensors)
+    config = families.read_config(model)
+    published = {tokenizers.MODEL_CONFIG: (model / "config.json").read_bytes()}
+    read = functools.partial(slow_tokenizers.read, model, published)
+    arrays = functools.partial(shards.read_folder, model)
+    return Source(model, str(model / "config.json"), config, read, arrays)
+
+
+def _check_tokenizer(tokenizer: Tokenizer, path: Path, model: ModelConfig) -> Tokenizer:
+    """Return `tokenizer`. Raise `UserError` if it is another model's."""
     beyond = tokenizer.vocab_size - model.vocab_size
     named = set(range(model.vocab_size, tokenizer.vocab_size)) <= tokenizer.added
     if beyond > 0 and not (named and beyond <= _MAX_NEW_TOKENS):
         raise UserError(
-            f"{folder}: the tokenizer does not match: it has ids up to {tokenizer.vocab_size - 1}, "
+            f"{path}: the tokenizer does not match: it has ids up to {tokenizer.vocab_size - 1}, "
             f"config.json has vocab_size={model.vocab_size}: fetch the model's own tokenizer"
         )
     return tokenizer
@@ -231,16 +267,16 @@ def run_config(source: Source, out: Path, context_length: int, text: str) -> Tra
 
 
 def import_model(
-    folder: Path,
+    model: Path,
     out: Path,
     dtype: str = "float32",
     context_length: int = 0,
     text: str = "python_stdlib",
 ) -> Mapping[str, Any]:
-    """Import a model's folder as the run directory `out`.
+    """Import a model as the run directory `out`.
 
     Args:
-      folder: a model as transformers saves it.
+      model: a folder as transformers saves it, or a GGUF file.
       out: the run directory, which must not exist.
       dtype: the dtype of the stored parameters, float32 or bfloat16.
       context_length: the positions of a window in the checkpoint's config; 0: the model's maximum,
@@ -255,7 +291,7 @@ def import_model(
       UserError: if anything is wrong with the arguments or the model; then there is no `out`.
     """
     with folders.atomic_folder(out) as part:
-        source = Source(folder)
+        source = open_source(model)
         config = run_config(source, out, context_length, text)
         writer = Writer(part / "arrays", config.model, dtype)
         folders.check_space(part, 2 * writer.bytes + _SPARE)  # mapped files, then the checkpoint

@@ -21,7 +21,7 @@ _VOCABULARY, _MERGES = "vocab.json", "merges.txt"
 _CONFIG, _ADDED = "tokenizer_config.json", "added_tokens.json"
 _SPECIAL = "special_tokens_map.json"
 # As in transformers 5.24, models/qwen2/tokenization_qwen2.py.
-_QWEN2_SPLIT = (
+QWEN2_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -92,7 +92,7 @@ def _byte_level(model: hf.models.Model, name: str, prefix_space: bool) -> hf.Tok
     tokenizer.normalizer = hf.normalizers.NFC()
     tokenizer.pre_tokenizer = hf.pre_tokenizers.Sequence(
         [
-            hf.pre_tokenizers.Split(hf.Regex(_QWEN2_SPLIT), "isolated"),
+            hf.pre_tokenizers.Split(hf.Regex(QWEN2_SPLIT), "isolated"),
             hf.pre_tokenizers.ByteLevel(add_prefix_space=prefix_space, use_regex=False),
         ]
     )

@@ -1,0 +1,352 @@
+"""Read llama.cpp's GGUF files: their metadata as a config.json, their tensors in float32.
+
+The `gguf` package of llama.cpp (extra `gguf`) parses the format and dequantises the tensors; only
+one tensor is in memory at a time. Names and shapes become those of transformers, so that the rest
+of an import is the same for both formats. A model of several files is read from its first one.
+
+llama.cpp stores the rotary features of some architectures in pairs, (x_0, y_0, x_1, y_1, ..), where
+transformers stores halves, (x_0, x_1, .., y_0, y_1, ..). The query and key projections of these are
+permuted.
+"""
+
+import importlib.util
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mea_jax.data.bad_input import first_line
+from mea_jax.errors import UserError, nearest, shown
+
+# By GGUF architecture: class and model type of transformers, and whether rotary pairs are adjacent.
+ARCHITECTURES = {
+    "llama": ("LlamaForCausalLM", "llama", True),
+    "qwen2": ("Qwen2ForCausalLM", "qwen2", False),
+    "qwen3": ("Qwen3ForCausalLM", "qwen3", False),
+    "smollm3": ("SmolLM3ForCausalLM", "smollm3", True),
+}
+_TOP = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+_LAYER = {
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_ROPE_FACTORS = "rope_freqs.weight"
+_PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
+# Llama 3.1 and later: a GGUF file has the factors of the frequencies, not what they come from.
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+def require_gguf(what: str) -> Any:
+    """Return the module `gguf`; raise `UserError` that starts with `what` if it is missing."""
+    try:
+        import gguf  # an optional extra
+    except ImportError as error:
+        raise UserError(
+            f"{what}: reading GGUF files needs the package gguf: pip install 'mea_jax[gguf]'"
+        ) from error
+    return gguf
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor of a GGUF file, which is read and dequantised by `array`.
+
+    Attributes:
+      name: its GGUF name.
+      stored: the reader's tensor.
+      where: the file, for messages.
+      paired_heads: the number of heads whose rotary features are paired; 0 if they are not.
+    """
+
+    name: str
+    stored: Any
+    where: Path
+    paired_heads: int = 0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape in transformers, outermost axis first."""
+        return tuple(int(n) for n in reversed(self.stored.shape))
+
+    def array(self) -> np.ndarray:
+        """Return the tensor in float32; raise `UserError` if its data is unusable."""
+        import gguf
+
+        try:
+            array = gguf.dequantize(self.stored.data, self.stored.tensor_type).astype(np.float32)
+        except Exception as error:  # the library raises several kinds
+            raise UserError(
+                f"{self.where}: the tensor {self.name} of type {self.stored.tensor_type.name} "
+                f"cannot be dequantised ({first_line(error)}); fetch the file again"
+            ) from error
+        array = array.reshape(self.shape)
+        return to_halves(array, self.paired_heads) if self.paired_heads else array
+
+
+def to_halves(array: np.ndarray, heads: int) -> np.ndarray:
+    """Return a projection (heads * H, ...) of adjacent rotary pairs as one of halves."""
+    pairs = array.reshape(heads, array.shape[0] // heads // 2, 2, *array.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(array.shape)
+
+
+def locate(model: str) -> Path:
+    """Return the path of a GGUF file, or of the one that matches PACKAGE/PATTERN.
+
+    Raise `UserError` if there is no such file, or several match.
+    """
+    path = Path(model).expanduser()
+    if path.is_file():
+        return path
+    if path.is_dir():
+        found = sorted(path.glob("*.gguf"))
+        listed = f", such as {found[0]}" if found else "; for safetensors use from_hf"
+        raise UserError(f"--model {model} is a folder: give a GGUF file{listed}")
+    package, _, pattern = model.partition("/")
+    spec = importlib.util.find_spec(package) if package.isidentifier() and pattern else None
+    if spec is None or spec.origin is None:
+        raise UserError(f"--model {model}: no such file; give a GGUF file")
+    found = sorted(Path(spec.origin).parent.glob(pattern))
+    if len(found) != 1:
+        raise UserError(
+            f"--model {model} matches {len(found)} files in {Path(spec.origin).parent}: "
+            "give the path of one"
+        )
+    return found[0]
+
+
+class GGUFModel:
+    """A model of one GGUF file, or of several parts.
+
+    Attributes:
+      path: the first file.
+      fields: its metadata by key.
+      architecture: the GGUF name of the architecture, a key of `ARCHITECTURES`.
+      tensors: the tensors by their names in transformers.
+    """
+
+    def __init__(self, path: Path):
+        """Read the metadata. Raise `UserError` if a file is damaged or not supported."""
+        self.path = path
+        require_gguf(f"--model {path}")
+        first = _read(path)
+        self.fields = {k: v.contents() for k, v in first.fields.items() if k[:5] != "GGUF."}
+        self.architecture = self._text("general.architecture")
+        if self.architecture not in ARCHITECTURES:
+            raise UserError(
+                f"{path}: the architecture {self.architecture!r} is not supported; "
+                f"{nearest(self.architecture, ARCHITECTURES)}"
+            )
+        files = {path: first} | {part: _read(part) for part in self._other_parts()}
+        self._stored = {t.name: (t, file) for file, r in files.items() for t in r.tensors}
+        total = self.fields.get("split.tensors.count")
+        if total is not None and total != len(self._stored):
+            raise UserError(
+                f"{path}: its parts have {len(self._stored)} tensors instead of {total}; "
+                "fetch them again"
+            )
+        self.tensors = dict(self._named())
+
+    def _other_parts(self) -> list[Path]:
+        """Return the paths of the other parts, all of which exist."""
+        count, number = self.fields.get("split.count", 1), self.fields.get("split.no", 0)
+        if count <= 1:
+            return []
+        name = _PART.fullmatch(self.path.name)
+        if name is None or int(name[3]) != count:
+            raise UserError(
+                f"{self.path} is one of {count} parts, and not named like one: rename it to "
+                f"NAME-{number + 1:05d}-of-{count:05d}.gguf, as published"
+            )
+        parts = [
+            self.path.with_name(f"{name[1]}-{i:05d}-of-{count:05d}.gguf")
+            for i in range(1, count + 1)
+        ]
+        if number != 0:
+            raise UserError(f"{self.path} is part {number + 1} of {count}: give part 1, {parts[0]}")
+        for part in parts[1:]:
+            if not part.is_file():
+                raise UserError(f"{part} is missing, a part of {self.path}: fetch it next to it")
+        return parts[1:]
+
+    def _named(self):
+        """Yield each tensor with its name in transformers."""
+        paired = ARCHITECTURES[self.architecture][2]
+        heads = {"attn_q": self.number("attention.head_count")}
+        heads["attn_k"] = self.number("attention.head_count_kv", heads["attn_q"])
+        for name, (stored, file) in self._stored.items():
+            _check_type(name, stored, file)
+            if name == _ROPE_FACTORS:
+                continue
+            block = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name)
+            if name in _TOP:
+                yield _TOP[name], Tensor(name, stored, file)
+            elif block is not None and block[2] in _LAYER:
+                theirs = f"model.layers.{block[1]}.{_LAYER[block[2]]}.{block[3]}"
+                yield theirs, Tensor(name, stored, file, heads.get(block[2], 0) if paired else 0)
+            else:
+                raise UserError(
+                    f"{file}: has the tensor {name}, which models of architecture "
+                    f"{self.architecture!r} here do not have: give a model without it"
+                )
+
+    def _text(self, key: str) -> str:
+        value = self.fields.get(key)
+        if not isinstance(value, str):
+            raise UserError(f"{self.path}: {key}={shown(value)} must be text; fetch it again")
+        return value
+
+    def number(self, key: str, default: int | None = None) -> int:
+        """Return the integer `<architecture>.<key>`; raise `UserError` if it is none."""
+        name = f"{self.architecture}.{key}"
+        value = self.fields.get(name, default)
+        if isinstance(value, list) and len(set(value)) == 1:
+            value = value[0]  # one per layer, all equal
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise UserError(
+                f"{self.path}: {name}={shown(value)} must be one integer for all layers: give "
+                "a model with equal layers"
+            )
+        return value
+
+    def _real(self, key: str, default: float | None = None) -> float | None:
+        """Return the float32 number `<architecture>.<key>` in its shortest decimal form."""
+        value = self.fields.get(f"{self.architecture}.{key}", default)
+        return None if value is None else float(str(np.float32(value)))
+
+    def config(self) -> dict[str, Any]:
+        """Return the config.json of the same model. Raise `UserError` for what it cannot say."""
+        name, model_type, _ = ARCHITECTURES[self.architecture]
+        if self.fields.get(f"{self.architecture}.expert_count"):
+            raise UserError(f"{self.path}: has experts, which are not read from GGUF: use from_hf")
+        heads, width = self.number("attention.head_count"), self.number("embedding_length")
+        head_dim = self.number("attention.key_length", width // heads)
+        rotated = self.number("rope.dimension_count", head_dim)
+        embedding = self.tensors.get("model.embed_tokens.weight")
+        halves = {"F16", "BF16"} & {t.stored.tensor_type.name for t in self.tensors.values()}
+        config: dict[str, Any] = {
+            "architectures": [name],
+            "model_type": model_type,
+            "torch_dtype": "bfloat16" if halves else "float32",
+            "vocab_size": embedding.shape[0] if embedding else self.number("vocab_size"),
+            "hidden_size": width,
+            "intermediate_size": self.number("feed_forward_length"),
+            "num_hidden_layers": self.number("block_count"),
+            "num_attention_heads": heads,
+            "num_key_value_heads": self.number("attention.head_count_kv", heads),
+            "head_dim": head_dim,
+            "hidden_act": "silu",
+            "rms_norm_eps": self._real("attention.layer_norm_rms_epsilon"),
+            "max_position_embeddings": self.number("context_length"),
+            "rope_theta": self._real("rope.freq_base", 10_000.0),
+            "rope_scaling": self._rope_scaling(head_dim),
+            "tie_word_embeddings": "lm_head.weight" not in self.tensors,
+            "attention_bias": "model.layers.0.self_attn.q_proj.bias" in self.tensors,
+        }
+        if rotated != head_dim:
+            config["partial_rotary_factor"] = rotated / head_dim
+        for key, ours in (("bos", "bos"), ("eos", "eos"), ("padding", "pad")):
+            token = self.fields.get(f"tokenizer.ggml.{key}_token_id")
+            config |= {} if token is None else {f"{ours}_token_id": token}
+        return config
+
+    def _rope_scaling(self, head_dim: int) -> Mapping[str, Any] | None:
+        """Return the scaling of rotary frequencies, from the metadata or a tensor of factors."""
+        kind = self.fields.get(f"{self.architecture}.rope.scaling.type", "none")
+        if kind not in ("none", None):
+            scaling = {"rope_type": kind, "factor": self._real("rope.scaling.factor")}
+            original = self.fields.get(f"{self.architecture}.rope.scaling.original_context_length")
+            if original is not None:
+                scaling["original_max_position_embeddings"] = original
+            return scaling
+        if _ROPE_FACTORS not in self._stored:
+            return None
+        stored, file = self._stored[_ROPE_FACTORS]
+        found = Tensor(_ROPE_FACTORS, stored, file).array().ravel()
+        theta = self._real("rope.freq_base", 10_000.0)
+        scaling = _LLAMA3 | {"factor": float(found.max())}
+        wanted = llama3_factors(head_dim, theta, scaling)
+        if found.shape != wanted.shape or not np.allclose(found, wanted, rtol=1e-4):
+            raise UserError(
+                f"{file}: the factors of {_ROPE_FACTORS} are not those of Llama 3.1 and later, "
+                "the only ones supported: convert the model's safetensors with from_hf"
+            )
+        return scaling
+
+
+def llama3_factors(head_dim: int, theta: Any, scaling: Mapping[str, Any]) -> np.ndarray:
+    """Return what Llama 3 divides each rotary frequency by, (H / 2,)."""
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    frequency = theta ** (-np.arange(0, head_dim, 2) / head_dim)
+    turns = scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)
+    smooth = np.clip((turns - low) / (high - low), 0, 1)
+    return 1 / ((1 - smooth) / scaling["factor"] + smooth)
+
+
+def _read(path: Path) -> Any:
+    """Return the library's reader of a file, whose tensors all end within it."""
+    import gguf
+
+    try:
+        with path.open("rb") as file:
+            magic = file.read(4)
+    except OSError as error:
+        raise UserError(f"--model {path} cannot be read: {error.strerror}; give a file") from error
+    if magic != b"GGUF":
+        raise UserError(f"--model {path} is not a GGUF file: give one, or a folder to from_hf")
+    try:
+        reader = gguf.GGUFReader(path)
+        for tensor in reader.tensors:
+            if tensor.data.nbytes != tensor.n_bytes:
+                raise ValueError(f"{tensor.name} ends outside of the file")
+    except Exception as error:  # of many kinds: it reads whatever the bytes say
+        reason = first_line(error)
+        if "GGMLQuantizationType" in reason:
+            raise UserError(
+                f"{path}: has a tensor of a type that the package gguf {_version()} does not know "
+                f"({reason}): upgrade gguf, or choose another quantisation of the model"
+            ) from error
+        raise UserError(f"{path} is cut short or damaged ({reason}); fetch it again") from error
+    return reader
+
+
+def _version() -> str:
+    from importlib.metadata import version
+
+    return version("gguf")
+
+
+def _check_type(name: str, stored: Any, file: Path) -> None:
+    """Raise `UserError` if the library cannot dequantise a tensor's type."""
+    import gguf
+
+    kind = stored.tensor_type
+    _, size = gguf.GGML_QUANT_SIZES[kind]
+    try:
+        gguf.dequantize(np.zeros((1, size), np.uint8), kind)
+    except NotImplementedError as error:
+        raise UserError(
+            f"{file}: the tensor {name} has type {kind.name}, which the package gguf {_version()} "
+            "cannot dequantise: choose another quantisation of the model"
+        ) from error

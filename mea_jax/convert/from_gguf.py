@@ -15,10 +15,10 @@ from mea_jax.convert.gguf_file import locate
 
 def main() -> None:
     """Import the model of --model."""
-    import_command.run(MODEL.value, "FILE.gguf", locate)
+    import_command.run(FLAGS, "FILE.gguf", locate)
 
 
 if __name__ == "__main__":
-    MODEL = flags.DEFINE_string("model", None, "GGUF file, or PACKAGE/PATTERN of an installed one")
+    FLAGS = import_command.define_flags("GGUF file, or PACKAGE/PATTERN of an installed one")
     flags.adopt_module_key_flags(import_command)
     cli.run(main, "stopped; the same command starts from the beginning", training=False)

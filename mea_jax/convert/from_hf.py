@@ -13,12 +13,12 @@ from mea_jax.convert.importing import locate
 
 def main() -> None:
     """Import the model of --model."""
-    import_command.run(MODEL.value, "FOLDER", locate)
+    import_command.run(FLAGS, "FOLDER", locate)
 
 
 if __name__ == "__main__":
-    MODEL = flags.DEFINE_string(
-        "model", None, "folder with config.json and safetensors, or a model's name on the hub"
+    FLAGS = import_command.define_flags(
+        "folder with config.json and safetensors, or a model's name on the hub"
     )
     flags.adopt_module_key_flags(import_command)
     cli.run(main, "stopped; the same command starts from the beginning", training=False)

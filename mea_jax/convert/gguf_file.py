@@ -152,13 +152,14 @@ class GGUFModel:
         require_gguf(f"--model {path}")
         first = _read(path)
         self.fields = {k: v.contents() for k, v in first.fields.items() if k[:5] != "GGUF."}
+        parts = self._other_parts()
         self.architecture = self._text("general.architecture")
         if self.architecture not in ARCHITECTURES:
             raise UserError(
                 f"{path}: the architecture {self.architecture!r} is not supported; "
                 f"{nearest(self.architecture, ARCHITECTURES)}"
             )
-        files = {path: first} | {part: _read(part) for part in self._other_parts()}
+        files = {path: first} | {part: _read(part) for part in parts}
         self._stored = {t.name: (t, file) for file, r in files.items() for t in r.tensors}
         total = self.fields.get("split.tensors.count")
         if total is not None and total != len(self._stored):

@@ -99,6 +99,7 @@ def _companions(
         token = _special(fields, key)
         if token is not None and token < len(tokens):
             words[f"{name}_token"] = tokens[token]
+    words["add_bos_token"] = bool(fields.get("tokenizer.ggml.add_bos_token", True))
     template = fields.get("tokenizer.chat_template")
     if isinstance(template, str):
         words["chat_template"] = template

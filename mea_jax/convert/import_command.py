@@ -1,5 +1,6 @@
 """The flags and the summary that `from_hf` and `from_gguf` share."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -8,48 +9,62 @@ from absl import flags
 
 from mea_jax.cli import si, table
 from mea_jax.convert.importing import DTYPES, import_model
-from mea_jax.errors import UserError, nearest
-
-OUT = flags.DEFINE_string("out", None, "new run directory to write")
-DTYPE = flags.DEFINE_string(
-    "dtype", "float32", "dtype of the stored parameters: " + ", ".join(DTYPES)
-)
-CONTEXT = flags.DEFINE_integer(
-    "context_length", 0, "positions of a text window; 0: the model's maximum, at most 2048"
-)
-TEXT = flags.DEFINE_string(
-    "text",
-    "python_stdlib",
-    "text that evaluate and compress read instead of the model's own training text, such as "
-    "text:FOLDER or jsonl:FILE",
-)
+from mea_jax.errors import UserError
 
 
-def run(model: str | None, example: str, locate: Callable[[str], Path]) -> None:
+@dataclasses.dataclass(frozen=True)
+class Flags:
+    """The flags of an import, defined when this is made."""
+
+    model: flags.FlagHolder
+    out: flags.FlagHolder
+    dtype: flags.FlagHolder
+    context: flags.FlagHolder
+    text: flags.FlagHolder
+
+
+def define_flags(model: str) -> Flags:
+    """Define the flags of an import; `model` is the help of --model."""
+    return Flags(
+        flags.DEFINE_string("model", None, model),
+        flags.DEFINE_string("out", None, "new run directory to write"),
+        flags.DEFINE_enum("dtype", "float32", DTYPES, "dtype of the stored parameters"),
+        flags.DEFINE_integer(
+            "context_length", 0, "positions of a text window; 0: the model's maximum, at most 2048"
+        ),
+        flags.DEFINE_string(
+            "text",
+            "python_stdlib",
+            "text that evaluate and compress read instead of the model's own training text, such "
+            "as text:FOLDER or jsonl:FILE",
+        ),
+    )
+
+
+def run(given: Flags, example: str, locate: Callable[[str], Path]) -> None:
     """Check the flags, import the model and print a summary.
 
     `example` is a value of --model for the error message without one. `locate` returns the path of
     a model's files, or raises `UserError`.
     """
-    if model is None or OUT.value is None:
+    model, out, dtype = given.model.value, given.out.value, given.dtype.value
+    if model is None or out is None:
         raise UserError(
             f"--model or --out is missing: give --model {example} and --out RUN, such as "
             "--out runs/qwen3"
         )
-    if DTYPE.value not in DTYPES:
-        raise UserError(f"--dtype={DTYPE.value}: {nearest(DTYPE.value, DTYPES)}")
-    if CONTEXT.value < 0:
-        raise UserError(f"--context_length={CONTEXT.value} must be 1 or more, or 0 for the default")
-    out = Path(OUT.value)
-    print(_summary(import_model(locate(model), out, DTYPE.value, CONTEXT.value, TEXT.value), out))
+    if (context := given.context.value) < 0:
+        raise UserError(f"--context_length={context} must be 1 or more, or 0 for the default")
+    found = import_model(locate(model), Path(out), dtype, context, given.text.value)
+    print(_summary(found, out, dtype))
 
 
-def _summary(found: Mapping[str, Any], out: Path) -> str:
+def _summary(found: Mapping[str, Any], out: str, dtype: str) -> str:
     rows = [
         ("architecture", found["architecture"]),
         ("parameters", f"{found['parameters']:,} in {found['tensors']:,} tensors"),
         *_vocabulary(found["vocab_size"], found["new_tokens"]),
-        ("stored", f"{si(found['bytes'], 'B')} of {DTYPE.value}"),
+        ("stored", f"{si(found['bytes'], 'B')} of {dtype}"),
         ("windows", f"{found['context_length']:,} positions"),
         ("run directory", f"{out}, for generate, evaluate, compress and configs/recover.py"),
     ]

@@ -66,6 +66,11 @@ def known_separator(vocabulary: Mapping[str, int]) -> int | None:
     return next((vocabulary[token] for token in END_TOKENS if token in vocabulary), None)
 
 
+def adds_start(companions: Mapping[str, bytes]) -> bool:
+    """Return whether a SentencePiece tokenizer puts its begin token before a text."""
+    return _tree(companions.get(TOKENIZER_CONFIG, b"")).get("add_bos_token") is not False
+
+
 def _tree(content: bytes) -> dict[str, Any]:
     try:
         tree = json.loads(content)

@@ -11,6 +11,7 @@ import abc
 import contextlib
 import functools
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -83,6 +84,27 @@ class Tokenizer(abc.ABC):
         """The ids that end generated text: the separator and all ends that the companions name."""
         ends = end_tokens.named_ends(self.companions, self.vocabulary, self.vocab_size)
         return tuple(dict.fromkeys((self.separator, *(i for ids in ends.values() for i in ids))))
+
+    @property
+    def prefix(self) -> tuple[int, ...]:
+        """The ids before a prompt: `start`, as in training here.
+
+        A published model's tokenizer decides for itself, and many put nothing before a text.
+        """
+        return self.template_prefix if MODEL_CONFIG in self.companions else (self.start,)
+
+    @property
+    def template_prefix(self) -> tuple[int, ...]:
+        """The ids that the tokenizer's own template puts before a text."""
+        return ()
+
+    def encode_marked(self, text: str) -> list[int]:
+        """Return the ids of a rendered chat, in which special tokens are written as text.
+
+        Raises:
+          UserError: the kind of tokenizer has no special tokens.
+        """
+        raise UserError(f"a {self.FILE} has no chats: leave out --chat")
 
     @property
     def vocabulary(self) -> Mapping[str, int]:
@@ -193,6 +215,18 @@ class HuggingFaceTokenizer(Tokenizer):
     def added(self) -> frozenset[int]:
         return frozenset(self._tokenizer.get_added_tokens_decoder())
 
+    @property
+    def template_prefix(self) -> tuple[int, ...]:
+        text = self._tokenizer.encode("a", add_special_tokens=False).ids
+        ids = self._tokenizer.encode("a", add_special_tokens=True).ids
+        places = range(len(ids) - len(text) + 1)
+        return tuple(ids[: next(i for i in places if ids[i : i + len(text)] == text)])
+
+    def encode_marked(self, text: str) -> list[int]:
+        marked = hf.Tokenizer.from_str(self.content.decode())
+        with _library_errors(f"{self._where}: cannot encode text"):
+            return marked.encode(text, add_special_tokens=False).ids
+
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         with _library_errors(f"{self._where}: cannot encode text"):
             encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
@@ -245,6 +279,39 @@ class SentencePieceTokenizer(Tokenizer):
     @functools.cached_property
     def vocabulary(self) -> Mapping[str, int]:
         return {self._processor.id_to_piece(i): i for i in range(self.vocab_size)}
+
+    @property
+    def template_prefix(self) -> tuple[int, ...]:
+        """The begin token, unless the model's tokenizer_config.json switches it off."""
+        begin = self._processor.bos_id()
+        return (begin,) if begin >= 0 and end_tokens.adds_start(self.companions) else ()
+
+    def encode_marked(self, text: str) -> list[int]:
+        """Return the ids of a rendered chat: special tokens by their ids, text between them.
+
+        As in transformers, only text at the beginning gets the model's dummy prefix.
+        """
+        special = [
+            self._processor.id_to_piece(i)
+            for i in range(self.vocab_size)
+            if self._processor.is_control(i)
+        ]
+        pattern = "|".join(map(re.escape, sorted(filter(None, special), key=len, reverse=True)))
+        ids: list[int] = []
+        for i, part in enumerate(re.split(f"({pattern})", text)):
+            if part and i % 2:
+                ids.append(self._processor.piece_to_id(part))
+            elif part:
+                ids += self._encode_plain(part, first=not ids)
+        return ids
+
+    def _encode_plain(self, text: str, first: bool) -> list[int]:
+        if first:
+            return self.encode_batch([text])[0]
+        # After a begin that the model knows by itself, there is no dummy prefix to remove.
+        mark = "\n"
+        with_mark, alone = self._processor.encode([mark + text, mark])
+        return with_mark[len(alone) :]
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         with _library_errors(f"{self._where}: cannot encode text"):

@@ -35,6 +35,8 @@ def _check_flags() -> None:
         raise UserError("no checkpoint given: add --checkpoint runs/quickstart")
     if (PROMPT.value is None) == (PROMPTS.value is None):
         raise UserError("give either --prompt TEXT or --prompts FILE")
+    if SYSTEM.value is not None and not CHAT.value:
+        raise UserError("--system works only with --chat: add --chat, or remove --system")
     if PROMPT.value == "":
         raise UserError("--prompt is empty: give at least one character")
     if OUTPUT.value and PROMPTS.value is None:
@@ -44,11 +46,12 @@ def _check_flags() -> None:
 def _generate(session: Session, prompts: list[str]) -> None:
     batch = min(BATCH_SIZE.value, len(prompts))
     if PROMPTS.value is None:
-        reason = stream_one(session, prompts[0])
+        reason = stream_one(session, prompts[0], CHAT.value, SYSTEM.value)
         print(f"\n{summary(session, 1)}; ended by {reason}", file=sys.stderr)
         return
     # Check all prompts before opening the output file, so that errors do not overwrite an old one.
-    ids = encode(session.generator, session.tokenizer, prompts, f"prompt {{}} of {PROMPTS.value}")
+    where = f"prompt {{}} of {PROMPTS.value}"
+    ids = encode(session.generator, session.tokenizer, prompts, where, CHAT.value, SYSTEM.value)
     records = continue_file(session, prompts, ids, batch)
     if OUTPUT.value is None:
         _write_records(records, sys.stdout, len(prompts))
@@ -101,6 +104,8 @@ if __name__ == "__main__":
     CHECKPOINT = flags.DEFINE_string("checkpoint", None, "run directory, or one of its steps")
     PROMPT = flags.DEFINE_string("prompt", None, "text to continue; the result is streamed")
     PROMPTS = flags.DEFINE_string("prompts", None, "file of prompts: one per line, or *.jsonl")
+    CHAT = flags.DEFINE_bool("chat", False, "apply the model's chat template to each prompt")
+    SYSTEM = flags.DEFINE_string("system", None, "system message of --chat")
     OUTPUT = flags.DEFINE_string("output", None, "file for the JSON lines of --prompts")
     MAX_TOKENS = flags.DEFINE_integer("max_tokens", 128, "maximum of new tokens", lower_bound=1)
     TEMPERATURE = flags.DEFINE_float("temperature", 0.7, "0: the most likely token")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from mea_jax.cli import si
+from mea_jax.data.chat import encode_chat
 from mea_jax.data.tokenizers import Tokenizer
 from mea_jax.errors import UserError
 from mea_jax.generate.generator import Decoding, Generator, Report, continuation
@@ -106,9 +107,16 @@ class Stream:
 
 
 def encode(
-    generator: Generator, tokenizer: Tokenizer, prompts: list[str], where: str
+    generator: Generator,
+    tokenizer: Tokenizer,
+    prompts: list[str],
+    where: str,
+    chat: bool = False,
+    system: str | None = None,
 ) -> list[list[int]]:
-    """Return the token ids of prompts, each after the tokenizer's start as in training.
+    """Return the token ids of prompts, each after the tokenizer's `prefix`.
+
+    With `chat`, each prompt is a user's message, after that of the `system` if there is one.
 
     Raises:
       UserError: a prompt cannot be continued. The message starts with `where`, in which "{}" is
@@ -124,18 +132,32 @@ def encode(
             raise UserError(
                 f"{named} is not valid Unicode ({error.reason}): correct --prompt or --prompts"
             ) from error
-    ids = [[tokenizer.start] + ids for ids in tokenizer.encode_batch(prompts)]
+    if chat:
+        before = [] if system is None else [{"role": "system", "content": system}]
+        ids = [
+            encode_chat(
+                tokenizer,
+                [*before, {"role": "user", "content": prompt}],
+                where.replace("{}", str(i)),
+            )
+            for i, prompt in enumerate(prompts, start=1)
+        ]
+    else:
+        ids = [[*tokenizer.prefix, *ids] for ids in tokenizer.encode_batch(prompts)]
     for i, prompt_ids in enumerate(ids, start=1):
         generator.check(prompt_ids, where.replace("{}", str(i)))
     return ids
 
 
-def stream_one(session: Session, prompt: str) -> str:
-    """Print a prompt, stream its continuation to stdout, and return the reason why it ended."""
+def stream_one(session: Session, prompt: str, chat: bool = False, system: str | None = None) -> str:
+    """Stream the continuation of a prompt to stdout, and return the reason why it ended.
+
+    The prompt is printed before it, unless it is a message of a chat.
+    """
     generator, tokenizer = session.generator, session.tokenizer
-    ids = encode(generator, tokenizer, [prompt], "the prompt")
+    ids = encode(generator, tokenizer, [prompt], "the prompt", chat, system)
     stream = Stream(tokenizer, session.stops, sys.stdout, ids[0])
-    sys.stdout.write(prompt)
+    sys.stdout.write("" if chat else prompt)
 
     def on_tokens(new):
         return [stream.show(new[0])]

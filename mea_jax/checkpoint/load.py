@@ -28,6 +28,11 @@ class Trained:
     config: TrainConfig
     tokenizer: Tokenizer
 
+    @property
+    def context_limit(self) -> int:
+        """The longest context that the model was made for: its window, or what its files say."""
+        return max(self.config.data.context_length, self.tokenizer.published_context)
+
     def params(self, abstract: Any) -> Any:
         """Return the parameters alone, with the shapes, dtypes and shardings of `abstract`.
 

@@ -5,6 +5,7 @@ and "llama", a SentencePiece model, which becomes a tokenizer.model. Of a byte-l
 file names the rule that splits text before merging (`PRE_TOKENIZERS`), but does not contain it.
 """
 
+import importlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -164,7 +165,7 @@ def _sentencepiece(
 ) -> Tokenizer:
     """Build a SentencePiece model of kind BPE, whose scores order the merges."""
     try:
-        from sentencepiece import sentencepiece_model_pb2 as proto  # an optional extra
+        proto: Any = importlib.import_module("sentencepiece.sentencepiece_model_pb2")
     except ImportError as error:
         raise UserError(
             f"{path}: its SentencePiece tokenizer needs the package sentencepiece: "
@@ -180,10 +181,10 @@ def _sentencepiece(
     trainer.byte_fallback = _BYTE in types
     trainer.unk_id = types.index(_UNKNOWN)
     for name, key in (("bos_id", "bos"), ("eos_id", "eos"), ("pad_id", "padding")):
-        token = _special(fields, key)
-        setattr(trainer, name, -1 if token is None else token)
-        if token is not None and name != "pad_id":
-            setattr(trainer, name.replace("_id", "_piece"), tokens[token])
+        special = _special(fields, key)
+        setattr(trainer, name, -1 if special is None else special)
+        if special is not None and name != "pad_id":
+            setattr(trainer, name.replace("_id", "_piece"), tokens[special])
     normalizer.name = "identity"
     normalizer.add_dummy_prefix = bool(fields.get("tokenizer.ggml.add_space_prefix", True))
     normalizer.remove_extra_whitespaces = bool(

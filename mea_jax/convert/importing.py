@@ -32,7 +32,7 @@ from mea_jax.convert import (
 )
 from mea_jax.convert.casting import casts
 from mea_jax.convert.gguf_file import GGUFModel
-from mea_jax.data import tokenizers
+from mea_jax.data import end_tokens
 from mea_jax.data.sources import documents
 from mea_jax.data.tokenizers import Tokenizer
 from mea_jax.errors import UserError
@@ -210,7 +210,7 @@ def open_source(model: Path) -> Source:
         read = functools.partial(gguf_tokenizer.read, model, found.fields, config)
         return Source(model, str(model), config, read, lambda: found.tensors)
     config = families.read_config(model)
-    published = {tokenizers.MODEL_CONFIG: (model / "config.json").read_bytes()}
+    published = {end_tokens.MODEL_CONFIG: (model / "config.json").read_bytes()}
     read = functools.partial(slow_tokenizers.read, model, published)
     arrays = functools.partial(shards.read_folder, model)
     return Source(model, str(model / "config.json"), config, read, arrays)

@@ -12,7 +12,7 @@ from typing import Any
 
 import tokenizers as hf
 
-from mea_jax.data import tokenizers
+from mea_jax.data import end_tokens, tokenizers
 from mea_jax.data.bad_input import first_line
 from mea_jax.data.tokenizers import HuggingFaceTokenizer, Tokenizer
 from mea_jax.errors import UserError, shown
@@ -48,7 +48,7 @@ def read(folder: Path, more: Mapping[str, bytes]) -> Tokenizer:
     config = _object(companions, _CONFIG, folder)
     kind = config.get("tokenizer_class")
     if kind is None:
-        model_type = _object(companions, tokenizers.MODEL_CONFIG, folder).get("model_type")
+        model_type = _object(companions, end_tokens.MODEL_CONFIG, folder).get("model_type")
         kind = _OF_MODELS.get(str(model_type))
     name = str(kind).removesuffix("Fast")
     if name not in _DEFAULTS:

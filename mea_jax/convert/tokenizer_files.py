@@ -6,7 +6,7 @@ from typing import Any
 
 import tokenizers as hf
 
-from mea_jax.data import tokenizers
+from mea_jax.data import end_tokens, tokenizers
 from mea_jax.data.tokenizers import BytesTokenizer, SentencePieceTokenizer, Tokenizer
 
 _CONFIG, _GENERATION = "tokenizer_config.json", "generation_config.json"
@@ -18,7 +18,7 @@ def kept_config(tokenizer: Tokenizer, context_length: int) -> dict[str, Any]:
     `context_length` is the window that the model was trained on here, which may be longer than that
     of the imported model.
     """
-    if (published := tokenizer.companions.get(tokenizers.MODEL_CONFIG)) is not None:
+    if (published := tokenizer.companions.get(end_tokens.MODEL_CONFIG)) is not None:
         own = json.loads(published)
     else:
         own = {"bos_token_id": tokenizer.start, "eos_token_id": tokenizer.separator}
@@ -32,7 +32,7 @@ def write(tokenizer: Tokenizer, folder: Path, context_length: int) -> None:
 
     Raise `OSError` if the disk refuses.
     """
-    published = tokenizers.MODEL_CONFIG in tokenizer.companions
+    published = end_tokens.MODEL_CONFIG in tokenizer.companions
     file, content = tokenizer.FILE, tokenizer.content
     if isinstance(tokenizer, BytesTokenizer):
         file, content = "tokenizer.json", of_bytes().to_str().encode()
@@ -40,7 +40,7 @@ def write(tokenizer: Tokenizer, folder: Path, context_length: int) -> None:
         content = with_start(content, tokenizer.start)
     (folder / file).write_bytes(content)
     for name, kept in tokenizer.companions.items():
-        if name != tokenizers.MODEL_CONFIG:
+        if name != end_tokens.MODEL_CONFIG:
             (folder / name).write_bytes(kept)
     if published:
         return

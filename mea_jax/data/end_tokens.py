@@ -66,6 +66,12 @@ def known_separator(vocabulary: Mapping[str, int]) -> int | None:
     return next((vocabulary[token] for token in END_TOKENS if token in vocabulary), None)
 
 
+def context_of(companions: Mapping[str, bytes]) -> int:
+    """Return the `max_position_embeddings` of a published model's config.json, 0 without one."""
+    found = _tree(companions.get(MODEL_CONFIG, b"")).get("max_position_embeddings")
+    return found if type(found) is int and found > 0 else 0
+
+
 def adds_start(companions: Mapping[str, bytes]) -> bool:
     """Return whether a SentencePiece tokenizer puts its begin token before a text."""
     return _tree(companions.get(TOKENIZER_CONFIG, b"")).get("add_bos_token") is not False

@@ -251,7 +251,9 @@ if __name__ == "__main__":
         "log_samples", False, "for --tasks: write each document's request, answer and metrics"
     )
     MAX_LENGTH = flags.DEFINE_integer(
-        "max_length", None, "maximum tokens of a request of --tasks; default: the training window"
+        "max_length",
+        None,
+        "maximum tokens of a request of --tasks; default: the longest context of the model",
     )
     BATCH_TOKENS = flags.DEFINE_integer(
         "batch_tokens", None, "for --tasks: tokens per batch on each device; default 4096"

@@ -11,7 +11,7 @@ import jax
 from absl import flags
 
 from mea_jax import cli
-from mea_jax.checkpoint.load import load
+from mea_jax.checkpoint.load import open_trained
 from mea_jax.cli import si
 from mea_jax.errors import UserError
 from mea_jax.generate import decode
@@ -43,15 +43,12 @@ def _check_flags() -> None:
         raise UserError("--output works only with --prompts: replace --prompt, or remove --output")
 
 
-def _generate(session: Session, prompts: list[str]) -> None:
+def _generate(session: Session, prompts: list[str], ids: list[list[int]]) -> None:
     batch = min(BATCH_SIZE.value, len(prompts))
     if PROMPTS.value is None:
-        reason = stream_one(session, prompts[0], CHAT.value, SYSTEM.value)
+        reason = stream_one(session, "" if CHAT.value else prompts[0], ids[0])
         print(f"\n{summary(session, 1)}; ended by {reason}", file=sys.stderr)
         return
-    # Check all prompts before opening the output file, so that errors do not overwrite an old one.
-    where = f"prompt {{}} of {PROMPTS.value}"
-    ids = encode(session.generator, session.tokenizer, prompts, where, CHAT.value, SYSTEM.value)
     records = continue_file(session, prompts, ids, batch)
     if OUTPUT.value is None:
         _write_records(records, sys.stdout, len(prompts))
@@ -74,9 +71,16 @@ def main() -> None:
     path = Path(PROMPTS.value or "")
     prompts = [PROMPT.value or ""] if PROMPTS.value is None else read_prompts(path)
     cli.enable_compilation_cache()
-    model, params, tokenizer, length = load(
-        Path(CHECKPOINT.value or ""), CACHE_LENGTH.value, DTYPE.value
+    trained = open_trained(
+        Path(CHECKPOINT.value or ""), lambda line: print(line, file=sys.stderr, flush=True)
     )
+    tokenizer = trained.tokenizer
+    where = "the prompt" if PROMPTS.value is None else f"prompt {{}} of {PROMPTS.value}"
+    ids = encode(tokenizer, prompts, where, CHAT.value, SYSTEM.value)
+    window = trained.config.data.context_length
+    needed = max(window, max(map(len, ids)) + MAX_TOKENS.value)
+    length = CACHE_LENGTH.value or min(needed, trained.context_limit)
+    model, params = trained.on_first_device(DTYPE.value, length)
     generator = Generator(
         model,
         params,
@@ -84,10 +88,13 @@ def main() -> None:
         cache_dtype=None if CACHE_DTYPE.value == "auto" else CACHE_DTYPE.value,
         form=CACHE_FORM.value,
     )
+    # Check all prompts before the output file is opened, so that errors overwrite no old one.
+    for i, prompt in enumerate(ids, start=1):
+        generator.check(prompt, where.replace("{}", str(i)))
     decoding = Decoding(MAX_TOKENS.value, sampling, SEED.value, stop=tokenizer.stops)
     session = Session(generator, tokenizer, decoding, [stop for stop in STOP.value if stop])
     try:
-        _generate(session, prompts)
+        _generate(session, prompts, ids)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -121,7 +128,8 @@ if __name__ == "__main__":
     CACHE_LENGTH = flags.DEFINE_integer(
         "cache_length",
         0,
-        "positions of the cache; 0: length of a training window",
+        "positions of the cache; 0: as many as the prompts and --max_tokens need, at least a "
+        "training window and at most the longest context of the model",
         lower_bound=0,
         upper_bound=2**31 - 1,
     )

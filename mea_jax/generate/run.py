@@ -107,7 +107,6 @@ class Stream:
 
 
 def encode(
-    generator: Generator,
     tokenizer: Tokenizer,
     prompts: list[str],
     where: str,
@@ -119,7 +118,7 @@ def encode(
     With `chat`, each prompt is a user's message, after that of the `system` if there is one.
 
     Raises:
-      UserError: a prompt cannot be continued. The message starts with `where`, in which "{}" is
+      UserError: a prompt cannot be encoded. The message starts with `where`, in which "{}" is
         replaced by the number of the prompt.
     """
     for i, prompt in enumerate(prompts, start=1):
@@ -144,29 +143,26 @@ def encode(
         ]
     else:
         ids = [[*tokenizer.prefix, *ids] for ids in tokenizer.encode_batch(prompts)]
-    for i, prompt_ids in enumerate(ids, start=1):
-        generator.check(prompt_ids, where.replace("{}", str(i)))
     return ids
 
 
-def stream_one(session: Session, prompt: str, chat: bool = False, system: str | None = None) -> str:
+def stream_one(session: Session, shown: str, ids: list[int]) -> str:
     """Stream the continuation of a prompt to stdout, and return the reason why it ended.
 
-    The prompt is printed before it, unless it is a message of a chat.
+    `shown` is printed before it. `ids` are the token ids of the prompt.
     """
     generator, tokenizer = session.generator, session.tokenizer
-    ids = encode(generator, tokenizer, [prompt], "the prompt", chat, system)
-    stream = Stream(tokenizer, session.stops, sys.stdout, ids[0])
-    sys.stdout.write("" if chat else prompt)
+    stream = Stream(tokenizer, session.stops, sys.stdout, ids)
+    sys.stdout.write(shown)
 
     def on_tokens(new):
         return [stream.show(new[0])]
 
     decoding = dataclasses.replace(session.decoding, chunk=_STREAM)
-    new = generator.run(ids, decoding, on_tokens=on_tokens, report=session.report)
+    new = generator.run([ids], decoding, on_tokens=on_tokens, report=session.report)
     stopped = stream.show(new[0], last=True)
     sys.stdout.write("\n")
-    return "stop" if stopped else ended_by(generator, ids[0], new[0], decoding.count)
+    return "stop" if stopped else ended_by(generator, ids, new[0], decoding.count)
 
 
 def ended_by(generator: Generator, prompt: list[int], tokens: list[int], count: int) -> str:

@@ -97,7 +97,7 @@ class HarnessModel(TemplateLM):
                 f"{self.run / 'tokenizer'} has {self._tokens.vocab_size} tokens, but the model's "
                 f"vocabulary has {self.model.vocab_size}: restore the tokenizer it was trained with"
             )
-        self.max_length = max_length or config.data.context_length
+        self.max_length = max_length or trained.context_limit
         if self.model.positions == "learned" and self.max_length > self.model.max_positions:
             raise UserError(
                 f"max_length={self.max_length}: the model learned {self.model.max_positions} "

@@ -18,7 +18,7 @@ from mea_jax.config import schema as configs
 from mea_jax.convert import exporting, families, folders, importing, shards
 from mea_jax.convert.exporting import export_model
 from mea_jax.convert.importing import import_model
-from mea_jax.data import tokenizers
+from mea_jax.data import end_tokens, tokenizers
 from mea_jax.parallel import sharding
 from mea_jax.train.run import train
 from mea_jax.train.warm_start import Start
@@ -255,7 +255,7 @@ def test_the_tokenizer_and_its_companions_travel_through(copy, tmp_path, devices
     export_model(tmp_path / "run", tmp_path / "out", print)
     for name in (*kept, "tokenizer.json"):
         assert (tmp_path / "out" / name).read_bytes() == (copy / name).read_bytes(), name
-    assert not (tmp_path / "out" / tokenizers.MODEL_CONFIG).exists()
+    assert not (tmp_path / "out" / end_tokens.MODEL_CONFIG).exists()
 
 
 def made_here(config, folder):
@@ -347,4 +347,4 @@ def test_a_run_that_starts_from_an_import_keeps_what_came_with_the_tokenizer(
     start = Start(tiny(**{"start.checkpoint": str(imported)}), mesh, print)
     own = tokenizers.from_directory(imported / "tokenizer")
     own.companions = {}  # as in prepared data
-    assert tokenizers.MODEL_CONFIG in start.tokenizer(own).companions
+    assert end_tokens.MODEL_CONFIG in start.tokenizer(own).companions

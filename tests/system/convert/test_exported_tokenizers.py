@@ -2,7 +2,6 @@
 
 import io
 import json
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -53,8 +52,7 @@ HUGGING_FACE = {
 
 def fed(tokenizer: tokenizers.Tokenizer, texts: list[str]) -> list[list[int]]:
     """Return the ids that mea_jax.generate feeds its model."""
-    generator: Any = SimpleNamespace(check=lambda ids, where: None)
-    return encode(generator, tokenizer, texts, "{}")
+    return encode(tokenizer, texts, "{}")
 
 
 def exported(tokenizer: tokenizers.Tokenizer, folder) -> Any:

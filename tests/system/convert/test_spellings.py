@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from mea_jax.checkpoint.load import load
 from mea_jax.convert import families
-from mea_jax.convert.importing import Source, import_model
+from mea_jax.convert.importing import import_model, open_source
 from mea_jax.convert.shards import SINGLE
 from mea_jax.errors import UserError
 from tests.helpers import apply_logits
@@ -201,7 +201,7 @@ def test_buffers_of_old_versions_are_passed_over(llama, tmp_path):
         (folder / path.name).write_bytes(path.read_bytes())
     file = folder / SINGLE
     save_file(load_file(file) | {name: np.ones(8, np.float32) for name in BUFFERS}, file)
-    plain = {entry.name: array for entry, array in Source(llama).arrays()}
-    found = {entry.name: array for entry, array in Source(folder).arrays()}
+    plain = {entry.name: array for entry, array in open_source(llama).arrays()}
+    found = {entry.name: array for entry, array in open_source(folder).arrays()}
     assert found.keys() == plain.keys()
     assert all(np.array_equal(found[name], plain[name]) for name in plain)

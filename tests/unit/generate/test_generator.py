@@ -201,21 +201,22 @@ def writer():
 def test_streamed_text_holds_neither_separator_nor_stop_text(writer, capsys):
     tokenizer = BytesTokenizer()
     session = Session(writer, tokenizer, Decoding(40, stop=(256,)), [])
-    (free,) = writer.run(encode(writer, tokenizer, ["over"], "{}"), Decoding(40))
+    (ids,) = encode(tokenizer, ["over"], "{}")
+    (free,) = writer.run([ids], Decoding(40))
     end = free.index(256)
     assert 10 < end < 39  # after the first check for stop texts
     text = tokenizer.decode(free[:end])
-    assert stream_one(session, "over") == "end_of_document"
+    assert stream_one(session, "over", ids) == "end_of_document"
     assert capsys.readouterr().out == f"over{text}\n"
     # The first check for stop texts is after the first two letters of this one.
     session = dataclasses.replace(session, stops=["never", text[6:10]])
-    assert stream_one(session, "over") == "stop"
+    assert stream_one(session, "over", ids) == "stop"
     assert capsys.readouterr().out == f"over{text[: text.index(text[6:10])]}\n"
 
 
 def test_a_file_is_reported_without_what_fills_its_last_batch(writer):
     tokenizer, prompts = BytesTokenizer(), ["a quick", "over", "seven"]
-    ids = encode(writer, tokenizer, prompts, "{}")
+    ids = encode(tokenizer, prompts, "{}")
     session = Session(writer, tokenizer, Decoding(10), [])
     records = list(continue_file(session, prompts, ids, 2))
     assert [record["prompt"] for record in records] == prompts

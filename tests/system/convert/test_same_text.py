@@ -1,0 +1,169 @@
+"""Greedy text after a prompt or a chat equals that of transformers, string for string."""
+
+import functools
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from mea_jax.convert.importing import import_model
+from mea_jax.data import chat, tokenizers
+from mea_jax.data.end_tokens import TOKENIZER_CONFIG
+from mea_jax.errors import UserError
+from tests.helpers import assert_one_error
+from tests.system.convert import small_models
+
+PROMPTS = [
+    "The capital of France is",
+    "東京は日本の",
+    "Столица России —",
+    "مرحبا بالعالم",
+    "def f(x):\n\treturn 12345\n\n",
+]
+TEMPLATE = (
+    "{%- if messages[0]['role'] != 'system' %}{{ '<|start|>system\nBe brief.<|end|>\n' }}"
+    "{% endif %}"
+    "{% for message in messages %}\n"
+    "    {{- '<|start|>' + message['role'] + '\n' + message['content'] | trim + eos_token }}\n"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{% generation %}{{ '<|start|>assistant\n' }}{% endgeneration %}"
+    "{% endif %}"
+)
+COUNT = 64
+VOCABULARY = 266  # all of them have text: 264 and two special tokens
+FAMILIES = ["llama", "qwen3 tied", "qwen3_moe"]
+
+
+def publish(folder, begins):
+    """Give a saved model special tokens, a chat template, and perhaps a start of each text."""
+    path = folder / "tokenizer.json"
+    tree = json.loads(path.read_text())
+    size = 1 + max([*tree["model"]["vocab"].values(), *(t["id"] for t in tree["added_tokens"])])
+    special = {"special": True, "normalized": False}
+    flags = {"lstrip": False, "rstrip": False, "single_word": False} | special
+    for i, text in enumerate(("<|start|>", "<|end|>")):
+        tree["added_tokens"].append({"id": size + i, "content": text} | flags)
+    if begins:
+        texts = {name: {"Sequence": {"id": name, "type_id": i}} for i, name in enumerate("AB")}
+        token = {"id": "<|start|>", "ids": [size], "tokens": ["<|start|>"]}
+        tree["post_processor"] = {
+            "type": "TemplateProcessing",
+            "single": [
+                {"SpecialToken": {"id": "<|start|>", "type_id": 0}},
+                texts["A"],
+            ],
+            "pair": [
+                {"Sequence": {"id": "A", "type_id": 0}},
+                {"Sequence": {"id": "B", "type_id": 1}},
+            ],
+            "special_tokens": {"<|start|>": token},
+        }
+    path.write_text(json.dumps(tree))
+    words = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<|start|>",
+        "eos_token": "<|endoftext|>",
+        "chat_template": TEMPLATE,
+        "clean_up_tokenization_spaces": False,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(words))
+
+
+@pytest.fixture(scope="module")
+def pair(corpus, tmp_path_factory):
+    """Return `pair(kind, begins)`, which makes (model, its folder, the imported run)."""
+
+    @functools.cache
+    def make(kind, begins):
+        root = tmp_path_factory.mktemp("pair")
+        model = small_models.make(kind, vocab_size=VOCABULARY)
+        folder = small_models.save(model, root / "theirs")
+        publish(folder, begins)
+        import_model(folder, root / "ours", context_length=256, text=f"text:{corpus}")
+        return model, folder, root / "ours"
+
+    return make
+
+
+def theirs(model, folder, prompt, is_chat):
+    """Return (the number of ids of the prompt, the greedy text after it)."""
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    if is_chat:
+        given = [{"role": "user", "content": prompt}]
+        options = {"add_generation_prompt": True, "return_dict": True, "return_tensors": "pt"}
+        ids = tokenizer.apply_chat_template(given, **options)["input_ids"]
+    else:
+        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    end = tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    with torch.no_grad():
+        new = model.generate(
+            ids, max_new_tokens=COUNT, do_sample=False, eos_token_id=end, pad_token_id=end
+        )[0, ids.shape[1] :]
+    new = [i for i in new.tolist() if i != end]
+    return ids.shape[1], tokenizer.decode(new)
+
+
+@pytest.mark.parametrize("is_chat", [False, True], ids=["plain", "chat"])
+@pytest.mark.parametrize("begins", [False, True], ids=["no start", "start"])
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_text_equals_that_of_transformers(pair, in_process, tmp_path, kind, begins, is_chat):
+    model, folder, run = pair(kind, begins)
+    path, out = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    path.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS))
+    arguments = ["--checkpoint", run, "--prompts", path, "--output", out, "--temperature", 0]
+    arguments += ["--max_tokens", COUNT, "--dtype", "float32", *(["--chat"] if is_chat else [])]
+    status, _, err = in_process("mea_jax.generate", *arguments)
+    assert status == 0, err
+    found = [json.loads(line) for line in out.read_text().splitlines()]
+    for prompt, row in zip(PROMPTS, found, strict=True):
+        assert (row["prompt_tokens"], row["text"]) == theirs(model, folder, prompt, is_chat)
+
+
+def test_a_model_trained_here_starts_texts_as_in_training(corpus):
+    own = tokenizers.train_bpe(iter(["some words to merge"]), 264)
+    assert own.prefix == (own.start,)
+
+
+def test_a_chat_needs_a_template_that_takes_it(pair, in_process):
+    run = pair("llama", False)[2]
+    plain = tokenizers.from_directory(run / "tokenizer")
+    asked = [{"role": "user", "content": "hello"}]
+    words = json.loads(plain.companions[TOKENIZER_CONFIG])
+
+    def encode(**changes):
+        content = json.dumps(words | changes).encode()
+        files = dict(plain.companions) | {TOKENIZER_CONFIG: content}
+        return chat.encode_chat(
+            tokenizers.from_directory(run / "tokenizer", files), asked, "the prompt"
+        )
+
+    with pytest.raises(UserError, match=r"^the prompt: the tokenizer .* no chat template; leave"):
+        encode(chat_template=None)
+    with pytest.raises(UserError, match=r"template rejects it \(only systems\)"):
+        encode(chat_template="{{ raise_exception('only systems') }}")
+    with pytest.raises(UserError, match="template rejects it"):
+        encode(chat_template="{% for %}")
+    with pytest.raises(UserError, match="template rejects it"):  # the sandbox
+        encode(chat_template="{{ ''.__class__.__mro__[1].__subclasses__() }}")
+    named = [{"name": "tools", "template": "x"}, {"name": "default", "template": "<|end|>"}]
+    assert encode(chat_template=named) == plain.encode_marked("<|end|>")
+    assert len(encode(chat_template=named)) == 1
+    status, _, err = in_process(
+        "mea_jax.generate", "--checkpoint", run, "--prompt", "a", "--system", "b"
+    )
+    assert_one_error(status, err, "--system works only with --chat")
+
+
+def test_special_tokens_in_a_chat_are_those_of_transformers(pair):
+    """A prompt that spells out a special token is that token in a chat, as in transformers."""
+    _, folder, run = pair("llama", False)
+    own = tokenizers.from_directory(run / "tokenizer")
+    asked = [{"role": "user", "content": "a <|end|> b"}]
+    published: Any = AutoTokenizer.from_pretrained(folder)
+    wanted = published.apply_chat_template(asked, add_generation_prompt=True, return_dict=True)[
+        "input_ids"
+    ]
+    np.testing.assert_array_equal(chat.encode_chat(own, asked, "here"), wanted)

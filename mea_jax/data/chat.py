@@ -40,9 +40,25 @@ def find_template(companions: Mapping[str, bytes]) -> str | None:
 def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message], where: str) -> list[int]:
     """Return the token ids of a conversation, up to the beginning of the model's answer.
 
+    Raise `UserError` as `render`.
+    """
+    return tokenizer.encode_marked(render(tokenizer, messages, where))
+
+
+def render(
+    tokenizer: Tokenizer, messages: Sequence[Message], where: str, answer: bool = True
+) -> str:
+    """Return the text of a conversation, with special tokens written as text.
+
+    Args:
+      tokenizer: the tokenizer, whose companion files have the template.
+      messages: the conversation.
+      where: the beginning of an error message.
+      answer: whether the text ends where the model's answer begins. Otherwise it ends after the
+        content of the last message, which the model continues.
+
     Raises:
-      UserError: there is no chat template, or it rejects the messages. The message starts with
-        `where`.
+      UserError: there is no chat template, or it rejects the messages.
     """
     template = find_template(tokenizer.companions)
     if template is None:
@@ -53,7 +69,7 @@ def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message], where: str) -
     try:
         text = _compiled(template).render(
             messages=[dict(message) for message in messages],
-            add_generation_prompt=True,
+            add_generation_prompt=answer,
             tools=None,
             documents=None,
             **_special_tokens(tokenizer.companions),
@@ -63,7 +79,10 @@ def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message], where: str) -
             f"{where}: the model's chat template rejects it ({first_line(error)}); change the "
             "messages, or leave out --chat"
         ) from error
-    return tokenizer.encode_marked(text)
+    if answer:
+        return text
+    last = messages[-1]["content"].strip()
+    return text[: text.rindex(last) + len(last)]
 
 
 @functools.lru_cache

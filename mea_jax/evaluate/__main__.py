@@ -134,6 +134,9 @@ def tasks_main() -> None:
         dtype=DTYPE.value,
         cache_dtype=CACHE_DTYPE.value,
         log_samples=LOG_SAMPLES.value,
+        apply_chat_template=CHAT_TEMPLATE.value,
+        system_instruction=SYSTEM.value,
+        fewshot_as_multiturn=MULTITURN.value,
     )
     options.check()
     checkpoint, baseline = harness_run.paths(CHECKPOINT.value, BASELINE.value)
@@ -250,6 +253,13 @@ if __name__ == "__main__":
     LOG_SAMPLES = flags.DEFINE_boolean(
         "log_samples", False, "for --tasks: write each document's request, answer and metrics"
     )
+    CHAT_TEMPLATE = flags.DEFINE_boolean(
+        "apply_chat_template", False, "for --tasks: ask each question in the model's chat template"
+    )
+    SYSTEM = flags.DEFINE_string("system_instruction", None, "system message of --tasks")
+    MULTITURN = flags.DEFINE_boolean(
+        "fewshot_as_multiturn", False, "for --tasks: solved examples are earlier turns of the chat"
+    )
     MAX_LENGTH = flags.DEFINE_integer(
         "max_length",
         None,
@@ -260,7 +270,8 @@ if __name__ == "__main__":
     )
     cli.define_process_flags()
     OF_TASKS = ["baseline", "include_path", "num_fewshot", "limit", "max_length", "batch_tokens"]
-    OF_TASKS += ["log_samples"]
+    OF_TASKS += ["log_samples", "apply_chat_template", "system_instruction"]
+    OF_TASKS += ["fewshot_as_multiturn"]
     OF_TASKS += ["distributed", "coordinator", "num_processes", "process_id"]
     OF_PROFILE = ["parts", "seed", "samples", "lengths", "depths", "needles", "contexts", "rows"]
     OF_PROFILE += ["repeats", "prefill", "batch_size", "max_batches"]

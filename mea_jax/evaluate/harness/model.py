@@ -21,6 +21,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 
 from mea_jax.checkpoint.load import open_trained, unresolved
+from mea_jax.data import chat
 from mea_jax.errors import UserError, fail, nearest
 from mea_jax.evaluate.harness.generating import (
     NEW_TOKENS,
@@ -108,6 +109,7 @@ class HarnessModel(TemplateLM):
             own = self._tokens.start != self._tokens.separator
             add_bos_token = own or not self._tokens.companions
         self._before = [self._tokens.start] if add_bos_token else []
+        self._in_chat = False  # whether texts are rendered by a chat template
         self.scorer = Scorer(self.model, self.params, self.mesh, batch_tokens)
         self.writer = AnswerGenerator(
             self.model,
@@ -175,6 +177,28 @@ class HarnessModel(TemplateLM):
         The begin token is included if `add_bos_token` is, unless `add_special_tokens` is False.
         """
         return self._encode([string], add_special_tokens is not False)[0]
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """Return the model's chat template if `chat_template` asks for one, as the harness records.
+
+        From then on texts are those of chats. Raise `UserError` if there is no template.
+        """
+        if not chat_template:
+            return None
+        if (found := chat.find_template(self._tokens.companions)) is None:
+            raise UserError(
+                f"--apply_chat_template: {self.tokenizer_name} has no chat template; leave it out"
+            )
+        self._in_chat = True
+        return found
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """Return a conversation as text, up to the model's answer or within its last message."""
+        self._in_chat = True
+        where = "--apply_chat_template"
+        return chat.render(self._tokens, chat_history, where, answer=add_generation_prompt)
 
     def loglikelihood(
         self, requests: list[Instance], disable_tqdm: bool = False
@@ -257,6 +281,9 @@ class HarnessModel(TemplateLM):
 
     def _encode(self, texts: Sequence[str], begin: bool) -> list[list[int]]:
         before = self._before if begin else []
+        if self._in_chat:  # special tokens are written in the text, a start perhaps among them
+            encoded = map(self._tokens.encode_marked, texts)
+            return [ids if ids[: len(before)] == before else before + ids for ids in encoded]
         return [before + ids for ids in self._tokens.encode_batch(list(texts))]
 
     def _encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:

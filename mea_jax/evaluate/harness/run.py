@@ -34,11 +34,16 @@ class Options:
     dtype: str = "auto"
     cache_dtype: str = "auto"
     log_samples: bool = False
+    apply_chat_template: bool = False
+    system_instruction: str | None = None
+    fewshot_as_multiturn: bool = False
 
     def check(self) -> None:
         """Raise `UserError` if an option is out of range."""
         if not self.tasks:
             raise UserError("--tasks is empty: give at least one task, such as hellaswag,piqa")
+        if self.fewshot_as_multiturn and not self.apply_chat_template:
+            raise UserError("--fewshot_as_multiturn requires --apply_chat_template: add it")
         for name, value, least in (
             ("num_fewshot", self.num_fewshot, 0),
             ("max_length", self.max_length, 2),
@@ -124,7 +129,14 @@ def _measure(model: Any, tasks: dict[str, Any], options: Options) -> dict[str, A
     for task in tasks["tasks"].values():
         task.set_fewshot_seed(seed=_FEWSHOT_SEED)
     return evaluate(
-        lm=model, task_dict=tasks, limit=options.limit, bootstrap_iters=_BOOTSTRAP, log_samples=True
+        lm=model,
+        task_dict=tasks,
+        limit=options.limit,
+        bootstrap_iters=_BOOTSTRAP,
+        log_samples=True,
+        apply_chat_template=options.apply_chat_template,
+        system_instruction=options.system_instruction,
+        fewshot_as_multiturn=options.fewshot_as_multiturn,
     )
 
 

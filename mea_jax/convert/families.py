@@ -1,7 +1,7 @@
 """Convert between `ModelConfig` and the config.json of published models.
 
-Three architectures of transformers are supported: LlamaForCausalLM (with Llama 3.1's rotary
-scaling), Qwen3ForCausalLM (with normed queries and keys) and Qwen3MoeForCausalLM (with experts in
+Four architectures of transformers are supported: LlamaForCausalLM, MistralForCausalLM (without its
+window), Qwen3ForCausalLM (with normed queries and keys) and Qwen3MoeForCausalLM (with experts in
 addition). If a config.json needs what our model does not compute, an error names the key.
 """
 
@@ -17,8 +17,9 @@ from mea_jax.errors import UserError, shown
 Json = Mapping[str, Any]
 
 THETA = 10_000.0  # transformers' own default
-_WINDOW = 4096  # the default of transformers' Qwen3 classes
+_WINDOW = 4096  # the default of transformers' Qwen3 and Mistral classes
 _ROPE = "rope_parameters"
+_LINEAR_CONTEXT = 1  # positions, with which Llama 3's scaling is linear scaling
 # Keys that do not change what the model computes: an export keeps those of the imported config.
 KEPT = (
     "max_position_embeddings",
@@ -40,12 +41,15 @@ class Family:
     model_type: str
     qk_norm: bool
     experts: bool
+    window: int | None = None  # the default of its `sliding_window`
+    window_switch: str | None = None  # the key that turns the window on; None: it is always on
 
 
 FAMILIES = (
     Family("LlamaForCausalLM", "llama", qk_norm=False, experts=False),
-    Family("Qwen3ForCausalLM", "qwen3", qk_norm=True, experts=False),
-    Family("Qwen3MoeForCausalLM", "qwen3_moe", qk_norm=True, experts=True),
+    Family("Qwen3ForCausalLM", "qwen3", True, False, _WINDOW, "use_sliding_window"),
+    Family("Qwen3MoeForCausalLM", "qwen3_moe", True, True, _WINDOW, "use_sliding_window"),
+    Family("MistralForCausalLM", "mistral", qk_norm=False, experts=False, window=_WINDOW),
 )
 
 
@@ -136,10 +140,7 @@ def model_config(config: Json, where: str) -> ModelConfig:
     read.only("mlp_bias", (None, False), no_bias)
     read.only("hidden_act", (None, "silu", "swish"), "feed-forward layers must be SwiGLU")
     read.only("quantization_config", (None,), "give the model in float32, float16 or bfloat16")
-    # The Qwen3 classes have a window by default, which only `use_sliding_window` turns on.
-    window = config.get("sliding_window", _WINDOW if family.qk_norm else None)
-    if config.get("use_sliding_window") and window is not None:
-        read.refuse("use_sliding_window", True, "attention must see all positions")
+    _check_window(family, read)
     kinds = config.get("layer_types") or ()
     for kind in kinds:
         if kind != "full_attention":
@@ -147,7 +148,7 @@ def model_config(config: Json, where: str) -> ModelConfig:
     named = {"the length of layer_types": len(kinds) or None}
     read.agreed({"num_hidden_layers": read.whole("num_hidden_layers"), **named})
     heads, width = read.whole("num_attention_heads"), read.whole("hidden_size")
-    llama = not family.qk_norm
+    llama = family.model_type == "llama"
     fields: dict[str, Any] = {
         "vocab_size": read.whole("vocab_size"),
         "d_model": width,
@@ -168,6 +169,19 @@ def model_config(config: Json, where: str) -> ModelConfig:
         del fields["d_ff"]  # for layers without experts; there are none
         fields |= _experts(read)
     return ModelConfig(**fields)
+
+
+def _check_window(family: Family, read: _Reader) -> None:
+    """Raise `UserError` if attention sees only a window that is shorter than the context."""
+    why = "attention must see all positions"
+    window = read.config.get("sliding_window", family.window)
+    if family.model_type == "llama" or window is None:  # Llama ignores the key
+        return
+    if family.window_switch is None:
+        if window < context_of(read.config, read.where):
+            read.refuse("sliding_window", window, why)
+    elif read.config.get(family.window_switch):
+        read.refuse(family.window_switch, True, why)
 
 
 def _rope(read: _Reader) -> dict[str, Any]:
@@ -192,8 +206,13 @@ def _rope(read: _Reader) -> dict[str, Any]:
             high_freq_factor=read.number("high_freq_factor", of=facts),
             original_context=int(read.number("original_max_position_embeddings", of=facts)),
         )
+    elif facts["rope_type"] == "linear":
+        # Llama 3's rule with a context of one position: all wavelengths are longer and scaled.
+        fields["rope_scaling"] = RopeScaling(
+            read.number("factor", of=facts), original_context=_LINEAR_CONTEXT
+        )
     elif facts["rope_type"] != "default":
-        read.refuse("rope_type", facts["rope_type"], "known: default, llama3")
+        read.refuse("rope_type", facts["rope_type"], "known: default, linear, llama3")
     return fields
 
 
@@ -256,8 +275,8 @@ def context_of(config: Json, where: str) -> int:
 # -- our config -> theirs ----------------------------------------------------------------------
 
 
-def stock_family(model: ModelConfig) -> Family:
-    """Return the stock class that computes `model`.
+def stock_family(model: ModelConfig, published: Any = None) -> Family:
+    """Return the stock class that computes `model`, that of model type `published` if it does.
 
     Raise `UserError`, which names the feature, if no stock class does.
     """
@@ -271,18 +290,18 @@ def stock_family(model: ModelConfig) -> Family:
     ):
         if lacking:
             raise UserError(f"no class of transformers has {what}: export it with --form mea")
-    for family in FAMILIES:
-        if (family.qk_norm, family.experts) == (model.qk_norm, bool(model.n_experts)):
-            break
-    else:
+    features = (model.qk_norm, bool(model.n_experts))
+    able = [family for family in FAMILIES if (family.qk_norm, family.experts) == features]
+    if not able:
         raise UserError(
             "no supported class of transformers has experts without qk_norm: "
             "export it with --form mea"
         )
+    family = next((family for family in able if family.model_type == published), able[0])
     if not family.qk_norm and model.d_model % model.n_heads:
         raise UserError(
-            f"LlamaForCausalLM cannot have d_model={model.d_model}, which n_heads={model.n_heads} "
-            "does not divide: export it with --form mea"
+            f"{family.architecture} cannot have d_model={model.d_model}, which "
+            f"n_heads={model.n_heads} does not divide: export it with --form mea"
         )
     return family
 
@@ -292,7 +311,7 @@ def stock_config(model: ModelConfig, dtype: str, kept: Json) -> dict[str, Any]:
 
     `kept` contains values for the keys of `KEPT`. Raise `UserError` as `stock_family`.
     """
-    family = stock_family(model)
+    family = stock_family(model, kept.get("model_type"))
     config: dict[str, Any] = {
         "architectures": [family.architecture],
         "model_type": family.model_type,
@@ -323,8 +342,10 @@ def stock_config(model: ModelConfig, dtype: str, kept: Json) -> dict[str, Any]:
             "decoder_sparse_step": 1,
             "mlp_only_layers": [],
         }
-    elif not family.qk_norm:
+    elif family.model_type == "llama":
         config["mlp_bias"] = False
+    if family.window is not None and family.window_switch is None:
+        config["sliding_window"] = None
     return config | {key: kept[key] for key in KEPT if key in kept}
 
 
@@ -333,6 +354,8 @@ def rope_scaling(model: ModelConfig) -> dict[str, Any] | None:
     scaling = model.rope_scaling
     if scaling.factor == 1.0:
         return None
+    if scaling.original_context == _LINEAR_CONTEXT:
+        return {"rope_type": "linear", "factor": scaling.factor}
     return {
         "rope_type": "llama3",
         "factor": scaling.factor,

@@ -10,7 +10,6 @@ permuted.
 """
 
 import importlib.util
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,8 +18,10 @@ from typing import Any
 
 import numpy as np
 
+from mea_jax.config.schema import RopeScaling
 from mea_jax.data.bad_input import first_line
 from mea_jax.errors import UserError, nearest, shown
+from mea_jax.ops.rope import rope_frequencies
 
 # By GGUF architecture: class and model type of transformers, and whether rotary pairs are adjacent.
 ARCHITECTURES = {
@@ -50,7 +51,7 @@ _LAYER = {
 _ROPE_FACTORS = "rope_freqs.weight"
 _PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 # Llama 3.1 and later: a GGUF file has the factors of the frequencies, not what they come from.
-_LLAMA3 = {
+_LLAMA3: dict[str, Any] = {
     "rope_type": "llama3",
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
@@ -231,7 +232,7 @@ class GGUFModel:
             )
         return value
 
-    def _real(self, key: str, default: float | None = None) -> float | None:
+    def _real(self, key: str, default: float | None = None) -> Any:
         """Return the float32 number `<architecture>.<key>` in its shortest decimal form."""
         value = self.fields.get(f"{self.architecture}.{key}", default)
         return None if value is None else float(str(np.float32(value)))
@@ -287,22 +288,20 @@ class GGUFModel:
         found = Tensor(_ROPE_FACTORS, stored, file).array().ravel()
         theta = self._real("rope.freq_base", 10_000.0)
         scaling = _LLAMA3 | {"factor": float(found.max())}
-        wanted = llama3_factors(head_dim, theta, scaling)
+        ours = RopeScaling(
+            scaling["factor"],
+            scaling["low_freq_factor"],
+            scaling["high_freq_factor"],
+            scaling["original_max_position_embeddings"],
+        )
+        scaled = rope_frequencies(head_dim, theta, ours)
+        wanted = rope_frequencies(head_dim, theta, RopeScaling()) / scaled
         if found.shape != wanted.shape or not np.allclose(found, wanted, rtol=1e-4):
             raise UserError(
                 f"{file}: the factors of {_ROPE_FACTORS} are not those of Llama 3.1 and later, "
                 "the only ones supported: convert the model's safetensors with from_hf"
             )
         return scaling
-
-
-def llama3_factors(head_dim: int, theta: Any, scaling: Mapping[str, Any]) -> np.ndarray:
-    """Return what Llama 3 divides each rotary frequency by, (H / 2,)."""
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    frequency = theta ** (-np.arange(0, head_dim, 2) / head_dim)
-    turns = scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)
-    smooth = np.clip((turns - low) / (high - low), 0, 1)
-    return 1 / ((1 - smooth) / scaling["factor"] + smooth)
 
 
 def _read(path: Path) -> Any:

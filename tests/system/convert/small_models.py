@@ -9,6 +9,8 @@ import torch
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
@@ -59,6 +61,12 @@ class Kind:
 
 
 KINDS = {
+    "llama linear": Kind(
+        LlamaConfig,
+        LlamaForCausalLM,
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 4.0}},
+    ),
+    "mistral": Kind(MistralConfig, MistralForCausalLM, {"sliding_window": None}),
     "llama": Kind(LlamaConfig, LlamaForCausalLM, {"rope_parameters": LLAMA3}),
     "llama tied": Kind(LlamaConfig, LlamaForCausalLM, {"tie_word_embeddings": True}),
     "qwen3": Kind(Qwen3Config, Qwen3ForCausalLM, {}),

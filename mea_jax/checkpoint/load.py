@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import Mesh, SingleDeviceSharding
 
 from mea_jax.checkpoint.manager import Checkpoints, find_checkpoint
 from mea_jax.config.schema import ModelConfig, TrainConfig
 from mea_jax.data.tokenizers import Tokenizer, from_directory
 from mea_jax.errors import UserError
-from mea_jax.model.params import abstract_params
+from mea_jax.model.params import abstract_params, placed_params
 from mea_jax.ops.backend import resolve
+from mea_jax.parallel import sharding
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,20 @@ class Trained:
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), abstract_params(model)
         )
         return model, self.params(abstract)
+
+    def on_mesh(self, mesh: Mesh, dtype: str, length: int) -> tuple[ModelConfig, Any]:
+        """Return the model, resolved for `length` positions, and its parameters on a mesh.
+
+        Each device reads only its shards. Raise `UserError` if the checkpoint cannot be read, or
+        the mesh does not divide the model.
+        """
+        rows = sharding.batch_shards(mesh)
+        one = dataclasses.replace(self.config, batch_size=rows, accumulate=1)
+        sharding.check_divisible(one, mesh)
+        model = dataclasses.replace(unresolved(self.config.model), dtype=dtype)
+        devices = list(mesh.devices.flat)
+        model = resolve(model, devices, length, tensor=mesh.shape["tensor"])
+        return model, self.params(placed_params(model, mesh))
 
 
 def open_trained(path: Path, log: Callable[[str], Any], option: str = "--checkpoint") -> Trained:

@@ -4,14 +4,16 @@ python -m mea_jax.generate --checkpoint runs/quickstart --prompt "def main("
 python -m mea_jax.generate --checkpoint runs/quickstart --prompts prompts.txt --output out.jsonl
 """
 
+import contextlib
 import sys
 from pathlib import Path
 
 import jax
 from absl import flags
+from jax.sharding import Mesh
 
 from mea_jax import cli
-from mea_jax.checkpoint.load import open_trained
+from mea_jax.checkpoint.load import Trained, open_trained
 from mea_jax.cli import si
 from mea_jax.errors import UserError
 from mea_jax.generate import decode
@@ -28,6 +30,7 @@ from mea_jax.generate.run import (
 )
 from mea_jax.model.kv_cache import RECENT
 from mea_jax.ops.sampling import Sampling
+from mea_jax.parallel import sharding
 
 
 def _check_flags() -> None:
@@ -80,19 +83,35 @@ def main() -> None:
     window = trained.config.data.context_length
     needed = max(window, max(map(len, ids)) + MAX_TOKENS.value)
     length = CACHE_LENGTH.value or min(needed, trained.context_limit)
-    model, params = trained.on_first_device(DTYPE.value, length)
-    generator = Generator(
+    mesh = None if MESH.value is None else sharding.requested_mesh(MESH.value, "--mesh")
+    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+        generator = _generator(trained, length, mesh)
+        # Check all prompts before the output file is opened, so that errors overwrite no old one.
+        for i, prompt in enumerate(ids, start=1):
+            generator.check(prompt, where.replace("{}", str(i)))
+        decoding = Decoding(MAX_TOKENS.value, sampling, SEED.value, stop=tokenizer.stops)
+        session = Session(generator, tokenizer, decoding, [stop for stop in STOP.value if stop])
+        _run(session, prompts, ids)
+
+
+def _generator(trained: Trained, length: int, mesh: Mesh | None) -> Generator:
+    if mesh is None:
+        model, params = trained.on_first_device(DTYPE.value, length)
+    else:
+        model, params = trained.on_mesh(mesh, DTYPE.value, length)
+    return Generator(
         model,
         params,
         length=length,
         cache_dtype=None if CACHE_DTYPE.value == "auto" else CACHE_DTYPE.value,
         form=CACHE_FORM.value,
+        mesh=mesh,
     )
-    # Check all prompts before the output file is opened, so that errors overwrite no old one.
-    for i, prompt in enumerate(ids, start=1):
-        generator.check(prompt, where.replace("{}", str(i)))
-    decoding = Decoding(MAX_TOKENS.value, sampling, SEED.value, stop=tokenizer.stops)
-    session = Session(generator, tokenizer, decoding, [stop for stop in STOP.value if stop])
+
+
+def _run(session: Session, prompts: list[str], ids: list[list[int]]) -> None:
+    """Generate; raise `UserError` if the device has too little memory."""
+    generator = session.generator
     try:
         _generate(session, prompts, ids)
     except jax.errors.JaxRuntimeError as error:
@@ -124,6 +143,11 @@ if __name__ == "__main__":
     STOP = flags.DEFINE_multi_string("stop", [], "text that ends a continuation; may be repeated")
     BATCH_SIZE = flags.DEFINE_integer(
         "batch_size", 8, "number of prompts continued at the same time", lower_bound=1
+    )
+    MESH = flags.DEFINE_string(
+        "mesh",
+        None,
+        "devices to divide the model over, such as tensor=4 or fsdp=2,tensor=4; default: the first",
     )
     CACHE_LENGTH = flags.DEFINE_integer(
         "cache_length",

@@ -166,6 +166,11 @@ class Generator:
         self.cache_dtype = jnp.dtype(cache_dtype or model.dtype)
         self._compiled: dict[Any, Any] = {}
 
+    @property
+    def row_multiple(self) -> int:
+        """The number of rows of a batch must be a multiple of this."""
+        return 1 if self.mesh is None else sharding.batch_shards(self.mesh)
+
     def cache_bytes_per_token(self) -> float:
         """Return the bytes of keys and values per position of a row, over all layers."""
         empty = functools.partial(decode.empty_cache, self.served, 1, self.length)

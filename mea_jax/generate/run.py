@@ -152,14 +152,22 @@ def stream_one(session: Session, shown: str, ids: list[int]) -> str:
     `shown` is printed before it. `ids` are the token ids of the prompt.
     """
     generator, tokenizer = session.generator, session.tokenizer
+    rows = generator.row_multiple  # equal ones: a mesh may need several
     stream = Stream(tokenizer, session.stops, sys.stdout, ids)
     sys.stdout.write(shown)
 
     def on_tokens(new):
-        return [stream.show(new[0])]
+        return [stream.show(new[0])] * rows
 
     decoding = dataclasses.replace(session.decoding, chunk=_STREAM)
-    new = generator.run([ids], decoding, on_tokens=on_tokens, report=session.report)
+    new = generator.run(
+        [ids] * rows,
+        decoding,
+        rows=[0] * rows,
+        on_tokens=on_tokens,
+        report=session.report,
+        counted=1,
+    )
     stopped = stream.show(new[0], last=True)
     sys.stdout.write("\n")
     return "stop" if stopped else ended_by(generator, ids, new[0], decoding.count)
@@ -178,6 +186,7 @@ def continue_file(
     """Yield one record per prompt, in order; `ids` are the token ids of `prompts`."""
     generator, tokenizer, stops = session.generator, session.tokenizer, session.stops
     decoding = dataclasses.replace(session.decoding, chunk=_BATCH if stops else 0)
+    batch = -(-batch // generator.row_multiple) * generator.row_multiple
     for start in range(0, len(prompts), batch):
         rows = list(range(start, min(start + batch, len(prompts))))
         padded = rows + rows[-1:] * (batch - len(rows))  # one shape, so one compilation

@@ -15,7 +15,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mea_jax.config.schema import MeshConfig, Side, TrainConfig
-from mea_jax.errors import UserError
+from mea_jax.errors import UserError, nearest
 
 # From the outermost, whose devices may be far apart, to the innermost, which communicate most.
 AXES = ("data", "fsdp", "expert", "sequence", "tensor")
@@ -91,6 +91,30 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         inside, across, devices, allow_split_physical_axes=True
     )
     return Mesh(grid, AXES, axis_types=kinds)
+
+
+def requested_mesh(text: str, option: str) -> Mesh:
+    """Return the mesh of "tensor=4,fsdp=2" over the first devices; other axes have one device.
+
+    Raise `UserError`, which names `option`, for an unknown axis, a size that is not a positive
+    integer, or more devices than there are.
+    """
+    sizes = {"data": 1}
+    known = ("data", "fsdp", "tensor", "expert")
+    for part in text.split(","):
+        axis, _, size = part.strip().partition("=")
+        if axis not in known:
+            raise UserError(f"{option} {text}: there is no axis {axis!r}; {nearest(axis, known)}")
+        if not size.isdecimal() or int(size) < 1:
+            raise UserError(f"{option} {text}: the size of {axis} must be 1 or more")
+        sizes[axis] = int(size)
+    count, devices = math.prod(sizes.values()), jax.devices()
+    if len(devices) < count:
+        raise UserError(
+            f"{option} {text} needs {count} devices, but this machine has {len(devices)}: use a "
+            "smaller mesh"
+        )
+    return make_mesh(MeshConfig(**sizes), devices[:count])
 
 
 def _slices(devices: Sequence[jax.Device]) -> int | None:

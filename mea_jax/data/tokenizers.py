@@ -123,9 +123,13 @@ class HuggingFaceTokenizer(Tokenizer):
         return tuple(ids[: next(i for i in places if ids[i : i + len(text)] == text)])
 
     def encode_marked(self, text: str) -> list[int]:
-        marked = hf.Tokenizer.from_str(self.content.decode())
         with library_errors(f"{self._where}: cannot encode text"):
-            return marked.encode(text, add_special_tokens=False).ids
+            return self._marked.encode(text, add_special_tokens=False).ids
+
+    @functools.cached_property
+    def _marked(self) -> hf.Tokenizer:
+        """The same tokenizer, which finds special tokens in a text."""
+        return hf.Tokenizer.from_str(self.content.decode())
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         with library_errors(f"{self._where}: cannot encode text"):

@@ -9,7 +9,7 @@ import dataclasses
 import inspect
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from lm_eval.api.registry import register_model
 from mea_jax.checkpoint.load import open_trained, unresolved
 from mea_jax.data import chat
 from mea_jax.errors import UserError, fail, nearest
+from mea_jax.evaluate.harness.encoding import RequestEncoder
 from mea_jax.evaluate.harness.generating import (
     NEW_TOKENS,
     AnswerGenerator,
@@ -108,8 +109,9 @@ class HarnessModel(TemplateLM):
         if add_bos_token is None:
             own = self._tokens.start != self._tokens.separator
             add_bos_token = own or not self._tokens.companions
-        self._before = [self._tokens.start] if add_bos_token else []
-        self._in_chat = False  # whether texts are rendered by a chat template
+        self._texts = RequestEncoder(
+            self._tokens, [self._tokens.start] if add_bos_token else [], self.prefix_token_id
+        )
         self.scorer = Scorer(self.model, self.params, self.mesh, batch_tokens)
         self.writer = AnswerGenerator(
             self.model,
@@ -176,7 +178,7 @@ class HarnessModel(TemplateLM):
 
         The begin token is included if `add_bos_token` is, unless `add_special_tokens` is False.
         """
-        return self._encode([string], add_special_tokens is not False)[0]
+        return self._texts.encode([string], add_special_tokens is not False)[0]
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         """Return the model's chat template if `chat_template` asks for one, as the harness records.
@@ -189,14 +191,14 @@ class HarnessModel(TemplateLM):
             raise UserError(
                 f"--apply_chat_template: {self.tokenizer_name} has no chat template; leave it out"
             )
-        self._in_chat = True
+        self._texts.in_chat = True
         return found
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
         """Return a conversation as text, up to the model's answer or within its last message."""
-        self._in_chat = True
+        self._texts.in_chat = True
         where = "--apply_chat_template"
         return chat.render(self._tokens, chat_history, where, answer=add_generation_prompt)
 
@@ -208,7 +210,7 @@ class HarnessModel(TemplateLM):
         Return (log-probability of the continuation in nats, whether greedy decoding would write it)
         for each. Raise `UserError` if a continuation is longer than `max_length`.
         """
-        pairs = self._encode_pairs([request.args for request in requests])
+        pairs = self._texts.encode_pairs([request.args for request in requests])
         for request, (_, continuation) in zip(requests, pairs, strict=True):
             if len(continuation) > self.max_length:
                 raise UserError(
@@ -242,9 +244,9 @@ class HarnessModel(TemplateLM):
         texts = [request.args[0] for request in requests]
         # A tokenizer's own begin token counts as text, as in the harness's other models. The
         # separator that we put before texts does not: the first window begins with it anyway.
-        own = self._before if self._tokens.start != self._tokens.separator else []
+        own = self._texts.before if self._tokens.start != self._tokens.separator else []
         windows, owners = [], []
-        for i, ids in enumerate(self._encode(texts, begin=False)):
+        for i, ids in enumerate(self._texts.encode(texts, begin=False)):
             rolled = utils.get_rolling_token_windows(
                 own + ids, self.prefix_token_id, self.max_length, context_len=1
             )
@@ -266,7 +268,7 @@ class HarnessModel(TemplateLM):
         Raise `UserError` if an option is unsupported or leaves no room for a prompt.
         """
         began = time.perf_counter()
-        contexts = self._encode([request.args[0] for request in requests], begin=True)
+        contexts = self._texts.encode([request.args[0] for request in requests], begin=True)
         prompts = [
             self._prompt(request, ids) for request, ids in zip(requests, contexts, strict=True)
         ]
@@ -277,42 +279,7 @@ class HarnessModel(TemplateLM):
         self.seconds += time.perf_counter() - began
         return texts
 
-    # -- tokens -----------------------------------------------------------------------------------
-
-    def _encode(self, texts: Sequence[str], begin: bool) -> list[list[int]]:
-        before = self._before if begin else []
-        if self._in_chat:  # special tokens are written in the text, a start perhaps among them
-            encoded = map(self._tokens.encode_marked, texts)
-            return [ids if ids[: len(before)] == before else before + ids for ids in encoded]
-        return [before + ids for ids in self._tokens.encode_batch(list(texts))]
-
-    def _encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
-        """Encode contexts and continuations as `TemplateLM` splits them, in one batch.
-
-        White space at the end of a context moves to the continuation. An empty context becomes the
-        begin token. A continuation is encoded separately if it adds no token to its context.
-        """
-        moved = []
-        for context, continuation in pairs:
-            kept = context.rstrip()
-            if kept or not context:
-                moved.append((kept, context[len(kept) :] + continuation))
-            else:  # only white space
-                moved.append(("", context + continuation))
-        contexts = list(dict.fromkeys(context for context, _ in moved))
-        encoded = dict(zip(contexts, self._encode(contexts, begin=True), strict=True))
-        wholes = self._encode([context + new for context, new in moved], begin=True)
-        found = []
-        for (context, new), whole in zip(moved, wholes, strict=True):
-            if context:
-                first = encoded[context]
-                rest = whole[len(first) :]
-                if not rest and new:
-                    rest = self._encode([new], begin=False)[0]
-            else:
-                first, rest = [self.prefix_token_id], whole[len(self._before) :]
-            found.append((first, rest))
-        return found
+    # -- requests ---------------------------------------------------------------------------------
 
     def _request(self, context: list[int], new: list[int]) -> Request:
         whole = context + new

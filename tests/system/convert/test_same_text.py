@@ -15,6 +15,7 @@ from mea_jax.data.end_tokens import TOKENIZER_CONFIG
 from mea_jax.errors import UserError
 from tests.helpers import assert_one_error
 from tests.system.convert import small_models
+from tests.system.convert.published import VOCABULARY, publish
 
 PROMPTS = [
     "The capital of France is",
@@ -23,53 +24,8 @@ PROMPTS = [
     "مرحبا بالعالم",
     "def f(x):\n\treturn 12345\n\n",
 ]
-TEMPLATE = (
-    "{%- if messages[0]['role'] != 'system' %}{{ '<|start|>system\nBe brief.<|end|>\n' }}"
-    "{% endif %}"
-    "{% for message in messages %}\n"
-    "    {{- '<|start|>' + message['role'] + '\n' + message['content'] | trim + eos_token }}\n"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{% generation %}{{ '<|start|>assistant\n' }}{% endgeneration %}"
-    "{% endif %}"
-)
 COUNT = 64
-VOCABULARY = 266  # all of them have text: 264 and two special tokens
 FAMILIES = ["llama", "qwen3 tied", "qwen3_moe"]
-
-
-def publish(folder, begins):
-    """Give a saved model special tokens, a chat template, and perhaps a start of each text."""
-    path = folder / "tokenizer.json"
-    tree = json.loads(path.read_text())
-    size = 1 + max([*tree["model"]["vocab"].values(), *(t["id"] for t in tree["added_tokens"])])
-    special = {"special": True, "normalized": False}
-    flags = {"lstrip": False, "rstrip": False, "single_word": False} | special
-    for i, text in enumerate(("<|start|>", "<|end|>")):
-        tree["added_tokens"].append({"id": size + i, "content": text} | flags)
-    if begins:
-        texts = {name: {"Sequence": {"id": name, "type_id": i}} for i, name in enumerate("AB")}
-        token = {"id": "<|start|>", "ids": [size], "tokens": ["<|start|>"]}
-        tree["post_processor"] = {
-            "type": "TemplateProcessing",
-            "single": [
-                {"SpecialToken": {"id": "<|start|>", "type_id": 0}},
-                texts["A"],
-            ],
-            "pair": [
-                {"Sequence": {"id": "A", "type_id": 0}},
-                {"Sequence": {"id": "B", "type_id": 1}},
-            ],
-            "special_tokens": {"<|start|>": token},
-        }
-    path.write_text(json.dumps(tree))
-    words = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": "<|start|>",
-        "eos_token": "<|endoftext|>",
-        "chat_template": TEMPLATE,
-        "clean_up_tokenization_spaces": False,
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(words))
 
 
 @pytest.fixture(scope="module")

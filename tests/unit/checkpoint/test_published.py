@@ -28,7 +28,7 @@ def test_gguf_is_refused_with_the_way_out(given, tmp_path):
     (tmp_path / "model.gguf").write_text("")
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "model-Q4_K_M.gguf").write_text("")
-    words = r"\(GGUF\).*convert from_hf --model FOLDER --out RUN"
+    words = r"\(GGUF\).*convert from_gguf --model FILE.gguf --out RUN"
     with pytest.raises(UserError, match=words):
         find_checkpoint(tmp_path / given)
     with pytest.raises(UserError, match=words):

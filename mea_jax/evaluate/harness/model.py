@@ -331,11 +331,11 @@ class HarnessModel(TemplateLM):
         with _progress(len(requests), quiet, what) as bar:
             # A request without targets has probability one.
             found = [(0.0, True)] * len(requests)
-            requested_tokens = [i for i, request in enumerate(requests) if request.targets]
+            scored = [i for i, request in enumerate(requests) if request.targets]
             scores = self.scorer.score(
-                [requests[i] for i in requested_tokens], self.work, bar.update
+                [requests[i] for i in scored], self.work, bar.update
             )
-            for i, score in zip(requested_tokens, scores, strict=True):
+            for i, score in zip(scored, scores, strict=True):
                 found[i] = score
         self.seconds += time.perf_counter() - began
         return found

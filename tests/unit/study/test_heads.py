@@ -152,7 +152,7 @@ def test_keys_mixed_after_their_norm_are_not_compared(runs, tmp_path, command):
     assert key["after"] is None
     assert key["distance"] > 0
     assert value["after"]["cka"] > 0
-    assert "normed before they are mixed" in said
+    assert "normalised before they are mixed" in said
 
 
 def test_a_compressed_mixing_has_no_start(runs, tmp_path, command):

@@ -332,9 +332,7 @@ class HarnessModel(TemplateLM):
             # A request without targets has probability one.
             found = [(0.0, True)] * len(requests)
             scored = [i for i, request in enumerate(requests) if request.targets]
-            scores = self.scorer.score(
-                [requests[i] for i in scored], self.work, bar.update
-            )
+            scores = self.scorer.score([requests[i] for i in scored], self.work, bar.update)
             for i, score in zip(scored, scores, strict=True):
                 found[i] = score
         self.seconds += time.perf_counter() - began

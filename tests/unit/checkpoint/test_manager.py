@@ -124,9 +124,10 @@ def test_a_damaged_checkpoint_is_one_clear_error(config, tmp_path):
     (tmp_path / "checkpoints" / "1" / "config" / "metadata").write_text("{")
     with (
         Checkpoints(tmp_path) as checkpoints,
-        pytest.raises(UserError, match="its config cannot be restored"),
+        pytest.raises(UserError, match="its config cannot be restored") as caught,
     ):
         checkpoints.config(1)
+    assert str(caught.value).count("checkpoints/1") == 1
 
 
 def test_a_disk_that_refuses(config, tmp_path, monkeypatch):

@@ -151,6 +151,7 @@ def test_a_mesh_gives_the_tokens_of_one_device(sizes):
         ([], "the prompt is empty"),
         ([1] * 200, "200 tokens, which leave no room .* 200 positions"),
         ([1, 264], "token 264, and the model's vocabulary has 264"),
+        ([7, -1], "token -1, and the model's vocabulary has 264"),
     ],
 )
 def test_prompts_that_cannot_be_continued(generator, prompt, message):

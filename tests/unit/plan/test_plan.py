@@ -189,6 +189,7 @@ def command(*arguments: str) -> subprocess.CompletedProcess:
         (["--topology=gpu:6", "--config.mesh.tensor=6"], ["mesh.tensor=6", "n_heads=8"]),
         (["--topology=gpu:2", "--step=serve"], ["--step=serve", "train|decode"]),
         (["--topology=gpu:2", "--step=decode", "--sweep"], ["--sweep", "--step"]),
+        (["--topology=gpu:2", "--sweep", "--hlo=x"], ["--hlo writes one program", "--sweep"]),
     ],
 )
 def test_bad_input_is_one_line(arguments, parts):

@@ -143,7 +143,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class StartConfig:
-    """How a run starts: initial parameters, a teacher, and which parameters are trained.
+    """The start of a run: initial parameters, a teacher, and which parameters are trained.
 
     A path is a run directory, of which the newest undamaged checkpoint is used, or one of its
     steps, `<run>/checkpoints/<step>`.

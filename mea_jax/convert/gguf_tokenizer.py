@@ -91,6 +91,13 @@ def _special(fields: Mapping[str, Any], name: str) -> int | None:
     return found if isinstance(found, int) else None
 
 
+def _adds_start(fields: Mapping[str, Any]) -> bool:
+    """Return whether texts begin with the begin token; the default is llama.cpp's."""
+    default = fields.get("tokenizer.ggml.model") == "llama"
+    default = default or fields.get("tokenizer.ggml.pre") in _LLAMA3
+    return bool(fields.get("tokenizer.ggml.add_bos_token", default))
+
+
 def _companions(
     fields: Mapping[str, Any], tokens: Sequence[str], config: Mapping[str, Any]
 ) -> dict[str, bytes]:
@@ -100,7 +107,7 @@ def _companions(
         token = _special(fields, key)
         if token is not None and token < len(tokens):
             words[f"{name}_token"] = tokens[token]
-    words["add_bos_token"] = bool(fields.get("tokenizer.ggml.add_bos_token", True))
+    words["add_bos_token"] = _adds_start(fields)
     template = fields.get("tokenizer.chat_template")
     if isinstance(template, str):
         words["chat_template"] = template
@@ -144,7 +151,7 @@ def _byte_level(
             ]
         )
     start = _special(fields, "bos")
-    if start is not None and fields.get("tokenizer.ggml.add_bos_token", pre in _LLAMA3):
+    if start is not None and _adds_start(fields):
         token = tokens[start]
         tokenizer.post_processor = hf.processors.TemplateProcessing(
             single=f"{token}:0 $A:0",

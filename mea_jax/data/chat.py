@@ -15,7 +15,7 @@ import jinja2.ext
 import jinja2.sandbox
 
 from mea_jax.data.bad_input import first_line
-from mea_jax.data.end_tokens import SPECIAL_TOKENS, TOKENIZER_CONFIG
+from mea_jax.data.end_tokens import SPECIAL_TOKENS, TOKENIZER_CONFIG, read_object, text_of
 from mea_jax.data.tokenizers import Tokenizer
 from mea_jax.errors import UserError
 
@@ -28,7 +28,7 @@ def find_template(companions: Mapping[str, bytes]) -> str | None:
     if _FILE in companions:
         return companions[_FILE].decode(errors="replace")
     for name in (_OLD_FILE, TOKENIZER_CONFIG):
-        found = _object(companions, name).get("chat_template")
+        found = read_object(companions.get(name, b"")).get("chat_template")
         if isinstance(found, list):  # several named ones
             named = {entry.get("name"): entry.get("template") for entry in found}
             found = named.get("default")
@@ -118,16 +118,7 @@ def _special_tokens(companions: Mapping[str, bytes]) -> dict[str, str]:
     """Return the texts of special tokens by their names in templates, such as "bos_token"."""
     found = {}
     for name in (SPECIAL_TOKENS, TOKENIZER_CONFIG):
-        for key, value in _object(companions, name).items():
-            text = value.get("content") if isinstance(value, dict) else value
-            if key.endswith("_token") and isinstance(text, str):
+        for key, value in read_object(companions.get(name, b"")).items():
+            if key.endswith("_token") and (text := text_of(value)):
                 found[key] = text
     return found
-
-
-def _object(companions: Mapping[str, bytes], name: str) -> dict[str, Any]:
-    try:
-        tree = json.loads(companions.get(name, b"{}"))
-    except (ValueError, RecursionError):
-        return {}
-    return tree if isinstance(tree, dict) else {}

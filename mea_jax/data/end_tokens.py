@@ -34,10 +34,10 @@ def named_ends(
     """
     found = {}
     for name in (*_IDS, *_TEXTS):
-        tree = _tree(companions.get(name, b""))
+        tree = read_object(companions.get(name, b""))
         given = tree.get("eos_token_id" if name in _IDS else "eos_token")
         values = given if isinstance(given, list) else [given]
-        ids = values if name in _IDS else [vocabulary.get(_text(value)) for value in values]
+        ids = values if name in _IDS else [vocabulary.get(text_of(value)) for value in values]
         found[name] = tuple(i for i in ids if type(i) is int and 0 <= i < size)
     return found
 
@@ -68,16 +68,17 @@ def known_separator(vocabulary: Mapping[str, int]) -> int | None:
 
 def context_of(companions: Mapping[str, bytes]) -> int:
     """Return the `max_position_embeddings` of a published model's config.json, 0 without one."""
-    found = _tree(companions.get(MODEL_CONFIG, b"")).get("max_position_embeddings")
+    found = read_object(companions.get(MODEL_CONFIG, b"")).get("max_position_embeddings")
     return found if type(found) is int and found > 0 else 0
 
 
 def adds_start(companions: Mapping[str, bytes]) -> bool:
     """Return whether a SentencePiece tokenizer puts its begin token before a text."""
-    return _tree(companions.get(TOKENIZER_CONFIG, b"")).get("add_bos_token") is not False
+    return read_object(companions.get(TOKENIZER_CONFIG, b"")).get("add_bos_token") is not False
 
 
-def _tree(content: bytes) -> dict[str, Any]:
+def read_object(content: bytes) -> dict[str, Any]:
+    """Return the JSON object in a file's content, {} if it contains none."""
     try:
         tree = json.loads(content)
     except (ValueError, RecursionError):
@@ -85,7 +86,7 @@ def _tree(content: bytes) -> dict[str, Any]:
     return tree if isinstance(tree, dict) else {}
 
 
-def _text(value: Any) -> str:
+def text_of(value: Any) -> str:
     """Return the text of a token, given as a string or as an object with "content"."""
     value = value.get("content") if isinstance(value, dict) else value
     return value if isinstance(value, str) else ""

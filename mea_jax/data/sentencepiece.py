@@ -65,24 +65,25 @@ class SentencePieceTokenizer(Tokenizer):
 
         As in transformers, only text at the beginning gets the model's dummy prefix.
         """
-        special = [
-            self._processor.id_to_piece(i)
-            for i in range(self.vocab_size)
-            if self._processor.is_control(i)
-        ]
-        pattern = "|".join(map(re.escape, sorted(filter(None, special), key=len, reverse=True)))
         ids: list[int] = []
-        for i, part in enumerate(re.split(f"({pattern})", text)):
+        for i, part in enumerate(self._special_pattern.split(text)):
             if part and i % 2:
                 ids.append(self._processor.piece_to_id(part))
             elif part:
                 ids += self._encode_plain(part, first=not ids)
         return ids
 
+    @functools.cached_property
+    def _special_pattern(self) -> re.Pattern[str]:
+        """A pattern of one group that matches the special tokens, longest first."""
+        control = filter(self._processor.is_control, range(self.vocab_size))
+        texts = sorted(map(self._processor.id_to_piece, control), key=len, reverse=True)
+        return re.compile(f"({'|'.join(map(re.escape, filter(None, texts))) or '(?!)'})")
+
     def _encode_plain(self, text: str, first: bool) -> list[int]:
         if first:
             return self.encode_batch([text])[0]
-        # After a begin that the model knows by itself, there is no dummy prefix to remove.
+        # The dummy prefix goes to a first character, which is then taken off.
         mark = "\n"
         with_mark, alone = self._processor.encode([mark + text, mark])
         return with_mark[len(alone) :]

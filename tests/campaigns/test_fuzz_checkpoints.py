@@ -19,7 +19,9 @@ FLIPPED = checkpoints.Damage("sealed", "flip", 0.5, 0.5, b"\1")
 @example(checkpoints.Damage("unsealed", "words", 0.35, 0.0, b"\7"))
 def test_a_corrupted_checkpoint_is_refused_in_a_line_or_read_as_arrays(damage):
     with tempfile.TemporaryDirectory() as folder:
-        checkpoints.check(damage, Path(folder))
+        outcome = checkpoints.check(damage, Path(folder))
+    # Checksums leave nothing that has changed to be read.
+    assert damage.kind != "sealed" or outcome in ("refused: damage", "unchanged")
 
 
 @pytest.mark.parametrize("change", ["flip", "cut", "remove", "link"])

@@ -171,7 +171,7 @@ def test_gradient_checkpointing_changes_no_gradient(folder, warned, options):
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing")
 def test_caches_under_gradient_checkpointing(folder):
-    """As in a stock class, only evaluation returns a cache; a filled cache is not ignored."""
+    """Only evaluation returns a cache, as in a stock class; a filled cache is not ignored."""
     sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
     stock = LlamaForCausalLM(LlamaConfig(vocab_size=264, num_hidden_layers=2, **sizes))
     filled = DynamicCache()

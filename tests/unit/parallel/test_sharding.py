@@ -325,7 +325,7 @@ def test_minus_one_takes_what_is_left():
 
 
 def test_data_runs_over_slices_outermost():
-    """Where devices report no slices, each slice is an equal number of consecutive devices."""
+    """Each slice is an equal number of consecutive devices if these report no slices."""
     mesh = sharding.make_mesh(MeshConfig(data=4, fsdp=2, slices=2))
     numbers = np.vectorize(lambda device: device.id)(mesh.devices)
     assert sorted(numbers[:2].reshape(-1)) == [0, 1, 2, 3]

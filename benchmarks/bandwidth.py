@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from benchmarks.decode_step import WHOLE, base_model, step_of, variant_of
 from benchmarks.harness import lines, print_table, spread, time_interleaved, write_json
-from mea_jax.ops.backend import resolve
+from mea_jax.ops.resolve import resolve
 from mea_jax.parallel.host import keep_freed_memory
 
 NAMES = ("MHA", "GQA K/2", WHOLE, "MEA C = K/2, absorbed")

@@ -23,7 +23,7 @@ from configs import quickstart
 from mea_jax.checkpoint.manager import Checkpoints, Position
 from mea_jax.config.parse import from_config_dict
 from mea_jax.config.schema import TrainConfig
-from mea_jax.ops.backend import resolve
+from mea_jax.ops.resolve import resolve
 from mea_jax.parallel import sharding
 from mea_jax.parallel.host import keep_freed_memory
 from mea_jax.train.step import compile_eval_step, compile_train_step, create_state

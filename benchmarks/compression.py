@@ -25,7 +25,7 @@ from mea_jax.checkpoint.layerwise import Writer, places
 from mea_jax.config.schema import DataConfig, ModelConfig, TrainConfig
 from mea_jax.data.prepare import prepare
 from mea_jax.model.params import abstract_params
-from mea_jax.ops.backend import resolve
+from mea_jax.ops.resolve import resolve
 
 MODEL = ModelConfig(
     vocab_size=257,

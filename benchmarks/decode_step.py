@@ -29,12 +29,12 @@ from jax.sharding import SingleDeviceSharding
 from benchmarks.harness import lines, print_table, ratios, spread, time_interleaved, write_json
 from mea_jax.config.schema import ModelConfig
 from mea_jax.generate import decode
-from mea_jax.model.attention import Context, Slots
+from mea_jax.model.context import Context, Slots
 from mea_jax.model.kv_cache import RECENT, CachedLayer, count_bytes, flush
 from mea_jax.model.params import abstract_params
 from mea_jax.model.transformer import rope_of
 from mea_jax.model.variants import make_attention
-from mea_jax.ops.backend import resolve
+from mea_jax.ops.resolve import resolve
 from mea_jax.parallel import topology
 from mea_jax.parallel.host import keep_freed_memory
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from benchmarks.harness import ratios, spread, time_interleaved, write_json
 from mea_jax.config.schema import ModelConfig, OptimizerConfig, TrainConfig
-from mea_jax.ops.backend import resolve
+from mea_jax.ops.resolve import resolve
 from mea_jax.parallel import sharding
 from mea_jax.parallel.host import keep_freed_memory
 from mea_jax.study.grid import Member

@@ -23,10 +23,11 @@ from jax.sharding import SingleDeviceSharding
 
 from benchmarks.harness import bars, print_table, ratios, spread, time_interleaved, write_json
 from mea_jax.config.schema import ModelConfig, OptimizerConfig, Side, TrainConfig
-from mea_jax.model.attention import Attention, Context
+from mea_jax.model.attention import Attention
+from mea_jax.model.context import Context
 from mea_jax.model.params import abstract_params
 from mea_jax.model.transformer import rope_of
-from mea_jax.ops.backend import resolve
+from mea_jax.ops.resolve import resolve
 from mea_jax.parallel import sharding, topology
 from mea_jax.parallel.host import keep_freed_memory
 from mea_jax.train.step import batch_loss, compile_train_step, create_state

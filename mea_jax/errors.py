@@ -41,3 +41,14 @@ def fail(error: BaseException | str) -> NoReturn:
     line = " ".join(str(error).split())
     sys.stderr.write(f"error: {line}\n")
     sys.exit(2)
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise `UserError(message)` unless `condition` holds."""
+    if not condition:
+        raise UserError(message)
+
+
+def one_of(path: str, value: str, allowed: Iterable[str]) -> None:
+    """Raise `UserError` unless the option `path` has one of the values `allowed`."""
+    require(value in (names := tuple(allowed)), f"{path}={shown(value)}: {nearest(value, names)}")

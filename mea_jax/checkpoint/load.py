@@ -15,7 +15,7 @@ from mea_jax.config.schema import ModelConfig, TrainConfig
 from mea_jax.data.tokenizers import Tokenizer, from_directory
 from mea_jax.errors import UserError
 from mea_jax.model.params import abstract_params, placed_params
-from mea_jax.ops.backend import resolve
+from mea_jax.ops.resolve import resolve
 from mea_jax.parallel import sharding
 
 

@@ -22,7 +22,11 @@ _ONE = 1e-6  # a gauge within this distance of 1 is ignored
 
 @dataclasses.dataclass(frozen=True)
 class Heads:
-    """A layer as plain attention, in float64. Norm weights are (H,), or None without that norm."""
+    """A layer as plain attention, in float64. Norm weights are (H,), or None without that norm.
+
+    D counts one more row in layers with biases: a bias is the weight of an input that is always 1,
+    so whatever mixes or turns heads carries it along.
+    """
 
     query_DNH: np.ndarray
     key_DKH: np.ndarray
@@ -39,16 +43,38 @@ def split_heads(model: ModelConfig, attention: Tree) -> Heads:
     def scale(name: str) -> np.ndarray | None:
         return np.asarray(attention[name]["scale"], np.float64) if name in attention else None
 
-    key_DKH, value_DKH = (hlc.composite_heads(model, side, attention) for side in Side)
+    def joined(kernel_DKH: Any, bias_KH: Any) -> np.ndarray:
+        rows = [kernel_DKH] if bias_KH is None else [kernel_DKH, np.asarray(bias_KH)[None]]
+        return np.concatenate([np.asarray(row, np.float64) for row in rows])
+
+    key_DKH, value_DKH = (
+        joined(
+            hlc.composite_heads(model, side, attention),
+            hlc.composite_bias(model, side, attention) if model.qkv_bias else None,
+        )
+        for side in Side
+    )
     return Heads(
-        query_DNH=np.asarray(attention["query"], np.float64),
-        key_DKH=np.asarray(key_DKH, np.float64),
-        value_DKH=np.asarray(value_DKH, np.float64),
+        query_DNH=joined(attention["query"], attention.get("query_bias")),
+        key_DKH=key_DKH,
+        value_DKH=value_DKH,
         out_NHD=np.asarray(attention["out"], np.float64),
         query_norm_H=scale("query_norm"),
         key_norm_H=scale("key_norm"),
         head_norm_H=scale("head_norm"),
     )
+
+
+def put_heads(tree: Tree, name: str, kernel_DKH: np.ndarray) -> None:
+    """Set the projection `name` of a layer's attention, and its bias from the last row, if any."""
+    if f"{name}_bias" in tree:
+        tree[f"{name}_bias"], kernel_DKH = kernel_DKH[-1], kernel_DKH[:-1]
+    tree[name] = kernel_DKH
+
+
+def input_scale(layer: Tree) -> Any:
+    """Return the weight (D,) of the norm of a layer's attention input, None without that norm."""
+    return layer["attention_norm"]["scale"] if "attention_norm" in layer else None
 
 
 def tie_pairs(scale_H: np.ndarray) -> np.ndarray:
@@ -90,7 +116,7 @@ def with_keys(heads: Heads, keys: Keys, tree: Tree) -> Tree:
             else:
                 query_DNH = query_DNH * ratio_H
             tree[name] = {"scale": alike_H}
-    tree["key"] = real_heads(keys.components(complex_heads(key_DKH)))
+    put_heads(tree, "key", real_heads(keys.components(complex_heads(key_DKH))))
     mix = keys.mix
     if frequency:
         mix = np.stack([mix.real, mix.imag], axis=-1).transpose(1, 2, 0, 3)  # (C, K, F, 2)
@@ -99,7 +125,7 @@ def with_keys(heads: Heads, keys: Keys, tree: Tree) -> Tree:
         assert keys.gauge is not None
         turn_NF = _per_query(keys.gauge.conj(), query_DNH.shape[1])
         query_DNH = real_heads(complex_heads(query_DNH) * turn_NF)
-    tree["query"] = query_DNH
+    put_heads(tree, "query", query_DNH)
     return tree
 
 
@@ -110,7 +136,7 @@ def with_values(heads: Heads, values: Values, tree: Tree) -> Tree:
     moved into the output projection.
     """
     tree, out_NHD = dict(tree), heads.out_NHD
-    tree["value"] = values.components(heads.value_DKH)
+    put_heads(tree, "value", values.components(heads.value_DKH))
     tree["value_mixing"] = values.mix
     if values.gauge is not None:
         identity = np.eye(values.gauge.shape[-1])

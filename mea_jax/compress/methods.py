@@ -89,6 +89,12 @@ def check_model(model: ModelConfig, method: str) -> None:
             "config.model.hlc_order='after' mixes keys after their norm, so they are not linear in "
             "the input and cannot be rebuilt from fewer heads: choose a model with 'before'"
         )
+    if model.qk_norm_over == "all":
+        raise UserError(
+            "config.model.qk_norm_over='all' (OLMo 2) norms all key heads together with a weight "
+            "for each, so a key cannot be rebuilt from mixed heads: choose a model with 'head' or "
+            "without qk_norm"
+        )
     if model.head_dim % 2:
         raise UserError(
             f"config.model.head_dim={model.head_dim} is odd, but keys are taken in pairs of "

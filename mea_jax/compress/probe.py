@@ -30,7 +30,7 @@ from mea_jax.compress.moments import Moments
 from mea_jax.compress.stream import Stream, compared_sums, run_block
 from mea_jax.compress.values import Values
 from mea_jax.config.schema import ModelConfig, Side
-from mea_jax.model.layer_spec import LayerSpec, layer_specs, plain_spec
+from mea_jax.model.layer_spec import LayerSpec, layer_specs, plain_specs
 
 Tree = dict[str, Any]
 _SOLVERS: dict[Side, Any] = {Side.KEY: solve_keys, Side.VALUE: solve_values}
@@ -56,10 +56,11 @@ class Sensitivity:
 
 
 def plain_layer(heads: Heads, tree: Tree) -> Tree:
-    """Return a layer's parameters for `plain_spec`: composite heads, without mixing matrices."""
+    """Return a layer's parameters for its spec in `plain_specs`, without mixing matrices."""
     dropped = ("key_mixing", "value_mixing")
     attention = {name: leaf for name, leaf in tree["attention"].items() if name not in dropped}
-    attention |= {"key": heads.key_DKH, "value": heads.value_DKH}
+    layers.put_heads(attention, "key", heads.key_DKH)
+    layers.put_heads(attention, "value", heads.value_DKH)
     return layers.as_float32(tree | {"attention": attention})
 
 
@@ -87,17 +88,13 @@ class SensitivityProbe:
         Args:
           model: the resolved config.
           top: parameters outside the layers.
-          trees: the layers' parameters for `plain_spec`.
+          trees: the layers' parameters for `plain_specs`.
           stream: text on which changes are measured, already embedded.
           repairing: text on which each changed layer is first repaired, already embedded; None
             means no repair.
         """
-        self.model, self.spec, self.stream, self.repairing = (
-            model,
-            plain_spec(model),
-            stream,
-            repairing,
-        )
+        self.model, self.specs = model, plain_specs(model)
+        self.stream, self.repairing = stream, repairing
         self.top = stream.place(top)
         self.trees = [stream.place(tree) for tree in trees]
         self.batches = [stream.put(batch) for batch in stream.batches]
@@ -114,7 +111,7 @@ class SensitivityProbe:
     def _rest(self, x_BTD: jax.Array, batch: Any, first: int) -> jax.Array:
         """Return the last residual, given the one before layer `first`."""
         for index in range(first, len(self.trees)):
-            x_BTD = run_block(self.spec, self.trees[index], x_BTD, batch, index)
+            x_BTD = run_block(self.specs[index], self.trees[index], x_BTD, batch, index)
         return x_BTD
 
     def _moved(self, spec: LayerSpec, tree: Tree) -> float:
@@ -123,7 +120,7 @@ class SensitivityProbe:
         with jax.set_mesh(self.stream.mesh):
             for (x_BTD, batch), original_BTD in zip(self._windows(), self.last, strict=True):
                 x_BTD = self._rest(run_block(spec, tree, x_BTD, batch, done), batch, done + 1)
-                sums = compared_sums(self.spec.model, self.top, x_BTD, original_BTD, batch)
+                sums = compared_sums(self.model, self.top, x_BTD, original_BTD, batch)
                 moved, tokens = moved + float(sums[2]), tokens + float(sums[1])
         return moved / tokens
 
@@ -131,15 +128,15 @@ class SensitivityProbe:
         """Move all streams past the next layer."""
         tree = self.trees[self.stream.done]
         for stream in filter(None, (self.repairing, self.stream)):
-            stream.advance(self.spec, tree)
+            stream.advance(self.specs[stream.done], tree)
         self._read()
 
     def sensitivity(self, method: str, heads: Heads, moments: Moments) -> list[Sensitivity]:
         """Measure the next layer's keys and values at C = 1 .. K heads; C = K counts as no loss."""
         count, index = heads.key_DKH.shape[1], self.stream.done
         tree, found = self.trees[index], []
-        scale, text = tree["attention_norm"]["scale"], self.repairing or self.stream
-        self.original = repair.OriginalLayer(self.spec, tree["attention"], scale, text)
+        scale, text = layers.input_scale(tree), self.repairing or self.stream
+        self.original = repair.OriginalLayer(self.specs[index], tree["attention"], scale, text)
         whole = {side: solve(method, heads, moments, count) for side, solve in _SOLVERS.items()}
         for side, solve in _SOLVERS.items():
             lost, worse = [], []
@@ -160,18 +157,20 @@ class SensitivityProbe:
         Without repair, rebuilt composite heads replace the original ones, so that all candidates
         share one compiled program. With repair, the layer is the actual compressed layer.
         """
-        tree = self.trees[self.stream.done]
+        tree, own = self.trees[self.stream.done], self.specs[self.stream.done]
         sharpen = side == Side.KEY and method in SHARPENED
         if self.repairing is None:
             rebuilt = (
                 rebuilt_keys(heads, keys) if side == Side.KEY else values.rebuilt(heads.value_DKH)
             )
-            attention = tree["attention"] | {side.value: np.asarray(rebuilt, np.float32)}
+            attention = dict(tree["attention"])
+            layers.put_heads(attention, side.value, np.asarray(rebuilt, np.float32))
             if sharpen:
-                found = repair.temperature(self.original, (self.spec, attention))
+                found = repair.temperature(self.original, (own, attention))
                 attention = repair.sharpened(attention, found)
-            return self.spec, tree | {"attention": self.stream.place(attention)}
-        target = target_model(self.spec.model, method, [counts[0]], [counts[1]])
+            return own, tree | {"attention": self.stream.place(attention)}
+        one = dataclasses.replace(own.model, n_layers=1)
+        target = target_model(one, method, [counts[0]], [counts[1]])
         spec = layer_specs(target)[0]
         attention = assemble(heads, keys, values, jax.device_get(tree["attention"]))
         if sharpen:
@@ -185,7 +184,7 @@ def assemble(heads: Heads, keys: Keys | Latent, values: Values, attention: Tree)
     """Return a layer's attention parameters with compressed keys and values, in float32."""
     kept = {n: v for n, v in attention.items() if n not in ("key_mixing", "value_mixing")}
     if isinstance(keys, Latent):
-        kept["key"] = rebuilt_keys(heads, keys)
+        layers.put_heads(kept, "key", rebuilt_keys(heads, keys))
     else:
         kept = layers.with_keys(heads, keys, kept)
     return layers.as_float32(layers.with_values(heads, values, kept))

@@ -116,7 +116,8 @@ def sharpened(attention: Tree, temperature: float) -> Tree:
     if "query_norm" in attention:
         scale_H = attention["query_norm"]["scale"] * np.float32(temperature)
         return attention | {"query_norm": {"scale": scale_H}}
-    return attention | {"query": attention["query"] * np.float32(temperature)}
+    names = [name for name in ("query", "query_bias") if name in attention]
+    return attention | {name: attention[name] * np.float32(temperature) for name in names}
 
 
 def temperature(original: OriginalLayer, compressed: Layer) -> float:
@@ -162,7 +163,7 @@ def _matrix(path: tuple, leaf: Any) -> MuonDimensionNumbers | None:
     Each head of a projection is a separate matrix, and so is each expert.
     """
     name = path[-1].key
-    if name.endswith("_mixing") or leaf.ndim < 2:
+    if name.endswith(("_mixing", "_bias")) or leaf.ndim < 2:
         return None
     if name in ("query", "key", "value"):  # (D, heads, H)
         return MuonDimensionNumbers(0, 2)

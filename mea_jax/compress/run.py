@@ -30,7 +30,7 @@ from mea_jax.compress.stream import Losses, Stream
 from mea_jax.config.schema import Side
 from mea_jax.errors import UserError
 from mea_jax.model.layer_spec import layer_specs
-from mea_jax.ops.backend import resolve
+from mea_jax.ops.resolve import resolve
 
 Tree = dict[str, Any]
 
@@ -219,7 +219,7 @@ class CompressionPass:
             "unseen": unseen(moments.keys) + unseen(moments.values),
         }
         if text is not None and counts != (self.count, self.count):
-            spec, scale = layer_specs(writer.model)[index], tree["attention_norm"]["scale"]
+            spec, scale = layer_specs(writer.model)[index], layers.input_scale(tree)
             original = repair.OriginalLayer(
                 layer_specs(self.model)[index], tree["attention"], scale, text
             )

@@ -8,7 +8,7 @@ mesh's devices. Its parameters are on every device while it runs.
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +17,9 @@ from jax.sharding import Mesh
 
 from mea_jax.compress.moments import Moments
 from mea_jax.config.schema import ModelConfig
-from mea_jax.model.attention import Context
+from mea_jax.model.context import Context
 from mea_jax.model.layer_spec import LayerSpec, layer_specs
-from mea_jax.model.transformer import Block, rope_of
+from mea_jax.model.transformer import Block, Decoder, rope_of
 from mea_jax.model.variants import make_attention
 from mea_jax.ops.backend import make_backend
 from mea_jax.ops.cross_entropy import (
@@ -28,7 +28,6 @@ from mea_jax.ops.cross_entropy import (
     distilled_cross_entropy,
     positions_within,
 )
-from mea_jax.ops.embedding import lookup
 from mea_jax.ops.rms_norm import rms_norm
 from mea_jax.parallel import sharding
 
@@ -79,10 +78,15 @@ def watch_block(spec: LayerSpec, params: Tree, x_BTD, batch, index):
     return x_BTD, sums
 
 
+def normed_input(spec: LayerSpec, norm_scale_D, x_BTD):
+    """Return what a layer's attention reads (B, T, D): its normed input, or without norm its input."""
+    return x_BTD if norm_scale_D is None else rms_norm(x_BTD, norm_scale_D, spec.model.norm_eps)
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def run_attention(spec: LayerSpec, attention: Tree, norm_scale_D, x_BTD, batch, index):
     """Return the normed input of a layer's attention and its output, (B, T, D) each."""
-    normed_BTD = rms_norm(x_BTD, norm_scale_D, spec.model.norm_eps)
+    normed_BTD = normed_input(spec, norm_scale_D, x_BTD)
     return normed_BTD, apply_attention(spec, attention, normed_BTD, batch, index)
 
 
@@ -101,13 +105,8 @@ def apply_attention(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _embed(model: ModelConfig, top: Tree, batch):
-    activation, learned = make_backend(model).activation, model.positions == "learned"
-    dtype = jnp.float32 if learned else activation
-    x_BTD = lookup(top["embedding"], batch["inputs"], dtype, ("vocab", "embed"))
-    if learned:
-        table = top["position_embedding"]
-        x_BTD = x_BTD + lookup(table, batch["positions"], dtype, ("positions", "embed"))
-    return x_BTD.astype(activation)
+    read = (batch["inputs"], batch["positions"])
+    return cast(jax.Array, Decoder(model).apply({"params": top}, *read, method=Decoder.embed))
 
 
 def _unembedding(model: ModelConfig, top: Tree) -> tuple[jax.Array, int]:

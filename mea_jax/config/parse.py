@@ -48,7 +48,8 @@ def _coerce(hint: Any, value: Any, path: str) -> Any:
         if value is None:
             return None
         whole = isinstance(value, int) and not isinstance(value, bool)
-        kind = int if whole else next(h for h in hint.__args__ if typing.get_origin(h) is tuple)
+        lists = next(h for h in hint.__args__ if typing.get_origin(h) is tuple)
+        kind = int if whole and int in hint.__args__ else lists
         return _coerce(kind, value, path)
     if typing.get_origin(hint) is tuple:
         if not isinstance(value, list | tuple):

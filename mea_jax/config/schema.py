@@ -9,7 +9,7 @@ package reads, and raises `UserError` for options that cannot work.
 import dataclasses
 import enum
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ml_collections import config_dict
@@ -17,6 +17,8 @@ from ml_collections import config_dict
 REMAT_POLICIES = ("none", "dots", "full")
 SCHEDULES = ("cosine", "constant", "wsd")
 VARIANTS = ("mea", "differential_v1", "differential_v2", "talking_heads", "collaborative")
+NORMS = ("pre", "post", "both")
+ACTIVATIONS = ("silu", "gelu")
 POSITIONS = ("rope", "alibi", "learned", "none")
 TRAINABLE = ("all", "attention")
 ATTENTION_KERNELS = ("auto", "einsum", "chunked", "cpu", "cudnn", "splash")
@@ -72,12 +74,23 @@ class ModelConfig:
     hlc_form: str = "auto"  # in training: "folded" (W_lc into the projection), "explicit" (per
     # token), "auto": the faster one (hlc.choose_form)
     head_norm: bool = True  # RMSNorm on each head's output
-    qk_norm: bool = False  # RMSNorm on each query and key head, before positions
+    qk_norm: bool = False  # RMSNorm on queries and keys, before positions
+    qk_norm_over: str = "head"  # features that share one rms: "head", or "all" heads (OLMo 2)
+    qkv_bias: bool = False  # a bias of each query, component key and component value head
+    out_bias: bool = False  # a bias of the attention's output
     gate: str = "none"  # heads' outputs times sigmoid(x W_g): one number per "head" or "feature"
+    norms: str = "pre"  # RMSNorm on each half's input ("pre"), its output ("post"), or "both"
     norm_eps: float = 1e-5
+    activation: str = "silu"  # of the gated feed-forward half: "silu", or "gelu" (tanh form)
+    attention_scale: float = 0.0  # factor of logits; 0: 1/sqrt(head_dim)
+    embedding_scale: float = 1.0  # factor of embeddings, not of a tied unembedding
+    window: Components = None  # positions that a token sees, itself included; one number or one
+    # per layer, 0: all; None: all in every layer
     positions: str = "rope"  # "rope", "alibi", "learned" (added to embeddings), "none"
     max_positions: int = 0  # rows of the table of "learned" positions
     rope_theta: float = 500_000.0
+    layer_thetas: tuple[float, ...] | None = None  # a `rope_theta` per layer, 0: not rotated;
+    # None: `rope_theta` in every layer. With it, layers with a window have no `rope_scaling`
     rope_scaling: RopeScaling = field(default_factory=RopeScaling)
     tie_embeddings: bool = True
     dtype: str = "auto"  # of products and, except on the "cpu" backend, activations: "float32",
@@ -85,7 +98,7 @@ class ModelConfig:
     # of products: "xla", "cpu" (forms that XLA's CPU compiler runs fast), "auto"
     backend: str = "auto"
     attention_kernel: str = "auto"  # "einsum" (stores T x T), "chunked" (any platform, long
-    # contexts), "cpu", "cudnn" (GPU), "splash" (TPU), "auto": see ops.backend.resolve
+    # contexts), "cpu", "cudnn" (GPU), "splash" (TPU), "auto": see ops.resolve.resolve
     # what the backward pass recomputes, see transformer.remat: "none", "dots", "full"
     remat: str = "none"
     scan_unroll: int = 1  # layers per iteration of the scan over layers
@@ -98,6 +111,15 @@ class ModelConfig:
             value = self.n_kv_heads
         return (value,) * self.n_layers if isinstance(value, int) else tuple(value)
 
+    def windows(self) -> tuple[int, ...]:
+        """Return the window of each layer, length L; 0 is none."""
+        value = self.window or 0
+        return (value,) * self.n_layers if isinstance(value, int) else tuple(value)
+
+    def thetas(self) -> tuple[float, ...]:
+        """Return the base of each layer's rotary frequencies, length L; 0 is no rotation."""
+        return self.layer_thetas or (self.rope_theta,) * self.n_layers
+
     def mixes(self, side: Side) -> bool:
         """Return whether W_lc exists for the heads of `side`."""
         return side[0] in self.hlc if self.hlc != "none" else False
@@ -107,9 +129,36 @@ class ModelConfig:
         return self.key_mixing if side == Side.KEY else self.value_mixing
 
 
+def layer_configs(model: "ModelConfig") -> list["ModelConfig"]:
+    """Return a config for each layer of `model`: that of a model of such layers only.
+
+    Its `rope_theta` may be 0. Equal layers have equal configs.
+    """
+    rows = zip(
+        *(model.components(side) for side in Side), model.windows(), model.thetas(), strict=True
+    )
+    found = []
+    for key, value, window, theta in rows:
+        scaling = model.rope_scaling
+        if window and model.layer_thetas is not None:
+            scaling = RopeScaling()
+        found.append(
+            replace(
+                model,
+                key_components=key,
+                value_components=value,
+                window=window or None,
+                layer_thetas=None,
+                rope_theta=theta,
+                rope_scaling=scaling,
+            )
+        )
+    return found
+
+
 @dataclass(frozen=True)
 class ResolvedModel(ModelConfig):
-    """A `ModelConfig` whose "auto" options `ops.backend.resolve` has set for some devices."""
+    """A `ModelConfig` whose "auto" options `ops.resolve.resolve` has set for some devices."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from mea_jax.config.schema import ModelConfig, Side
 from mea_jax.convert import composite, families, folders, shards, tensors, tokenizer_files
 from mea_jax.data.tokenizers import from_directory
 from mea_jax.errors import UserError, nearest
-from mea_jax.model.layer_spec import plain_spec
+from mea_jax.model.layer_spec import fold_model
 from mea_jax.model.params import abstract_params
 
 FORMS = ("auto", "stock", "mea")
@@ -54,7 +54,7 @@ class _Stock:
         self.model = self.own
         if _mixes(self.own):
             composite.check_rebuildable(self.own)
-            self.model = plain_spec(self.own).model
+            self.model = fold_model(self.own)
         families.stock_family(self.model)
 
     def config(self, dtype: str, kept: families.Json) -> dict[str, Any]:

@@ -36,7 +36,7 @@ from mea_jax.data import end_tokens
 from mea_jax.data.sources import documents
 from mea_jax.data.tokenizers import Tokenizer
 from mea_jax.errors import UserError
-from mea_jax.ops.backend import resolve
+from mea_jax.ops.resolve import resolve
 
 DTYPES = ("float32", "bfloat16")
 _PATTERNS = ("*.safetensors", "*.json", "*.jinja", "merges.txt", "tokenizer.model")

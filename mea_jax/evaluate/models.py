@@ -15,7 +15,7 @@ from mea_jax.config.schema import ModelConfig, TrainConfig
 from mea_jax.data.tokenizers import Tokenizer
 from mea_jax.errors import UserError
 from mea_jax.generate.generator import Generator
-from mea_jax.ops.backend import resolve
+from mea_jax.ops.resolve import resolve
 
 
 @dataclass(frozen=True)

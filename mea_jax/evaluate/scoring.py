@@ -20,7 +20,7 @@ from mea_jax.data.tokenizers import Tokenizer
 from mea_jax.evaluate.tasks import Example
 from mea_jax.generate import decode
 from mea_jax.generate.generator import Decoding, Generator, continuation
-from mea_jax.ops.backend import resolve
+from mea_jax.ops.resolve import resolve
 
 _TOKENS = 1 << 16  # cache positions of a batch, over all rows
 MARGIN = 2  # tokens generated past an answer's length, so that a longer number counts as wrong

@@ -19,7 +19,7 @@ from mea_jax.cli import progress
 from mea_jax.config.schema import ModelConfig
 from mea_jax.generate import decode
 from mea_jax.model.kv_cache import RECENT, Cache, flush
-from mea_jax.ops.backend import resolve
+from mea_jax.ops.resolve import resolve
 
 
 def interleaved(

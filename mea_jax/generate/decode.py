@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 
 from mea_jax.config.schema import ModelConfig, Side
-from mea_jax.model.attention import Context, Slots
+from mea_jax.model.context import Context, Slots
 from mea_jax.model.kv_cache import RECENT, Cache, CachedLayer, LayerCache, empty_heads
 from mea_jax.model.layer_spec import LayerSpec, fold_layer, fold_model, layer_specs
-from mea_jax.model.transformer import Decoder, rope_of, runs_of_equal_layers
+from mea_jax.model.transformer import Decoder, RopeTables, runs_of_equal_layers
 from mea_jax.ops.backend import make_backend
 
 Array = jax.Array
@@ -71,7 +71,7 @@ def _serve_layer(layer: LayerSpec, form: str) -> LayerSpec:
 def _served_params(served: ServedModel, params: Any) -> Any:
     """Return separate layers, with mixing folded as specified and matrices in the compute dtype.
 
-    Routers stay float32, so that rounding does not change the choice of experts.
+    Routers stay float32, so that rounding does not change the choice of experts, and so do biases.
     """
     model, dtype = served.model, make_backend(served.model).dtype
     layers = []
@@ -86,7 +86,8 @@ def _served_params(served: ServedModel, params: Any) -> Any:
     tree = {"top": top, "layers": layers}
 
     def leaf(path, x):
-        whole = x.ndim < 2 or path[-1].key == "router"
+        name = path[-1].key
+        whole = x.ndim < 2 or name == "router" or name.endswith("_bias")
         return x if whole else x.astype(dtype)
 
     return jax.tree_util.tree_map_with_path(leaf, tree)
@@ -150,9 +151,17 @@ def empty_cache(served: ServedModel, batch: int, length: int, dtype: Any) -> Cac
     )
 
 
-def _run_layers(served: ServedModel, params: Any, x_BTD: Array, context: Context, cache: Cache):
-    layers = []
+def _run_layers(
+    served: ServedModel,
+    params: Any,
+    x_BTD: Array,
+    positions_BT: Array,
+    context: Context,
+    cache: Cache,
+):
+    layers, tables = [], RopeTables(positions_BT)
     for i, spec in enumerate(served.layers):
+        context = dataclasses.replace(context, rope=tables.of(spec.model))
         variables = {"params": params["layers"][i]}
         stored = CachedLayer(cache.layers[i], cache.recent[i])
         out: Any = spec.block().apply(variables, x_BTD, context, i, stored)
@@ -181,9 +190,9 @@ def prefill(
     rows = jnp.arange(tokens_BP.shape[0])
     lengths_B = jnp.sum(segment_ids_BP > 0, axis=1, dtype=jnp.int32)
     last_B = jnp.maximum(lengths_B - 1, 0)
-    context = Context(segment_ids_BP, rope_of(served.model, positions_BP))
+    context = Context(segment_ids_BP)
     x_BPD = _decoder(served, params, Decoder.embed, tokens_BP, positions_BP)
-    x_BPD, layers, recent = _run_layers(served, params, x_BPD, context, cache)
+    x_BPD, layers, recent = _run_layers(served, params, x_BPD, positions_BP, context, cache)
     logits_B1V = _decoder(served, params, Decoder.normed_logits, x_BPD[rows, last_B][:, None])
     filled_BS = jax.lax.dynamic_update_slice(
         jnp.zeros_like(cache.segment_ids_BS), segment_ids_BP.astype(jnp.int32), (0, 0)
@@ -209,13 +218,12 @@ def step(served: ServedModel, params: Any, cache: Cache, tokens_B: Array) -> tup
     positions_B1 = cache.positions_B[:, None]
     context = Context(
         segment_ids_BT=segment_B[:, None],
-        rope=rope_of(served.model, positions_B1),
         slot=slot,
         main=Slots(cache.segment_ids_BS == segment_B[:, None], distance_BS),
         recent=Slots(distance_BR <= 0, distance_BR),
     )
     x_B1D = _decoder(served, params, Decoder.embed, tokens_B[:, None], positions_B1)
-    x_B1D, layers, recent = _run_layers(served, params, x_B1D, context, cache)
+    x_B1D, layers, recent = _run_layers(served, params, x_B1D, positions_B1, context, cache)
     logits_B1V = _decoder(served, params, Decoder.normed_logits, x_B1D)
     ids_BS, lengths_B = cache.segment_ids_BS, cache.lengths_B
     new = Cache(layers, recent, ids_BS, lengths_B, slot + 1, cache.positions_B + 1)

@@ -10,15 +10,16 @@ before rotary positions, its outputs before the head norm, and the input of the 
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax import struct
 
 from mea_jax.config.schema import ModelConfig, Side
 from mea_jax.model import kv_cache, norms
+from mea_jax.model.context import Context
+from mea_jax.model.heads import HeadLayout, Heads, add_bias
 from mea_jax.model.init import kernel, residual_gain
 from mea_jax.model.kv_cache import CachedLayer, LayerCache
 from mea_jax.ops import attention, hlc, rms_norm
@@ -28,57 +29,6 @@ from mea_jax.parallel.sharding import constrain, parameter
 
 Array = jax.Array
 HEADS = ("batch", "length", "activation_heads", None)
-
-
-class Slots(NamedTuple):
-    """A decode step's view of one part of the cache."""
-
-    seen_BS: Array  # bool, True for slots that the row's token may read (including its own)
-    distance_BS: Array  # int32, a slot's position minus the token's: 0 or less where seen
-
-
-@struct.dataclass
-class Context:
-    """The positions, segments and cache slots of a call's tokens; shared by all layers.
-
-    `rope` is a table of ops/rope.py or None. Tokens are ordered for `shards` shards of the sequence
-    (ops/context_parallel.py); 1 means natural order. Segment ids are always in natural order.
-    In a decode step, `slot` () int32 is the token's slot in `Cache.recent`; `main` and `recent` are
-    the `Slots` it may read.
-    """
-
-    segment_ids_BT: Any  # or a `TreeMask`
-    rope: Any = None
-    slot: Any = None
-    main: Any = None
-    recent: Any = None
-    shards: int = struct.field(pytree_node=False, default=1)
-
-    @property
-    def real_BT(self) -> Array:
-        """The mask (B, T) of positions that hold tokens, not padding."""
-        ids = self.segment_ids_BT
-        return (ids.reach_BT if isinstance(ids, attention.TreeMask) else ids) > 0
-
-
-class HeadLayout(NamedTuple):
-    """The layout of one layer's cached keys or values."""
-
-    form: str
-    heads: int
-    width: int
-
-
-class Heads(NamedTuple):
-    """The parameters of key or value heads: a projection (D, C, H) and, if mixed, its mixing."""
-
-    kernel_DCH: Array
-    kind: str
-    mixing: Array | None
-
-    def mix(self, x_BTCH: Array) -> Array:
-        """Return composite heads (B, T, K, H); the input itself if there is no mixing."""
-        return x_BTCH if self.mixing is None else hlc.mix(self.kind, x_BTCH, self.mixing)
 
 
 class AttentionLayer(nn.Module):
@@ -104,6 +54,16 @@ class AttentionLayer(nn.Module):
         heads = HeadLayout("direct", c.n_kv_heads, c.head_dim)
         return heads, heads, 0
 
+    @property
+    def logit_scale(self) -> float:
+        """The factor of logits."""
+        return self.config.attention_scale or self.config.head_dim**-0.5
+
+    @property
+    def window(self) -> int:
+        """The number of positions that a token sees, itself included; 0: all."""
+        return self.config.windows()[0]
+
     @nn.nowrap
     def slopes(self, n_heads: int) -> Array | None:
         """Return ALiBi's slopes of the query heads, or None if positions are not "alibi"."""
@@ -114,10 +74,19 @@ class AttentionLayer(nn.Module):
         d_model = self.config.d_model
         return kernel(self, name, (d_model, heads, width), ("embed", axis, "head_dim"), d_model)
 
-    def project_heads(self, name: str, x_BTD: Array, heads: int, width: int) -> Array:
+    def head_bias(self, name: str, heads: int, axis: str = "heads") -> Array | None:
+        """Declare the float32 bias (heads, H) of a projection; None if the model has none."""
+        if not self.config.qkv_bias:
+            return None
+        shape = (heads, self.config.head_dim)
+        return parameter(self, f"{name}_bias", nn.initializers.zeros, (axis, "head_dim"), shape)
+
+    def project_heads(
+        self, name: str, x_BTD: Array, heads: int, width: int, bias: Array | None = None
+    ) -> Array:
         """Return heads (B, T, heads, width), projected by the separate kernel `name`."""
         x_BTNH = self.backend.project(x_BTD, self.head_kernel(name, heads, width))
-        return constrain(x_BTNH, *HEADS)
+        return constrain(add_bias(x_BTNH, bias), *HEADS)
 
     @staticmethod
     def apply_positions(x_BTNH: Array, context: Context) -> Array:
@@ -136,21 +105,22 @@ class AttentionLayer(nn.Module):
     ) -> Array:
         """Compute attention of T positions to themselves (B, T, N, W), in training and prefill.
 
-        `scale` defaults to 1/sqrt(H). `norm` is applied to the outputs. If the collection
+        `scale` defaults to `logit_scale`. `norm` is applied to the outputs. If the collection
         "statistics" is mutable, `record_statistics` records into it; if "heads" is, the outputs
         before `norm` are recorded.
         """
-        scale = scale or self.config.head_dim**-0.5
+        scale = scale or self.logit_scale
         q, k, v = (constrain(x, *HEADS) for x in (q_BTNH, k_BTKH, v_BTKW))
         arrays = (q, k, v, context.segment_ids_BT, scale, slopes_N)
+        place: dict[str, Any] = {"shards": context.shards, "window": self.window}
         if self.is_mutable_collection("statistics") or self.is_mutable_collection("heads"):
-            o_BTNW = self.backend.attend(*arrays, shards=context.shards)
+            o_BTNW = self.backend.attend(*arrays, **place)
             if self.is_mutable_collection("statistics"):
                 self.record_statistics(q, k, o_BTNW, context, slopes_N, scale)
             self.sow("heads", "output", o_BTNW)
             o_BTNW = o_BTNW if norm is None else norm.apply(o_BTNW)
         else:
-            o_BTNW = self.backend.attend(*arrays, norm, shards=context.shards)
+            o_BTNW = self.backend.attend(*arrays, norm, **place)
         return constrain(o_BTNW, *HEADS)
 
     def record_statistics(
@@ -165,7 +135,7 @@ class AttentionLayer(nn.Module):
         square_BTN = jnp.mean(jnp.square(o_BTNW.astype(jnp.float32)), axis=-1)
         mean_N = jnp.einsum("btn,bt->n", square_BTN, weight_BT) / jnp.maximum(weight_BT.sum(), 1)
         statistics = attention.attention_statistics(
-            q_BTNH, k_BTKH, context.segment_ids_BT, scale, slopes_N
+            q_BTNH, k_BTKH, context.segment_ids_BT, scale, slopes_N, self.window
         )
         self.sow("statistics", "attention", statistics | {"output_rms": jnp.sqrt(mean_N)})
 
@@ -197,7 +167,7 @@ class AttentionLayer(nn.Module):
         assert stored is not None
         b, _, n, width = q_B1NX.shape
         k = self.config.n_kv_heads
-        q_BKGX = q_B1NX.astype(jnp.float32) * self.config.head_dim**-0.5
+        q_BKGX = q_B1NX.astype(jnp.float32) * self.logit_scale
         q_BKGX = q_BKGX.astype(q_B1NX.dtype).reshape(b, k, n // k, width)
         kind, mix = (heads.kind, heads.mixing) if heads else ("heads", None)
         return [
@@ -214,7 +184,7 @@ class AttentionLayer(nn.Module):
 
         Weights of slots that a row may not see are 0.
         """
-        seen = context.main.seen_BS, context.recent.seen_BS
+        seen = [slots.within(self.window) for slots in (context.main, context.recent)]
         hidden = [
             kv_cache.mask_logits(part, seen_BS) for part, seen_BS in zip(logits, seen, strict=True)
         ]
@@ -263,7 +233,11 @@ class AttentionLayer(nn.Module):
         shape, axes = (n, width, self.config.d_model), ("heads", "head_dim", "embed")
         gain = residual_gain(self.config)
         o_NWD = kernel(self, "out", shape, axes, n * width, gain=gain)
-        return self.backend.project(o_BTNW, o_NWD, axes=2)
+        y_BTD, bias_D = self.backend.project(o_BTNW, o_NWD, axes=2), None
+        if self.config.out_bias:
+            width_D = (self.config.d_model,)
+            bias_D = parameter(self, "out_bias", nn.initializers.zeros, ("norm",), width_D)
+        return add_bias(y_BTD, bias_D)
 
 
 class Attention(AttentionLayer):
@@ -302,26 +276,17 @@ class Attention(AttentionLayer):
         c = self.config
         components = self.key_components if side == Side.KEY else self.value_components
         kernel_DCH = self.head_kernel(side.value, components, c.head_dim, "components")
+        bias_CH = self.head_bias(side.value, components, "components")
         if not c.mixes(side):
-            return Heads(kernel_DCH, "heads", None)
+            return Heads(kernel_DCH, "heads", None, bias_CH)
         kind = c.mixing_kind(side)
 
         def init(key, *shape):
             return hlc.draw(c.hlc_init, key, kind, *shape)
 
         shape = (components, c.n_kv_heads, c.head_dim)
-        return Heads(
-            kernel_DCH, kind, parameter(self, f"{side}_mixing", init, hlc.AXES[kind], *shape)
-        )
-
-    def composites(self, side: Side, heads: Heads, x_BTD: Array) -> Array:
-        """Compute composite heads (B, T, K, H), in the folded or the explicit form."""
-        if heads.mixing is None:
-            return self.backend.project(x_BTD, heads.kernel_DCH)
-        if hlc.training_form(self.config, side, heads.kernel_DCH.shape[1]) == "folded":
-            folded_DKH = self.backend.fold(heads.kind, heads.kernel_DCH, heads.mixing)
-            return self.backend.project(x_BTD, folded_DKH)
-        return heads.mix(self.backend.project(x_BTD, heads.kernel_DCH))
+        mixing = parameter(self, f"{side}_mixing", init, hlc.AXES[kind], *shape)
+        return Heads(kernel_DCH, kind, mixing, bias_CH)
 
     def key_inverse_rms(self, heads: Heads, k_BTKH: Array, gamma_H: Array) -> Array:
         """Return 1/rms of composite keys, (B, T, K, 1), float32.
@@ -339,9 +304,11 @@ class Attention(AttentionLayer):
         c = self.config
         if c.hlc_order == "after":
             return heads.mix(self.cached_keys(heads, x_BTD, gamma_H, context)[0])
-        k_BTKH = self.composites(Side.KEY, heads, x_BTD)
+        k_BTKH = heads.composites(self.backend, c, Side.KEY, x_BTD)
         self.sow("heads", "key", k_BTKH)
-        if gamma_H is not None:
+        if gamma_H is not None and not self.scalar_norm:
+            k_BTKH = rms_norm.norm_heads(k_BTKH, gamma_H, c.norm_eps)
+        elif gamma_H is not None:
             inverse_BTK1 = self.key_inverse_rms(heads, k_BTKH, gamma_H)
             normed = k_BTKH.astype(jnp.float32) * inverse_BTK1
             if heads.kind != "frequency":
@@ -351,9 +318,9 @@ class Attention(AttentionLayer):
 
     def cached_keys(self, heads: Heads, x_BTD: Array, gamma_H, context: Context):
         """Return the arrays to cache: component keys (B, T, C, H), and 1/rms (B, T, K) or None."""
-        k_BTCH, inverse_BTK = self.backend.project(x_BTD, heads.kernel_DCH), None
+        k_BTCH, inverse_BTK = heads.components(self.backend, x_BTD), None
         if gamma_H is not None and not self.scalar_norm:
-            k_BTCH = rms_norm.rms_norm(k_BTCH, gamma_H, self.config.norm_eps)
+            k_BTCH = rms_norm.norm_heads(k_BTCH, gamma_H, self.config.norm_eps)
         elif gamma_H is not None:
             inverse_BTK = self.key_inverse_rms(heads, heads.mix(k_BTCH), gamma_H)[..., 0]
             if heads.kind != "frequency":
@@ -365,7 +332,7 @@ class Attention(AttentionLayer):
         """Run prefill or a decode step: normed head outputs (B, T, N, H), and the cache."""
         c = self.config
         k_BTCH, inverse_BTK = self.cached_keys(key, x_BTD, gamma_H, context)
-        v_BTCH = self.backend.project(x_BTD, value.kernel_DCH)
+        v_BTCH = value.components(self.backend, x_BTD)
         stored = self.store(stored, k_BTCH, v_BTCH, context, inverse_BTK)
         slopes_N = self.slopes(c.n_heads)
         if context.slot is None:
@@ -380,18 +347,21 @@ class Attention(AttentionLayer):
     @nn.compact
     def __call__(self, x_BTD: Array, context: Context, index, stored: CachedLayer | None = None):
         c = self.config
-        q_BTNH = self.project_heads("query", x_BTD, c.n_heads, c.head_dim)
+        bias_NH = self.head_bias("query", c.n_heads)
+        q_BTNH = self.project_heads("query", x_BTD, c.n_heads, c.head_dim, bias_NH)
         key, value, gamma_H = self.heads(Side.KEY), self.heads(Side.VALUE), None
         if c.qk_norm:
-            q_BTNH = norms.RMSNorm(c.head_dim, c.norm_eps, name="query_norm")(q_BTNH)
-            gamma_H = norms.Scale(c.head_dim, name="key_norm")()
+            joint = c.qk_norm_over == "all"
+            scale_H = norms.Scale(c.head_dim * (c.n_heads if joint else 1), name="query_norm")()
+            q_BTNH = rms_norm.norm_heads(q_BTNH, scale_H, c.norm_eps)
+            gamma_H = norms.Scale(c.head_dim * (c.n_kv_heads if joint else 1), name="key_norm")()
         self.sow("heads", "query", q_BTNH)
         q_BTNH, head_norm = self.apply_positions(q_BTNH, context), None
         if c.head_norm:
             head_norm = HeadNorm(norms.Scale(c.head_dim, name="head_norm")(), c.norm_eps)
         if stored is None:
             k_BTKH = self.training_keys(key, x_BTD, gamma_H, context)
-            v_BTKH = self.composites(Side.VALUE, value, x_BTD)
+            v_BTKH = value.composites(self.backend, c, Side.VALUE, x_BTD)
             self.sow("heads", "value", v_BTKH)
             slopes_N = self.slopes(c.n_heads)
             o_BTNH = self.attend(q_BTNH, k_BTKH, v_BTKH, context, slopes_N, norm=head_norm)

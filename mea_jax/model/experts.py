@@ -91,7 +91,7 @@ def apply_experts(
 
     gate_SF = checkpoint_name(product(rows_SD, experts.gate_EDF), PRODUCTS)
     up_SF = checkpoint_name(product(rows_SD, experts.up_EDF), PRODUCTS)
-    hidden_SF = backend.swiglu(gate_SF, up_SF).astype(jnp.float32) * weight_S[:, None]
+    hidden_SF = backend.gated("silu", gate_SF, up_SF).astype(jnp.float32) * weight_S[:, None]
     return product(hidden_SF.astype(backend.activation), experts.down_EFD)
 
 

@@ -4,8 +4,8 @@ import dataclasses
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from mea_jax.config.schema import ModelConfig, Side
-from mea_jax.model.attention import HeadLayout
+from mea_jax.config.schema import ModelConfig, Side, layer_configs
+from mea_jax.model.heads import HeadLayout
 from mea_jax.model.transformer import Block
 from mea_jax.model.variants import make_attention
 from mea_jax.ops import hlc
@@ -16,7 +16,8 @@ class LayerSpec:
     """One layer of a model; hashable, so it can be a static argument of `jax.jit`.
 
     Attributes:
-      model: the config, with its `key_components` and `value_components` set to None.
+      model: the layer's config (`layer_configs`) with `key_components` and `value_components` set
+        to None.
       key_components, value_components: C_k and C_v of this layer.
       cached_form: the form of cached components: "absorbed" or "explicit" (model/kv_cache.py).
     """
@@ -56,13 +57,19 @@ class LayerSpec:
 
 def layer_specs(model: ModelConfig) -> list[LayerSpec]:
     """Return each layer's spec; equal layers have equal specs and share a compiled program."""
-    shared = dataclasses.replace(model, key_components=None, value_components=None)
-    pairs = zip(*(model.components(side) for side in Side), strict=True)
-    return [LayerSpec(shared, key, value) for key, value in pairs]
+    found = []
+    for config in layer_configs(model):
+        shared = dataclasses.replace(config, key_components=None, value_components=None)
+        key, value = (config.components(side)[0] for side in Side)
+        found.append(LayerSpec(shared, key, value))
+    return found
 
 
 def fold_model(model: ModelConfig, sides: Collection[Side] = tuple(Side)) -> ModelConfig:
-    """Return the config of one layer of `model` after folding the mixing of `sides`."""
+    """Return `model`'s config after folding the mixing of `sides`, without component counts.
+
+    What differs between layers otherwise stays.
+    """
     mixed = [side for side in Side if model.mixes(side) and side not in sides]
     return dataclasses.replace(
         model,
@@ -82,9 +89,12 @@ def fold_layer(
     folded = [side for side in sides if model.mixes(side)]
     dropped = [f"{side}_mixing" for side in folded]
     kept = {name: leaf for name, leaf in attention.items() if name not in dropped}
-    return kept | {side.value: hlc.composite_heads(model, side, attention) for side in folded}
+    kept |= {side.value: hlc.composite_heads(model, side, attention) for side in folded}
+    if model.qkv_bias:
+        kept |= {f"{side}_bias": hlc.composite_bias(model, side, attention) for side in folded}
+    return kept
 
 
-def plain_spec(model: ModelConfig) -> LayerSpec:
-    """Return the spec of the equivalent layer whose only heads are the composite heads."""
-    return LayerSpec(fold_model(model), model.n_kv_heads, model.n_kv_heads)
+def plain_specs(model: ModelConfig) -> list[LayerSpec]:
+    """Return the specs of the equivalent layers whose only heads are the composite heads."""
+    return layer_specs(fold_model(model))

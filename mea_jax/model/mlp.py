@@ -1,4 +1,4 @@
-"""The feed-forward half of a block: SwiGLU."""
+"""The feed-forward half of a block: a gated linear unit."""
 
 import flax.linen as nn
 import jax
@@ -10,7 +10,7 @@ from mea_jax.parallel.sharding import constrain
 
 
 class MLP(nn.Module):
-    """A SwiGLU layer (arXiv 2002.05202)."""
+    """A gated linear unit (arXiv 2002.05202): SwiGLU, or GEGLU with `activation` "gelu"."""
 
     config: ModelConfig
 
@@ -31,4 +31,4 @@ class MLP(nn.Module):
         hidden = ("batch", "length", "activation_mlp")
         gate_BTF = constrain(backend.project(x_BTD, gate_DF), *hidden)
         up_BTF = constrain(backend.project(x_BTD, up_DF), *hidden)
-        return backend.project(backend.swiglu(gate_BTF, up_BTF), down_FD)
+        return backend.project(backend.gated(c.activation, gate_BTF, up_BTF), down_FD)

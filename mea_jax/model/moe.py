@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from mea_jax.config.schema import ModelConfig
-from mea_jax.model.attention import Context
+from mea_jax.model.context import Context
 from mea_jax.model.experts import Experts, Routed, run_experts, run_local_experts
 from mea_jax.model.init import kernel, residual_gain
 from mea_jax.ops.backend import make_backend

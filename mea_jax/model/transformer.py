@@ -7,8 +7,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mea_jax.config.schema import REMAT_POLICIES, ModelConfig, Side
-from mea_jax.model.attention import Context
+from mea_jax.config.schema import REMAT_POLICIES, ModelConfig, Side, layer_configs
+from mea_jax.model.context import Context
 from mea_jax.model.experts import PRODUCTS
 from mea_jax.model.init import embedding_stddev, kernel
 from mea_jax.model.kv_cache import CachedLayer
@@ -44,8 +44,9 @@ def remat(block: type[nn.Module], policy: str) -> type[nn.Module]:
 
 
 class Block(nn.Module):
-    """Pre-norm attention and SwiGLU (or a mixture of experts), each added to the residual.
+    """Attention and a gated feed-forward half (or experts), normed and added to the residual.
 
+    `config.norms` says whether each half's input, its output or both are normed.
     `index` is the layer's index from 0; `stored` is its cache, None in training.
     """
 
@@ -67,32 +68,55 @@ class Block(nn.Module):
             cached_form=self.cached_form,
             name="attention",
         )
-        normed_BTD = RMSNorm(c.d_model, c.norm_eps, name="attention_norm")(x_BTD)
+
+        def norm(name: str, x_BTD: jax.Array) -> jax.Array:
+            return RMSNorm(c.d_model, c.norm_eps, name=name)(x_BTD)
+
+        before, after = c.norms != "post", c.norms != "pre"
+        normed_BTD = norm("attention_norm", x_BTD) if before else x_BTD
         y_BTD, stored = attention(normed_BTD, context, index, stored)
-        x_BTD = x_BTD + y_BTD
-        normed_BTD = RMSNorm(c.d_model, c.norm_eps, name="mlp_norm")(x_BTD)
+        x_BTD = x_BTD + (norm("attention_out_norm", y_BTD) if after else y_BTD)
+        normed_BTD = norm("mlp_norm", x_BTD) if before else x_BTD
         if c.n_experts:
-            x_BTD = x_BTD + MoE(c, name="mlp")(normed_BTD, context)
+            y_BTD = MoE(c, name="mlp")(normed_BTD, context)
         else:
-            x_BTD = x_BTD + MLP(c, name="mlp")(normed_BTD)
+            y_BTD = MLP(c, name="mlp")(normed_BTD)
+        x_BTD = x_BTD + (norm("mlp_out_norm", y_BTD) if after else y_BTD)
         return constrain(x_BTD, *RESIDUAL), stored
 
 
 def rope_of(config: ModelConfig, positions_BT: jax.Array) -> Any:
-    """Return the rotary table of these positions, or None if positions are not rotary."""
-    if config.positions != "rope":
+    """Return the rotary table of these positions, or None if positions are not rotary.
+
+    `config` is that of one layer (`layer_configs`), or of a model whose layers rotate alike.
+    """
+    if config.positions != "rope" or config.rope_theta == 0:
         return None
     frequencies = rope.rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
     return rope.rope_table(positions_BT, frequencies)
 
 
-def runs_of_equal_layers(config: ModelConfig) -> list[tuple[int, int, int, int]]:
-    """Return runs of consecutive equal layers: [(first layer, length, C_k, C_v), ...]."""
-    layers = list(zip(config.components(Side.KEY), config.components(Side.VALUE), strict=True))
+class RopeTables:
+    """The rotary tables of positions (B, T), one for each kind of layer."""
+
+    def __init__(self, positions_BT: jax.Array):
+        self.positions_BT = positions_BT
+        self._made: dict[Any, Any] = {}
+
+    def of(self, layer: ModelConfig) -> Any:
+        """Return `rope_of` the layer, made once for layers that rotate alike."""
+        kind = (layer.rope_theta, layer.rope_scaling)
+        if kind not in self._made:
+            self._made[kind] = rope_of(layer, self.positions_BT)
+        return self._made[kind]
+
+
+def runs_of_equal_layers(config: ModelConfig) -> list[tuple[int, int, ModelConfig]]:
+    """Return runs of consecutive equal layers: [(first layer, length, layer's config), ...]."""
     runs, first = [], 0
-    for (key, value), members in itertools.groupby(layers):
+    for layer, members in itertools.groupby(layer_configs(config)):
         length = len(list(members))
-        runs.append((first, length, key, value))
+        runs.append((first, length, layer))
         first += length
     return runs
 
@@ -135,8 +159,8 @@ class Decoder(nn.Module):
                 length=length,
                 unroll=min(c.scan_unroll, length),
                 metadata_params={nn.PARTITION_NAME: "layers"},
-            )(c, key, value, name=f"layers_{first}")
-            for first, length, key, value in runs_of_equal_layers(c)
+            )(layer, *(layer.components(side)[0] for side in Side), name=f"layers_{first}")
+            for first, length, layer in runs_of_equal_layers(c)
         ]
         self.final_norm = RMSNorm(c.d_model, c.norm_eps)
 
@@ -150,7 +174,10 @@ class Decoder(nn.Module):
             x_BTD = x_BTD + lookup(
                 self.position_embedding, positions_BT, dtype, ("positions", "embed")
             )
-        return constrain(x_BTD.astype(activation), *RESIDUAL)
+        x_BTD = x_BTD.astype(activation)
+        if c.embedding_scale != 1:
+            x_BTD = x_BTD * jnp.asarray(c.embedding_scale, activation)
+        return constrain(x_BTD, *RESIDUAL)
 
     def __call__(
         self,
@@ -164,11 +191,10 @@ class Decoder(nn.Module):
         Segments do not attend to one another. Tokens and positions are ordered for `shards`
         shards of the sequence (`attention.Context`); segment ids are in natural order.
         """
-        context = Context(segment_ids_BT, rope_of(self.config, positions_BT), shards=shards)
-        x_BTD = self.embed(tokens_BT, positions_BT)
-        for stack, (first, length, *_) in zip(
-            self.stacks, runs_of_equal_layers(self.config), strict=True
-        ):
+        tables, x_BTD = RopeTables(positions_BT), self.embed(tokens_BT, positions_BT)
+        runs = runs_of_equal_layers(self.config)
+        for stack, (first, length, layer) in zip(self.stacks, runs, strict=True):
+            context = Context(segment_ids_BT, tables.of(layer), shards=shards)
             x_BTD, _ = stack(x_BTD, context, jnp.arange(first, first + length))
         return self.final_norm(x_BTD)
 

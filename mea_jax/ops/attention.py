@@ -26,10 +26,15 @@ def full_precision(dtype: jnp.dtype) -> jax.lax.Precision | None:
     return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
 
-def visible(segment_ids_BT: jax.Array) -> jax.Array:
-    """Return the mask (B, T, T): query t sees the keys s <= t of its own segment."""
+def visible(segment_ids_BT: jax.Array, window: int = 0) -> jax.Array:
+    """Return the mask (B, T, T): query t sees the keys t - window < s <= t of its own segment.
+
+    With a `window` of 0 it sees all s <= t.
+    """
     length = segment_ids_BT.shape[1]
     causal = jnp.tril(jnp.ones((length, length), bool))
+    if window:
+        causal &= ~jnp.tril(causal, -window)
     return causal[None] & (segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :])
 
 
@@ -77,12 +82,13 @@ def dot_product_attention(
     segment_ids_BT: jax.Array,
     scale: float,
     slopes_N: jax.Array | None = None,
+    window: int = 0,
 ) -> jax.Array:
     """Compute causal attention within segments by plain einsums: (B, T, N, W), dtype of v.
 
     The softmax is in float32.
     """
-    mask_BTT = visible(segment_ids_BT)
+    mask_BTT = visible(segment_ids_BT, window)
     logits_BKGTS = attention_logits(q_BTNH, k_BSKH, mask_BTT, scale, slopes_N)
     p_BKGTS = jax.nn.softmax(logits_BKGTS, axis=-1).astype(v_BSKW.dtype)
     precision = full_precision(v_BSKW.dtype)
@@ -96,10 +102,12 @@ class TreeMask(NamedTuple):
     Tokens are in depth-first order. `reach_BT` is one past the last position of the subtree below
     each token, and 0 for padding. Position t sees s <= t < reach[s]: the path from its root and
     nothing of other branches, so that the common prefix of several texts is computed once. A
-    document is a tree without branches.
+    document is a tree without branches. `depth_BT` is a token's position on its path, by which a
+    window counts.
     """
 
     reach_BT: jax.Array
+    depth_BT: jax.Array
 
 
 def tree_attention(
@@ -108,6 +116,7 @@ def tree_attention(
     v_BSKW: jax.Array,
     mask: TreeMask,
     scale: float,
+    window: int = 0,
     block: int = 256,
 ) -> jax.Array:
     """Compute attention of windows that contain trees of tokens: (B, T, N, W), dtype of v.
@@ -122,6 +131,9 @@ def tree_attention(
         places_t, places_S = jnp.arange(start, stop), jnp.arange(stop)
         causal_tS = places_S[None] <= places_t[:, None]
         seen_BtS = causal_tS[None] & (places_t[None, :, None] < mask.reach_BT[:, None, :stop])
+        if window:
+            depth_BT = mask.depth_BT
+            seen_BtS &= depth_BT[:, start:stop, None] - depth_BT[:, None, :stop] < window
         arrays = (q_BTNH[:, start:stop], k_BSKH[:, :stop], seen_BtS)
         p_BKGtS = jax.nn.softmax(attention_logits(*arrays, scale), axis=-1).astype(v_BSKW.dtype)
         precision = full_precision(v_BSKW.dtype)
@@ -169,6 +181,7 @@ def attention_statistics(
     segment_ids_BT: jax.Array,
     scale: float,
     slopes_N: jax.Array | None = None,
+    window: int = 0,
 ) -> dict[str, jax.Array]:
     """Return each query head's mean `entropy` in nats and largest `logit`: float32 (N,).
 
@@ -195,6 +208,8 @@ def attention_statistics(
             logits_BtS = logits_BtS + (slopes_N[n] * ahead_tS.astype(jnp.float32))[None]
         seen_BtS = (own_Bt[:, :, None] == segment_ids_BT[:, None]) & (ahead_tS <= 0)[None]
         seen_BtS = seen_BtS & (own_Bt > 0)[:, :, None]
+        if window:
+            seen_BtS = seen_BtS & (ahead_tS > -window)[None]
         log_p_BtS = jax.nn.log_softmax(jnp.where(seen_BtS, logits_BtS, MASKED), axis=-1)
         entropy_Bt = -jnp.sum(jnp.exp(log_p_BtS) * log_p_BtS, axis=-1)
         return {

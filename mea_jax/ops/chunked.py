@@ -94,14 +94,15 @@ def blocks(length: int, limit: int, shards: int = 1) -> Blocks:
     return Blocks(-(-piece // -(-piece // limit)), min(chunks, 2), chunks)
 
 
-def pairs(length: int, block: int, shards: int = 1) -> np.ndarray:
+def pairs(length: int, block: int, shards: int = 1, window: int = 0) -> np.ndarray:
     """Return the pairs of blocks that each shard computes, int32 (shards, P, 3).
 
     A pair is (i, j, ahead): the query block's number on its shard, the key block's number in the
     window, and the first key's position minus the first query's. For each i, j runs from 0 to the
     query block's own number in the window. Shard s has the chunks s and 2 shards - 1 - s of the
     window's 2 `shards` chunks, so that P is the same for all shards. `length` is that of the
-    window.
+    window. Pairs that a sliding `window` of positions hides are left out if there is one shard;
+    with several, P must be the same for all.
     """
     chunks = 1 if shards == 1 else 2 * shards
     piece = length // chunks
@@ -114,9 +115,10 @@ def pairs(length: int, block: int, shards: int = 1) -> np.ndarray:
     for shard in range(shards):
         held = [0] if shards == 1 else [shard, chunks - 1 - shard]
         numbers = [chunk * each + b for chunk in held for b in range(each)]
-        tables.append(
-            [(i, j, first(j) - first(g)) for i, g in enumerate(numbers) for j in range(g + 1)]
-        )
+        table = [(i, j, first(j) - first(g)) for i, g in enumerate(numbers) for j in range(g + 1)]
+        if window and shards == 1:
+            table = [pair for pair in table if pair[2] + block > 1 - window]
+        tables.append(table)
     return np.asarray(tables, np.int32)
 
 
@@ -136,6 +138,7 @@ def _scores(
     slopes_KG: Array | None,
     ahead: Array,
     scale: float,
+    window: int,
 ) -> Array:
     """Compute scores (B, K, G, t, s) in float32 of two blocks, `MASKED` where hidden."""
     scores = scale * _product("bkgth,bksh->bkgts", q_BKGtH, k_BKsH)
@@ -144,8 +147,9 @@ def _scores(
     if slopes_KG is not None:
         distance = ahead_ts.astype(jnp.float32)[None, None, None]
         scores = scores + slopes_KG[None, :, :, None, None] * distance
+    seen_ts = (ahead_ts <= 0) & (ahead_ts > -window) if window else ahead_ts <= 0
     same_Bts = ids_Bt[:, :, None] == ids_Bs[:, None, :]
-    return jnp.where((same_Bts & (ahead_ts <= 0)[None])[:, None, None], scores, MASKED)
+    return jnp.where((same_Bts & seen_ts[None])[:, None, None], scores, MASKED)
 
 
 def _prepare(arrays: tuple, division: Blocks) -> tuple:
@@ -171,7 +175,7 @@ def _prepare(arrays: tuple, division: Blocks) -> tuple:
     return q, k, v, q_ids, k_ids, slopes_KG, pairs_P3
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
 def _attention(
     q_BTNH: Array,
     k_BSKH: Array,
@@ -181,8 +185,10 @@ def _attention(
     pairs_P3: Array,
     scale: float,
     division: Blocks,
+    window: int,
 ) -> Array:
-    return _attention_fwd(q_BTNH, k_BSKH, v_BSKW, ids, slopes_N, pairs_P3, scale, division)[0]
+    arrays = (q_BTNH, k_BSKH, v_BSKW, ids, slopes_N, pairs_P3)
+    return _attention_fwd(*arrays, scale, division, window)[0]
 
 
 def _attention_fwd(
@@ -194,19 +200,20 @@ def _attention_fwd(
     pairs_P3: Array,
     scale: float,
     division: Blocks,
+    window: int,
 ) -> tuple[Array, tuple]:
     arrays = (q_BTNH, k_BSKH, v_BSKW, ids, slopes_N, pairs_P3)
     q, k, v, q_ids, k_ids, slopes_KG, ordered = _prepare(arrays, division)
     rows, width = q.shape[1:5], v.shape[-1]  # rows: (B, K, G, t)
 
     def step(carry: tuple, pair: Array) -> tuple[tuple, None]:
-        o_nBKGtW, lse_nBKGt, top, total, acc = carry
+        o_nBKGtW, lse_nBKGt, last, top, total, acc = carry
         i, j, ahead = pair
         # Sums of block i - 1, and of hidden keys in rows that have seen no other key, need not be
         # cleared. They are finite, and the first visible key of a row (at the latest its own, at
         # ahead == 0) multiplies them by exp(MASKED - score), which is zero.
-        top = jnp.where(j == 0, MASKED, top)
-        hidden = (_get(q_ids, i), _get(k_ids, j), slopes_KG, ahead, scale)
+        top = jnp.where(i != last, MASKED, top)
+        hidden = (_get(q_ids, i), _get(k_ids, j), slopes_KG, ahead, scale, window)
         scores = _scores(_get(q, i), _get(k, j), *hidden)
         new_top = jnp.maximum(top, jnp.max(scores, -1))
         p = jnp.exp(scores - new_top[..., None])
@@ -219,12 +226,13 @@ def _attention_fwd(
         # branch, which stalls accelerators.
         o_nBKGtW = _put(o_nBKGtW, acc / total[..., None], i)
         lse_nBKGt = _put(lse_nBKGt, new_top + jnp.log(total), i)
-        return (o_nBKGtW, lse_nBKGt, new_top, total, acc), None
+        return (o_nBKGtW, lse_nBKGt, i, new_top, total, acc), None
 
     n = q.shape[0]
     start = (
         jnp.zeros((n, *rows, width), v.dtype),
         jnp.zeros((n, *rows), jnp.float32),
+        jnp.int32(-1),
         jnp.full(rows, MASKED, jnp.float32),
         jnp.zeros(rows, jnp.float32),
         jnp.zeros((*rows, width), jnp.float32),
@@ -236,7 +244,7 @@ def _attention_fwd(
 
 
 def _attention_bwd(
-    scale: float, division: Blocks, saved: tuple, do_BTNW: Array
+    scale: float, division: Blocks, window: int, saved: tuple, do_BTNW: Array
 ) -> tuple[Array, Array, Array, None, None, None]:
     arrays, o_BTNW, lse_nBKGt = saved
     q, k, v, q_ids, k_ids, slopes_KG, ordered = _prepare(arrays, division)
@@ -253,7 +261,7 @@ def _attention_bwd(
         q_i, do_i, k_j, v_j = _get(q, i), _get(do, i), _get(k, j), _get(v, j)
         # Every row sees itself, so its lse has the size of a real score. A hidden score is MASKED,
         # so its p is exactly zero, and so is its ds.
-        hidden = (_get(q_ids, i), _get(k_ids, j), slopes_KG, ahead, scale)
+        hidden = (_get(q_ids, i), _get(k_ids, j), slopes_KG, ahead, scale, window)
         scores = _scores(q_i, k_j, *hidden)
         p = jnp.exp(scores - _get(lse_nBKGt, i)[..., None])
         dp = _product("bkgtw,bksw->bkgts", do_i, v_j)
@@ -289,6 +297,7 @@ def chunked_attention(
     scale: float,
     slopes_N: Array | None = None,
     block: int = 512,
+    window: int = 0,
 ) -> Array:
     """Compute `attention.dot_product_attention` in blocks: (B, T, N, W), dtype of v.
 
@@ -296,7 +305,8 @@ def chunked_attention(
     other); query head n reads key/value head n // (N // K). Products take their inputs in the dtype
     that they have (probabilities in that of the values); scores, softmax and sums are float32.
     `slopes_N`, float32 (N,), adds slopes_N[n] * (s - t) to the scores (ALiBi, arXiv 2108.12409); it
-    is a constant, so its gradient is zero.
+    is a constant, so its gradient is zero. With a `window`, position t sees only s > t - window,
+    and pairs of blocks without such positions are not computed.
 
     FLOPs: with n = ceil(T / block) blocks of t positions and P = n (n + 1) / 2 pairs, 2 B N (H + W)
     P t^2 forward and 2 B N (3 H + 2 W) P t^2 backward, where scores are recomputed. With many
@@ -315,8 +325,9 @@ def chunked_attention(
     length = q_BTNH.shape[1]
     division = blocks(length, block)
     ids = (segment_ids_BT, segment_ids_BT)
-    order = jnp.asarray(pairs(length, division.size)[0])
-    return attend_in_blocks(q_BTNH, k_BSKH, v_BSKW, ids, slopes_N, order, scale, division)
+    order = jnp.asarray(pairs(length, division.size, window=window)[0])
+    arrays = (q_BTNH, k_BSKH, v_BSKW, ids, slopes_N, order)
+    return attend_in_blocks(*arrays, scale, division, window)
 
 
 def attend_in_blocks(
@@ -328,6 +339,7 @@ def attend_in_blocks(
     pairs_P3: Array,
     scale: float,
     division: Blocks,
+    window: int = 0,
 ) -> Array:
     """Compute `chunked_attention` of some of a window's queries to all keys: (B, T, N, W).
 
@@ -341,4 +353,5 @@ def attend_in_blocks(
             f"{heads} query heads do not divide into {composites} key/value heads: the first "
             "must be a multiple of the second"
         )
-    return _attention(q_BTNH, k_BSKH, v_BSKW, ids, slopes_N, pairs_P3, float(scale), division)
+    arrays = (q_BTNH, k_BSKH, v_BSKW, ids, slopes_N, pairs_P3)
+    return _attention(*arrays, float(scale), division, window)

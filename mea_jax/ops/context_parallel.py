@@ -95,26 +95,28 @@ class ShardedKernel(NamedTuple):
     run: Callable[..., Array]
 
 
-def _splash(q_BTNH: Array, v_BTKW: Array, shards: int, interpret: bool) -> ShardedKernel:
+def _splash(
+    q_BTNH: Array, v_BTKW: Array, shards: int, interpret: bool, window: int
+) -> ShardedKernel:
     order_T = zigzag(q_BTNH.shape[1], shards)
     table, table_spec = flash.sharded_splash(
-        q_BTNH, v_BTKW, order_T, shards, chunked.SAVED, interpret
+        q_BTNH, v_BTKW, order_T, shards, chunked.SAVED, interpret, window
     )
 
     def run(kernel, q, k, v, q_ids, k_ids, slopes):
-        assert slopes is None, "splash takes no slopes: backend.resolve must choose another kernel"
+        assert slopes is None, "splash takes no slopes: ops.resolve must choose another kernel"
         return flash.run_splash(kernel, q, k, v, q_ids, k_ids)
 
     return ShardedKernel(table, table_spec, run)
 
 
-def _chunked(length: int, shards: int, scale: float, block: int) -> ShardedKernel:
+def _chunked(length: int, shards: int, scale: float, block: int, window: int) -> ShardedKernel:
     cut = chunked.blocks(length, block, shards)
     table = jnp.asarray(chunked.pairs(length, cut.size, shards))
 
     def run(pairs, q, k, v, q_ids, k_ids, slopes):
         ids = (q_ids, k_ids)
-        return chunked.attend_in_blocks(q, k, v, ids, slopes, pairs[0], scale, cut)
+        return chunked.attend_in_blocks(q, k, v, ids, slopes, pairs[0], scale, cut, window)
 
     return ShardedKernel(table, spec(("length", None, None)), run)
 
@@ -130,15 +132,16 @@ def attention(
     slopes_N: Array | None = None,
     block: int = 512,
     interpret: bool = False,
+    window: int = 0,
 ) -> Array:
     """Compute causal attention within segments of windows in zigzag order: (B, T, N, W).
 
     The result is in zigzag order too. Only `segment_ids_BT` is in natural order: it is complete on
     each device and needs no gathering. `kernel` is "splash" (TPU; T a multiple of 256 n;
     `interpret` runs it anywhere) or "chunked", in blocks of up to `block` positions; flash.py and
-    chunked.py define their dtypes. Call it under a mesh of `jax.set_mesh` whose `sequence` axis has
-    n > 1 devices. Raises `ValueError` for another kernel, without such a mesh, and if T does not
-    divide.
+    chunked.py define their dtypes. A position sees the last `window` positions; 0 means all. Call
+    it under a mesh of `jax.set_mesh` whose `sequence` axis has n > 1 devices. Raises `ValueError`
+    for another kernel, without such a mesh, and if T does not divide.
     """
     shards, length = shard_count("length"), q_BTNH.shape[1]
     if shards == 1:
@@ -148,9 +151,9 @@ def attention(
     zigzag(length, shards)  # raises if T does not divide
     if kernel == "splash":
         q_BTNH = flash.scaled(q_BTNH, scale)
-        local = _splash(q_BTNH, v_BTKW, shards, interpret)
+        local = _splash(q_BTNH, v_BTKW, shards, interpret, window)
     elif kernel == "chunked":
-        local = _chunked(length, shards, scale, block)
+        local = _chunked(length, shards, scale, block, window)
     else:
         raise ValueError(
             f"attention kernel {kernel!r} cannot take windows that are split: use one of {KERNELS}"

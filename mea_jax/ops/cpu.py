@@ -17,7 +17,7 @@ G = N / K, H head width, F any output width, V vocabulary.
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -206,23 +206,40 @@ def _from_columns(x_BKHt: Array, groups: int) -> Array:
     return jnp.transpose(x, (0, 4, 1, 3, 2)).reshape(b, gt // groups, k * groups, h)
 
 
-def _blocks(t: int, block: int) -> list[tuple[int, int]]:
-    return [(i, min(i + block, t)) for i in range(0, t, block)]
+class _Span(NamedTuple):
+    """A block of queries start:stop, and the first key that they see (the last is stop - 1)."""
+
+    start: int
+    stop: int
+    first: int
 
 
-def _hidden(s: Array, seg_BT: Array, start: int, stop: int, tree: bool) -> Array:
-    """Mask the scores (B, K, S, G * t) of keys :stop and queries start:stop."""
-    causal = np.arange(stop)[:, None] <= np.arange(start, stop)[None]
+def _spans(t: int, block: int, window: int) -> list[_Span]:
+    """Return the blocks of T queries, whose positions see the last `window` positions; 0: all."""
+    spans = []
+    for start in range(0, t, block):
+        first = max(start - window + 1, 0) if window else 0
+        spans.append(_Span(start, min(start + block, t), first))
+    return spans
+
+
+def _hidden(s: Array, seg_BT: Array, span: _Span, tree: bool, window: int) -> Array:
+    """Mask the scores (B, K, S, G * t) of the keys and queries of a span."""
+    start, stop, first = span
+    keys_S1, queries_1t = np.arange(first, stop)[:, None], np.arange(start, stop)[None]
+    causal = keys_S1 <= queries_1t
+    if window:
+        causal &= keys_S1 > queries_1t - window
     if tree:
-        seen = (seg_BT[:, :stop, None] > np.arange(start, stop)[None, None]) & causal[None]
+        seen = (seg_BT[:, first:stop, None] > queries_1t[None]) & causal[None]
     else:
-        seen = (seg_BT[:, :stop, None] == seg_BT[:, None, start:stop]) & causal[None]
+        seen = (seg_BT[:, first:stop, None] == seg_BT[:, None, start:stop]) & causal[None]
     groups = s.shape[3] // (stop - start)
     seen = jnp.broadcast_to(seen[:, None, :, None], (*s.shape[:3], groups, stop - start))
     return jnp.where(seen.reshape(s.shape), s, _MASKED)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7, 8, 9))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7, 8, 9, 10))
 def _attention(
     q_BTNH: Array,
     k_BTKH: Array,
@@ -234,9 +251,10 @@ def _attention(
     dtype: DType,
     block: int,
     tree: bool,
+    window: int,
 ) -> Array:
     arrays = (q_BTNH, k_BTKH, v_BTKW, segment_ids_BT, norm_W)
-    return _attention_fwd(*arrays, eps, scale, dtype, block, tree)[0]
+    return _attention_fwd(*arrays, eps, scale, dtype, block, tree, window)[0]
 
 
 def _attention_fwd(
@@ -250,6 +268,7 @@ def _attention_fwd(
     dtype: DType,
     block: int,
     tree: bool,
+    window: int,
 ) -> tuple[Array, tuple]:
     t, w = q_BTNH.shape[1], v_BTKW.shape[3]
     groups = q_BTNH.shape[2] // k_BTKH.shape[2]
@@ -257,13 +276,14 @@ def _attention_fwd(
     k_BKSH = _transposed(k_BKHS, (0, 1, 3, 2))
     v1 = jnp.concatenate([v_BKWS, jnp.ones((*v_BKWS.shape[:2], 1, t), dtype)], 2)
     out, per_block = [], []
-    for start, stop in _blocks(t, block):
-        q = _columns(q_BTNH * scale, groups, start, stop, dtype)
-        s = product(k_BKSH[:, :, :stop], q, ((3,), (2,)), 2)
-        s = _hidden(s, segment_ids_BT, start, stop, tree)
+    for span in _spans(t, block, window):
+        q = _columns(q_BTNH * scale, groups, span.start, span.stop, dtype)
+        keys = slice(span.first, span.stop)
+        s = product(k_BKSH[:, :, keys], q, ((3,), (2,)), 2)
+        s = _hidden(s, segment_ids_BT, span, tree, window)
         top = jnp.max(s, 2, keepdims=True)
         p = jnp.exp(s - top).astype(dtype)
-        o = product(v1[..., :stop], p, ((3,), (2,)), 2)
+        o = product(v1[..., keys], p, ((3,), (2,)), 2)
         o, total = o[:, :, :w] / o[:, :, w:], o[:, :, w:]
         per_block.append((q, o, total, top))
         if norm_W is not None:
@@ -278,17 +298,25 @@ def _inverse_rms(o_BKWt: Array, eps: float) -> Array:
 
 
 def _attention_bwd(
-    eps: float, scale: float, dtype: DType, block: int, tree: bool, saved: tuple, g_BTNW: Array
+    eps: float,
+    scale: float,
+    dtype: DType,
+    block: int,
+    tree: bool,
+    window: int,
+    saved: tuple,
+    g_BTNW: Array,
 ) -> tuple[Array, Array, Array, None, Array | None]:
     k_BKHS, k_BKSH, v_BKWS, seg_BT, norm_W, per_block = saved
     t, groups = g_BTNW.shape[1], g_BTNW.shape[2] // k_BKHS.shape[1]
     v_BKSW = _transposed(v_BKWS, (0, 1, 3, 2))
     dq, dk, dv = [], jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32)
     d_norm = jnp.zeros((), jnp.float32)
-    for (start, stop), (q, o, total, top) in zip(_blocks(t, block), per_block, strict=True):
-        s = product(k_BKSH[:, :, :stop], q, ((3,), (2,)), 2)
-        p = jnp.exp(_hidden(s, seg_BT, start, stop, tree) - top).astype(dtype)
-        g = _columns(g_BTNW, groups, start, stop, jnp.float32)
+    for span, (q, o, total, top) in zip(_spans(t, block, window), per_block, strict=True):
+        keys = slice(span.first, span.stop)
+        s = product(k_BKSH[:, :, keys], q, ((3,), (2,)), 2)
+        p = jnp.exp(_hidden(s, seg_BT, span, tree, window) - top).astype(dtype)
+        g = _columns(g_BTNW, groups, span.start, span.stop, jnp.float32)
         if norm_W is not None:
             inverse = _inverse_rms(o, eps)
             d_norm = d_norm + jnp.sum(g * o * inverse, (0, 1, 3))
@@ -298,12 +326,12 @@ def _attention_bwd(
         g = g / total
         delta = jnp.sum(g * o, 2, keepdims=True)
         g = g.astype(dtype)
-        dp = product(v_BKSW[:, :, :stop], g, ((3,), (2,)), 2)
+        dp = product(v_BKSW[:, :, keys], g, ((3,), (2,)), 2)
         ds = (p.astype(jnp.float32) * (dp - delta)).astype(dtype)
-        grow = ((0, 0), (0, 0), (0, 0), (0, t - stop))
+        grow = ((0, 0), (0, 0), (0, 0), (span.first, t - span.stop))
         dv = dv + jnp.pad(product(g, p, ((3,), (3,)), 2), grow)
         dk = dk + jnp.pad(product(q, ds, ((3,), (3,)), 2), grow)
-        dq_ = product(k_BKHS[..., :stop], ds, ((3,), (2,)), 2) * scale
+        dq_ = product(k_BKHS[..., keys], ds, ((3,), (2,)), 2) * scale
         dq.append(_from_columns(dq_, groups))
     d_qkv = jnp.concatenate(dq, 1), _from_columns(dk, 1), _from_columns(dv, 1)
     return *d_qkv, None, None if norm_W is None else d_norm
@@ -323,21 +351,24 @@ def causal_attention(
     norm_W: Array | None = None,
     eps: float = 0.0,
     block: int = 0,
+    window: int = 0,
 ) -> Array:
     """Compute causal grouped-query attention within segments: float32 (B, T, N, W).
 
     Query head n reads key/value head n // (N // K). Position t sees the positions s <= t of its own
-    segment; a `TreeMask` in place of segment ids defines instead which keys each position sees.
-    Scores, softmax and sums are float32; `dtype` is the dtype of the products' inputs. With
-    `norm_W` each head's output is normed: o / sqrt(mean(o^2) + eps) * norm_W. Here, with features
-    first, the mean runs over full vectors; outside this function it is 3 times as slow.
+    segment; a `TreeMask` in place of segment ids defines instead which keys each position sees. A
+    `window` above 0 hides s <= t - window; a tree must have none. Scores, softmax and sums are
+    float32; `dtype` is the dtype of the products' inputs. With `norm_W` each head's output is
+    normed: o / sqrt(mean(o^2) + eps) * norm_W. Here, with features first, the mean runs over full
+    vectors; outside this function it is 3 times as slow.
 
     Queries are processed `block` positions at a time (0: chosen by T), each block against the keys
-    up to its end. So the only scores above the diagonal that are computed are those within a block,
-    and only one block's scores exist at a time. The backward pass recomputes the scores from the
-    saved row maxima: as fast as saving the probabilities, which are T x T. In float32 a batch is
-    processed in up to four parts, so that scores stay in cache between passes (1.1 to 1.15 times as
-    fast). Raises `ValueError` if K does not divide N.
+    from the first that it sees up to its end. So the only hidden scores that are computed are those
+    within a block's width of a visible one, and only one block's scores exist at a time. The
+    backward pass recomputes the scores from the saved row maxima: as fast as saving the
+    probabilities, which are T x T. In float32 a batch is processed in up to four parts, so that
+    scores stay in cache between passes (1.1 to 1.15 times as fast). Raises `ValueError` if K does
+    not divide N.
     """
     b, t, n, _ = q_BTNH.shape
     if n % k_BTKH.shape[2]:
@@ -355,7 +386,8 @@ def causal_attention(
             parts *= 2
     tree = isinstance(segment_ids_BT, TreeMask)
     marks_BT = segment_ids_BT.reach_BT if isinstance(segment_ids_BT, TreeMask) else segment_ids_BT
-    static = (float(eps), float(scale), jnp.dtype(dtype), block, tree)
+    assert not (tree and window)
+    static = (float(eps), float(scale), jnp.dtype(dtype), block, tree, window)
     split = [jnp.split(x, parts) for x in (q, k, v, marks_BT)]
     rows = [_attention(*part, norm_W, *static) for part in zip(*split, strict=True)]
     return jnp.concatenate(rows)

@@ -18,6 +18,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 from jax.sharding import NamedSharding
 
+from mea_jax.ops.attention import visible
 from mea_jax.parallel.sharding import has_mesh, shard_count, spec
 
 # A TPU's vector registers are 128 wide, so the kernel's blocks are multiples of 128 positions.
@@ -66,8 +67,11 @@ def splash_attention(
     *,
     scale: float,
     interpret: bool = False,
+    window: int = 0,
 ) -> jax.Array:
     """Compute causal attention within segments with the TPU's splash kernel: (B, T, N, W).
+
+    A position sees the last `window` positions, itself included; 0 means all.
 
     The result has the dtype of q; q, k and v share one dtype (`splash_supports`). T is padded to a
     multiple of 128. `interpret` runs the kernel's code on any backend, for tests.
@@ -85,7 +89,7 @@ def splash_attention(
 
     def attend(q_BTNH, k_BSKH, v_BSKW, segment_ids_BT):
         heads, blocks = q_BTNH.shape[2], _splash_blocks(full, _widest(q_BTNH, v_BSKW))
-        kernel = _splash_kernel(np.arange(full), heads, blocks, interpret=interpret)
+        kernel = _splash_kernel(np.arange(full), heads, blocks, interpret=interpret, window=window)
         return run_splash(kernel, q_BTNH, k_BSKH, v_BSKW, segment_ids_BT, segment_ids_BT)
 
     return _on_each_device(attend, q_BTNH, k_BSKH, v_BSKW, segment_ids_BT)[:, :length]
@@ -118,6 +122,7 @@ def sharded_splash(
     shards: int,
     saved: str,
     interpret: bool,
+    window: int = 0,
 ) -> tuple[splash.SplashAttentionKernel, splash.SplashAttentionKernel]:
     """Return a kernel for queries in the order `order_T`, split over `shards`, and its specs.
 
@@ -135,7 +140,7 @@ def sharded_splash(
     # A block is within one of a shard's two chunks; otherwise it would see far too many keys.
     blocks = _splash_blocks(length // (2 * shards), _widest(q_BTNH, v_BTKW), length)
     heads = q_BTNH.shape[2] // shard_count("activation_heads")
-    kernel = _splash_kernel(order_T, heads, blocks, shards, saved, interpret)
+    kernel = _splash_kernel(order_T, heads, blocks, shards, saved, interpret, window)
     where = NamedSharding(jax.sharding.get_abstract_mesh(), spec((None, "length")))
     return kernel, kernel.manual_sharding_spec(where)
 
@@ -143,21 +148,36 @@ def sharded_splash(
 class _CausalAt(splash_mask.CausalMask):
     """A mask of the keys, in natural order, that queries at positions `order_T` see.
 
+    With a `window` above 0 they see that many positions, themselves included.
+
     splash inspects every block of the mask when a kernel is made. Nearly all blocks are entirely
     visible or entirely hidden, and come from a cache. Computing them would take most of a minute at
     131,072 positions.
     """
 
-    def __init__(self, order_T: np.ndarray):
+    def __init__(self, order_T: np.ndarray, window: int = 0):
         super().__init__((order_T.size, order_T.size))
-        self.q_sequence = order_T.astype(np.int32)
+        self.q_sequence, self.window = order_T.astype(np.int32), window
+        if window:  # the kernel evaluates this function too
+
+            def seen(queries, keys):
+                return (queries >= keys) & (queries < keys + window)
+
+            self.mask_function = seen
+
+    def __eq__(self, other: object) -> bool:
+        return super().__eq__(other) is True and self.window == getattr(other, "window", None)
+
+    def __hash__(self) -> int:
+        return hash((super().__hash__(), self.window))
 
     def __getitem__(self, idx: tuple[slice, slice]) -> np.ndarray:
         queries, keys = self.q_sequence[idx[0]], range(self.shape[1])[idx[1]]
-        if keys[-1] <= queries.min():
-            return _uniform((queries.size, len(keys)), True)
-        if keys[0] > queries.max():
-            return _uniform((queries.size, len(keys)), False)
+        shape, window = (queries.size, len(keys)), self.window or self.shape[1]
+        if keys[-1] <= queries.min() and queries.max() < keys[0] + window:
+            return _uniform(shape, True)
+        if keys[0] > queries.max() or keys[-1] + window <= queries.min():
+            return _uniform(shape, False)
         return super().__getitem__(idx)
 
 
@@ -173,10 +193,11 @@ def _splash_kernel(
     shards: int = 1,
     saved: str | None = None,
     interpret: bool = False,
+    window: int = 0,
 ) -> splash.SplashAttentionKernel:
     """Make a causal kernel for queries at positions `order_T` and all keys in natural order."""
     return splash.make_splash_mha(
-        splash_mask.MultiHeadMask([_CausalAt(order_T)] * heads),
+        splash_mask.MultiHeadMask([_CausalAt(order_T, window)] * heads),
         block_sizes=blocks,
         head_shards=1,
         q_seq_shards=shards,
@@ -192,6 +213,7 @@ def cudnn_attention(
     segment_ids_BT: jax.Array,
     *,
     scale: float,
+    window: int = 0,
     one_segment: bool = False,
     implementation: Literal["cudnn", "xla"] = "cudnn",
 ) -> jax.Array:
@@ -208,7 +230,7 @@ def cudnn_attention(
     that bias, which nothing reads (0.12 omits it). Causality costs nothing: the kernel skips the
     keys that it hides, but computes those that segments hide. Rows of a single segment need no
     mask: `one_segment=True` ignores the ids, which is correct if a row's padding, if any, comes
-    last.
+    last. A `window` above 0 is that many positions, which a position sees, itself included.
 
     `implementation="xla"` computes the same without the kernel, for tests on a CPU.
     """
@@ -219,13 +241,14 @@ def cudnn_attention(
     q_BTNH, k_BSKH, v_BSKW = (_fill(_fill(x, 3, width), 1, full) for x in (q_BTNH, k_BSKH, v_BSKW))
 
     def attend(q_BTNH, k_BSKH, v_BSKW, segment_ids_BT):
-        same_BTS = segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]
+        same_BTS = visible(segment_ids_BT, window)  # causality again costs nothing
         return jax.nn.dot_product_attention(
             q_BTNH,
             k_BSKH,
             v_BSKW,
             mask=None if one_segment else same_BTS[:, None],
             is_causal=True,
+            local_window_size=(window - 1, 0) if window and one_segment else None,
             scale=scale,
             implementation=implementation,
         )

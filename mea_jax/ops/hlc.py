@@ -109,7 +109,15 @@ def composite_heads(model: ModelConfig, side: Side, attention: Mapping[str, Any]
     With a key norm, the projection of keys mixed per frequency includes the norm's weight (see
     `model.attention.Attention.key_inverse_rms`), which is divided out.
     """
-    kernel_DCH = jnp.asarray(attention[side])
+    return _composite(model, side, attention, jnp.asarray(attention[side]))
+
+
+def composite_bias(model: ModelConfig, side: Side, attention: Mapping[str, Any]) -> Array:
+    """Return the bias (K, H), float32, of the composite heads of `composite_heads`."""
+    return _composite(model, side, attention, jnp.asarray(attention[f"{side}_bias"])[None])[0]
+
+
+def _composite(model: ModelConfig, side: Side, attention, kernel_DCH: Array) -> Array:
     if not model.mixes(side):
         return kernel_DCH.astype(jnp.float32)
     kind = model.mixing_kind(side)
@@ -165,7 +173,7 @@ def choose_form(kind: str, d_model: int, components: int, composites: int, head_
     mixing wins once the multiply-adds it saves, D (K - C) less the mixing itself, outweigh the
     bytes of that pass; for C = K/2 this is so in wide models only. With heads split over devices
     always fold: explicit mixing would gather activations, folding gathers weights
-    (`backend.resolve` ensures it).
+    (`ops.resolve` ensures it).
     """
     mixing = {"heads": 1, "frequency": 2, "dense": head_dim}[kind] * components * composites
     saved_flops = 2 * (d_model * (composites - components) - mixing)  # per token and feature

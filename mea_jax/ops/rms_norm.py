@@ -19,3 +19,11 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     """Return x / sqrt(mean(x^2) + eps) * scale over the last axis, in the dtype of `x`."""
     normed = x.astype(jnp.float32) * inverse_rms(x, eps) * along_last(scale, x.ndim)
     return normed.astype(x.dtype)
+
+
+def norm_heads(x_BTNH: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    """Apply RMSNorm to heads: each for itself with a scale (H,), or all together with (N H,)."""
+    if scale.shape[0] == x_BTNH.shape[-1]:
+        return rms_norm(x_BTNH, scale, eps)
+    flat = x_BTNH.reshape(*x_BTNH.shape[:2], -1)
+    return rms_norm(flat, scale, eps).reshape(x_BTNH.shape)

@@ -14,7 +14,7 @@ from mea_jax.config.schema import ModelConfig, TrainConfig
 from mea_jax.generate import decode
 from mea_jax.model.kv_cache import count_bytes
 from mea_jax.model.params import abstract_params, placed_params
-from mea_jax.ops.backend import resolve
+from mea_jax.ops.resolve import resolve
 from mea_jax.parallel import sharding
 from mea_jax.plan.compiling import Compiled, compile_and_measure, for_cpu_stand_in, per_device_bytes
 from mea_jax.plan.target import Target

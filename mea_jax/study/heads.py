@@ -30,14 +30,14 @@ from mea_jax.checkpoint.load import open_trained, unresolved
 from mea_jax.checkpoint.manager import find_checkpoint
 from mea_jax.cli import progress
 from mea_jax.compress.calibration import CalibrationTexts
+from mea_jax.compress.layer import input_scale
 from mea_jax.compress.options import Options
-from mea_jax.compress.stream import Stream
+from mea_jax.compress.stream import Stream, normed_input
 from mea_jax.config.schema import ModelConfig, Side
 from mea_jax.errors import UserError
 from mea_jax.model.layer_spec import LayerSpec, layer_specs
 from mea_jax.ops import hlc
-from mea_jax.ops.backend import resolve
-from mea_jax.ops.rms_norm import rms_norm
+from mea_jax.ops.resolve import resolve
 from mea_jax.study import head_figures, head_table
 from mea_jax.study import head_measures as measures
 from mea_jax.study.clusters import clusters
@@ -105,10 +105,10 @@ def composites_are_linear(model: ModelConfig, side: Side) -> bool:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _input_sums(epsilon: float, scale_D, x_BTD, batch):
+def _input_sums(spec: LayerSpec, scale_D, x_BTD, batch):
     """Sum x x^T and x, with x the input of an attention, over tokens; also count the tokens."""
     weight_BT1 = (batch["segment_ids"] > 0).astype(jnp.float32)[..., None]
-    normed_BTD = rms_norm(x_BTD, scale_D, epsilon).astype(jnp.float32) * weight_BT1
+    normed_BTD = normed_input(spec, scale_D, x_BTD).astype(jnp.float32) * weight_BT1
     flat = normed_BTD.reshape(-1, normed_BTD.shape[-1])
     square_DD = jnp.dot(flat.T, flat, precision=jax.lax.Precision.HIGHEST)
     return square_DD, flat.sum(axis=0), weight_BT1.sum()
@@ -120,13 +120,13 @@ def input_covariance(stream: Stream, spec: LayerSpec, layer: Tree) -> np.ndarray
     Keys and values, mixed or not, are projections of these inputs, so no other statistic of the
     text is needed.
     """
-    scale_D = stream.place(layer["attention_norm"]["scale"])
+    scale_D = stream.place(input_scale(layer))
     width = spec.model.d_model
     square_DD, sum_D, tokens = np.zeros((width, width)), np.zeros(width), 0.0
     with jax.set_mesh(stream.mesh):
         for number, batch in enumerate(stream.batches):
             x_BTD = stream.residual(number, spec.model)
-            new = _input_sums(spec.model.norm_eps, scale_D, x_BTD, stream.put(batch))
+            new = _input_sums(spec, scale_D, x_BTD, stream.put(batch))
             square, total, count = jax.device_get(new)
             square_DD, sum_D, tokens = square_DD + square, sum_D + total, tokens + float(count)
     mean_D = sum_D / tokens
@@ -238,7 +238,9 @@ class RunAnalysis:
         for index, spec in enumerate(layer_specs(self.model)):
             tree = source.layer(index)
             if stream is None:
-                scale_D = np.asarray(tree["attention_norm"]["scale"], np.float64)
+                scale_D = input_scale(tree)
+                ones_D = np.ones(self.model.d_model)
+                scale_D = ones_D if scale_D is None else np.asarray(scale_D, np.float64)
                 yield index, tree, np.diag(np.square(scale_D))
                 continue
             yield index, tree, input_covariance(stream, spec, tree)

@@ -21,7 +21,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mea_jax.config.schema import TrainConfig
 from mea_jax.model.params import TrainState
-from mea_jax.ops.backend import resolve
+from mea_jax.ops.resolve import resolve
 from mea_jax.parallel import sharding
 from mea_jax.study.grid import Member
 from mea_jax.train.step import eval_sums, init_state, state_shardings, train_step

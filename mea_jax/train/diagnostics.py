@@ -27,8 +27,8 @@ def mixing_distance(config: TrainConfig, params: Any) -> dict[str, jax.Array]:
         if not model.mixes(side):
             continue
         rows = []
-        for first, length, c_key, c_value in runs_of_equal_layers(model):
-            components = c_key if side == Side.KEY else c_value
+        for first, length, layer in runs_of_equal_layers(model):
+            components = layer.components(side)[0]
             if model.n_kv_heads % components:
                 rows.append(jnp.full((length,), jnp.nan))
                 continue

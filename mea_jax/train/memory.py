@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from mea_jax.config.checks import least_parameters
+from mea_jax.config.model_checks import least_parameters
 from mea_jax.config.schema import TrainConfig
 from mea_jax.errors import UserError
 from mea_jax.ops.backend import make_backend

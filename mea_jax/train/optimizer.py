@@ -56,7 +56,7 @@ def merge_params(params: Any, part: Any) -> Any:
 def decay_mask(params, decay_mixing: bool):
     """Return a tree of bools that says which parameters have weight decay.
 
-    It applies to matrices, not to norm scales and other vectors. It applies to W_lc only if
+    It applies to matrices, not to norm scales, biases and other vectors. It applies to W_lc only if
     `decay_mixing`, since decay would pull W_lc from the identity towards zero.
 
     The selection is by name, not by rank, since scanned layers give every parameter one more axis.
@@ -64,7 +64,7 @@ def decay_mask(params, decay_mixing: bool):
 
     def leaf(path, _):
         name = path[-1].key
-        if name == "scale" or name.startswith("lambda_"):
+        if name == "scale" or name.endswith("_bias") or name.startswith("lambda_"):
             return False
         return decay_mixing or not name.endswith("_mixing")
 

@@ -11,7 +11,7 @@ from mea_jax.checkpoint.run_directory import RunDirectory, stored_dtype
 from mea_jax.config.schema import TrainConfig
 from mea_jax.data.multi_host import prepare_together
 from mea_jax.errors import UserError
-from mea_jax.ops.backend import resolve
+from mea_jax.ops.resolve import resolve
 from mea_jax.parallel import sharding
 from mea_jax.parallel.preemption import StopRequest
 from mea_jax.train import memory

@@ -15,13 +15,13 @@ from jax.sharding import Mesh
 
 from mea_jax.checkpoint.load import Trained, open_trained, unresolved
 from mea_jax.checkpoint.manager import find_checkpoint
-from mea_jax.config.checks import validate_from_scratch
+from mea_jax.config.model_checks import validate_from_scratch
 from mea_jax.config.schema import ModelConfig, TrainConfig, differences
 from mea_jax.data import tokenizers
 from mea_jax.data.tokenizers import Tokenizer
 from mea_jax.errors import UserError
 from mea_jax.model.params import TrainState, placed_params
-from mea_jax.ops.backend import resolve
+from mea_jax.ops.resolve import resolve
 from mea_jax.parallel import sharding
 from mea_jax.train.step import Teacher, create_state, start_state
 

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from mea_jax.generate import decode
 from mea_jax.parallel import sharding, topology
-from mea_jax.ops.backend import resolve
+from mea_jax.ops.resolve import resolve
 from mea_jax.config.schema import MeshConfig, ModelConfig, TrainConfig
 from mea_jax.model.params import abstract_params
 from mea_jax.train.step import abstract_state, compile_train_step

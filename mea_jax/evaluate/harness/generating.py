@@ -14,7 +14,7 @@ from mea_jax.config.schema import ModelConfig
 from mea_jax.data.tokenizers import Tokenizer
 from mea_jax.errors import UserError, shown
 from mea_jax.generate.generator import Decoding, Generator, continuation
-from mea_jax.ops.backend import resolve
+from mea_jax.ops.resolve import resolve
 from mea_jax.ops.sampling import Sampling
 from mea_jax.parallel import sharding
 

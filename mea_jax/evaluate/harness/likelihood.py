@@ -21,8 +21,9 @@ from mea_jax.evaluate.harness import prefix_trees
 from mea_jax.evaluate.harness.prefix_trees import Request, Rows, Tree
 from mea_jax.model.transformer import apply_hidden
 from mea_jax.ops.attention import TreeMask
-from mea_jax.ops.backend import make_backend, resolve
+from mea_jax.ops.backend import make_backend
 from mea_jax.ops.cross_entropy import positions_within
+from mea_jax.ops.resolve import resolve
 from mea_jax.parallel import sharding
 
 _LOGITS_MEBIBYTES = 64  # float32 logits of a shard in memory at the same time
@@ -141,7 +142,7 @@ class Scorer:
             filled[shard] += size
             where.append((shard, first, tree))
         tokens_BT, positions_BT, marks_BT, placed_SP2 = map(self._place, (*arrays, pairs_SP2))
-        mask = TreeMask(marks_BT) if self.branches else marks_BT
+        mask = TreeMask(marks_BT, positions_BT) if self.branches else marks_BT
         count = np.int32(-(-max(filled) // chunk))
         with jax.set_mesh(self.mesh):
             return self._program(rows, pairs, chunk)(

@@ -10,7 +10,7 @@ from mea_jax.checkpoint.load import Trained
 from mea_jax.config.schema import MeshConfig, ModelConfig
 from mea_jax.errors import UserError
 from mea_jax.model.params import placed_params
-from mea_jax.ops.backend import resolve
+from mea_jax.ops.resolve import resolve
 from mea_jax.parallel import sharding
 
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mea_jax.config.checks import validate_from_scratch
+from mea_jax.config.model_checks import validate_from_scratch
 from mea_jax.config.parse import from_config_dict, from_dict
 from mea_jax.config.schema import TrainConfig, default_config, flatten
 from mea_jax.data.pipeline import held_out_batches, train_batches
@@ -19,7 +19,7 @@ from mea_jax.data.prepare import prepare
 from mea_jax.errors import UserError
 from mea_jax.generate.generator import Decoding, Generator
 from mea_jax.model.params import TrainState
-from mea_jax.ops import backend
+from mea_jax.ops.resolve import resolve
 from mea_jax.ops.sampling import Sampling
 from mea_jax.parallel import sharding
 from mea_jax.train import memory
@@ -62,7 +62,7 @@ def _resolve(example: Example) -> tuple[TrainConfig, jax.sharding.Mesh]:
     config, devices = _build(example), jax.devices()[: example.devices]
     mesh = sharding.make_mesh(config.mesh, devices)
     split = (mesh.shape["tensor"], mesh.shape["sequence"])
-    model = backend.resolve(config.model, devices, config.data.context_length, *split)
+    model = resolve(config.model, devices, config.data.context_length, *split)
     config = dataclasses.replace(config, model=model)
     sharding.check_divisible(config, mesh)
     start = Start(config, mesh, str)

@@ -5,10 +5,10 @@ import importlib.util
 import jax
 import pytest
 
-from mea_jax.config.checks import validate_from_scratch
+from mea_jax.config.model_checks import validate_from_scratch
 from mea_jax.config.parse import from_config_dict
 from mea_jax.model.params import abstract_params
-from mea_jax.ops.backend import resolve
+from mea_jax.ops.resolve import resolve
 from mea_jax.parallel import sharding
 from mea_jax.train.step import abstract_state
 from tests.helpers import change, flat

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mea_jax.config import schema as config_lib
-from mea_jax.config.checks import validate, validate_from_scratch
+from mea_jax.config.checks import validate
+from mea_jax.config.model_checks import validate_from_scratch
 from mea_jax.config.parse import from_config_dict, from_dict
 from mea_jax.config.presets import apply_variant
 from mea_jax.config.schema import (

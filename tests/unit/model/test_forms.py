@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from mea_jax.config.checks import validate
 from mea_jax.config.schema import Side, TrainConfig
 from mea_jax.generate.decode import serve
-from mea_jax.model.attention import Attention, Context, Slots
+from mea_jax.model.attention import Attention
+from mea_jax.model.context import Context, Slots
 from mea_jax.model.kv_cache import RECENT, CachedLayer, LayerCache, empty_heads
 from mea_jax.model.transformer import rope_of
 from mea_jax.ops import attention

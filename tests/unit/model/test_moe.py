@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mea_jax.config.checks import validate, validate_from_scratch
+from mea_jax.config.checks import validate
+from mea_jax.config.model_checks import validate_from_scratch
 from mea_jax.errors import UserError
 from mea_jax.generate import decode
 from mea_jax.generate.generator import Decoding, Generator

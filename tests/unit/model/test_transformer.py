@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mea_jax.config.schema import Side
-from mea_jax.model.attention import Context
+from mea_jax.model.context import Context
 from mea_jax.model.params import init_params
 from mea_jax.model.transformer import Block, Decoder, rope_of, runs_of_equal_layers
 from mea_jax.ops.rms_norm import rms_norm
@@ -99,8 +99,15 @@ LISTS = {
 
 
 def test_stretches():
-    assert runs_of_equal_layers(tiny_model(**LISTS)) == [(0, 2, 4, 2), (2, 1, 2, 2), (3, 1, 4, 3)]
-    assert runs_of_equal_layers(tiny_model(n_layers=5)) == [(0, 5, 4, 4)]
+    def runs(**changes) -> list[tuple[int, ...]]:
+        found = runs_of_equal_layers(tiny_model(**changes))
+        return [
+            (first, length, *(layer.components(side)[0] for side in Side))
+            for first, length, layer in found
+        ]
+
+    assert runs(**LISTS) == [(0, 2, 4, 2), (2, 1, 2, 2), (3, 1, 4, 3)]
+    assert runs(n_layers=5) == [(0, 5, 4, 4)]
 
 
 # Differential attention's lambda at the start depends on the layer.
@@ -125,7 +132,8 @@ def test_scanned_stretches_are_a_loop_over_layers(case):
     context = Context(segments_BT, rope_of(model, jnp.asarray(positions_BT)))
     x = jnp.asarray(params["embedding"])[tokens]
     layer = 0
-    for first, length, key, value in runs_of_equal_layers(model):
+    for first, length, config in runs_of_equal_layers(model):
+        key, value = (config.components(side)[0] for side in Side)
         block = Block(model, key, value)
         run = jax.jit(lambda p, x, i, block=block: block.apply({"params": p}, x, context, i)[0])
         for i in range(length):

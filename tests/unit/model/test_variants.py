@@ -9,14 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mea_jax.config.checks import validate, validate_from_scratch
+from mea_jax.config.checks import validate
+from mea_jax.config.model_checks import validate_from_scratch
 from mea_jax.config.schema import Side, TrainConfig
 from mea_jax.errors import UserError
-from mea_jax.model.attention import Context
+from mea_jax.model.context import Context
 from mea_jax.model.transformer import rope_of
 from mea_jax.model.variants import lambda_init, make_attention
 from mea_jax.ops import attention
-from mea_jax.ops.backend import resolve
+from mea_jax.ops.resolve import resolve
 from tests import references
 from tests.helpers import ATTENTIONS, PLAIN, change, flat, packed, params_of, tiny_model
 from tests.references import logits_of, maps_of, rotated, weighted

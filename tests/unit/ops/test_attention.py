@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mea_jax.config.schema import RopeScaling, Side
-from mea_jax.model.attention import Attention, Context
+from mea_jax.model.attention import Attention
+from mea_jax.model.context import Context
 from mea_jax.model.transformer import rope_of
 from mea_jax.ops import attention
 from mea_jax.ops.rms_norm import rms_norm

@@ -12,7 +12,8 @@ from mea_jax.config.schema import MeshConfig
 from mea_jax.errors import UserError
 from mea_jax.ops import attention, chunked, flash
 from mea_jax.ops import context_parallel as sp
-from mea_jax.ops.backend import CpuBackend, HeadNorm, XlaBackend, resolve
+from mea_jax.ops.backend import CpuBackend, HeadNorm, XlaBackend
+from mea_jax.ops.resolve import resolve
 from mea_jax.parallel import sharding
 from mea_jax.train.diagnostics import compile_diagnostics
 from mea_jax.train.run import train

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from mea_jax.config.schema import RopeScaling
 from mea_jax.ops import attention, hlc, rope
-from mea_jax.ops.backend import resolve
+from mea_jax.ops.resolve import resolve
 from tests import references
 from tests.helpers import assert_close, tiny_model
 

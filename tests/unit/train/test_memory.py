@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mea_jax.config.checks import least_parameters
+from mea_jax.config.model_checks import least_parameters
 from mea_jax.config.schema import DataConfig, MeshConfig, TrainConfig
 from mea_jax.errors import UserError
 from mea_jax.model.params import abstract_params

@@ -51,7 +51,7 @@ def test_changed_data_are_refused(cut):
 def test_auto_dtype_stays_what_the_run_started_with(cut, monkeypatch):
     config, workdir = cut
     assert stored_dtype(workdir) == "float32"
-    monkeypatch.setattr("mea_jax.ops.backend._cpu_multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr("mea_jax.ops.resolve._cpu_multiplies_bfloat16", lambda: True)
     config = change(config, **{"model.dtype": "auto", "model.backend": "cpu"})
     assert train(config, workdir)["text"]
     assert stored_dtype(workdir) == "float32"

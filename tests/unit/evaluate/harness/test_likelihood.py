@@ -138,7 +138,10 @@ def test_attention_of_trees():
     rng = np.random.default_rng(4)
     q, kk, v = (jnp.asarray(rng.standard_normal((1, 11, h, 8)), jnp.float32) for h in (n, k, k))
     paths = [[0], [0, 1], [0, 1, 2], [0, 1, 2, 3], [0, 1, 4], [0, 1, 4, 5], [6], [6, 7], [6, 8]]
-    mask = attention.TreeMask(jnp.asarray([[6, 6, 4, 4, 6, 6, 9, 8, 9, 0, 0]], jnp.int32))
+    mask = attention.TreeMask(
+        jnp.asarray([[6, 6, 4, 4, 6, 6, 9, 8, 9, 0, 0]], jnp.int32),
+        jnp.asarray([[0, 1, 2, 3, 2, 3, 0, 1, 1, 0, 0]], jnp.int32),
+    )
     logits = 0.3 * np.einsum("tkgh,skh->kgts", np.reshape(q[0], (11, k, n // k, 8)), kk[0])
     expected = np.zeros((11, k, n // k, 8))
     for t, path in enumerate(paths):

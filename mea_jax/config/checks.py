@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
+from mea_jax.config.rope_checks import validate_rope_scaling
 from mea_jax.config.schema import (
     ATTENTION_KERNELS,
     POSITIONS,
@@ -43,6 +44,7 @@ def validate(config: TrainConfig) -> None:
         value = _value(config, path)
         _require(value <= most, f"config.{path}={value} must be at most {most:,}")
     _validate_model(config.model)
+    validate_rope_scaling(config)
     data, optim = config.data, config.optimizer
     for path in (
         "steps",
@@ -250,13 +252,6 @@ def _validate_model(model: ModelConfig) -> None:
     _one_of(f"{at}.backend", model.backend, ("auto", "xla", "cpu"))
     _one_of(f"{at}.remat", model.remat, REMAT_POLICIES)
     _require(model.loss_chunk >= 0, f"{at}.loss_chunk={model.loss_chunk} must be 0 or more")
-    rope = model.rope_scaling
-    _require(rope.factor >= 1, f"{at}.rope_scaling.factor={rope.factor} must be 1 or more")
-    _require(
-        0 < rope.low_freq_factor < rope.high_freq_factor and rope.original_context > 0,
-        f"{at}.rope_scaling must have 0 < low_freq_factor < high_freq_factor and a positive "
-        "original_context",
-    )
     for side in Side:
         name, counts = f"{at}.{side}_components", model.components(side)
         _require(

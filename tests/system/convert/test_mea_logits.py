@@ -16,6 +16,7 @@ from tests.system.convert.exported_mea import load, save
 
 SCALED = {
     "rope_theta": 100.0,
+    "rope_scaling.kind": "llama3",
     "rope_scaling.factor": 8.0,
     "rope_scaling.original_context": 16,
 }

@@ -29,6 +29,7 @@ def get_config(checkpoint: str = ""):
     model.hlc, model.head_norm = "none", False
     model.norm_eps = 1e-5
     model.rope_theta = 500_000.0
+    model.rope_scaling.kind = "llama3"
     model.rope_scaling.factor = 32.0
     model.rope_scaling.low_freq_factor = 1.0
     model.rope_scaling.high_freq_factor = 4.0

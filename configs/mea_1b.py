@@ -27,6 +27,7 @@ def get_config(variant: str = ""):
     model.d_model, model.n_layers, model.d_ff = 2048, 16, 8192
     model.n_heads, model.n_kv_heads, model.head_dim = 32, 8, 64
     model.rope_theta = 500_000.0
+    model.rope_scaling.kind = "llama3"
     model.rope_scaling.factor = 32.0
     model.rope_scaling.low_freq_factor = 1.0
     model.rope_scaling.high_freq_factor = 4.0

@@ -36,7 +36,8 @@ def rotated(model, x_BTNH, positions_BT):
         return x_BTNH
     frequencies = rope.rope_frequencies(model.head_dim, model.rope_theta, model.rope_scaling)
     angles_BTF = positions_BT[..., None] * jnp.asarray(frequencies, jnp.float32)[None, None]
-    return real_of(complex_of(x_BTNH) * jnp.exp(1j * angles_BTF)[:, :, None])
+    factor = rope.attention_factor(model.rope_scaling)
+    return factor * real_of(complex_of(x_BTNH) * jnp.exp(1j * angles_BTF)[:, :, None])
 
 
 def rms(x, eps):

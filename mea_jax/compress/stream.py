@@ -79,7 +79,7 @@ def watch_block(spec: LayerSpec, params: Tree, x_BTD, batch, index):
 
 
 def normed_input(spec: LayerSpec, norm_scale_D, x_BTD):
-    """Return what a layer's attention reads (B, T, D): its normed input, or without norm its input."""
+    """Return what a layer's attention reads (B, T, D): its input, normed if it has a norm."""
     return x_BTD if norm_scale_D is None else rms_norm(x_BTD, norm_scale_D, spec.model.norm_eps)
 
 

@@ -5,6 +5,7 @@ import math
 from typing import Any
 
 from mea_jax.config.model_checks import validate_model
+from mea_jax.config.rope_checks import validate_rope_scaling
 from mea_jax.config.schema import (
     SCHEDULES,
     TRAINABLE,
@@ -27,6 +28,7 @@ def validate(config: TrainConfig) -> None:
         value = _value(config, path)
         require(value <= most, f"config.{path}={value} must be at most {most:,}")
     validate_model(config.model)
+    validate_rope_scaling(config)
     data, optim = config.data, config.optimizer
     for path in (
         "steps",

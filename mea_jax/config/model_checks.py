@@ -75,13 +75,6 @@ def validate_model(model: ModelConfig) -> None:
     one_of(f"{at}.backend", model.backend, ("auto", "xla", "cpu"))
     one_of(f"{at}.remat", model.remat, REMAT_POLICIES)
     require(model.loss_chunk >= 0, f"{at}.loss_chunk={model.loss_chunk} must be 0 or more")
-    rope = model.rope_scaling
-    require(rope.factor >= 1, f"{at}.rope_scaling.factor={rope.factor} must be 1 or more")
-    require(
-        0 < rope.low_freq_factor < rope.high_freq_factor and rope.original_context > 0,
-        f"{at}.rope_scaling must have 0 < low_freq_factor < high_freq_factor and a positive "
-        "original_context",
-    )
     _validate_layers(model)
     for side in Side:
         name, counts = f"{at}.{side}_components", model.components(side)

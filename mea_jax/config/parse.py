@@ -8,7 +8,7 @@ from typing import Any
 from ml_collections import config_dict
 
 from mea_jax.config.checks import validate
-from mea_jax.config.schema import TrainConfig
+from mea_jax.config.schema import RopeScaling, TrainConfig
 from mea_jax.errors import UserError, nearest, shown
 
 _LONGEST_KEY = 80  # characters of a key in a message
@@ -30,6 +30,8 @@ def from_dict(tree: dict[str, Any]) -> TrainConfig:
 def _build(cls: type, tree: Any, path: str):
     if not isinstance(tree, typing.Mapping):
         raise UserError(f"{path} must contain the keys of {cls.__name__}, not {shown(tree)}")
+    if cls is RopeScaling and "kind" not in tree:
+        tree = {"kind": _older_kind(tree)} | dict(tree)
     known = {f.name: f for f in dataclasses.fields(cls)}
     for key in tree:
         if key not in known:
@@ -38,6 +40,16 @@ def _build(cls: type, tree: Any, path: str):
             raise UserError(f"unknown config key {path}.{name[:_LONGEST_KEY]}: {hint}")
     hints = typing.get_type_hints(cls)
     return cls(**{k: _coerce(hints[k], v, f"{path}.{k}") for k, v in tree.items()})
+
+
+def _older_kind(tree: typing.Mapping[str, Any]) -> str:
+    """Return the kind of a scaling that was stored before there were several kinds.
+
+    All had Llama 3's rule, which is linear scaling with an original context of one position.
+    """
+    if tree.get("factor", 1) == 1:
+        return "none"
+    return "linear" if tree.get("original_context") == 1 else "llama3"
 
 
 def _coerce(hint: Any, value: Any, path: str) -> Any:

@@ -20,6 +20,7 @@ VARIANTS = ("mea", "differential_v1", "differential_v2", "talking_heads", "colla
 NORMS = ("pre", "post", "both")
 ACTIVATIONS = ("silu", "gelu")
 POSITIONS = ("rope", "alibi", "learned", "none")
+ROPE_SCALINGS = ("none", "linear", "llama3", "yarn", "dynamic")
 TRAINABLE = ("all", "attention")
 ATTENTION_KERNELS = ("auto", "einsum", "chunked", "cpu", "cudnn", "splash")
 
@@ -36,12 +37,21 @@ Components = int | tuple[int, ...] | None
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Frequency scaling of rotary positions, as in Llama 3.1 and later."""
+    """Frequency scaling of rotary positions (ops/rope.py), for contexts beyond the original one."""
 
-    factor: float = 1.0  # 1.0: no scaling
-    low_freq_factor: float = 1.0
+    kind: str = "none"  # "none", "linear", "llama3", "yarn", or "dynamic", whose frequencies change
+    # beyond original_context, where positions are refused
+    factor: float = 1.0  # of the wavelengths
+    low_freq_factor: float = 1.0  # of "llama3"
     high_freq_factor: float = 4.0
-    original_context: int = 8192
+    original_context: int = 8192  # of all kinds except "linear"
+    beta_fast: float = 32.0  # of "yarn": turns within the original context, beyond which a
+    # frequency is kept
+    beta_slow: float = 1.0  # turns below which its wavelength is multiplied by the factor
+    attention_factor: float = 0.0  # of "yarn": of queries and keys; 0: from the three others
+    mscale: float = 0.0
+    mscale_all_dim: float = 0.0
+    truncate: bool = True  # of "yarn": round the ends of the ramp between the betas to whole pairs
 
 
 @dataclass(frozen=True)
@@ -119,6 +129,22 @@ class ModelConfig:
     def thetas(self) -> tuple[float, ...]:
         """Return the base of each layer's rotary frequencies, length L; 0 is no rotation."""
         return self.layer_thetas or (self.rope_theta,) * self.n_layers
+
+    def longest_context(self) -> int | None:
+        """Return the number of positions that the model can compute; None means no limit."""
+        if self.positions == "learned":
+            return self.max_positions
+        dynamic = self.positions == "rope" and self.rope_scaling.kind == "dynamic"
+        return self.rope_scaling.original_context if dynamic else None
+
+    def limit_reason(self) -> str:
+        """Return the option that `longest_context` is, and why, as the end of an error message."""
+        if self.positions == "learned":
+            return "config.model.max_positions, which the model learned"
+        return (
+            "config.model.rope_scaling.original_context, beyond which the frequencies of "
+            "kind='dynamic' would change with the length of a sequence"
+        )
 
     def mixes(self, side: Side) -> bool:
         """Return whether W_lc exists for the heads of `side`."""

@@ -25,17 +25,49 @@ Tensor = torch.Tensor
 MASKED = -1e30  # a masked logit: finite, for rows in which all logits are masked
 
 
-def rope_frequencies(config: MEAConfig) -> Tensor:
-    """Return radians per position of each rotary pair, float32 (F,), with Llama 3.1's scaling."""
+def rope_frequencies(config: MEAConfig) -> tuple[Tensor, float]:
+    """Return radians per position of each rotary pair, float32 (F,), and the factor of YaRN.
+
+    The rules of rope_type "linear", "llama3" and "yarn" are those of transformers. Cosine and sine
+    must be multiplied by the factor, which is 1 for all but "yarn". "dynamic" has plain
+    frequencies within `max_position_embeddings`, beyond which `MEAModel` refuses positions.
+    """
     rope: dict[str, Any] = config.rope_parameters or {}
-    exponents_F = torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim
-    frequencies_F = float(rope["rope_theta"]) ** -exponents_F
-    if rope.get("rope_type", "default") == "llama3":
+    kind, width = rope.get("rope_type", "default"), config.head_dim
+    theta = float(rope["rope_theta"])
+    exponents_F = torch.arange(0, width, 2, dtype=torch.float64) / width
+    frequencies_F = theta**-exponents_F
+    keep_F, attention = torch.ones_like(frequencies_F), 1.0
+    if kind == "linear":
+        keep_F = torch.zeros_like(frequencies_F)
+    elif kind == "llama3":
         low, high = rope["low_freq_factor"], rope["high_freq_factor"]
         turns_F = rope["original_max_position_embeddings"] * frequencies_F / (2 * math.pi)
         keep_F = ((turns_F - low) / (high - low)).clamp(0, 1)
-        frequencies_F = frequencies_F * (keep_F + (1 - keep_F) / rope["factor"])
-    return frequencies_F.float()
+    elif kind == "yarn":
+        ends = []  # the indices of the pairs that turn so often within the original context
+        for turns in (rope.get("beta_fast") or 32, rope.get("beta_slow") or 1):
+            longest = rope["original_max_position_embeddings"] / (turns * 2 * math.pi)
+            ends.append(width * math.log(longest) / (2 * math.log(theta)))
+        if rope.get("truncate", True):
+            ends = [math.floor(ends[0]), math.ceil(ends[1])]
+        low, high = max(ends[0], 0), min(ends[1], width - 1)
+        high = high + 0.001 if low == high else high
+        keep_F = 1 - ((torch.arange(width // 2) - low) / (high - low)).clamp(0, 1)
+        attention = rope.get("attention_factor") or yarn_factor(rope)
+    elif kind not in ("default", "dynamic"):
+        raise ValueError(f"rope_type={kind!r} is not supported")
+    frequencies_F = frequencies_F * (keep_F + (1 - keep_F) / rope.get("factor", 1))
+    return frequencies_F.float(), attention
+
+
+def yarn_factor(rope: dict[str, Any]) -> float:
+    """Return the factor of cosine and sine that YaRN derives from the factor of wavelengths."""
+    numerator, denominator = rope.get("mscale"), rope.get("mscale_all_dim")
+    log = 0.1 * math.log(rope["factor"])
+    if numerator and denominator:
+        return (numerator * log + 1) / (denominator * log + 1)
+    return log + 1
 
 
 def rotate(x_BTNH: Tensor, table: tuple[Tensor, Tensor] | None) -> Tensor:

@@ -6,13 +6,13 @@ mixing into full projections, which any server runs, with the cache size of an u
 `modeling_mea.py`, whose cache contains components only.
 """
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mea_jax.config.schema import ModelConfig, Side
+from mea_jax.convert.rope_scaling import rope_scaling
 from mea_jax.errors import UserError
 from mea_jax.model.layer_spec import fold_layer, fold_model
 
@@ -86,11 +86,8 @@ def mea_config(model: ModelConfig, context_length: int = 2048) -> dict[str, Any]
     check_exportable(model)
     rope: dict[str, Any] | None = None
     if model.positions == "rope":
-        rope = {"rope_type": "default", "rope_theta": model.rope_theta}
-        if model.rope_scaling.factor != 1.0:
-            scaling = dataclasses.asdict(model.rope_scaling)
-            rope |= {"original_max_position_embeddings": scaling.pop("original_context")}
-            rope |= scaling | {"rope_type": "llama3"}
+        scaling = rope_scaling(model) or {"rope_type": "default"}
+        rope = {"rope_theta": model.rope_theta} | scaling
     classes = {
         "AutoConfig": "configuration_mea.MEAConfig",
         "AutoModel": "modeling_mea.MEAModel",
@@ -120,7 +117,7 @@ def mea_config(model: ModelConfig, context_length: int = 2048) -> dict[str, Any]
         "output_gate": model.gate,
         "positions": model.positions,
         "rope_parameters": rope,
-        "max_position_embeddings": model.max_positions or context_length,
+        "max_position_embeddings": model.longest_context() or context_length,
         "rms_norm_eps": model.norm_eps,
         "tie_word_embeddings": model.tie_embeddings,
         "n_experts": model.n_experts,

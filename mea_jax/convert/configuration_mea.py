@@ -26,7 +26,7 @@ class MEAConfig(PretrainedConfig):
     qk_norm: bool = False  # RMSNorm of queries and keys
     output_gate: str = "none"  # sigmoid(x W) on outputs: one number per "head" or per "feature"
     positions: str = "rope"  # "rope", "alibi", "learned" or "none"
-    rope_parameters: dict | None = None  # rope_type "default" or "llama3", rope_theta, ...
+    rope_parameters: dict | None = None  # rope_type, rope_theta, ... as in transformers
     max_position_embeddings: int = 2048  # the table of "learned" positions has as many rows
     rms_norm_eps: float = 1e-5
     n_experts: int = 0  # 0: one SwiGLU per layer

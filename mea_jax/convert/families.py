@@ -11,15 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mea_jax.config.schema import ModelConfig, RopeScaling, Side
+from mea_jax.config.schema import ModelConfig, Side
+from mea_jax.convert.rope_scaling import rope_fields, rope_scaling
 from mea_jax.errors import UserError, shown
 
 Json = Mapping[str, Any]
 
-THETA = 10_000.0  # transformers' own default
 _WINDOW = 4096  # the default of transformers' Qwen3 and Mistral classes
-_ROPE = "rope_parameters"
-_LINEAR_CONTEXT = 1  # positions, with which Llama 3's scaling is linear scaling
 # Keys that do not change what the model computes: an export keeps those of the imported config.
 KEPT = (
     "max_position_embeddings",
@@ -163,7 +161,7 @@ def model_config(config: Json, where: str) -> ModelConfig:
         "norm_eps": read.number("rms_norm_eps"),
         "tie_embeddings": bool(config.get("tie_word_embeddings", False)),
         "dtype": _compute_dtype(read),
-        **_rope(read),
+        **rope_fields(read),
     }
     if family.experts:
         del fields["d_ff"]  # for layers without experts; there are none
@@ -182,64 +180,6 @@ def _check_window(family: Family, read: _Reader) -> None:
             read.refuse("sliding_window", window, why)
     elif read.config.get(family.window_switch):
         read.refuse(family.window_switch, True, why)
-
-
-def _rope(read: _Reader) -> dict[str, Any]:
-    """Return the fields of rotary positions.
-
-    transformers 5 writes them into `rope_parameters`, transformers 4 into `rope_theta` and
-    `rope_scaling`. Of two objects, transformers 5 reads `rope_scaling` alone.
-    """
-    keys = [key for key in ("rope_parameters", "rope_scaling") if read.config.get(key)]
-    found = [_rope_facts(read, key) for key in keys or [_ROPE]]
-    for fact in found[0] | found[-1]:
-        read.agreed({f"{key}.{fact}": of.get(fact) for key, of in zip(keys, found, strict=False)})
-    facts = found[0]
-    if facts["partial_rotary_factor"] != 1:
-        why = "all features of a head must be rotated"
-        read.refuse("partial_rotary_factor", facts["partial_rotary_factor"], why)
-    fields: dict[str, Any] = {"rope_theta": read.number("rope_theta", of=facts)}
-    if facts["rope_type"] == "llama3":
-        fields["rope_scaling"] = RopeScaling(
-            factor=read.number("factor", of=facts),
-            low_freq_factor=read.number("low_freq_factor", of=facts),
-            high_freq_factor=read.number("high_freq_factor", of=facts),
-            original_context=int(read.number("original_max_position_embeddings", of=facts)),
-        )
-    elif facts["rope_type"] == "linear":
-        # Llama 3's rule with a context of one position: all wavelengths are longer and scaled.
-        fields["rope_scaling"] = RopeScaling(
-            read.number("factor", of=facts), original_context=_LINEAR_CONTEXT
-        )
-    elif facts["rope_type"] != "default":
-        read.refuse("rope_type", facts["rope_type"], "known: default, linear, llama3")
-    return fields
-
-
-def _rope_facts(read: _Reader, key: str) -> dict[str, Any]:
-    """Return the facts of the object `key` of a config, of keys outside it, or defaults."""
-    config, given = read.config, read.config.get(key) or {}
-    if not isinstance(given, dict):
-        read.refuse(key, given, "it must be an object")
-    for name, value in given.items():
-        if isinstance(value, dict):
-            read.refuse(f"{key}.{name}", value, "all layers must have the same positions")
-
-    def fact(name: str, default: Any, other: str | None = None) -> Any:
-        outer = {other or name: (given if other else config).get(other or name)}
-        value = read.agreed({f"{key}.{name}": given.get(name), **outer})
-        return default if value is None else value
-
-    facts = {name: value for name, value in given.items() if name != "type"}
-    facts["rope_type"] = fact("rope_type", "default", "type")
-    facts["rope_theta"] = fact("rope_theta", THETA)
-    facts["partial_rotary_factor"] = fact("partial_rotary_factor", 1)
-    if facts["rope_type"] == "llama3":
-        # transformers uses the model's own context if the object names none.
-        name = "original_max_position_embeddings"
-        inner = given.get(name) or context_of(config, read.where)
-        facts[name] = read.agreed({f"{key}.{name}": inner, name: config.get(name)})
-    return facts
 
 
 def _experts(read: _Reader) -> dict[str, Any]:
@@ -346,20 +286,6 @@ def stock_config(model: ModelConfig, dtype: str, kept: Json) -> dict[str, Any]:
         config["mlp_bias"] = False
     if family.window is not None and family.window_switch is None:
         config["sliding_window"] = None
-    return config | {key: kept[key] for key in KEPT if key in kept}
-
-
-def rope_scaling(model: ModelConfig) -> dict[str, Any] | None:
-    """Return the value of `rope_scaling`, or None if frequencies are not scaled."""
-    scaling = model.rope_scaling
-    if scaling.factor == 1.0:
-        return None
-    if scaling.original_context == _LINEAR_CONTEXT:
-        return {"rope_type": "linear", "factor": scaling.factor}
-    return {
-        "rope_type": "llama3",
-        "factor": scaling.factor,
-        "low_freq_factor": scaling.low_freq_factor,
-        "high_freq_factor": scaling.high_freq_factor,
-        "original_max_position_embeddings": scaling.original_context,
-    }
+    config |= {key: kept[key] for key in KEPT if key in kept}
+    longest = model.longest_context()
+    return config if longest is None else config | {"max_position_embeddings": longest}

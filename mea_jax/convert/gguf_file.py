@@ -57,6 +57,15 @@ _LLAMA3: dict[str, Any] = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+_BETAS = ("beta_fast", "beta_slow")
+# Further numbers of a scaling, of which some act differently in different versions of llama.cpp,
+# with the values at which they have no effect.
+_NEUTRAL = {
+    "rope.scaling.attn_factor": 1.0,
+    "rope.scaling.yarn_attn_factor": 1.0,
+    "rope.scaling.yarn_ext_factor": 1.0,
+    "rope.scaling.yarn_log_multiplier": 0.0,
+}
 
 
 def require_gguf(what: str) -> Any:
@@ -273,12 +282,24 @@ class GGUFModel:
             config |= {} if token is None else {f"{ours}_token_id": token}
         return config
 
+    def _field(self, key: str, default: Any = None) -> Any:
+        return self.fields.get(f"{self.architecture}.{key}", default)
+
     def _rope_scaling(self, head_dim: int) -> Mapping[str, Any] | None:
         """Return the scaling of rotary frequencies, from the metadata or a tensor of factors."""
-        kind = self.fields.get(f"{self.architecture}.rope.scaling.type", "none")
+        factor = self._real("rope.scaling.factor", self._field("rope.scale_linear"))
+        kind = self._field("rope.scaling.type", "linear" if factor else "none")
         if kind not in ("none", None):
-            scaling = {"rope_type": kind, "factor": self._real("rope.scaling.factor")}
-            original = self.fields.get(f"{self.architecture}.rope.scaling.original_context_length")
+            for key, neutral in _NEUTRAL.items():
+                if (value := self._field(key, neutral)) != neutral:
+                    raise UserError(
+                        f"{self.path}: {self.architecture}.{key}={shown(value)} is not supported: "
+                        "convert the model's safetensors with from_hf"
+                    )
+            scaling = {"rope_type": kind, "factor": factor}
+            betas = {name: self._real(f"rope.scaling.yarn_{name}") for name in _BETAS}
+            scaling |= {name: value for name, value in betas.items() if value is not None}
+            original = self._field("rope.scaling.original_context_length")
             if original is not None:
                 scaling["original_max_position_embeddings"] = original
             return scaling
@@ -289,6 +310,7 @@ class GGUFModel:
         theta = self._real("rope.freq_base", 10_000.0)
         scaling = _LLAMA3 | {"factor": float(found.max())}
         ours = RopeScaling(
+            "llama3",
             scaling["factor"],
             scaling["low_freq_factor"],
             scaling["high_freq_factor"],

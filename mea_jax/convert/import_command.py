@@ -66,9 +66,17 @@ def _summary(found: Mapping[str, Any], out: str, dtype: str) -> str:
         *_vocabulary(found["vocab_size"], found["new_tokens"]),
         ("stored", f"{si(found['bytes'], 'B')} of {dtype}"),
         ("windows", f"{found['context_length']:,} positions"),
+        *_limit(found),
         ("run directory", f"{out}, for generate, evaluate, compress and configs/recover.py"),
     ]
     return table(rows)
+
+
+def _limit(found: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return a row about the positions that the model has, if their number is limited."""
+    if found["limit"] is None:
+        return []
+    return [("limit", f"{found['limit']:,} positions, {found['limit_reason']}")]
 
 
 def _vocabulary(size: int, new: list[str]) -> list[tuple[str, str]]:

@@ -285,7 +285,7 @@ def import_model(
         "text:FOLDER" or "jsonl:FILE"; the default exists on every machine.
 
     Returns:
-      The model's architecture, sizes, window and new tokens.
+      The model's architecture, sizes, window, new tokens and limit of positions, if it has one.
 
     Raises:
       UserError: if anything is wrong with the arguments or the model; then there is no `out`.
@@ -312,6 +312,8 @@ def import_model(
         "tensors": len(source.entries),
         "bytes": writer.bytes,
         "context_length": config.data.context_length,
+        "limit": config.model.longest_context(),
+        "limit_reason": config.model.limit_reason(),
     }
 
 

@@ -198,9 +198,10 @@ class MEAModel(MEAPreTrainedModel):
         """
         t, device, mask, table = x_BTD.shape[1], x_BTD.device, attention_mask, None
         if self.config.positions == "rope":
-            frequencies_F = rope_frequencies(self.config).to(device)
-            angles_BT1F = position_ids[:, :, None, None].float() * frequencies_F
-            table = (angles_BT1F.cos(), angles_BT1F.sin())
+            self.check_positions(position_ids)
+            frequencies_F, factor = rope_frequencies(self.config)
+            angles_BT1F = position_ids[:, :, None, None].float() * frequencies_F.to(device)
+            table = (angles_BT1F.cos() * factor, angles_BT1F.sin() * factor)
         slots_S = torch.arange(past + t if mask is None else mask.shape[-1], device=device)
         slots_T = slots_S[past : past + t]
         ahead_TS = slots_S - slots_T[:, None]
@@ -216,6 +217,19 @@ class MEAModel(MEAPreTrainedModel):
             mask = None if plain else seen_BTS[:, None]
         few = past > 0 and t <= ABSORBED
         return View(table, mask, distance_BTS.float(), few, slots_T)
+
+    def check_positions(self, position_ids: Tensor) -> None:
+        """Raise `ValueError` for positions that "dynamic" scaling would change the frequencies at.
+
+        They would depend on the sequence's length, but cached keys are rotated already.
+        """
+        dynamic = (self.config.rope_parameters or {}).get("rope_type") == "dynamic"
+        if dynamic and int(position_ids.max()) >= self.config.max_position_embeddings:
+            raise ValueError(
+                f"position {int(position_ids.max())} is not below max_position_embeddings="
+                f"{self.config.max_position_embeddings}, beyond which rope_type 'dynamic' is not "
+                "supported: shorten the text"
+            )
 
     def cache_for(self, given: Cache | None, use_cache: bool | None) -> Cache | None:
         """Return the cache to write to: the given one, a new one, or None.

@@ -38,10 +38,6 @@ class Loaded:
         """Return a generator that serves the model from a cache of `length` positions."""
         return Generator(self.resolved(length), self.params, length=length, cache_dtype=cache_dtype)
 
-    def longest(self) -> int | None:
-        """Return the maximum number of positions of the model, or None if there is no limit."""
-        return self.model.max_positions if self.model.positions == "learned" else None
-
 
 def load(path: Path, name: str, dtype: str = "auto") -> Loaded:
     """Load the newest intact checkpoint of a run directory, or the step that `path` names.

@@ -89,7 +89,7 @@ def retrieval(
       90,000 = 11.4).
 
     Raises:
-      UserError: a length is too short for the question, or longer than the learned positions.
+      UserError: a length is too short for the question, or longer than the model's positions.
     """
     rows = []
     for length in lengths:

@@ -115,9 +115,9 @@ def fill_defaults(models: Sequence[Loaded], options: Options, log: LogFn) -> Opt
     Report the defaults that are left out through `log`. Raise `UserError` if a model does not
     support an option that is given.
     """
-    limits = [limit for model in models if (limit := model.longest()) is not None]
+    limits = [limit for model in models if (limit := model.model.longest_context()) is not None]
     limit, window = min(limits, default=None), models[0].config.data.context_length
-    too_long = f"is longer than the {limit} positions that a model learned"
+    too_long = f"is longer than the {limit} positions of a model"
     if "positions" in options.parts or "loss" in options.parts:
         _check_length(window, limit, f"config.data.context_length={window} {too_long}")
 
@@ -151,7 +151,7 @@ def fill_defaults(models: Sequence[Loaded], options: Options, log: LogFn) -> Opt
         if contexts is None:
             contexts = tuple(c for c in CONTEXTS if fits(c, limit)) or (limit or window,)
             if len(contexts) < len(CONTEXTS):
-                log(f"speed: of {CONTEXTS} positions, only {contexts}: a model learned {limit}")
+                log(f"speed: of {CONTEXTS} positions, only {contexts}: a model has {limit}")
     return dataclasses.replace(options, lengths=lengths, contexts=contexts)
 
 

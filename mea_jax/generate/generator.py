@@ -143,7 +143,7 @@ class Generator:
     the parameters.
 
     Raises:
-      UserError: `length` exceeds the number of learned positions.
+      UserError: `length` exceeds `model.longest_context()`.
     """
 
     def __init__(
@@ -156,10 +156,10 @@ class Generator:
         form: str = "auto",
         mesh: Mesh | None = None,
     ):
-        if model.positions == "learned" and length > model.max_positions:
+        if (longest := model.longest_context()) is not None and length > longest:
             raise UserError(
-                f"a cache of {length} positions is longer than the {model.max_positions} positions "
-                "that the model learned, config.model.max_positions: shorten the cache"
+                f"a cache of {length} positions is longer than the {longest} of the model, "
+                f"{model.limit_reason()}: shorten the cache"
             )
         self.served, self.params = decode.serve(model, params, form)
         self.length, self.mesh = length, mesh

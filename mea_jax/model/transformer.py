@@ -93,7 +93,7 @@ def rope_of(config: ModelConfig, positions_BT: jax.Array) -> Any:
     if config.positions != "rope" or config.rope_theta == 0:
         return None
     frequencies = rope.rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
-    return rope.rope_table(positions_BT, frequencies)
+    return rope.rope_table(positions_BT, frequencies, rope.attention_factor(config.rope_scaling))
 
 
 class RopeTables:

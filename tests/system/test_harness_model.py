@@ -221,7 +221,7 @@ def test_bad_options(run, one_device, options, message):
 def test_learned_positions_end(tiny, tmp_path, one_device):
     changes = {"model.positions": "learned", "model.max_positions": 40, "steps": 1}
     train_on_one_device(change(tiny(), **changes), tmp_path / "learned")
-    with pytest.raises(UserError, match="max_length=64: the model learned 40 positions"):
+    with pytest.raises(UserError, match="max_length=64: the model has 40 positions"):
         HarnessModel(str(tmp_path / "learned"), max_length=64)
 
 

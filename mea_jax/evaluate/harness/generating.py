@@ -149,8 +149,7 @@ class AnswerGenerator:
         for (count, sampling, until), members in groups.items():
             longest = max(len(prompts[i].tokens) for i in members)
             length = math.ceil((longest + count) / _GRAIN) * _GRAIN
-            if self.model.positions == "learned":
-                length = min(length, self.model.max_positions)
+            length = min(length, self.model.longest_context() or length)
             with jax.set_mesh(self.mesh):
                 generator = self._generator(length)
                 before = len(generator._compiled)

@@ -100,10 +100,11 @@ class HarnessModel(TemplateLM):
                 f"vocabulary has {self.model.vocab_size}: restore the tokenizer it was trained with"
             )
         self.max_length = max_length or trained.context_limit
-        if self.model.positions == "learned" and self.max_length > self.model.max_positions:
+        longest = self.model.longest_context()
+        if longest is not None and self.max_length > longest:
             raise UserError(
-                f"max_length={self.max_length}: the model learned {self.model.max_positions} "
-                "positions; choose at most that many"
+                f"max_length={self.max_length}: the model has {longest} positions, "
+                f"{self.model.limit_reason()}; choose at most that many"
             )
         self.mesh, self.params = placed(trained, self.model, _say)
         if add_bos_token is None:

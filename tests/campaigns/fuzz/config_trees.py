@@ -18,6 +18,7 @@ from mea_jax.config.schema import (
     ATTENTION_KERNELS,
     POSITIONS,
     REMAT_POLICIES,
+    ROPE_SCALINGS,
     SCHEDULES,
     VARIANTS,
     TrainConfig,
@@ -108,7 +109,12 @@ def _models(draw, sizes: dict[str, int], context: int, devices: int):
         kernels.append("cpu")
     if variant == "talking_heads":
         kernels = ["auto", "einsum"]
-    scaling = {"factor": _one(draw, 1.0, 8.0), "original_context": _one(draw, 8, 8192)}
+    theta = _one(draw, 1e4, 500_000, 1.0)
+    scaling = {"kind": "none", "original_context": _one(draw, 8, 8192)}
+    if draw(st.booleans()):
+        kinds = ["linear", "llama3"] + ["yarn"] * (theta > 1)
+        kinds += ["dynamic"] * (context <= scaling["original_context"])
+        scaling |= {"kind": _one(draw, *kinds), "factor": _one(draw, 1.0, 8.0)}
     fewer_keys = "k" in hlc or variant == "collaborative"
     return {
         "vocab_size": tensor * draw(st.integers(1, 40)),
@@ -138,7 +144,7 @@ def _models(draw, sizes: dict[str, int], context: int, devices: int):
         "norm_eps": _one(draw, 1e-6, 1e-5),
         "positions": positions,
         "max_positions": context + _one(draw, 0, 3) if positions == "learned" else 0,
-        "rope_theta": _one(draw, 1e4, 500_000, 1.0),
+        "rope_theta": theta,
         "rope_scaling": scaling,
         "tie_embeddings": draw(st.booleans()),
         "dtype": dtype,
@@ -232,7 +238,15 @@ STRINGS = (
     *("bpe:-1", "bpe:99999999999", "bpe:x", "tfds:", "splash", "cudnn"),
 )
 OPTIONS = (
-    *(*VARIANTS, *POSITIONS, *ATTENTION_KERNELS, *REMAT_POLICIES, *SCHEDULES, *STRINGS),
+    *(
+        *VARIANTS,
+        *POSITIONS,
+        *ROPE_SCALINGS,
+        *ATTENTION_KERNELS,
+        *REMAT_POLICIES,
+        *SCHEDULES,
+        *STRINGS,
+    ),
     *("kv", "k", "v", "before", "after", "folded", "explicit", "head", "feature", "heads"),
     *("float32", "bfloat16", "xla", "cpu", "stop", "skip"),
 )

@@ -45,6 +45,18 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
+# Changes the frequencies of pairs 1 to 7 of 8, and by mscale the logits.
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10_000.0,
+    "factor": 4.0,
+    "beta_fast": 2.0,
+    "beta_slow": 0.25,
+    "mscale": 1.0,
+    "mscale_all_dim": 0.5,
+    "truncate": False,
+    "original_max_position_embeddings": 16,
+}
 EXPERTS: dict[str, Any] = {
     "num_experts": 8,
     "num_experts_per_tok": 3,
@@ -66,6 +78,15 @@ KINDS = {
         LlamaForCausalLM,
         {"rope_parameters": {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 4.0}},
     ),
+    "llama dynamic": Kind(
+        LlamaConfig,
+        LlamaForCausalLM,
+        {
+            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 4.0},
+            "max_position_embeddings": 64,
+        },
+    ),
+    "qwen3 yarn": Kind(Qwen3Config, Qwen3ForCausalLM, {"rope_parameters": YARN}),
     "mistral": Kind(MistralConfig, MistralForCausalLM, {"sliding_window": None}),
     "llama": Kind(LlamaConfig, LlamaForCausalLM, {"rope_parameters": LLAMA3}),
     "llama tied": Kind(LlamaConfig, LlamaForCausalLM, {"tie_word_embeddings": True}),

@@ -111,7 +111,7 @@ REFUSED = {
     "hidden_act": "gelu",
     "quantization_config": {"quant_method": "fp8"},
     "layer_types": ["sliding_attention"],
-    "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0},
+    "rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, "factor": 4.0},
     "partial_rotary_factor": 0.5,
     "num_attention_heads": 0,
     "rms_norm_eps": "small",

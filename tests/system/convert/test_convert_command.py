@@ -221,7 +221,7 @@ def test_a_rope_as_transformers_4_writes_it():
     old = new | {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope}
     found = families.model_config(old, "")
     assert found == families.model_config(new | {"rope_parameters": small_models.LLAMA3}, "")
-    assert found.rope_scaling == configs.RopeScaling(8.0, 1.0, 4.0, 16)
+    assert found.rope_scaling == configs.RopeScaling("llama3", 8.0, 1.0, 4.0, 16)
 
 
 # -- export --------------------------------------------------------------------------------------

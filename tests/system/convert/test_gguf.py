@@ -13,6 +13,7 @@ import tokenizers as hf
 from gguf import GGMLQuantizationType as Type
 
 from mea_jax.checkpoint.load import load
+from mea_jax.config.schema import RopeScaling
 from mea_jax.convert import gguf_file, gguf_tokenizer
 from mea_jax.convert.importing import import_model, open_source
 from mea_jax.data import tokenizers
@@ -93,6 +94,32 @@ def test_the_factors_of_llama_3_become_its_scaling(fields, tmp_path):
     gguf_files.write(path, model, fields=fields | {"rope_freqs.weight": factors**2})
     with pytest.raises(UserError, match=r"rope_freqs\.weight are not those of Llama 3\.1"):
         open_source(path)
+
+
+@pytest.mark.parametrize(
+    ("fields_of_scaling", "wanted"),
+    [
+        ({"type": "linear", "factor": 4.0}, RopeScaling("linear", 4.0)),
+        ({"factor": 4.0}, RopeScaling("linear", 4.0)),  # llama.cpp's default type
+        ({"type": "none", "factor": 4.0}, RopeScaling()),
+        ({"type": "yarn", "factor": 4.0}, RopeScaling("yarn", 4.0, original_context=256)),
+        (
+            {
+                "type": "yarn",
+                "factor": 4.0,
+                "original_context_length": 16,
+                "yarn_beta_fast": 4.0,
+                "attn_factor": 1.0,
+            },
+            RopeScaling("yarn", 4.0, original_context=16, beta_fast=4.0),
+        ),
+    ],
+)
+def test_scalings_of_the_metadata(fields_of_scaling, wanted, llama, fields, tmp_path):
+    named = {f"llama.rope.scaling.{key}": value for key, value in fields_of_scaling.items()}
+    path = tmp_path / "model.gguf"
+    gguf_files.write(path, llama, fields=fields | named)
+    assert open_source(path).model.rope_scaling == wanted
 
 
 @pytest.mark.parametrize("pre", gguf_tokenizer.PRE_TOKENIZERS)
@@ -178,6 +205,7 @@ def test_a_file_that_is_cut_short_is_one_line(share, file, in_process, tmp_path)
     assert not (tmp_path / "run").exists()
 
 
+YARN = {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0}
 BAD = {
     "architecture": ({"general.architecture": "gpt2"}, "'gpt2' is not supported; known: llama"),
     "experts": ({"llama.expert_count": 8}, "has experts"),
@@ -185,7 +213,12 @@ BAD = {
     "pre-tokenizer": ({"tokenizer.ggml.pre": "qwen3"}, "did you mean 'qwen2'?"),
     "no merges": ({"tokenizer.ggml.merges": None}, "its tokenizer is damaged"),
     "no heads": ({"llama.attention.head_count": None}, "llama.attention.head_count=None"),
-    "yarn": ({"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0}, "rope_type"),
+    "longrope": ({"llama.rope.scaling.type": "longrope"}, "rope_type"),
+    "yarn without a factor": ({"llama.rope.scaling.type": "yarn"}, "factor=None must be a number"),
+    "yarn with a factor of logits": (
+        YARN | {"llama.rope.scaling.yarn_log_multiplier": 0.5},
+        "llama.rope.scaling.yarn_log_multiplier=0.5",
+    ),
     "foreign tensor": ({"blk.0.attn_sinks.weight": np.ones(4, np.float32)}, "attn_sinks"),
 }
 

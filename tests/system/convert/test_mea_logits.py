@@ -1,6 +1,7 @@
 """modeling_mea.py equals the JAX model: all kinds of attention, padding, caches, generation."""
 
 import copy
+import dataclasses
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,21 +10,33 @@ import numpy as np
 import pytest
 import torch
 
-from mea_jax.config.schema import Side
+from mea_jax.config.schema import RopeScaling, Side
+from mea_jax.convert import attention_mea, composite
+from mea_jax.convert.configuration_mea import MEAConfig
 from mea_jax.generate.generator import Decoding, Generator
+from mea_jax.ops import rope
 from tests.helpers import GROUPED, PLAIN, apply_logits, params_of, tiny_model
 from tests.system.convert.exported_mea import load, save
 
 SCALED = {
     "rope_theta": 100.0,
+    "rope_scaling.kind": "llama3",
     "rope_scaling.factor": 8.0,
     "rope_scaling.original_context": 16,
+}
+YARN = {
+    "rope_theta": 100.0,
+    "rope_scaling.kind": "yarn",
+    "rope_scaling.factor": 8.0,
+    "rope_scaling.original_context": 16,
+    "rope_scaling.beta_fast": 2.0,
 }
 FREQUENCY = {"key_mixing": "frequency", "value_mixing": "dense"}
 CASES: dict[str, dict[str, Any]] = {
     "plain": PLAIN | GROUPED | {"qk_norm": True},
     "C per layer": GROUPED | {"key_components": (1, 2), "value_components": (3, 2)},
     "keys alone, scaled rope": {"hlc": "k", "key_components": 2, "head_norm": False} | SCALED,
+    "key norm, yarn": GROUPED | {"key_components": 2, "qk_norm": True} | YARN,
     "values alone, key norm": {"hlc": "v", "value_components": 2, "qk_norm": True},
     "key norm": GROUPED | {"key_components": 2, "value_components": 1, "qk_norm": True},
     "complex keys, key norm": FREQUENCY | {"key_components": 2, "qk_norm": True},
@@ -77,6 +90,38 @@ def test_logits_are_ours(case):
     logits = case.torch(**case.inputs, use_cache=False).logits.numpy()
     for ours, theirs, (start, end) in zip(case.logits, logits, SPANS, strict=True):
         np.testing.assert_allclose(theirs[start:end], ours[start:end], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        RopeScaling("none"),
+        RopeScaling("linear", 4.0),
+        RopeScaling("dynamic", 4.0),
+        RopeScaling("llama3", 4.0, original_context=64),
+        RopeScaling("yarn", 4.0, original_context=2048),
+        RopeScaling("yarn", 4.0, original_context=2048, truncate=False, attention_factor=1.3),
+        RopeScaling("yarn", 4.0, original_context=6, mscale=1.0, mscale_all_dim=0.3),
+    ],
+)
+def test_frequencies_are_ours(scaling):
+    model = dataclasses.replace(tiny_model(head_dim=32), rope_scaling=scaling)
+    config = MEAConfig(**composite.mea_config(model))
+    found, factor = attention_mea.rope_frequencies(config)
+    wanted = rope.rope_frequencies(32, model.rope_theta, scaling)
+    np.testing.assert_allclose(found, wanted, rtol=1e-6)  # float64, returned as float32
+    assert factor == pytest.approx(rope.attention_factor(scaling), rel=1e-12)
+
+
+@torch.no_grad()
+def test_dynamic_scaling_refuses_positions_beyond_the_original_context(tmp_path):
+    dynamic = RopeScaling("dynamic", 4.0, original_context=16)
+    model = tiny_model(rope_scaling=dynamic)
+    exported = load(save(model, params_of(model), tmp_path / "model"))
+    ids = torch.zeros((1, 17), dtype=torch.long)
+    past = exported(ids[:, :16]).past_key_values
+    with pytest.raises(ValueError, match="position 16 is not below max_position_embeddings=16"):
+        exported(ids[:, 16:], past_key_values=past)
 
 
 @torch.no_grad()

@@ -99,7 +99,7 @@ def test_padding(pair, kind, side, devices):
     assert_same(theirs[real_BT], ours[real_BT])
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("kind", [*FAMILIES, "qwen3 yarn"])
 def test_cache(pair, kind, devices):
     """Logits are equal after a prefill of two prompt lengths and after each decode step."""
     devices(1)
@@ -162,7 +162,7 @@ def test_the_way_back_is_bit_exact(pair, kind, tmp_path):
     assert kept == json.loads((folder / "generation_config.json").read_text())
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("kind", [*FAMILIES, "qwen3 yarn"])
 def test_compressing_to_all_heads_keeps_the_model(pair, kind, devices, tmp_path):
     devices(1)
     model, _, run = pair(kind)

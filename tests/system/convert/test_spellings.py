@@ -21,6 +21,8 @@ from tests.system.convert import small_models
 LIMIT = 1e-4  # largest difference of float32 logits, whose spread is about one
 LLAMA3 = {key: value for key, value in small_models.LLAMA3.items() if key != "rope_theta"}
 DEFAULT = {"rope_type": "default"}
+ORIGINAL = "original_max_position_embeddings"
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 # Changes to the config.json of a Llama; None removes a key.
 AGREED = {
     "transformers 4": {"rope_parameters": None, "rope_scaling": LLAMA3, "rope_theta": 3e4},
@@ -45,9 +47,21 @@ AGREED = {
         "max_position_embeddings": 64,
     },
     "neither": {"rope_parameters": None},
+    "yarn with all defaults": {"rope_parameters": None, "rope_scaling": YARN, "rope_theta": 3e4},
+    "yarn with nulls": {"rope_parameters": YARN | dict.fromkeys(("beta_fast", "mscale"))},
+    "yarn of two mscales": {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 0.3}},
+    "yarn with its own factor": {"rope_parameters": YARN | {"attention_factor": 1.3}},
+    "yarn without a context inside": {
+        "rope_parameters": {k: v for k, v in YARN.items() if k != ORIGINAL},
+        "max_position_embeddings": 64,
+    },
+    "a context outside": {
+        "rope_parameters": {k: v for k, v in YARN.items() if k != ORIGINAL},
+        ORIGINAL: 16,
+    },
+    "type linear": {"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 4.0}},
     "an empty one": {"rope_parameters": LLAMA3 | {"rope_theta": 3e4}, "rope_scaling": {}},
 }
-YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 DISAGREED = {
     "yarn in rope_scaling": (
         {"rope_parameters": DEFAULT, "rope_scaling": YARN},

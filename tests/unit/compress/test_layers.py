@@ -16,7 +16,7 @@ from mea_jax.compress.methods import METHODS, rebuilt_keys, solve_keys, solve_va
 from mea_jax.compress.moments import of_weights
 from mea_jax.compress.probe import assemble, plain_layer
 from mea_jax.errors import UserError
-from mea_jax.model.layer_spec import plain_spec
+from mea_jax.model.layer_spec import plain_specs
 from tests.helpers import PLAIN, apply_logits, assert_close, params_of, tiny_model
 
 QK = PLAIN | {"n_heads": 8, "n_kv_heads": 4, "qk_norm": True}
@@ -88,7 +88,7 @@ def test_a_compressed_layer_is_the_model_with_rebuilt_keys_and_values(name, meth
         "key": rebuilt_keys(heads, keys).astype(np.float32),
         "value": values.rebuilt(heads.value_DKH).astype(np.float32),
     }
-    spec = plain_spec(model).model
+    spec = plain_specs(model)[0].model
     stacked = params | {"layers_0": jax.tree.map(lambda x: x[None], plain)}
     wanted = logits(dataclasses.replace(spec, n_layers=1), stacked)
     assert_close(logits(target, new), wanted, rtol=0, atol=1e-4)
@@ -103,7 +103,7 @@ def test_keys_under_a_norm_are_rebuilt_before_it(method):
     plain = plain_layer(heads, tree)
     plain["attention"] |= {"key": rebuilt_keys(heads, keys).astype(np.float32)}
     stacked = params | {"layers_0": jax.tree.map(lambda x: x[None], plain)}
-    spec = dataclasses.replace(plain_spec(model).model, n_layers=1)
+    spec = dataclasses.replace(plain_specs(model)[0].model, n_layers=1)
     assert_close(logits(target, new), logits(spec, stacked), rtol=0, atol=1e-4)
 
 
@@ -118,7 +118,7 @@ def test_a_gauge_under_a_norm_is_exact_where_weights_are_alike_in_pairs():
     plain = plain_layer(heads, tree)
     plain["attention"] |= {"key": rebuilt_keys(heads, keys).astype(np.float32)}
     stacked = params | {"layers_0": jax.tree.map(lambda x: x[None], plain)}
-    spec = dataclasses.replace(plain_spec(model).model, n_layers=1)
+    spec = dataclasses.replace(plain_specs(model)[0].model, n_layers=1)
     assert_close(logits(target, new), logits(spec, stacked), rtol=0, atol=1e-4)
 
 

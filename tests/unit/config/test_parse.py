@@ -17,6 +17,7 @@ from mea_jax.config.parse import from_config_dict, from_dict
 from mea_jax.config.presets import apply_variant
 from mea_jax.config.schema import (
     ModelConfig,
+    RopeScaling,
     Side,
     SourceConfig,
     TrainConfig,
@@ -211,6 +212,7 @@ def test_nearest_finds_a_key_with_a_letter_missing(name, cut):
 
 
 HEADS = {"n_heads": 8, "n_kv_heads": 4}
+YARN = {"rope_scaling.kind": "yarn", "rope_scaling.factor": 8.0}
 
 
 @pytest.mark.parametrize(
@@ -235,12 +237,37 @@ HEADS = {"n_heads": 8, "n_kv_heads": 4}
         ({"loss_chunk": -1}, r"loss_chunk=-1 must be 0 or more"),
         ({"norm_eps": -1.0}, r"norm_eps=-1.0 must be"),
         ({"rope_theta": 0.0}, r"rope_theta=0.0 must be"),
+        ({"rope_scaling.kind": "yarns"}, r"rope_scaling\.kind='yarns': did you mean 'yarn'\?"),
+        ({"rope_scaling.factor": 8.0}, r"factor=8\.0 has no effect with kind='none': set kind"),
+        (YARN | {"rope_scaling.factor": 0.5}, r"rope_scaling\.factor=0\.5 must be 1 or more"),
+        (YARN | {"rope_scaling.beta_slow": 32.0}, r"beta_slow=32\.0 must be positive and below"),
+        (YARN | {"rope_scaling.mscale": -1.0}, r"mscale=-1\.0 must be positive, or 0"),
+        (YARN | {"rope_theta": 1.0}, r"kind='yarn' needs config\.model\.rope_theta=1\.0 above 1"),
+        (
+            {"rope_scaling.kind": "dynamic", "rope_scaling.original_context": 255},
+            r"original_context=255 is below data\.context_length=256: .* so shorten the windows",
+        ),
     ],
 )
 def test_models_that_cannot_be(changes, message):
     with pytest.raises(UserError, match=message) as error:
         validate(TrainConfig(model=tiny_model(**changes)))
     assert str(error.value).startswith("config.model.")
+
+
+@pytest.mark.parametrize(
+    ("stored", "kind"),
+    [
+        ({"factor": 8.0, "original_context": 16}, "llama3"),
+        ({"factor": 8.0, "original_context": 1}, "linear"),
+        ({"factor": 1.0}, "none"),
+        ({"factor": 8.0, "kind": "yarn"}, "yarn"),
+    ],
+)
+def test_a_rotary_scaling_without_a_kind_is_an_older_one(stored, kind):
+    tree = TrainConfig().to_dict()
+    tree["model"]["rope_scaling"] = stored
+    assert from_dict(tree).model.rope_scaling == RopeScaling(**stored | {"kind": kind})
 
 
 @pytest.mark.parametrize(

@@ -172,7 +172,7 @@ def test_one_checkpoint_and_some_parts(runs, tmp_path, evaluate):
         (("whole", "whole"), "is given 2 times"),
         (("whole", "wide"), "a vocabulary of 272 tokens"),
         (("whole", "--lengths", "1"), "--lengths 1 is 32 tokens, but a pass key"),
-        (("learned", "--lengths", "8"), "256 is longer than the 40 positions that a model learned"),
+        (("learned", "--lengths", "8"), "256 is longer than the 40 positions of a model"),
         (
             ("whole", "learned", "--contexts", "64", "--parts", "speed"),
             "--contexts 64 is longer than the 40 positions",
@@ -241,7 +241,7 @@ def test_defaults_are_what_the_models_can_take(runs):
     said: list[str] = []
     found = fill_defaults([whole, learned], Options(parts=("speed",)), said.append)
     assert found.contexts == (40,)
-    assert "a model learned 40" in said[0]
+    assert "a model has 40" in said[0]
 
     def with_window(length: int) -> models.Loaded:
         data = dataclasses.replace(whole.config.data, context_length=length)

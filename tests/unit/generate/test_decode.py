@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from mea_jax.config.checks import validate
-from mea_jax.config.schema import TrainConfig
+from mea_jax.config.schema import RopeScaling, TrainConfig
 from mea_jax.generate.decode import empty_cache, prefill, serve, step
 from mea_jax.model.kv_cache import flush
 from mea_jax.ops import cpu
@@ -45,6 +45,11 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "key norm": {"key_components": 2, "value_components": 2, "qk_norm": True},
     "key norm, complex": {"key_components": 3, "key_mixing": "frequency", "qk_norm": True},
+    "key norm, scaled logits": {
+        "key_components": 2,
+        "qk_norm": True,
+        "rope_scaling": RopeScaling("yarn", 8.0, original_context=8),
+    },
     "key norm, mixed after": {"key_components": 2, "hlc_order": "after", "qk_norm": True},
     "ALiBi, gate": {"key_components": 2, "positions": "alibi", "gate": "head"},
     "learned positions": {

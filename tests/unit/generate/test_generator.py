@@ -159,8 +159,17 @@ def test_prompts_that_cannot_be_continued(generator, prompt, message):
         generator.run([prompt], Decoding(3))
 
 
-def test_learned_positions_bound_the_cache():
-    model = tiny_model(positions="learned", max_positions=16)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"positions": "learned", "max_positions": 16},
+        {"rope_scaling.kind": "dynamic", "rope_scaling.original_context": 16},
+    ],
+    ids=["learned", "dynamic"],
+)
+def test_a_limit_of_positions_bounds_the_cache(changes):
+    model = tiny_model(**changes)
+    Generator(model, params_of(model), length=16)
     with pytest.raises(UserError, match="17 positions is longer than the 16"):
         Generator(model, params_of(model), length=17)
 

@@ -37,7 +37,12 @@ CASES: dict[str, dict[str, Any]] = {
     "keys only, scaled positions": {
         "hlc": "k",
         "key_components": 2,
-        "rope_scaling": RopeScaling(8.0, 1.0, 4.0, 64),
+        "rope_scaling": RopeScaling("llama3", 8.0, 1.0, 4.0, 64),
+    },
+    "keys only, scaled positions and logits": {
+        "hlc": "k",
+        "key_components": 2,
+        "rope_scaling": RopeScaling("yarn", 8.0, original_context=64),
     },
     "values only": {"hlc": "v", "value_components": 2},
     "no head norm": {"head_norm": False, "key_components": 2},

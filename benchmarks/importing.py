@@ -24,7 +24,7 @@ import numpy as np
 
 from benchmarks.compression import anonymous
 from benchmarks.harness import write_json
-from mea_jax.convert import families, shards, tensors
+from mea_jax.convert import config_reading, shards, tensors
 from mea_jax.data.tokenizers import train_bpe
 
 CONFIG: dict[str, Any] = {
@@ -56,7 +56,7 @@ def make_model(folder: Path, layers: int, experts: int, width: int) -> tuple[int
     config = CONFIG | counts
     (folder / "config.json").write_text(json.dumps(config))
     train_bpe(iter(["no text is read here"]), 300).save(folder)
-    entries = tensors.entries(families.model_config(config, "config.json"))
+    entries = tensors.entries(config_reading.model_config(config, "config.json"))
     rng = np.random.default_rng(0)
 
     def arrays() -> Iterator[tuple[str, np.ndarray]]:

@@ -151,7 +151,8 @@ class StoredModel:
 class Writer:
     """A writer of a checkpoint, layer by layer; its files below `folder` survive a kill.
 
-    `dtype` is the dtype of the stored parameters, float32 or bfloat16.
+    `dtype` is the dtype of the stored parameters, float32 or bfloat16. Weights of norms are float32
+    always: some published ones are stored less 1, which bfloat16 could not add exactly.
     """
 
     def __init__(self, folder: Path, model: ModelConfig, dtype: str = "float32"):
@@ -163,14 +164,17 @@ class Writer:
             folder.mkdir(parents=True, exist_ok=True)
 
     def _array(self, path: tuple[str, ...], mode: str) -> Any:
-        file = self.folder / (".".join(path) + ".npy")
+        file, dtype = self.folder / (".".join(path) + ".npy"), self._dtype(path)
         if not file.exists():
             # The .npy format has no bfloat16: its bits are stored as unsigned integers.
-            kept = np.dtype(f"u{self.dtype.itemsize}")
+            kept = np.dtype(f"u{dtype.itemsize}")
             array = np.lib.format.open_memmap(file, "w+", kept, self._shapes[path].shape)
         else:
             array = np.lib.format.open_memmap(file, mode)
-        return array.view(self.dtype)
+        return array.view(dtype)
+
+    def _dtype(self, path: tuple[str, ...]) -> np.dtype:
+        return np.dtype(np.float32) if path[-1] == "scale" else self.dtype
 
     def open(self, path: tuple[str, ...], layer: int | None = None) -> np.ndarray:
         """Return one parameter, to be filled in place; `path` is as in `StoredModel.leaf`."""
@@ -210,7 +214,13 @@ class Writer:
     @property
     def bytes(self) -> int:
         """The size of all parameters in bytes."""
-        return sum(math.prod(x.shape) for x in self._shapes.values()) * self.dtype.itemsize
+        sizes = {path: math.prod(leaf.shape) for path, leaf in self._shapes.items()}
+        return sum(size * self._dtype(path).itemsize for path, size in sizes.items())
+
+    @property
+    def parameters(self) -> int:
+        """The number of parameters."""
+        return sum(math.prod(leaf.shape) for leaf in self._shapes.values())
 
     def save(self, checkpoint: Path, config: TrainConfig, digest: str) -> None:
         """Write the checkpoint with checksums: parameters only, no moments, data from batch 0 on.

@@ -14,7 +14,15 @@ from mea_jax.checkpoint.files import disk_errors
 from mea_jax.checkpoint.layerwise import StoredModel, places
 from mea_jax.cli import progress
 from mea_jax.config.schema import ModelConfig, Side
-from mea_jax.convert import composite, families, folders, shards, tensors, tokenizer_files
+from mea_jax.convert import (
+    composite,
+    config_writing,
+    families,
+    folders,
+    shards,
+    tensors,
+    tokenizer_files,
+)
 from mea_jax.data.tokenizers import from_directory
 from mea_jax.errors import UserError, nearest
 from mea_jax.model.layer_spec import fold_model
@@ -36,7 +44,7 @@ def choose_form(model: ModelConfig, form: str) -> str:
     if form != "auto":
         return form
     try:
-        families.stock_family(model)
+        config_writing.stock_family(model)
     except UserError:
         return "mea"
     return "stock"
@@ -49,24 +57,27 @@ def _mixes(model: ModelConfig) -> bool:
 class _Stock:
     """The export to a stock class: tensor by tensor, or layer by layer if heads are mixed."""
 
-    def __init__(self, stored: StoredModel):
+    def __init__(self, stored: StoredModel, published: str | None):
         self.stored, self.own = stored, stored.config.model
         self.model = self.own
         if _mixes(self.own):
             composite.check_rebuildable(self.own)
             self.model = fold_model(self.own)
-        families.stock_family(self.model)
+        self.family = config_writing.stock_family(self.model, published)
 
     def config(self, dtype: str, kept: families.Json) -> dict[str, Any]:
-        return families.stock_config(self.model, dtype, kept)
+        return config_writing.stock_config(self.model, dtype, kept)
 
     def plan(self) -> Plan:
-        return [(entry.name, entry.hf_shape) for entry in tensors.entries(self.model)]
+        return [(entry.name, entry.hf_shape) for entry in self._entries()]
+
+    def _entries(self) -> list[tensors.Entry]:
+        return tensors.entries(self.model, self.family.norm_offset)
 
     def arrays(self) -> Arrays:
         layer: dict[str, Any] = {}
         current = None
-        for entry in tensors.entries(self.model):
+        for entry in self._entries():
             if entry.layer is None or not _mixes(self.own) or entry.path[0] == "mlp":
                 array = self.stored.leaf(entry.path, entry.layer, entry.expert)
             else:
@@ -74,7 +85,8 @@ class _Stock:
                     current = entry.layer
                     layer = composite.rebuild(self.own, self.stored.layer(current))[1]
                 array = _at(layer, entry.path)
-            yield entry.name, entry.to_hf(np.asarray(array))
+            theirs = entry.to_hf(np.asarray(array))
+            yield entry.name, theirs - np.float32(entry.offset) if entry.offset else theirs
 
     def finish(self, folder: Path) -> None:
         """Do nothing: a stock class needs no further files."""
@@ -158,7 +170,7 @@ def export_model(
         tokenizer = from_directory(stored.run / "tokenizer")
         kept = tokenizer_files.kept_config(tokenizer, length)
         longest = kept["max_position_embeddings"]
-        model = _Stock(stored) if form == "stock" else _Own(stored, longest)
+        model = _Stock(stored, kept.get("model_type")) if form == "stock" else _Own(stored, longest)
         config, plan, folder = model.config(dtype, kept), model.plan(), part / "result"
         size = shards.size_of(plan, dtype)
         folders.check_space(part, size + _SPARE)

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from mea_jax.checkpoint.files import disk_errors, write_json
@@ -23,6 +22,7 @@ from mea_jax.cli import progress
 from mea_jax.config.checks import validate
 from mea_jax.config.schema import DataConfig, ModelConfig, SourceConfig, TrainConfig
 from mea_jax.convert import (
+    config_reading,
     families,
     folders,
     gguf_tokenizer,
@@ -91,6 +91,7 @@ class Source:
       model: our config of the same model, with rows for `new_tokens`.
       tokenizer: the tokenizer, with its companion files.
       new_tokens: tokens that were added to the tokenizer and have no row in the embedding.
+      family: its architecture.
       entries: the tensors of `model`, in the published order.
     """
 
@@ -108,13 +109,14 @@ class Source:
         Arrays are given by their names in transformers, each with a `shape` and an `array()`.
         """
         self.path, self.where, self.config = path, where, config
-        self.model: ModelConfig = families.model_config(self.config, self.where)
+        self.model: ModelConfig = config_reading.model_config(self.config, self.where)
         self.tokenizer = _check_tokenizer(tokenizer(), path, self.model)
         self.new_tokens = _new_tokens(self.tokenizer, self.model.vocab_size)
         size = self.model.vocab_size + len(self.new_tokens)
         self.model = dataclasses.replace(self.model, vocab_size=size)
         self._tensors = arrays()
-        self.entries = tensors.entries(self.model)
+        self.family = families.family_of(self.config, self.where)
+        self.entries = tensors.entries(self.model, self.family.norm_offset)
         self._check()
 
     def _check(self) -> None:
@@ -209,7 +211,7 @@ def open_source(model: Path) -> Source:
         config = found.config()
         read = functools.partial(gguf_tokenizer.read, model, found.fields, config)
         return Source(model, str(model), config, read, lambda: found.tensors)
-    config = families.read_config(model)
+    config = config_reading.read_config(model)
     published = {end_tokens.MODEL_CONFIG: (model / "config.json").read_bytes()}
     read = functools.partial(slow_tokenizers.read, model, published)
     arrays = functools.partial(shards.read_folder, model)
@@ -239,7 +241,7 @@ def run_config(source: Source, out: Path, context_length: int, text: str) -> Tra
     Raise `UserError` if the model does not have that many positions, the text cannot be read, or
     the model cannot run here.
     """
-    longest = families.context_of(source.config, source.where)
+    longest = config_reading.context_of(source.config, source.where)
     if context_length > longest:
         raise UserError(
             f"--context_length {context_length} is beyond the model's max_position_embeddings="
@@ -307,8 +309,8 @@ def import_model(
     return {
         "new_tokens": source.new_tokens,
         "vocab_size": source.model.vocab_size,
-        "architecture": families.family_of(source.config, source.where).architecture,
-        "parameters": writer.bytes // jnp.dtype(dtype).itemsize,
+        "architecture": source.family.architecture,
+        "parameters": writer.parameters,
         "tensors": len(source.entries),
         "bytes": writer.bytes,
         "context_length": config.data.context_length,
@@ -323,7 +325,7 @@ def _fill(entry: tensors.Entry, array: np.ndarray, writer: Writer) -> None:
     known, new = target[: len(array)], target[len(array) :]
     total = np.zeros(target.shape[1:])
     for where, piece in casts(entry.name, array, target.dtype):
-        known[where] = piece
+        known[where] = piece + entry.offset if entry.offset else piece
         if len(new):
             total += piece.sum(axis=0, dtype=np.float64)
     # Rows of tokens that are new to the model. With the mean of all rows, their logit is the mean

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from mea_jax.config.schema import ModelConfig, RopeScaling
 
 if TYPE_CHECKING:
-    from mea_jax.convert.families import _Reader
+    from mea_jax.convert.config_reading import Reader
 
 THETA = 10_000.0  # transformers' own default
 _ROPE = "rope_parameters"
@@ -26,7 +26,7 @@ _NUMBERS = {
 _OPTIONAL = _NUMBERS["yarn"][1:]
 
 
-def rope_fields(read: "_Reader") -> dict[str, Any]:
+def rope_fields(read: "Reader") -> dict[str, Any]:
     """Return the fields of `ModelConfig` of rotary positions.
 
     Of two objects, transformers reads `rope_scaling` alone. Raise `UserError`, which names the
@@ -60,7 +60,7 @@ def rope_fields(read: "_Reader") -> dict[str, Any]:
     return fields | {"rope_scaling": RopeScaling(kind, **scaling)}
 
 
-def _facts(read: "_Reader", key: str) -> dict[str, Any]:
+def _facts(read: "Reader", key: str) -> dict[str, Any]:
     """Return the facts of the object `key` of a config, of keys outside it, or defaults."""
     config, given = read.config, read.config.get(key) or {}
     if not isinstance(given, dict):

@@ -21,7 +21,10 @@ class HeadLayout(NamedTuple):
 
 def add_bias(x: Array, bias: Array | None) -> Array:
     """Return `x` with a float32 bias of its last axes added in float32, in the dtype of `x`."""
-    return x if bias is None else (x.astype(bias.dtype) + bias).astype(x.dtype)
+    if bias is None:
+        return x
+    bias = bias.reshape((1,) * (x.ndim - bias.ndim) + bias.shape)
+    return (x.astype(bias.dtype) + bias).astype(x.dtype)
 
 
 class Heads(NamedTuple):

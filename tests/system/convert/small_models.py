@@ -7,14 +7,22 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
     utils,
 )
 
@@ -64,6 +72,8 @@ EXPERTS: dict[str, Any] = {
     "norm_topk_prob": True,
 }
 
+SPECIAL: dict[str, Any] = {"pad_token_id": None}  # whose default is beyond our vocabulary
+
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
@@ -88,6 +98,32 @@ KINDS = {
     ),
     "qwen3 yarn": Kind(Qwen3Config, Qwen3ForCausalLM, {"rope_parameters": YARN}),
     "mistral": Kind(MistralConfig, MistralForCausalLM, {"sliding_window": None}),
+    "mistral window": Kind(MistralConfig, MistralForCausalLM, {"sliding_window": 20}),
+    "llama biases": Kind(LlamaConfig, LlamaForCausalLM, {"attention_bias": True}),
+    "qwen2": Kind(Qwen2Config, Qwen2ForCausalLM, {}),
+    "qwen2 window": Kind(
+        Qwen2Config,
+        Qwen2ForCausalLM,
+        {"use_sliding_window": True, "sliding_window": 20, "max_window_layers": 1},
+    ),
+    "smollm3": Kind(SmolLM3Config, SmolLM3ForCausalLM, SPECIAL | {"no_rope_layer_interval": 2}),
+    "olmo2": Kind(Olmo2Config, Olmo2ForCausalLM, SPECIAL),
+    "gemma3": Kind(
+        Gemma3TextConfig,
+        Gemma3ForCausalLM,
+        SPECIAL
+        | {
+            "num_hidden_layers": 3,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "sliding_window": 20,
+            "query_pre_attn_scalar": 24,
+            "hidden_activation": "gelu_pytorch_tanh",
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e6},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+        },
+    ),
     "llama": Kind(LlamaConfig, LlamaForCausalLM, {"rope_parameters": LLAMA3}),
     "llama tied": Kind(LlamaConfig, LlamaForCausalLM, {"tie_word_embeddings": True}),
     "qwen3": Kind(Qwen3Config, Qwen3ForCausalLM, {}),
@@ -111,7 +147,9 @@ def make(kind: str, **changes: Any) -> Any:
         for name, weight in model.named_parameters():
             noise = torch.randn(weight.shape, generator=generator)
             if "norm" in name:
-                weight.copy_(1 + 0.3 * noise)
+                weight.copy_((0 if kind.startswith("gemma") else 1) + 0.3 * noise)
+            elif name.endswith("bias"):
+                weight.copy_(noise)
             else:
                 weight.copy_(noise * weight.shape[-1] ** -0.5)
     return model.eval()

@@ -15,7 +15,7 @@ from mea_jax.checkpoint.layerwise import StoredModel, Writer
 from mea_jax.checkpoint.load import load
 from mea_jax.checkpoint.manager import Checkpoints
 from mea_jax.config import schema as configs
-from mea_jax.convert import exporting, families, folders, importing, shards
+from mea_jax.convert import config_reading, config_writing, exporting, folders, importing, shards
 from mea_jax.convert.exporting import export_model
 from mea_jax.convert.importing import import_model
 from mea_jax.data import end_tokens, tokenizers
@@ -65,10 +65,10 @@ def test_a_bad_model_gets_one_line_and_leaves_nothing(kind, copy, shell, tmp_pat
 
 @pytest.mark.parametrize("key", REFUSED)
 def test_what_a_config_asks_for_and_we_do_not_compute_is_named(key, original):
-    config = families.read_config(original) | {key: REFUSED[key]}
+    config = config_reading.read_config(original) | {key: REFUSED[key]}
     word = "rope_type" if key == "rope_parameters" else key
     with pytest.raises(importing.UserError, match=rf"^here: {word}=") as caught:
-        families.model_config(config, "here")
+        config_reading.model_config(config, "here")
     assert "\n" not in str(caught.value)
 
 
@@ -77,22 +77,22 @@ def test_a_window_of_mistral_is_refused_unless_no_context_is_longer():
         "architectures": ["MistralForCausalLM"]
     }
     assert config["max_position_embeddings"] == 256
-    families.model_config(config, "here")
-    families.model_config(config | {"sliding_window": 256}, "here")
+    config_reading.model_config(config, "here")
+    config_reading.model_config(config | {"sliding_window": 256}, "here")
     with pytest.raises(importing.UserError, match="sliding_window=255 is not supported"):
-        families.model_config(config | {"sliding_window": 255}, "here")
+        config_reading.model_config(config | {"sliding_window": 255}, "here")
     del config["sliding_window"]  # the class has one of 4,096 by default
-    families.model_config(config, "here")
+    config_reading.model_config(config, "here")
     with pytest.raises(importing.UserError, match="sliding_window=4096 is not supported"):
-        families.model_config(config | {"max_position_embeddings": 8192}, "here")
+        config_reading.model_config(config | {"max_position_embeddings": 8192}, "here")
 
 
 def test_sliding_windows_that_are_off_are_no_hindrance():
     config = small_models.make("qwen3", sliding_window=16).config.to_dict()
     config |= {"architectures": ["Qwen3ForCausalLM"], "sliding_window": 16}
-    families.model_config(config, "here")
+    config_reading.model_config(config, "here")
     with pytest.raises(importing.UserError, match="use_sliding_window=True is not supported"):
-        families.model_config(config | {"use_sliding_window": True}, "here")
+        config_reading.model_config(config | {"use_sliding_window": True}, "here")
 
 
 def test_numbers_beyond_bfloat16_are_refused_by_name(copy, shell, tmp_path):
@@ -219,8 +219,8 @@ def test_a_rope_as_transformers_4_writes_it():
     new = small_models.make("llama").config.to_dict() | {"architectures": ["LlamaForCausalLM"]}
     rope = new.pop("rope_parameters")
     old = new | {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope}
-    found = families.model_config(old, "")
-    assert found == families.model_config(new | {"rope_parameters": small_models.LLAMA3}, "")
+    found = config_reading.model_config(old, "")
+    assert found == config_reading.model_config(new | {"rope_parameters": small_models.LLAMA3}, "")
     assert found.rope_scaling == configs.RopeScaling("llama3", 8.0, 1.0, 4.0, 16)
 
 
@@ -252,7 +252,7 @@ def test_a_model_that_no_class_holds_is_refused_by_what_it_has(imported, tmp_pat
     ):
         model = configs.dataclasses.replace(own, **change)
         with pytest.raises(importing.UserError, match=words):
-            families.stock_family(model)
+            config_writing.stock_family(model)
         assert exporting.choose_form(model, "auto") == "mea"
 
 
@@ -338,7 +338,7 @@ def test_parameters_of_every_path_have_their_tensor():
     for kind in small_models.KINDS:
         config = small_models.make(kind).config.to_dict()
         config |= {"architectures": [small_models.KINDS[kind].model.__name__]}
-        model = configs.dataclasses.replace(families.model_config(config, ""), backend="xla")
+        model = configs.dataclasses.replace(config_reading.model_config(config, ""), backend="xla")
         entries = importing.tensors.entries(model)
         ours = sum(x.size for x in jax.tree.leaves(params_of(model)))
         assert sum(int(np.prod(entry.hf_shape)) for entry in entries) == ours

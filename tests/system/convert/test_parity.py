@@ -24,7 +24,9 @@ from tests.system.convert import small_models
 
 LIMIT = 1e-4  # largest difference of float32 logits, whose spread is about one
 LENGTH = 48
-FAMILIES = ["llama", "qwen3 tied", "qwen3_moe"]  # one per family, for long compilations
+FAMILIES = ["llama", "qwen3 tied", "qwen3_moe"]  # one of each form, for long compilations
+CACHED = [*FAMILIES, "qwen3 yarn", "qwen2 window", "smollm3", "olmo2", "gemma3"]
+COMPRESSED = [*FAMILIES, "qwen3 yarn", "llama biases", "qwen2", "smollm3", "gemma3"]
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +101,7 @@ def test_padding(pair, kind, side, devices):
     assert_same(theirs[real_BT], ours[real_BT])
 
 
-@pytest.mark.parametrize("kind", [*FAMILIES, "qwen3 yarn"])
+@pytest.mark.parametrize("kind", CACHED)
 def test_cache(pair, kind, devices):
     """Logits are equal after a prefill of two prompt lengths and after each decode step."""
     devices(1)
@@ -162,7 +164,7 @@ def test_the_way_back_is_bit_exact(pair, kind, tmp_path):
     assert kept == json.loads((folder / "generation_config.json").read_text())
 
 
-@pytest.mark.parametrize("kind", [*FAMILIES, "qwen3 yarn"])
+@pytest.mark.parametrize("kind", COMPRESSED)
 def test_compressing_to_all_heads_keeps_the_model(pair, kind, devices, tmp_path):
     devices(1)
     model, _, run = pair(kind)

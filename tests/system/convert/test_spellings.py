@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from mea_jax.checkpoint.load import load
-from mea_jax.convert import families
+from mea_jax.convert import config_reading
 from mea_jax.convert.importing import import_model, open_source
 from mea_jax.convert.shards import SINGLE
 from mea_jax.errors import UserError
@@ -159,9 +159,9 @@ def test_positions_are_those_of_transformers(spelling, theirs_and_ours):
 @pytest.mark.parametrize("fact", DISAGREED)
 def test_two_values_of_one_fact_are_refused_by_their_keys(fact, llama):
     changes, words = DISAGREED[fact]
-    config = edited(families.read_config(llama), changes)
+    config = edited(config_reading.read_config(llama), changes)
     with pytest.raises(UserError, match="^here: " + ".*".join(map(re.escape, words))) as caught:
-        families.model_config(config, "here")
+        config_reading.model_config(config, "here")
     assert "\n" not in str(caught.value)
 
 
@@ -171,32 +171,32 @@ def test_numbers_of_experts_have_two_names():
     for name in ("num_experts", "num_local_experts"):
         config.pop(name, None)
     for one in ({"num_experts": 8}, {"num_local_experts": 8}):
-        assert families.model_config(config | one, "").n_experts == 8
+        assert config_reading.model_config(config | one, "").n_experts == 8
     both = config | {"num_experts": 8, "num_local_experts": 4}
     with pytest.raises(UserError, match="num_experts=8 and num_local_experts=4 disagree"):
-        families.model_config(both, "")
+        config_reading.model_config(both, "")
     with pytest.raises(UserError, match="num_experts=None must be a positive whole number"):
-        families.model_config(config, "")
+        config_reading.model_config(config, "")
 
 
 def test_a_window_that_the_class_has_by_default_is_not_ignored():
     """A Qwen3 config that turns the window on without a size gets one of 4096 positions."""
     config = small_models.make("qwen3").config.to_dict() | {"architectures": ["Qwen3ForCausalLM"]}
     del config["sliding_window"], config["layer_types"]
-    families.model_config(config, "")
+    config_reading.model_config(config, "")
     with pytest.raises(UserError, match="use_sliding_window=True is not supported"):
-        families.model_config(config | {"use_sliding_window": True}, "")
+        config_reading.model_config(config | {"use_sliding_window": True}, "")
 
 
 def test_a_dtype_that_both_keys_name_is_read(llama):
-    config = families.read_config(llama)
+    config = config_reading.read_config(llama)
     for names in (
         {"dtype": "bfloat16"},
         {"torch_dtype": "bfloat16"},
         {"dtype": "bfloat16", "torch_dtype": "torch.bfloat16"},
     ):
         plain = {key: value for key, value in config.items() if "dtype" not in key}
-        assert families.model_config(plain | names, "").dtype == "bfloat16"
+        assert config_reading.model_config(plain | names, "").dtype == "bfloat16"
 
 
 BUFFERS = (

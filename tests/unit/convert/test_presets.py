@@ -9,7 +9,7 @@ import pytest
 
 from mea_jax.config.parse import from_config_dict
 from mea_jax.config.schema import ModelConfig, flatten
-from mea_jax.convert import families, tensors
+from mea_jax.convert import config_reading, config_writing, tensors
 from mea_jax.model.params import abstract_params
 from tests.paths import ROOT
 
@@ -120,7 +120,7 @@ def computed(model: ModelConfig):
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_published_config_is_our_config_of_that_name(name):
     config, count = PUBLISHED[name]
-    model = families.model_config(config, name)
+    model = config_reading.model_config(config, name)
     assert computed(model) == computed(config_of(name).model)
     assert model.dtype == "bfloat16"
     plain = dataclasses.replace(model, backend="xla", attention_kernel="einsum")
@@ -136,7 +136,9 @@ def test_a_published_config_is_our_config_of_that_name(name):
 def test_a_published_config_comes_back(name):
     """All keys are restored except those that have no effect on the stock class."""
     config, _ = PUBLISHED[name]
-    back = families.stock_config(families.model_config(config, name), "bfloat16", config)
+    back = config_writing.stock_config(
+        config_reading.model_config(config, name), "bfloat16", config
+    )
     aside = ("sliding_window", "use_sliding_window", "max_window_layers")
     meant = {key: value for key, value in config.items() if key not in aside}
     assert meant == {key: back[key] for key in meant}

@@ -1,6 +1,5 @@
 """python -m mea_jax.convert: user errors, killed conversions, files copied with a model."""
 
-import dataclasses
 import functools
 import re
 import shutil
@@ -224,26 +223,6 @@ def test_a_rope_as_transformers_4_writes_it():
     found = families.model_config(old, "")
     assert found == families.model_config(new | {"rope_parameters": small_models.LLAMA3}, "")
     assert found.rope_scaling == configs.RopeScaling("llama3", 8.0, 1.0, 4.0, 16)
-
-
-@pytest.mark.parametrize(
-    "scaling",
-    [
-        configs.RopeScaling(),
-        configs.RopeScaling("linear", 2.0),
-        configs.RopeScaling("llama3", 8.0, 0.5, 2.0, 64),
-        configs.RopeScaling("dynamic", 2.0, original_context=64),
-        configs.RopeScaling("yarn", 2.0, original_context=64),
-        configs.RopeScaling("yarn", 2.0, beta_fast=8.0, beta_slow=0.5, attention_factor=1.5),
-        configs.RopeScaling("yarn", 2.0, mscale=0.7, mscale_all_dim=0.3, truncate=False),
-    ],
-)
-def test_an_exported_scaling_is_read_again(scaling):
-    """The original context of "dynamic" is the model's maximum, not that of its windows."""
-    plain = families.model_config(small_models.make("llama").config.to_dict(), "")
-    model = dataclasses.replace(plain, rope_scaling=scaling)
-    config = families.stock_config(model, "float32", {"max_position_embeddings": 32})
-    assert families.model_config(config, "").rope_scaling == scaling
 
 
 def test_an_import_names_the_limit_of_dynamic_scaling(shell, corpus, tmp_path):

@@ -80,7 +80,7 @@ def stock_config(model: ModelConfig, dtype: str, kept: Json) -> dict[str, Any]:
     if family.model_type in ("llama", "smollm3"):
         config["mlp_bias"] = False
     if family.window is not None or any(model.windows()):
-        config |= _windows(family, model)
+        config |= _windows(family.model_type, model)
     if family.model_type == "smollm3":
         config["no_rope_layers"] = [int(theta > 0) for theta in model.thetas()]
         config["rope_theta"] = max(model.thetas())
@@ -91,21 +91,22 @@ def stock_config(model: ModelConfig, dtype: str, kept: Json) -> dict[str, Any]:
     return config if longest is None else config | {"max_position_embeddings": longest}
 
 
-def _windows(family: Family, model: ModelConfig) -> dict[str, Any]:
+def _windows(model_type: str, model: ModelConfig) -> dict[str, Any]:
     """Return the keys of windows."""
     window = max(model.windows()) or None
-    if family.model_type == "mistral":
+    if model_type == "mistral":
         return {"sliding_window": window}
     kinds = [_KINDS[bool(window)] for window in model.windows()]
-    found: dict[str, Any] = {"sliding_window": window, "layer_types": kinds}
-    if family.model_type != "gemma3_text":
-        found["use_sliding_window"] = window is not None
-    return found if window else {key: found[key] for key in found if key != "layer_types"}
+    found: dict[str, Any] = {"sliding_window": window, "use_sliding_window": window is not None}
+    if window:
+        found |= {"layer_types": kinds, "max_window_layers": kinds.index(_KINDS[True])}
+    return found
 
 
 def _gemma3(config: dict[str, Any], model: ModelConfig) -> dict[str, Any]:
-    """Return the keys of Gemma 3 that differ from a Llama's."""
-    del config["hidden_act"]
+    """Return the keys of Gemma 3 that differ from a Llama's, and remove those it has not."""
+    for key in ("hidden_act", "use_sliding_window", "max_window_layers"):
+        config.pop(key, None)
     thetas = {bool(w): t for w, t in zip(model.windows(), model.thetas(), strict=True)}
     scalar = model.head_dim if model.attention_scale == 0 else model.attention_scale**-2
     return {

@@ -22,6 +22,7 @@ KEPT = (
     "pad_token_id",
     "initializer_range",
     "attention_dropout",
+    "no_rope_layer_interval",  # `no_rope_layers` is written
     "router_aux_loss_coef",
     "output_router_logits",
 )

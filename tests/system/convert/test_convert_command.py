@@ -1,6 +1,7 @@
 """python -m mea_jax.convert: user errors, killed conversions, files copied with a model."""
 
 import functools
+import re
 import shutil
 
 import jax
@@ -222,6 +223,24 @@ def test_a_rope_as_transformers_4_writes_it():
     found = config_reading.model_config(old, "")
     assert found == config_reading.model_config(new | {"rope_parameters": small_models.LLAMA3}, "")
     assert found.rope_scaling == configs.RopeScaling("llama3", 8.0, 1.0, 4.0, 16)
+
+
+def test_an_import_names_the_limit_of_dynamic_scaling(shell, corpus, tmp_path):
+    folder = small_models.save(small_models.make("llama dynamic"), tmp_path / "model")
+    arguments = (
+        "from_hf",
+        "--model",
+        folder,
+        "--text",
+        f"text:{corpus}",
+        "--out",
+        tmp_path / "run",
+    )
+    status, _, err = shell(*arguments, "--context_length", 65)
+    assert_one_error(status, err, "--context_length 65", "max_position_embeddings=64")
+    status, out, err = shell(*arguments)
+    assert status == 0, err
+    assert re.search("limit +64 positions, .*original_context, beyond which the frequencies", out)
 
 
 # -- export --------------------------------------------------------------------------------------

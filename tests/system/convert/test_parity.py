@@ -156,7 +156,9 @@ def test_the_way_back_is_bit_exact(pair, kind, tmp_path):
     assert len(list((tmp_path / "back").glob("model-*.safetensors"))) > 1
     old, new = model.state_dict(), again.state_dict()
     assert old.keys() == new.keys()
-    assert all(torch.equal(old[name], new[name]) for name in old)
+    # Norms of Gemma are stored less 1, which float32 rounds.
+    atol = 1e-7 if kind.startswith("gemma3") else 0.0
+    assert all(torch.allclose(old[name], new[name], rtol=0, atol=atol) for name in old)
     for key, value in model.config.to_dict().items():
         if key not in ("dtype", "_name_or_path", "transformers_version"):
             assert again.config.to_dict()[key] == value, key

@@ -1,5 +1,6 @@
 """Values that config.json can give under two keys: read as in transformers, or refused."""
 
+import dataclasses
 import json
 import re
 
@@ -11,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from mea_jax.checkpoint.load import load
+from mea_jax.config.schema import RopeScaling
 from mea_jax.convert import config_reading
 from mea_jax.convert.importing import import_model, open_source
 from mea_jax.convert.shards import SINGLE
@@ -154,6 +156,26 @@ def theirs_and_ours(llama, tmp_path, devices):
 def test_positions_are_those_of_transformers(spelling, theirs_and_ours):
     theirs, ours = theirs_and_ours(AGREED[spelling])
     np.testing.assert_allclose(theirs, ours, rtol=0, atol=LIMIT)
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        RopeScaling(),
+        RopeScaling("linear", 2.0),
+        RopeScaling("llama3", 8.0, 0.5, 2.0, 64),
+        RopeScaling("dynamic", 2.0, original_context=64),
+        RopeScaling("yarn", 2.0, original_context=64),
+        RopeScaling("yarn", 2.0, beta_fast=8.0, beta_slow=0.5, attention_factor=1.5),
+        RopeScaling("yarn", 2.0, mscale=0.7, mscale_all_dim=0.3, truncate=False),
+    ],
+)
+def test_an_exported_scaling_is_read_again(scaling):
+    """The original context of "dynamic" is the model's maximum, not that of its windows."""
+    plain = config_reading.model_config(small_models.make("llama").config.to_dict(), "")
+    model = dataclasses.replace(plain, rope_scaling=scaling)
+    config = families.stock_config(model, "float32", {"max_position_embeddings": 32})
+    assert config_reading.model_config(config, "").rope_scaling == scaling
 
 
 @pytest.mark.parametrize("fact", DISAGREED)

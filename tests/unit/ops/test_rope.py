@@ -128,7 +128,7 @@ def test_yarn_between_equal_ends_is_a_step():
     ("scaling", "factor"),
     [
         (RopeScaling("yarn", 16.0), 0.1 * math.log(16) + 1),
-        (RopeScaling("yarn", 16.0, mscale=1.0), 0.1 * math.log(16) + 1),
+        (RopeScaling("yarn", 16.0, mscale=0.5), 0.1 * math.log(16) + 1),
         (
             RopeScaling("yarn", 16.0, mscale=1.0, mscale_all_dim=0.5),
             (0.1 * math.log(16) + 1) / (0.05 * math.log(16) + 1),

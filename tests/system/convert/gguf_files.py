@@ -60,7 +60,7 @@ def write(
     `parts` is the number of tensors of a part; 0 writes one file.
     """
     config = model.config
-    arch = {"llama": "llama", "qwen3": "qwen3"}[config.model_type]
+    arch = config.model_type  # the same word for all that are read
     writer = gguf.GGUFWriter(path, arch, split_max_tensors=parts)
     metadata = {
         f"{arch}.block_count": config.num_hidden_layers,

@@ -100,13 +100,13 @@ BAD = {
     "damaged config": (lambda f: cut(f / "config.json", 0.5), ["config.json cannot be read"]),
     "unknown architecture": (
         lambda f: edit(f / "config.json", architectures=["GPT2LMHeadModel"]),
-        ["GPT2LMHeadModel", "LlamaForCausalLM, Qwen3ForCausalLM, Qwen3MoeForCausalLM"],
+        ["GPT2LMHeadModel", "LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM"],
     ),
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), ["contains no tokenizer"]),
     "tokenizer of another model": (many_tokens, ["tokenizer does not match", "vocab_size=280"]),
 }
 REFUSED = {
-    "attention_bias": True,
+    "attention_bias": "yes",
     "mlp_bias": True,
     "hidden_act": "gelu",
     "quantization_config": {"quant_method": "fp8"},

@@ -73,29 +73,6 @@ def test_what_a_config_asks_for_and_we_do_not_compute_is_named(key, original):
     assert "\n" not in str(caught.value)
 
 
-def test_a_window_of_mistral_is_refused_unless_no_context_is_longer():
-    config = small_models.make("mistral").config.to_dict() | {
-        "architectures": ["MistralForCausalLM"]
-    }
-    assert config["max_position_embeddings"] == 256
-    config_reading.model_config(config, "here")
-    config_reading.model_config(config | {"sliding_window": 256}, "here")
-    with pytest.raises(importing.UserError, match="sliding_window=255 is not supported"):
-        config_reading.model_config(config | {"sliding_window": 255}, "here")
-    del config["sliding_window"]  # the class has one of 4,096 by default
-    config_reading.model_config(config, "here")
-    with pytest.raises(importing.UserError, match="sliding_window=4096 is not supported"):
-        config_reading.model_config(config | {"max_position_embeddings": 8192}, "here")
-
-
-def test_sliding_windows_that_are_off_are_no_hindrance():
-    config = small_models.make("qwen3", sliding_window=16).config.to_dict()
-    config |= {"architectures": ["Qwen3ForCausalLM"], "sliding_window": 16}
-    config_reading.model_config(config, "here")
-    with pytest.raises(importing.UserError, match="use_sliding_window=True is not supported"):
-        config_reading.model_config(config | {"use_sliding_window": True}, "here")
-
-
 def test_numbers_beyond_bfloat16_are_refused_by_name(copy, shell, tmp_path):
     spoilt(np.finfo(np.float32).max)(copy)
     arguments = ("from_hf", "--model", copy, "--out", tmp_path / "run")

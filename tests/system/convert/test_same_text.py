@@ -26,6 +26,9 @@ PROMPTS = [
 ]
 COUNT = 64
 FAMILIES = ["llama", "qwen3 tied", "qwen3_moe"]
+OTHERS = ["qwen2", "mistral window", "smollm3", "olmo2", "gemma3"]
+CASES = [(kind, begins, is_chat) for kind in FAMILIES for begins in (0, 1) for is_chat in (0, 1)]
+CASES += [(kind, True, False) for kind in OTHERS] + [(kind, False, True) for kind in OTHERS]
 
 
 @pytest.fixture(scope="module")
@@ -62,9 +65,7 @@ def theirs(model, folder, prompt, is_chat):
     return ids.shape[1], tokenizer.decode(new)
 
 
-@pytest.mark.parametrize("is_chat", [False, True], ids=["plain", "chat"])
-@pytest.mark.parametrize("begins", [False, True], ids=["no start", "start"])
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize(("kind", "begins", "is_chat"), CASES)
 def test_text_equals_that_of_transformers(pair, in_process, tmp_path, kind, begins, is_chat):
     model, folder, run = pair(kind, begins)
     path, out = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"

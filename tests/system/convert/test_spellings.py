@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from mea_jax.checkpoint.load import load
 from mea_jax.config.schema import RopeScaling
-from mea_jax.convert import config_reading
+from mea_jax.convert import config_reading, config_writing
 from mea_jax.convert.importing import import_model, open_source
 from mea_jax.convert.shards import SINGLE
 from mea_jax.errors import UserError
@@ -174,7 +174,7 @@ def test_an_exported_scaling_is_read_again(scaling):
     """The original context of "dynamic" is the model's maximum, not that of its windows."""
     plain = config_reading.model_config(small_models.make("llama").config.to_dict(), "")
     model = dataclasses.replace(plain, rope_scaling=scaling)
-    config = families.stock_config(model, "float32", {"max_position_embeddings": 32})
+    config = config_writing.stock_config(model, "float32", {"max_position_embeddings": 32})
     assert config_reading.model_config(config, "").rope_scaling == scaling
 
 
@@ -199,15 +199,6 @@ def test_numbers_of_experts_have_two_names():
         config_reading.model_config(both, "")
     with pytest.raises(UserError, match="num_experts=None must be a positive whole number"):
         config_reading.model_config(config, "")
-
-
-def test_a_window_that_the_class_has_by_default_is_not_ignored():
-    """A Qwen3 config that turns the window on without a size gets one of 4096 positions."""
-    config = small_models.make("qwen3").config.to_dict() | {"architectures": ["Qwen3ForCausalLM"]}
-    del config["sliding_window"], config["layer_types"]
-    config_reading.model_config(config, "")
-    with pytest.raises(UserError, match="use_sliding_window=True is not supported"):
-        config_reading.model_config(config | {"use_sliding_window": True}, "")
 
 
 def test_a_dtype_that_both_keys_name_is_read(llama):

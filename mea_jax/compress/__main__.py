@@ -33,7 +33,8 @@ def main() -> None:
     measurements = Path(MEASUREMENTS.value) if MEASUREMENTS.value else None
     summary = compress(Path(CHECKPOINT.value), Path(OUT.value), options, measurements)
     print(damage.table(summary))
-    print(f"\nrun directory {OUT.value}, contains compression.json and compression.png")
+    print(f"\nverdict       {damage.verdict(summary)}")
+    print(f"run directory {OUT.value}, contains compression.json and compression.png")
     print(f"devices       {len(jax.devices())} x {jax.devices()[0].device_kind}")
 
 
@@ -79,6 +80,11 @@ if __name__ == "__main__":
     )
     flags.DEFINE_string(
         "calibration_source", "", "other calibration text, such as jsonl:FILE or text:FOLDER"
+    )
+    flags.DEFINE_string(
+        "held_out_source",
+        "",
+        "other text to measure the loss on, such as jsonl:FILE,text:FOLDER; a row for each",
     )
     flags.DEFINE_integer(
         "measure_tokens",

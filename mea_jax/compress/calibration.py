@@ -12,8 +12,8 @@ from jax.sharding import Mesh
 from mea_jax.checkpoint.layerwise import StoredModel
 from mea_jax.compress.options import Options
 from mea_jax.compress.stream import Stream
-from mea_jax.config.schema import DataConfig, MeshConfig, SourceConfig
-from mea_jax.data import split
+from mea_jax.config.schema import DataConfig, MeshConfig
+from mea_jax.data import sources, split
 from mea_jax.data.pipeline import held_out_batches, train_batches
 from mea_jax.data.prepare import Prepared, prepare
 from mea_jax.errors import UserError
@@ -25,6 +25,10 @@ WINDOWS = 8  # per device, in a batch
 def held_out_share(tokens: int, batch_tokens: int, sources: int) -> int:
     """Return the number of batches per source that make up `tokens` in total, at least one."""
     return max(tokens // (batch_tokens * sources), 1)
+
+
+def _is_code(data: DataConfig) -> bool:
+    return all(source.source == "python_stdlib" for source in data.sources)
 
 
 class CalibrationTexts:
@@ -40,7 +44,13 @@ class CalibrationTexts:
         self.source, self.options = source, options
         self.mesh: Mesh = sharding.make_mesh(MeshConfig(), jax.devices())
         self.batch = WINDOWS * len(jax.devices())
-        data = source.config.data
+        data = self._with_held_out(source.config.data)
+        if not options.held_out_source and not source.digest and _is_code(data):
+            log(
+                "warning: the loss is measured on Python's standard library, because the import "
+                "was given no text: for other uses of the model, give --held_out_source and "
+                "--calibration_source, such as text:FOLDER or jsonl:FILE"
+            )
         none = UserError(
             f"{source.run}: its data have no held-out text to measure the loss on "
             f"(config.data.held_out_fraction={data.held_out_fraction}): train with a larger "
@@ -52,6 +62,15 @@ class CalibrationTexts:
         if not any(part.held_out_windows for part in self.prepared.sources):
             raise none
 
+    def _with_held_out(self, data: DataConfig) -> DataConfig:
+        """Return the data with the sources of --held_out_source, if any, in place of its own."""
+        if not self.options.held_out_source:
+            return data
+        kept = [source for source in data.sources if not source.held_out]
+        named = map(sources.named, self.options.held_out_source.split(","))
+        given = [dataclasses.replace(source, held_out=True) for source in named]
+        return dataclasses.replace(data, sources=(*kept, *given))
+
     def _prepare(self, data: DataConfig) -> Prepared:
         return prepare(data, self.source.config.model.vocab_size, log=lambda line: None)
 
@@ -60,6 +79,8 @@ class CalibrationTexts:
 
     def _own(self, data: DataConfig, log: Callable[[str], Any]) -> Prepared:
         if not self.source.digest:  # a published model, trained on other data
+            return self._prepare(self._in_its_tokens(data))
+        if self.options.held_out_source:
             return self._prepare(self._in_its_tokens(data))
         found = self._prepare(data)
         if found.digest == self.source.digest:
@@ -72,9 +93,8 @@ class CalibrationTexts:
         words = self.options.calibration_source
         if not words:
             return self.prepared
-        kind, _, path = words.partition(":")
-        sources = (SourceConfig(source=kind, path=path),)
-        data = dataclasses.replace(self.source.config.data, sources=sources)
+        given = (sources.named(words),)
+        data = dataclasses.replace(self.source.config.data, sources=given)
         return self._prepare(self._in_its_tokens(data))
 
     def training(self, folder: Path, tokens: int) -> Stream:
@@ -102,9 +122,9 @@ class CalibrationTexts:
         """Return a stream of held-out batches labelled by source, with one limit per source."""
         batches, labels = [], []
         length = self.prepared.context_length
-        sources = [source for source in self.prepared.sources if source.held_out_windows]
-        most = held_out_share(self.options.held_out_tokens, self.batch * length, len(sources))
-        for source in sources:
+        chosen = [source for source in self.prepared.sources if source.held_out_windows]
+        most = held_out_share(self.options.held_out_tokens, self.batch * length, len(chosen))
+        for source in chosen:
             one = dataclasses.replace(self.prepared, sources=(source,))
             found = list(held_out_batches(one, batch_size=self.batch, max_batches=most))
             batches += found

@@ -136,6 +136,36 @@ def table(summary: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+# Increases of the loss in nats per token, and what to make of them: rules of thumb.
+_VERDICTS = (
+    (0.005, "close to the original"),
+    (0.02, "a small loss; check the tasks that matter with evaluate --tasks"),
+    (0.1, "a clear loss; use it only where memory matters more"),
+    (math.inf, "a damaged model; do not use it as it is"),
+)
+
+
+def verdict(summary: dict[str, Any]) -> str:
+    """Return what the increase of the held-out loss means, in words, and what may lower it."""
+    loss, options = summary["held_out"], summary["options"]
+    domains = loss["domains"]
+    worst = max(domains, key=lambda name: domains[name]["increase"])
+    increase, error = domains[worst]["increase"], domains[worst]["error"]
+    text = f"{increase:+.4f} nats" + (f" on {Path(worst).name}" if len(domains) > 1 else "")
+    if math.isfinite(error) and abs(increase) < 2 * error and 2 * error < 0.02:
+        return f"{text}: no loss that {int(loss['tokens']):,} tokens can show"
+    words = next(words for bound, words in _VERDICTS if increase < bound)
+    advice = []
+    if increase >= _VERDICTS[0][0] and summary["cache_kept"] < 1:
+        if options["repair"] == "none":
+            advice.append("--repair layerwise")
+        if options["budget"] == "uniform":
+            advice.append("--budget measured")
+        advice.append("a larger --keep")
+        advice.append("training it further (configs/recover.py)")
+    return f"{text}: {words}" + (f". May help: {', '.join(advice)}" if advice else "")
+
+
 def draw(summary: dict[str, Any], path: Path) -> None:
     """Draw heads kept per layer, the cost of each layer alone, and the loss, into the file `path`.
 

@@ -27,7 +27,14 @@ from mea_jax.config.schema import ModelConfig
 from mea_jax.errors import UserError
 from mea_jax.model.layer_spec import layer_specs
 
-SHARED = ("calibration_tokens", "calibration_source", "held_out_tokens", "dtype", "seed")
+SHARED = (
+    "calibration_tokens",
+    "calibration_source",
+    "held_out_source",
+    "held_out_tokens",
+    "dtype",
+    "seed",
+)
 
 
 class Measurements:
@@ -60,7 +67,8 @@ class Measurements:
                 write_json(settings, wanted)
             return
         stored = json.loads(settings.read_text())
-        if differing := [name for name in wanted if stored.get(name) != wanted[name]]:
+        # Older folders have no `held_out_source`.
+        if differing := [name for name in wanted if stored.get(name, "") != wanted[name]]:
             raise UserError(
                 f"--measurements {self.folder} was made with another {differing[0]} "
                 f"({stored.get(differing[0])}): choose another folder"

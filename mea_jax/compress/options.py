@@ -21,6 +21,7 @@ class Options:
     repair_tokens: int = 0  # text for the repair; 0: as many as for calibration
     calibration_tokens: int = 131072  # 0: methods use the weights only
     calibration_source: str = ""  # "kind:path", as config.data.sources; "": the checkpoint's own
+    held_out_source: str = ""  # sources as above, separated by commas; "": the checkpoint's own
     measure_tokens: int = 16384  # text on which budgets are measured
     held_out_tokens: int = 131072  # at most, in all sources together, compared before and after
     dtype: str = "auto"  # of matrix products

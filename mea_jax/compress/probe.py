@@ -34,7 +34,7 @@ from mea_jax.model.layer_spec import LayerSpec, layer_specs, plain_specs
 
 Tree = dict[str, Any]
 _SOLVERS: dict[Side, Any] = {Side.KEY: solve_keys, Side.VALUE: solve_values}
-_PROBE = 40  # repair steps before a changed layer is measured, with --budget repaired
+TRIED = 40  # repair steps before a changed layer is measured, with --budget repaired
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,7 +176,7 @@ class SensitivityProbe:
         if sharpen:
             found = repair.temperature(self.original, (spec, attention))
             attention = repair.sharpened(attention, found)
-        attention = repair.reconstruct(self.original, (spec, attention), _PROBE, "trying")
+        attention = repair.reconstruct(self.original, (spec, attention), TRIED, "trying")
         return spec, tree | {"attention": self.stream.place(attention)}
 
 

@@ -19,7 +19,7 @@ from mea_jax.checkpoint.files import disk_errors, write_json
 from mea_jax.checkpoint.layerwise import StoredModel, Writer
 from mea_jax.checkpoint.load import unresolved
 from mea_jax.cli import progress
-from mea_jax.compress import budgets, damage, methods, repair
+from mea_jax.compress import budgets, damage, expected, methods, repair
 from mea_jax.compress import layer as layers
 from mea_jax.compress.calibration import CalibrationTexts
 from mea_jax.compress.measurements import Measurements
@@ -67,28 +67,34 @@ class CompressionPass:
         self.kept = budgets.heads_kept(options.keep, self.count)  # per layer, on average
         if options.budget == "uniform":
             self.kept = budgets.uniform(options.keep, self.count)
-        self._claim()
+        self._check_part()
         self.texts = CalibrationTexts(self.source, options, log)
+        self._claim()
         folder = measurements or self.part / "measurements"
         self.measurements = Measurements(folder, self.source, self.model, self.texts, options)
 
-    def _claim(self) -> None:
-        """Create the work folder, or take over the one that the same command has left."""
-        wanted = dataclasses.asdict(self.options) | {
-            "checkpoint": str(self.source.folder.absolute())
-        }
+    @property
+    def _settings(self) -> dict[str, Any]:
+        checkpoint = str(self.source.folder.absolute())
+        return dataclasses.asdict(self.options) | {"checkpoint": checkpoint}
+
+    def _check_part(self) -> None:
+        """Raise `UserError` if the work folder is that of another command."""
         settings = self.part / "settings.json"
-        if settings.exists():
-            if json.loads(settings.read_text()) != wanted:
-                raise UserError(
-                    f"{self.part} contains an unfinished compression with other options: remove "
-                    "it, or choose another --out"
-                )
-            self.log(f"continuing the compression in {self.part}")
+        if not settings.exists():
             return
+        if json.loads(settings.read_text()) != self._settings:
+            raise UserError(
+                f"{self.part} contains an unfinished compression with other options: remove it, or "
+                "choose another --out"
+            )
+        self.log(f"continuing the compression in {self.part}")
+
+    def _claim(self) -> None:
+        """Create the work folder, once everything that was asked for is known to exist."""
         with disk_errors(self.part):
             self.part.mkdir(parents=True, exist_ok=True)
-            write_json(settings, wanted)
+            write_json(self.part / "settings.json", self._settings)
 
     # -- the stages ------------------------------------------------------------------------
 
@@ -303,11 +309,13 @@ def compress(
         print(line, file=sys.stderr, flush=True)
 
     began = time.monotonic()
+    work = CompressionPass(checkpoint, out, options, log, measurements)
+    batch_tokens = work.texts.batch * work.source.config.data.context_length
+    log(expected.describe(work.model, options, len(work.chosen), batch_tokens))
 
     def stage(words: str) -> None:
         log(f"{time.monotonic() - began:6.0f} s  {words}")
 
-    work = CompressionPass(checkpoint, out, options, log, measurements)
     stage(f"calibrating {work.model.n_layers} layers on {options.calibration_tokens:,} tokens")
     before = work.calibrate()
     stage(f"dividing the cache: {options.budget}")

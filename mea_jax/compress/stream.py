@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from mea_jax.cli import progress
 from mea_jax.compress.moments import Moments
 from mea_jax.config.schema import ModelConfig
 from mea_jax.model.context import Context
@@ -272,7 +273,8 @@ class Stream:
         placed = self.place(top)
         found: Losses = {label: [] for label in self.labels}
         with jax.set_mesh(self.mesh):
-            for number, (batch, label) in enumerate(zip(self.batches, self.labels, strict=True)):
+            pairs = list(zip(self.batches, self.labels, strict=True))
+            for number, (batch, label) in enumerate(progress(pairs, "held-out loss, batches")):
                 x_BTD, on = self.residual(number, model), self.put(batch)
                 if original is None:
                     sums = loss_sums(model, placed, x_BTD, on)

@@ -20,7 +20,7 @@ from mea_jax.checkpoint.layerwise import Writer
 from mea_jax.checkpoint.published import is_gguf, refuse_unpublished
 from mea_jax.cli import progress
 from mea_jax.config.checks import validate
-from mea_jax.config.schema import DataConfig, ModelConfig, SourceConfig, TrainConfig
+from mea_jax.config.schema import DataConfig, ModelConfig, TrainConfig
 from mea_jax.convert import (
     config_reading,
     families,
@@ -32,8 +32,7 @@ from mea_jax.convert import (
 )
 from mea_jax.convert.casting import casts
 from mea_jax.convert.gguf_file import GGUFModel
-from mea_jax.data import end_tokens
-from mea_jax.data.sources import documents
+from mea_jax.data import end_tokens, sources
 from mea_jax.data.tokenizers import Tokenizer
 from mea_jax.errors import UserError
 from mea_jax.ops.resolve import resolve
@@ -247,10 +246,9 @@ def run_config(source: Source, out: Path, context_length: int, text: str) -> Tra
             f"--context_length {context_length} is beyond the model's max_position_embeddings="
             f"{longest}: give at most that"
         )
-    kind, _, path = text.partition(":")
-    given = SourceConfig(source=kind, path=str(Path(path).expanduser().absolute()) if path else "")
+    given = sources.named(text)
     try:
-        next(documents(given))  # checks that it has text, and the field of a jsonl source
+        next(sources.documents(given))  # checks that it has text, and the field of a jsonl source
     except UserError as error:
         raise UserError(f"--text {text}: {error}") from error
     data = DataConfig(

@@ -25,6 +25,12 @@ def describe(source: SourceConfig) -> str:
     return f"{source.source}:{source.path}" if source.path else source.source
 
 
+def named(words: str) -> SourceConfig:
+    """Return the source that an option names as KIND or KIND:PATH, the inverse of `describe`."""
+    kind, _, path = words.partition(":")
+    return SourceConfig(source=kind, path=str(Path(path).expanduser().absolute()) if path else "")
+
+
 def open_source(source: SourceConfig, left_out: LeftOut | None = None) -> Corpus:
     """Open `source`.
 

@@ -33,8 +33,8 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def file():
-    assert FOUND is not None and FOUND.submodule_search_locations is not None
-    (path,) = Path(FOUND.submodule_search_locations[0]).glob("*.gguf")
+    folder = next(iter((FOUND and FOUND.submodule_search_locations) or []))
+    (path,) = Path(folder).glob("*.gguf")
     return path
 
 

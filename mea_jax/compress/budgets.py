@@ -20,7 +20,7 @@ from mea_jax.model.kv_cache import count_bytes
 
 BUDGETS = ("uniform", "measured", "repaired", "residual")
 LAYERS = ("full", "deep", "half")
-_POSITIONS = 128  # length of the cache whose arrays are counted
+POSITIONS = 4096  # length of the cache whose arrays are counted
 ROUNDING = 0.005  # a number of heads this close to an integer, relatively, counts as that integer
 
 
@@ -29,12 +29,13 @@ def cache_bytes(model: ModelConfig) -> list[tuple[int, int]]:
 
     They are counted from the bfloat16 arrays that a generator would create. `model` is resolved.
     """
-    empty = functools.partial(empty_cache, serving(model), 1, _POSITIONS, jnp.bfloat16)
+    empty = functools.partial(empty_cache, serving(model), 1, POSITIONS, jnp.bfloat16)
     found = []
     for layer in jax.eval_shape(empty).layers:
         scalars = [] if layer.inverse_rms_BKS is None else [layer.inverse_rms_BKS]
         key = count_bytes([layer.key]) + sum(x.size * x.dtype.itemsize for x in scalars)
-        found.append((key // _POSITIONS, count_bytes([layer.value]) // _POSITIONS))
+        value = count_bytes([layer.value])
+        found.append((math.ceil(key / POSITIONS), math.ceil(value / POSITIONS)))
     return found
 
 

@@ -103,7 +103,10 @@ def table(summary: dict[str, Any]) -> str:
     lines = [head]
     for row in summary["layers"]:
         size = f"{row['bytes_before']} > {row['bytes_after']}"
-        line = f"{row['layer']:5d}  {row['keys']:3d}/{k:<3d}  {row['values']:3d}/{k:<3d}"
+        kept = [f"{row[side]:3d}/{k:<3d}" for side in ("keys", "values")]
+        if "key_bits" in row:
+            kept = [f"{row[f'{side}_bits']:.2f} bit" for side in Side]
+        line = f"{row['layer']:5d}  {kept[0]:>7}  {kept[1]:>7}"
         line += f"  {row['key_residual']:12.2%}  {row['value_residual']:9.2%}  {size:>15}"
         line += f"  {row.get('temperature', 1.0):7.2f}"
         if "repair" in row:
@@ -176,11 +179,15 @@ def draw(summary: dict[str, Any], path: Path) -> None:
     figure, axes = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
     left, middle, right = axes
     places = range(len(rows))
-    left.bar([i - 0.2 for i in places], [r["keys"] for r in rows], 0.4, label="keys")
-    left.bar([i + 0.2 for i in places], [r["values"] for r in rows], 0.4, label="values")
-    left.axhline(heads, color="grey", linewidth=0.8, linestyle=":")
-    left.set(xlabel="layer", ylabel="heads in the cache", title=f"Heads kept of {heads}")
-    left.set_ylim(0, heads * 1.15)
+    packed = "key_bits" in rows[0]
+    kept = {side: [r[f"{side}_bits" if packed else f"{side}s"] for r in rows] for side in Side}
+    most = 16 if packed else heads
+    left.bar([i - 0.2 for i in places], kept[Side.KEY], 0.4, label="keys")
+    left.bar([i + 0.2 for i in places], kept[Side.VALUE], 0.4, label="values")
+    left.axhline(most, color="grey", linewidth=0.8, linestyle=":")
+    what = ("bits per slot", "Bits of 16") if packed else ("heads in the cache", "Heads kept of")
+    left.set(xlabel="layer", ylabel=what[0], title=what[1] if packed else f"{what[1]} {heads}")
+    left.set_ylim(0, most * 1.15)
     left.legend(loc="upper right", ncols=2, frameon=False)
     measured = [s for s in summary["sensitivities"] if s["losses"]]
     half = max(heads // 2, 1)

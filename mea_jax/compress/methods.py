@@ -8,6 +8,7 @@
 | frequency | a complex number per pair of heads and frequency | a dense map from one latent |
 | gqa_mean | neighbouring heads are replaced by their mean | the same |
 | gqa_aligned | the best groups share a head, through gauges | the same |
+| bits | all heads, as `frequency`, each slot with bits by its variance | a dense map, the same |
 | latent | one latent, rebuilt before rotation (a bound: it cannot be cached as it is) | dense |
 """
 
@@ -27,11 +28,11 @@ from mea_jax.compress.values import Values
 from mea_jax.config.schema import ModelConfig, Side
 from mea_jax.errors import UserError
 
-METHODS = ("svd", "calibrated", "aligned", "frequency", "gqa_mean", "gqa_aligned", "latent")
+METHODS = ("svd", "calibrated", "aligned", "frequency", "gqa_mean", "gqa_aligned", "latent", "bits")
 # The queries of these get a temperature if there is text. The baselines stay as published.
 SHARPENED = ("aligned", "frequency")
 _LEAST = 1e-9  # lower bound of a frequency's weight (the mean is 1): no frequency is ignored
-NEED_TEXT = ("calibrated",)  # without text these would be another method
+NEED_TEXT = ("calibrated", "bits")  # without text these would be another method
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +66,7 @@ def target_model(
             key_components=None,
             value_components=tuple(values),
         )
-    wide = method == "frequency"
+    wide = method in ("frequency", "bits")
     return dataclasses.replace(
         model,
         hlc="kv",
@@ -88,6 +89,11 @@ def check_model(model: ModelConfig, method: str) -> None:
         raise UserError(
             "config.model.hlc_order='after' mixes keys after their norm, so they are not linear in "
             "the input and cannot be rebuilt from fewer heads: choose a model with 'before'"
+        )
+    if model.key_bits is not None or model.value_bits is not None:
+        raise UserError(
+            "the model's cache is packed by bits per slot already: compress the checkpoint from "
+            "before that"
         )
     if model.qk_norm_over == "all":
         raise UserError(
@@ -162,7 +168,7 @@ def solve_keys(method: str, heads: Heads, moments: Moments, components: int) -> 
             gram_FKK, weights_KF = _key_problem(heads, moments, "none")
             weights_K = weights_KF.mean(axis=1)
             return key_solvers.head_mixing(gram_FKK, components, weights_K)
-        if method == "frequency":
+        if method in ("frequency", "bits"):
             problem = _key_problem(heads, moments, "whole")
             return key_solvers.per_frequency(problem[0], components, problem[1])
         problem = _key_problem(heads, moments, "tied")
@@ -191,12 +197,27 @@ def solve_values(method: str, heads: Heads, moments: Moments, components: int) -
         if method == "calibrated":
             weights_K = np.trace(weights_KHH, axis1=1, axis2=2) / weights_KHH.shape[-1]
             return value_solvers.head_mixing(moments.values, components, weights_K)
-        if method in ("frequency", "latent"):
+        if method in ("frequency", "bits", "latent"):
             return value_solvers.dense(moments.values, components, weights_KHH)
         solve: Callable = value_solvers.aligned
         if method == "gqa_aligned":
             solve = value_solvers.aligned_groups
         return solve(moments.values, components, weights_KHH, norm_H is not None)
+
+
+def variances(
+    heads: Heads, moments: Moments, keys: Keys, values: Values
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the variances of the slots of component keys (C, H) and component values (C, H)."""
+    gram_FKK, _ = _key_problem(heads, moments, "whole")
+    power_CF = np.einsum(
+        "fgc,fgh,fhc->cf", keys.combine.conj(), gram_FKK, keys.combine, optimize=True
+    ).real
+    value_X = np.einsum(
+        "xr,xy,yr->r", values.combine, moments.values, values.combine, optimize=True
+    )
+    key_CH = np.concatenate([power_CF, power_CF], axis=1) / 2
+    return np.maximum(key_CH, 0), np.maximum(value_X, 0).reshape(key_CH.shape[0], -1)
 
 
 def rebuilt_keys(heads: Heads, keys: Keys | Latent) -> np.ndarray:

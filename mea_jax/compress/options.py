@@ -34,6 +34,8 @@ def check(options: Options) -> None:
         raise UserError(
             f"--method {options.method} needs activations: give --calibration_tokens above 0"
         )
+    if options.method == "bits":
+        _check_bits(options)
     if options.budget in ("measured", "repaired") and not options.calibration_tokens:
         raise UserError(
             f"--budget {options.budget} needs text: give --calibration_tokens above 0, or use "
@@ -50,6 +52,19 @@ def check(options: Options) -> None:
         raise UserError(
             f"--repair_tokens={options.repair_tokens} has no effect with --repair none: add "
             "--repair layerwise"
+        )
+
+
+def _check_bits(options: Options) -> None:
+    if options.budget != "uniform" or options.layers != "full":
+        raise UserError(
+            "--method bits divides the same share over the slots of every layer: leave out "
+            f"--budget {options.budget} and --layers {options.layers}"
+        )
+    if not 0 < options.keep <= 0.5:
+        raise UserError(
+            f"--keep={options.keep} with --method bits must be in (0, 0.5]: a slot has at most 8 "
+            "of bfloat16's 16 bits"
         )
 
 

@@ -163,7 +163,7 @@ def _matrix(path: tuple, leaf: Any) -> MuonDimensionNumbers | None:
     Each head of a projection is a separate matrix, and so is each expert.
     """
     name = path[-1].key
-    if name.endswith(("_mixing", "_bias")) or leaf.ndim < 2:
+    if name.endswith(("_mixing", "_bias", "_steps")) or leaf.ndim < 2:
         return None
     if name in ("query", "key", "value"):  # (D, heads, H)
         return MuonDimensionNumbers(0, 2)

@@ -14,20 +14,22 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from mea_jax.checkpoint.files import disk_errors, write_json
 from mea_jax.checkpoint.layerwise import StoredModel, Writer
 from mea_jax.checkpoint.load import unresolved
 from mea_jax.cli import progress
-from mea_jax.compress import budgets, damage, expected, methods, repair
+from mea_jax.compress import bits, budgets, damage, expected, methods, repair
 from mea_jax.compress import layer as layers
 from mea_jax.compress.calibration import CalibrationTexts
+from mea_jax.compress.keys import Keys
 from mea_jax.compress.measurements import Measurements
 from mea_jax.compress.moments import unseen
 from mea_jax.compress.options import Options, check, repair_text
 from mea_jax.compress.probe import Sensitivity, assemble
 from mea_jax.compress.stream import Losses, Stream
-from mea_jax.config.schema import Side
+from mea_jax.config.schema import ModelConfig, Side
 from mea_jax.errors import UserError
 from mea_jax.model.layer_spec import layer_specs
 from mea_jax.ops.resolve import resolve
@@ -64,9 +66,12 @@ class CompressionPass:
         methods.check_model(self.model, options.method)
         self.chosen = budgets.choose_layers(options.layers, self.model.n_layers)
         self.count = self.model.n_kv_heads
-        self.kept = budgets.heads_kept(options.keep, self.count)  # per layer, on average
-        if options.budget == "uniform":
-            self.kept = budgets.uniform(options.keep, self.count)
+        self.bits: dict[Side, tuple[str, ...]] = {}
+        self.kept = float(self.count)  # heads per layer, on average
+        if options.method != "bits":
+            self.kept = budgets.heads_kept(options.keep, self.count)
+            if options.budget == "uniform":
+                self.kept = budgets.uniform(options.keep, self.count)
         self._check_part()
         self.texts = CalibrationTexts(self.source, options, log)
         self._claim()
@@ -105,6 +110,9 @@ class CompressionPass:
     def divide(self) -> tuple[list[int], list[int], list[Sensitivity]]:
         """Return C_k and C_v of every layer, and the sensitivities that were used."""
         keys, values = [self.count] * self.model.n_layers, [self.count] * self.model.n_layers
+        if self.options.method == "bits":
+            self._divide_bits()
+            return keys, values, []
         if self.options.budget == "uniform":
             for index in self.chosen:
                 keys[index] = values[index] = int(self.kept)
@@ -113,6 +121,36 @@ class CompressionPass:
         if self.kept < self.count:
             self._allot(found, keys, values)
         return keys, values, found
+
+    def _divide_bits(self) -> None:
+        """Choose the bits of each slot of all layers."""
+        rows: list[list[str]] = []
+        for index in progress(range(self.model.n_layers), "dividing bits, layers"):
+            heads = layers.split_heads(self.model, self.source.layer(index)["attention"])
+            both = self._slots(index, heads)[2]
+            keep, positions = self.options.keep, budgets.POSITIONS
+            rows.append([bits.divide(x_CH.ravel(), keep, positions) for x_CH in both])
+        self.bits = {side: tuple(row[i] for row in rows) for i, side in enumerate(Side)}
+
+    def _slots(self, index: int, heads: layers.Heads) -> tuple[Any, Any, tuple]:
+        """Return the solutions of a layer's keys and values, and the variances of their slots."""
+        method, moments = self.options.method, self.measurements.moments(index)
+        keys = methods.solve_keys(method, heads, moments, self.count)
+        values = methods.solve_values(method, heads, moments, self.count)
+        assert isinstance(keys, Keys)
+        return keys, values, methods.variances(heads, moments, keys, values)
+
+    def target(self, keys: list[int], values: list[int]) -> ModelConfig:
+        """Return the config of the compressed model."""
+        found = methods.target_model(self.model, self.options.method, keys, values)
+        if not self.bits:
+            return found
+        own = self.bits
+        return dataclasses.replace(found, key_bits=own[Side.KEY], value_bits=own[Side.VALUE])
+
+    def cache_before(self) -> list[tuple[int, int]]:
+        """Return the bytes per position of each layer's keys and values, uncompressed."""
+        return budgets.cache_bytes(self.model)
 
     def cache_of(self, keys: list[int], values: list[int]) -> list[tuple[int, int]]:
         """Return the bytes per position of each layer's keys and values.
@@ -127,9 +165,7 @@ class CompressionPass:
                 (c * width + scalars * (c < self.count), v * width)
                 for c, v in zip(keys, values, strict=True)
             ]
-        return budgets.cache_bytes(
-            methods.target_model(self.model, self.options.method, keys, values)
-        )
+        return budgets.cache_bytes(self.target(keys, values))
 
     def _allot(self, found: list[Sensitivity], keys: list[int], values: list[int]) -> None:
         """Write the best division at the requested bytes into `keys` and `values`.
@@ -163,7 +199,7 @@ class CompressionPass:
     def compress(self, keys: list[int], values: list[int]) -> tuple[Writer, list[dict[str, Any]]]:
         """Compress every layer into the work folder; return the writer and a row per layer."""
         options = self.options
-        target = methods.target_model(self.model, options.method, keys, values)
+        target = self.target(keys, values)
         writer = Writer(self.part / "arrays", target)
         rows: list[dict[str, Any]] = []
         while self._row_file(len(rows)).exists():
@@ -186,7 +222,7 @@ class CompressionPass:
             tree = self.source.layer(index)
             counts = keys[index], values[index]
             # Before the first layer with fewer heads, the two models are the same.
-            apart = min(*keys[: index + 1], *values[: index + 1]) < self.count
+            apart = min(*keys[: index + 1], *values[: index + 1]) < self.count or bool(self.bits)
             behind = followed if apart else None
             row = self._compress_layer(index, tree, counts, writer, text, behind)
             write_json(self._row_file(index), row)
@@ -224,7 +260,9 @@ class CompressionPass:
             "value_residual": values.residual,
             "unseen": unseen(moments.keys) + unseen(moments.values),
         }
-        if text is not None and counts != (self.count, self.count):
+        if self.bits:
+            row |= self._quantise(index, heads, attention)
+        if text is not None and (counts != (self.count, self.count) or self.bits):
             spec, scale = layer_specs(writer.model)[index], layers.input_scale(tree)
             original = repair.OriginalLayer(
                 layer_specs(self.model)[index], tree["attention"], scale, text
@@ -246,6 +284,17 @@ class CompressionPass:
                 (layer_specs(writer.model)[index], layers.as_float32(new)), steps, words
             )
         writer.write_layer(index, layers.as_float32(new))
+        return row
+
+    def _quantise(self, index: int, heads: layers.Heads, attention: Tree) -> dict[str, Any]:
+        """Set the steps of a layer's slots in `attention`; return what the report says of them."""
+        row: dict[str, Any] = {}
+        for side, x_CH in zip(Side, self._slots(index, heads)[2], strict=True):
+            own_X = np.asarray([int(digit) for digit in self.bits[side][index]])
+            step_X = bits.steps(x_CH.ravel(), own_X)
+            attention[f"{side}_steps"] = np.float32(step_X.reshape(x_CH.shape))
+            lost = float(x_CH.ravel() @ np.asarray(bits.DISTORTIONS)[own_X] / x_CH.sum())
+            row |= {f"{side}_bits": float(own_X.mean()), f"{side}_residual": lost}
         return row
 
     def _repaired(self, original: repair.OriginalLayer, compressed: repair.Layer) -> Tree:
@@ -324,10 +373,9 @@ def compress(
     writer, rows = work.compress(keys, values)
     stage("evaluating the held-out loss")
     after = work.look(writer)
-    whole = [work.count] * work.model.n_layers
     summary = damage.summarise(
         options,
-        (work.cache_of(whole, whole), work.cache_of(keys, values)),
+        (work.cache_before(), work.cache_of(keys, values)),
         rows,
         (before, after),
         sensitivities,

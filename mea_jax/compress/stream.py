@@ -41,7 +41,8 @@ _HIGHEST = jax.lax.Precision.HIGHEST
 
 def context_of(model: ModelConfig, batch: Any) -> Context:
     """Return the attention context of a batch: its segment ids and rotary table, if any."""
-    return Context(batch["segment_ids"], rope_of(model, batch["positions"]))
+    positions_BT = batch["positions"]
+    return Context(batch["segment_ids"], rope_of(model, positions_BT), positions_BT)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -76,6 +76,7 @@ def validate_model(model: ModelConfig) -> None:
     one_of(f"{at}.remat", model.remat, REMAT_POLICIES)
     require(model.loss_chunk >= 0, f"{at}.loss_chunk={model.loss_chunk} must be 0 or more")
     _validate_layers(model)
+    _validate_bits(model)
     for side in Side:
         name, counts = f"{at}.{side}_components", model.components(side)
         require(
@@ -134,6 +135,32 @@ def _validate_layers(model: ModelConfig) -> None:
             theta == 0 or theta >= 1,
             f"{at}.layer_thetas={theta} must be 1 or more, or 0 for a layer without positions",
         )
+
+
+def _validate_bits(model: ModelConfig) -> None:
+    """Check the bits of cached slots."""
+    for side in Side:
+        name, rows = f"config.model.{side}_bits", model.bits(side)
+        if rows is None:
+            continue
+        require(
+            model.mixes(side) and model.hlc_order == "before" and model.positions != "alibi",
+            f"{name} needs component heads of {side}s, mixed before their norm, and no ALiBi: set "
+            "it to None",
+        )
+        counts = set(model.components(side))
+        width = max(counts) * model.head_dim
+        require(
+            len(counts) == 1 and len(rows) == model.n_layers,
+            f"{name} lists {len(rows)} layers, but n_layers={model.n_layers}: list one string for "
+            "each, with equally many component heads in all",
+        )
+        for layer, row in enumerate(rows):
+            require(
+                len(row) == width and set(row) <= set("012345678"),
+                f"{name} of layer {layer} must be {width} digits from 0 to 8, one for each feature "
+                "of each component head",
+            )
 
 
 def _validate_experts(model: ModelConfig) -> None:

@@ -77,6 +77,10 @@ class ModelConfig:
     key_mixing: str = "heads"  # "heads": W_lc, (C, K); "frequency": one complex (C, K) for each
     # rotary frequency
     value_mixing: str = "heads"  # "heads"; "dense": each head is a map of all C heads' features
+    # bits of each cached slot, a string of C H digits 0 to 8 for each layer (ops/slots.py); None:
+    # the cache's dtype. Only `compress --method bits` makes them
+    key_bits: tuple[str, ...] | None = None
+    value_bits: tuple[str, ...] | None = None
     hlc_order: str = "before"  # keys are mixed "before" or "after" their norm and rotation; both
     # are the same function without qk_norm
     # initial mixing: "identity", with which a fresh model is MHA or GQA, or "normal", a random one
@@ -149,6 +153,10 @@ class ModelConfig:
     def mixes(self, side: Side) -> bool:
         """Return whether W_lc exists for the heads of `side`."""
         return side[0] in self.hlc if self.hlc != "none" else False
+
+    def bits(self, side: Side) -> tuple[str, ...] | None:
+        """Return `key_bits` or `value_bits`."""
+        return self.key_bits if side == Side.KEY else self.value_bits
 
     def mixing_kind(self, side: Side) -> str:
         """Return the kind of mixing of `side` (ops/hlc.py)."""

@@ -51,6 +51,11 @@ def check_exportable(model: ModelConfig) -> None:
             f"this model's attention is {model.variant!r}: only MEA, MHA, GQA and MQA are exported"
             "; give a checkpoint of one of them"
         )
+    if model.key_bits is not None or model.value_bits is not None:
+        raise UserError(
+            "this model's cache is packed by bits per slot (compress --method bits), which neither "
+            "transformers nor the exported code has: give the checkpoint from before compression"
+        )
 
 
 def rebuild(model: ModelConfig, layer: Tree) -> tuple[ModelConfig, Tree]:

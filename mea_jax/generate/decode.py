@@ -12,7 +12,9 @@ import jax
 import jax.numpy as jnp
 
 from mea_jax.config.schema import ModelConfig, Side
+from mea_jax.errors import UserError
 from mea_jax.model.context import Context, Slots
+from mea_jax.model.heads import HeadLayout
 from mea_jax.model.kv_cache import RECENT, Cache, CachedLayer, LayerCache, empty_heads
 from mea_jax.model.layer_spec import LayerSpec, fold_layer, fold_model, layer_specs
 from mea_jax.model.transformer import Decoder, RopeTables, runs_of_equal_layers
@@ -49,15 +51,17 @@ def _folds(model: ModelConfig, side: Side, components: int, form: str) -> bool:
     With C = K this does not enlarge the cache, and absorbed reading would take C times the FLOPs.
     Keys that are mixed after their norm cannot be folded.
     """
-    if not model.mixes(side):
+    if not model.mixes(side) or model.bits(side) is not None:
         return False
     if side == Side.KEY and model.qk_norm and model.hlc_order == "after":
         return False
     return form == "folded" or (form == "auto" and components == model.n_kv_heads)
 
 
-def _serve_layer(layer: LayerSpec, form: str) -> LayerSpec:
+def _serve_layer(layer: LayerSpec, form: str, index: int) -> LayerSpec:
     model, k = layer.model, layer.model.n_kv_heads
+    key, value = (rows and rows[index : index + 1] for rows in map(model.bits, Side))
+    model = dataclasses.replace(model, key_bits=key, value_bits=value)
     pairs = zip(Side, layer.components, strict=True)
     folded = tuple(side for side, count in pairs if _folds(model, side, count, form))
     return LayerSpec(
@@ -71,7 +75,8 @@ def _serve_layer(layer: LayerSpec, form: str) -> LayerSpec:
 def _served_params(served: ServedModel, params: Any) -> Any:
     """Return separate layers, with mixing folded as specified and matrices in the compute dtype.
 
-    Routers stay float32, so that rounding does not change the choice of experts, and so do biases.
+    Routers stay float32, so that rounding does not change the choice of experts, and so do biases
+    and the steps of slots.
     """
     model, dtype = served.model, make_backend(served.model).dtype
     layers = []
@@ -87,7 +92,7 @@ def _served_params(served: ServedModel, params: Any) -> Any:
 
     def leaf(path, x):
         name = path[-1].key
-        whole = x.ndim < 2 or name == "router" or name.endswith("_bias")
+        whole = x.ndim < 2 or name == "router" or name.endswith(("_bias", "_steps"))
         return x if whole else x.astype(dtype)
 
     return jax.tree_util.tree_map_with_path(leaf, tree)
@@ -96,7 +101,12 @@ def _served_params(served: ServedModel, params: Any) -> Any:
 def serving(model: ModelConfig, form: str = "auto") -> ServedModel:
     """Return the static description of a resolved model for serving; `form` as in `serve`."""
     assert form in FORMS
-    layers = [_serve_layer(layer, form) for layer in layer_specs(model)]
+    if form in ("folded", "explicit") and any(map(model.bits, Side)):
+        raise UserError(
+            f"--cache_form {form}: this model's cache is packed by bits per slot, which only the "
+            "form absorbed reads; leave the option out"
+        )
+    layers = [_serve_layer(layer, form, i) for i, layer in enumerate(layer_specs(model))]
     return ServedModel(model, tuple(layers))
 
 
@@ -118,15 +128,18 @@ def serve(model: ModelConfig, params: Any, form: str = "auto") -> tuple[ServedMo
 
 
 def _empty_layers(
-    served: ServedModel, batch: int, length: int, dtype: Any
+    served: ServedModel, batch: int, length: int, dtype: Any, packed: bool
 ) -> tuple[LayerCache, ...]:
+    def place(layout: HeadLayout) -> tuple[str, int, int, int, int]:
+        return layout.form, batch, length, layout.heads, layout.width
+
     layers = []
     for spec in served.layers:
         key, value, scalars = spec.cache_layout()
         layers.append(
             LayerCache(
-                key=empty_heads(key.form, batch, length, key.heads, key.width, dtype),
-                value=empty_heads(value.form, batch, length, value.heads, value.width, dtype),
+                key=empty_heads(*place(key), dtype, key.bits if packed else None),
+                value=empty_heads(*place(value), dtype, value.bits if packed else None),
                 inverse_rms_BKS=(
                     jnp.zeros((batch, scalars, length), jnp.float32) if scalars else None
                 ),
@@ -141,9 +154,13 @@ def empty_cache(served: ServedModel, batch: int, length: int, dtype: Any) -> Cac
     `dtype` is the dtype of keys and values. Call this under `jax.eval_shape` to compute the size of
     a cache without allocating it.
     """
+    if dtype == jnp.int8 and any(map(served.model.bits, Side)):
+        raise UserError(
+            "--cache_dtype int8: this model's cache is packed by bits per slot; leave the option out"
+        )
     return Cache(
-        layers=_empty_layers(served, batch, length, dtype),
-        recent=_empty_layers(served, batch, RECENT, dtype),
+        layers=_empty_layers(served, batch, length, dtype, packed=True),
+        recent=_empty_layers(served, batch, RECENT, dtype, packed=False),
         segment_ids_BS=jnp.zeros((batch, length), jnp.int32),
         lengths_B=jnp.zeros((batch,), jnp.int32),
         recent_count=jnp.zeros((), jnp.int32),

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from mea_jax.config.schema import ModelConfig, Side
 from mea_jax.model import kv_cache, norms
 from mea_jax.model.context import Context
-from mea_jax.model.heads import HeadLayout, Heads, add_bias
+from mea_jax.model.heads import HeadLayout, Heads, add_bias, digits
 from mea_jax.model.init import kernel, residual_gain
 from mea_jax.model.kv_cache import CachedLayer, LayerCache
 from mea_jax.ops import attention, hlc, rms_norm
@@ -140,17 +140,26 @@ class AttentionLayer(nn.Module):
         self.sow("statistics", "attention", statistics | {"output_rms": jnp.sqrt(mean_N)})
 
     def store(
-        self, stored: CachedLayer, key_BTCH, value_BTCW, context: Context, inverse_rms_BTK=None
+        self,
+        stored: CachedLayer,
+        key_BTCH,
+        value_BTCW,
+        context: Context,
+        inverse_rms_BTK=None,
+        steps=(None, None),
     ) -> CachedLayer:
-        """Return `stored` with new positions: a prompt in `main`, a decode step in `recent`."""
+        """Return `stored` with new positions: a prompt in `main`, a decode step in `recent`.
+
+        `steps` are those of the slots of keys and of values that are packed.
+        """
         prefill = context.slot is None
         part, slot = (stored.main, 0) if prefill else (stored.recent, context.slot)
         scalars = part.inverse_rms_BKS
         if inverse_rms_BTK is not None:
             scalars = kv_cache.write_scalars(scalars, inverse_rms_BTK, slot)
         part = LayerCache(
-            key=kv_cache.write_heads(part.key, key_BTCH, slot),
-            value=kv_cache.write_heads(part.value, value_BTCW, slot),
+            key=kv_cache.write_heads(part.key, key_BTCH, slot, steps[0]),
+            value=kv_cache.write_heads(part.value, value_BTCW, slot, steps[1]),
             inverse_rms_BKS=scalars,
         )
         return stored._replace(main=part) if prefill else stored._replace(recent=part)
@@ -257,7 +266,12 @@ class Attention(AttentionLayer):
     def cache_layout(self) -> tuple[HeadLayout, HeadLayout, int]:
         c = self.config
         key, value = (
-            HeadLayout(self.cached_form if c.mixes(side) else "direct", components, c.head_dim)
+            HeadLayout(
+                self.cached_form if c.mixes(side) else "direct",
+                components,
+                c.head_dim,
+                digits(rows[0]) if (rows := c.bits(side)) else None,
+            )
             for side, components in (
                 (Side.KEY, self.key_components),
                 (Side.VALUE, self.value_components),
@@ -286,7 +300,11 @@ class Attention(AttentionLayer):
 
         shape = (components, c.n_kv_heads, c.head_dim)
         mixing = parameter(self, f"{side}_mixing", init, hlc.AXES[kind], *shape)
-        return Heads(kernel_DCH, kind, mixing, bias_CH)
+        steps_CH = None
+        if c.bits(side) is not None:
+            ones, axes = nn.initializers.ones, ("components", "head_dim")
+            steps_CH = parameter(self, f"{side}_steps", ones, axes, (components, c.head_dim))
+        return Heads(kernel_DCH, kind, mixing, bias_CH, steps_CH)
 
     def key_inverse_rms(self, heads: Heads, k_BTKH: Array, gamma_H: Array) -> Array:
         """Return 1/rms of composite keys, (B, T, K, 1), float32.
@@ -299,9 +317,20 @@ class Attention(AttentionLayer):
             k_BTKH = k_BTKH.astype(jnp.float32) / rms_norm.along_last(gamma_H, 4)
         return rms_norm.inverse_rms(k_BTKH, self.config.norm_eps)
 
-    def training_keys(self, heads: Heads, x_BTD: Array, gamma_H, context: Context) -> Array:
+    def composed(self, heads: Heads, k_BTCH: Array, inverse_BTK: Array | None) -> Array:
+        """Return keys (B, T, K, H) from what is cached: mixed, and times 1/rms if there is one."""
+        k_BTKH = heads.mix(k_BTCH)
+        if inverse_BTK is None:
+            return k_BTKH
+        return (k_BTKH.astype(jnp.float32) * inverse_BTK[..., None]).astype(k_BTKH.dtype)
+
+    def training_keys(self, heads: Heads, x_BTD: Array, gamma_H, context: Context, index) -> Array:
         """Return keys (B, T, K, H) as attention reads them: mixed, normed, rotated."""
         c = self.config
+        if c.key_bits is not None:
+            k_BTCH, inverse_BTK = self.cached_keys(heads, x_BTD, gamma_H, context)
+            k_BTCH = heads.rounded(c.key_bits, k_BTCH, context.positions_BT, index)
+            return self.composed(heads, k_BTCH, inverse_BTK)
         if c.hlc_order == "after":
             return heads.mix(self.cached_keys(heads, x_BTD, gamma_H, context)[0])
         k_BTKH = heads.composites(self.backend, c, Side.KEY, x_BTD)
@@ -333,13 +362,11 @@ class Attention(AttentionLayer):
         c = self.config
         k_BTCH, inverse_BTK = self.cached_keys(key, x_BTD, gamma_H, context)
         v_BTCH = value.components(self.backend, x_BTD)
-        stored = self.store(stored, k_BTCH, v_BTCH, context, inverse_BTK)
+        steps = (key.steps_CH, value.steps_CH)
+        stored = self.store(stored, k_BTCH, v_BTCH, context, inverse_BTK, steps)
         slopes_N = self.slopes(c.n_heads)
         if context.slot is None:
-            k_BTKH = key.mix(k_BTCH)
-            if inverse_BTK is not None:
-                k_BTKH = (k_BTKH.astype(jnp.float32) * inverse_BTK[..., None]).astype(k_BTKH.dtype)
-            v_BTKH = value.mix(v_BTCH)
+            k_BTKH, v_BTKH = self.composed(key, k_BTCH, inverse_BTK), value.mix(v_BTCH)
             return self.attend(q_BTNH, k_BTKH, v_BTKH, context, slopes_N, norm=norm), stored
         o_BTNH = self.cached_attention(q_BTNH, stored, context, slopes_N, key, value)
         return o_BTNH if norm is None else norm.apply(o_BTNH), stored
@@ -360,8 +387,13 @@ class Attention(AttentionLayer):
         if c.head_norm:
             head_norm = HeadNorm(norms.Scale(c.head_dim, name="head_norm")(), c.norm_eps)
         if stored is None:
-            k_BTKH = self.training_keys(key, x_BTD, gamma_H, context)
-            v_BTKH = value.composites(self.backend, c, Side.VALUE, x_BTD)
+            k_BTKH = self.training_keys(key, x_BTD, gamma_H, context, index)
+            if c.value_bits is None:
+                v_BTKH = value.composites(self.backend, c, Side.VALUE, x_BTD)
+            else:
+                v_BTCH = value.components(self.backend, x_BTD)
+                v_BTCH = value.rounded(c.value_bits, v_BTCH, context.positions_BT, index)
+                v_BTKH = value.mix(v_BTCH)
             self.sow("heads", "value", v_BTKH)
             slopes_N = self.slopes(c.n_heads)
             o_BTNH = self.attend(q_BTNH, k_BTKH, v_BTKH, context, slopes_N, norm=head_norm)

@@ -33,6 +33,7 @@ class Context:
 
     segment_ids_BT: Any  # or a `TreeMask`
     rope: Any = None
+    positions_BT: Any = None  # within segments; needed by slots of few bits
     slot: Any = None
     main: Any = None
     recent: Any = None

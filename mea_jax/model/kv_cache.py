@@ -21,6 +21,7 @@ the product, which reads only the stored integers. Letters as in ops/attention.p
 length and X = C H.
 """
 
+import dataclasses
 import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -29,7 +30,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from mea_jax.ops import hlc
+from mea_jax.model.heads import SINKS
+from mea_jax.ops import hlc, slots
 from mea_jax.ops.attention import MASKED
 from mea_jax.ops.backend import Backend
 
@@ -38,12 +40,19 @@ Array = jax.Array
 
 @struct.dataclass
 class HeadCache:
-    """The keys or values of one layer: (B, K, S, H) or (B, S, C H); `step` only for int8."""
+    """The keys or values of one layer: (B, K, S, H) or (B, S, C H), or packed slots (B, S, Y).
+
+    `step` exists for int8 and packed slots: float32 (B, K, S) or (B, S), the value of one unit of
+    the integers; or (X,), the steps of slots. `first_BSX` exists for packed slots: the first SINKS
+    positions of each row, exactly; the same positions of `data` are not read.
+    """
 
     data: Any
-    step: Any  # float32 (B, K, S) or (B, S): the value of one unit of the integers
+    step: Any
     form: str = struct.field(pytree_node=False)
     width: int = struct.field(pytree_node=False)  # features of a head
+    first_BSX: Any = None
+    layout: slots.Layout | None = struct.field(pytree_node=False, default=None)
 
     @property
     def axis(self) -> int:
@@ -83,16 +92,28 @@ class Cache:
 
 
 RECENT = 128  # positions between two flushes: one tile of a TPU's registers
+_BLOCK = 512  # positions that are unpacked at a time, which stay in a core's cache
 
 
 def empty_heads(
-    form: str, batch: int, length: int, heads: int, width: int, dtype: Any
+    form: str,
+    batch: int,
+    length: int,
+    heads: int,
+    width: int,
+    dtype: Any,
+    bits: tuple[int, ...] | None = None,
 ) -> HeadCache:
-    """Return an empty cache for `length` positions of `heads` heads."""
+    """Return an empty cache for `length` positions of `heads` heads, packed if there are `bits`."""
     shape = (batch, heads, length) if form == "direct" else (batch, length)
     features = width if form == "direct" else heads * width
-    step = jnp.zeros(shape, jnp.float32) if dtype == jnp.int8 else None
-    return HeadCache(jnp.zeros((*shape, features), dtype), step, form, width)
+    if bits is None:
+        step = jnp.zeros(shape, jnp.float32) if dtype == jnp.int8 else None
+        return HeadCache(jnp.zeros((*shape, features), dtype), step, form, width)
+    layout = slots.Layout(bits)
+    first_BSX = jnp.zeros((batch, SINKS, features), dtype)
+    data, step_X = jnp.zeros((*shape, layout.bytes), jnp.uint8), jnp.ones(features, jnp.float32)
+    return HeadCache(data, step_X, form, width, first_BSX, layout)
 
 
 def count_bytes(layers: Iterable[LayerCache]) -> int:
@@ -100,9 +121,22 @@ def count_bytes(layers: Iterable[LayerCache]) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tuple(layers)))
 
 
-def write_heads(cache: HeadCache, new_BTCH: Array, slot: Array | int) -> HeadCache:
-    """Return `cache` with heads of T positions from `slot` on, the same slot for all rows."""
+def write_heads(
+    cache: HeadCache, new_BTCH: Array, slot: Array | int, steps_CH: Array | None = None
+) -> HeadCache:
+    """Return `cache` with heads of T positions from `slot` on, the same slot for all rows.
+
+    Packed slots take their steps from `steps_CH`, and are written from slot 0 on.
+    """
     b, t = new_BTCH.shape[:2]
+    if cache.layout is not None:
+        assert steps_CH is not None
+        step_X, new_BTX = steps_CH.reshape(-1), new_BTCH.reshape(b, t, -1)
+        codes = slots.quantise(cache.layout, new_BTX, step_X)
+        packed = slots.pack(cache.layout, codes)
+        first_BSX = _write(cache.first_BSX, new_BTX[:, :SINKS], 0, 1)
+        data = _write(cache.data, packed, slot, 1)
+        return dataclasses.replace(cache, data=data, step=step_X, first_BSX=first_BSX)
     axis, step = cache.axis, cache.step
     new = jnp.swapaxes(new_BTCH, 1, 2) if axis == 2 else new_BTCH.reshape(b, t, -1)
     if step is not None:
@@ -138,6 +172,7 @@ def flush(cache: Cache) -> Cache:
     )
 
     def move(stored: Array, recent: Array, axis: int) -> Array:
+        length = stored.shape[axis]  # positions beyond it are dropped
         # Merge the axes of batch and heads into rows of the scatter. If they were separate, a
         # TPU's compiler would copy the entire array into another layout and back.
         rows, rest = math.prod(stored.shape[:axis]), stored.shape[axis + 1 :]
@@ -148,6 +183,11 @@ def flush(cache: Cache) -> Cache:
 
     def move_heads(stored: HeadCache, recent: HeadCache) -> HeadCache:
         axis = stored.axis
+        if stored.layout is not None:
+            codes = slots.quantise(stored.layout, recent.data, stored.step)
+            data = move(stored.data, slots.pack(stored.layout, codes), 1)
+            first_BSX = move(stored.first_BSX, recent.data, 1)
+            return dataclasses.replace(stored, data=data, first_BSX=first_BSX)
         data = move(stored.data, recent.data, axis)
         step = None if stored.step is None else move(stored.step, recent.step, axis)
         return HeadCache(data, step, stored.form, stored.width)
@@ -174,14 +214,19 @@ def read_logits(
     """
     cache, dtype = layer.key, backend.dtype
     b, k, g, _ = q_BKGH.shape
-    data = cache.data.astype(dtype)
     if cache.form == "absorbed":
         if mix is not None:
             q_BKGH = hlc.absorb(kind, q_BKGH[:, None], mix)[:, 0]
         q_BNX = q_BKGH.reshape(b, k * g, -1).astype(dtype)
-        logits_BKGS = backend.dot(q_BNX, data, ((2,), (2,)), 1).reshape(b, k, g, -1)
-        step = None if cache.step is None else cache.step[:, None, None]
+        if cache.layout is not None:
+            logits_BKGS = _packed_logits(backend, q_BNX, cache).reshape(b, k, g, -1)
+            step = None
+        else:
+            data = cache.data.astype(dtype)
+            logits_BKGS = backend.dot(q_BNX, data, ((2,), (2,)), 1).reshape(b, k, g, -1)
+            step = None if cache.step is None else cache.step[:, None, None]
     else:
+        data = cache.data.astype(dtype)
         step = None if cache.step is None else cache.step[..., None, :]
         if cache.form == "explicit":
             data, step = _rebuilt(backend, cache, kind, mix), None
@@ -200,10 +245,13 @@ def read_values(
     dtype = backend.dtype
     b, k, g, s = p_BKGS.shape
     if cache.form == "absorbed":
-        if cache.step is not None:
-            p_BKGS = p_BKGS * cache.step[:, None, None]
-        p_BNS = p_BKGS.reshape(b, k * g, s).astype(dtype)
-        o_BNX = backend.dot(p_BNS, cache.data.astype(dtype), ((2,), (1,)), 1)
+        if cache.layout is not None:
+            o_BNX = _packed_values(backend, p_BKGS.reshape(b, k * g, s), cache)
+        else:
+            if cache.step is not None:
+                p_BKGS = p_BKGS * cache.step[:, None, None]
+            p_BNS = p_BKGS.reshape(b, k * g, s).astype(dtype)
+            o_BNX = backend.dot(p_BNS, cache.data.astype(dtype), ((2,), (1,)), 1)
         o_BKGCH = o_BNX.reshape(b, k, g, -1, cache.width)
         assert mix is not None
         return hlc.mix_groups(kind, o_BKGCH[:, None], mix)[:, 0]
@@ -214,6 +262,56 @@ def read_values(
         if cache.step is not None:
             p_BKGS = p_BKGS * cache.step[:, :, None]
     return backend.dot(p_BKGS.astype(dtype), data, ((3,), (2,)), 2)
+
+
+def _in_blocks(read: Any, data_BSY: Array, *along_S: Array) -> tuple[Array, Array]:
+    """Apply `read(block of data, blocks of along_S)` to blocks of positions.
+
+    Return the results of whole blocks, with a new first axis, and that of the rest.
+    """
+    b, length = data_BSY.shape[:2]
+    whole = length // _BLOCK * _BLOCK
+
+    def blocks(x: Array) -> Array:
+        parts = x[:, :whole].reshape(b, whole // _BLOCK, _BLOCK, *x.shape[2:])
+        return jnp.swapaxes(parts, 0, 1)
+
+    arrays = (data_BSY, *along_S)
+    each = jax.lax.map(lambda parts: read(*parts), tuple(map(blocks, arrays)))
+    return each, read(*(x[:, whole:] for x in arrays))
+
+
+def _packed_logits(backend: Backend, q_BNX: Array, cache: HeadCache) -> Array:
+    """Return q . k for all slots of a packed cache: float32 (B, N, S)."""
+    assert cache.layout is not None
+    dtype, layout = backend.dtype, cache.layout
+    q_BNP = slots.expand_query(layout, q_BNX, cache.step).astype(dtype)
+
+    def read(data_BsY: Array) -> Array:
+        return backend.dot(q_BNP, slots.unpack(layout, data_BsY, dtype), ((2,), (2,)), 1)
+
+    each, rest = _in_blocks(read, cache.data)
+    whole = jnp.moveaxis(each, 0, 2).reshape(*q_BNX.shape[:2], -1)
+    logits_BNS = jnp.concatenate([whole, rest], axis=2)
+    first = backend.dot(q_BNX, cache.first_BSX.astype(dtype), ((2,), (2,)), 1)
+    return jnp.concatenate([first, logits_BNS[:, :, SINKS:]], axis=2)[:, :, : cache.data.shape[1]]
+
+
+def _packed_values(backend: Backend, p_BNS: Array, cache: HeadCache) -> Array:
+    """Return sums of the values of a packed cache by weights: float32 (B, N, X)."""
+    assert cache.layout is not None
+    dtype, layout = backend.dtype, cache.layout
+    count = min(SINKS, p_BNS.shape[2])
+    rest_BSN = jnp.swapaxes(p_BNS.at[:, :, :count].set(0.0), 1, 2)
+
+    def read(data_BsY: Array, p_BsN: Array) -> Array:
+        p_BNs = jnp.swapaxes(p_BsN, 1, 2).astype(dtype)
+        return backend.dot(p_BNs, slots.unpack(layout, data_BsY, dtype), ((2,), (1,)), 1)
+
+    each, rest = _in_blocks(read, cache.data, rest_BSN)
+    o_BNX = slots.collapse_values(layout, jnp.sum(each, axis=0) + rest, cache.step)
+    first_BcX = cache.first_BSX[:, :count].astype(dtype)
+    return o_BNX + backend.dot(p_BNS[:, :, :count].astype(dtype), first_BcX, ((2,), (1,)), 1)
 
 
 def _rebuilt(backend: Backend, cache: HeadCache, kind: str, mix: Array | None) -> Array:

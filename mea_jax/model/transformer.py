@@ -194,7 +194,7 @@ class Decoder(nn.Module):
         tables, x_BTD = RopeTables(positions_BT), self.embed(tokens_BT, positions_BT)
         runs = runs_of_equal_layers(self.config)
         for stack, (first, length, layer) in zip(self.stacks, runs, strict=True):
-            context = Context(segment_ids_BT, tables.of(layer), shards=shards)
+            context = Context(segment_ids_BT, tables.of(layer), positions_BT, shards=shards)
             x_BTD, _ = stack(x_BTD, context, jnp.arange(first, first + length))
         return self.final_norm(x_BTD)
 

@@ -64,7 +64,7 @@ def decay_mask(params, decay_mixing: bool):
 
     def leaf(path, _):
         name = path[-1].key
-        if name == "scale" or name.endswith("_bias") or name.startswith("lambda_"):
+        if name == "scale" or name.endswith(("_bias", "_steps")) or name.startswith("lambda_"):
             return False
         return decay_mixing or not name.endswith("_mixing")
 

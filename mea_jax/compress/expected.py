@@ -44,13 +44,14 @@ def passes(
     return found
 
 
-def describe(model: ModelConfig, options: Options, layers: int, batch_tokens: int) -> str:
+def describe(model: ModelConfig, options: Options, layers: int, batch: int, length: int) -> str:
     """Return a line with the work of a compression and about how long it takes on these devices.
 
-    The time is that of the products alone, at the speed of one product that is timed here.
+    A repair step reads `batch` windows of `length` tokens. The time is that of the products alone,
+    at the speed of one product that is timed here.
     """
-    tokens = sum(passes(model, options, layers, batch_tokens).values())
-    flops = tokens * forward_flops_per_token(model, batch_tokens)
+    tokens = sum(passes(model, options, layers, batch * length).values())
+    flops = tokens * forward_flops_per_token(model, length)
     speed = product_speed(jnp.dtype(model.dtype)) * len(jax.devices())
     seconds = flops / speed
     least = f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:,.0f} minutes"

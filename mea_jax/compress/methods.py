@@ -92,8 +92,8 @@ def check_model(model: ModelConfig, method: str) -> None:
         )
     if model.key_bits is not None or model.value_bits is not None:
         raise UserError(
-            "the model's cache is packed by bits per slot already: compress the checkpoint from "
-            "before that"
+            "config.model.key_bits: the cache is packed by bits per slot already; compress the "
+            "checkpoint from before that"
         )
     if model.qk_norm_over == "all":
         raise UserError(

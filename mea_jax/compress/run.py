@@ -359,8 +359,8 @@ def compress(
 
     began = time.monotonic()
     work = CompressionPass(checkpoint, out, options, log, measurements)
-    batch_tokens = work.texts.batch * work.source.config.data.context_length
-    log(expected.describe(work.model, options, len(work.chosen), batch_tokens))
+    length = work.source.config.data.context_length
+    log(expected.describe(work.model, options, len(work.chosen), work.texts.batch, length))
 
     def stage(words: str) -> None:
         log(f"{time.monotonic() - began:6.0f} s  {words}")

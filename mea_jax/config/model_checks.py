@@ -175,6 +175,10 @@ def _validate_experts(model: ModelConfig) -> None:
             else f"{at}.{name}={value} needs experts, but n_experts=0 has none: set it to 0",
         )
     require(
+        not experts or model.activation == "silu",
+        f"{at}.activation={model.activation!r} has no effect on experts: set it to 'silu'",
+    )
+    require(
         model.experts_per_token <= experts,
         f"{at}.experts_per_token={model.experts_per_token} exceeds n_experts={experts}: "
         "choose a smaller number",

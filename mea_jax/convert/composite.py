@@ -53,8 +53,8 @@ def check_exportable(model: ModelConfig) -> None:
         )
     if model.key_bits is not None or model.value_bits is not None:
         raise UserError(
-            "this model's cache is packed by bits per slot (compress --method bits), which neither "
-            "transformers nor the exported code has: give the checkpoint from before compression"
+            "config.model.key_bits: the cache is packed by bits per slot, which neither "
+            "transformers nor the exported code has; give the checkpoint from before compression"
         )
 
 

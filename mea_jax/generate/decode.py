@@ -156,7 +156,8 @@ def empty_cache(served: ServedModel, batch: int, length: int, dtype: Any) -> Cac
     """
     if dtype == jnp.int8 and any(map(served.model.bits, Side)):
         raise UserError(
-            "--cache_dtype int8: this model's cache is packed by bits per slot; leave the option out"
+            "--cache_dtype int8: this model's cache is packed by bits per slot; leave the option "
+            "out"
         )
     return Cache(
         layers=_empty_layers(served, batch, length, dtype, packed=True),

@@ -55,7 +55,7 @@ def test_the_expected_work_counts_each_stage():
     measured = dataclasses.replace(plain, budget="measured", measure_tokens=100)
     candidates = 2 * 3 * 4  # keys and values of 1 to 3 of 4 heads, in 4 layers
     assert expected.passes(model, measured, 4, 64)["dividing"] == candidates * 100 / 2
-    assert "TFLOP" in expected.describe(dataclasses.replace(model, dtype="float32"), plain, 4, 64)
+    assert "TFLOP" in expected.describe(dataclasses.replace(model, dtype="float32"), plain, 4, 8, 8)
 
 
 class _Stored:

@@ -119,7 +119,7 @@ def test_packed_slots_are_no_int8(devices):
     devices(1)
     model, params = packed_model(**WIDE)
     served, _ = decode.serve(model, params)
-    with pytest.raises(UserError, match="--cache_dtype int8: .* packed by bits per slot; leave"):
+    with pytest.raises(UserError, match=r"--cache_dtype int8: .* packed by bits per slot; leave"):
         decode.empty_cache(served, 1, 16, jnp.int8)
 
 

@@ -1,0 +1,120 @@
+"""`compress --method bits`: the cache's bytes, the loss, the repair, and what it refuses."""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mea_jax.checkpoint.load import load
+from mea_jax.compress import bits
+from mea_jax.compress.options import Options
+from mea_jax.compress.run import compress
+from mea_jax.config.schema import Side
+from mea_jax.errors import UserError
+from mea_jax.generate.decode import empty_cache, serve
+from mea_jax.model.kv_cache import count_bytes
+from mea_jax.ops.slots import Layout
+from mea_jax.train.run import train
+from tests.helpers import PLAIN
+
+SMALL: dict[str, Any] = {
+    "method": "bits",
+    "calibration_tokens": 512,
+    "held_out_tokens": 512,
+    "dtype": "float32",
+}
+
+
+@pytest.fixture(scope="module", params=[{}, {"qk_norm": True, "n_kv_heads": 1}], ids=str)
+def run(request, tiny, tmp_path_factory):
+    """Train a model of two layers: MHA, and MQA with normed queries and keys."""
+    workdir = tmp_path_factory.mktemp("runs") / "tiny"
+    changes = PLAIN | request.param
+    train(tiny(steps=8, **{f"model.{name}": value for name, value in changes.items()}), workdir)
+    return workdir
+
+
+@pytest.fixture
+def one(devices):
+    devices(1)
+
+
+@pytest.mark.parametrize("keep", [0.5, 0.25, 0.125])
+def test_the_cache_has_the_bytes_that_were_asked_for(run, keep, one, tmp_path):
+    """Of the arrays at 4,096 positions, to a byte; a key norm adds 4 K bytes a layer to both."""
+    summary = compress(run, tmp_path / "packed", Options(keep=keep, **SMALL))
+    config, params, _, _ = load(tmp_path / "packed", dtype="float32")
+    plain_model, plain, _, _ = load(run, dtype="float32")
+
+    def bytes_of(model, params):
+        served, _ = serve(model, params)
+        layers = empty_cache(served, 1, 4096, jnp.bfloat16).layers
+        return count_bytes(layers) / 4096
+
+    scalars = 4 * config.n_kv_heads * config.n_layers if config.qk_norm else 0
+    before, after = bytes_of(plain_model, plain), bytes_of(config, params)
+    parts = 2 * config.n_layers  # keys and values of each layer
+    assert keep * before - 2 * parts < after - scalars <= keep * before
+    assert summary["cache_bytes_per_token"]["after"] == pytest.approx(after, abs=4)
+
+
+def test_fewer_bits_lose_more_and_repair_wins_some_back(run, one, tmp_path):
+    def lost(name, **changes):
+        found = compress(run, tmp_path / name, Options(**(SMALL | changes)))
+        return found["held_out"]["divergence"]
+
+    half, quarter, eighth = (lost(f"k{k}", keep=k) for k in (0.5, 0.25, 0.125))
+    assert half < quarter < eighth
+    assert half < 1e-4
+    repaired = lost("repaired", keep=0.125, repair="layerwise", repair_steps=40)
+    assert repaired < eighth
+
+
+def test_what_is_refused(run, one, tmp_path):
+    for changes, words in (
+        ({"keep": 0.6}, r"--keep=0\.6 with --method bits must be in \(0, 0\.5\]"),
+        ({"keep": 0.25, "budget": "measured"}, "leave out --budget measured"),
+        ({"keep": 0.25, "calibration_tokens": 0}, "--method bits needs activations"),
+        ({"keep": 0.001}, r"--keep=0\.001 leaves no bit of \d+ slots"),
+    ):
+        with pytest.raises(UserError, match=words):
+            compress(run, tmp_path / "out", Options(**(SMALL | changes)))
+    compress(run, tmp_path / "packed", Options(keep=0.25, **SMALL))
+    with pytest.raises(UserError, match="packed by bits per slot already"):
+        compress(tmp_path / "packed", tmp_path / "again", Options(keep=0.125, **SMALL))
+
+
+def test_the_division_fills_its_room_and_no_more():
+    variances = np.exp(np.random.default_rng(0).normal(0, 3, 192))
+    for keep in (0.5, 0.3, 0.25, 0.1875, 0.125, 0.0625):
+        row = bits.divide(variances, keep, 4096)
+        layout = Layout(tuple(int(digit) for digit in row))
+        stored = layout.bytes + (4 * 192 + 2 * 4 * 192) / 4096
+        assert keep * 384 * 0.99 - 1 < stored <= keep * 384
+        order = np.argsort(variances)
+        sorted_bits = np.asarray(layout.bits)[order]
+        assert (np.diff(sorted_bits) >= 0).all()  # more variance, at least as many bits
+
+
+def test_bits_of_a_config_are_checked(tiny):
+    from mea_jax.config.checks import validate
+
+    config = tiny(**{"model.hlc": "kv"})
+    width = config.model.n_kv_heads * config.model.head_dim
+    good = ("4" * width,) * config.model.n_layers
+
+    def check(**changes):
+        validate(dataclasses.replace(config, model=dataclasses.replace(config.model, **changes)))
+
+    check(key_bits=good, value_bits=good)
+    for changes, words in (
+        ({"key_bits": good[1:]}, "key_bits lists 1 layers, but n_layers=2"),
+        ({"value_bits": ("4" * width, "9" * width)}, "value_bits of layer 1 must be"),
+        ({"key_bits": ("4",) * len(good)}, f"key_bits of layer 0 must be {width} digits"),
+        ({"key_bits": good, "hlc": "v"}, "key_bits needs component heads of keys"),
+    ):
+        with pytest.raises(UserError, match=words):
+            check(**changes)
+    assert config.model.bits(Side.KEY) is None

@@ -28,11 +28,9 @@ MASKED = -1e30  # a masked logit: finite, for rows in which all logits are maske
 def rope_frequencies(rope: dict[str, Any], width: int) -> tuple[Tensor, float]:
     """Return radians per position of each rotary pair, float32 (F,), and the factor of YaRN.
 
-    `width` is H.
-
-    The rules of rope_type "linear", "llama3" and "yarn" are those of transformers. Cosine and sine
-    must be multiplied by the factor, which is 1 for all but "yarn". "dynamic" has plain
-    frequencies within `max_position_embeddings`, beyond which `MEAModel` refuses positions.
+    `width` is H. The rules of rope_type "linear", "llama3" and "yarn" are those of transformers.
+    Cosine and sine must be multiplied by the factor, which is 1 for all but "yarn". "dynamic" has
+    plain frequencies within `max_position_embeddings`, beyond which `MEAModel` refuses positions.
     """
     kind, theta = rope.get("rope_type", "default"), float(rope["rope_theta"])
     exponents_F = torch.arange(0, width, 2, dtype=torch.float64) / width
@@ -354,9 +352,9 @@ class MEAAttention(nn.Module):
             # Preallocated caches of transformers before 5.4 would write to slot 0 without these.
             slots = {"cache_position": view.slots_T}
             keys, values = cache.update(keys, values, self.index, slots)
+        view = view.newest(keys.shape[2])
         attend = self.absorbed if view.few else self.explicit
-        o_BNTH = attend(q_BNTH, keys, values, view.newest(keys.shape[2]))
-        o_BTNH = o_BNTH.transpose(1, 2)
+        o_BTNH = attend(q_BNTH, keys, values, view).transpose(1, 2)
         o_BTNH = o_BTNH if self.head_norm is None else self.head_norm(o_BTNH)
         if self.gate_proj is not None:
             gate_BTNH = self.gate_proj(x_BTD).unflatten(-1, (self.N, -1))

@@ -216,10 +216,10 @@ class MEAModel(MEAPreTrainedModel):
     def look(
         self, layer: int, x_BTD: Tensor, position_ids: Tensor, attention_mask, past: int
     ) -> View:
-        """Return the positions of the newest T of past + T tokens, and what they may read.
+        """Return the positions of the newest T of past + T tokens, and what `layer` may read.
 
-        `attention_mask` is that of transformers: (B, past + T), 0 at padding, or a complete mask
-        (B, 1, T, S), or a dict of complete masks, of which those of layers with a window may have
+        `attention_mask` is that of transformers: (B, past + T), 0 at padding; or a complete mask
+        (B, 1, T, S); or one for each kind of layer, where that of layers with a window may have
         only the newest slots. A window counts padding, as in transformers.
         """
         t, device, mask, table = x_BTD.shape[1], x_BTD.device, attention_mask, None
@@ -288,7 +288,7 @@ class MEAModel(MEAPreTrainedModel):
     def forward(
         self,
         input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
+        attention_mask: Tensor | dict[str, Tensor] | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
@@ -304,7 +304,7 @@ class MEAModel(MEAPreTrainedModel):
         x_BTD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         cache = self.cache_for(find_cache(past_key_values, cache, kwargs), use_cache)
         past = 0 if cache is None else int(cache.get_seq_length())
-        if position_ids is None and getattr(attention_mask, "ndim", 0) == 2:
+        if position_ids is None and isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, past:]
         elif position_ids is None:
             position_ids = torch.arange(past, past + x_BTD.shape[1], device=x_BTD.device)[None]
@@ -350,7 +350,7 @@ class MEAForCausalLM(MEAPreTrainedModel, GenerationMixin):
     def forward(
         self,
         input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
+        attention_mask: Tensor | dict[str, Tensor] | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,

@@ -239,9 +239,10 @@ def test_greedy_tokens_are_ours(name, tmp_path):
     ],
     ids=["sampling", "beams"],
 )
-def test_generation_without_a_cache_is_the_same(tmp_path, options):
+@pytest.mark.parametrize("name", ["key norm", "gemma, half"])
+def test_generation_without_a_cache_is_the_same(tmp_path, name, options):
     """The tokens do not depend on the cache, whose rows and scalars beam search reorders."""
-    model = tiny_model(**CASES["key norm"])
+    model = tiny_model(**CASES[name])
     exported = load(save(model, params_of(model, noise=0.3), tmp_path / "model"))
     texts = []
     for use_cache in (True, False):

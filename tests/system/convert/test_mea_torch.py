@@ -1,11 +1,12 @@
 """modeling_mea.py: storage, loss, hidden states, fixed caches, initial weights, experts."""
 
+import copy
 import json
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from mea_jax.convert import composite
 from mea_jax.convert.attention_mea import pack, unpack
@@ -72,6 +73,22 @@ def test_hidden_states_and_last_logits(folder):
     assert len(out.hidden_states) == 3
     torch.testing.assert_close(model.lm_head(out.hidden_states[-1]), out.logits, rtol=0, atol=0)
     torch.testing.assert_close(last, out.logits[:, -2:], rtol=0, atol=2e-6)
+
+
+@torch.no_grad()
+def test_what_a_window_hides_does_not_depend_on_the_cache_or_the_mask(folder):
+    """A cache that keeps all positions, and a complete mask of all of them, change no logit."""
+    model = load(folder)
+    expected = model(IDS).logits
+    complete = torch.ones((1, 1, 10, 10), dtype=torch.bool).tril()
+    added = torch.zeros(complete.shape).masked_fill(~complete, torch.finfo(torch.float32).min)
+    for cache, kept in ((DynamicCache(), [6, 6]), (DynamicCache(config=model.config), [3, 6])):
+        past = model(IDS[:, :6], past_key_values=cache).past_key_values
+        assert [layer.keys.shape[2] for layer in past.layers] == kept
+        for mask in (complete, added):
+            again = copy.deepcopy(past)
+            rest = model(IDS[:, 6:], attention_mask=mask[:, :, 6:], past_key_values=again).logits
+            torch.testing.assert_close(rest, expected[:, 6:], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from mea_jax.evaluate.harness import prefix_trees
 from mea_jax.evaluate.harness.prefix_trees import Request, Rows, Tree
 from mea_jax.model.transformer import apply_hidden
 from mea_jax.ops.attention import TreeMask
-from mea_jax.ops.backend import make_backend, resolve
+from mea_jax.ops.backend import make_backend, resolve_on
 from mea_jax.ops.cross_entropy import positions_within
 from mea_jax.parallel import sharding
 
@@ -104,8 +104,7 @@ class Scorer:
         self._compiled: dict[Any, Any] = {}
 
     def _resolved(self, length: int) -> ModelConfig:
-        devices, tensor = list(self.mesh.devices.flat), self.mesh.shape["tensor"]
-        return resolve(self.model, devices, length, tensor=tensor)
+        return resolve_on(self.model, self.mesh, length)
 
     def _program(self, rows: Rows, pairs: int, chunk: int) -> Any:
         key = rows.size, rows.length, pairs, chunk

@@ -15,7 +15,7 @@ from mea_jax.config.schema import ModelConfig, TrainConfig
 from mea_jax.data.tokenizers import Tokenizer, from_directory
 from mea_jax.errors import UserError
 from mea_jax.model.params import abstract_params, placed_params
-from mea_jax.ops.resolve import resolve
+from mea_jax.ops.resolve import resolve_on
 from mea_jax.parallel import sharding
 
 
@@ -47,10 +47,10 @@ class Trained:
         `dtype` is the dtype of products. Raise `UserError` if the checkpoint cannot be read, or the
         device cannot run the model.
         """
-        device, length = jax.devices()[0], length or self.config.data.context_length
+        length = length or self.config.data.context_length
         model = dataclasses.replace(unresolved(self.config.model), dtype=dtype)
-        model = resolve(model, [device], length)
-        where = SingleDeviceSharding(device)
+        model = resolve_on(model, None, length)
+        where = SingleDeviceSharding(jax.devices()[0])
         abstract = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), abstract_params(model)
         )
@@ -66,8 +66,7 @@ class Trained:
         one = dataclasses.replace(self.config, batch_size=rows, accumulate=1)
         sharding.check_divisible(one, mesh)
         model = dataclasses.replace(unresolved(self.config.model), dtype=dtype)
-        devices = list(mesh.devices.flat)
-        model = resolve(model, devices, length, tensor=mesh.shape["tensor"])
+        model = resolve_on(model, mesh, length)
         return model, self.params(placed_params(model, mesh))
 
 

@@ -25,16 +25,14 @@ Tensor = torch.Tensor
 MASKED = -1e30  # a masked logit: finite, for rows in which all logits are masked
 
 
-def rope_frequencies(config: MEAConfig) -> tuple[Tensor, float]:
+def rope_frequencies(rope: dict[str, Any], width: int) -> tuple[Tensor, float]:
     """Return radians per position of each rotary pair, float32 (F,), and the factor of YaRN.
 
-    The rules of rope_type "linear", "llama3" and "yarn" are those of transformers. Cosine and sine
-    must be multiplied by the factor, which is 1 for all but "yarn". "dynamic" has plain
-    frequencies within `max_position_embeddings`, beyond which `MEAModel` refuses positions.
+    `width` is H. The rules of rope_type "linear", "llama3" and "yarn" are those of transformers.
+    Cosine and sine must be multiplied by the factor, which is 1 for all but "yarn". "dynamic" has
+    plain frequencies within `max_position_embeddings`, beyond which `MEAModel` refuses positions.
     """
-    rope: dict[str, Any] = config.rope_parameters or {}
-    kind, width = rope.get("rope_type", "default"), config.head_dim
-    theta = float(rope["rope_theta"])
+    kind, theta = rope.get("rope_type", "default"), float(rope["rope_theta"])
     exponents_F = torch.arange(0, width, 2, dtype=torch.float64) / width
     frequencies_F = theta**-exponents_F
     keep_F, attention = torch.ones_like(frequencies_F), 1.0
@@ -165,9 +163,13 @@ class MEARMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return (x.float() * inverse_rms(x, self.eps) * self.weight.float()).to(x.dtype)
 
+    def heads(self, x_BTNH: Tensor) -> Tensor:
+        """Norm heads: each for itself, or all together if the weight is that wide."""
+        return self(x_BTNH.flatten(2).unflatten(-1, (-1, len(self.weight)))).view_as(x_BTNH)
+
 
 class View(NamedTuple):
-    """The positions of the tokens of a call and what they may read; shared by all layers.
+    """The positions of the tokens of a call and what they may read, in one kind of layer.
 
     Attributes:
       table: cosine and sine of the rotary angles, broadcastable to (B, T, heads, F); None without
@@ -177,6 +179,7 @@ class View(NamedTuple):
       distance_BTS: key position minus query position in tokens, float32 (B or 1, T, S).
       few: True if so few tokens read a cache that its components are not mixed first.
       slots_T: the indices of the T tokens in the cache.
+      end: the number of slots in use, these T included.
     """
 
     table: tuple[Tensor, Tensor] | None
@@ -184,6 +187,18 @@ class View(NamedTuple):
     distance_BTS: Tensor
     few: bool
     slots_T: Tensor
+    end: int
+
+    def newest(self, length: int) -> "View":
+        """Return the view of a cache that returned only its newest `length` slots.
+
+        Caches of transformers do that in layers with a window.
+        """
+        if self.mask is None or self.mask.shape[-1] == length:
+            return self
+        dropped = max(self.end - length, 0) - max(self.end - self.mask.shape[-1], 0)
+        kept = slice(dropped, dropped + length)
+        return self._replace(mask=self.mask[..., kept], distance_BTS=self.distance_BTS[..., kept])
 
     def hide(self, logits_BNTS: Tensor) -> Tensor:
         """Return the logits with `mask` applied."""
@@ -209,17 +224,19 @@ class MEAAttention(nn.Module):
         )
         self.key_C = c.key_components[index] if c.key_components else self.K
         self.value_C = c.value_components[index] if c.value_components else self.K
-        self.q_proj = nn.Linear(d, self.N * h, bias=False)
-        self.k_proj = nn.Linear(d, self.key_C * h, bias=False)
-        self.v_proj = nn.Linear(d, self.value_C * h, bias=False)
-        self.o_proj = nn.Linear(self.N * h, d, bias=False)
+        self.scale = c.attention_multiplier or h**-0.5
+        self.q_proj = nn.Linear(d, self.N * h, bias=c.qkv_bias)
+        self.k_proj = nn.Linear(d, self.key_C * h, bias=c.qkv_bias)
+        self.v_proj = nn.Linear(d, self.value_C * h, bias=c.qkv_bias)
+        self.o_proj = nn.Linear(self.N * h, d, bias=c.out_bias)
         self.key_mixing = self.value_mixing = None
         if c.hlc in ("kv", "k"):
             self.key_mixing = MEAMixing(c.key_mixing, self.key_C, self.K, h)
         if c.hlc in ("kv", "v"):
             self.value_mixing = MEAMixing(c.value_mixing, self.value_C, self.K, h)
-        self.q_norm = MEARMSNorm(h, self.eps) if c.qk_norm else None
-        self.k_norm = MEARMSNorm(h, self.eps) if c.qk_norm else None
+        joint = c.qk_norm_over == "all"  # only if keys are not mixed
+        self.q_norm = MEARMSNorm(h * (self.N if joint else 1), self.eps) if c.qk_norm else None
+        self.k_norm = MEARMSNorm(h * (self.K if joint else 1), self.eps) if c.qk_norm else None
         # True if keys are normed after they are mixed: then cached components are not normed.
         self.scalars = c.qk_norm and self.key_mixing is not None and c.hlc_order == "before"
         self.head_norm = MEARMSNorm(h, self.eps) if c.head_norm else None
@@ -249,7 +266,7 @@ class MEAAttention(nn.Module):
                 k_BTCH = (k_BTCH.float() * weight_H).to(k_BTCH.dtype)
             inverse_BTK = inverse_rms(k_BTKH, self.eps)[..., 0]
         elif self.k_norm is not None:
-            k_BTCH = self.k_norm(k_BTCH)
+            k_BTCH = self.k_norm.heads(k_BTCH)
         return rotate(k_BTCH, table), v_BTCH, inverse_BTK
 
     @staticmethod
@@ -295,6 +312,7 @@ class MEAAttention(nn.Module):
             v_BKSH,
             attn_mask=mask,
             is_causal=mask is None,
+            scale=self.scale,
             enable_gqa=self.N > self.K,
         )
 
@@ -302,7 +320,7 @@ class MEAAttention(nn.Module):
         """Attend to the unmixed cache: (B, N, T, H)."""
         b, n, t, h = q_BNTH.shape
         s, grouped = keys.shape[2], (b, self.K, n // self.K * t, -1)
-        q_BNTH = (q_BNTH.float() * h**-0.5).to(q_BNTH.dtype)
+        q_BNTH = (q_BNTH.float() * self.scale).to(q_BNTH.dtype)
         if self.key_mixing is None:
             logits_BKMS = q_BNTH.reshape(grouped) @ keys.transpose(2, 3)
         else:
@@ -325,7 +343,7 @@ class MEAAttention(nn.Module):
 
     def forward(self, x_BTD: Tensor, view: View, cache: Cache | None) -> Tensor:
         q_BTNH = self.q_proj(x_BTD).unflatten(-1, (self.N, self.H))
-        q_BTNH = q_BTNH if self.q_norm is None else self.q_norm(q_BTNH)
+        q_BTNH = q_BTNH if self.q_norm is None else self.q_norm.heads(q_BTNH)
         q_BNTH = rotate(q_BTNH, view.table).transpose(1, 2)
         k_BTCH, v_BTCH, inverse_BTK = self.components(x_BTD, view.table)
         keys = self.stored(k_BTCH, self.key_mixing is not None, inverse_BTK)
@@ -334,6 +352,7 @@ class MEAAttention(nn.Module):
             # Preallocated caches of transformers before 5.4 would write to slot 0 without these.
             slots = {"cache_position": view.slots_T}
             keys, values = cache.update(keys, values, self.index, slots)
+        view = view.newest(keys.shape[2])
         attend = self.absorbed if view.few else self.explicit
         o_BTNH = attend(q_BNTH, keys, values, view).transpose(1, 2)
         o_BTNH = o_BTNH if self.head_norm is None else self.head_norm(o_BTNH)

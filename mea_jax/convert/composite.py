@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from mea_jax.config.schema import ModelConfig, Side
+from mea_jax.convert import tensors as stock
 from mea_jax.convert.rope_scaling import rope_scaling
 from mea_jax.errors import UserError
 from mea_jax.model.layer_spec import fold_layer, fold_model
@@ -23,7 +24,7 @@ _HERE = Path(__file__).parent
 TESTED_WITH = {"transformers": ["5.4", "5.24"], "torch": ["2.13", "2.13"]}
 # The files that `from_pretrained(..., trust_remote_code=True)` reads in addition to the weights.
 MODEL_FILES = tuple(_HERE / f"{name}_mea.py" for name in ("configuration", "attention", "modeling"))
-_NORMS = {"query_norm": "q_norm", "key_norm": "k_norm", "head_norm": "head_norm"}
+_HEAD_NORMS = {"query_norm": "q_norm", "key_norm": "k_norm", "head_norm": "head_norm"}
 
 
 def check_rebuildable(model: ModelConfig) -> None:
@@ -119,9 +120,17 @@ def mea_config(model: ModelConfig, context_length: int = 2048) -> dict[str, Any]
         "hlc_order": model.hlc_order,
         "head_norm": model.head_norm,
         "qk_norm": model.qk_norm,
+        "qk_norm_over": model.qk_norm_over,
+        "qkv_bias": model.qkv_bias,
+        "out_bias": model.out_bias,
+        "attention_multiplier": model.attention_scale or None,
         "output_gate": model.gate,
+        "norms": model.norms,
+        "hidden_act": {"silu": "silu", "gelu": "gelu_pytorch_tanh"}[model.activation],
+        "embedding_multiplier": model.embedding_scale,
         "positions": model.positions,
         "rope_parameters": rope,
+        "layer_thetas": model.layer_thetas and list(model.layer_thetas),
         "max_position_embeddings": model.longest_context() or context_length,
         "rms_norm_eps": model.norm_eps,
         "tie_word_embeddings": model.tie_embeddings,
@@ -129,6 +138,17 @@ def mea_config(model: ModelConfig, context_length: int = 2048) -> dict[str, Any]
         "experts_per_token": model.experts_per_token,
         "d_expert": model.d_expert,
         "normalise_router": model.normalise_router,
+    } | _windows(model.windows())
+
+
+def _windows(windows: tuple[int, ...]) -> dict[str, Any]:
+    """Return the keys of windows; those of transformers determine what its caches keep."""
+    if not any(windows):
+        return {}
+    return {
+        "windows": list(windows),
+        "sliding_window": max(windows),
+        "layer_types": ["sliding_attention" if size else "full_attention" for size in windows],
     }
 
 
@@ -154,13 +174,16 @@ def mea_tensors(model: ModelConfig, index: int, layer: Tree) -> dict[str, np.nda
         "self_attn.k_proj.weight": _linear(attention["key"]),
         "self_attn.v_proj.weight": _linear(attention["value"]),
         "self_attn.o_proj.weight": _linear(attention["out"], 2),
-        "input_layernorm.weight": np.asarray(layer["attention_norm"]["scale"]),
-        "post_attention_layernorm.weight": np.asarray(layer["mlp_norm"]["scale"]),
     }
+    for ours, theirs in (("query", "q"), ("key", "k"), ("value", "v"), ("out", "o")):
+        if f"{ours}_bias" in attention:
+            tensors[f"self_attn.{theirs}_proj.bias"] = np.ravel(attention[f"{ours}_bias"])
+    for theirs, ours in stock.NORMS[model.norms].items():
+        tensors[f"{theirs}.weight"] = np.asarray(layer[ours]["scale"])
     for which in ("key_mixing", "value_mixing"):
         if which in attention:
             tensors[f"self_attn.{which}.weight"] = np.asarray(attention[which])
-    for ours, theirs in _NORMS.items():
+    for ours, theirs in _HEAD_NORMS.items():
         if ours in attention:
             tensors[f"self_attn.{theirs}.weight"] = np.asarray(attention[ours]["scale"])
     if "output_gate" in attention:

@@ -1,10 +1,17 @@
 """The configuration of modeling_mea.py."""
 
+from typing import Any
+
 from transformers import PretrainedConfig
 
 
 class MEAConfig(PretrainedConfig):
-    """The configuration of `MEAForCausalLM`, with the names of transformers where they exist."""
+    """The configuration of `MEAForCausalLM`, with the names of transformers where they exist.
+
+    If layers have `windows`, `sliding_window` and `layer_types` say so to the caches of
+    transformers, which then keep no more positions. They are not declared here, because
+    transformers does not accept None as `layer_types`.
+    """
 
     model_type = "mea"
     keys_to_ignore_at_inference = ("past_key_values",)
@@ -24,9 +31,19 @@ class MEAConfig(PretrainedConfig):
     hlc_order: str = "before"  # keys are mixed "before" or "after" their norm and rotation
     head_norm: bool = True  # RMSNorm of each head's output
     qk_norm: bool = False  # RMSNorm of queries and keys
+    qk_norm_over: str = "head"  # features that share one rms: "head", or "all" heads
+    qkv_bias: bool = False  # biases of queries, component keys and component values
+    out_bias: bool = False  # a bias of the attention's output
+    attention_multiplier: float | None = None  # factor of logits; None: 1/sqrt(head_dim)
     output_gate: str = "none"  # sigmoid(x W) on outputs: one number per "head" or per "feature"
+    norms: str = "pre"  # RMSNorm on each half's input ("pre"), its output ("post"), or "both"
+    hidden_act: str = "silu"  # or "gelu_pytorch_tanh"; experts use "silu"
+    embedding_multiplier: float = 1.0
+    windows: list | None = None  # positions that a layer's tokens see, themselves included; 0: all
     positions: str = "rope"  # "rope", "alibi", "learned" or "none"
     rope_parameters: dict | None = None  # rope_type, rope_theta, ... as in transformers
+    layer_thetas: list | None = None  # a rope_theta per layer, 0: not rotated; with it, layers
+    # with a window have no other rope_parameters
     max_position_embeddings: int = 2048  # the table of "learned" positions has as many rows
     rms_norm_eps: float = 1e-5
     n_experts: int = 0  # 0: one SwiGLU per layer
@@ -41,3 +58,16 @@ class MEAConfig(PretrainedConfig):
     pad_token_id: int | None = None
     # The oldest and newest versions that this code was run with: {"torch": ["2.13", "2.13"], ...}
     tested_with: dict | None = None
+
+    def window(self, index: int) -> int:
+        """Return the number of positions that tokens see in layer `index`; 0: all."""
+        return self.windows[index] if self.windows else 0
+
+    def rope(self, index: int) -> dict[str, Any] | None:
+        """Return the rotary parameters of layer `index`; None: it is not rotated."""
+        common = self.rope_parameters if self.positions == "rope" else None
+        if common is None or self.layer_thetas is None:
+            return common
+        theta = self.layer_thetas[index]
+        scaling = {} if self.window(index) else common
+        return {**scaling, "rope_theta": theta} if theta else None

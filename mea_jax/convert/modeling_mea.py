@@ -18,6 +18,7 @@ from packaging import version
 from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -32,6 +33,18 @@ Tensor = torch.Tensor
 # The largest number of new positions that read a cache unmixed. Each of them costs every query head
 # C products of width H instead of one; mixing the cache first costs a pass over S K H numbers.
 ABSORBED = 8
+# The norms of a layer by `norms`: of the input and the output of attention, then of the
+# feed-forward half, with the names of Llama, OLMo 2 and Gemma 3.
+_NORMS = {
+    "pre": ("input_layernorm", "", "post_attention_layernorm", ""),
+    "post": ("", "post_attention_layernorm", "", "post_feedforward_layernorm"),
+    "both": (
+        "input_layernorm",
+        "post_attention_layernorm",
+        "pre_feedforward_layernorm",
+        "post_feedforward_layernorm",
+    ),
+}
 _RETURNED = next(
     name
     for name in ("cache", "past_key_values")
@@ -91,7 +104,7 @@ def find_cache(
 
 
 class MEAMLP(nn.Module):
-    """A SwiGLU feed-forward layer."""
+    """A gated feed-forward layer: SwiGLU, or GEGLU with another `hidden_act`."""
 
     def __init__(self, config: MEAConfig):
         super().__init__()
@@ -99,9 +112,10 @@ class MEAMLP(nn.Module):
         self.gate_proj = nn.Linear(d, f, bias=False)
         self.up_proj = nn.Linear(d, f, bias=False)
         self.down_proj = nn.Linear(f, d, bias=False)
+        self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(functional.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
 
 class MEAExperts(nn.Module):
@@ -132,18 +146,24 @@ class MEAExperts(nn.Module):
 
 
 class MEADecoderLayer(GradientCheckpointingLayer):
-    """A pre-norm decoder layer: attention, then a SwiGLU layer or a mixture of experts."""
+    """A decoder layer: attention, then a gated layer or a mixture of experts, with their norms."""
 
     def __init__(self, config: MEAConfig, index: int):
         super().__init__()
         self.self_attn = MEAAttention(config, index)
         self.mlp = MEAExperts(config) if config.n_experts else MEAMLP(config)
-        self.input_layernorm = MEARMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = MEARMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norms = _NORMS[config.norms]
+        for name in filter(None, self.norms):
+            setattr(self, name, MEARMSNorm(config.hidden_size, config.rms_norm_eps))
+
+    def norm(self, place: int, x_BTD: Tensor) -> Tensor:
+        """Apply the norm at `place` in `_NORMS`, if there is one."""
+        name = self.norms[place]
+        return getattr(self, name)(x_BTD) if name else x_BTD
 
     def forward(self, x_BTD: Tensor, view: View, cache: Cache | None) -> Tensor:
-        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), view, cache)
-        return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
+        x_BTD = x_BTD + self.norm(1, self.self_attn(self.norm(0, x_BTD), view, cache))
+        return x_BTD + self.norm(3, self.mlp(self.norm(2, x_BTD)))
 
 
 class MEAPreTrainedModel(PreTrainedModel):
@@ -187,36 +207,48 @@ class MEAModel(MEAPreTrainedModel):
         layers = (MEADecoderLayer(config, index) for index in range(config.num_hidden_layers))
         self.layers = nn.ModuleList(layers)
         self.norm = MEARMSNorm(config.hidden_size, config.rms_norm_eps)
+        # The window and rotation of each layer, and the first layer that has the same.
+        self.kinds = [(config.window(i), config.rope(i)) for i in range(config.num_hidden_layers)]
+        self.first = [self.kinds.index(kind) for kind in self.kinds]
         self.gradient_checkpointing = False
         self.post_init()
 
-    def look(self, x_BTD: Tensor, position_ids: Tensor, attention_mask, past: int) -> View:
-        """Return the positions of the newest T of past + T tokens, and what they may read.
+    def look(
+        self, layer: int, x_BTD: Tensor, position_ids: Tensor, attention_mask, past: int
+    ) -> View:
+        """Return the positions of the newest T of past + T tokens, and what `layer` may read.
 
-        `attention_mask` is that of transformers: (B, past + T), 0 at padding, or a complete mask
-        (B, 1, T, S).
+        `attention_mask` is that of transformers: (B, past + T), 0 at padding; or a complete mask
+        (B, 1, T, S); or one for each kind of layer, where that of layers with a window may have
+        only the newest slots. A window counts padding, as in transformers.
         """
         t, device, mask, table = x_BTD.shape[1], x_BTD.device, attention_mask, None
-        if self.config.positions == "rope":
-            self.check_positions(position_ids)
-            frequencies_F, factor = rope_frequencies(self.config)
+        window, rope = self.kinds[layer]
+        if isinstance(mask, dict):
+            mask = mask["sliding_attention" if window else "full_attention"]
+        if rope is not None:
+            frequencies_F, factor = rope_frequencies(rope, self.config.head_dim)
             angles_BT1F = position_ids[:, :, None, None].float() * frequencies_F.to(device)
             table = (angles_BT1F.cos() * factor, angles_BT1F.sin() * factor)
-        slots_S = torch.arange(past + t if mask is None else mask.shape[-1], device=device)
-        slots_T = slots_S[past : past + t]
+        slots = past + t if mask is None else mask.shape[-1]
+        slots_S = torch.arange(slots, device=device) + max(past + t - slots, 0)
+        slots_T = torch.arange(past, past + t, device=device)
         ahead_TS = slots_S - slots_T[:, None]
-        distance_BTS = ahead_TS[None]
+        distance_BTS, near_TS = ahead_TS[None], ahead_TS > -(window or past + t)
         if mask is None or mask.ndim == 2:
-            seen_BTS = (ahead_TS <= 0)[None]
+            seen_BTS = ((ahead_TS <= 0) & near_TS)[None]
             padded = mask is not None and (past > 0 or not bool(mask.all()))
             if padded:  # padding reads itself: a row with everything masked has no softmax
                 seen_BTS = seen_BTS & (mask[:, None].bool() | (ahead_TS == 0))
                 places_BS = mask.long().cumsum(-1)
                 distance_BTS = places_BS[:, None] - places_BS[:, past : past + t, None]
             plain = not padded and past == 0 and self.config.positions != "alibi"
-            mask = None if plain else seen_BTS[:, None]
+            mask = None if plain and t <= (window or t) else seen_BTS[:, None]
+        elif window:
+            far = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+            mask = mask.masked_fill(~near_TS, far)
         few = past > 0 and t <= ABSORBED
-        return View(table, mask, distance_BTS.float(), few, slots_T)
+        return View(table, mask, distance_BTS.float(), few, slots_T, past + t)
 
     def check_positions(self, position_ids: Tensor) -> None:
         """Raise `ValueError` for positions that "dynamic" scaling would change the frequencies at.
@@ -250,13 +282,13 @@ class MEAModel(MEAPreTrainedModel):
                     "`use_cache=False`."
                 )
             return None
-        return DynamicCache() if given is None and use_cache else given
+        return DynamicCache(config=self.config) if given is None and use_cache else given
 
     @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
+        attention_mask: Tensor | dict[str, Tensor] | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
@@ -272,18 +304,24 @@ class MEAModel(MEAPreTrainedModel):
         x_BTD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         cache = self.cache_for(find_cache(past_key_values, cache, kwargs), use_cache)
         past = 0 if cache is None else int(cache.get_seq_length())
-        if position_ids is None and attention_mask is not None and attention_mask.ndim == 2:
+        if position_ids is None and isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, past:]
         elif position_ids is None:
             position_ids = torch.arange(past, past + x_BTD.shape[1], device=x_BTD.device)[None]
         if self.config.positions == "learned":
             added_BTD = self.position_embedding(position_ids).float()
             x_BTD = (x_BTD.float() + added_BTD).to(x_BTD.dtype)
-        view = self.look(x_BTD, position_ids, attention_mask, past)
+        if self.config.embedding_multiplier != 1:
+            x_BTD = x_BTD * x_BTD.new_tensor(self.config.embedding_multiplier)
+        self.check_positions(position_ids)
+        views = {
+            first: self.look(first, x_BTD, position_ids, attention_mask, past)
+            for first in set(self.first)
+        }
         states = []
-        for layer in self.layers:
+        for first, layer in zip(self.first, self.layers, strict=True):
             states.append(x_BTD)
-            x_BTD = layer(x_BTD, view, cache)
+            x_BTD = layer(x_BTD, views[first], cache)
         x_BTD = self.norm(x_BTD)
         shown = (
             self.config.output_hidden_states
@@ -312,7 +350,7 @@ class MEAForCausalLM(MEAPreTrainedModel, GenerationMixin):
     def forward(
         self,
         input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
+        attention_mask: Tensor | dict[str, Tensor] | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,

@@ -77,7 +77,7 @@ def top_entries(model: ModelConfig, norm_offset: float = 0.0) -> list[Entry]:
 
 
 # The norms of a layer by `ModelConfig.norms`: the names in transformers and ours.
-_NORMS = {
+NORMS = {
     "pre": {"input_layernorm": "attention_norm", "post_attention_layernorm": "mlp_norm"},
     "post": {
         "post_attention_layernorm": "attention_out_norm",
@@ -110,7 +110,7 @@ def attention_entries(model: ModelConfig, layer: int, norm_offset: float = 0.0) 
         entries.append(Entry(f"{at}.self_attn.{theirs}.bias", path, shape, layer, flat=True))
     joint = model.qk_norm_over == "all"
     scales: dict[str, tuple[Path, int]] = {
-        theirs: ((ours,), d) for theirs, ours in _NORMS[model.norms].items()
+        theirs: ((ours,), d) for theirs, ours in NORMS[model.norms].items()
     }
     if model.qk_norm:
         scales["self_attn.q_norm"] = (("attention", "query_norm"), h * (n if joint else 1))

@@ -9,6 +9,7 @@ python -m mea_jax.evaluate --checkpoint runs/half --baseline runs/whole --tasks 
     --out profiles/tasks
 """
 
+import contextlib
 import dataclasses
 import math
 import sys
@@ -25,8 +26,8 @@ from mea_jax.checkpoint.files import make_writable, to_json, write_atomically
 from mea_jax.errors import UserError, nearest
 from mea_jax.evaluate import figures, run, table
 from mea_jax.evaluate.harness import run as harness_run
-from mea_jax.evaluate.models import check_comparable, load, names
-from mea_jax.parallel import processes
+from mea_jax.evaluate.models import Loaded, check_comparable, load, names
+from mea_jax.parallel import processes, sharding
 
 DTYPES = ("auto", "float32", "bfloat16")
 CACHE_DTYPES = ("auto", "float32", "bfloat16", "int8")
@@ -87,6 +88,7 @@ def _options() -> run.Options:
         repeats=REPEATS.value,
         prefill=PREFILL.value,
         cache_dtype=None if CACHE_DTYPE.value == "auto" else CACHE_DTYPE.value,
+        mesh=MESH.value,
     )
 
 
@@ -137,6 +139,7 @@ def tasks_main() -> None:
         apply_chat_template=CHAT_TEMPLATE.value,
         system_instruction=SYSTEM.value,
         fewshot_as_multiturn=MULTITURN.value,
+        mesh=MESH.value,
     )
     options.check()
     checkpoint, baseline = harness_run.paths(CHECKPOINT.value, BASELINE.value)
@@ -167,9 +170,15 @@ def main() -> None:
         raise UserError("no checkpoint given: add --checkpoint runs/quickstart")
     called = names(paths)
     cli.enable_compilation_cache()
-    models = [load(path, name, DTYPE.value) for path, name in zip(paths, called, strict=True)]
-    check_comparable(models)
-    options = run.fill_defaults(models, options, log)
+    mesh = None if options.mesh is None else sharding.requested_mesh(options.mesh, "--mesh")
+    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+        pairs = zip(paths, called, strict=True)
+        models = [load(path, name, DTYPE.value, mesh) for path, name in pairs]
+        check_comparable(models)
+        _profile(models, run.fill_defaults(models, options, log))
+
+
+def _profile(models: Sequence[Loaded], options: run.Options) -> None:
     folder = _folder()
 
     def save(report: dict[str, Any]) -> None:
@@ -190,8 +199,8 @@ def main() -> None:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise UserError(
-            "out of memory: give fewer models, or smaller --contexts, --lengths, --batch_size or "
-            f"--rows; earlier measurements are in {folder / 'report.json'}"
+            "out of memory: give fewer models, a larger --mesh, or smaller --contexts, --lengths, "
+            f"--batch_size or --rows; earlier measurements are in {folder / 'report.json'}"
         ) from error
     print(text)
     written = [folder / "report.json", folder / "table.txt", *pictures]
@@ -238,6 +247,12 @@ if __name__ == "__main__":
     BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "held-out windows per batch", lower_bound=1)
     MAX_BATCHES = flags.DEFINE_integer(
         "max_batches", 0, "maximum batches of held-out windows per source; 0: all", lower_bound=0
+    )
+    MESH = flags.DEFINE_string(
+        "mesh",
+        None,
+        "devices to divide each model over, such as tensor=4 or fsdp=2,tensor=4; default: the "
+        "first device, and for --tasks all devices",
     )
     DTYPE = flags.DEFINE_enum("dtype", "auto", DTYPES, "dtype of products")
     CACHE_DTYPE = flags.DEFINE_enum("cache_dtype", "auto", CACHE_DTYPES, "dtype of the cache")

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from jax.sharding import Mesh
 
 from mea_jax.config.schema import ModelConfig
 from mea_jax.data.tokenizers import Tokenizer
@@ -42,6 +43,7 @@ def arithmetic(
     seed: int = 0,
     shots: int = 4,
     cache_dtype: str | None = None,
+    mesh: Mesh | None = None,
     log: Callable[[str], Any] = lambda line: None,
 ) -> list[dict[str, Any]]:
     """Score additions and subtractions of one to three digits; arguments as for `retrieval`.
@@ -54,7 +56,9 @@ def arithmetic(
     examples = [example for group in groups for example in group]
     longest = max(len(e.prompt) + len(e.answer) for e in scoring.encode(tokenizer, examples))
     length = -(-(longest + scoring.MARGIN + 1) // 16) * 16
-    scores = scoring.score_through_cache(model, params, tokenizer, examples, length, cache_dtype)
+    scores = scoring.score_through_cache(
+        model, params, tokenizer, examples, length, cache_dtype, mesh
+    )
     rows, first = [], 0
     for (operation, digits), group in zip(kinds, groups, strict=True):
         cell = scoring.select(scores, range(first, first + len(group)))

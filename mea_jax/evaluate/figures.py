@@ -228,6 +228,8 @@ def _speed(report: Report) -> Any:
     panels[0].legend(frameon=False, fontsize=8)
     rows, repeats = models[0]["speed"][0]["rows"], report["options"]["repeats"]
     device, dtype = report["machine"]["device"], models[0]["dtype"]
+    if (mesh := report["options"]["mesh"]) is not None:
+        device = f"{device}, mesh {mesh}"
     together = f"{rows} sequences" if rows > 1 else "one sequence"
     between = " " if len(kinds) > 1 else "\n"
     figure.suptitle(

@@ -8,19 +8,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
+from jax.sharding import Mesh
 
 from mea_jax.checkpoint.load import open_trained, unresolved
 from mea_jax.config.schema import ModelConfig, TrainConfig
 from mea_jax.data.tokenizers import Tokenizer
 from mea_jax.errors import UserError
 from mea_jax.generate.generator import Generator
-from mea_jax.ops.resolve import resolve
+from mea_jax.ops.resolve import resolve_on
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A checkpoint's model on the first device. `model` is not resolved: see `resolved`."""
+    """A checkpoint's model on a mesh, or on the first device if `mesh` is None.
+
+    `model` is not resolved: see `resolved`.
+    """
 
     name: str  # in tables and figures
     run: Path
@@ -29,27 +32,33 @@ class Loaded:
     model: ModelConfig
     params: Any  # training parameters, float32
     tokenizer: Tokenizer
+    mesh: Mesh | None = None
 
     def resolved(self, length: int) -> ModelConfig:
         """Return the model with kernels chosen for this machine and `length` positions."""
-        return resolve(self.model, [jax.devices()[0]], length)
+        return resolve_on(self.model, self.mesh, length)
 
     def generator(self, length: int, cache_dtype: str | None = None) -> Generator:
         """Return a generator that serves the model from a cache of `length` positions."""
-        return Generator(self.resolved(length), self.params, length=length, cache_dtype=cache_dtype)
+        model = self.resolved(length)
+        return Generator(model, self.params, length=length, cache_dtype=cache_dtype, mesh=self.mesh)
 
 
-def load(path: Path, name: str, dtype: str = "auto") -> Loaded:
+def load(path: Path, name: str, dtype: str = "auto", mesh: Mesh | None = None) -> Loaded:
     """Load the newest intact checkpoint of a run directory, or the step that `path` names.
 
-    Only parameters are read. `dtype` is that of products. Raise `UserError` if there is no complete
-    checkpoint or it is damaged.
+    Only parameters are read; on a `mesh`, each device reads its shards. `dtype` is that of
+    products. Raise `UserError` if there is no complete checkpoint, it is damaged, or the mesh does
+    not divide the model.
     """
     trained = open_trained(path, lambda line: print(line, file=sys.stderr))
     model = dataclasses.replace(unresolved(trained.config.model), dtype=dtype)
-    _, params = trained.on_first_device(dtype)
+    if mesh is None:
+        _, params = trained.on_first_device(dtype)
+    else:
+        _, params = trained.on_mesh(mesh, dtype, trained.config.data.context_length)
     run = trained.checkpoints.directory.parent
-    return Loaded(name, run, trained.step, trained.config, model, params, trained.tokenizer)
+    return Loaded(name, run, trained.step, trained.config, model, params, trained.tokenizer, mesh)
 
 
 def names(paths: Sequence[Path]) -> list[str]:

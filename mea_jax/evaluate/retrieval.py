@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+from jax.sharding import Mesh
 
 from mea_jax.config.schema import ModelConfig
 from mea_jax.data.tokenizers import Tokenizer
@@ -67,6 +68,7 @@ def retrieval(
     seed: int = 0,
     needles: int = 1,
     cache_dtype: str | None = None,
+    mesh: Mesh | None = None,
     log: Callable[[str], Any] = lambda line: None,
 ) -> list[dict[str, Any]]:
     """Score the retrieval of hidden pass keys for each of `lengths` x `depths`.
@@ -81,6 +83,7 @@ def retrieval(
       seed: of the examples, which are the same for every model with this tokenizer.
       needles: keys per context, each with a different name; the question is about one of them.
       cache_dtype: of keys and values; None for the model's compute dtype.
+      mesh: the mesh of `jax.set_mesh`, on which `params` are placed; None for one device.
       log: prints a line of progress per length.
 
     Returns:
@@ -95,7 +98,7 @@ def retrieval(
     for length in lengths:
         examples = passkey_examples(tokenizer, length, depths, samples, seed, needles)
         scores = scoring.score_through_cache(
-            model, params, tokenizer, examples, length, cache_dtype
+            model, params, tokenizer, examples, length, cache_dtype, mesh
         )
         for at, depth in enumerate(depths):
             cell = scoring.select(scores, range(at * samples, (at + 1) * samples))

@@ -49,6 +49,7 @@ class Options:
     repeats: int = 5  # rounds of speed
     prefill: bool = True  # whether speed prefills and times prompts
     cache_dtype: str | None = None  # None: the compute dtype
+    mesh: str | None = None  # None: the first device
 
 
 def environment() -> dict[str, Any]:
@@ -215,7 +216,8 @@ def profile(
     """Measure `options.parts` of all models; return the contents of report.json.
 
     Args:
-      models: comparable ones (`models.check_comparable`); increases are over the first.
+      models: comparable ones (`models.check_comparable`) on the same mesh, if any, which must be
+        that of `jax.set_mesh`; increases are over the first.
       options: from `fill_defaults`.
       log: prints a line of progress.
       save: is called with the report so far after each part.
@@ -223,7 +225,7 @@ def profile(
     Raises:
       UserError: held-out text cannot be read.
     """
-    window = models[0].config.data.context_length
+    window, mesh = models[0].config.data.context_length, models[0].mesh
     report: dict[str, Any] = {
         **environment(),
         "seed": options.seed,
@@ -247,6 +249,7 @@ def profile(
                 max_batches=options.max_batches,
                 skip_bad=models[0].config.data.bad_input == "skip",
                 progress=model.name,
+                mesh=mesh,
             )
             base = base or losses
             if "loss" in options.parts:
@@ -260,6 +263,7 @@ def profile(
         "seed": options.seed,
         "samples": options.samples,
         "cache_dtype": options.cache_dtype,
+        "mesh": mesh,
     }
     for model in models:
         if "passkey" not in options.parts:
@@ -294,6 +298,7 @@ def profile(
             repeats=options.repeats,
             cache_dtype=options.cache_dtype,
             prefill=options.prefill,
+            mesh=mesh,
             log=log,
         )
         for name, speeds in found.items():

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from mea_jax.cli import progress
 from mea_jax.config.schema import ModelConfig
@@ -20,7 +21,8 @@ from mea_jax.data.tokenizers import Tokenizer
 from mea_jax.evaluate.tasks import Example
 from mea_jax.generate import decode
 from mea_jax.generate.generator import Decoding, Generator, continuation
-from mea_jax.ops.resolve import resolve
+from mea_jax.ops.resolve import resolve_on
+from mea_jax.parallel import sharding
 
 _TOKENS = 1 << 16  # cache positions of a batch, over all rows
 MARGIN = 2  # tokens generated past an answer's length, so that a longer number counts as wrong
@@ -117,12 +119,13 @@ class CachedAnswerer:
     def __init__(self, generator: Generator, rows: int):
         self.generator, self.rows = generator, rows
         static = (generator.served, generator.length, generator.cache_dtype)
-        self._nll: Any = jax.jit(functools.partial(_answer_nll, *static))
+        out = None if generator.mesh is None else sharding.replicated(generator.mesh)
+        self._nll: Any = jax.jit(functools.partial(_answer_nll, *static), out_shardings=out)
 
     def _batches(self, total: int) -> list[list[int]]:
         """Return example indices in batches of equal size, padded with the last index."""
-        batches = -(-total // self.rows)
-        size = -(-total // batches)
+        batches, multiple = -(-total // self.rows), self.generator.row_multiple
+        size = -(-total // (batches * multiple)) * multiple
         return [
             [min(i, total - 1) for i in range(b * size, (b + 1) * size)] for b in range(batches)
         ]
@@ -145,9 +148,8 @@ class CachedAnswerer:
                 tokens_BP[row, : len(prompts[i])] = prompts[i]
                 answers_BA[row, : len(answers[i])] = answers[i]
             lengths_B = np.array([len(prompts[i]) for i in batch], np.int32)
-            nll_BA = np.asarray(
-                self._nll(self.generator.params, tokens_BP, lengths_B, answers_BA), np.float64
-            )
+            arrays = map(self.generator.place, (tokens_BP, lengths_B, answers_BA))
+            nll_BA = np.asarray(self._nll(self.generator.params, *arrays), np.float64)
             for row, i in enumerate(batch):
                 nats[i] = nll_BA[row, : len(answers[i])].sum()
         return nats
@@ -178,14 +180,15 @@ def score_through_cache(
     examples: Sequence[Example],
     length: int,
     cache_dtype: str | None = None,
+    mesh: Mesh | None = None,
 ) -> Scores:
     """Score a model that is served from a cache of `length` positions.
 
-    The attention kernel is chosen for that length. Raise `UserError` if the model lacks that many
-    positions, or an example does not fit.
+    The attention kernel is chosen for that length. `mesh` is that of `jax.set_mesh`, on which
+    `params` are placed, or None. Raise `UserError` if the model lacks that many positions, or an
+    example does not fit.
     """
-    auto = dataclasses.replace(model, attention_kernel="auto")
-    resolved = resolve(auto, [jax.devices()[0]], length)
-    generator = Generator(resolved, params, length=length, cache_dtype=cache_dtype)
+    resolved = resolve_on(dataclasses.replace(model, attention_kernel="auto"), mesh, length)
+    generator = Generator(resolved, params, length=length, cache_dtype=cache_dtype, mesh=mesh)
     served = CachedAnswerer(generator, max(1, _TOKENS // length))
     return score(tokenizer, encode(tokenizer, examples), served)

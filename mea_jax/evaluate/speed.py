@@ -14,12 +14,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from mea_jax.cli import progress
 from mea_jax.config.schema import ModelConfig
 from mea_jax.generate import decode
 from mea_jax.model.kv_cache import RECENT, Cache, flush
-from mea_jax.ops.resolve import resolve
+from mea_jax.ops.resolve import resolve_on
 
 
 def interleaved(
@@ -90,14 +91,14 @@ def _programs(
     rows: int,
     cache_dtype: str | None,
     prompts: bool,
+    mesh: Mesh | None,
 ) -> tuple[Callable[[], Any] | None, Callable[[], Any]]:
     """Compile a prefill of `rows` prompts of `context` tokens, and a decode of `RECENT` more each.
 
     Return both as functions without arguments. Without `prompts` nothing is prefilled, and the
     first is None.
     """
-    auto = dataclasses.replace(model, attention_kernel="auto")
-    resolved = resolve(auto, [jax.devices()[0]], context)
+    resolved = resolve_on(dataclasses.replace(model, attention_kernel="auto"), mesh, context)
     served, params = decode.serve(resolved, params)
     dtype = jnp.dtype(cache_dtype or resolved.dtype)
     rng = np.random.default_rng(0)
@@ -113,8 +114,12 @@ def _programs(
             return filled(params, tokens_BT)[0]
 
     else:
-        held["tokens"], held["cache"] = _zero_filled(served, rows, context, dtype)
-    cycle = jax.jit(functools.partial(_cycle, served), donate_argnums=1)
+        empty = functools.partial(_zero_filled, served, rows, context, dtype)
+        held["tokens"], held["cache"] = jax.jit(empty)()
+    same = None
+    if mesh is not None:  # the next cycle takes what this one returns
+        same = jax.tree.map(lambda x: x.sharding, (held["cache"], held["tokens"]))
+    cycle = jax.jit(functools.partial(_cycle, served), donate_argnums=1, out_shardings=same)
     compiled = cycle.lower(params, held["cache"], held["tokens"]).compile()
 
     def advance() -> jax.Array:
@@ -132,6 +137,7 @@ def speeds(
     repeats: int = 5,
     cache_dtype: str | None = None,
     prefill: bool = True,
+    mesh: Mesh | None = None,
     log: Callable[[str], Any] = lambda line: None,
 ) -> dict[str, list[dict[str, Any]]]:
     """Measure the speed of each model at each context length, the models in turn.
@@ -139,11 +145,12 @@ def speeds(
     Args:
       models: (model, training parameters) by name; the attention kernel is chosen for each context.
       contexts: slots of the cache, all of which a step of any model reads.
-      rows: sequences per batch.
+      rows: sequences per batch. If a mesh does not divide them, each device computes all of them.
       repeats: rounds; each decodes `kv_cache.RECENT` tokens per row, including the cache's flush.
       cache_dtype: of keys and values; None for the model's compute dtype.
       prefill: whether to prefill and time prompts, which takes most of the time for long contexts.
         Otherwise caches are full of zeros: the same program reads the same number of bytes.
+      mesh: the mesh of `jax.set_mesh`, on which parameters are placed; None for one device.
       log: prints a line of progress per model and context.
 
     Returns:
@@ -157,7 +164,7 @@ def speeds(
     first = next(iter(models))
     for context in progress(contexts, "speed, contexts"):
         programs = {
-            name: _programs(model, params, context, rows, cache_dtype, prefill)
+            name: _programs(model, params, context, rows, cache_dtype, prefill, mesh)
             for name, (model, params) in models.items()
         }
         # Each of these has already run once, to fill its cache.

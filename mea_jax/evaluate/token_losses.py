@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tqdm
+from jax.sharding import Mesh
 
 from mea_jax.config.schema import ModelConfig
 from mea_jax.data.pipeline import held_out_batches
@@ -24,6 +25,8 @@ from mea_jax.model.transformer import apply_hidden
 from mea_jax.ops.backend import make_backend
 from mea_jax.ops.cross_entropy import positions_within
 from mea_jax.ops.statistics import ratio_of_sums
+from mea_jax.parallel import sharding
+from mea_jax.parallel.batches import BatchPlacer
 
 ALL = "all"  # name of the total over all sources
 _LOGITS = 256  # MiB of logits in memory at the same time if the config sets no limit
@@ -32,7 +35,8 @@ _LOGITS = 256  # MiB of logits in memory at the same time if the config sets no 
 def token_nll(model: ModelConfig, params: Any, batch: Mapping[str, Any]) -> jax.Array:
     """Return the negative log-likelihood of each target in nats, float32 (B, T); 0 in padding.
 
-    `model` is resolved. `model.loss_chunk` limits the MiB of logits in memory at the same time.
+    `model` is resolved. `model.loss_chunk` limits the MiB of logits in memory at the same time. On
+    a mesh, which must divide B, that holds for each shard of the batch.
     """
     targets_BT = jnp.asarray(batch["targets"])
     segment_ids_BT = jnp.asarray(batch["segment_ids"])
@@ -41,29 +45,47 @@ def token_nll(model: ModelConfig, params: Any, batch: Mapping[str, Any]) -> jax.
     )
     backend = make_backend(model)
     kernel_DV = kernel_DV.astype(backend.dtype)
-    positions = targets_BT.size
+    shards = sharding.shard_count("batch")
+    positions = targets_BT.size // shards
     chunk = min(positions_within(model.loss_chunk or _LOGITS, kernel_DV.shape[1]), positions)
     count = -(-positions // chunk)
 
-    def chunks(y):  # (B, T, ...) to (chunks, positions per chunk, ...), padded with zeros
-        y = y.reshape(positions, *y.shape[2:])
-        y = jnp.pad(y, ((0, count * chunk - positions),) + ((0, 0),) * (y.ndim - 1))
-        return y.reshape(count, chunk, *y.shape[1:])
+    def chunks(y):  # (B, T, ...) to (chunks, positions of a chunk of all shards, ...), padded
+        y = y.reshape(shards, positions, *y.shape[2:])
+        y = jnp.pad(y, ((0, 0), (0, count * chunk - positions)) + ((0, 0),) * (y.ndim - 2))
+        y = jnp.swapaxes(y.reshape(shards, count, chunk, *y.shape[2:]), 0, 1)
+        return y.reshape(count, shards * chunk, *y.shape[3:])
 
     def of_chunk(xs):
         x_CD, targets_C = xs
-        logits_CV = backend.matmul(x_CD.astype(backend.dtype), kernel_DV)
+        x_CD = sharding.constrain(x_CD, "batch", None).astype(backend.dtype)
+        logits_CV = backend.matmul(x_CD, kernel_DV)
         right_C = jnp.take_along_axis(logits_CV, targets_C[:, None], axis=1)[:, 0]
         return jax.nn.logsumexp(logits_CV, axis=1) - right_C
 
     nll = jax.lax.map(of_chunk, (chunks(x_BTD), chunks(targets_BT)))
-    nll_BT = nll.reshape(-1)[:positions].reshape(targets_BT.shape)
+    nll = jnp.swapaxes(nll.reshape(count, shards, chunk), 0, 1).reshape(shards, -1)
+    nll_BT = nll[:, :positions].reshape(targets_BT.shape)
     return jnp.where(segment_ids_BT > 0, nll_BT, 0.0)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _compiled_nll(model: ModelConfig, params: Any, batch: Mapping[str, Any]) -> jax.Array:
-    return token_nll(model, params, batch)
+@functools.cache
+def _compiled_nll(model: ModelConfig, mesh: Mesh | None) -> Any:
+    out = None if mesh is None else sharding.replicated(mesh)
+    return jax.jit(functools.partial(token_nll, model), out_shardings=out)
+
+
+def _batch_nll(
+    model: ModelConfig, params: Any, batch: Mapping[str, np.ndarray], mesh: Mesh | None
+) -> np.ndarray:
+    """Return `token_nll` of a batch (B, T); on a mesh, its rows are divided."""
+    compiled = _compiled_nll(model, mesh)
+    if mesh is None:
+        return np.asarray(compiled(params, batch))
+    rows, length = batch["targets"].shape
+    size = -(-rows // sharding.batch_shards(mesh)) * sharding.batch_shards(mesh)
+    padded = {name: np.pad(x, ((0, size - rows), (0, 0))) for name, x in batch.items()}
+    return np.asarray(compiled(params, BatchPlacer(mesh, size, length)(padded)))[:rows]
 
 
 def bucket_edges(length: int) -> tuple[int, ...]:
@@ -132,6 +154,7 @@ def domain_losses(
     max_batches: int | None = None,
     skip_bad: bool = False,
     progress: str = "",
+    mesh: Mesh | None = None,
 ) -> dict[str, Losses]:
     """Measure the held-out loss of each source of `prepared` by name; the last is the total, "all".
 
@@ -144,6 +167,7 @@ def domain_losses(
         it skips windows, the part of a document in one window counts as one document.
       skip_bad: as in `pipeline.held_out_batches`.
       progress: title of a progress bar on stderr if that is a terminal; "" for no bar.
+      mesh: the mesh of `jax.set_mesh`, on which `params` are placed; None for one device.
 
     Raises:
       UserError: there is no held-out text, or a window cannot be read.
@@ -168,7 +192,7 @@ def domain_losses(
         sampled = max_batches is not None and max_batches < total
         sums = _Sums(edges, prepared.tokenizer.start, sampled)
         for batch in bar:
-            sums.add(batch, np.asarray(_compiled_nll(model, params, batch)))
+            sums.add(batch, _batch_nll(model, params, batch, mesh))
         found[name] = Losses(name, *sums.arrays(), edges, _bits_per_nat([source]))
     if not found:
         raise UserError(

@@ -10,15 +10,18 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mea_jax.config.schema import ModelConfig, Side
 from mea_jax.errors import UserError
 from mea_jax.model.context import Context, Slots
 from mea_jax.model.heads import HeadLayout
-from mea_jax.model.kv_cache import RECENT, Cache, CachedLayer, LayerCache, empty_heads
+from mea_jax.model.kv_cache import RECENT, Cache, CachedLayer, LayerCache, cache_axes, empty_heads
 from mea_jax.model.layer_spec import LayerSpec, fold_layer, fold_model, layer_specs
+from mea_jax.model.params import abstract_params, param_shardings
 from mea_jax.model.transformer import Decoder, RopeTables, runs_of_equal_layers
 from mea_jax.ops.backend import make_backend
+from mea_jax.parallel import sharding
 
 Array = jax.Array
 FORMS = ("auto", "folded", "absorbed", "explicit")
@@ -127,6 +130,40 @@ def serve(model: ModelConfig, params: Any, form: str = "auto") -> tuple[ServedMo
     return served, jax.jit(_served_params, static_argnums=0)(served, params)
 
 
+def placed_params(served: ServedModel, mesh: Mesh) -> Any:
+    """Return shapes, dtypes and shardings of the parameters that `serve` returns on a mesh.
+
+    Nothing is computed: the mesh may exist only for compilation.
+    """
+    model = served.model
+    stored = param_shardings(model, mesh)
+    shapes = jax.eval_shape(lambda p: _served_params(served, p), abstract_params(model))
+    top = {name: where for name, where in stored.items() if not name.startswith("layers_")}
+    layers = []
+    for first, length, *_ in runs_of_equal_layers(model):
+        stack = jax.tree.map(
+            lambda where: NamedSharding(mesh, PartitionSpec(*where.spec[1:])),
+            stored[f"layers_{first}"],
+        )
+        layers += [stack] * length
+    where = dict(jax.tree_util.tree_leaves_with_path({"top": top, "layers": layers}))
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where[path]), shapes
+    )
+
+
+def placed_cache(served: ServedModel, batch: int, length: int, dtype: Any, mesh: Mesh) -> Any:
+    """Return shapes, dtypes and shardings of an `empty_cache` on a mesh."""
+    shapes = jax.eval_shape(lambda: empty_cache(served, batch, length, dtype))
+
+    def leaf(x, names):
+        partition = sharding.even_spec(sharding.spec(names), x.shape, mesh)
+        where = NamedSharding(mesh, partition)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+
+    return jax.tree.map(leaf, shapes, cache_axes(shapes))
+
+
 def _empty_layers(
     served: ServedModel, batch: int, length: int, dtype: Any, packed: bool
 ) -> tuple[LayerCache, ...]:
@@ -151,15 +188,15 @@ def _empty_layers(
 def empty_cache(served: ServedModel, batch: int, length: int, dtype: Any) -> Cache:
     """Return an empty cache of `batch` rows with at most `length` positions each.
 
-    `dtype` is the dtype of keys and values. Call this under `jax.eval_shape` to compute the size of
-    a cache without allocating it.
+    `dtype` is the dtype of keys and values. On a mesh, rows and heads (or components) are sharded.
+    Call this under `jax.eval_shape` to compute the size of a cache without allocating it.
     """
     if dtype == jnp.int8 and any(map(served.model.bits, Side)):
         raise UserError(
             "--cache_dtype int8: this model's cache is packed by bits per slot; leave the option "
             "out"
         )
-    return Cache(
+    cache = Cache(
         layers=_empty_layers(served, batch, length, dtype, packed=True),
         recent=_empty_layers(served, batch, RECENT, dtype, packed=False),
         segment_ids_BS=jnp.zeros((batch, length), jnp.int32),
@@ -167,6 +204,7 @@ def empty_cache(served: ServedModel, batch: int, length: int, dtype: Any) -> Cac
         recent_count=jnp.zeros((), jnp.int32),
         positions_B=jnp.zeros((batch,), jnp.int32),
     )
+    return jax.tree.map(lambda x, names: sharding.constrain(x, *names), cache, cache_axes(cache))
 
 
 def _run_layers(

@@ -47,7 +47,7 @@ class Report:
 
 
 def _prefill(served, length, dtype, params, tokens_BP, lengths_B, limits_B, rows_B, seed) -> State:
-    # Created inside the jitted function: the compiler shards the cache to match the parameters.
+    # Created inside the jitted function, where a mesh shards it.
     cache = decode.empty_cache(served, tokens_BP.shape[0], length, dtype)
     positions_BP = jnp.broadcast_to(jnp.arange(tokens_BP.shape[1])[None], tokens_BP.shape)
     segments_BP = (positions_BP < lengths_B[:, None]).astype(jnp.int32)
@@ -177,7 +177,7 @@ class Generator:
         shapes = jax.eval_shape(functools.partial(empty, self.cache_dtype))
         return count_bytes(shapes.layers) / self.length
 
-    def _place(self, x: np.ndarray) -> Any:
+    def place(self, x: np.ndarray) -> Any:
         """Shard an array of rows over the mesh, if there is one; every host has the full array."""
         if self.mesh is None:
             return x
@@ -269,7 +269,7 @@ class Generator:
         lengths = np.array([len(prompt) for prompt in prompts], np.int32)
         limits = np.minimum(lengths + count, self.length).astype(np.int32)
         numbers = np.asarray(range(batch) if rows is None else rows, np.uint32)
-        arrays = (self._place(x) for x in (tokens_BP, lengths, limits, numbers))
+        arrays = (self.place(x) for x in (tokens_BP, lengths, limits, numbers))
         inputs = (self.params, *arrays, np.uint32(decoding.seed))
         fill = functools.partial(_prefill, self.served, self.length, self.cache_dtype)
         prefill = self._program("prefill", fill, (), *inputs)

@@ -121,6 +121,35 @@ def count_bytes(layers: Iterable[LayerCache]) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tuple(layers)))
 
 
+def cache_axes(cache: Cache) -> Cache:
+    """Return the logical axes of each array of a cache, in its structure."""
+
+    def heads(stored: HeadCache) -> HeadCache:
+        direct = stored.form == "direct"
+        step = ("batch", "activation_heads", None) if direct else ("batch", None)
+        data = (
+            ("batch", "activation_heads", None, None) if direct else ("batch", None, "components")
+        )
+        if stored.layout is not None:  # bytes hold slots of several components
+            whole: Any = ("batch", None, None)
+            return dataclasses.replace(stored, data=whole, step=(None,), first_BSX=whole)
+        return HeadCache(data, None if stored.step is None else step, stored.form, stored.width)
+
+    def layer(stored: LayerCache) -> LayerCache:
+        scalars = None if stored.inverse_rms_BKS is None else ("batch", "activation_heads", None)
+        return LayerCache(heads(stored.key), heads(stored.value), scalars)
+
+    rows = ("batch",)
+    return Cache(
+        tuple(map(layer, cache.layers)),
+        tuple(map(layer, cache.recent)),
+        (*rows, None),
+        rows,
+        (),
+        rows,
+    )
+
+
 def write_heads(
     cache: HeadCache, new_BTCH: Array, slot: Array | int, steps_CH: Array | None = None
 ) -> HeadCache:

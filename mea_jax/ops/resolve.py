@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from mea_jax.config.schema import ModelConfig, ResolvedModel, Side
 from mea_jax.errors import UserError
@@ -143,3 +144,10 @@ def resolve(
         form = "folded" if tensor > 1 else _choose_form(model)
     settled = {"dtype": dtype, "backend": backend, "attention_kernel": kernel, "hlc_form": form}
     return ResolvedModel(**(vars(model) | settled))
+
+
+def resolve_on(model: ModelConfig, mesh: Mesh | None, length: int) -> ResolvedModel:
+    """Return `model` resolved for the devices of `mesh`; None stands for the first device."""
+    if mesh is None:
+        return resolve(model, [jax.devices()[0]], length)
+    return resolve(model, list(mesh.devices.flat), length, tensor=mesh.shape["tensor"])

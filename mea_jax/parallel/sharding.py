@@ -19,6 +19,7 @@ from mea_jax.errors import UserError, nearest
 
 # From the outermost, whose devices may be far apart, to the innermost, which communicate most.
 AXES = ("data", "fsdp", "expert", "sequence", "tensor")
+REQUESTED = ("data", "fsdp", "tensor", "expert")  # axes of --mesh, after training
 
 # Logical axis -> mesh axes. None: never split.
 RULES: dict[str, tuple[str, ...] | None] = {
@@ -93,28 +94,37 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     return Mesh(grid, AXES, axis_types=kinds)
 
 
-def requested_mesh(text: str, option: str) -> Mesh:
+def requested_mesh(text: str, option: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Return the mesh of "tensor=4,fsdp=2" over the first devices; other axes have one device.
 
-    Raise `UserError`, which names `option`, for an unknown axis, a size that is not a positive
-    integer, or more devices than there are.
+    `devices` are those of jax by default. Raise `UserError`, which names `option`, for an unknown
+    axis, a size that is not a positive integer, more devices than there are, or a mesh that leaves
+    out devices of a run on several hosts.
     """
+    devices = jax.devices() if devices is None else devices
     sizes = {"data": 1}
-    known = ("data", "fsdp", "tensor", "expert")
     for part in text.split(","):
         axis, _, size = part.strip().partition("=")
-        if axis not in known:
-            raise UserError(f"{option} {text}: there is no axis {axis!r}; {nearest(axis, known)}")
+        if axis not in REQUESTED:
+            raise UserError(
+                f"{option} {text}: there is no axis {axis!r}; {nearest(axis, REQUESTED)}"
+            )
         if not size.isdecimal() or int(size) < 1:
             raise UserError(f"{option} {text}: the size of {axis} must be 1 or more")
         sizes[axis] = int(size)
-    count, devices = math.prod(sizes.values()), jax.devices()
+    count = math.prod(sizes.values())
     if len(devices) < count:
         raise UserError(
             f"{option} {text} needs {count} devices, but this machine has {len(devices)}: use a "
             "smaller mesh"
         )
-    return make_mesh(MeshConfig(**sizes), devices[:count])
+    if count < len(devices) and jax.process_count() > 1:
+        raise UserError(
+            f"{option} {text} has {count} devices, but the hosts of this run have {len(devices)}: "
+            "use a mesh of all of them"
+        )
+    devices = devices[:count]
+    return make_mesh(MeshConfig(**sizes, slices=_slices(devices) or 1), devices)
 
 
 def _slices(devices: Sequence[jax.Device]) -> int | None:
@@ -249,12 +259,22 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     partition = spec(names)
     if jax.sharding.get_abstract_mesh().empty:
         return x
-    even = (
-        size % shard_count(name) == 0 if name else True
-        for name, size in zip(names, x.shape, strict=True)
-    )
-    partition = PartitionSpec(*(p if e else None for p, e in zip(partition, even, strict=True)))
-    return jax.lax.with_sharding_constraint(x, partition)
+    return jax.lax.with_sharding_constraint(x, even_spec(partition, x.shape))
+
+
+def even_spec(
+    partition: PartitionSpec, shape: Sequence[int], mesh: Mesh | None = None
+) -> PartitionSpec:
+    """Return `partition` without the axes of an array of `shape` that a mesh does not divide.
+
+    The mesh is `mesh`, or that of `jax.set_mesh`.
+    """
+    sizes = (mesh or jax.sharding.get_abstract_mesh()).shape
+    kept = []
+    for axes, size in zip(partition, shape, strict=True):
+        names = axes if isinstance(axes, tuple) else () if axes is None else (axes,)
+        kept.append(axes if size % math.prod(sizes[name] for name in names) == 0 else None)
+    return PartitionSpec(*kept)
 
 
 def param_shardings(abstract_boxed: Any, mesh: Mesh) -> Any:

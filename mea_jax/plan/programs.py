@@ -7,14 +7,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding
 
 from mea_jax.checkpoint.load import stored_config
-from mea_jax.config.schema import ModelConfig, TrainConfig
+from mea_jax.config.schema import MeshConfig, ModelConfig, TrainConfig
+from mea_jax.errors import UserError
 from mea_jax.generate import decode
-from mea_jax.model.kv_cache import count_bytes
-from mea_jax.model.params import abstract_params, placed_params
-from mea_jax.ops.resolve import resolve
+from mea_jax.model.params import placed_params
+from mea_jax.ops.resolve import resolve, resolve_on
 from mea_jax.parallel import sharding
 from mea_jax.plan.compiling import Compiled, compile_and_measure, for_cpu_stand_in, per_device_bytes
 from mea_jax.plan.target import Target
@@ -68,40 +68,44 @@ def train_program(config: TrainConfig, target: Target) -> Compiled:
     )
 
 
-def decode_program(config: TrainConfig, target: Target, batch: int, context: int) -> Compiled:
-    """Return a decode step of `batch` rows with `context` cached positions, on one device.
+def decode_program(
+    config: TrainConfig, target: Target, batch: int, context: int, mesh: Mesh | None = None
+) -> Compiled:
+    """Return a decode step of `batch` rows with `context` cached positions.
 
-    Raises `UserError` if the config cannot run on the target, `DoesNotFit` if memory is too small.
+    `mesh` divides the weights, and the cache by rows and heads, as in `generate`; None stands for
+    the first device. `config.mesh`, which is that of training, is not read. Raises `UserError` if
+    the config cannot run on the target or on the mesh, `DoesNotFit` if memory is too small.
     """
-    device = target.devices[0]
-    model = resolve(for_cpu_stand_in(config.model, target), [device], context)
+    if mesh is None:
+        mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=1), target.devices[:1])
+    if batch % sharding.batch_shards(mesh):
+        raise UserError(
+            f"--batch {batch}: these rows cannot be divided over the {sharding.batch_shards(mesh)} "
+            "shards of a batch on --mesh (data x fsdp x expert); set it to a multiple"
+        )
+    sharding.check_divisible(dataclasses.replace(config, batch_size=batch, accumulate=1), mesh)
+    model = resolve_on(for_cpu_stand_in(config.model, target), mesh, context)
     config = dataclasses.replace(config, model=model)
-    where = SingleDeviceSharding(device)
-    kept: dict[str, Any] = {}
-
-    def serve(params):
-        kept["served"], arrays = decode.serve(model, params)
-        return arrays
-
-    def placed(tree):
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree)
-
-    params = placed(jax.eval_shape(serve, abstract_params(model)))
-    served = kept["served"]
-    dtype = jnp.dtype(model.dtype)
-    empty = functools.partial(decode.empty_cache, served, batch, context, dtype)
-    cache = placed(jax.eval_shape(empty))
-    tokens = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=where)
-    step = jax.jit(functools.partial(decode.step, served), donate_argnums=1)
-    layers = count_bytes(cache.layers)
+    served = decode.serving(model)
+    params = decode.placed_params(served, mesh)
+    cache = decode.placed_cache(served, batch, context, jnp.dtype(model.dtype), mesh)
+    rows = NamedSharding(mesh, sharding.spec(("batch",)))
+    tokens = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=rows)
+    same = jax.tree.map(lambda x: x.sharding, cache)  # the next step takes what this one returns
+    step = jax.jit(
+        functools.partial(decode.step, served), donate_argnums=1, out_shardings=(None, same)
+    )
+    with jax.set_mesh(mesh):
+        lowered = step.lower(params, cache, tokens)
+    layers = per_device_bytes(cache.layers)
     argument_bytes = {
         "weights": per_device_bytes(params),
-        "cache": float(layers),
+        "cache": layers,
         "cache, recent": per_device_bytes(cache) - layers,
     }
-    mesh = jax.make_mesh((1,), ("device",), devices=[device])
     return compile_and_measure(
-        step.lower(params, cache, tokens),
+        lowered,
         target,
         config=config,
         mesh=mesh,

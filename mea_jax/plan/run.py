@@ -13,6 +13,7 @@ from absl import flags
 from mea_jax import cli
 from mea_jax.config.schema import TrainConfig
 from mea_jax.errors import UserError
+from mea_jax.parallel import sharding
 from mea_jax.plan import output
 from mea_jax.plan import target as targets
 from mea_jax.plan.collectives import slices_of
@@ -24,7 +25,7 @@ from mea_jax.plan.search import describe, sweep, what_fits
 CONFIG = cli.define_config_flag()
 TOPOLOGY = flags.DEFINE_string("topology", "local", f"machine to compile for: {targets.EXAMPLES}")
 STEP = flags.DEFINE_enum(
-    "step", "train", ["train", "decode"], "step to plan: train, or decode on one device"
+    "step", "train", ["train", "decode"], "step to plan: train, or decode of one token per row"
 )
 SWEEP = flags.DEFINE_bool(
     "sweep", False, "try meshes, remat policies and microbatches, and rank those that fit"
@@ -35,6 +36,12 @@ CONTEXT = flags.DEFINE_integer(
     None,
     "cached positions of a decode step; default: config.data.context_length",
     lower_bound=1,
+)
+MESH = flags.DEFINE_string(
+    "mesh",
+    None,
+    "devices that divide a decode step, such as expert=2,tensor=4, as in mea_jax.generate; "
+    "default: the first",
 )
 OUT = flags.DEFINE_string(
     "out", None, "path of the .json and .png files; default plans/<config>_<topology>"
@@ -87,17 +94,20 @@ def _train_remedy(config: TrainConfig, target: targets.Target) -> str:
 
 def _decode(config: TrainConfig, target: targets.Target) -> tuple[Compiled, int]:
     context = CONTEXT.value or config.data.context_length
+    mesh = None
+    if MESH.value is not None:
+        mesh = sharding.requested_mesh(MESH.value, "--mesh", target.devices)
     log(f"compiling a decode step of {BATCH.value} rows with {context} cached positions")
-    return decode_program(config, target, BATCH.value, context), BATCH.value
+    return decode_program(config, target, BATCH.value, context, mesh), BATCH.value
 
 
 def _decode_remedy(config: TrainConfig, target: targets.Target) -> str:
-    return "; use fewer rows (--batch) or positions (--context), or an int8 cache"
+    return "; use fewer rows (--batch) or positions (--context), or more devices (--mesh)"
 
 
 STEPS = {
     "train": Step(("sweep",), _train, _train_remedy),
-    "decode": Step(("batch", "context"), _decode, _decode_remedy),
+    "decode": Step(("batch", "context", "mesh"), _decode, _decode_remedy),
 }
 
 
@@ -167,6 +177,10 @@ def _check_flags() -> None:
             raise UserError(
                 f"--{given[0]} belongs to --step {owner}, not to --step {STEP.value}: leave it out"
             )
+    of_training = [name for name in flags.FLAGS if name.startswith("config.mesh.")]
+    given = [name for name in of_training if flags.FLAGS[name].present]
+    if given and STEP.value == "decode":
+        raise UserError(f"--{given[0]} divides a training step: use --mesh for --step decode")
 
 
 def main() -> None:

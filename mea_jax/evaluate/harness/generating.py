@@ -14,7 +14,7 @@ from mea_jax.config.schema import ModelConfig
 from mea_jax.data.tokenizers import Tokenizer
 from mea_jax.errors import UserError, shown
 from mea_jax.generate.generator import Decoding, Generator, continuation
-from mea_jax.ops.resolve import resolve
+from mea_jax.ops.resolve import resolve_on
 from mea_jax.ops.sampling import Sampling
 from mea_jax.parallel import sharding
 
@@ -121,8 +121,7 @@ class AnswerGenerator:
 
     def _generator(self, length: int) -> Generator:
         if length not in self._generators:
-            devices, tensor = list(self.mesh.devices.flat), self.mesh.shape["tensor"]
-            model = resolve(self.model, devices, length, tensor=tensor)
+            model = resolve_on(self.model, self.mesh, length)
             self._generators = {  # keep only one: each has its own copy of the parameters
                 length: Generator(
                     model, self.params, length=length, cache_dtype=self.cache_dtype, mesh=self.mesh

@@ -23,7 +23,7 @@ from mea_jax.model.transformer import apply_hidden
 from mea_jax.ops.attention import TreeMask
 from mea_jax.ops.backend import make_backend
 from mea_jax.ops.cross_entropy import positions_within
-from mea_jax.ops.resolve import resolve
+from mea_jax.ops.resolve import resolve_on
 from mea_jax.parallel import sharding
 
 _LOGITS_MEBIBYTES = 64  # float32 logits of a shard in memory at the same time
@@ -105,8 +105,7 @@ class Scorer:
         self._compiled: dict[Any, Any] = {}
 
     def _resolved(self, length: int) -> ModelConfig:
-        devices, tensor = list(self.mesh.devices.flat), self.mesh.shape["tensor"]
-        return resolve(self.model, devices, length, tensor=tensor)
+        return resolve_on(self.model, self.mesh, length)
 
     def _program(self, rows: Rows, pairs: int, chunk: int) -> Any:
         key = rows.size, rows.length, pairs, chunk

@@ -35,7 +35,7 @@ from mea_jax.evaluate.harness.generating import (
 from mea_jax.evaluate.harness.likelihood import Request, Scorer, ScoringCost
 from mea_jax.evaluate.harness.placing import placed
 from mea_jax.ops.sampling import Sampling
-from mea_jax.parallel import processes
+from mea_jax.parallel import processes, sharding
 from mea_jax.parallel.host import keep_freed_memory
 
 BATCH_TOKENS = 4096
@@ -58,12 +58,14 @@ class HarnessModel(TemplateLM):
       add_bos_token: whether texts begin with the tokenizer's begin token. None stands for True if
         the tokenizer's own template adds one, or if no published model's files came with the
         tokenizer, because documents begin with one in training here.
+      mesh: devices to divide the model over, such as "tensor=4,fsdp=2". None stands for the mesh
+        of training on all devices.
       batch_size, max_batch_size, device: ignored; the harness's command line passes them to every
         model. Batches here are measured in positions, not texts, and use all devices of jax.
 
     Raises:
       UserError: as `load.open_trained`; an option is out of range; the tokenizer has more tokens
-        than the model's vocabulary.
+        than the model's vocabulary; the mesh does not fit the devices or the model.
     """
 
     def __init__(
@@ -74,6 +76,7 @@ class HarnessModel(TemplateLM):
         cache_dtype: str = "auto",
         batch_tokens: int = BATCH_TOKENS,
         add_bos_token: bool | None = None,
+        mesh: str | None = None,
         batch_size: Any = None,
         max_batch_size: Any = None,
         device: Any = None,
@@ -106,7 +109,7 @@ class HarnessModel(TemplateLM):
                 f"max_length={self.max_length}: the model has {longest} positions, "
                 f"{self.model.limit_reason()}; choose at most that many"
             )
-        self.mesh, self.params = placed(trained, self.model, _say)
+        self.mesh, self.params = placed(trained, self.model, _say, mesh)
         if add_bos_token is None:
             own = self._tokens.start != self._tokens.separator
             add_bos_token = own or not self._tokens.companions
@@ -149,6 +152,7 @@ class HarnessModel(TemplateLM):
         """
         given = {k: v for k, v in (additional_config or {}).items() if v is not None}
         try:
+            arg_dict = join_mesh(arg_dict)
             check_arguments(arg_dict)
             return cls(**{**arg_dict, **given})
         except UserError as error:
@@ -357,6 +361,18 @@ class HarnessModel(TemplateLM):
             "log_likelihoods": dataclasses.asdict(work),
             "answers": dataclasses.asdict(written),
         }
+
+
+def join_mesh(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `--model_args` with the mesh as one text.
+
+    lm-eval splits at commas: "mesh=tensor=4,fsdp=2" arrives as the mesh "tensor=4" and fsdp 2.
+    """
+    if given.get("mesh") is None:
+        return dict(given)
+    axes = [name for name in given if name in sharding.REQUESTED]
+    mesh = ",".join([str(given["mesh"]), *(f"{name}={given[name]}" for name in axes)])
+    return {name: value for name, value in given.items() if name not in axes} | {"mesh": mesh}
 
 
 def check_arguments(given: Mapping[str, Any]) -> None:

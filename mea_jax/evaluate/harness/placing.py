@@ -1,4 +1,4 @@
-"""Places a checkpoint's parameters on all available devices."""
+"""Places a checkpoint's parameters on a mesh: the one that is asked for, or all devices."""
 
 import dataclasses
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from mea_jax.checkpoint.load import Trained
 from mea_jax.config.schema import MeshConfig, ModelConfig
 from mea_jax.errors import UserError
 from mea_jax.model.params import placed_params
-from mea_jax.ops.resolve import resolve
+from mea_jax.ops.resolve import resolve_on
 from mea_jax.parallel import sharding
 
 
@@ -37,17 +37,21 @@ def mesh_for(model: ModelConfig, trained_on: MeshConfig) -> tuple[Mesh, str | No
     return mesh, None
 
 
-def placed(trained: Trained, model: ModelConfig, log: Callable[[str], Any]) -> tuple[Mesh, Any]:
+def placed(
+    trained: Trained, model: ModelConfig, log: Callable[[str], Any], requested: str | None = None
+) -> tuple[Mesh, Any]:
     """Return (mesh, float32 parameters on it).
 
-    Report through `log` if the parameters cannot be sharded as in training. Raise `UserError` if
-    the model cannot run on these devices or the checkpoint cannot be read.
+    `requested` is a mesh such as "tensor=4,fsdp=2", which must divide the model. None stands for
+    the mesh of training on all devices; report through `log` if that does not divide it. Raise
+    `UserError` if the model cannot run on these devices or the checkpoint cannot be read.
     """
+    if requested is not None:
+        mesh = sharding.requested_mesh(requested, "--mesh")
+        return mesh, trained.on_mesh(mesh, model.dtype, trained.config.data.context_length)[1]
     mesh, problem = mesh_for(model, trained.config.mesh)
     if problem:
         log(problem)
     length = trained.config.data.context_length
-    resolved = resolve(
-        dataclasses.replace(model, attention_kernel="auto"), list(mesh.devices.flat), length
-    )
+    resolved = resolve_on(dataclasses.replace(model, attention_kernel="auto"), mesh, length)
     return mesh, trained.params(placed_params(resolved, mesh))

@@ -37,6 +37,7 @@ class Options:
     apply_chat_template: bool = False
     system_instruction: str | None = None
     fewshot_as_multiturn: bool = False
+    mesh: str | None = None  # None: all devices, as in training
 
     def check(self) -> None:
         """Raise `UserError` if an option is out of range."""
@@ -149,6 +150,7 @@ def _model(path: Path, options: Options) -> Any:
         dtype=options.dtype,
         cache_dtype=options.cache_dtype,
         batch_tokens=options.batch_tokens or BATCH_TOKENS,
+        mesh=options.mesh,
     )
 
 

@@ -31,6 +31,18 @@ YARN = {
     "rope_scaling.original_context": 16,
     "rope_scaling.beta_fast": 2.0,
 }
+BIASES = {"qkv_bias": True, "out_bias": True}
+# What only Gemma 3 has.
+GEMMA = {
+    "norms": "both",
+    "qk_norm": True,
+    "activation": "gelu",
+    "attention_scale": 0.6,
+    "embedding_scale": 5.7,
+    "window": (6, 0),
+    "layer_thetas": (30.0, 1000.0),
+    "rope_scaling": RopeScaling("linear", 4.0),
+}
 FREQUENCY = {"key_mixing": "frequency", "value_mixing": "dense"}
 CASES: dict[str, dict[str, Any]] = {
     "plain": PLAIN | GROUPED | {"qk_norm": True},
@@ -51,6 +63,18 @@ CASES: dict[str, dict[str, Any]] = {
     "experts": GROUPED
     | {"n_experts": 6, "experts_per_token": 2, "d_expert": 16, "key_components": 2},
     "no positions": {"positions": "none", "key_components": 2},
+    "biases": GROUPED | BIASES,
+    "biases, window": GROUPED | BIASES | {"window": 6, "key_components": 2, "value_components": 1},
+    "biases, complex keys, key norm": FREQUENCY
+    | BIASES
+    | {"key_components": 2, "value_components": 3, "qk_norm": True},
+    "a layer not rotated": {"layer_thetas": (100.0, 0.0), "key_components": (3, 2)},
+    "norms of outputs": PLAIN | GROUPED | {"norms": "post", "qk_norm": True, "qk_norm_over": "all"},
+    "values alone, one norm of all heads": GROUPED
+    | {"hlc": "v", "value_components": 2, "qk_norm": True, "qk_norm_over": "all"},
+    "gemma": GROUPED | GEMMA | {"head_norm": False},
+    "gemma, half": GROUPED | GEMMA | {"key_components": 2, "value_components": 2},
+    "windows of two sizes, alibi": {"window": (3, 7), "positions": "alibi", "key_components": 2},
 }
 LENGTH = 20
 # A row without padding, one padded on the right, one on the left.
@@ -107,7 +131,9 @@ def test_logits_are_ours(case):
 def test_frequencies_are_ours(scaling):
     model = dataclasses.replace(tiny_model(head_dim=32), rope_scaling=scaling)
     config = MEAConfig(**composite.mea_config(model))
-    found, factor = attention_mea.rope_frequencies(config)
+    rope_of_layer = config.rope(0)
+    assert rope_of_layer is not None
+    found, factor = attention_mea.rope_frequencies(rope_of_layer, config.head_dim)
     wanted = rope.rope_frequencies(32, model.rope_theta, scaling)
     np.testing.assert_allclose(found, wanted, rtol=1e-6)  # float64, returned as float32
     assert factor == pytest.approx(rope.attention_factor(scaling), rel=1e-12)
@@ -145,6 +171,8 @@ def test_a_cache_in_pieces_is_the_whole(case):
 @torch.no_grad()
 def test_padding_between_tokens_changes_nothing(case):
     """A prompt can continue after its right padding: 6 tokens, 4 of padding, 4 tokens."""
+    if any(case.model.windows()):
+        pytest.skip("a window counts padding, as in transformers")
     ids = case.inputs["input_ids"][:1, :10]
     mask = torch.tensor([[1] * 6 + [0] * 4 + [1] * 4])
     first = torch.cat([ids[:, :6], torch.zeros(1, 4, dtype=ids.dtype)], dim=1)
@@ -156,19 +184,25 @@ def test_padding_between_tokens_changes_nothing(case):
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_cache_holds_components(case, dtype):
-    """A cached token is C_k + C_v heads and, with a key norm on mixed keys, K float32 numbers."""
+    """A cached token is C_k + C_v heads and, with a key norm on mixed keys, K float32 numbers.
+
+    A layer with a window keeps what the next token sees; of several windows, the largest counts.
+    """
     config = case.model
     past = copy.deepcopy(case.torch).to(dtype)(**case.inputs).past_key_values
     held = sum(x.numel() * x.element_size() for layer in past.layers for x in layer_tensors(layer))
-    components = sum(config.components(Side.KEY)) + sum(config.components(Side.VALUE))
     scalars = config.qk_norm and config.mixes(Side.KEY) and config.hlc_order == "before"
-    a_token = components * config.head_dim * dtype.itemsize
-    a_token += 4 * config.n_kv_heads * config.n_layers * scalars
-    assert held == a_token * len(SPANS) * LENGTH
+    counts = (config.components(side) for side in Side)
+    expected = 0
+    for keys, values, window in zip(*counts, config.windows(), strict=True):
+        a_token = (keys + values) * config.head_dim * dtype.itemsize
+        a_token += 4 * config.n_kv_heads * scalars
+        expected += a_token * len(SPANS) * (max(config.windows()) - 1 if window else LENGTH)
+    assert held == expected
 
 
 def layer_tensors(layer):
-    return [x for x in vars(layer).values() if isinstance(x, torch.Tensor)]
+    return [x for x in vars(layer).values() if isinstance(x, torch.Tensor) and x.ndim == 4]
 
 
 PROMPTS = [[5, 9, 200, 31, 77], [18, 3], [150, 151, 152, 153]]
@@ -187,7 +221,7 @@ def generated(model, **options):
     return out[:, max(map(len, PROMPTS)) :].tolist()
 
 
-@pytest.mark.parametrize("name", ["C per layer", "complex keys, key norm"])
+@pytest.mark.parametrize("name", ["C per layer", "complex keys, key norm", "gemma, half"])
 def test_greedy_tokens_are_ours(name, tmp_path):
     """Continuations of prompts of three lengths in one batch equal those of JAX."""
     model = tiny_model(**CASES[name])
@@ -205,9 +239,10 @@ def test_greedy_tokens_are_ours(name, tmp_path):
     ],
     ids=["sampling", "beams"],
 )
-def test_generation_without_a_cache_is_the_same(tmp_path, options):
+@pytest.mark.parametrize("name", ["key norm", "gemma, half"])
+def test_generation_without_a_cache_is_the_same(tmp_path, name, options):
     """The tokens do not depend on the cache, whose rows and scalars beam search reorders."""
-    model = tiny_model(**CASES["key norm"])
+    model = tiny_model(**CASES[name])
     exported = load(save(model, params_of(model, noise=0.3), tmp_path / "model"))
     texts = []
     for use_cache in (True, False):

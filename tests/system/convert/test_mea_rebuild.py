@@ -33,6 +33,9 @@ CASES: dict[str, dict[str, Any]] = {
     "key norm": {"key_components": 2, "head_norm": False, "qk_norm": True},
     "complex keys, dense values": FREQUENCY | GROUPED | {"key_components": 3},
     "complex keys, key norm": FREQUENCY | {"key_components": 2, "qk_norm": True},
+    "biases": {"qkv_bias": True, "out_bias": True, "key_components": 2, "head_norm": False},
+    "complex keys, key norm, biases": FREQUENCY
+    | {"key_components": 2, "qk_norm": True, "qkv_bias": True},
     "mixed after rotation": {"hlc_order": "after", "key_components": 2, "head_norm": False},
 }
 LOGITS = jax.jit(apply_logits, static_argnums=0)

@@ -1,9 +1,12 @@
 """modeling_mea.py: storage, loss, hidden states, fixed caches, initial weights, experts."""
 
+import copy
+import json
+
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from mea_jax.convert import composite
 from mea_jax.convert.attention_mea import pack, unpack
@@ -12,12 +15,17 @@ from mea_jax.convert.modeling_mea import MEAExperts, MEAForCausalLM
 from tests.helpers import GROUPED, params_of, tiny_model
 from tests.system.convert.exported_mea import load, save
 
+LATER = (
+    *("qk_norm_over", "qkv_bias", "out_bias", "attention_multiplier", "norms", "hidden_act"),
+    *("embedding_multiplier", "layer_thetas"),
+)
 IDS = torch.tensor(np.random.default_rng(0).integers(0, 264, (2, 10)))
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    model = tiny_model(**GROUPED, qk_norm=True, key_components=(1, 2), value_components=2)
+    heads = {"qk_norm": True, "key_components": (1, 2), "value_components": 2}
+    model = tiny_model(**GROUPED, **heads, qkv_bias=True, norms="both", window=(4, 0))
     return save(model, params_of(model, noise=0.3), tmp_path_factory.mktemp("mea") / "model")
 
 
@@ -30,6 +38,19 @@ def test_it_is_stored_as_it_was_read(folder, tmp_path):
     again = load(tmp_path / "again")
     with torch.no_grad():
         torch.testing.assert_close(again(IDS).logits, model(IDS).logits, rtol=0, atol=0)
+
+
+@torch.no_grad()
+def test_older_exports_are_the_same(tmp_path):
+    """A config.json without the keys that came later gives the same logits."""
+    ours = tiny_model(key_components=2)
+    folder = save(ours, params_of(ours, noise=0.3), tmp_path / "model")
+    before, path = load(folder)(IDS).logits, folder / "config.json"
+    config = json.loads(path.read_text())
+    for key in LATER:
+        del config[key]
+    path.write_text(json.dumps(config))
+    torch.testing.assert_close(load(folder)(IDS).logits, before, rtol=0, atol=0)
 
 
 def test_loss_and_gradients(folder):
@@ -54,13 +75,38 @@ def test_hidden_states_and_last_logits(folder):
     torch.testing.assert_close(last, out.logits[:, -2:], rtol=0, atol=2e-6)
 
 
-@pytest.mark.parametrize("changes", [{"qk_norm": True}, {"positions": "alibi"}])
+@torch.no_grad()
+def test_what_a_window_hides_does_not_depend_on_the_cache_or_the_mask(folder):
+    """A cache that keeps all positions, and a complete mask of all of them, change no logit."""
+    model = load(folder)
+    expected = model(IDS).logits
+    complete = torch.ones((1, 1, 10, 10), dtype=torch.bool).tril()
+    added = torch.zeros(complete.shape).masked_fill(~complete, torch.finfo(torch.float32).min)
+    for cache, kept in ((DynamicCache(), [6, 6]), (DynamicCache(config=model.config), [3, 6])):
+        past = model(IDS[:, :6], past_key_values=cache).past_key_values
+        assert [layer.keys.shape[2] for layer in past.layers] == kept
+        for mask in (complete, added):
+            again = copy.deepcopy(past)
+            rest = model(IDS[:, 6:], attention_mask=mask[:, :, 6:], past_key_values=again).logits
+            torch.testing.assert_close(rest, expected[:, 6:], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"qk_norm": True},
+        {"positions": "alibi"},
+        {"window": (4, 0), "qkv_bias": True},
+        {"window": 13},  # reached while generating
+        {"window": (4, 9), "positions": "alibi"},
+    ],
+)
 def test_a_cache_of_fixed_size(tmp_path, changes):
     """`generate` gives the same tokens with a static cache, whose masks are already complete."""
     ours = tiny_model(**GROUPED, **changes, key_components=(1, 2))
     model = load(save(ours, params_of(ours, noise=0.3), tmp_path / "model"))
     mask = torch.ones_like(IDS)
-    mask[1, :4] = 0
+    mask[1, :4] = 0  # of 10 tokens
     options = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
     grown = model.generate(IDS, **options)
     fixed = model.generate(IDS, cache_implementation="static", **options)

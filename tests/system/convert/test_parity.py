@@ -14,18 +14,20 @@ from mea_jax.checkpoint.layerwise import StoredModel
 from mea_jax.checkpoint.load import load
 from mea_jax.compress.options import Options
 from mea_jax.compress.run import compress
+from mea_jax.config.schema import Side
 from mea_jax.convert.exporting import export_model
 from mea_jax.convert.importing import import_model
 from mea_jax.generate import decode
 from mea_jax.generate.generator import Decoding, Generator
 from mea_jax.ops.sampling import Sampling
 from tests.helpers import apply_logits
-from tests.system.convert import small_models
+from tests.system.convert import exported_mea, small_models
 
 LIMIT = 1e-4  # largest difference of float32 logits, whose spread is about one
 LENGTH = 48
 FAMILIES = ["llama", "qwen3 tied", "qwen3_moe"]  # one of each form, for long compilations
 CACHED = [*FAMILIES, "qwen3 yarn", "qwen2 window", "smollm3", "olmo2", "gemma3"]
+OWN = ["qwen2", "qwen2 window", "smollm3", "gemma3", "mistral window", "llama biases"]
 COMPRESSED = [*FAMILIES, "qwen3 yarn", "llama biases", "qwen2", "smollm3", "gemma3"]
 
 
@@ -183,6 +185,35 @@ def test_compressing_to_all_heads_keeps_the_model(pair, kind, devices, tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "stock", dtype=torch.float32)
     assert type(again) is type(model)
     assert_same(theirs, small_models.logits(again, tokens_BT))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", OWN)
+def test_half_the_heads_in_our_own_code(pair, kind, devices, tmp_path):
+    """A compressed model has our logits in one pass and with a cache, and our greedy tokens."""
+    devices(1)
+    run = pair(kind)[2]
+    options = Options(
+        keep=0.5, method="svd", calibration_tokens=0, held_out_tokens=512, dtype="float32"
+    )
+    compress(run, tmp_path / "half", options)
+    config, params = loaded(tmp_path / "half")
+    assert set(config.components(Side.KEY) + config.components(Side.VALUE)) == {1}
+    export_model(tmp_path / "half", tmp_path / "mea", print, form="mea")
+    exported = exported_mea.load(tmp_path / "mea")
+    tokens_BT = small_models.tokens(4, 2, LENGTH)
+    ours = our_logits(config, params, tokens_BT)
+    assert_same(small_models.logits(exported, tokens_BT), ours)
+    ids, past, pieces = torch.tensor(tokens_BT).long(), None, []
+    for piece in ids.split([30, 1, 1, 3, 12, 1], dim=1):
+        out = exported(piece, past_key_values=past)
+        past = out.past_key_values
+        pieces.append(out.logits)
+    assert_same(torch.cat(pieces, dim=1).numpy(), ours)
+    prompt = tokens_BT[0, :30].tolist()
+    found = Generator(config, params, length=LENGTH).run([prompt], Decoding(12))
+    theirs = exported.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=12)
+    assert theirs[0, 30:].tolist() == found[0]
 
 
 def test_bfloat16_is_stored_as_it_is_published(tmp_path, devices):

@@ -1,41 +1,28 @@
 """Generation on a mesh of devices equals generation on one device."""
 
+import functools
 import json
+import math
 
 import jax
 import numpy as np
 import pytest
 
-from mea_jax.checkpoint.load import open_trained
+from mea_jax.checkpoint.load import open_trained, unresolved
 from mea_jax.errors import UserError
 from mea_jax.generate import decode
+from mea_jax.generate.generator import Generator
+from mea_jax.model.params import param_shardings
+from mea_jax.ops.resolve import resolve_on
 from mea_jax.parallel import sharding
-from tests.helpers import GROUPED, PLAIN, assert_one_error
-from tests.whole_runs import train_on_one_device
-
-EXPERTS = {"n_experts": 8, "experts_per_token": 2, "d_expert": 16}
-HALF = {"key_components": 2, "value_components": 2}
-MODELS = {
-    "MHA": PLAIN,
-    "GQA": PLAIN | GROUPED,
-    "MEA, half of the heads cached": HALF,
-    "mixture of experts": PLAIN | EXPERTS,
-}
-MESHES = {
-    "MHA": ("tensor=4", "data=2,fsdp=2,tensor=2"),
-    "GQA": ("tensor=4", "fsdp=4"),
-    "MEA, half of the heads cached": ("tensor=2", "fsdp=2,tensor=2"),
-    "mixture of experts": ("tensor=2", "expert=4,tensor=2"),
-}
+from tests.helpers import assert_one_error, params_of, tiny_model
+from tests.mesh_models import MESHES, MODELS, WRONG, written_run
 
 
 @pytest.fixture(scope="module", params=MODELS)
 def run(request, tiny, tmp_path_factory):
-    """Return (the name of a model, the run directory of a short training of it)."""
-    changes = {f"model.{name}": value for name, value in MODELS[request.param].items()}
-    workdir = tmp_path_factory.mktemp("meshes") / "run"
-    train_on_one_device(tiny(**changes), workdir)
-    return request.param, workdir
+    """Return (the name of a model, its run directory)."""
+    return request.param, written_run(request.param, tiny, tmp_path_factory.mktemp("meshes"))
 
 
 @pytest.mark.slow
@@ -80,17 +67,38 @@ def test_meshes_that_do_not_fit_are_one_line(run, in_process):
     name, workdir = run
     if name != "GQA":
         pytest.skip("one model is enough")
-    for text, *words in (
-        ("tensor=8", "config.mesh.tensor=8 does not divide config.model.n_kv_heads=4"),
-        ("expert=2", "config.mesh.expert=2 splits experts"),
-        ("tensor=16", "needs 16 devices, but this machine has 8"),
-        ("tensr=2", "did you mean 'tensor'?"),
-        ("tensor=0", "the size of tensor must be 1 or more"),
-        ("tensor", "the size of tensor must be 1 or more"),
-    ):
+    for text, *words in WRONG:
         arguments = ("--checkpoint", workdir, "--prompt", "a", "--mesh", text)
         status, _, err = in_process("mea_jax.generate", *arguments, count=8)
         assert_one_error(status, err, *words)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_parameters_and_cache_lie_where_a_plan_puts_them(name):
+    """The shardings that `plan --step decode` compiles for are those of a running generator."""
+    model = tiny_model(**MODELS[name])
+    mesh = sharding.requested_mesh(MESHES[name][1], "--mesh")
+    resolved = resolve_on(unresolved(model), mesh, 16)
+    with jax.set_mesh(mesh):
+        params = jax.device_put(params_of(model), param_shardings(resolved, mesh))
+        generator = Generator(resolved, params, length=16, mesh=mesh)
+        served = generator.served
+        empty = functools.partial(decode.empty_cache, served, 8, 16, np.float32)
+        found = generator.params, jax.jit(empty)()
+    planned = (
+        decode.placed_params(served, mesh),
+        decode.placed_cache(served, 8, 16, np.float32, mesh),
+    )
+
+    def place(x):
+        index = x.sharding.devices_indices_map(x.shape)
+        return x.shape, str(x.dtype), {device.id: part for device, part in index.items()}
+
+    assert jax.tree.map(place, found) == jax.tree.map(place, planned)
+    tensor, rows = mesh.shape["tensor"], sharding.batch_shards(mesh)
+    for heads in jax.tree.leaves((found[1].layers, found[1].recent)):
+        share = math.prod(heads.sharding.shard_shape(heads.shape))
+        assert share * tensor * rows == heads.size
 
 
 def test_a_mesh_takes_the_first_devices():

@@ -15,6 +15,7 @@ import pytest
 from mea_jax.config.schema import DataConfig, MeshConfig, TrainConfig
 from mea_jax.errors import UserError
 from mea_jax.model import flops
+from mea_jax.parallel import sharding
 from mea_jax.plan import output, search, target
 from mea_jax.plan.chips import CHIPS
 from mea_jax.plan.programs import decode_program, train_program
@@ -161,6 +162,35 @@ def test_a_decode_step_reads_its_cache():
     assert plan.costs.hbm_bytes > plan.argument_bytes["cache"] + plan.argument_bytes["weights"]
 
 
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"key_components": 2, "value_components": 2}, "fsdp=2,tensor=2"),
+        (PLAIN | {"n_experts": 8, "experts_per_token": 2, "d_expert": 16}, "expert=2,tensor=4"),
+    ],
+    ids=["MEA", "experts"],
+)
+def test_a_decode_step_is_divided_over_a_mesh(changes, text):
+    """A device has its rows and heads of the cache, and its part of all matrices."""
+    config = dataclasses.replace(config_of(), model=tiny_model(**changes))
+    mesh = sharding.requested_mesh(text, "--mesh")
+    one, plan = (decode_program(config, machine(), 4, 512, m) for m in (None, mesh))
+    assert one.mesh.size == 1
+    assert plan.argument_bytes["cache"] == one.argument_bytes["cache"] / mesh.size
+    # Routers, mixing and norms are not split in full.
+    weights = one.argument_bytes["weights"] / mesh.size
+    assert weights <= plan.argument_bytes["weights"] < 1.3 * weights
+    axes = " ".join(row.axes for row in roofline(plan, machine()).traffic)
+    assert [axis for axis in mesh.shape if axis in axes] == [
+        a for a, n in mesh.shape.items() if n > 1
+    ]
+    assert not roofline(one, machine()).traffic
+    with pytest.raises(
+        UserError, match="--batch 3: these rows cannot be divided over the 2 shards"
+    ):
+        decode_program(config, machine(), 3, 512, mesh)
+
+
 def test_gpus_must_be_asked_for_before_jax_starts(monkeypatch):
     with pytest.raises(UserError, match=r"already started with .* CPU devices"):
         target.find("h100:5")
@@ -189,6 +219,10 @@ def command(*arguments: str) -> subprocess.CompletedProcess:
         (["--topology=gpu:6", "--config.mesh.tensor=6"], ["mesh.tensor=6", "n_heads=8"]),
         (["--topology=gpu:2", "--step=serve"], ["--step=serve", "train|decode"]),
         (["--topology=gpu:2", "--step=decode", "--sweep"], ["--sweep", "--step"]),
+        (["--topology=gpu:2", "--mesh=tensor=2"], ["--mesh", "--step decode"]),
+        (["--topology=gpu:2", "--step=decode", "--config.mesh.fsdp=2"], ["mesh.fsdp", "--mesh"]),
+        (["--topology=gpu:2", "--step=decode", "--mesh=tensor=4"], ["--mesh tensor=4 needs 4"]),
+        (["--topology=gpu:3", "--step=decode", "--mesh=tensor=3"], ["tensor=3", "n_heads=8"]),
         (["--topology=gpu:2", "--sweep", "--hlo=x"], ["--hlo writes one program", "--sweep"]),
     ],
 )
@@ -223,7 +257,13 @@ def test_a_tpu_plan_by_the_command(tmp_path):
     assert plan["pallas_calls"]
     assert plan["fits"]
     assert {row["axes"] for row in plan["collectives"]} <= {"data", "fsdp", "data x fsdp"}
-    run = command("--topology=v5e:2x2", "--step=decode", "--batch=200000", f"--out={out}")
+    step = ["--topology=v5e:2x2", "--step=decode"]
+    run = command(*step, "--mesh=fsdp=2,tensor=2", f"--out={out}")
+    assert run.returncode == 0, run.stderr
+    plan = json.loads(Path(f"{out}.json").read_text())
+    assert plan["devices"] == 4
+    assert {row["axes"] for row in plan["collectives"]} <= {"fsdp", "tensor", "fsdp x tensor"}
+    run = command(*step, "--batch=200000", f"--out={out}")
     assert run.returncode == 2
     last = run.stderr.splitlines()[-1]
     assert "does not fit" in last

@@ -162,7 +162,7 @@ def verdict(summary: dict[str, Any]) -> str:
     if increase >= _VERDICTS[0][0] and summary["cache_kept"] < 1:
         if options["repair"] == "none":
             advice.append("--repair layerwise")
-        if options["budget"] == "uniform":
+        if options["budget"] == "uniform" and options["method"] != "bits":
             advice.append("--budget measured")
         advice.append("a larger --keep")
         advice.append("training it further (configs/recover.py)")

@@ -148,6 +148,11 @@ def _validate_experts(model: ModelConfig) -> None:
             else f"{at}.{name}={value} needs experts, but n_experts=0 has none: set it to 0",
         )
     require(
+        not experts or model.activation == "silu",
+        f"{at}.activation={model.activation!r} has no effect on experts, which use silu: set it to "
+        "'silu', or n_experts to 0",
+    )
+    require(
         model.experts_per_token <= experts,
         f"{at}.experts_per_token={model.experts_per_token} exceeds n_experts={experts}: "
         "choose a smaller number",

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -121,9 +121,11 @@ def test_windows(length, block, window, alibi):
     assert_close(found, value_and_grads(expected, weight, q, k, v), TOLERANCE["float32"])
 
 
-@given(length=st.integers(1, 70), block=st.integers(1, 20), window=st.integers(0, 90))
+@settings(max_examples=200)
+@given(length=st.integers(1, 40), block=st.integers(1, 9), window=st.integers(0, 45))
 def test_the_pairs_of_blocks_are_those_with_a_visible_key(length, block, window):
-    seen = np.asarray(references.visible(np.ones((1, length)), window))[0]
+    behind = np.subtract.outer(np.arange(length), np.arange(length))
+    seen = (behind >= 0) & (behind < (window or length))
     starts = range(0, length, block)
     expected = [
         (i, j, s - t)

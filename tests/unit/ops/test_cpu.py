@@ -155,9 +155,11 @@ def test_attention_with_a_window(dtype, t, block, window):
     assert_close(value_and_grads(f, q, k, v), want, dtype)
 
 
-@given(t=st.integers(1, 40), block=st.integers(1, 16), window=st.integers(0, 50))
+@settings(max_examples=100)
+@given(t=st.integers(1, 40), block=st.integers(1, 9), window=st.integers(0, 45))
 def test_a_block_of_queries_starts_at_the_first_key_that_it_sees(t, block, window):
-    seen = np.asarray(references.visible(np.ones((1, t)), window))[0]
+    behind = np.subtract.outer(np.arange(t), np.arange(t))
+    seen = (behind >= 0) & (behind < (window or t))
     spans = cpu._spans(t, block, window)
     assert [place for span in spans for place in range(span.start, span.stop)] == list(range(t))
     for start, stop, first in spans:

@@ -48,18 +48,23 @@ def along_last(scale, like):
     return scale.reshape((1,) * (like.ndim - 1) + (-1,))
 
 
-def visible(segments_BT):
-    """Return the mask (B, T, S): earlier positions of the same document and the position itself."""
+def visible(segments_BT, window=0):
+    """Return the mask (B, T, S): earlier positions of the same document and the position itself.
+
+    With a `window` above 0 these are that many positions at most.
+    """
     t = jnp.arange(segments_BT.shape[1])
-    same = segments_BT[:, :, None] == segments_BT[:, None, :]
-    return same & (t[None, :, None] >= t[None, None, :])
+    behind_TS = t[:, None] - t[None]
+    near_TS = (behind_TS >= 0) & (behind_TS < (window or len(t)))
+    return near_TS[None] & (segments_BT[:, :, None] == segments_BT[:, None, :])
 
 
 def logits_of(model, q_BTNH, k_BTKH, slopes=None):
     """Return unmasked logits (B, N, T, S), with ALiBi's biases if the model uses ALiBi."""
     n, t = q_BTNH.shape[2], jnp.arange(q_BTNH.shape[1])
     k_BTNH = jnp.repeat(k_BTKH, n // k_BTKH.shape[2], axis=2)
-    logits = jnp.einsum("btnh,bsnh->bnts", q_BTNH, k_BTNH) / model.head_dim**0.5
+    scale = model.attention_scale or model.head_dim**-0.5
+    logits = scale * jnp.einsum("btnh,bsnh->bnts", q_BTNH, k_BTNH)
     if model.positions == "alibi":
         slopes = [2 ** (-8 * (i + 1) / n) for i in range(n)] if slopes is None else slopes
         distance_TS = (t[None] - t[:, None]).astype(jnp.float32)
@@ -67,9 +72,9 @@ def logits_of(model, q_BTNH, k_BTKH, slopes=None):
     return logits
 
 
-def maps_of(logits_BNTS, segments_BT):
+def maps_of(logits_BNTS, segments_BT, window=0):
     """Return the attention maps (B, N, T, S)."""
-    hidden = jnp.where(visible(segments_BT)[:, None], logits_BNTS, -1e30)
+    hidden = jnp.where(visible(segments_BT, window)[:, None], logits_BNTS, -1e30)
     return jax.nn.softmax(hidden, axis=-1)
 
 
@@ -89,10 +94,15 @@ def mea(model, params, x_BTD, positions_BT, segments_BT):
         return composites(model.mixing_kind(side), heads_BTCH, params[f"{side}_mixing"])
 
     def projected(side):
-        return jnp.einsum("btd,dch->btch", x_BTD, params[side])
+        heads_BTCH = jnp.einsum("btd,dch->btch", x_BTD, params[side])
+        bias_CH = params.get(f"{side}_bias")
+        return heads_BTCH if bias_CH is None else heads_BTCH + bias_CH[None, None]
 
     def normed(x, name):
-        return x / rms(x, eps) * along_last(params[name]["scale"], x)
+        flat = x
+        if name != "head_norm" and model.qk_norm_over == "all":
+            flat = x.reshape(*x.shape[:2], -1)
+        return (flat / rms(flat, eps) * along_last(params[name]["scale"], flat)).reshape(x.shape)
 
     q, k, v = projected("query"), projected("key"), mixed("value", projected("value"))
     if model.qk_norm:
@@ -109,10 +119,11 @@ def mea(model, params, x_BTD, positions_BT, segments_BT):
         elif model.qk_norm:
             k = normed(k, "key_norm")
         k = rotated(model, k, positions_BT)
-    maps = maps_of(logits_of(model, rotated(model, q, positions_BT), k), segments_BT)
-    o = weighted(maps, v)
+    logits = logits_of(model, rotated(model, q, positions_BT), k)
+    o = weighted(maps_of(logits, segments_BT, model.windows()[0]), v)
     if model.head_norm:
         o = normed(o, "head_norm")
     if model.gate != "none":
         o = o * jax.nn.sigmoid(projected("output_gate"))
-    return jnp.einsum("btnh,nhd->btd", o, params["out"])
+    y = jnp.einsum("btnh,nhd->btd", o, params["out"])
+    return y + along_last(params["out_bias"], y) if model.out_bias else y

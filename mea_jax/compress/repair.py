@@ -49,12 +49,18 @@ _HIGHEST = jax.lax.Precision.HIGHEST
 
 @functools.partial(jax.jit, static_argnums=0)
 def _normal_equations(spec: LayerSpec, attention: Tree, normed_BTD, target_BTD, batch, index):
-    """Return sums of o o^T, o y^T and 1 over tokens; o (N H) is the output projection's input."""
+    """Return sums of o o^T, o y^T and 1 over tokens.
+
+    o (N H) is the output projection's input, and y (D) the target without the projection's bias.
+    """
     _, heads = apply_attention(spec, attention, normed_BTD, batch, index, heads=True)
     o_BTX = heads["written"][0].astype(jnp.float32)
     weight_BT1 = (batch["segment_ids"] > 0).astype(jnp.float32)[..., None]
     o = (o_BTX.reshape(*weight_BT1.shape[:2], -1) * weight_BT1).reshape(weight_BT1.size, -1)
-    y = (target_BTD.astype(jnp.float32) * weight_BT1).reshape(weight_BT1.size, -1)
+    target_BTD = target_BTD.astype(jnp.float32)
+    if "out_bias" in attention:
+        target_BTD = target_BTD - attention["out_bias"][None, None]
+    y = (target_BTD * weight_BT1).reshape(weight_BT1.size, -1)
     dot = functools.partial(jnp.dot, precision=_HIGHEST)
     return dot(o.T, o), dot(o.T, y), weight_BT1.sum()
 

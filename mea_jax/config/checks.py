@@ -174,10 +174,12 @@ def _validate_value(path: str, value: Any) -> None:
             f"{path}={value} is {'0' if abs(value) < 1 else 'infinite'} in float32, the "
             "precision of a run: choose a number between 1.2e-38 and 3.4e38",
         )
-    elif isinstance(value, tuple):  # sources, or component heads
+    elif isinstance(value, tuple):  # sources, or a value per layer
         for i, item in enumerate(value):
-            leaves = item if isinstance(item, dict) else {}
-            for key, leaf in leaves.items():
+            if not isinstance(item, dict):
+                _validate_value(f"{path}[{i}]", item)
+                continue
+            for key, leaf in item.items():
                 _validate_value(f"{path}[{i}].{key}", leaf)
 
 

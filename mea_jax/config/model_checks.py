@@ -176,7 +176,8 @@ def _validate_experts(model: ModelConfig) -> None:
         )
     require(
         not experts or model.activation == "silu",
-        f"{at}.activation={model.activation!r} has no effect on experts: set it to 'silu'",
+        f"{at}.activation={model.activation!r} has no effect on experts, which use silu: set it to "
+        "'silu', or n_experts to 0",
     )
     require(
         model.experts_per_token <= experts,

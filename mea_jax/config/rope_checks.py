@@ -1,13 +1,20 @@
 """Checks of the scaling of rotary positions."""
 
-from mea_jax.config.schema import ROPE_SCALINGS, TrainConfig
+import math
+
+from mea_jax.config.schema import ROPE_SCALINGS, TrainConfig, layer_configs
 from mea_jax.errors import UserError, nearest, shown
 
 
 def validate_rope_scaling(config: TrainConfig) -> None:
     """Raise `UserError` for the first option of `config.model.rope_scaling` that cannot work."""
     at, model, window = "config.model.rope_scaling", config.model, config.data.context_length
-    rope, theta = model.rope_scaling, model.rope_theta
+    rope = model.rope_scaling
+    scaled = [(model.rope_theta, "rope_theta")]
+    if model.layer_thetas is not None:
+        layers = (layer for layer in layer_configs(model) if layer.rope_scaling == rope)
+        scaled = [(layer.rope_theta, "layer_thetas") for layer in layers if layer.rope_theta]
+    theta, option = min(scaled, default=(math.inf, ""))
     if rope.kind not in ROPE_SCALINGS:
         raise UserError(f"{at}.kind={shown(rope.kind)}: {nearest(rope.kind, ROPE_SCALINGS)}")
     yarn = rope.kind == "yarn"
@@ -33,7 +40,7 @@ def validate_rope_scaling(config: TrainConfig) -> None:
         ),
         (
             not yarn or theta > 1,
-            f".kind='yarn' needs config.model.rope_theta={theta} above 1: it compares frequencies",
+            f".kind='yarn' needs config.model.{option}={theta} above 1: it compares frequencies",
         ),
         (
             rope.kind != "dynamic" or model.positions != "rope" or window <= rope.original_context,

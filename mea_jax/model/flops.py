@@ -1,11 +1,12 @@
 """The FLOPs of a model, counted by one convention, and the peak rates that MFU divides by.
 
 A multiply-add counts as two FLOPs. The count includes all products of the model: projections,
-attention over the positions that a causal mask leaves (half of T x T), the mixing of heads in the
-form that runs, the router and the experts that a token is sent to, and the unembedding. The
-backward pass counts as twice the forward pass. The count excludes norms, softmax, rotary positions,
-lookups, recomputation (remat), the optimizer, and a teacher's forward pass. Frozen parameters count
-as if they had gradients. So MFU measures useful work, independent of recomputation.
+attention over the positions that a causal mask and a layer's window leave (half of T x T without a
+window), the mixing of heads in the form that runs, the router and the experts that a token is sent
+to, and the unembedding. The backward pass counts as twice the forward pass. The count excludes
+norms, softmax, rotary positions, lookups, recomputation (remat), the optimizer, and a teacher's
+forward pass. Frozen parameters count as if they had gradients. So MFU measures useful work,
+independent of recomputation.
 """
 
 from mea_jax.config.schema import ModelConfig, Side
@@ -73,14 +74,23 @@ def _feed_forward_products(model: ModelConfig) -> int:
     return router + model.experts_per_token * 3 * model.d_model * model.d_expert
 
 
+def _keys_per_query(length: int, window: int) -> float:
+    """Return the mean number of keys of T queries that see the last `window` positions; 0: all.
+
+    A position's own key counts as half, so that this is T / 2 without a window, except for queries
+    that see a full window.
+    """
+    window = min(window or length, length)
+    return window - window**2 / (2 * length)
+
+
 def forward_flops_per_token(model: ModelConfig, length: int) -> float:
     """Return the FLOPs per position of a forward pass over windows of `length` positions."""
     total = 0.0
-    for c_key, c_value in zip(
-        model.components(Side.KEY), model.components(Side.VALUE), strict=True
-    ):
+    counts = (model.components(side) for side in Side)
+    for c_key, c_value, window in zip(*counts, model.windows(), strict=True):
         position, pair = _attention_products(model, c_key, c_value)
-        total += 2 * (position + pair * length / 2)  # causal half
+        total += 2 * (position + pair * _keys_per_query(length, window))
         total += 2 * _feed_forward_products(model)
     return total + 2 * model.d_model * model.vocab_size
 

@@ -161,7 +161,7 @@ class _CausalAt(splash_mask.CausalMask):
         if window:  # the kernel evaluates this function too
 
             def seen(queries, keys):
-                return (queries >= keys) & (queries < keys + window)
+                return (queries >= keys) & (queries - keys < window)  # a sum would overflow
 
             self.mask_function = seen
 

@@ -212,10 +212,10 @@ def kernel_flops(name: str, operands: Sequence[Array], results: Sequence[Array])
     Grouped products (`ragged_dot`): each row is multiplied by one matrix, or its outer product is
     added to one.
 
-    Splash attention, causal: half of all pairs of positions count. Forward takes 2 products per
-    pair. Backward in one kernel takes 5 and leaves a partial dq for each block of keys (one axis
-    more than q). Backward in two kernels takes 3 for dq and 4 for dk and dv, since both recompute
-    the probabilities.
+    Splash attention, causal: half of all pairs count, also under a window, which the call does not
+    tell. Forward takes 2 products per pair. Backward in one kernel takes 5 and leaves a partial dq
+    for each block of keys (one axis more than q). Backward in two kernels takes 3 for dq and 4 for
+    dk and dv, since both recompute the probabilities.
     """
     floats = [a for a in operands if a.dtype in ("bf16", "f32")]
     if "ragged-dot" in name and len(floats) == 2 and results:

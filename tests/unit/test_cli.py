@@ -72,12 +72,13 @@ def test_default_run_directory_is_that_of_the_variant(command, config_file, tmp_
 
 @pytest.mark.slow
 def test_overrides_reach_the_run(command, config_file, tmp_path):
-    config = config_file()
+    config = config_file(**{"model.window": 4, "model.layer_thetas": (1e4, 0.0)})
     status, _, _ = command(
         "--config",
         config,
         "--workdir",
         tmp_path / "run",
+        "--config.model.window=(0, 128)",
         "--config.steps=1",
         "--config.optimizer.warmup_steps=0",
         "--config.model.key_components=2",
@@ -88,6 +89,8 @@ def test_overrides_reach_the_run(command, config_file, tmp_path):
     assert stored["steps"] == 1
     assert stored["model"]["key_components"] == 2
     assert stored["model"]["value_components"] == [4, 1]
+    assert stored["model"]["window"] == [0, 128]
+    assert stored["model"]["layer_thetas"] == [1e4, 0.0]
 
 
 def test_help_fits_a_screen(command):
@@ -110,6 +113,9 @@ def test_help_fits_a_screen(command):
         (["--config.model.n_heads=6"], ["n_heads=6", "n_kv_heads=4"]),
         (["--config.model.key_components=8"], ["key_components=8", "exceeds n_kv_heads=4"]),
         (["--config.model.key_components=3"], ["key_components=3", "does not divide"]),
+        (["--config.model.window=-128"], ["config.model.window=-128"]),
+        (["--config.model.window=(8, 0, 8)"], ["config.model.window lists 3 layers"]),
+        (["--config.model.layer_thetas=(1e4, 0.5)"], ["config.model.layer_thetas=0.5"]),
         (["--config.mesh.fsdp=3"], ["config.mesh needs", "1"]),
         (["--config.batch_size=0"], ["config.batch_size=0"]),
         (["--config.optimizer.schedule=cosin"], ["'cosine'"]),

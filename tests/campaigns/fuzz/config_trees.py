@@ -15,7 +15,9 @@ import numpy as np
 from hypothesis import strategies as st
 
 from mea_jax.config.schema import (
+    ACTIVATIONS,
     ATTENTION_KERNELS,
+    NORMS,
     POSITIONS,
     REMAT_POLICIES,
     ROPE_SCALINGS,
@@ -67,6 +69,11 @@ def _meshes(draw, devices: int):
     return tree, sizes
 
 
+def _each(values, layers: int):
+    """Draw one of `values` for each layer."""
+    return st.lists(values, min_size=layers, max_size=layers)
+
+
 @st.composite
 def _components(draw, kv: int, tensor: int, layers: int, fewer: bool):
     """Draw component heads that block identity and mesh allow: None, a number, one per layer."""
@@ -116,6 +123,15 @@ def _models(draw, sizes: dict[str, int], context: int, devices: int):
         kinds += ["dynamic"] * (context <= scaling["original_context"])
         scaling |= {"kind": _one(draw, *kinds), "factor": _one(draw, 1.0, 8.0)}
     fewer_keys = "k" in hlc or variant == "collaborative"
+    qk_norm = mea and draw(st.booleans())
+    windows = st.sampled_from([0, 1, 3, context, context + 1, 2**31 - 1])
+    window = None
+    if variant != "talking_heads":
+        window = draw(st.one_of(st.none(), windows, _each(windows, layers)))
+    thetas = None
+    if positions == "rope":
+        bases = st.sampled_from([0, 1e4, 1e6] + [1.0] * (scaling["kind"] != "yarn"))
+        thetas = draw(st.one_of(st.none(), _each(bases, layers)))
     return {
         "vocab_size": tensor * draw(st.integers(1, 40)),
         "d_model": split * draw(st.integers(math.ceil(8 / split), 32 // split)),
@@ -139,7 +155,16 @@ def _models(draw, sizes: dict[str, int], context: int, devices: int):
         "hlc_order": _one(draw, "before", "after") if "k" in hlc else "before",
         "hlc_form": _one(draw, "auto", "folded", "explicit"),
         "head_norm": mea and draw(st.booleans()),
-        "qk_norm": mea and draw(st.booleans()),
+        "qk_norm": qk_norm,
+        "qk_norm_over": _one(draw, "head", "all") if qk_norm and "k" not in hlc else "head",
+        "qkv_bias": mea and draw(st.booleans()),
+        "out_bias": mea and draw(st.booleans()),
+        "norms": draw(st.sampled_from(NORMS)),
+        "activation": "silu" if experts else draw(st.sampled_from(ACTIVATIONS)),
+        "attention_scale": _one(draw, 0.0, 0.1) if mea else 0.0,
+        "embedding_scale": _one(draw, 1.0, 5.6),
+        "window": window,
+        "layer_thetas": thetas,
         "gate": _one(draw, "none", "head", "feature") if mea else "none",
         "norm_eps": _one(draw, 1e-6, 1e-5),
         "positions": positions,
@@ -241,6 +266,8 @@ OPTIONS = (
     *(
         *VARIANTS,
         *POSITIONS,
+        *NORMS,
+        *ACTIVATIONS,
         *ROPE_SCALINGS,
         *ATTENTION_KERNELS,
         *REMAT_POLICIES,
@@ -284,7 +311,7 @@ def _out_of_line(draw, hint: Any):
     """Draw a value that may be invalid for an option of type `hint`, often of the right type."""
     if hint is None or draw(st.integers(0, 3)) == 0:
         return draw(ANYTHING)
-    if isinstance(hint, types.UnionType):  # component heads
+    if isinstance(hint, types.UnionType):  # a value per layer
         counts = st.lists(st.sampled_from(INTEGERS[:12]), max_size=4)
         return draw(st.one_of(st.sampled_from(INTEGERS), counts, st.none()))
     if hint is bool:

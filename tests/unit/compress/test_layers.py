@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 from mea_jax.compress import layer as layers
-from mea_jax.compress.layer import split_heads
+from mea_jax.compress.layer import put_heads, split_heads
 from mea_jax.compress.methods import METHODS, rebuilt_keys, solve_keys, solve_values, target_model
 from mea_jax.compress.moments import of_weights
 from mea_jax.compress.probe import assemble, plain_layer
+from mea_jax.compress.repair import sharpened
 from mea_jax.errors import UserError
 from mea_jax.model.layer_spec import plain_specs
 from tests.helpers import PLAIN, apply_logits, assert_close, params_of, tiny_model
@@ -30,6 +31,8 @@ MODELS = {
     "QK-norm, mixed by frequency": QK
     | {"hlc": "kv", "key_mixing": "frequency", "value_mixing": "dense", "key_components": 3},
     "gate": PLAIN | {"gate": "head"},
+    "biases, window": {"n_heads": 8, "qkv_bias": True, "out_bias": True, "window": 5},
+    "biases, QK-norm": QK | {"qkv_bias": True, "window": 5, "norms": "post"},
 }
 
 
@@ -78,16 +81,14 @@ def test_all_heads_return_the_model(name, method):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", ["MHA", "GQA", "MEA", "head norm only"])
+@pytest.mark.parametrize("name", ["MHA", "GQA", "MEA", "head norm only", "biases, window"])
 def test_a_compressed_layer_is_the_model_with_rebuilt_keys_and_values(name, method):
     """Gauges are folded exactly, including their signs and conjugates."""
     model, params = one_layer(name)
     target, new, (heads, keys, values, tree) = compressed(model, params, method, 2, 3)
     plain = plain_layer(heads, tree)
-    plain["attention"] |= {
-        "key": rebuilt_keys(heads, keys).astype(np.float32),
-        "value": values.rebuilt(heads.value_DKH).astype(np.float32),
-    }
+    put_heads(plain["attention"], "key", rebuilt_keys(heads, keys).astype(np.float32))
+    put_heads(plain["attention"], "value", values.rebuilt(heads.value_DKH).astype(np.float32))
     spec = plain_specs(model)[0].model
     stacked = params | {"layers_0": jax.tree.map(lambda x: x[None], plain)}
     wanted = logits(dataclasses.replace(spec, n_layers=1), stacked)
@@ -96,12 +97,13 @@ def test_a_compressed_layer_is_the_model_with_rebuilt_keys_and_values(name, meth
 
 
 @pytest.mark.parametrize("method", ["svd", "frequency"])
-def test_keys_under_a_norm_are_rebuilt_before_it(method):
+@pytest.mark.parametrize("name", ["QK-norm", "biases, QK-norm"])
+def test_keys_under_a_norm_are_rebuilt_before_it(name, method):
     """Methods without a gauge are exact with a key norm too, because no weights are tied."""
-    model, params = one_layer("QK-norm")
+    model, params = one_layer(name)
     target, new, (heads, keys, _, tree) = compressed(model, params, method, 2, 4)
     plain = plain_layer(heads, tree)
-    plain["attention"] |= {"key": rebuilt_keys(heads, keys).astype(np.float32)}
+    put_heads(plain["attention"], "key", rebuilt_keys(heads, keys).astype(np.float32))
     stacked = params | {"layers_0": jax.tree.map(lambda x: x[None], plain)}
     spec = dataclasses.replace(plain_specs(model)[0].model, n_layers=1)
     assert_close(logits(target, new), logits(spec, stacked), rtol=0, atol=1e-4)
@@ -122,6 +124,37 @@ def test_a_gauge_under_a_norm_is_exact_where_weights_are_alike_in_pairs():
     assert_close(logits(target, new), logits(spec, stacked), rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("method", ["svd", "frequency"])
+def test_biases_are_rebuilt_with_their_heads(method):
+    """With a bias, a key is affine in the input: components have biases, mixed like the heads."""
+    model, params = one_layer("biases, window")
+    target, new, (heads, keys, values, _) = compressed(model, params, method, 2, 3)
+    attention = jax.tree.map(lambda leaf: leaf[0], new["layers_0"]["attention"])
+    assert target.windows() == (5,)
+    assert {name: attention[f"{name}_bias"].shape for name in ("query", "key", "value")} == {
+        "query": (8, 8),
+        "key": (2, 8),
+        "value": (3, 8),
+    }
+    again = split_heads(target, attention)
+    rebuilt = rebuilt_keys(heads, keys), values.rebuilt(heads.value_DKH)
+    for found_DKH, wanted_DKH in zip((again.key_DKH, again.value_DKH), rebuilt, strict=True):
+        assert wanted_DKH.shape == (33, 4, 8)  # the bias is one more row
+        np.testing.assert_allclose(found_DKH, wanted_DKH, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["biases, window", "biases, QK-norm"])
+def test_a_temperature_multiplies_logits(name):
+    """It is the same as another scale of the logits, also with a bias of queries or their norm."""
+    model, params = one_layer(name)
+    attention = jax.tree.map(lambda x: x[0], params["layers_0"]["attention"])
+    sharp = jax.tree.map(lambda x: np.asarray(x)[None], sharpened(attention, 1.3))
+    new = params | {"layers_0": params["layers_0"] | {"attention": sharp}}
+    scaled = dataclasses.replace(model, attention_scale=1.3 * model.head_dim**-0.5)
+    assert_close(logits(model, new), logits(scaled, params), rtol=0, atol=2e-5)
+    assert np.abs(np.asarray(logits(model, new)) - logits(model, params)).max() > 1e-3
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -129,6 +162,7 @@ def test_a_gauge_under_a_norm_is_exact_where_weights_are_alike_in_pairs():
         ({"qk_norm": True, "hlc_order": "after"}, "after their norm"),
         ({"head_dim": 7, "positions": "none"}, "is odd"),
         ({"gate": "feature"}, "--method frequency"),
+        ({"qk_norm": True, "qk_norm_over": "all", "hlc": "none"}, r"qk_norm_over='all' \(OLMo 2\)"),
     ],
 )
 def test_attention_that_no_method_fits_is_refused(changes, words):

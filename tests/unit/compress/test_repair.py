@@ -7,7 +7,13 @@ import optax
 import pytest
 
 from mea_jax.compress import repair
+from mea_jax.compress.stream import Stream
+from mea_jax.config.schema import MeshConfig
+from mea_jax.model.layer_spec import layer_specs
+from mea_jax.parallel import sharding
+from tests.helpers import PLAIN, params_of, random_batch, tiny_model
 
+MODEL = tiny_model(n_layers=1, qkv_bias=True, out_bias=True, window=5, **PLAIN)
 D, HEADS, H, F, EXPERTS = 48, 6, 8, 64, 4
 BLOCK = {
     "attention": {
@@ -18,6 +24,9 @@ BLOCK = {
         "key_mixing": (2, HEADS, H // 2, 2),
         "value_mixing": (2, HEADS),
         "head_norm": {"scale": (H,)},
+        "query_bias": (HEADS, H),
+        "key_bias": (2, H),
+        "out_bias": (D,),
     },
     "mlp": {"router": (D, EXPERTS), "gate": (EXPERTS, D, F), "down": (EXPERTS, F, D)},
 }
@@ -43,6 +52,23 @@ def update(*each):
         found, state = optimizer.update(gradient, state, params)
     rates = np.linspace(0, 1, repair.WARMUP, endpoint=False)
     return optax.tree.scale(1 / rates[len(each) - 1], found)
+
+
+def test_the_refitted_output_leaves_its_bias_out(tmp_path):
+    """A layer with the original's heads and bias, but another W_O, gets the original W_O again."""
+    params, (spec,) = params_of(MODEL, noise=0.3), layer_specs(MODEL)
+    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    stream = Stream([random_batch(i, 4, 24, 264) for i in range(2)], ["", ""], tmp_path, mesh)
+    stream.embed(MODEL, params)
+    layer = jax.tree.map(lambda x: x[0], params["layers_0"])
+    attention = layer["attention"] | {"out_bias": np.full(32, 3.0, np.float32)}
+    original = repair.OriginalLayer(spec, attention, layer["attention_norm"]["scale"], stream)
+    other = attention | {"out": 0.7 * attention["out"]}
+    found = repair.refit_output(original, (spec, other))
+    # 192 tokens determine 32 rows of W_O; the ridge, 1e-4 of the mean square, holds back the rest.
+    np.testing.assert_allclose(found["out"], attention["out"], atol=0.02)
+    np.testing.assert_array_equal(found["out_bias"], attention["out_bias"])
+    assert original.error((spec, found)) < 1e-5
 
 
 def rms(leaf):
@@ -72,6 +98,16 @@ def test_each_head_and_each_expert_is_a_matrix(where, name, one):
     large[where][name] = large[where][name].at[one].multiply(1e4)
     a, b = (update(each, each)[where][name] for each in (plain, large))
     np.testing.assert_allclose(a, b, rtol=0.02, atol=0.02)
+
+
+def test_biases_are_no_matrices():
+    """A bias (heads, H) has two axes, but its rows are not those of a product: Adam moves it."""
+    kinds = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: repair._matrix(path, leaf) is not None, gradients()
+    )
+    matrices = {"query", "key", "value", "out"}
+    assert {name for name, kind in kinds["attention"].items() if kind is True} == matrices
+    assert all(kinds["mlp"].values())
 
 
 def test_all_directions_of_a_matrix_move_alike():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import re
 from typing import Any
 
@@ -12,7 +13,6 @@ from hypothesis import strategies as st
 
 from mea_jax.config import schema as config_lib
 from mea_jax.config.checks import validate
-from mea_jax.config.model_checks import validate_from_scratch
 from mea_jax.config.parse import from_config_dict, from_dict
 from mea_jax.config.presets import apply_variant
 from mea_jax.config.schema import (
@@ -87,6 +87,9 @@ def test_whole_numbers_may_be_floats_but_not_the_other_way():
         ("model.key_components", "4", r"config\.model\.key_components must be a list, not '4'"),
         ("model.key_components", 2.5, r"config\.model\.key_components must be a list"),
         ("model.key_components", [4, "x"], r"config\.model\.key_components\[1\] must be of type"),
+        ("model.window", 0.5, r"config\.model\.window must be a list, not 0\.5"),
+        ("model.layer_thetas", 1e4, r"config\.model\.layer_thetas must be a list, not 10000\.0"),
+        ("model.layer_thetas", ["1e4"], r"config\.model\.layer_thetas\[0\] must be of type float"),
         ("optimizer.learning_rate", None, r"config\.optimizer\.learning_rate must be of type"),
         ("data.sources", "text", r"config\.data\.sources must be a list, not 'text'"),
         ("data.sources", ["text"], r"config\.data\.sources\[0\] must contain the keys of Source"),
@@ -120,6 +123,9 @@ def test_wrong_types(path, value, message):
         ("model.norm_eps", 1e-40, r"norm_eps=1e-40 is 0 in float32"),
         ("model.rope_scaling", {"factor": 1e300}, r"rope_scaling\.factor=1e\+300 is infinite"),
         ("model.rope_theta", 1e-30, r"rope_theta=1e-30 must be 1 or more"),
+        ("model.layer_thetas", [1e4, 1e39], r"layer_thetas\[1\]=1e\+39 is infinite in float32"),
+        ("model.layer_thetas", [math.inf, 1.0], r"layer_thetas\[0\]=inf must be a finite number"),
+        ("model.window", 2**31, r"config\.model\.window=2147483648 must be within"),
         ("data.sources", [{"weight": 1e-300}], r"data\.sources\[0\]\.weight=1e-300 is 0"),
         ("data.sources", [{"path": "a\0b"}], r"data\.sources\[0\]\.path='a\\x00b' contains a null"),
         ("model.n_layers", 2**31 - 1, r"config\.model\.n_layers=2147483647 must be at most 10,000"),
@@ -211,48 +217,29 @@ def test_nearest_finds_a_key_with_a_letter_missing(name, cut):
         assert nearest(misspelt, known).startswith("did you mean")
 
 
-HEADS = {"n_heads": 8, "n_kv_heads": 4}
-YARN = {"rope_scaling.kind": "yarn", "rope_scaling.factor": 8.0}
-
-
 @pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"n_heads": 6, "n_kv_heads": 4}, r"n_heads=6 is not a multiple of n_kv_heads=4"),
-        ({"n_heads": 2, "n_kv_heads": 4}, r"n_heads=2 is not a multiple of n_kv_heads=4"),
-        (HEADS | {"key_components": 8}, r"key_components=8 \(layer 0\) exceeds n_kv_heads=4"),
-        (HEADS | {"value_components": (4, 5)}, r"value_components=5 \(layer 1\) exceeds"),
-        (HEADS | {"value_components": (4,)}, r"value_components lists 1 layers, but n_layers=2"),
-        (HEADS | {"key_components": 0}, r"key_components=0 \(layer 0\) must be at least 1"),
-        (HEADS | {"hlc": "none", "key_components": 2}, r"below n_kv_heads=4, but hlc="),
-        (HEADS | {"hlc": "v", "key_components": 2}, r"hlc='v' does not mix keys"),
-        ({"head_dim": 7}, r"head_dim=7 must be even"),
-        ({"d_model": 0}, r"d_model=0 must be positive"),
-        ({"vocab_size": -1}, r"vocab_size=-1 must be positive"),
-        ({"hlc": "keys"}, r"hlc='keys': did you mean|hlc='keys': known"),
-        ({"dtype": "float16"}, r"dtype='float16': did you mean '(b)?float"),
-        ({"remat": "all"}, r"remat='all': "),
-        ({"backend": "tpu"}, r"backend='tpu': did you mean 'cpu'\?"),
-        ({"hlc_form": "absorbed"}, r"hlc_form='absorbed': "),
-        ({"loss_chunk": -1}, r"loss_chunk=-1 must be 0 or more"),
-        ({"norm_eps": -1.0}, r"norm_eps=-1.0 must be"),
-        ({"rope_theta": 0.0}, r"rope_theta=0.0 must be"),
-        ({"rope_scaling.kind": "yarns"}, r"rope_scaling\.kind='yarns': did you mean 'yarn'\?"),
-        ({"rope_scaling.factor": 8.0}, r"factor=8\.0 has no effect with kind='none': set kind"),
-        (YARN | {"rope_scaling.factor": 0.5}, r"rope_scaling\.factor=0\.5 must be 1 or more"),
-        (YARN | {"rope_scaling.beta_slow": 32.0}, r"beta_slow=32\.0 must be positive and below"),
-        (YARN | {"rope_scaling.mscale": -1.0}, r"mscale=-1\.0 must be positive, or 0"),
-        (YARN | {"rope_theta": 1.0}, r"kind='yarn' needs config\.model\.rope_theta=1\.0 above 1"),
-        (
-            {"rope_scaling.kind": "dynamic", "rope_scaling.original_context": 255},
-            r"original_context=255 is below data\.context_length=256: .* so shorten the windows",
-        ),
-    ],
+    ("window", "each"), [(128, (128,) * 6), ((0, 64, 0, 0, 9, 0), (0, 64, 0, 0, 9, 0))]
 )
-def test_models_that_cannot_be(changes, message):
-    with pytest.raises(UserError, match=message) as error:
-        validate(TrainConfig(model=tiny_model(**changes)))
-    assert str(error.value).startswith("config.model.")
+def test_a_window_and_bases_of_a_config_file(window, each):
+    """`ConfigDict` has no type for an option that is None by default; whole bases become floats."""
+    config = default_config()
+    assert from_config_dict(config).model.windows() == (0,) * 6
+    config.model.window, config.model.layer_thetas = window, [10_000, 0, 1e6, 0, 0, 0]
+    model = from_config_dict(config).model
+    assert model.windows() == each
+    assert model.layer_thetas == (1e4, 0.0, 1e6, 0.0, 0.0, 0.0)
+
+
+def test_a_config_stored_before_options_existed_is_one_with_their_defaults():
+    """So a run that such a config describes goes on: nothing differs that changes its result."""
+    tree = TrainConfig().to_dict()
+    added = ["window", "layer_thetas", "qkv_bias", "out_bias", "norms", "qk_norm_over"]
+    for name in [*added, "activation", "attention_scale", "embedding_scale"]:
+        del tree["model"][name]
+    assert from_dict(tree) == TrainConfig()
+    assert differences(from_dict(tree).to_dict(), TrainConfig().to_dict()) == []
+    new = change(TrainConfig(), **{"model.window": 4}).to_dict()
+    assert differences(from_dict(tree).to_dict(), new) == ["model.window: None -> 4"]
 
 
 @pytest.mark.parametrize(
@@ -305,15 +292,6 @@ def test_a_rotary_scaling_without_a_kind_is_an_older_one(stored, kind):
 def test_runs_that_cannot_be(changes, message):
     with pytest.raises(UserError, match=message):
         validate(change(TrainConfig(), **changes))
-
-
-def test_any_component_count_is_a_model_but_not_a_fresh_one():
-    """A compressed checkpoint may have 3 of 4 heads, for which block identity is not defined."""
-    model = tiny_model(key_components=(4, 3))
-    validate(TrainConfig(model=model))
-    with pytest.raises(UserError, match=r"key_components=3 \(layer 1\) does not divide .*=4"):
-        validate_from_scratch(model)
-    validate_from_scratch(tiny_model(key_components=(4, 2), value_components=1))
 
 
 def test_differences_are_those_that_change_the_result():

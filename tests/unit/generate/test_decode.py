@@ -60,6 +60,36 @@ MODELS: dict[str, dict[str, Any]] = {
         "gate": "feature",
     },
     "no positions": {"key_components": 1, "hlc": "k", "positions": "none"},
+    # Below, equal to and above a flush of the cache. The last layer is not rotated.
+    "windows": {
+        "n_layers": 4,
+        "window": (3, FLUSHED, 12, 0),
+        "layer_thetas": (1e4, 1e4, 5e5, 0.0),
+        "rope_scaling": RopeScaling("linear", 4.0),
+        "key_components": 2,
+        "value_components": (1, 2, 3, 4),
+    },
+    "biases, sandwich norms, GELU": {
+        "qkv_bias": True,
+        "out_bias": True,
+        "norms": "both",
+        "activation": "gelu",
+        "embedding_scale": 2.0,
+        "tie_embeddings": False,
+        "key_components": 2,
+        "value_components": 3,
+        "window": 5,
+    },
+    "norm of all heads, after each half": {
+        "qk_norm": True,
+        "qk_norm_over": "all",
+        "norms": "post",
+        "attention_scale": 0.5,
+        "hlc": "v",
+        "value_components": 2,
+    },
+    "differential V1, window": PLAIN | {"variant": "differential_v1", "window": 4},
+    "collaborative, window": PLAIN | {"variant": "collaborative", "window": 4, "n_heads": 8},
     "differential V1": PLAIN | {"variant": "differential_v1", "n_heads": 8, "n_layers": 2},
     "differential V1, ALiBi": PLAIN | {"variant": "differential_v1", "positions": "alibi"},
     "differential V2": PLAIN | GROUPED | {"variant": "differential_v2"},
@@ -70,7 +100,13 @@ MODELS: dict[str, dict[str, Any]] = {
 # "auto" is direct without mixing and where C = K; otherwise it is absorbed.
 CASES = [(name, "auto") for name in MODELS] + [
     (name, form)
-    for name in ("layers that differ", "complex keys, dense values", "key norm, complex")
+    for name in (
+        "layers that differ",
+        "complex keys, dense values",
+        "key norm, complex",
+        "windows",
+        "biases, sandwich norms, GELU",
+    )
     for form in ("absorbed", "explicit", "folded")
 ]
 

@@ -2,10 +2,12 @@
 
 import jax
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mea_jax.model import flops
 from mea_jax.train.step import batch_loss
-from tests.helpers import params_of, random_batch, tiny_model
+from tests.helpers import change, params_of, random_batch, tiny_model
 
 LENGTH, BATCH = 64, 2
 # Wide enough that products dominate norms, softmax and rotary positions.
@@ -72,6 +74,21 @@ def test_forward_flops_by_hand():
     assert flops.forward_flops_per_token(model, 8) == 2 * (
         projections + attention + 3 * 4 * 5 + 4 * 7
     )
+
+
+@given(length=st.integers(1, 60), windows=st.lists(st.integers(0, 70), min_size=2, max_size=2))
+def test_a_window_limits_the_keys_that_are_counted(length, windows):
+    """Query t counts t + 1/2 keys, as half of T x T does, or a window if that is less."""
+    model = tiny_model(hlc="none", n_layers=2)
+    limited = change(model, window=tuple(windows))
+    pair = 2 * 2 * model.n_heads * model.head_dim
+
+    def keys(window):
+        return sum(min(t + 0.5, window or length) for t in range(length)) / length
+
+    saved = sum(keys(0) - keys(window) for window in windows)
+    full, found = (flops.forward_flops_per_token(m, length) for m in (model, limited))
+    assert full - found == pytest.approx(pair * saved, rel=1e-9, abs=1e-6)
 
 
 def test_mixing_is_counted():

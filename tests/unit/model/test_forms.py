@@ -20,7 +20,7 @@ from mea_jax.generate.decode import serve
 from mea_jax.model.attention import Attention
 from mea_jax.model.context import Context, Slots
 from mea_jax.model.kv_cache import RECENT, CachedLayer, LayerCache, empty_heads
-from mea_jax.model.transformer import rope_of
+from mea_jax.model.transformer import rope_of, runs_of_equal_layers
 from mea_jax.ops import attention
 from tests import references
 from tests.helpers import apply_logits, change, flat, packed, params_of, tiny_model
@@ -156,7 +156,34 @@ def models(draw, key_kind, value_kind, qk_norm):
 @given(data=st.data())
 def test_every_form_is_the_reference(key_kind, value_kind, qk_norm, data):
     """All forms agree in values, trainable ones in gradients, for any C_k <= K and C_v <= K."""
-    model = data.draw(models(key_kind, value_kind, qk_norm))
+    assert_every_form_is_the_reference(data.draw(models(key_kind, value_kind, qk_norm)))
+
+
+BIASED: dict[str, Any] = {"qkv_bias": True, "out_bias": True}
+LAYERS: dict[str, dict[str, Any]] = {
+    "biases": BIASED | {"key_components": 3, "value_components": 2},
+    "biases, complex keys, dense values": BIASED
+    | {"key_components": 2, "value_components": 3}
+    | {"key_mixing": "frequency", "value_mixing": "dense", "qk_norm": True},
+    "biases, mixed after the norm": BIASED
+    | {"key_components": 2, "hlc_order": "after", "qk_norm": True, "n_heads": 8},
+    "window": {"key_components": 2, "value_components": 1, "window": 3},
+    "window of two, ALiBi": {"key_components": 2, "window": 2, "positions": "alibi"},
+    "window above the text": {"value_components": 2, "window": 50},
+    "norm of all heads": {"qk_norm": True, "qk_norm_over": "all", "hlc": "v"}
+    | {"value_components": 2, "n_kv_heads": 2},
+    "scaled logits": {"key_components": 2, "attention_scale": 0.7, "window": 4, "gate": "head"},
+}
+
+
+@pytest.mark.parametrize("case", LAYERS)
+def test_options_of_a_layer_reach_every_form(case):
+    model = tiny_model(n_layers=1, **LAYERS[case])
+    validate(TrainConfig(model=model))
+    assert_every_form_is_the_reference(model)
+
+
+def assert_every_form_is_the_reference(model):
     params, (x, positions_BT, segments_BT) = layer_params(model), inputs()
     weight = normal(6, *x.shape)
 
@@ -171,6 +198,8 @@ def test_every_form_is_the_reference(key_kind, value_kind, qk_norm, data):
         return [(out, pull(weight)) for out, pull in pulled], cached
 
     ((expected, gradients), *others), cached = results(params, x)
+    for path, gradient in flat(gradients[0]).items():
+        assert np.abs(gradient).max() > 0, path
     for found, found_gradients in others:
         assert_near(found, expected, VALUES)
         assert_near(found_gradients, gradients, GRADIENTS)
@@ -247,6 +276,8 @@ def test_positions_reach_the_layer(positions):
         {"key_components": 2, "key_mixing": "frequency", "qk_norm": True},
         {"value_components": 1, "qk_norm": True, "gate": "head"},
         {"key_components": 2, "hlc_order": "after", "tie_embeddings": False},
+        BIASED | {"key_components": (3, 2), "window": (4, 0), "layer_thetas": (1e4, 0.0)},
+        BIASED | {"key_components": 2, "key_mixing": "frequency", "value_mixing": "dense"},
     ],
 )
 def test_folding_exports_a_plain_model(changes):
@@ -265,8 +296,10 @@ def test_folding_exports_a_plain_model(changes):
         value_mixing="heads",
     )
     validate(TrainConfig(model=plain))
-    layers = jax.tree.map(lambda *leaves: jnp.stack(leaves), *ready["layers"])
-    exported = ready["top"] | {"layers_0": layers}
+    exported = dict(ready["top"])
+    for first, length, _ in runs_of_equal_layers(plain):
+        layers = ready["layers"][first : first + length]
+        exported[f"layers_{first}"] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
     assert not any("mixing" in path for path in flat(exported))
     tokens = np.random.default_rng(0).integers(0, 264, (2, LENGTH), dtype=np.int32)
     expected, found = (

@@ -1,6 +1,7 @@
 """Tests of the decoder: its baselines, separation of documents, scans, remat and the head."""
 
 import functools
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -8,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mea_jax.config.schema import Side
+from mea_jax.config.schema import RopeScaling, Side, layer_configs
 from mea_jax.model.context import Context
 from mea_jax.model.params import init_params
 from mea_jax.model.transformer import Block, Decoder, rope_of, runs_of_equal_layers
+from mea_jax.model.variants import make_attention
 from mea_jax.ops.rms_norm import rms_norm
 from mea_jax.train.step import batch_loss
 from tests.helpers import assert_close, change, flat, packed, params_of, random_batch, tiny_model
@@ -108,12 +110,35 @@ def test_stretches():
 
     assert runs(**LISTS) == [(0, 2, 4, 2), (2, 1, 2, 2), (3, 1, 4, 3)]
     assert runs(n_layers=5) == [(0, 5, 4, 4)]
+    windows: dict[str, Any] = {"n_layers": 4, "window": (3, 3, 0, 0)}
+    assert runs(**windows) == [(0, 2, 4, 4), (2, 2, 4, 4)]
+    windows["layer_thetas"] = (1e4, 1e4, 1e4, 0.0)
+    assert runs(**windows) == [(0, 2, 4, 4), (2, 1, 4, 4), (3, 1, 4, 4)]
+
+
+def test_layers_with_a_window_have_no_scaled_positions_of_their_own():
+    """With bases per layer, as in Gemma 3, the scaling is that of layers without a window."""
+    scaling = RopeScaling("linear", 8.0)
+    model = tiny_model(window=(3, 0), rope_scaling=scaling)
+    assert [layer.rope_scaling for layer in layer_configs(model)] == [scaling, scaling]
+    model = change(model, layer_thetas=(1e4, 1e6))
+    assert [layer.rope_scaling for layer in layer_configs(model)] == [RopeScaling(), scaling]
+    assert [layer.rope_theta for layer in layer_configs(model)] == [1e4, 1e6]
 
 
 # Differential attention's lambda at the start depends on the layer.
 SCANNED = {
     "stretches": LISTS,
     "unrolled": LISTS | {"scan_unroll": 4},
+    "windows and rotary bases": {
+        "n_layers": 4,
+        "window": (3, 3, 0, 5),
+        "layer_thetas": (1e4, 1e4, 0.0, 5e5),
+        "rope_scaling": RopeScaling("linear", 8.0),
+        "norms": "both",
+        "qkv_bias": True,
+        "embedding_scale": 3.0,
+    },
     "layers that know their index": {
         "n_layers": 3,
         "variant": "differential_v1",
@@ -129,13 +154,14 @@ def test_scanned_stretches_are_a_loop_over_layers(case):
     model = tiny_model(**SCANNED[case])
     params = params_of(model, noise=0.2)
     tokens, (positions_BT, segments_BT) = tokens_of(0), packed([[10, 6], [16]], LENGTH)
-    context = Context(segments_BT, rope_of(model, jnp.asarray(positions_BT)))
-    x = jnp.asarray(params["embedding"])[tokens]
+    x = model.embedding_scale * jnp.asarray(params["embedding"])[tokens]
     layer = 0
     for first, length, config in runs_of_equal_layers(model):
         key, value = (config.components(side)[0] for side in Side)
-        block = Block(model, key, value)
-        run = jax.jit(lambda p, x, i, block=block: block.apply({"params": p}, x, context, i)[0])
+        assert config.windows()[0] == model.windows()[layer]
+        context = Context(segments_BT, rope_of(config, jnp.asarray(positions_BT)))
+        apply = Block(config, key, value).apply
+        run = jax.jit(lambda p, x, i, f=apply, c=context: f({"params": p}, x, c, i)[0])
         for i in range(length):
             assert key == model.components(Side.KEY)[layer]
             assert value == model.components(Side.VALUE)[layer]
@@ -147,6 +173,65 @@ def test_scanned_stretches_are_a_loop_over_layers(case):
     expected = x @ params["embedding"].T
     found = logits(model, params, tokens, [[10, 6], [16]])
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("norms", "activation"), [("pre", "silu"), ("post", "gelu"), ("both", "gelu")]
+)
+@pytest.mark.parametrize("backend", ["xla", "cpu"])
+def test_a_block_norms_its_halves(norms, activation, backend):
+    """A block is two halves, each added to the residual, with a norm before, after or on both."""
+    model = tiny_model(n_layers=1, norms=norms, activation=activation, backend=backend)
+    params = jax.tree.map(lambda p: jnp.asarray(p[0]), params_of(model, noise=0.3)["layers_0"])
+    x = jnp.asarray(np.random.default_rng(5).standard_normal((2, 6, 32)), jnp.float32)
+    positions_BT, segments_BT = (jnp.asarray(a) for a in packed([[6], [4]], 6))
+    context = Context(segments_BT, rope_of(model, positions_BT))
+
+    def normed(name, x):
+        exists = norms in (("both", "post") if "out" in name else ("both", "pre"))
+        assert (name in params) == exists
+        return rms_norm(x, params[name]["scale"], model.norm_eps) if exists else x
+
+    attention = make_attention(model, 4, 4)
+    variables, mlp = {"params": params["attention"]}, params["mlp"]
+    out: Any = attention.apply(variables, normed("attention_norm", x), context, 0)
+    half = x + normed("attention_out_norm", out[0])
+    read = normed("mlp_norm", half)
+    gate, up = read @ mlp["gate"], read @ mlp["up"]
+    if activation == "silu":
+        gate = gate / (1 + jnp.exp(-gate))
+    else:  # the tanh form, arXiv 1606.08415
+        gate = gate / 2 * (1 + jnp.tanh((2 / np.pi) ** 0.5 * (gate + 0.044715 * gate**3)))
+    expected = half + normed("mlp_out_norm", (gate * up) @ mlp["down"])
+    found: Any = Block(model, 4, 4).apply({"params": params}, x, context, 0)
+    np.testing.assert_allclose(found[0], expected, rtol=1e-4, atol=TOLERANCE)
+
+
+def test_gradients_reach_every_parameter(tiny):
+    """Every scale, bias and kernel of a model with all options has a gradient, also in C < K."""
+    model = tiny_model(
+        n_layers=2,
+        key_components=2,
+        value_components=2,
+        window=(3, 0),
+        layer_thetas=(1e4, 5e5),
+        qkv_bias=True,
+        out_bias=True,
+        norms="both",
+        qk_norm=True,
+        activation="gelu",
+        attention_scale=0.5,
+        embedding_scale=3.0,
+    )
+    batch = random_batch(0, 2, LENGTH, 264)
+    params = params_of(model, noise=0.2)
+    gradient = jax.jit(jax.grad(lambda p: batch_loss(tiny(model=model), p, batch)[0]))(params)
+    names = {path.split("/", 1)[-1] for path in flat(gradient)}
+    added = {"attention/query_bias", "attention/key_bias", "attention/value_bias"}
+    assert added | {"attention/out_bias", "attention_out_norm/scale", "mlp_out_norm/scale"} <= names
+    for path, leaf in flat(gradient).items():
+        layers = leaf if path.startswith("layers") else leaf[None]
+        assert all(np.abs(layer).max() > 1e-7 for layer in layers), path
 
 
 def test_layers_are_not_all_alike():

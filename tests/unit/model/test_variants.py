@@ -82,6 +82,7 @@ def differential_v1(model, params, x, positions, segments):
                     slopes[p : p + 1],
                 ),
                 segments,
+                model.windows()[0],
             )
             for i in (0, 1)
         )
@@ -95,7 +96,8 @@ def differential_v2(model, params, x, positions, segments):
     """Compute 2N query heads with shared keys and values; a gate per token and head, no norm."""
     q, k = (rotated(model, project(x, params[name]), positions) for name in ("query", "key"))
     slopes = [2 ** (-8 * (i // 2 + 1) / model.n_heads) for i in range(2 * model.n_heads)]
-    o = weighted(maps_of(logits_of(model, q, k, slopes), segments), project(x, params["value"]))
+    maps = maps_of(logits_of(model, q, k, slopes), segments, model.windows()[0])
+    o = weighted(maps, project(x, params["value"]))
     gate = jax.nn.sigmoid(project(x, params["subtraction_gate"]))
     return residual(o[:, :, 0::2] - gate * o[:, :, 1::2], params)
 
@@ -116,7 +118,7 @@ def collaborative(model, params, x, positions, segments):
     for n in range(model.n_heads):
         own = rotated(model, q * params["query_mixing"][n][None, None], positions)
         scores.append(jnp.einsum("btch,bsch->bts", own, k) / model.head_dim**0.5)
-    maps = maps_of(jnp.stack(scores, axis=1), segments)
+    maps = maps_of(jnp.stack(scores, axis=1), segments, model.windows()[0])
     return residual(weighted(maps, project(x, params["value"])), params)
 
 
@@ -136,15 +138,19 @@ ALIBI: dict[str, dict[str, Any]] = {
 
 # `test_attention` compares MHA, GQA, MQA and MEA with the same reference.
 OTHERS = {n: c for n, c in ATTENTIONS.items() if n not in ("MHA", "GQA", "MQA") and "MEA" not in n}
+WINDOWS: dict[str, dict[str, Any]] = {
+    f"{name}, window": ATTENTIONS[name] | {"window": 3}
+    for name in ("differential V1", "differential V2", "collaborative")
+}
 
 
-@pytest.mark.parametrize("name", OTHERS | ALIBI)
+@pytest.mark.parametrize("name", OTHERS | ALIBI | WINDOWS)
 def test_variant_is_its_definition(name):
     """Values and gradients of all parameters and of the input agree.
 
     The tolerance is relative to the largest entry, for float32 sums of up to 32 terms.
     """
-    model = tiny_model(n_layers=1, **(ATTENTIONS | ALIBI)[name])
+    model = tiny_model(n_layers=1, **(ATTENTIONS | ALIBI | WINDOWS)[name])
     reference = DEFINITIONS[model.variant]
     validate(TrainConfig(model=model))
     params, (x, positions, segments) = layer_params(model), inputs(model)

@@ -151,6 +151,44 @@ def test_visible_positions():
     np.testing.assert_array_equal(attention.visible(jnp.asarray(segments))[0], np.array(expected))
 
 
+@given(length=st.integers(1, 12), window=st.integers(0, 14), seed=st.integers(0, 9))
+def test_visible_positions_of_a_window(length, window, seed):
+    segments = np.sort(np.random.default_rng(seed).integers(0, 3, (2, length)))
+    found = attention.visible(jnp.asarray(segments), window)
+    for (b, t, s), seen in np.ndenumerate(found):
+        near = s <= t and (window == 0 or t - s < window)
+        assert seen == (near and segments[b, t] == segments[b, s])
+
+
+@pytest.mark.parametrize("window", [1, 3, 9, 40])
+@pytest.mark.parametrize("alibi", [False, True])
+def test_plain_attention_with_a_window_is_the_reference(window, alibi):
+    """The reference repeats keys and values for each query head and masks with -inf."""
+    ids = jnp.asarray(packed([[4, 6], [9]], 11)[1])
+    arrays = [normal(i, 2, 11, *shape) for i, shape in enumerate([(4, 6), (2, 6), (2, 5), (4, 5)])]
+    slopes_N = jnp.asarray([0.5, 0.25, 0.125, 0.0625]) if alibi else None
+
+    def reference(q, k, v):
+        k, v = (jnp.repeat(x, 2, axis=2) for x in (k, v))
+        scores = 0.3 * jnp.einsum("btnh,bsnh->bnts", q, k)
+        if slopes_N is not None:
+            t = jnp.arange(11)
+            scores += slopes_N[None, :, None, None] * (t[None] - t[:, None])[None, None]
+        seen_BTS = references.visible(ids, window)
+        p = jax.nn.softmax(jnp.where(seen_BTS[:, None], scores, -jnp.inf))
+        return jnp.einsum("bnts,bsnw->btnw", p, v)
+
+    def plain(q, k, v):
+        return attention.dot_product_attention(q, k, v, ids, 0.3, slopes_N, window)
+
+    found, expected = (
+        jax.jit(lambda *a, f=f: (f(*a[:3]), *jax.vjp(f, *a[:3])[1](a[3])))(*arrays)
+        for f in (plain, reference)
+    )
+    for a, b in zip(found, expected, strict=True):  # float32 sums of up to 11 terms of size 1
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=5e-6)
+
+
 def test_bfloat16_softmax_is_in_float32():
     """Logits that would be equal in bfloat16 still rank the positions."""
     q = jnp.full((1, 2, 1, 8), 4.0, jnp.bfloat16)
@@ -195,15 +233,16 @@ def test_statistics_by_hand():
         np.testing.assert_allclose(found["logit"][n], largest, rtol=1e-5)
 
 
-def test_statistics_by_blocks_of_queries(monkeypatch):
+@pytest.mark.parametrize("window", [0, 1, 3, 5, 40])
+def test_statistics_by_blocks_of_queries(monkeypatch, window):
     """Statistics over four blocks, the last one not full, equal those of all logits together."""
     monkeypatch.setattr(attention, "_WATCHED", 3)
     segments_BT = jnp.asarray(packed([[4, 6], [7]], 11)[1])
     q, k = normal(0, 2, 11, 4, 6), normal(1, 2, 11, 2, 6)
     slopes_N = jnp.asarray([0.5, 0.25, 0.125, 0.0625])
-    found = attention.attention_statistics(q, k, segments_BT, 0.5, slopes_N)
+    found = attention.attention_statistics(q, k, segments_BT, 0.5, slopes_N, window)
 
-    mask_BTT = attention.visible(segments_BT)
+    mask_BTT = references.visible(segments_BT, window)
     logits_BKGTS = attention.attention_logits(q, k, mask_BTT, 0.5, slopes_N)
     p_BKGTS = jax.nn.softmax(logits_BKGTS)
     entropy_BKGT = jax.scipy.special.entr(p_BKGTS).sum(-1)

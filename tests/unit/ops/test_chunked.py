@@ -12,12 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from mea_jax.ops import attention
-from mea_jax.ops.chunked import chunked_attention
+from mea_jax.ops.chunked import chunked_attention, pairs
+from tests import references
 
 TOLERANCE = {"float32": 2e-5, "bfloat16": 2e-2}
 
@@ -40,13 +41,13 @@ def packed_ids(seed, batch, length):
     return jnp.asarray(ids, jnp.int32)
 
 
-def reference(q, k, v, ids, scale, slopes=None):
+def reference(q, k, v, ids, scale, slopes=None, window=0):
     k, v = (jnp.repeat(x.astype(jnp.float32), q.shape[2] // k.shape[2], axis=2) for x in (k, v))
     scores = scale * jnp.einsum("btnh,bsnh->bnts", q.astype(jnp.float32), k)
     if slopes is not None:
         t = jnp.arange(q.shape[1])
         scores += slopes[None, :, None, None] * (t[None, :] - t[:, None])[None, None]
-    p = jax.nn.softmax(jnp.where(attention.visible(ids)[:, None], scores, -jnp.inf))
+    p = jax.nn.softmax(jnp.where(references.visible(ids, window)[:, None], scores, -jnp.inf))
     return jnp.einsum("bnts,bsnh->btnh", p, v)
 
 
@@ -89,6 +90,64 @@ def test_values_and_gradients_are_the_reference(seed, length, block, heads, widt
 
     found = value_and_grads(chunked, weight, q, k, v)
     assert_close(found, value_and_grads(expected, weight, q, k, v), TOLERANCE["float32"])
+
+
+@pytest.mark.parametrize(
+    ("length", "block", "window"),
+    [
+        (37, 64, 5),  # one block
+        (37, 8, 1),  # windows of one, below, equal to and above a block, and above T
+        (37, 8, 3),
+        (37, 8, 8),
+        (32, 8, 9),
+        (37, 8, 20),
+        (37, 8, 100),
+    ],
+)
+@pytest.mark.parametrize("alibi", [False, True])
+def test_windows(length, block, window, alibi):
+    q, k, v, weight = inputs(length, 2, length, 4, 2, 4, 6)
+    ids = packed_ids(length, 2, length)
+    slopes = 2.0 ** -jnp.arange(1.0, 5.0) if alibi else None
+
+    def chunked(q, k, v):
+        options = {"scale": 0.7, "slopes_N": slopes, "block": block, "window": window}
+        return chunked_attention(q, k, v, ids, **options)
+
+    def expected(q, k, v):
+        return reference(q, k, v, ids, 0.7, slopes, window)
+
+    found = value_and_grads(chunked, weight, q, k, v)
+    assert_close(found, value_and_grads(expected, weight, q, k, v), TOLERANCE["float32"])
+
+
+@settings(max_examples=200)
+@given(length=st.integers(1, 40), block=st.integers(1, 9), window=st.integers(0, 45))
+def test_the_pairs_of_blocks_are_those_with_a_visible_key(length, block, window):
+    behind = np.subtract.outer(np.arange(length), np.arange(length))
+    seen = (behind >= 0) & (behind < (window or length))
+    starts = range(0, length, block)
+    expected = [
+        (i, j, s - t)
+        for i, t in enumerate(starts)
+        for j, s in enumerate(starts)
+        if seen[t : t + block, s : s + block].any()
+    ]
+    (found,) = pairs(length, block, window=window).tolist()
+    assert [tuple(pair) for pair in found] == expected
+
+
+def test_pairs_outside_of_a_window_are_not_computed():
+    """The program's loop has one step per pair: 3 pairs for a query block instead of up to 64."""
+    q, k, v, _ = inputs(0, 1, 512, 2, 1, 4, 4)
+    ids = jnp.ones((1, 512), jnp.int32)
+    for window, steps in ((0, 64 * 65 // 2), (16, 3 * 64 - 3), (10, 3 * 64 - 3), (9, 2 * 64 - 1)):
+
+        def attend(q, window=window):
+            return chunked_attention(q, k, v, ids, scale=0.5, block=8, window=window)
+
+        (found,) = re.findall(r"\blength=(\d+)", str(jax.make_jaxpr(attend)(q)))
+        assert int(found) == steps
 
 
 def test_it_is_the_plain_attention_of_the_model():

@@ -90,6 +90,22 @@ def test_splash_skips_what_a_shard_cannot_see(length, shards, block):
         ] * shards
 
 
+@pytest.mark.parametrize("window", [1, 500, 513, 700])
+def test_splash_skips_what_a_window_hides(window):
+    """The shards together run the blocks with a visible key, each once."""
+    length, shards, block = 2048, 2, 512
+    with jax.set_mesh(mesh_of(shards)):
+        q, v = (jnp.zeros((1, length, heads, 64), jnp.bfloat16) for heads in (N, K))
+        order = sp.zigzag(length, shards)
+        kernel, _ = flash.sharded_splash(q, v, order, shards, "saved", True, window)
+    starts = np.arange(0, length, block)
+    behind = starts[:, None] - starts[None]  # of the first query, from the first key
+    expected = (behind >= 0) & (behind < window + block - 1)
+    infos: list[Any] = [kernel.fwd_mask_info, kernel.dkv_mask_info]
+    for info in infos:
+        assert (np.asarray(info.block_mask)[0] > 0).sum() == expected.sum()
+
+
 # -- the function -----------------------------------------------------------------------------
 
 
@@ -119,6 +135,11 @@ CASES: dict[str, tuple[str, int, int, int, dict[str, Any]]] = {
     "chunks below a block": ("chunked", 48, 8, 1, {"block": 512}),
     "alibi": ("chunked", 72, 4, 2, {"block": 4, "slopes_N": True}),
     "wide values": ("chunked", 64, 4, 2, {"block": 4, "value_width": 12}),
+    "window below a block": ("chunked", 64, 2, 1, {"block": 16, "window": 5}),
+    "window over several chunks": ("chunked", 72, 4, 2, {"block": 4, "window": 30}),
+    "window above T, alibi": ("chunked", 64, 2, 1, {"block": 8, "window": 99, "slopes_N": True}),
+    "splash, window": ("splash", 512, 2, 2, {"window": 100}),
+    "splash, window over several chunks": ("splash", 1024, 4, 1, {"window": 300}),
     "splash, fused gradient": ("splash", 512, 2, 2, {}),
     "splash, two gradients": ("splash", 1024, 4, 1, {}),
 }
@@ -140,7 +161,8 @@ def test_it_is_attention(case):
         return sp.attention(kernel, q, k, v, jnp.asarray(ids), **kwargs)[:, back]
 
     def expected(q, k, v):
-        return attention.dot_product_attention(q, k, v, jnp.asarray(ids), SCALE, slopes)
+        window = options.get("window", 0)
+        return attention.dot_product_attention(q, k, v, jnp.asarray(ids), SCALE, slopes, window)
 
     with jax.set_mesh(mesh_of(shards, tensor)):
         found = value_and_gradients(attend, *arrays)
@@ -173,17 +195,19 @@ def test_gathered_keys_and_values_are_not_saved(capsys):
     ],
     ids=lambda backend: f"{type(backend).__name__}, {backend.attention_kernel}",
 )
-def test_natural_order_on_a_mesh_that_splits_windows(backend):
+@pytest.mark.parametrize("window", [0, 7])
+def test_natural_order_on_a_mesh_that_splits_windows(backend, window):
     """Attention in natural order, as in diagnostics and generation, agrees, with a head norm."""
     arrays, ids = draw(2, 32)
     norm = HeadNorm(jnp.linspace(0.5, 1.5, 8), 1e-5)
 
     def attend(q, k, v):
         q, k, v = (sharding.constrain(x, *sp.HEADS) for x in (q, k, v))
-        return backend.attend(q, k, v, jnp.asarray(ids), SCALE, norm=norm)
+        return backend.attend(q, k, v, jnp.asarray(ids), SCALE, norm=norm, window=window)
 
     def expected(q, k, v):
-        return norm.apply(attention.dot_product_attention(q, k, v, jnp.asarray(ids), SCALE))
+        arrays = (q, k, v, jnp.asarray(ids), SCALE)
+        return norm.apply(attention.dot_product_attention(*arrays, window=window))
 
     with jax.set_mesh(mesh_of(2, 2)):
         found = value_and_gradients(attend, *arrays)

@@ -20,6 +20,7 @@ from mea_jax.ops import attention, cpu
 from mea_jax.ops.backend import CpuBackend
 from mea_jax.ops.cross_entropy import cross_entropy
 from mea_jax.ops.rms_norm import rms_norm
+from tests import references
 
 DTYPES = {"float32": 2e-5, "bfloat16": 3e-2}
 few = settings(max_examples=5, deadline=None, derandomize=True)
@@ -59,9 +60,9 @@ def value_and_grads(f, *args):
     return both(*args)
 
 
-def attention_reference(q, k, v, segments, scale):
+def attention_reference(q, k, v, segments, scale, window=0):
     k, v = (jnp.repeat(x, q.shape[2] // k.shape[2], 2) for x in (k, v))
-    seen = jnp.tril(segments[:, :, None] == segments[:, None, :])[:, None]
+    seen = references.visible(segments, window)[:, None]
     scores = jnp.where(seen, jnp.einsum("btnh,bsnh->bnts", q, k) * scale, -jnp.inf)
     return jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(scores), v)
 
@@ -127,6 +128,43 @@ def test_attention(dtype, b, t, heads, h, block, segments):
 
     want = value_and_grads(lambda q, k, v: attention_reference(q, k, v, ids, h**-0.5), q, key, v)
     assert_close(value_and_grads(f, q, key, v), want, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("t", "block", "window"),
+    [
+        (37, 0, 1),  # one block
+        (37, 0, 5),
+        (37, 9, 5),  # windows below, equal to and above a block, and above T
+        (37, 9, 9),
+        (37, 9, 20),
+        (37, 9, 100),
+        (8, 1, 3),
+    ],
+)
+def test_attention_with_a_window(dtype, t, block, window):
+    q, k, v = normal(0, 2, t, 4, 8), normal(1, 2, t, 2, 8), normal(2, 2, t, 2, 6)
+    ids = jnp.sort(jnp.asarray(np.random.default_rng(3).integers(0, 3, (2, t))), 1)
+    options = {"scale": 0.3, "dtype": jnp.dtype(dtype), "block": block, "window": window}
+
+    def f(q, k, v):
+        return cpu.causal_attention(q, k, v, ids, **options)
+
+    want = value_and_grads(lambda q, k, v: attention_reference(q, k, v, ids, 0.3, window), q, k, v)
+    assert_close(value_and_grads(f, q, k, v), want, dtype)
+
+
+@settings(max_examples=100)
+@given(t=st.integers(1, 40), block=st.integers(1, 9), window=st.integers(0, 45))
+def test_a_block_of_queries_starts_at_the_first_key_that_it_sees(t, block, window):
+    behind = np.subtract.outer(np.arange(t), np.arange(t))
+    seen = (behind >= 0) & (behind < (window or t))
+    spans = cpu._spans(t, block, window)
+    assert [place for span in spans for place in range(span.start, span.stop)] == list(range(t))
+    for start, stop, first in spans:
+        assert stop - start <= block
+        assert np.flatnonzero(seen[start:stop].any(axis=0)).tolist() == list(range(first, stop))
 
 
 def test_attention_in_parts_of_the_batch_and_blocks_of_its_own_choice():

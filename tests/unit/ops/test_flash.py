@@ -4,6 +4,7 @@ No accelerator is needed. The TPU kernel runs interpreted, and compiles ahead of
 is installed. For cuDNN, the arguments run through XLA, and the calls are read from lowered text.
 """
 
+import functools
 import importlib.util
 import itertools
 import json
@@ -20,7 +21,9 @@ import pytest
 
 from mea_jax.config.schema import MeshConfig
 from mea_jax.errors import UserError
+from mea_jax.ops.context_parallel import zigzag
 from mea_jax.ops.flash import (
+    _CausalAt,
     _splash_blocks,
     cudnn_attention,
     cudnn_supports,
@@ -28,6 +31,7 @@ from mea_jax.ops.flash import (
     splash_supports,
 )
 from mea_jax.parallel import sharding, topology
+from tests import references
 
 N, K, SCALE = 4, 2, 0.11  # not a power of two
 
@@ -35,10 +39,8 @@ N, K, SCALE = 4, 2, 0.11  # not a power of two
 TOLERANCE: dict[str, Any] = {"rtol": 1e-4, "atol": 2e-5}
 
 
-def reference(q_BTNH, k_BTKH, v_BTKW, segment_ids_BT):
-    seen_BTS = np.tri(q_BTNH.shape[1], dtype=bool) & (
-        segment_ids_BT[:, :, None] == segment_ids_BT[:, None]
-    )
+def reference(q_BTNH, k_BTKH, v_BTKW, segment_ids_BT, window=0):
+    seen_BTS = references.visible(segment_ids_BT, window)
     k_BTNH, v_BTNW = (jnp.repeat(x, N // K, axis=2) for x in (k_BTKH, v_BTKW))
     logits_BNTS = SCALE * jnp.einsum("btnh,bsnh->bnts", q_BTNH, k_BTNH)
     p_BNTS = jax.nn.softmax(jnp.where(seen_BTS[:, None], logits_BNTS, -jnp.inf), axis=-1)
@@ -64,22 +66,21 @@ def values_and_gradients(attend, q, k, v, g, segment_ids):
     return dict(zip(("o", "dq", "dk", "dv"), (o, *backward(g)), strict=True))
 
 
-def assert_equals_reference(attend, *arrays):
+def assert_equals_reference(attend, *arrays, window=0):
+    attend = functools.partial(attend, window=window)
     found = jax.jit(lambda *a: values_and_gradients(attend, *a))(*arrays)
-    expected = values_and_gradients(reference, *arrays)
+    expected = values_and_gradients(functools.partial(reference, window=window), *arrays)
     for name, array in found.items():
         assert array.shape == expected[name].shape, name
         np.testing.assert_allclose(array, expected[name], err_msg=name, **TOLERANCE)
 
 
-def interpreted(q, k, v, segment_ids):
-    return splash_attention(q, k, v, segment_ids, scale=SCALE, interpret=True)
+def interpreted(q, k, v, segment_ids, window=0):
+    return splash_attention(q, k, v, segment_ids, scale=SCALE, interpret=True, window=window)
 
 
-def through_xla(q, k, v, segment_ids, one_segment=False):
-    return cudnn_attention(
-        q, k, v, segment_ids, scale=SCALE, one_segment=one_segment, implementation="xla"
-    )
+def through_xla(q, k, v, segment_ids, **options):
+    return cudnn_attention(q, k, v, segment_ids, scale=SCALE, implementation="xla", **options)
 
 
 SHAPES = {
@@ -108,6 +109,36 @@ def test_splash_kernel_is_attention_over_several_blocks(length, block, fused):
     blocks = _splash_blocks(length, 64)
     assert (blocks.block_q, blocks.use_fused_bwd_kernel) == (block, fused)
     assert_equals_reference(interpreted, *draw(1, length, 16, 16))
+
+
+# Windows of one, below, equal to and above a block, and above T, on each backward kernel.
+WINDOWED = [(256, 256, [1, 100, 256, 300, 2**31 - 1]), (384, 384, [130]), (1408, 128, [128, 200])]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("length", "block", "window"), [(*case[:2], window) for case in WINDOWED for window in case[2]]
+)
+def test_splash_kernel_with_a_window(length, block, window):
+    assert _splash_blocks(length, 64).block_q == block
+    assert_equals_reference(interpreted, *draw(1, length, 16, 16), window=window)
+
+
+@pytest.mark.parametrize("order", [np.arange(48), zigzag(48, 2), zigzag(48, 3)])
+@pytest.mark.parametrize("window", [0, 1, 5, 8, 19, 48, 2**31 - 1])
+def test_the_mask_of_a_kernel_is_right_in_all_of_its_blocks(order, window):
+    """The cached blocks, those that are computed, and the function that the kernel evaluates."""
+    mask = _CausalAt(order, window)
+    behind = order[:, None] - np.arange(48)[None]
+    expected = (behind >= 0) & (behind < (window or 48))
+    for size in (1, 4, 8, 48):
+        for i, j in itertools.product(range(0, 48, size), repeat=2):
+            block = (slice(i, i + size), slice(j, j + size))
+            np.testing.assert_array_equal(mask[block], expected[block])
+    keys = np.arange(48, dtype=np.int32)[None]
+    np.testing.assert_array_equal(mask.mask_function(mask.q_sequence[:, None], keys), expected)
+    assert mask == _CausalAt(order, window)
+    assert mask != _CausalAt(order, 7)
 
 
 @pytest.mark.slow
@@ -142,12 +173,18 @@ def test_cudnn_arguments_are_attention(shape):
     assert_equals_reference(through_xla, *draw(*shape))
 
 
-def test_one_segment_needs_no_mask():
+@pytest.mark.parametrize("window", [1, 20, 137, 500])
+def test_cudnn_arguments_with_a_window(window):
+    assert_equals_reference(through_xla, *draw(2, 137, 20, 12), window=window)
+
+
+@pytest.mark.parametrize("window", [0, 1, 20, 500])
+def test_one_segment_needs_no_mask(window):
     """Rows of one segment with padding at the end give equal outputs wherever there is text."""
     q, k, v, _, segment_ids = draw(1, 63, 16, 16)
     segment_ids[:, 50:] = 0
-    found = through_xla(q, k, v, segment_ids, one_segment=True)
-    expected = reference(q, k, v, segment_ids)
+    found = through_xla(q, k, v, segment_ids, one_segment=True, window=window)
+    expected = reference(q, k, v, segment_ids, window)
     np.testing.assert_allclose(found[:, :50], expected[:, :50], **TOLERANCE)
 
 
@@ -207,6 +244,13 @@ def test_cudnn_of_one_segment_has_no_mask_at_all(cudnn_installed):
         "__cudnn$fmhaSoftmax",
         "__cudnn$fmhaSoftmaxBackward",
     ]
+    assert not square(text, 192)
+
+
+def test_cudnn_of_one_segment_gets_the_window_as_a_number(cudnn_installed):
+    text = lowered_for_cuda((2, 192, 64, 64), one_segment=True, window=48)
+    for _, config, _ in calls(text):
+        assert r"\22sliding_window_length\22: 48" in config
     assert not square(text, 192)
 
 

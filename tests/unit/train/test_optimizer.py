@@ -95,15 +95,17 @@ def test_decay_moves_matrices_only(decay_mixing, tied):
     config = OptimizerConfig(
         learning_rate=0.5, warmup_steps=0, weight_decay=0.1, decay_mixing=decay_mixing
     )
-    params = params_of(tiny_model(tie_embeddings=tied), noise=0.1)
+    model = tiny_model(tie_embeddings=tied, qkv_bias=True, out_bias=True, norms="both")
+    params = params_of(model, noise=0.1)
     moved = update(config, jax.tree.map(np.zeros_like, params), params)
     for path, leaf in flat(params).items():
         name = path.split("/")[-1]
-        decays = name != "scale" and (decay_mixing or "mixing" not in name)
+        decays = name != "scale" and "bias" not in name and (decay_mixing or "mixing" not in name)
         expected = -0.5 * 0.1 * leaf if decays else 0 * leaf
         np.testing.assert_allclose(moved[path], expected, rtol=1e-6, err_msg=path)
     kinds = {path.split("/")[-1] for path in moved}
     assert {"scale", "key_mixing", "embedding", "query", "down"} <= kinds
+    assert {"query_bias", "key_bias", "value_bias", "out_bias"} <= kinds
     assert ("head" in kinds) != tied
 
 

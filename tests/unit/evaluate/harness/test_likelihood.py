@@ -13,6 +13,7 @@ from mea_jax.evaluate.harness import likelihood
 from mea_jax.evaluate.harness.likelihood import Request, Scorer, ScoringCost
 from mea_jax.model.params import init_params
 from mea_jax.ops import attention, cpu
+from mea_jax.ops.backend import CpuBackend, XlaBackend
 from mea_jax.parallel import sharding
 from tests.helpers import apply_logits, params_of, tiny_model
 
@@ -64,8 +65,9 @@ def scorer_of(model, params, mesh=None):
         {"positions": "alibi", **PLAIN},
         {"variant": "talking_heads", **PLAIN},
         {"backend": "xla", "qk_norm": True, "n_kv_heads": 2, **PLAIN},
+        {"backend": "cpu", "window": (5, 0), "layer_thetas": (1e4, 0.0), "qkv_bias": True},
     ],
-    ids=["MEA", "learned positions", "ALiBi", "talking heads", "QK-norm"],
+    ids=["MEA", "learned positions", "ALiBi", "talking heads", "QK-norm", "window"],
 )
 def test_packed_requests_score_like_whole_sequences(changes):
     model = tiny_model(**changes)
@@ -132,8 +134,12 @@ def test_logits_of_all_positions_never_exist_at_once(monkeypatch):
     assert f"{pairs}x264xf32" not in text
 
 
-def test_attention_of_trees():
-    """Both kernels agree with an explicit mask: two trees, the first with branches, and padding."""
+@pytest.mark.parametrize("window", [0, 1, 2, 3, 9])
+def test_attention_of_trees(window):
+    """Both kernels agree with an explicit mask: two trees, the first with branches, and padding.
+
+    A window counts the tokens of a path, not those of other branches between them.
+    """
     n, k = 4, 2
     rng = np.random.default_rng(4)
     q, kk, v = (jnp.asarray(rng.standard_normal((1, 11, h, 8)), jnp.float32) for h in (n, k, k))
@@ -145,15 +151,18 @@ def test_attention_of_trees():
     logits = 0.3 * np.einsum("tkgh,skh->kgts", np.reshape(q[0], (11, k, n // k, 8)), kk[0])
     expected = np.zeros((11, k, n // k, 8))
     for t, path in enumerate(paths):
+        path = path[-window:]
         p = np.exp(logits[:, :, t, path])
         p /= p.sum(-1, keepdims=True)
         expected[t] = np.einsum("kgs,skh->kgh", p, np.asarray(v)[0, path])
     expected = expected.reshape(11, n, 8)[:9]
     options = {"scale": 0.3, "dtype": jnp.float32}
+    backends = CpuBackend(jnp.dtype("float32")), XlaBackend(jnp.dtype("float32"))
+    chosen = [functools.partial(b.attend, scale=0.3, window=window) for b in backends]
     for block in (3, 16):
-        plain = functools.partial(attention.tree_attention, scale=0.3, block=block)
+        plain = functools.partial(attention.tree_attention, scale=0.3, block=block, window=window)
         kernel = functools.partial(cpu.causal_attention, **options, block=block)
-        for function in (plain, kernel):
+        for function in (plain, *chosen, *([] if window else [kernel])):
             found = jax.jit(function)(q, kk, v, mask)
             np.testing.assert_allclose(found[0, :9], expected, atol=2e-6)
             assert np.isfinite(found).all()

@@ -10,6 +10,21 @@ import jax.numpy as jnp
 from mea_jax.parallel.sharding import shard_count, spec
 
 
+def _rows(table_VD: jax.Array, ids_BT: jax.Array) -> jax.Array:
+    """Return the rows `ids_BT` of a table.
+
+    XLA's CPU compiler has no lookup in bfloat16: it would widen the entire table to float32, which
+    takes as long as several decode steps. So rows of a bfloat16 table, which is only served and has
+    no gradient, are looked up as integers. The barrier keeps the reinterpretation within the
+    lookup: a loop of decode steps would move it in front of the loop, where it is a copy.
+    """
+    if table_VD.dtype != jnp.bfloat16:
+        return jnp.take(table_VD, ids_BT, axis=0)
+    table_VD, ids_BT = jax.lax.optimization_barrier((table_VD, ids_BT))
+    rows_BTD = jnp.take(jax.lax.bitcast_convert_type(table_VD, jnp.uint16), ids_BT, axis=0)
+    return jax.lax.bitcast_convert_type(rows_BTD, jnp.bfloat16)
+
+
 def lookup(
     table_VD: jax.Array, ids_BT: jax.Array, dtype: jnp.dtype, axes: tuple[str, str]
 ) -> jax.Array:
@@ -24,7 +39,7 @@ def lookup(
         ids_BT.shape[0] % shard_count("batch") == 0 and ids_BT.shape[1] % shard_count("length") == 0
     )
     if not split or not divisible:  # a single prompt is left to the partitioner
-        return jnp.take(table_VD, ids_BT, axis=0).astype(dtype)
+        return _rows(table_VD, ids_BT).astype(dtype)
     rows, columns = spec(axes)  # includes mesh axes of one device, so that `shard_map` tracks them
 
     def shard(table_VD, ids_BT):

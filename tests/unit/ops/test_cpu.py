@@ -83,6 +83,24 @@ def test_dense(dtype, lead, d, f):
     assert_close(got, value_and_grads(lambda x, w: jnp.dot(x, w), x, w), dtype)
 
 
+@pytest.mark.parametrize("lead", [(), (1,), (1, 1), (8, 1)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_logits_of_a_step_copy_no_table(dtype, lead):
+    """The product with a transposed table is right, and has no copy of the table in a loop."""
+    x, w = normal(0, *lead, 24).astype(dtype), normal(1, 4096, 24).astype(dtype)
+
+    def steps(x, w):
+        return jax.lax.fori_loop(
+            0, 2, lambda _, y: y + cpu.matmul_transposed(x + y[..., :24].astype(dtype), w), start
+        )
+
+    start = jnp.zeros((*lead, 4096))
+    once = jax.jit(cpu.matmul_transposed)(x, w)
+    np.testing.assert_allclose(once, jnp.dot(x, w.T, preferred_element_type=jnp.float32), atol=1e-4)
+    compiled = jax.jit(steps).lower(x, w).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 4 * start.nbytes + w.nbytes // 2
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_transposed_operands_reach_no_product(dtype):
     # XLA would fold these transpositions into the products, for which bfloat16 has no code.

@@ -87,3 +87,20 @@ def test_a_lone_prompt_is_left_to_the_partitioner():
             np.asarray([[2, 0, 3]])
         )
     np.testing.assert_array_equal(rows, table[np.asarray([[2, 0, 3]])])
+
+
+def test_bfloat16_rows_in_a_loop_copy_no_table():
+    """Rows of a bfloat16 table are exact, and a loop keeps neither a wide nor another copy."""
+    table = jnp.asarray(np.random.default_rng(0).standard_normal((WORDS, WIDTH)), jnp.bfloat16)
+    ids = jnp.asarray([[3], [WORDS - 1]])
+    axes = ("vocab", "embed")
+    np.testing.assert_array_equal(lookup(table, ids, jnp.float32, axes), table[ids])
+
+    def steps(table, ids):
+        def step(i, x):
+            return x + lookup(table, ids + i, jnp.float32, axes)
+
+        return jax.lax.fori_loop(0, 8, step, jnp.zeros((2, 1, WIDTH)))
+
+    compiled = jax.jit(steps).lower(table, ids).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < table.nbytes // 4

@@ -9,24 +9,19 @@ Apply a layer with the collection "heads" mutable to get its queries, composite 
 before rotary positions, its outputs before the head norm, and the input of the output projection.
 """
 
-import functools
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mea_jax.config.schema import ModelConfig, Side
-from mea_jax.model import kv_cache, norms
+from mea_jax.config.schema import Side
+from mea_jax.model import norms
 from mea_jax.model.attention_layer import AttentionLayer
 from mea_jax.model.context import Context
-from mea_jax.model.heads import HeadLayout, Heads, add_bias, digits
-from mea_jax.model.init import kernel, residual_gain
-from mea_jax.model.kv_cache import CachedLayer, LayerCache
-from mea_jax.ops import attention, hlc, rms_norm
-from mea_jax.ops import rope as ops_rope
-from mea_jax.ops.backend import Backend, HeadNorm, make_backend
-from mea_jax.parallel.sharding import constrain, parameter
+from mea_jax.model.heads import HeadLayout, Heads, digits
+from mea_jax.model.kv_cache import CachedLayer
+from mea_jax.ops import hlc, rms_norm
+from mea_jax.ops.backend import HeadNorm
+from mea_jax.parallel.sharding import parameter
 
 Array = jax.Array
 

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 
 from mea_jax.config.schema import ModelConfig
 from mea_jax.model import norms
-from mea_jax.model.attention import Attention, AttentionLayer
+from mea_jax.model.attention import Attention
+from mea_jax.model.attention_layer import AttentionLayer
 from mea_jax.model.context import Context
 from mea_jax.model.heads import HeadLayout
 from mea_jax.model.kv_cache import CachedLayer

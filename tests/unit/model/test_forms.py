@@ -176,7 +176,12 @@ LAYERS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("case", LAYERS)
+FAST = ("biases, complex keys, dense values", "scaled logits")
+
+
+@pytest.mark.parametrize(
+    "case", [*FAST, *(pytest.param(c, marks=pytest.mark.slow) for c in LAYERS if c not in FAST)]
+)
 def test_options_of_a_layer_reach_every_form(case):
     model = tiny_model(n_layers=1, **LAYERS[case])
     validate(TrainConfig(model=model))

@@ -93,18 +93,17 @@ def test_values_and_gradients_are_the_reference(seed, length, block, heads, widt
 
 
 @pytest.mark.parametrize(
-    ("length", "block", "window"),
+    ("length", "block", "window", "alibi"),
     [
-        (37, 64, 5),  # one block
-        (37, 8, 1),  # windows of one, below, equal to and above a block, and above T
-        (37, 8, 3),
-        (37, 8, 8),
-        (32, 8, 9),
-        (37, 8, 20),
-        (37, 8, 100),
+        (37, 64, 5, False),  # one block
+        (37, 8, 1, False),  # windows of one, below, equal to and above a block, and above T
+        (37, 8, 3, True),
+        (37, 8, 8, False),
+        (32, 8, 9, True),
+        (37, 8, 20, False),
+        (37, 8, 100, True),
     ],
 )
-@pytest.mark.parametrize("alibi", [False, True])
 def test_windows(length, block, window, alibi):
     q, k, v, weight = inputs(length, 2, length, 4, 2, 4, 6)
     ids = packed_ids(length, 2, length)

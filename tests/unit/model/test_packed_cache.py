@@ -8,12 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mea_jax.checkpoint.load import unresolved
 from mea_jax.config.schema import Side
 from mea_jax.errors import UserError
 from mea_jax.generate import decode
 from mea_jax.model import kv_cache
 from mea_jax.model.heads import SINKS, Heads
 from mea_jax.model.kv_cache import RECENT
+from mea_jax.model.params import param_shardings
+from mea_jax.ops.resolve import resolve_on
+from mea_jax.parallel import sharding
 from tests.helpers import apply_logits, params_of, tiny_model
 
 LENGTH = 640  # of the cache: one block of 512 positions and a rest
@@ -132,3 +136,19 @@ def test_only_the_absorbed_form_reads_packed_slots(devices):
     for form in ("folded", "explicit"):
         with pytest.raises(UserError, match=f"--cache_form {form}: .* packed by bits per slot"):
             decode.serve(model, params, form)
+
+
+@pytest.mark.slow
+def test_packed_slots_on_a_mesh():
+    """1e-4 as in test_mesh: rows are sharded, bytes are not, since they hold slots of all heads."""
+    model, params = packed_model(**WIDE)
+    tokens_BT = jnp.asarray(np.arange(80).reshape(2, 40) % model.vocab_size, jnp.int32)
+    expected, _ = decoded(model, params, tokens_BT, 30)
+    mesh = sharding.requested_mesh("fsdp=2,tensor=2", "--mesh")
+    resolved = resolve_on(unresolved(model), mesh, LENGTH)
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(params, param_shardings(resolved, mesh))
+        found, cache = decoded(resolved, placed, tokens_BT, 30)
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    data = cache.layers[0].key.data
+    assert data.sharding.shard_shape(data.shape) == (1, *data.shape[1:])

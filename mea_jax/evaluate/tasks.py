@@ -58,14 +58,8 @@ _VERBS = _words(
     "reached"
 )
 _ENDINGS = (
-    "",
-    " in the morning",
-    " after the rain",
-    " near the sea",
-    " without a word",
-    " for many years",
-    " before winter",
-    " once again",
+    *("", " in the morning", " after the rain", " near the sea"),
+    *(" without a word", " for many years", " before winter", " once again"),
 )
 
 

@@ -32,7 +32,6 @@ _FREE = {
 _MARKS = ("AllocateBuffer", "AssumeGatherIndicesInBound", "AsyncCollective", "Sharding", "TODO")
 _LARGEST_CYCLES = 10**12  # larger estimates mean "unknown"
 
-
 ByteCounter = Callable[[Sequence[Array]], float]
 
 

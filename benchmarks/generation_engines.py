@@ -132,10 +132,10 @@ def llama_cpp(settings: dict[str, Any]) -> Engine:
         new, middle = [[token] for token in chosen], time.perf_counter()
         for step in range(count):
             rows = enumerate(new)
-            decode(place, [(tokens[-1], length + step, row, True) for row, tokens in rows])
-            for row, tokens in enumerate(new):
-                tokens.append(best(place, row))
-        return middle - start, time.perf_counter() - middle, [tokens[:count] for tokens in new]
+            decode(place, [(chain[-1], length + step, row, True) for row, chain in rows])
+            for row, chain in enumerate(new):
+                chain.append(best(place, row))
+        return middle - start, time.perf_counter() - middle, [chain[:count] for chain in new]
 
     return run
 

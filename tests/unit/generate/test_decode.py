@@ -14,9 +14,10 @@ import pytest
 
 from mea_jax.config.checks import validate
 from mea_jax.config.schema import RopeScaling, TrainConfig
+from mea_jax.generate import decode
 from mea_jax.generate.decode import empty_cache, prefill, serve, step
 from mea_jax.model.kv_cache import flush
-from mea_jax.ops import cpu
+from mea_jax.ops import backend, cpu
 from tests.helpers import PLAIN, apply_logits, change, params_of, tiny_model
 
 TOLERANCE = 1e-5
@@ -313,6 +314,25 @@ def test_int8_cache_is_close_and_small(name, form):
             assert steps.nbytes * data.shape[-1] == 4 * data.nbytes  # one per vector
 
 
+@pytest.mark.parametrize("name", ["GQA, untied", "layers that differ", "key norm"])
+def test_long_prompts_get_the_same_results_from_another_kernel(name, monkeypatch):
+    """A long prompt is prefilled by `chunked`, with equal logits and cache up to rounding."""
+    model = model_of(name, backend="cpu", attention_kernel="cpu")
+    served, params = serve(model, params_of(model, noise=0.2))
+    calls = []
+    chunked = backend.chunked_attention
+    monkeypatch.setattr(
+        backend, "chunked_attention", lambda *a, **k: (calls.append(1), chunked(*a, **k))[1]
+    )
+    results = []
+    for longest in (PADDED + 1, PADDED):
+        monkeypatch.setattr(decode, "_LONG_PREFILL", longest)
+        results.append(second_token(served)(params, fresh_cache(served)))
+        assert len(calls) == (longest == PADDED) * model.n_layers
+    for short, long in zip(*map(jax.tree.leaves, results), strict=True):
+        np.testing.assert_allclose(short, long, rtol=0, atol=TOLERANCE * np.abs(short).max())
+
+
 @pytest.fixture
 def one_device():
     """Select the code for one device; the suite has eight, where bfloat16 operands are widened."""
@@ -339,8 +359,8 @@ def one_device():
 def test_bfloat16_products_on_a_cpu(one_device, name, form):
     """The products compile for one device; logits are within 5% of the spread of exact ones."""
     results = []
-    for backend, dtype in (("xla", "float32"), ("cpu", "bfloat16")):
-        model = model_of(name, backend=backend, dtype=dtype)
+    for kind, dtype in (("xla", "float32"), ("cpu", "bfloat16")):
+        model = model_of(name, backend=kind, dtype=dtype)
         served, params = serve(model, params_of(model, noise=0.2), form)
 
         results.append(second_token(served)(params, fresh_cache(served, dtype=dtype))[0])

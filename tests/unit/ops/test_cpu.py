@@ -8,6 +8,7 @@ roundings in a row.
 import os
 import subprocess
 import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -97,7 +98,7 @@ def test_logits_of_a_step_copy_no_table(dtype, lead):
     start = jnp.zeros((*lead, 4096))
     once = jax.jit(cpu.matmul_transposed)(x, w)
     np.testing.assert_allclose(once, jnp.dot(x, w.T, preferred_element_type=jnp.float32), atol=1e-4)
-    compiled = jax.jit(steps).lower(x, w).compile()
+    compiled: Any = jax.jit(steps).lower(x, w).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 4 * start.nbytes + w.nbytes // 2
 
 

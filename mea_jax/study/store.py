@@ -5,7 +5,6 @@ disk. A kill can leave a truncated last line. Readers skip it, and the next writ
 that only the row that was being written is lost.
 """
 
-import dataclasses
 import fcntl
 import json
 import os
@@ -13,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from mea_jax.checkpoint.files import disk_errors, write_json
-from mea_jax.config.schema import EXECUTION_KEYS, SourceConfig, flatten
+from mea_jax.config.parse import from_dict
+from mea_jax.config.schema import EXECUTION_KEYS, flatten
 from mea_jax.errors import UserError
 from mea_jax.study.laws.results import Result
 
@@ -29,12 +29,11 @@ def key_of(row: Row) -> Key:
 
 
 def _with_defaults(grid: Row) -> Row:
-    """Fill the keys that a stored grid's data sources lack with defaults, and return the grid."""
-    data = grid.get("base", {}).get("data", {})
-    if "sources" in data:
-        defaults = dataclasses.asdict(SourceConfig())
-        data["sources"] = [defaults | source for source in data["sources"]]
-    return grid
+    """Return a grid whose base has all options, also those that are newer than the grid."""
+    try:
+        return grid | {"base": from_dict(grid["base"]).to_dict()}
+    except (KeyError, UserError):  # no config: it differs as it is
+        return grid
 
 
 class Store:
@@ -52,7 +51,7 @@ class Store:
         """
         with disk_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-        wanted = json.loads(json.dumps(fingerprint))
+        wanted = _with_defaults(json.loads(json.dumps(fingerprint)))
         if self.grid.exists():
             stored = _with_defaults(json.loads(self.grid.read_text()))
             differing = _differing(stored, wanted)

@@ -319,11 +319,13 @@ def test_long_prompts_get_the_same_results_from_another_kernel(name, monkeypatch
     """A long prompt is prefilled by `chunked`, with equal logits and cache up to rounding."""
     model = model_of(name, backend="cpu", attention_kernel="cpu")
     served, params = serve(model, params_of(model, noise=0.2))
-    calls = []
-    chunked = backend.chunked_attention
-    monkeypatch.setattr(
-        backend, "chunked_attention", lambda *a, **k: (calls.append(1), chunked(*a, **k))[1]
-    )
+    calls, chunked = [], backend.chunked_attention
+
+    def counted(*arrays, **options):
+        calls.append(1)
+        return chunked(*arrays, **options)
+
+    monkeypatch.setattr(backend, "chunked_attention", counted)
     results = []
     for longest in (PADDED + 1, PADDED):
         monkeypatch.setattr(decode, "_LONG_PREFILL", longest)

@@ -62,7 +62,8 @@ class CompressionName:
 
 def variants(keep: float) -> Iterator[CompressionName]:
     """Yield the compressions to try at a share of the cache."""
-    yield from (CompressionName(method, "uniform", "none") for method in METHODS)
+    able = [method for method in METHODS if method != "bits" or keep <= 0.5]
+    yield from (CompressionName(method, "uniform", "none") for method in able)
     yield from (CompressionName(method, "measured", "none") for method in OURS)
     yield from (CompressionName(method, "repaired", "layerwise") for method in OURS)
     if keep == 0.5:  # ablations of the best compression

@@ -83,7 +83,12 @@ def decoded(model, params, tokens_BT, prompt):
     return np.stack(found, axis=1), cache
 
 
-@pytest.mark.parametrize("case", CASES)
+FAST = ("heads", "qk_norm")
+
+
+@pytest.mark.parametrize(
+    "case", [case if case in FAST else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
+)
 @pytest.mark.parametrize("prompt", [2, 30])
 def test_decoding_from_packed_slots(case, prompt, devices, monkeypatch):
     """Over a flush, after which what was recent is packed as well."""

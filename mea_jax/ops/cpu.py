@@ -27,7 +27,6 @@ from mea_jax.ops.attention import TreeMask
 
 Array = jax.Array
 DType = Any
-
 _MASKED = -1e30  # score of a hidden position: finite, so that the difference of two is finite
 _SCORE_BYTES = 2 << 20  # scores computed at a time: about the L2 cache of one core
 _MOST_PARTS = 4  # of a batch: each part is compiled separately
@@ -225,11 +224,10 @@ class _Span(NamedTuple):
 
 def _spans(t: int, block: int, window: int) -> list[_Span]:
     """Return the blocks of T queries, whose positions see the last `window` positions; 0: all."""
-    spans = []
-    for start in range(0, t, block):
-        first = max(start - window + 1, 0) if window else 0
-        spans.append(_Span(start, min(start + block, t), first))
-    return spans
+    return [
+        _Span(start, min(start + block, t), max(start - window + 1, 0) if window else 0)
+        for start in range(0, t, block)
+    ]
 
 
 def _hidden(s: Array, seg_BT: Array, span: _Span, tree: bool, window: int) -> Array:

@@ -1,4 +1,4 @@
-"""What config.json of each family says of windows, positions and functions, and what is refused."""
+"""Tests of the config.json of each family: windows, positions, functions, and what is refused."""
 
 import pytest
 

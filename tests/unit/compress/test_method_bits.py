@@ -44,7 +44,7 @@ def one(devices):
 @pytest.mark.slow
 @pytest.mark.parametrize("keep", [0.5, 0.25, 0.125])
 def test_the_cache_has_the_bytes_that_were_asked_for(run, keep, one, tmp_path):
-    """Of the arrays at 4,096 positions, to a byte; a key norm adds 4 K bytes a layer to both."""
+    """Count the arrays at 4,096 positions; a key norm adds 4 K bytes a layer to both models."""
     summary = compress(run, tmp_path / "packed", Options(keep=keep, **SMALL))
     config, params, _, _ = load(tmp_path / "packed", dtype="float32")
     plain_model, plain, _, _ = load(run, dtype="float32")

@@ -1,13 +1,16 @@
-"""What the compress command says before it starts, about its text, and at its end."""
+"""Tests of what the compress command prints before it starts, about its text, and at its end."""
 
 import dataclasses
+import types
+from typing import Any
 
 import pytest
 
 from mea_jax.compress import damage, expected
 from mea_jax.compress.calibration import CalibrationTexts
 from mea_jax.compress.options import Options
-from mea_jax.config.schema import DataConfig, SourceConfig
+from mea_jax.config.schema import DataConfig, SourceConfig, TrainConfig
+from mea_jax.data.tokenizers import train_bpe
 from mea_jax.errors import UserError
 from tests.helpers import tiny_model
 
@@ -59,18 +62,14 @@ def test_the_expected_work_counts_each_stage():
     assert "TFLOP" in expected.describe(dataclasses.replace(model, dtype="float32"), plain, 4, 8, 8)
 
 
-class _Stored:
-    """A published model, as `CalibrationTexts` sees it, trained on nothing here."""
-
-    def __init__(self, run, data):
-        self.run, self.digest = run, ""
-        self.config = type("Config", (), {"data": data, "model": tiny_model(vocab_size=300)})()
+def published(run, data) -> Any:
+    """Return a published model as `CalibrationTexts` sees it, without a digest of training data."""
+    config = TrainConfig(data=data, model=tiny_model(vocab_size=300))
+    return types.SimpleNamespace(run=run, digest="", config=config)
 
 
 def test_other_held_out_text(tmp_path, devices):
     devices(1)
-    from mea_jax.data.tokenizers import train_bpe
-
     (tmp_path / "tokenizer").mkdir()
     train_bpe(iter(["some words to merge"]), 264).save(tmp_path / "tokenizer")
     for name in ("own", "other"):
@@ -79,7 +78,7 @@ def test_other_held_out_text(tmp_path, devices):
     data = DataConfig(sources=(own,), context_length=16, held_out_fraction=0.5)
     lines: list[str] = []
     options = Options(held_out_source=f"text:{tmp_path / 'other.txt'}", held_out_tokens=64)
-    texts = CalibrationTexts(_Stored(tmp_path, data), options, lines.append)  # type: ignore
+    texts = CalibrationTexts(published(tmp_path, data), options, lines.append)
     stream = texts.held_out(tmp_path / "held_out")
     assert {label.rpartition("/")[2] for label in stream.labels} == {"other.txt"}
     words = texts.prepared.tokenizer.decode(stream.batches[0]["inputs"][0].tolist())
@@ -88,7 +87,7 @@ def test_other_held_out_text(tmp_path, devices):
     assert texts.training(tmp_path / "training", 64).batches
     with pytest.raises(UserError, match=r"missing\.txt"):
         CalibrationTexts(
-            _Stored(tmp_path, data),  # type: ignore
+            published(tmp_path, data),
             Options(held_out_source=f"text:{tmp_path / 'missing.txt'}"),
             print,
         )
@@ -97,10 +96,10 @@ def test_other_held_out_text(tmp_path, devices):
 def test_an_import_without_text_is_told_so(tmp_path, monkeypatch, devices):
     devices(1)
     lines: list[str] = []
-    monkeypatch.setattr(CalibrationTexts, "_own", lambda *_: pytest.skip.Exception("enough"))
-    stored = _Stored(tmp_path, DataConfig())
-    with pytest.raises(AttributeError):  # of the data that were not prepared
-        CalibrationTexts(stored, Options(), lines.append)  # type: ignore
+    source = types.SimpleNamespace(held_out_windows=1)
+    prepared = types.SimpleNamespace(sources=[source])
+    monkeypatch.setattr(CalibrationTexts, "_own", lambda *_: prepared)
+    CalibrationTexts(published(tmp_path, DataConfig()), Options(), lines.append)
     assert len(lines) == 1
     assert "Python's standard library" in lines[0]
     assert "--held_out_source" in lines[0]

@@ -25,7 +25,8 @@ class Heads:
     """A layer as plain attention, in float64. Norm weights are (H,), or None without that norm.
 
     D counts one more row in layers with biases: a bias is the weight of an input that is always 1,
-    so whatever mixes or turns heads carries it along.
+    so whatever mixes or turns heads carries it along. `key_mean_KH` is a constant that was taken
+    from the composite keys (`centred`) and is added when they are read.
     """
 
     query_DNH: np.ndarray
@@ -35,6 +36,17 @@ class Heads:
     query_norm_H: np.ndarray | None
     key_norm_H: np.ndarray | None
     head_norm_H: np.ndarray | None
+    key_mean_KH: np.ndarray | None = None
+
+
+def centred(heads: Heads, mean_X: np.ndarray) -> Heads:
+    """Return heads whose keys lack their mean (K H,): minus it is a bias of the keys."""
+    mean_KH = mean_X.reshape(heads.key_DKH.shape[1:])
+    key_DKH = heads.key_DKH
+    if key_DKH.shape[0] == heads.out_NHD.shape[2]:  # no biases so far
+        key_DKH = np.concatenate([key_DKH, np.zeros_like(mean_KH)[None]])
+    key_DKH = np.concatenate([key_DKH[:-1], key_DKH[-1:] - mean_KH])
+    return dataclasses.replace(heads, key_DKH=key_DKH, key_mean_KH=mean_KH)
 
 
 def split_heads(model: ModelConfig, attention: Tree) -> Heads:
@@ -116,6 +128,10 @@ def with_keys(heads: Heads, keys: Keys, tree: Tree) -> Tree:
             else:
                 query_DNH = query_DNH * ratio_H
             tree[name] = {"scale": alike_H}
+    if heads.key_mean_KH is not None:
+        carried_H = heads.key_norm_H if heads.key_norm_H is not None and frequency else 1.0
+        tree["key_mean"] = heads.key_mean_KH * carried_H
+        tree.setdefault("key_bias", None)  # `put_heads` sets it
     put_heads(tree, "key", real_heads(keys.components(complex_heads(key_DKH))))
     mix = keys.mix
     if frequency:

@@ -60,6 +60,7 @@ class Measurements:
         wanted = {name: asked[name] for name in SHARED}
         wanted |= {"checkpoint": str(self.source.folder.absolute())}
         wanted |= {"text": self.texts.prepared.digest}
+        wanted |= {"moments": [field.name for field in dataclasses.fields(Moments)]}
         settings = self.folder / "settings.json"
         if not settings.exists():
             with disk_errors(self.folder):

@@ -23,7 +23,7 @@ from mea_jax.compress import layer as layers
 from mea_jax.compress import values as value_solvers
 from mea_jax.compress.keys import Keys
 from mea_jax.compress.layer import Heads
-from mea_jax.compress.moments import Moments, complex_blocks, of_weights
+from mea_jax.compress.moments import Moments, complex_blocks, of_weights, without_mean
 from mea_jax.compress.values import Values
 from mea_jax.config.schema import ModelConfig, Side
 from mea_jax.errors import UserError
@@ -69,6 +69,7 @@ def target_model(
     wide = method in ("frequency", "bits")
     return dataclasses.replace(
         model,
+        key_mean=method == "bits",
         hlc="kv",
         hlc_order="before",
         key_mixing="frequency" if wide else "heads",
@@ -183,6 +184,13 @@ def _latent(moment: np.ndarray, rank: int) -> Latent:
     return Latent(leading @ leading.T, lost)
 
 
+def centred(method: str, heads: Heads, moments: Moments) -> tuple[Heads, Moments]:
+    """Return a layer as `method` divides it: "bits" takes the mean from the keys first."""
+    if method != "bits":
+        return heads, moments
+    return layers.centred(heads, moments.key_means), without_mean(moments)
+
+
 def solve_values(method: str, heads: Heads, moments: Moments, components: int) -> Values:
     """Return `components` component values by `method`."""
     count = heads.value_DKH.shape[1]
@@ -206,9 +214,10 @@ def solve_values(method: str, heads: Heads, moments: Moments, components: int) -
 
 
 def variances(
-    heads: Heads, moments: Moments, keys: Keys, values: Values
+    heads: Heads, moments: Moments, keys: Keys | Latent, values: Values
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the variances of the slots of component keys (C, H) and component values (C, H)."""
+    assert isinstance(keys, Keys)
     gram_FKK, _ = _key_problem(heads, moments, "whole")
     power_CF = np.einsum(
         "fgc,fgh,fhc->cf", keys.combine.conj(), gram_FKK, keys.combine, optimize=True

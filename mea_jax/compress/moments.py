@@ -24,6 +24,7 @@ class Moments:
       keys: E[k k^T] (K H, K H) of composite keys before any norm and rotation.
       values: E[v v^T] (K H, K H) of composite values.
       queries: E|q_f|^2 (K, F) of queries after any norm, summed over those that read a head.
+      key_means: E[k] (K H,) of composite keys.
       outputs: E[o^2] (N,) of each query head's output before any norm, mean over features.
       tokens: the number of tokens; 0 if the moments are those of the weights, for white inputs.
     """
@@ -31,6 +32,7 @@ class Moments:
     keys: np.ndarray
     values: np.ndarray
     queries: np.ndarray
+    key_means: np.ndarray
     outputs: np.ndarray
     tokens: int
 
@@ -45,9 +47,17 @@ def of_weights(query_DNH, key_DKH, value_DKH) -> Moments:
         keys=flat_key.T @ flat_key,
         values=flat_value.T @ flat_value,
         queries=power_NF.reshape(heads, -1, power_NF.shape[-1]).sum(axis=1),
+        key_means=np.zeros(flat_key.shape[1]),
         outputs=np.ones(query.shape[1]),
         tokens=0,
     )
+
+
+def without_mean(moments: Moments) -> Moments:
+    """Return the moments of keys minus their mean."""
+    mean = moments.key_means
+    centre = dataclasses.replace(moments, keys=moments.keys - np.outer(mean, mean))
+    return dataclasses.replace(centre, key_means=np.zeros_like(mean))
 
 
 def unseen(moment: np.ndarray) -> int:

@@ -206,6 +206,20 @@ def _optimizer(steps: int) -> optax.GradientTransformation:
     return optax.chain(directions, optax.scale_by_learning_rate(schedule))
 
 
+def _size(rate: float, path: tuple, leaf: jax.Array) -> jax.Array:
+    """Return the size of a parameter's updates: `rate` times its root mean square.
+
+    Steps of slots differ by orders of magnitude, so each is its own size. The mean of keys, and the
+    bias that takes it from them, stay: they are much larger than what they leave.
+    """
+    name = path[-1].key
+    if name.endswith("_steps"):
+        return rate * jnp.abs(leaf)
+    if name in ("key_mean", "key_bias"):
+        return jnp.zeros(())
+    return rate * jnp.sqrt(jnp.mean(jnp.square(leaf)))
+
+
 def _lost(*inputs):
     """Return the ratio of the two results of `_squares`."""
     lost, change = _squares(*inputs)
@@ -241,7 +255,7 @@ def _descend(
         lost = float(_lost(whole, spec, params, *read(0), index))
         rate = min(_MOST, _RATE * math.sqrt(lost))
     state = _optimizer(steps).init(params)
-    sizes = jax.tree.map(lambda p: rate * jnp.sqrt(jnp.mean(jnp.square(p))), params)
+    sizes = jax.tree_util.tree_map_with_path(functools.partial(_size, rate), params)
     for number in progress(range(steps), words):
         params, state = _step(
             whole, spec, steps, params, state, sizes, *read(number % len(stream)), index

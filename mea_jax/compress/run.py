@@ -25,10 +25,11 @@ from mea_jax.compress import layer as layers
 from mea_jax.compress.calibration import CalibrationTexts
 from mea_jax.compress.keys import Keys
 from mea_jax.compress.measurements import Measurements
-from mea_jax.compress.moments import unseen
+from mea_jax.compress.moments import Moments, unseen
 from mea_jax.compress.options import Options, check, repair_text
 from mea_jax.compress.probe import Sensitivity, assemble
 from mea_jax.compress.stream import Losses, Stream
+from mea_jax.compress.values import Values
 from mea_jax.config.schema import ModelConfig, Side
 from mea_jax.errors import UserError
 from mea_jax.model.layer_spec import layer_specs
@@ -126,19 +127,21 @@ class CompressionPass:
         """Choose the bits of each slot of all layers."""
         rows: list[list[str]] = []
         for index in progress(range(self.model.n_layers), "dividing bits, layers"):
-            heads = layers.split_heads(self.model, self.source.layer(index)["attention"])
-            both = self._slots(index, heads)[2]
+            attention = self.source.layer(index)["attention"]
+            both = methods.variances(*self._solved(index, attention, self.count, self.count))
             keep, positions = self.options.keep, budgets.POSITIONS
             rows.append([bits.divide(x_CH.ravel(), keep, positions) for x_CH in both])
         self.bits = {side: tuple(row[i] for row in rows) for i, side in enumerate(Side)}
 
-    def _slots(self, index: int, heads: layers.Heads) -> tuple[Any, Any, tuple]:
-        """Return the solutions of a layer's keys and values, and the variances of their slots."""
-        method, moments = self.options.method, self.measurements.moments(index)
-        keys = methods.solve_keys(method, heads, moments, self.count)
-        values = methods.solve_values(method, heads, moments, self.count)
-        assert isinstance(keys, Keys)
-        return keys, values, methods.variances(heads, moments, keys, values)
+    def _solved(
+        self, index: int, attention: Tree, key_count: int, value_count: int
+    ) -> tuple[layers.Heads, Moments, Keys | methods.Latent, Values]:
+        """Return a layer's heads and moments, and the solutions for its keys and its values."""
+        method = self.options.method
+        heads = layers.split_heads(self.model, attention)
+        heads, moments = methods.centred(method, heads, self.measurements.moments(index))
+        keys = methods.solve_keys(method, heads, moments, key_count)
+        return heads, moments, keys, methods.solve_values(method, heads, moments, value_count)
 
     def target(self, keys: list[int], values: list[int]) -> ModelConfig:
         """Return the config of the compressed model."""
@@ -247,10 +250,8 @@ class CompressionPass:
         text: Stream | None,
         followed: Stream | None,
     ) -> dict[str, Any]:
-        options, moments = self.options, self.measurements.moments(index)
-        heads = layers.split_heads(self.model, tree["attention"])
-        keys = methods.solve_keys(options.method, heads, moments, counts[0])
-        values = methods.solve_values(options.method, heads, moments, counts[1])
+        options, solved = self.options, self._solved(index, tree["attention"], *counts)
+        heads, moments, keys, values = solved
         attention = assemble(heads, keys, values, tree["attention"])
         row: dict[str, Any] = {
             "layer": index,
@@ -261,7 +262,7 @@ class CompressionPass:
             "unseen": unseen(moments.keys) + unseen(moments.values),
         }
         if self.bits:
-            row |= self._quantise(index, heads, attention)
+            row |= self._quantise(index, methods.variances(*solved), attention)
         if text is not None and (counts != (self.count, self.count) or self.bits):
             spec, scale = layer_specs(writer.model)[index], layers.input_scale(tree)
             original = repair.OriginalLayer(
@@ -286,10 +287,10 @@ class CompressionPass:
         writer.write_layer(index, layers.as_float32(new))
         return row
 
-    def _quantise(self, index: int, heads: layers.Heads, attention: Tree) -> dict[str, Any]:
+    def _quantise(self, index: int, variances: tuple, attention: Tree) -> dict[str, Any]:
         """Set the steps of a layer's slots in `attention`; return what the report says of them."""
         row: dict[str, Any] = {}
-        for side, x_CH in zip(Side, self._slots(index, heads)[2], strict=True):
+        for side, x_CH in zip(Side, variances, strict=True):
             own_X = np.asarray([int(digit) for digit in self.bits[side][index]])
             step_X = bits.steps(x_CH.ravel(), own_X)
             attention[f"{side}_steps"] = np.float32(step_X.reshape(x_CH.shape))

@@ -72,6 +72,7 @@ def watch_block(spec: LayerSpec, params: Tree, x_BTD, batch, index):
     output_N = jnp.einsum("btnh,bt->n", jnp.square(heads["output"]), weight_BT)
     sums = {
         "keys": moment(heads["key"]),
+        "key_means": jnp.einsum("btkh,bt->kh", heads["key"], weight_BT, precision=_HIGHEST),
         "values": moment(heads["value"]),
         "queries": power_NH,
         "outputs": output_N / heads["output"].shape[-1],
@@ -296,6 +297,7 @@ def moments_of(sums: dict[str, np.ndarray], heads: int) -> Moments:
         keys=sums["keys"] / tokens,
         values=sums["values"] / tokens,
         queries=power_NF.reshape(heads, -1, half).sum(axis=1),
+        key_means=sums["key_means"].ravel() / tokens,
         outputs=sums["outputs"] / tokens,
         tokens=int(sums["tokens"]),
     )

@@ -19,6 +19,7 @@ _BASELINE_OFF = (
     ("qk_norm", False),
     ("gate", "none"),
     ("qkv_bias", False),
+    ("key_mean", False),
     ("out_bias", False),
     ("attention_scale", 0.0),
 )
@@ -138,7 +139,13 @@ def _validate_layers(model: ModelConfig) -> None:
 
 
 def _validate_bits(model: ModelConfig) -> None:
-    """Check the bits of cached slots."""
+    """Check the bits of cached slots, and the part of keys that is not cached."""
+    require(
+        not model.key_mean
+        or (model.mixes(Side.KEY) and model.hlc_order == "before" and model.positions != "alibi"),
+        "config.model.key_mean=True needs component key heads, mixed before their norm, and no "
+        "ALiBi: set it to False",
+    )
     for side in Side:
         name, rows = f"config.model.{side}_bits", model.bits(side)
         if rows is None:

@@ -90,6 +90,7 @@ class ModelConfig:
     head_norm: bool = True  # RMSNorm on each head's output
     qk_norm: bool = False  # RMSNorm on queries and keys, before positions
     qk_norm_over: str = "head"  # features that share one rms: "head", or "all" heads (OLMo 2)
+    key_mean: bool = False  # a constant part of each composite key, read without being cached
     qkv_bias: bool = False  # a bias of each query, component key and component value head
     out_bias: bool = False  # a bias of the attention's output
     gate: str = "none"  # heads' outputs times sigmoid(x W_g): one number per "head" or "feature"

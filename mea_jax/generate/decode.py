@@ -57,7 +57,7 @@ def _folds(model: ModelConfig, side: Side, components: int, form: str) -> bool:
     """
     if not model.mixes(side) or model.bits(side) is not None:
         return False
-    if side == Side.KEY and model.qk_norm and model.hlc_order == "after":
+    if side == Side.KEY and (model.key_mean or (model.qk_norm and model.hlc_order == "after")):
         return False
     return form == "folded" or (form == "auto" and components == model.n_kv_heads)
 
@@ -96,7 +96,7 @@ def _served_params(served: ServedModel, params: Any) -> Any:
 
     def leaf(path, x):
         name = path[-1].key
-        whole = x.ndim < 2 or name == "router" or name.endswith(("_bias", "_steps"))
+        whole = x.ndim < 2 or name == "router" or name.endswith(("_bias", "_steps", "_mean"))
         return x if whole else x.astype(dtype)
 
     return jax.tree_util.tree_map_with_path(leaf, tree)
@@ -288,6 +288,7 @@ def step(served: ServedModel, params: Any, cache: Cache, tokens_B: Array) -> tup
     positions_B1 = cache.positions_B[:, None]
     context = Context(
         segment_ids_BT=segment_B[:, None],
+        positions_BT=positions_B1,
         slot=slot,
         main=Slots(cache.segment_ids_BS == segment_B[:, None], distance_BS),
         recent=Slots(distance_BR <= 0, distance_BR),

@@ -17,7 +17,7 @@ from mea_jax.config.schema import Side
 from mea_jax.model import norms
 from mea_jax.model.attention_layer import AttentionLayer
 from mea_jax.model.context import Context
-from mea_jax.model.heads import HeadLayout, Heads, digits
+from mea_jax.model.heads import HeadLayout, Heads, add_bias, digits
 from mea_jax.model.kv_cache import CachedLayer
 from mea_jax.ops import hlc, rms_norm
 from mea_jax.ops.backend import HeadNorm
@@ -67,7 +67,8 @@ class Attention(AttentionLayer):
         c = self.config
         components = self.key_components if side == Side.KEY else self.value_components
         kernel_DCH = self.head_kernel(side.value, components, c.head_dim, "components")
-        bias_CH = self.head_bias(side.value, components, "components")
+        has_mean = side == Side.KEY and c.key_mean  # components are biased by minus the mean
+        bias_CH = self.head_bias(side.value, components, "components", c.qkv_bias or has_mean)
         if not c.mixes(side):
             return Heads(kernel_DCH, "heads", None, bias_CH)
         kind = c.mixing_kind(side)
@@ -77,11 +78,14 @@ class Attention(AttentionLayer):
 
         shape = (components, c.n_kv_heads, c.head_dim)
         mixing = parameter(self, f"{side}_mixing", init, hlc.AXES[kind], *shape)
-        steps_CH = None
+        steps_CH, mean_KH = None, None
         if c.bits(side) is not None:
             ones, axes = nn.initializers.ones, ("components", "head_dim")
             steps_CH = parameter(self, f"{side}_steps", ones, axes, (components, c.head_dim))
-        return Heads(kernel_DCH, kind, mixing, bias_CH, steps_CH)
+        if has_mean:
+            zeros, axes = nn.initializers.zeros, ("heads", "head_dim")
+            mean_KH = parameter(self, "key_mean", zeros, axes, (c.n_kv_heads, c.head_dim))
+        return Heads(kernel_DCH, kind, mixing, bias_CH, steps_CH, mean_KH)
 
     def key_inverse_rms(self, heads: Heads, k_BTKH: Array, gamma_H: Array) -> Array:
         """Return 1/rms of composite keys, (B, T, K, 1), float32.
@@ -94,9 +98,18 @@ class Attention(AttentionLayer):
             k_BTKH = k_BTKH.astype(jnp.float32) / rms_norm.along_last(gamma_H, 4)
         return rms_norm.inverse_rms(k_BTKH, self.config.norm_eps)
 
-    def composed(self, heads: Heads, k_BTCH: Array, inverse_BTK: Array | None) -> Array:
-        """Return keys (B, T, K, H) from what is cached: mixed, and times 1/rms if there is one."""
+    def composed(
+        self, heads: Heads, k_BTCH: Array, inverse_BTK: Array | None, context: Context
+    ) -> Array:
+        """Return keys (B, T, K, H) from what is cached.
+
+        They are mixed, then their rotated mean is added, then 1/rms multiplied, where they exist.
+        """
         k_BTKH = heads.mix(k_BTCH)
+        if heads.mean_KH is not None:
+            mean_BTKH = jnp.broadcast_to(heads.mean_KH[None, None], k_BTKH.shape)
+            mean_BTKH = self.apply_positions(mean_BTKH, context)
+            k_BTKH = (k_BTKH.astype(jnp.float32) + mean_BTKH).astype(k_BTKH.dtype)
         if inverse_BTK is None:
             return k_BTKH
         return (k_BTKH.astype(jnp.float32) * inverse_BTK[..., None]).astype(k_BTKH.dtype)
@@ -107,7 +120,7 @@ class Attention(AttentionLayer):
         if c.key_bits is not None:
             k_BTCH, inverse_BTK = self.cached_keys(heads, x_BTD, gamma_H, context)
             k_BTCH = heads.rounded(c.key_bits, k_BTCH, context.positions_BT, index)
-            return self.composed(heads, k_BTCH, inverse_BTK)
+            return self.composed(heads, k_BTCH, inverse_BTK, context)
         if c.hlc_order == "after":
             return heads.mix(self.cached_keys(heads, x_BTD, gamma_H, context)[0])
         k_BTKH = heads.composites(self.backend, c, Side.KEY, x_BTD)
@@ -128,7 +141,8 @@ class Attention(AttentionLayer):
         if gamma_H is not None and not self.scalar_norm:
             k_BTCH = rms_norm.norm_heads(k_BTCH, gamma_H, self.config.norm_eps)
         elif gamma_H is not None:
-            inverse_BTK = self.key_inverse_rms(heads, heads.mix(k_BTCH), gamma_H)[..., 0]
+            whole_BTKH = add_bias(heads.mix(k_BTCH), heads.mean_KH)
+            inverse_BTK = self.key_inverse_rms(heads, whole_BTKH, gamma_H)[..., 0]
             if heads.kind != "frequency":
                 scaled = k_BTCH.astype(jnp.float32) * rms_norm.along_last(gamma_H, 4)
                 k_BTCH = scaled.astype(k_BTCH.dtype)
@@ -143,7 +157,7 @@ class Attention(AttentionLayer):
         stored = self.store(stored, k_BTCH, v_BTCH, context, inverse_BTK, steps)
         slopes_N = self.slopes(c.n_heads)
         if context.slot is None:
-            k_BTKH, v_BTKH = self.composed(key, k_BTCH, inverse_BTK), value.mix(v_BTCH)
+            k_BTKH, v_BTKH = self.composed(key, k_BTCH, inverse_BTK, context), value.mix(v_BTCH)
             return self.attend(q_BTNH, k_BTKH, v_BTKH, context, slopes_N, norm=norm), stored
         o_BTNH = self.cached_attention(q_BTNH, stored, context, slopes_N, key, value)
         return o_BTNH if norm is None else norm.apply(o_BTNH), stored

@@ -6,14 +6,15 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mea_jax.config.schema import ModelConfig
 from mea_jax.model import kv_cache
-from mea_jax.model.context import Context
+from mea_jax.model.context import Context, Slots
 from mea_jax.model.heads import HeadLayout, Heads, add_bias
 from mea_jax.model.init import kernel, residual_gain
 from mea_jax.model.kv_cache import CachedLayer, LayerCache
-from mea_jax.ops import attention
+from mea_jax.ops import attention, mean_key
 from mea_jax.ops import rope as ops_rope
 from mea_jax.ops.backend import Backend, HeadNorm, make_backend
 from mea_jax.parallel.sharding import constrain, parameter
@@ -65,9 +66,11 @@ class AttentionLayer(nn.Module):
         d_model = self.config.d_model
         return kernel(self, name, (d_model, heads, width), ("embed", axis, "head_dim"), d_model)
 
-    def head_bias(self, name: str, heads: int, axis: str = "heads") -> Array | None:
+    def head_bias(
+        self, name: str, heads: int, axis: str = "heads", exists: bool | None = None
+    ) -> Array | None:
         """Declare the float32 bias (heads, H) of a projection; None if the model has none."""
-        if not self.config.qkv_bias:
+        if not (self.config.qkv_bias if exists is None else exists):
             return None
         shape = (heads, self.config.head_dim)
         return parameter(self, f"{name}_bias", nn.initializers.zeros, (axis, "head_dim"), shape)
@@ -170,14 +173,24 @@ class AttentionLayer(nn.Module):
         q_BKGX = q_B1NX.astype(jnp.float32) * self.logit_scale
         q_BKGX = q_BKGX.astype(q_B1NX.dtype).reshape(b, k, n // k, width)
         kind, mix = (heads.kind, heads.mixing) if heads else ("heads", None)
-        return [
-            kv_cache.add_slopes(
-                kv_cache.read_logits(self.backend, q_BKGX, part, kind, mix),
-                slots.distance_BS,
-                slopes_N,
-            )
-            for part, slots in zip(stored, (context.main, context.recent), strict=True)
-        ]
+        found = []
+        for part, slots in zip(stored, (context.main, context.recent), strict=True):
+            mean_BKGS = self.mean_logits(q_BKGX, context, slots, heads)
+            logits_BKGS = kv_cache.read_logits(self.backend, q_BKGX, part, kind, mix, mean_BKGS)
+            found.append(kv_cache.add_slopes(logits_BKGS, slots.distance_BS, slopes_N))
+        return found
+
+    def mean_logits(self, q_BKGH, context: Context, slots: Slots, heads: Heads | None):
+        """Return the logits (B, K, G, S) of the constant part of keys, or None without one."""
+        if heads is None or heads.mean_KH is None:
+            return None
+        c, start_B = self.config, context.positions_BT[:, 0] + slots.distance_BS[:, 0]
+        frequencies_F, factor = np.zeros(c.head_dim // 2), 1.0
+        if context.rope is not None:
+            frequencies_F = ops_rope.rope_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
+            factor = ops_rope.attention_factor(c.rope_scaling)
+        length = slots.distance_BS.shape[1]
+        return mean_key.mean_logits(q_BKGH, heads.mean_KH, start_B, length, frequencies_F, factor)
 
     def cached_softmax(self, logits: list[Array], context: Context) -> tuple[list[Array], Array]:
         """Return exp(logit - maximum) of both parts, and the sum of all these weights (B, K, G).

@@ -40,7 +40,8 @@ class Heads(NamedTuple):
     """A projection (D, C, H) to component heads and, where they exist, its mixing and bias (C, H).
 
     The bias is mixed like the heads: components are affine in the input, and so are composites.
-    `steps_CH` are the quantiser's steps of slots that are cached in few bits.
+    `steps_CH` are the quantiser's steps of slots that are cached in few bits. `mean_KH` is the
+    constant part of composite keys, which components do not contain.
     """
 
     kernel_DCH: Array
@@ -48,6 +49,7 @@ class Heads(NamedTuple):
     mixing: Array | None
     bias_CH: Array | None = None
     steps_CH: Array | None = None
+    mean_KH: Array | None = None
 
     def mix(self, x_BTCH: Array) -> Array:
         """Return composite heads (B, T, K, H); the input itself if there is no mixing."""
@@ -61,10 +63,11 @@ class Heads(NamedTuple):
         """Compute composite heads (B, T, K, H), in the folded or the explicit form."""
         count = self.kernel_DCH.shape[1]
         if self.mixing is None or hlc.training_form(model, side, count) == "explicit":
-            return self.mix(self.components(backend, x_BTD))
+            return add_bias(self.mix(self.components(backend, x_BTD)), self.mean_KH)
         folded_DKH, bias_KH = backend.fold(self.kind, self.kernel_DCH, self.mixing), self.bias_CH
         if bias_KH is not None:
             bias_KH = hlc.fold(self.kind, bias_KH[None], self.mixing)[0]
+            bias_KH = bias_KH if self.mean_KH is None else bias_KH + self.mean_KH
         return add_bias(backend.project(x_BTD, folded_DKH), bias_KH)
 
     def rounded(self, rows: tuple[str, ...], x_BTCH: Array, positions_BT: Array, index) -> Array:

@@ -234,9 +234,16 @@ def flush(cache: Cache) -> Cache:
 
 
 def read_logits(
-    backend: Backend, q_BKGH: Array, layer: LayerCache, kind: str, mix: Array | None
+    backend: Backend,
+    q_BKGH: Array,
+    layer: LayerCache,
+    kind: str,
+    mix: Array | None,
+    mean_BKGS: Array | None = None,
 ) -> Array:
     """Return q . k for all slots: float32 (B, K, G, S), neither masked nor biased.
+
+    `mean_BKGS` is the part of keys that is not cached (ops/mean_key.py), if there is one.
 
     `q_BKGH` includes the scale. `kind` and `mix` are the mixing of the cached components. `mix` is
     None for "direct" keys, and for queries that are already absorbed, (B, K, G, C H).
@@ -262,6 +269,8 @@ def read_logits(
         logits_BKGS = backend.dot(q_BKGH.astype(dtype), data, ((3,), (3,)), 2)
     if step is not None:
         logits_BKGS = logits_BKGS * step
+    if mean_BKGS is not None:
+        logits_BKGS = logits_BKGS + mean_BKGS
     if layer.inverse_rms_BKS is not None:
         logits_BKGS = logits_BKGS * layer.inverse_rms_BKS[:, :, None]
     return logits_BKGS

@@ -85,12 +85,15 @@ def dequantise(layout: Layout, codes: Array, step_X: Array) -> Array:
 def rounded(x: Array, step: Array, levels: Array) -> Array:
     """Return `x` rounded to the nearest of `levels` = 2^b values of its slot, in the dtype of `x`.
 
-    `step` and `levels` are broadcast to `x`. The gradient of `x` is that of the identity.
+    `step` and `levels` are broadcast to `x`. Gradients pass straight through the rounding: that of
+    `x` is the identity where it is not clipped, and that of `step` is the error in units of a step,
+    or half of the levels where it is clipped (learned step size, arXiv 1902.08153).
     """
-    x32 = x.astype(jnp.float32)
-    code = jnp.clip(jnp.floor(x32 / step) + levels / 2, 0.0, levels - 1)
-    found = (code - (levels - 1) / 2) * step
-    return (x32 + jax.lax.stop_gradient(found - x32)).astype(x.dtype)
+    units = x.astype(jnp.float32) / step
+    most = (levels - 1) / 2
+    clipped = jnp.clip(units, -most, most)
+    code = jnp.clip(jnp.floor(units) + 0.5, -most, most)
+    return ((clipped + jax.lax.stop_gradient(code - clipped)) * step).astype(x.dtype)
 
 
 def pack(layout: Layout, codes: Array) -> Array:

@@ -41,8 +41,8 @@ def read(path: Path) -> Any:
     if len(number) == 4 and not set(found.values()) & set(VERSIONS):
         raise UserError(
             f"{path} is damaged, or has version {found['little']} of the format, of which the "
-            f"package gguf {_version()} reads {' and '.join(map(str, VERSIONS))}: fetch it again, or "
-            "a newer one"
+            f"package gguf {_version()} reads {' and '.join(map(str, VERSIONS))}: fetch it again, "
+            "or a newer one"
         )
     try:
         reader = gguf.GGUFReader(path)

@@ -18,8 +18,8 @@ def disk_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(
-            f"{path} cannot be written: {error.strerror or error}; free space or make it writable, "
-            "then run the same command again: it resumes from the last checkpoint"
+            f"{path} cannot be written: {error.strerror or error}; free space, make it writable or "
+            "choose another place, then run the command again"
         ) from error
 
 

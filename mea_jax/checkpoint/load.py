@@ -14,7 +14,7 @@ from mea_jax.checkpoint.manager import Checkpoints, find_checkpoint
 from mea_jax.config.schema import ModelConfig, TrainConfig
 from mea_jax.data.tokenizers import Tokenizer, from_directory
 from mea_jax.errors import UserError
-from mea_jax.model.params import abstract_params, placed_params
+from mea_jax.model.params import abstract_params, placed_params, rounded_params
 from mea_jax.ops.resolve import resolve_on
 from mea_jax.parallel import sharding
 
@@ -59,7 +59,8 @@ class Trained:
     def on_mesh(self, mesh: Mesh, dtype: str, length: int) -> tuple[ModelConfig, Any]:
         """Return the model, resolved for `length` positions, and its parameters on a mesh.
 
-        Each device reads only its shards. Raise `UserError` if the checkpoint cannot be read, or
+        Each device reads only its shards. Matrices that are only ever rounded to the compute dtype
+        are in it (`params.rounded_params`). Raise `UserError` if the checkpoint cannot be read, or
         the mesh does not divide the model.
         """
         rows = sharding.batch_shards(mesh)
@@ -67,7 +68,13 @@ class Trained:
         sharding.check_divisible(one, mesh)
         model = dataclasses.replace(unresolved(self.config.model), dtype=dtype)
         model = resolve_on(model, mesh, length)
-        return model, self.params(placed_params(model, mesh))
+        return model, self.rounded(model, mesh)
+
+    def rounded(self, model: ModelConfig, mesh: Mesh) -> Any:
+        """Return the parameters of a resolved model on a mesh, as `on_mesh`."""
+        # Orbax casts each shard on the host, once it is read and before it is sent to its device.
+        # So devices never hold it in float32. Numpy rounds to nearest even, like XLA.
+        return self.params(rounded_params(model, placed_params(model, mesh)))
 
 
 def open_trained(path: Path, log: Callable[[str], Any], option: str = "--checkpoint") -> Trained:

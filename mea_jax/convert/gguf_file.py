@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from mea_jax.config.schema import RopeScaling
+from mea_jax.convert.gguf_reading import check_type, read, require_gguf
 from mea_jax.data.bad_input import first_line
 from mea_jax.errors import UserError, nearest, shown
 from mea_jax.ops.rope import rope_frequencies
@@ -68,17 +69,6 @@ _NEUTRAL = {
 }
 
 
-def require_gguf(what: str) -> Any:
-    """Return the module `gguf`; raise `UserError` that starts with `what` if it is missing."""
-    try:
-        import gguf  # an optional extra
-    except ImportError as error:
-        raise UserError(
-            f"{what}: reading GGUF files needs the package gguf: pip install 'mea_jax[gguf]'"
-        ) from error
-    return gguf
-
-
 @dataclass(frozen=True)
 class Tensor:
     """A tensor of a GGUF file, which is read and dequantised by `array`.
@@ -121,6 +111,29 @@ def to_halves(array: np.ndarray, heads: int) -> np.ndarray:
     return pairs.swapaxes(1, 2).reshape(array.shape)
 
 
+def stored_name(name: str) -> str:
+    """Return the GGUF name of a tensor of transformers; `name` itself if it has none."""
+    layer = re.fullmatch(r"(model\.layers\.)(\d+)\.(.+)\.(weight|bias)", name)
+    for ours, theirs in (_TOP | _LAYER).items():
+        if theirs == name:
+            return ours
+        if layer is not None and theirs == layer[3]:
+            return f"blk.{layer[2]}.{ours}.{layer[4]}"
+    return name
+
+
+def _check_order(files: Mapping[Path, Any]) -> None:
+    """Raise `UserError` if a later file is not the part that its name says."""
+    for number, (path, reader) in enumerate(files.items()):
+        field = reader.fields.get("split.no")
+        found = None if field is None else field.contents()
+        if number and found != number:
+            what = "none of a model in parts" if found is None else f"part {found + 1}"
+            raise UserError(
+                f"{path} is {what}, and named as part {number + 1} of {len(files)}: fetch it again"
+            )
+
+
 def locate(model: str) -> Path:
     """Return the path of a GGUF file, or of the one that matches PACKAGE/PATTERN.
 
@@ -160,7 +173,7 @@ class GGUFModel:
         """Read the metadata. Raise `UserError` if a file is damaged or not supported."""
         self.path = path
         require_gguf(f"--model {path}")
-        first = _read(path)
+        first = read(path)
         self.fields = {k: v.contents() for k, v in first.fields.items() if k[:5] != "GGUF."}
         parts = self._other_parts()
         self.architecture = self._text("general.architecture")
@@ -169,7 +182,8 @@ class GGUFModel:
                 f"{path}: the architecture {self.architecture!r} is not supported; "
                 f"{nearest(self.architecture, ARCHITECTURES)}"
             )
-        files = {path: first} | {part: _read(part) for part in parts}
+        files = {path: first} | {part: read(part) for part in parts}
+        _check_order(files)
         self._stored = {t.name: (t, file) for file, r in files.items() for t in r.tensors}
         total = self.fields.get("split.tensors.count")
         if total is not None and total != len(self._stored):
@@ -207,7 +221,7 @@ class GGUFModel:
         heads = {"attn_q": self.number("attention.head_count")}
         heads["attn_k"] = self.number("attention.head_count_kv", heads["attn_q"])
         for name, (stored, file) in self._stored.items():
-            _check_type(name, stored, file)
+            check_type(name, stored, file)
             if name == _ROPE_FACTORS:
                 continue
             block = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name)
@@ -229,11 +243,15 @@ class GGUFModel:
         return value
 
     def number(self, key: str, default: int | None = None) -> int:
-        """Return the integer `<architecture>.<key>`; raise `UserError` if it is none."""
+        """Return the positive integer `<architecture>.<key>`; raise `UserError` if it is none."""
         name = f"{self.architecture}.{key}"
         value = self.fields.get(name, default)
         if isinstance(value, list) and len(set(value)) == 1:
             value = value[0]  # one per layer, all equal
+        if value is None:
+            raise UserError(f"{self.path}: its metadata lacks {name}: fetch it again")
+        if isinstance(value, int) and value < 1:
+            raise UserError(f"{self.path}: {name}={value} must be 1 or more; fetch it again")
         if isinstance(value, bool) or not isinstance(value, int):
             raise UserError(
                 f"{self.path}: {name}={shown(value)} must be one integer for all layers: give "
@@ -242,9 +260,19 @@ class GGUFModel:
         return value
 
     def _real(self, key: str, default: float | None = None) -> Any:
-        """Return the float32 number `<architecture>.<key>` in its shortest decimal form."""
-        value = self.fields.get(f"{self.architecture}.{key}", default)
-        return None if value is None else float(str(np.float32(value)))
+        """Return the float32 number `<architecture>.<key>` in its shortest decimal form.
+
+        None if there is none. Raise `UserError` if it is not positive.
+        """
+        name = f"{self.architecture}.{key}"
+        value = self.fields.get(name, default)
+        if value is None:
+            return None
+        if isinstance(value, bool | str | list) or not 0 < value < float("inf"):
+            raise UserError(
+                f"{self.path}: {name}={shown(value)} must be a positive number; fetch it again"
+            )
+        return float(str(np.float32(value)))
 
     def config(self) -> dict[str, Any]:
         """Return the config.json of the same model. Raise `UserError` for what it cannot say."""
@@ -255,12 +283,24 @@ class GGUFModel:
         head_dim = self.number("attention.key_length", width // heads)
         rotated = self.number("rope.dimension_count", head_dim)
         embedding = self.tensors.get("model.embed_tokens.weight")
+        if embedding is None:
+            raise UserError(f"{self.path}: token_embd.weight is missing: fetch the model again")
+        if embedding.shape[1:] != (width,):
+            raise UserError(
+                f"{self.path}: token_embd.weight has shape {embedding.shape}, its metadata asks "
+                f"for rows of {width}: fetch it again"
+            )
+        if (epsilon := self._real("attention.layer_norm_rms_epsilon")) is None:
+            raise UserError(
+                f"{self.path}: its metadata lacks {self.architecture}.attention."
+                "layer_norm_rms_epsilon: fetch it again"
+            )
         halves = {"F16", "BF16"} & {t.stored.tensor_type.name for t in self.tensors.values()}
         config: dict[str, Any] = {
             "architectures": [name],
             "model_type": model_type,
             "torch_dtype": "bfloat16" if halves else "float32",
-            "vocab_size": embedding.shape[0] if embedding else self.number("vocab_size"),
+            "vocab_size": embedding.shape[0],
             "hidden_size": width,
             "intermediate_size": self.number("feed_forward_length"),
             "num_hidden_layers": self.number("block_count"),
@@ -268,7 +308,7 @@ class GGUFModel:
             "num_key_value_heads": self.number("attention.head_count_kv", heads),
             "head_dim": head_dim,
             "hidden_act": "silu",
-            "rms_norm_eps": self._real("attention.layer_norm_rms_epsilon"),
+            "rms_norm_eps": epsilon,
             "max_position_embeddings": self.number("context_length"),
             "rope_theta": self._real("rope.freq_base", 10_000.0),
             "rope_scaling": self._rope_scaling(head_dim),
@@ -324,51 +364,3 @@ class GGUFModel:
                 "the only ones supported: convert the model's safetensors with from_hf"
             )
         return scaling
-
-
-def _read(path: Path) -> Any:
-    """Return the library's reader of a file, whose tensors all end within it."""
-    import gguf
-
-    try:
-        with path.open("rb") as file:
-            magic = file.read(4)
-    except OSError as error:
-        raise UserError(f"--model {path} cannot be read: {error.strerror}; give a file") from error
-    if magic != b"GGUF":
-        raise UserError(f"--model {path} is not a GGUF file: give one, or a folder to from_hf")
-    try:
-        reader = gguf.GGUFReader(path)
-        for tensor in reader.tensors:
-            if tensor.data.nbytes != tensor.n_bytes:
-                raise ValueError(f"{tensor.name} ends outside of the file")
-    except Exception as error:  # of many kinds: it reads whatever the bytes say
-        reason = first_line(error)
-        if "GGMLQuantizationType" in reason:
-            raise UserError(
-                f"{path}: has a tensor of a type that the package gguf {_version()} does not know "
-                f"({reason}): upgrade gguf, or choose another quantisation of the model"
-            ) from error
-        raise UserError(f"{path} is cut short or damaged ({reason}); fetch it again") from error
-    return reader
-
-
-def _version() -> str:
-    from importlib.metadata import version
-
-    return version("gguf")
-
-
-def _check_type(name: str, stored: Any, file: Path) -> None:
-    """Raise `UserError` if the library cannot dequantise a tensor's type."""
-    import gguf
-
-    kind = stored.tensor_type
-    _, size = gguf.GGML_QUANT_SIZES[kind]
-    try:
-        gguf.dequantize(np.zeros((1, size), np.uint8), kind)
-    except NotImplementedError as error:
-        raise UserError(
-            f"{file}: the tensor {name} has type {kind.name}, which the package gguf {_version()} "
-            "cannot dequantise: choose another quantisation of the model"
-        ) from error

@@ -31,7 +31,7 @@ from mea_jax.convert import (
     tensors,
 )
 from mea_jax.convert.casting import casts
-from mea_jax.convert.gguf_file import GGUFModel
+from mea_jax.convert.gguf_file import GGUFModel, stored_name
 from mea_jax.data import end_tokens, sources
 from mea_jax.data.tokenizers import Tokenizer
 from mea_jax.errors import UserError
@@ -101,12 +101,15 @@ class Source:
         config: dict[str, Any],
         tokenizer: Callable[[], Tokenizer],
         arrays: Callable[[], Mapping[str, Any]],
+        stored_name: Callable[[str], str] = str,
     ):
         """Check that config, tokenizer and tensors are of one model; raise `UserError` if not.
 
         `tokenizer` and `arrays` are called in that order once the config is known to be supported.
-        Arrays are given by their names in transformers, each with a `shape` and an `array()`.
+        Arrays are given by their names in transformers, each with a `shape` and an `array()`;
+        `stored_name` returns the name of one in its file, for messages.
         """
+        self._stored_name = stored_name
         self.path, self.where, self.config = path, where, config
         self.model: ModelConfig = config_reading.model_config(self.config, self.where)
         self.tokenizer = _check_tokenizer(tokenizer(), path, self.model)
@@ -118,6 +121,10 @@ class Source:
         self.entries = tensors.entries(self.model, self.family.norm_offset)
         self._check()
 
+    @property
+    def _described_in(self) -> str:
+        return "config.json" if self.where.endswith("config.json") else "its metadata"
+
     def _check(self) -> None:
         known = set()
         for entry in self.entries:
@@ -128,8 +135,8 @@ class Source:
                 wanted = (wanted[0] - len(self.new_tokens), wanted[1])
             if found.shape != wanted:
                 raise UserError(
-                    f"{self.path}: {name} has shape {found.shape}, config.json asks for {wanted}"
-                    ": fetch the model again"
+                    f"{self.path}: {self._stored_name(name)} has shape {found.shape}, "
+                    f"{self._described_in} asks for {wanted}: fetch the model again"
                 )
         for name in self._tensors:
             if name not in known and not _UNUSED.fullmatch(name):
@@ -138,8 +145,8 @@ class Source:
     def _check_surplus(self, name: str) -> None:
         if name != "lm_head.weight":
             raise UserError(
-                f"{self.path}: contains {name}, which the model of config.json does not have: "
-                "give a model without it"
+                f"{self.path}: contains {self._stored_name(name)}, which the model of "
+                f"{self._described_in} does not have: give a model without it"
             )
         head, embedding = (
             self._tensors[n].array().view(np.uint8) for n in (name, "model.embed_tokens.weight")
@@ -160,7 +167,8 @@ class Source:
             if (tensor := self._tensors.get(name)) is not None:
                 half = {"gate": 0, "up": 1}.get(ours)
                 return name, _Part(tensor, (entry.expert, self.model.n_experts), half)
-        raise UserError(f"{self.path}: {entry.name} is missing: fetch the model again")
+        name = self._stored_name(entry.name)
+        raise UserError(f"{self.path}: {name} is missing: fetch the model again")
 
     def arrays(self) -> Iterator[tuple[tensors.Entry, np.ndarray]]:
         """Yield each entry with its published tensor, memory-mapped, in the order of `entries`."""
@@ -209,7 +217,7 @@ def open_source(model: Path) -> Source:
         found = GGUFModel(model)
         config = found.config()
         read = functools.partial(gguf_tokenizer.read, model, found.fields, config)
-        return Source(model, str(model), config, read, lambda: found.tensors)
+        return Source(model, str(model), config, read, lambda: found.tensors, stored_name)
     config = config_reading.read_config(model)
     published = {end_tokens.MODEL_CONFIG: (model / "config.json").read_bytes()}
     read = functools.partial(slow_tokenizers.read, model, published)
@@ -224,7 +232,7 @@ def _check_tokenizer(tokenizer: Tokenizer, path: Path, model: ModelConfig) -> To
     if beyond > 0 and not (named and beyond <= _MAX_NEW_TOKENS):
         raise UserError(
             f"{path}: the tokenizer does not match: it has ids up to {tokenizer.vocab_size - 1}, "
-            f"config.json has vocab_size={model.vocab_size}: fetch the model's own tokenizer"
+            f"the model has vocab_size={model.vocab_size}: fetch the model's own tokenizer"
         )
     return tokenizer
 

@@ -30,7 +30,7 @@ class Loaded:
     step: int
     config: TrainConfig
     model: ModelConfig
-    params: Any  # training parameters, float32
+    params: Any  # training parameters; on a mesh, rounded as by `Trained.on_mesh`
     tokenizer: Tokenizer
     mesh: Mesh | None = None
 

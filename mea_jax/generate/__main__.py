@@ -106,6 +106,7 @@ def _generator(trained: Trained, length: int, mesh: Mesh | None) -> Generator:
         cache_dtype=None if CACHE_DTYPE.value == "auto" else CACHE_DTYPE.value,
         form=CACHE_FORM.value,
         mesh=mesh,
+        donate=True,
     )
 
 

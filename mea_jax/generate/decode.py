@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mea_jax.config.schema import ModelConfig, Side
@@ -18,7 +19,7 @@ from mea_jax.model.context import Context, Slots
 from mea_jax.model.heads import HeadLayout
 from mea_jax.model.kv_cache import RECENT, Cache, CachedLayer, LayerCache, cache_axes, empty_heads
 from mea_jax.model.layer_spec import LayerSpec, fold_layer, fold_model, layer_specs
-from mea_jax.model.params import abstract_params, param_shardings
+from mea_jax.model.params import abstract_params, is_rounded, param_shardings
 from mea_jax.model.transformer import Decoder, RopeTables, runs_of_equal_layers
 from mea_jax.ops.backend import make_backend
 from mea_jax.parallel import sharding
@@ -79,27 +80,54 @@ def _serve_layer(layer: LayerSpec, form: str, index: int) -> LayerSpec:
 def _served_params(served: ServedModel, params: Any) -> Any:
     """Return separate layers, with mixing folded as specified and matrices in the compute dtype.
 
-    Routers stay float32, so that rounding does not change the choice of experts, and so do biases
-    and the steps of slots.
+    `params` may lack some leaves, but not a part of a layer's attention.
     """
     model, dtype = served.model, make_backend(served.model).dtype
     layers = []
     for first, length, *_ in runs_of_equal_layers(model):
         for i in range(length):
-            layer = jax.tree.map(lambda stack, i=i: stack[i], params[f"layers_{first}"])
+            layer = jax.tree.map(lambda x, i=i: x[i], params.get(f"layers_{first}", {}))
             spec = served.layers[first + i].model
             folded = tuple(side for side in Side if model.mixes(side) and not spec.mixes(side))
-            attention = fold_layer(model, layer["attention"], folded)
-            layers.append(layer | {"attention": attention})
+            if "attention" in layer:
+                layer["attention"] = fold_layer(model, layer["attention"], folded)
+            layers.append(layer)
     top = {name: leaf for name, leaf in params.items() if not name.startswith("layers_")}
     tree = {"top": top, "layers": layers}
 
     def leaf(path, x):
-        name = path[-1].key
-        whole = x.ndim < 2 or name == "router" or name.endswith(("_bias", "_steps", "_mean"))
-        return x if whole else x.astype(dtype)
+        return x.astype(dtype) if is_rounded(path[-1].key, x.ndim) else x
 
     return jax.tree_util.tree_map_with_path(leaf, tree)
+
+
+def _parts(params: Any) -> list[Any]:
+    """Divide parameters into trees for `_served_params`: attention, and each other matrix.
+
+    Leaves of one name in all stacks are one part, so that few programs are compiled.
+    """
+    parts: dict[Any, dict[Any, Any]] = {}
+    for path, leaf in flatten_dict(params).items():
+        inner = path[1:] if path[0].startswith("layers_") else path
+        name = "attention" if inner[0] == "attention" else inner
+        parts.setdefault(name, {})[path] = leaf
+    return [unflatten_dict(part) for part in parts.values()]
+
+
+def _serve_and_delete(served: ServedModel, params: Any) -> Any:
+    """Return `_served_params`, converted part by part; delete each part once it is converted."""
+    convert = jax.jit(_served_params, static_argnums=0)
+    found: dict[Any, Any] = {}
+    for part in _parts(params):
+        ready = jax.block_until_ready(convert(served, part))
+        leaves = jax.tree.leaves(ready)
+        for leaf in jax.tree.leaves(part):
+            if not any(leaf is x for x in leaves):  # `jit` returns an unchanged input itself
+                leaf.delete()
+        numbered = {"top": ready["top"], "layers": dict(enumerate(ready["layers"]))}
+        found |= flatten_dict(numbered)
+    tree = unflatten_dict(found)
+    return tree | {"layers": [tree["layers"][i] for i in range(len(served.layers))]}
 
 
 def serving(model: ModelConfig, form: str = "auto") -> ServedModel:
@@ -114,7 +142,9 @@ def serving(model: ModelConfig, form: str = "auto") -> ServedModel:
     return ServedModel(model, tuple(layers))
 
 
-def serve(model: ModelConfig, params: Any, form: str = "auto") -> tuple[ServedModel, Any]:
+def serve(
+    model: ModelConfig, params: Any, form: str = "auto", donate: bool = False
+) -> tuple[ServedModel, Any]:
     """Convert a resolved model and its training parameters for inference.
 
     Args:
@@ -123,11 +153,15 @@ def serve(model: ModelConfig, params: Any, form: str = "auto") -> tuple[ServedMo
       form: "folded" caches composite heads. "absorbed" caches component heads and reads them
         directly. "explicit" caches component heads and computes composite heads at each step.
         "auto" is folded if C = K and absorbed if C < K, separately for keys and values.
+      donate: delete `params`, each as soon as it is converted. Otherwise memory holds the complete
+        model in both forms. (`jit` cannot reuse the memory of a stack for several layers.)
 
     Returns:
       The static description; the parameters for `prefill` and `step`.
     """
     served = serving(model, form)
+    if donate:
+        return served, _serve_and_delete(served, params)
     return served, jax.jit(_served_params, static_argnums=0)(served, params)
 
 

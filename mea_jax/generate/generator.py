@@ -134,8 +134,8 @@ class Generator:
 
     `model` is resolved and `params` are training parameters. `length` is the number of cache slots
     for prompt and new tokens together. `cache_dtype` is the dtype of keys and values; None means
-    the model's compute dtype. `form` is as in `decode.serve`. Programs are compiled once per batch
-    shape.
+    the model's compute dtype. `form` and `donate` are as in `decode.serve`. Programs are compiled
+    once per batch shape.
 
     With a `mesh`, on which `params` must be placed, rows are sharded over its batch axes. The size
     of these axes must divide the number of rows. `run` must be called under `jax.set_mesh(mesh)`,
@@ -155,13 +155,14 @@ class Generator:
         cache_dtype: Any = None,
         form: str = "auto",
         mesh: Mesh | None = None,
+        donate: bool = False,
     ):
         if (longest := model.longest_context()) is not None and length > longest:
             raise UserError(
                 f"a cache of {length} positions is longer than the {longest} of the model, "
                 f"{model.limit_reason()}: shorten the cache"
             )
-        self.served, self.params = decode.serve(model, params, form)
+        self.served, self.params = decode.serve(model, params, form, donate)
         self.length, self.mesh = length, mesh
         self.cache_dtype = jnp.dtype(cache_dtype or model.dtype)
         self._compiled: dict[Any, Any] = {}

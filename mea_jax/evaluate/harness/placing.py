@@ -9,7 +9,6 @@ from jax.sharding import Mesh
 from mea_jax.checkpoint.load import Trained
 from mea_jax.config.schema import MeshConfig, ModelConfig
 from mea_jax.errors import UserError
-from mea_jax.model.params import placed_params
 from mea_jax.ops.resolve import resolve_on
 from mea_jax.parallel import sharding
 
@@ -40,7 +39,7 @@ def mesh_for(model: ModelConfig, trained_on: MeshConfig) -> tuple[Mesh, str | No
 def placed(
     trained: Trained, model: ModelConfig, log: Callable[[str], Any], requested: str | None = None
 ) -> tuple[Mesh, Any]:
-    """Return (mesh, float32 parameters on it).
+    """Return (mesh, training parameters on it, rounded as by `Trained.on_mesh`).
 
     `requested` is a mesh such as "tensor=4,fsdp=2", which must divide the model. None stands for
     the mesh of training on all devices; report through `log` if that does not divide it. Raise
@@ -54,4 +53,4 @@ def placed(
         log(problem)
     length = trained.config.data.context_length
     resolved = resolve_on(dataclasses.replace(model, attention_kernel="auto"), mesh, length)
-    return mesh, trained.params(placed_params(resolved, mesh))
+    return mesh, trained.rounded(resolved, mesh)

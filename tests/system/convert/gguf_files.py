@@ -1,6 +1,7 @@
 """Small GGUF files, written with llama.cpp's own package from small models of transformers."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,12 +54,15 @@ def write(
     paired: bool = True,
     fields: dict[str, Any] | None = None,
     parts: int = 0,
+    tensors: Mapping[str, np.ndarray | None] | None = None,
 ) -> dict[str, np.ndarray]:
     """Write a model, its matrices in type `kind`; return what they hold, by name of transformers.
 
     `fields` are further metadata, which replace those of the model; a value of None removes one.
-    `parts` is the number of tensors of a part; 0 writes one file.
+    `parts` is the number of tensors of a part; 0 writes one file. `tensors`, by GGUF name, replace
+    those of the model; a value of None leaves one out.
     """
+    replaced = tensors or {}
     config = model.config
     arch = config.model_type  # the same word for all that are read
     writer = gguf.GGUFWriter(path, arch, split_max_tensors=parts)
@@ -86,6 +90,10 @@ def write(
         ours = _NAMES.get(name) or f"blk.{part[2]}.{_NAMES['.'.join(part[3:-1])]}.{part[-1]}"
         heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
         stored = to_pairs(array, heads[part[-2]]) if paired and part[-2] in heads else array
+        if ours in replaced:
+            if (other := replaced[ours]) is not None:
+                writer.add_tensor(ours, other)
+            continue
         if array.ndim == 1:
             writer.add_tensor(ours, stored)
             held[name] = array

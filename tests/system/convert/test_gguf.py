@@ -215,7 +215,15 @@ BAD = {
     "tokenizer": ({"tokenizer.ggml.model": "bert"}, "known: gpt2, llama"),
     "pre-tokenizer": ({"tokenizer.ggml.pre": "qwen3"}, "did you mean 'qwen2'?"),
     "no merges": ({"tokenizer.ggml.merges": None}, "its tokenizer is damaged"),
-    "no heads": ({"llama.attention.head_count": None}, "llama.attention.head_count=None"),
+    "no heads": ({"llama.attention.head_count": None}, "lacks llama.attention.head_count: fetch"),
+    "zero heads": ({"llama.attention.head_count": 0}, "llama.attention.head_count=0 must be 1 or"),
+    "other heads per layer": ({"llama.attention.head_count": [4, 2]}, "one integer for all layers"),
+    "no layers": ({"llama.block_count": 0}, "llama.block_count=0 must be 1 or more"),
+    "no positions": ({"llama.context_length": 0}, "llama.context_length=0 must be 1 or more"),
+    "no epsilon": ({"llama.attention.layer_norm_rms_epsilon": None}, "layer_norm_rms_epsilon"),
+    "a base of text": ({"llama.rope.freq_base": "big"}, "rope.freq_base='big' must be a positive"),
+    "too few layers": ({"llama.block_count": 1}, "contains blk.1.attn_q.weight"),
+    "too many layers": ({"llama.block_count": 3}, "blk.2.attn_q.weight is missing"),
     "longrope": ({"llama.rope.scaling.type": "longrope"}, "rope_type"),
     "yarn without a factor": ({"llama.rope.scaling.type": "yarn"}, "factor=None must be a number"),
     "yarn with a factor of logits": (
@@ -234,6 +242,64 @@ def test_what_is_not_supported_is_named(kind, llama, fields, tmp_path):
     with pytest.raises(UserError) as caught:
         open_source(path)
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "words"),
+    [
+        ("blk.1.ffn_up.weight", None, "blk.1.ffn_up.weight is missing: fetch"),
+        ("token_embd.weight", None, "token_embd.weight is missing: fetch"),
+        (
+            "blk.0.attn_q.weight",
+            (255, 256),
+            "has shape (255, 256), its metadata asks for (256, 256)",
+        ),
+        ("blk.0.attn_norm.weight", (8,), "blk.0.attn_norm.weight has shape (8,), its metadata"),
+        ("blk.1.ffn_down.weight", (256,), "blk.1.ffn_down.weight has shape (256,), its metadata"),
+        ("token_embd.weight", (256,), "token_embd.weight has shape (256,), its metadata asks for"),
+    ],
+)
+def test_a_wrong_tensor_has_the_name_of_the_file(name, shape, words, llama, fields, tmp_path):
+    path = tmp_path / "model.gguf"
+    array = None if shape is None else np.zeros(shape, np.float32)
+    gguf_files.write(path, llama, fields=fields, tensors={name: array})
+    with pytest.raises(UserError) as caught:
+        open_source(path)
+    assert words in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+def test_a_part_under_another_name_is_named(llama, fields, tmp_path):
+    gguf_files.write(tmp_path / "model.gguf", llama, fields=fields, parts=9)
+    parts = sorted(tmp_path.glob("*.gguf"))
+    shutil.copy(parts[1], parts[2])
+    with pytest.raises(UserError, match=rf"{parts[2].name} is part 2, and named as part 3 of 3"):
+        open_source(parts[0])
+
+
+@pytest.mark.parametrize(("version", "order"), [(1, "little"), (99, "little"), (4, "big")])
+def test_another_version_of_the_format_is_named(version, order, file, tmp_path):
+    path = tmp_path / "other.gguf"
+    path.write_bytes(b"GGUF" + version.to_bytes(4, order) + file.read_bytes()[8:])
+    with pytest.raises(UserError, match=r"has version \d+ of the format, of which the"):
+        open_source(path)
+
+
+def test_nothing_is_left_of_an_import_that_failed(llama, fields, in_process, tmp_path):
+    path, out = tmp_path / "model.gguf", tmp_path / "run"
+    gguf_files.write(path, llama, fields=fields | {"llama.attention.head_count": 0})
+    run = in_process("mea_jax.convert.from_gguf", "--model", path, "--out", out)
+    assert_one_error(run[0], run[2], str(path), "llama.attention.head_count=0")
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(file, in_process, tmp_path):
+    (tmp_path / "taken").touch()
+    out = tmp_path / "taken" / "run"
+    run = in_process("mea_jax.convert.from_gguf", "--model", file, "--out", out)
+    assert_one_error(
+        run[0], run[2], f"{out}.part cannot be written: Not a directory", "another place"
+    )
 
 
 def test_a_type_that_the_package_does_not_know_is_named(file, monkeypatch):

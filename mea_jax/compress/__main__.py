@@ -79,7 +79,9 @@ if __name__ == "__main__":
         lower_bound=0,
     )
     flags.DEFINE_string(
-        "calibration_source", "", "other calibration text, such as jsonl:FILE or text:FOLDER"
+        "calibration_source",
+        "",
+        "other calibration text, such as jsonl:FILE,text:FOLDER, in equal parts",
     )
     flags.DEFINE_string(
         "held_out_source",

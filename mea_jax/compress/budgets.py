@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mea_jax.config.schema import ModelConfig
 from mea_jax.errors import UserError
@@ -121,21 +122,23 @@ def allot(
     """
     unit = math.gcd(*(cost for options in costs for cost in options))
     room = total // unit
-    best: list[float] = [0.0] * (room + 1)
-    choices: list[list[int]] = []
+    best = np.zeros(room + 1)  # the least loss of the items so far, at each total
+    choices = []
     for options, worse in zip(costs, losses, strict=True):
-        new, chosen = [math.inf] * (room + 1), [-1] * (room + 1)
+        new, chosen = np.full(room + 1, np.inf), np.full(room + 1, -1)
         for number, (cost, loss) in enumerate(zip(options, worse, strict=True)):
-            for used in range(cost // unit, room + 1):
-                value = best[used - cost // unit] + max(loss, 0.0)
-                if value < new[used]:
-                    new[used], chosen[used] = value, number
+            if (start := cost // unit) > room:
+                continue
+            value = best[: room + 1 - start] + max(loss, 0.0)
+            less = value < new[start:]
+            new[start:] = np.where(less, value, new[start:])
+            chosen[start:] = np.where(less, number, chosen[start:])
         best = new
         choices.append(chosen)
     if best[room] == math.inf:
         raise ValueError("the cheapest options cost more than the total")
     found = []
     for options, chosen in zip(reversed(costs), reversed(choices), strict=True):
-        found.append(chosen[room])
-        room -= options[chosen[room]] // unit
+        found.append(int(chosen[room]))
+        room -= options[found[-1]] // unit
     return found[::-1]

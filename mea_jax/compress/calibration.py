@@ -93,7 +93,7 @@ class CalibrationTexts:
         words = self.options.calibration_source
         if not words:
             return self.prepared
-        given = (sources.named(words),)
+        given = tuple(map(sources.named, words.split(",")))
         data = dataclasses.replace(self.source.config.data, sources=given)
         return self._prepare(self._in_its_tokens(data))
 

@@ -5,8 +5,9 @@ import time
 import jax
 import jax.numpy as jnp
 
-from mea_jax.compress.options import Options, repair_text
+from mea_jax.compress.options import Options, fitting_tokens
 from mea_jax.compress.probe import TRIED
+from mea_jax.compress.rates import POINTS
 from mea_jax.compress.repair import STEPWISE, TEMPERED
 from mea_jax.config.schema import ModelConfig
 from mea_jax.model.flops import forward_flops_per_token
@@ -30,7 +31,8 @@ def passes(
     }
     if options.budget in ("measured", "repaired"):
         # A candidate of layer l runs the layers above it: half of them on average.
-        candidates = 2 * (model.n_kv_heads - 1) * layers
+        each = len(POINTS) if options.method == "bits" else model.n_kv_heads - 1
+        candidates = 2 * each * layers
         found["dividing"] = candidates * options.measure_tokens / 2
         if options.budget == "repaired":
             found["dividing"] += candidates * TRIED * 3 * batch_tokens / model.n_layers
@@ -38,7 +40,7 @@ def passes(
         tempered = min(options.calibration_tokens, TEMPERED)
         found["compressing"] += share * 4 * tempered
         if options.repair != "none":
-            found["compressing"] += share * 4 * repair_text(options)
+            found["compressing"] += share * 4 * fitting_tokens(options)
         if options.repair in STEPWISE:
             found["compressing"] += share * options.repair_steps * 3 * batch_tokens
     return found

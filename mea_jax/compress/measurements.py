@@ -18,6 +18,8 @@ from mea_jax.checkpoint.files import disk_errors, write_json
 from mea_jax.checkpoint.layerwise import StoredModel
 from mea_jax.cli import progress
 from mea_jax.compress import layer as layers
+from mea_jax.compress import methods, rates
+from mea_jax.compress.bits_probe import BitsProbe
 from mea_jax.compress.calibration import CalibrationTexts
 from mea_jax.compress.moments import Moments, of_weights
 from mea_jax.compress.options import Options
@@ -176,8 +178,17 @@ class Measurements:
         parts = [layers.split_heads(self.model, tree["attention"]) for tree in trees]
         plain = [plain_layer(heads, tree) for heads, tree in zip(parts, trees, strict=True)]
         measurer = SensitivityProbe(self.model, top, plain, *streams)
+        count, in_bits = self.model.n_kv_heads, None
+        if options.method == "bits":
+            solved = [
+                methods.solve("bits", heads, self.moments(i), count, count)
+                for i, heads in enumerate(parts)
+            ]
+            in_bits = BitsProbe(measurer, solved, rates.POINTS)
         for index in progress(range(max(missing) + 1), "measuring, layers"):
-            if index in missing:
+            if index in missing and in_bits is not None:
+                self._keep(in_bits.sensitivity())
+            elif index in missing:
                 self._keep(measurer.sensitivity(options.method, parts[index], self.moments(index)))
             measurer.advance()
         for stream in streams:

@@ -13,6 +13,7 @@
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import numpy as np
@@ -184,13 +185,6 @@ def _latent(moment: np.ndarray, rank: int) -> Latent:
     return Latent(leading @ leading.T, lost)
 
 
-def centred(method: str, heads: Heads, moments: Moments) -> tuple[Heads, Moments]:
-    """Return a layer as `method` divides it: "bits" takes the mean from the keys first."""
-    if method != "bits":
-        return heads, moments
-    return layers.centred(heads, moments.key_means), without_mean(moments)
-
-
 def solve_values(method: str, heads: Heads, moments: Moments, components: int) -> Values:
     """Return `components` component values by `method`."""
     count = heads.value_DKH.shape[1]
@@ -213,20 +207,39 @@ def solve_values(method: str, heads: Heads, moments: Moments, components: int) -
         return solve(moments.values, components, weights_KHH, norm_H is not None)
 
 
-def variances(
-    heads: Heads, moments: Moments, keys: Keys | Latent, values: Values
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the variances of the slots of component keys (C, H) and component values (C, H)."""
-    assert isinstance(keys, Keys)
-    gram_FKK, _ = _key_problem(heads, moments, "whole")
-    power_CF = np.einsum(
-        "fgc,fgh,fhc->cf", keys.combine.conj(), gram_FKK, keys.combine, optimize=True
-    ).real
-    value_X = np.einsum(
-        "xr,xy,yr->r", values.combine, moments.values, values.combine, optimize=True
-    )
-    key_CH = np.concatenate([power_CF, power_CF], axis=1) / 2
-    return np.maximum(key_CH, 0), np.maximum(value_X, 0).reshape(key_CH.shape[0], -1)
+@dataclasses.dataclass(frozen=True)
+class Solved:
+    """The solution of a layer by one method. With "bits", keys are without their mean."""
+
+    heads: Heads
+    moments: Moments
+    keys: Keys | Latent
+    values: Values
+
+    @functools.cached_property
+    def variances(self) -> tuple[np.ndarray, np.ndarray]:
+        """The variances of the slots of component keys (C, H) and of component values (C, H)."""
+        assert isinstance(self.keys, Keys)
+        gram_FKK, _ = _key_problem(self.heads, self.moments, "whole")
+        combine = self.keys.combine
+        power_CF = np.einsum("fgc,fgh,fhc->cf", combine.conj(), gram_FKK, combine, optimize=True)
+        value_X = np.einsum(
+            "xr,xy,yr->r",
+            self.values.combine,
+            self.moments.values,
+            self.values.combine,
+            optimize=True,
+        )
+        key_CH = np.concatenate([power_CF.real, power_CF.real], axis=1) / 2
+        return np.maximum(key_CH, 0), np.maximum(value_X, 0).reshape(key_CH.shape[0], -1)
+
+
+def solve(method: str, heads: Heads, moments: Moments, key_count: int, value_count: int) -> Solved:
+    """Return the solution with `key_count` component keys and `value_count` component values."""
+    if method == "bits":
+        heads, moments = layers.centred(heads, moments.key_means), without_mean(moments)
+    keys = solve_keys(method, heads, moments, key_count)
+    return Solved(heads, moments, keys, solve_values(method, heads, moments, value_count))
 
 
 def rebuilt_keys(heads: Heads, keys: Keys | Latent) -> np.ndarray:

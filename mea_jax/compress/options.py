@@ -4,7 +4,8 @@ import dataclasses
 
 from mea_jax.compress import methods
 from mea_jax.compress.repair import STEPS as REPAIR_STEPS
-from mea_jax.compress.repair import STEPWISE
+from mea_jax.compress.repair import STEPWISE, TEMPERED
+from mea_jax.compress.step_sizes import FITTED
 from mea_jax.errors import UserError
 
 
@@ -20,8 +21,8 @@ class Options:
     repair_steps: int = REPAIR_STEPS  # for each layer
     repair_tokens: int = 0  # text for the repair; 0: as many as for calibration
     calibration_tokens: int = 131072  # 0: methods use the weights only
-    calibration_source: str = ""  # "kind:path", as config.data.sources; "": the checkpoint's own
-    held_out_source: str = ""  # sources as above, separated by commas; "": the checkpoint's own
+    calibration_source: str = ""  # "kind:path,..", as config.data.sources; "": the checkpoint's own
+    held_out_source: str = ""  # sources as above; "": the checkpoint's own
     measure_tokens: int = 16384  # text on which budgets are measured
     held_out_tokens: int = 131072  # at most, in all sources together, compared before and after
     dtype: str = "auto"  # of matrix products
@@ -56,10 +57,10 @@ def check(options: Options) -> None:
 
 
 def _check_bits(options: Options) -> None:
-    if options.budget != "uniform" or options.layers != "full":
+    if options.budget not in ("uniform", "measured") or options.layers != "full":
         raise UserError(
-            "--method bits divides the same share over the slots of every layer: leave out "
-            f"--budget {options.budget} and --layers {options.layers}"
+            f"--budget {options.budget} --layers {options.layers}: --method bits divides all "
+            "layers: leave these options out, or give --budget measured alone"
         )
     if not 0 < options.keep <= 0.5:
         raise UserError(
@@ -68,6 +69,10 @@ def _check_bits(options: Options) -> None:
         )
 
 
-def repair_text(options: Options) -> int:
-    """Return the number of tokens on which layers are repaired."""
-    return options.repair_tokens or options.calibration_tokens
+def fitting_tokens(options: Options) -> int:
+    """Return the number of tokens that the layers of the compressed model are fitted to."""
+    if options.repair != "none":
+        return options.repair_tokens or options.calibration_tokens
+    most = FITTED if options.method == "bits" else TEMPERED
+    fits = options.method == "bits" or options.method in methods.SHARPENED
+    return min(options.calibration_tokens, most) if fits else 0

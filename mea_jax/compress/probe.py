@@ -39,14 +39,15 @@ TRIED = 40  # repair steps before a changed layer is measured, with --budget rep
 
 @dataclasses.dataclass(frozen=True)
 class Sensitivity:
-    """The losses from compressing one layer's keys or values to C = 1 .. K heads.
+    """The losses from compressing one layer's keys or values, alone.
+
+    They are those of C = 1 .. K heads, or of the bits a slot in `rates.POINTS`.
 
     Attributes:
       layer: index of the layer.
       side: keys or values.
-      residuals: the lost share of the (weighted) energy, for each C.
-      losses: KL(original || changed) of predictions, in nats per token, for each C; empty if not
-        measured.
+      residuals: the lost shares of the (weighted) energy.
+      losses: KL(original || changed) of predictions, in nats per token; empty if not measured.
     """
 
     layer: int
@@ -114,12 +115,15 @@ class SensitivityProbe:
             x_BTD = run_block(self.specs[index], self.trees[index], x_BTD, batch, index)
         return x_BTD
 
-    def _moved(self, spec: LayerSpec, tree: Tree) -> float:
-        """Return KL(original || changed), nats per token, with `tree` as the next layer."""
+    def moved(self, spec: LayerSpec, tree: Tree, index: int) -> float:
+        """Return KL(original || changed), nats per token, with `tree` as the next layer.
+
+        `index` is the layer's number, or that of its row in `spec.model.bits`.
+        """
         moved, tokens, done = 0.0, 0.0, self.stream.done
         with jax.set_mesh(self.stream.mesh):
             for (x_BTD, batch), original_BTD in zip(self._windows(), self.last, strict=True):
-                x_BTD = self._rest(run_block(spec, tree, x_BTD, batch, done), batch, done + 1)
+                x_BTD = self._rest(run_block(spec, tree, x_BTD, batch, index), batch, done + 1)
                 sums = compared_sums(self.model, self.top, x_BTD, original_BTD, batch)
                 moved, tokens = moved + float(sums[2]), tokens + float(sums[1])
         return moved / tokens
@@ -146,7 +150,7 @@ class SensitivityProbe:
                 spec, tree = self._changed(
                     method, heads, solved[Side.KEY], solved[Side.VALUE], side, counts
                 )
-                worse.append(self._moved(spec, tree))
+                worse.append(self.moved(spec, tree, index))
                 lost.append(solved[side].residual)
             found.append(Sensitivity(index, side, [*lost, 0.0], [*worse, 0.0]))
         return found

@@ -20,16 +20,14 @@ from mea_jax.checkpoint.files import disk_errors, write_json
 from mea_jax.checkpoint.layerwise import StoredModel, Writer
 from mea_jax.checkpoint.load import unresolved
 from mea_jax.cli import progress
-from mea_jax.compress import bits, budgets, damage, expected, methods, repair
+from mea_jax.compress import bits, budgets, damage, expected, methods, rates, repair, step_sizes
 from mea_jax.compress import layer as layers
 from mea_jax.compress.calibration import CalibrationTexts
-from mea_jax.compress.keys import Keys
 from mea_jax.compress.measurements import Measurements
-from mea_jax.compress.moments import Moments, unseen
-from mea_jax.compress.options import Options, check, repair_text
+from mea_jax.compress.moments import unseen
+from mea_jax.compress.options import Options, check, fitting_tokens
 from mea_jax.compress.probe import Sensitivity, assemble
 from mea_jax.compress.stream import Losses, Stream
-from mea_jax.compress.values import Values
 from mea_jax.config.schema import ModelConfig, Side
 from mea_jax.errors import UserError
 from mea_jax.model.layer_spec import layer_specs
@@ -112,8 +110,7 @@ class CompressionPass:
         """Return C_k and C_v of every layer, and the sensitivities that were used."""
         keys, values = [self.count] * self.model.n_layers, [self.count] * self.model.n_layers
         if self.options.method == "bits":
-            self._divide_bits()
-            return keys, values, []
+            return keys, values, self._divide_bits()
         if self.options.budget == "uniform":
             for index in self.chosen:
                 keys[index] = values[index] = int(self.kept)
@@ -123,25 +120,30 @@ class CompressionPass:
             self._allot(found, keys, values)
         return keys, values, found
 
-    def _divide_bits(self) -> None:
-        """Choose the bits of each slot of all layers."""
-        rows: list[list[str]] = []
-        for index in progress(range(self.model.n_layers), "dividing bits, layers"):
-            attention = self.source.layer(index)["attention"]
-            both = methods.variances(*self._solved(index, attention, self.count, self.count))
-            keep, positions = self.options.keep, budgets.POSITIONS
-            rows.append([bits.divide(x_CH.ravel(), keep, positions) for x_CH in both])
-        self.bits = {side: tuple(row[i] for row in rows) for i, side in enumerate(Side)}
+    def _divide_bits(self) -> list[Sensitivity]:
+        """Choose the bits of each slot of all layers; return the sensitivities that were used."""
+        parts = [
+            (index, side, bits.Division(x_CH.ravel()))
+            for index in progress(range(self.model.n_layers), "solving, layers")
+            for side, x_CH in zip(Side, self._solved(index).variances, strict=True)
+        ]
+        divisions, found, keep = [part[2] for part in parts], [], self.options.keep
+        if self.options.budget == "uniform":
+            rows = [bits.divide(division, keep, budgets.POSITIONS) for division in divisions]
+        else:
+            found = self.measurements.sensitivities(self.chosen)
+            rows = rates.divide(divisions, found, keep)
+        for side in Side:
+            chosen = zip(rows, parts, strict=True)
+            self.bits[side] = tuple(row for row, part in chosen if part[1] == side)
+        return found
 
-    def _solved(
-        self, index: int, attention: Tree, key_count: int, value_count: int
-    ) -> tuple[layers.Heads, Moments, Keys | methods.Latent, Values]:
-        """Return a layer's heads and moments, and the solutions for its keys and its values."""
-        method = self.options.method
-        heads = layers.split_heads(self.model, attention)
-        heads, moments = methods.centred(method, heads, self.measurements.moments(index))
-        keys = methods.solve_keys(method, heads, moments, key_count)
-        return heads, moments, keys, methods.solve_values(method, heads, moments, value_count)
+    def _solved(self, index: int, attention: Tree | None = None, *counts: int) -> methods.Solved:
+        """Return a layer's solution with the numbers `counts` of heads; none means all heads."""
+        attention = attention or self.source.layer(index)["attention"]
+        heads, moments = layers.split_heads(self.model, attention), self.measurements.moments(index)
+        counts = counts or (self.count, self.count)
+        return methods.solve(self.options.method, heads, moments, *counts)
 
     def target(self, keys: list[int], values: list[int]) -> ModelConfig:
         """Return the config of the compressed model."""
@@ -208,16 +210,12 @@ class CompressionPass:
         while self._row_file(len(rows)).exists():
             rows.append(json.loads(self._row_file(len(rows)).read_text()))
         text = None
-        if options.calibration_tokens and (
-            options.repair != "none" or options.method in methods.SHARPENED
-        ):
-            tokens = repair_text(options)
-            tokens = tokens if options.repair != "none" else min(tokens, repair.TEMPERED)
+        if tokens := fitting_tokens(options):
             text = self.texts.training(self.part / "repair", tokens)
             text.start(self.model, self.source.top(), len(rows), self.source.layer)
         followed = None
         if options.repair == "blockwise":
-            followed = self.texts.training(self.part / "followed", repair_text(options))
+            followed = self.texts.training(self.part / "followed", fitting_tokens(options))
             followed.start(target, self.source.top(), len(rows), writer.layer)
         writer.write_non_layer(self.source.top())
         rest = range(len(rows), self.model.n_layers)
@@ -251,18 +249,17 @@ class CompressionPass:
         followed: Stream | None,
     ) -> dict[str, Any]:
         options, solved = self.options, self._solved(index, tree["attention"], *counts)
-        heads, moments, keys, values = solved
-        attention = assemble(heads, keys, values, tree["attention"])
+        attention = assemble(solved.heads, solved.keys, solved.values, tree["attention"])
         row: dict[str, Any] = {
             "layer": index,
             "keys": counts[0],
             "values": counts[1],
-            "key_residual": keys.residual,
-            "value_residual": values.residual,
-            "unseen": unseen(moments.keys) + unseen(moments.values),
+            "key_residual": solved.keys.residual,
+            "value_residual": solved.values.residual,
+            "unseen": unseen(solved.moments.keys) + unseen(solved.moments.values),
         }
         if self.bits:
-            row |= self._quantise(index, methods.variances(*solved), attention)
+            row |= self._quantise(index, solved.variances, attention)
         if text is not None and (counts != (self.count, self.count) or self.bits):
             spec, scale = layer_specs(writer.model)[index], layers.input_scale(tree)
             original = repair.OriginalLayer(
@@ -272,6 +269,8 @@ class CompressionPass:
                 found = repair.temperature(original, (spec, attention))
                 attention = repair.sharpened(attention, found)
                 row["temperature"] = found
+            if self.bits:
+                attention = step_sizes.fitted(original, (spec, attention))
             if options.repair != "none":
                 before = original.error((spec, attention))
                 attention = self._repaired(original, (spec, attention))

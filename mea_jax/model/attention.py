@@ -6,7 +6,8 @@ a cache but no slot in the context it is prefill, T positions from slot 0 on. Wi
 decode step.
 
 Apply a layer with the collection "heads" mutable to get its queries, composite keys and values
-before rotary positions, its outputs before the head norm, and the input of the output projection.
+before rotary positions, its outputs before the head norm, the input of the output projection, and
+the slots of few bits before they are rounded.
 """
 
 import flax.linen as nn
@@ -119,6 +120,7 @@ class Attention(AttentionLayer):
         c = self.config
         if c.key_bits is not None:
             k_BTCH, inverse_BTK = self.cached_keys(heads, x_BTD, gamma_H, context)
+            self.sow("heads", "key_slots", k_BTCH)
             k_BTCH = heads.rounded(c.key_bits, k_BTCH, context.positions_BT, index)
             return self.composed(heads, k_BTCH, inverse_BTK, context)
         if c.hlc_order == "after":
@@ -183,6 +185,7 @@ class Attention(AttentionLayer):
                 v_BTKH = value.composites(self.backend, c, Side.VALUE, x_BTD)
             else:
                 v_BTCH = value.components(self.backend, x_BTD)
+                self.sow("heads", "value_slots", v_BTCH)
                 v_BTCH = value.rounded(c.value_bits, v_BTCH, context.positions_BT, index)
                 v_BTKH = value.mix(v_BTCH)
             self.sow("heads", "value", v_BTKH)

@@ -66,6 +66,11 @@ class Layout:
         return sum(len(rows) * width // 8 for width, rows in self.pieces.items())
 
 
+def packed_bytes(bits_X: np.ndarray) -> int:
+    """Return `Layout(bits).bytes`, without the layout."""
+    return sum(-(-int(np.count_nonzero(bits_X & width)) * width // 8) for width in WIDTHS)
+
+
 def quantise(layout: Layout, x: Array, step_X: Array) -> Array:
     """Return the codes of `x` (..., X) with steps (X,): uint8 (..., X), 0 in slots of 0 bits."""
     half_X = np.asarray([2.0 ** (b - 1) for b in layout.bits], np.float32)

@@ -33,7 +33,7 @@ def test_the_table_is_that_of_the_best_uniform_quantiser(count):
 def test_no_other_division_loses_less(weights, total):
     weights_X = np.asarray(weights)
     table = np.asarray(bits.DISTORTIONS)
-    found = bits.allocate(weights_X, total)
+    found = bits.Division(weights_X).bits(total)
     assert found.sum() == total if total <= 8 * len(weights) else 8 * len(weights)
     every = (
         np.asarray(one)
@@ -45,7 +45,7 @@ def test_no_other_division_loses_less(weights, total):
 
 
 def test_slots_of_no_variance_get_their_bits_last():
-    found = bits.allocate(np.asarray([0.0, 1.0, 0.0]), 9)
+    found = bits.Division(np.asarray([0.0, 1.0, 0.0])).bits(9)
     assert found[1] == 8
     assert found.sum() == 9
     assert bits.steps(np.asarray([0.0, 4.0, 1.0]), np.asarray([1, 2, 0])).tolist() == [
@@ -58,4 +58,4 @@ def test_slots_of_no_variance_get_their_bits_last():
 @pytest.mark.parametrize("wrong", [-1.0, float("nan"), float("inf")])
 def test_wrong_weights(wrong):
     with pytest.raises(ValueError, match="finite and at least 0"):
-        bits.allocate(np.asarray([1.0, wrong]), 3)
+        bits.Division(np.asarray([1.0, wrong]))

@@ -76,7 +76,7 @@ def test_fewer_bits_lose_more_and_repair_wins_some_back(run, one, tmp_path):
 def test_what_is_refused(run, one, tmp_path):
     for changes, words in (
         ({"keep": 0.6}, r"--keep=0\.6 with --method bits must be in \(0, 0\.5\]"),
-        ({"keep": 0.25, "budget": "measured"}, "leave out --budget measured"),
+        ({"keep": 0.25, "budget": "residual"}, "give --budget measured alone"),
         ({"keep": 0.25, "calibration_tokens": 0}, "--method bits needs activations"),
         ({"keep": 0.001}, r"--keep=0\.001 leaves no bit of \d+ slots"),
     ):
@@ -90,7 +90,7 @@ def test_what_is_refused(run, one, tmp_path):
 def test_the_division_fills_its_room_and_no_more():
     variances = np.exp(np.random.default_rng(0).normal(0, 3, 192))
     for keep in (0.5, 0.3, 0.25, 0.1875, 0.125, 0.0625):
-        row = bits.divide(variances, keep, 4096)
+        row = bits.divide(bits.Division(variances), keep, 4096)
         layout = Layout(tuple(int(digit) for digit in row))
         stored = layout.bytes + (4 * 192 + 2 * 4 * 192) / 4096
         assert keep * 384 * 0.99 - 1 < stored <= keep * 384

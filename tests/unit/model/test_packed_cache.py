@@ -27,6 +27,9 @@ CASES: dict[str, dict[str, Any]] = {
     "wide": WIDE,
     "qk_norm": WIDE | {"qk_norm": True},
     "biases": WIDE | {"qkv_bias": True},
+    "mean": WIDE | {"key_mean": True},
+    "mean of normed keys": WIDE | {"key_mean": True, "qk_norm": True, "qkv_bias": True},
+    "mean without positions": WIDE | {"key_mean": True, "rope_theta": 1e4, "layer_thetas": (0.0,)},
     "half": {"key_components": 2, "value_components": 2},
     "keys only": {"hlc": "k", "value_bits": None},
 }
@@ -83,7 +86,7 @@ def decoded(model, params, tokens_BT, prompt):
     return np.stack(found, axis=1), cache
 
 
-FAST = ("heads", "qk_norm")
+FAST = ("heads", "mean of normed keys")
 
 
 @pytest.mark.parametrize(
@@ -115,7 +118,7 @@ def test_decoding_from_packed_slots(case, prompt, devices, monkeypatch):
 def test_long_caches_are_read_in_blocks(devices, monkeypatch):
     """A prompt beyond a block of 512 positions."""
     devices(1)
-    model, params = packed_model(**WIDE)
+    model, params = packed_model(**WIDE, key_mean=True)
     tokens_BT = jnp.asarray(
         np.random.default_rng(2).integers(0, model.vocab_size, (1, 602)), jnp.int32
     )

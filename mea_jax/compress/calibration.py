@@ -89,13 +89,17 @@ class CalibrationTexts:
         log("the data have changed since training: using the current data")
         return self._prepare(self._in_its_tokens(data))
 
-    def _calibration(self) -> Prepared:
+    @property
+    def data(self) -> DataConfig:
+        """The data of calibration and repair, in the model's own tokens."""
+        own = self._in_its_tokens(self.source.config.data)
         words = self.options.calibration_source
         if not words:
-            return self.prepared
-        given = tuple(map(sources.named, words.split(",")))
-        data = dataclasses.replace(self.source.config.data, sources=given)
-        return self._prepare(self._in_its_tokens(data))
+            return own
+        return dataclasses.replace(own, sources=tuple(map(sources.named, words.split(","))))
+
+    def _calibration(self) -> Prepared:
+        return self._prepare(self.data) if self.options.calibration_source else self.prepared
 
     def training(self, folder: Path, tokens: int) -> Stream:
         """Return a stream of at least `tokens` training tokens, the same for the same seed.

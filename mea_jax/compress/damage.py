@@ -38,9 +38,9 @@ def summarise(
       heads: the number of composite key/value heads, K.
     """
     before, after = ([sum(layer) for layer in side] for side in cache)
-    domains = {name: _compared(losses[0][name], losses[1][name]) for name in losses[0]}
+    of_sources = domains(*losses)
     tokens = [sum(n for _, n in batches) for batches in losses[0].values()]
-    alike = _overall(list(domains.values()), [1.0] * len(domains))
+    alike = _overall(list(of_sources.values()), [1.0] * len(of_sources))
     return {
         "options": options.__dict__ | {},
         "versions": {"jax": jax.__version__},
@@ -52,16 +52,21 @@ def summarise(
             for row, b, a in zip(rows, before, after, strict=True)
         ],
         "held_out": {
-            **_overall(list(domains.values()), tokens),
+            **_overall(list(of_sources.values()), tokens),
             **{
                 f"mean_{name}": alike[name]
                 for name in ("increase", "error", "divergence", "divergence_error")
             },
             "tokens": int(sum(tokens)),
-            "domains": domains,
+            "domains": of_sources,
         },
         "sensitivities": [s.__dict__ for s in sensitivities],
     }
+
+
+def domains(before: Losses, after: Losses) -> dict[str, dict[str, float]]:
+    """Return the losses, their increase and the divergence of each source of text."""
+    return {name: _compared(before[name], after[name]) for name in before}
 
 
 def _compared(before: Batches, after: Batches) -> dict[str, float]:
@@ -130,6 +135,12 @@ def table(summary: dict[str, Any]) -> str:
             known = math.isfinite(d[error])
             line += "  " + (f"{value} ±{d[error]:.4f}" if known else value).ljust(16)
         lines.append(line.rstrip())
+    if trained := summary.get("joint"):
+        was = np.mean([d["increase"] for d in trained["before"].values()])
+        lines.append(
+            f"joint repair {trained['tokens']:,} tokens, {trained['seconds']:,.0f} s: "
+            f"{was:+.4f} > {loss['mean_increase']:+.4f} nats, mean of the sources"
+        )
     unseen = sum(row["unseen"] for row in summary["layers"])
     if unseen:
         lines.append(

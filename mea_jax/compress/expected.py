@@ -5,7 +5,7 @@ import time
 import jax
 import jax.numpy as jnp
 
-from mea_jax.compress.options import Options, fitting_tokens
+from mea_jax.compress.options import Options, fitting_tokens, joint_tokens
 from mea_jax.compress.probe import TRIED
 from mea_jax.compress.rates import POINTS
 from mea_jax.compress.repair import STEPWISE, TEMPERED
@@ -43,6 +43,8 @@ def passes(
             found["compressing"] += share * 4 * fitting_tokens(options)
         if options.repair in STEPWISE:
             found["compressing"] += share * options.repair_steps * 3 * batch_tokens
+    if options.repair == "joint":  # the teacher's pass, the model's, and its gradients
+        found["training"] = 4 * joint_tokens(options) + options.held_out_tokens
     return found
 
 

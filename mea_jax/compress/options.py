@@ -70,9 +70,18 @@ def _check_bits(options: Options) -> None:
 
 
 def fitting_tokens(options: Options) -> int:
-    """Return the number of tokens that the layers of the compressed model are fitted to."""
+    """Return the number of tokens that single layers are fitted to."""
+    if options.repair == "joint":
+        return options.calibration_tokens
     if options.repair != "none":
         return options.repair_tokens or options.calibration_tokens
     most = FITTED if options.method == "bits" else TEMPERED
     fits = options.method == "bits" or options.method in methods.SHARPENED
     return min(options.calibration_tokens, most) if fits else 0
+
+
+def joint_tokens(options: Options) -> int:
+    """Return the number of tokens on which all layers are trained jointly."""
+    if options.repair != "joint":
+        return 0
+    return options.repair_tokens or options.calibration_tokens

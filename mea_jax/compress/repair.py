@@ -5,7 +5,8 @@ form. "layerwise" then updates all projections of the attention with a few hundr
 match the original's output on the original model's inputs. "blockwise" then updates all parameters
 of the block, on the inputs from the compressed model, to match the residual of the original model
 after the block. So each block also compensates for the losses of earlier layers. No gradient goes
-through more than one layer.
+through more than one layer. "joint" is "layerwise", after which all layers are trained together
+(joint.py).
 """
 
 import functools
@@ -30,8 +31,8 @@ from mea_jax.compress.stream import (
 
 Tree = dict[str, Any]
 Layer = tuple[LayerSpec, Tree]  # the static part of a layer, and its parameters
-REPAIRS = ("none", "output", "layerwise", "blockwise")
-STEPWISE = ("layerwise", "blockwise")  # those that take gradient steps
+REPAIRS = ("none", "output", "layerwise", "blockwise", "joint")
+STEPWISE = ("layerwise", "blockwise", "joint")  # those that take gradient steps
 STEPS, WARMUP = 400, 20
 # Factors of the queries. Least squares shrinks keys towards the part that it can rebuild, so logits
 # are too small by a few percent, and by more if more is lost.

@@ -20,15 +20,27 @@ from mea_jax.checkpoint.files import disk_errors, write_json
 from mea_jax.checkpoint.layerwise import StoredModel, Writer
 from mea_jax.checkpoint.load import unresolved
 from mea_jax.cli import progress
-from mea_jax.compress import bits, budgets, damage, expected, methods, rates, repair, step_sizes
+from mea_jax.compress import (
+    bits,
+    budgets,
+    damage,
+    dividing,
+    expected,
+    joint,
+    methods,
+    repair,
+    step_sizes,
+)
 from mea_jax.compress import layer as layers
 from mea_jax.compress.calibration import CalibrationTexts
+from mea_jax.compress.dividing import Shares
 from mea_jax.compress.measurements import Measurements
 from mea_jax.compress.moments import unseen
-from mea_jax.compress.options import Options, check, fitting_tokens
-from mea_jax.compress.probe import Sensitivity, assemble
+from mea_jax.compress.options import Options, check, fitting_tokens, joint_tokens
+from mea_jax.compress.probe import assemble
+from mea_jax.compress.result import write_run
 from mea_jax.compress.stream import Losses, Stream
-from mea_jax.config.schema import ModelConfig, Side
+from mea_jax.config.schema import Side
 from mea_jax.errors import UserError
 from mea_jax.model.layer_spec import layer_specs
 from mea_jax.ops.resolve import resolve
@@ -65,12 +77,7 @@ class CompressionPass:
         methods.check_model(self.model, options.method)
         self.chosen = budgets.choose_layers(options.layers, self.model.n_layers)
         self.count = self.model.n_kv_heads
-        self.bits: dict[Side, tuple[str, ...]] = {}
-        self.kept = float(self.count)  # heads per layer, on average
-        if options.method != "bits":
-            self.kept = budgets.heads_kept(options.keep, self.count)
-            if options.budget == "uniform":
-                self.kept = budgets.uniform(options.keep, self.count)
+        dividing.kept(self.model, options)
         self._check_part()
         self.texts = CalibrationTexts(self.source, options, log)
         self._claim()
@@ -106,36 +113,12 @@ class CompressionPass:
         """Compute the moments of all layers, and return the original's held-out losses."""
         return self.measurements.calibrate()
 
-    def divide(self) -> tuple[list[int], list[int], list[Sensitivity]]:
-        """Return C_k and C_v of every layer, and the sensitivities that were used."""
-        keys, values = [self.count] * self.model.n_layers, [self.count] * self.model.n_layers
-        if self.options.method == "bits":
-            return keys, values, self._divide_bits()
-        if self.options.budget == "uniform":
-            for index in self.chosen:
-                keys[index] = values[index] = int(self.kept)
-            return keys, values, []
-        found = self.measurements.sensitivities(self.chosen)
-        if self.kept < self.count:
-            self._allot(found, keys, values)
-        return keys, values, found
-
-    def _divide_bits(self) -> list[Sensitivity]:
-        """Choose the bits of each slot of all layers; return the sensitivities that were used."""
-        parts = [
-            (index, side, bits.Division(x_CH.ravel()))
-            for index in progress(range(self.model.n_layers), "solving, layers")
-            for side, x_CH in zip(Side, self._solved(index).variances, strict=True)
-        ]
-        divisions, found, keep = [part[2] for part in parts], [], self.options.keep
-        if self.options.budget == "uniform":
-            rows = [bits.divide(division, keep, budgets.POSITIONS) for division in divisions]
-        else:
-            found = self.measurements.sensitivities(self.chosen)
-            rows = rates.divide(divisions, found, keep)
-        for side in Side:
-            chosen = zip(rows, parts, strict=True)
-            self.bits[side] = tuple(row for row, part in chosen if part[1] == side)
+    def divide(self) -> Shares:
+        """Return what each layer keeps."""
+        found = dividing.divide(
+            self.model, self.options, self.chosen, self.measurements, self._solved, self.log
+        )
+        self.shares = found
         return found
 
     def _solved(self, index: int, attention: Tree | None = None, *counts: int) -> methods.Solved:
@@ -145,66 +128,10 @@ class CompressionPass:
         counts = counts or (self.count, self.count)
         return methods.solve(self.options.method, heads, moments, *counts)
 
-    def target(self, keys: list[int], values: list[int]) -> ModelConfig:
-        """Return the config of the compressed model."""
-        found = methods.target_model(self.model, self.options.method, keys, values)
-        if not self.bits:
-            return found
-        own = self.bits
-        return dataclasses.replace(found, key_bits=own[Side.KEY], value_bits=own[Side.VALUE])
-
-    def cache_before(self) -> list[tuple[int, int]]:
-        """Return the bytes per position of each layer's keys and values, uncompressed."""
-        return budgets.cache_bytes(self.model)
-
-    def cache_of(self, keys: list[int], values: list[int]) -> list[tuple[int, int]]:
-        """Return the bytes per position of each layer's keys and values.
-
-        For the method `latent` these are the bytes of the latents, although the model written by it
-        caches complete keys.
-        """
-        if self.options.method == "latent":
-            width = 2 * self.model.head_dim
-            scalars = 4 * self.count if self.model.qk_norm else 0
-            return [
-                (c * width + scalars * (c < self.count), v * width)
-                for c, v in zip(keys, values, strict=True)
-            ]
-        return budgets.cache_bytes(self.target(keys, values))
-
-    def _allot(self, found: list[Sensitivity], keys: list[int], values: list[int]) -> None:
-        """Write the best division at the requested bytes into `keys` and `values`.
-
-        The requested bytes are those of the uniform division. If a layer's share is not a whole
-        number of heads, they are interpolated between the two nearest uniform divisions.
-        """
-        layers_of = self.model.n_layers
-        by_count = [
-            self.cache_of([c] * layers_of, [c] * layers_of) for c in range(1, self.count + 1)
-        ]
-        totals = [sum(sum(row[index]) for index in self.chosen) for row in by_count]
-        below = int(self.kept)
-        part = self.kept - below  # the fraction of one more head
-        total = totals[below - 1]
-        total += round(part * (totals[min(below, self.count - 1)] - total))
-        if part:  # round to the nearest whole head, not down
-            total += by_count[0][self.chosen[0]][1] // 2
-        costs = [[row[s.layer][s.side == Side.VALUE] for row in by_count] for s in found]
-        losses = [s.losses or s.residuals for s in found]
-        for s, option in zip(found, budgets.allot(costs, losses, total), strict=True):
-            (keys if s.side == Side.KEY else values)[s.layer] = option + 1
-        heads = sum(keys[i] + values[i] for i in self.chosen)
-        met = heads / (2 * self.count * len(self.chosen))
-        if abs(met - self.options.keep) > budgets.ROUNDING:
-            self.log(
-                f"--keep={self.options.keep:g}: the nearest share that whole key and value heads "
-                f"of {len(self.chosen)} layers reach is {met:.3g}"
-            )
-
-    def compress(self, keys: list[int], values: list[int]) -> tuple[Writer, list[dict[str, Any]]]:
+    def compress(self) -> tuple[Writer, list[dict[str, Any]]]:
         """Compress every layer into the work folder; return the writer and a row per layer."""
-        options = self.options
-        target = self.target(keys, values)
+        options, keys, values = self.options, self.shares.keys, self.shares.values
+        target = self.shares.target(self.model, options.method)
         writer = Writer(self.part / "arrays", target)
         rows: list[dict[str, Any]] = []
         while self._row_file(len(rows)).exists():
@@ -223,7 +150,9 @@ class CompressionPass:
             tree = self.source.layer(index)
             counts = keys[index], values[index]
             # Before the first layer with fewer heads, the two models are the same.
-            apart = min(*keys[: index + 1], *values[: index + 1]) < self.count or bool(self.bits)
+            apart = min(*keys[: index + 1], *values[: index + 1]) < self.count or bool(
+                self.shares.bits
+            )
             behind = followed if apart else None
             row = self._compress_layer(index, tree, counts, writer, text, behind)
             write_json(self._row_file(index), row)
@@ -258,9 +187,9 @@ class CompressionPass:
             "value_residual": solved.values.residual,
             "unseen": unseen(solved.moments.keys) + unseen(solved.moments.values),
         }
-        if self.bits:
+        if self.shares.bits:
             row |= self._quantise(index, solved.variances, attention)
-        if text is not None and (counts != (self.count, self.count) or self.bits):
+        if text is not None and (counts != (self.count, self.count) or self.shares.bits):
             spec, scale = layer_specs(writer.model)[index], layers.input_scale(tree)
             original = repair.OriginalLayer(
                 layer_specs(self.model)[index], tree["attention"], scale, text
@@ -269,7 +198,7 @@ class CompressionPass:
                 found = repair.temperature(original, (spec, attention))
                 attention = repair.sharpened(attention, found)
                 row["temperature"] = found
-            if self.bits:
+            if self.shares.bits:
                 attention = step_sizes.fitted(original, (spec, attention))
             if options.repair != "none":
                 before = original.error((spec, attention))
@@ -290,7 +219,7 @@ class CompressionPass:
         """Set the steps of a layer's slots in `attention`; return what the report says of them."""
         row: dict[str, Any] = {}
         for side, x_CH in zip(Side, variances, strict=True):
-            own_X = np.asarray([int(digit) for digit in self.bits[side][index]])
+            own_X = np.asarray([int(digit) for digit in self.shares.bits[side][index]])
             step_X = bits.steps(x_CH.ravel(), own_X)
             attention[f"{side}_steps"] = np.float32(step_X.reshape(x_CH.shape))
             lost = float(x_CH.ravel() @ np.asarray(bits.DISTORTIONS)[own_X] / x_CH.sum())
@@ -305,9 +234,12 @@ class CompressionPass:
         steps = self.options.repair_steps
         return repair.reconstruct(original, (compressed[0], attention), steps, words)
 
-    def look(self, writer: Writer) -> Losses:
-        """Return the compressed model's held-out losses and divergences from the original."""
-        file = self.part / "look.json"
+    def look(self, writer: Writer, name: str = "look") -> Losses:
+        """Return the compressed model's held-out losses and divergences from the original.
+
+        They are stored in the work folder as `name`.
+        """
+        file = self.part / f"{name}.json"
         if file.exists():
             return json.loads(file.read_text())
         stream, top = self.texts.held_out(self.part / "held_out"), self.source.top()
@@ -319,25 +251,26 @@ class CompressionPass:
         shutil.rmtree(self.part / "held_out")
         return losses
 
+    def train_jointly(self, writer: Writer) -> dict[str, Any]:
+        """Train the attention of all layers together; return what was spent and won."""
+        before = self.look(writer, "before_joint")
+        start = self.part / "unjoined"
+        if not (self.part / "joint").exists():
+            write_run(self.source, writer, start, self.options.method)
+        text, devices = self.texts.data, len(jax.devices())
+        config = joint.config_of(self.source, self.options, start, text, devices)
+        facts = joint.repair(config, self.part / "joint", writer, self.log)
+        return facts | {"before": damage.domains(self.measurements.calibrate(), before)}
+
     def finish(self, writer: Writer, summary: dict[str, Any], draw: Callable[[Path], Any]) -> None:
         """Write the run directory in the work folder, rename it to `out`, remove the work folder.
 
         `draw(path)` draws the figure. Raise `UserError` if the disk is full or not writable.
         """
         run = self.part / "run"
-        shutil.rmtree(run, ignore_errors=True)
-        checkpoint = run / "checkpoints" / str(self.source.step)
+        write_run(self.source, writer, run, self.options.method)
         with disk_errors(run):
-            checkpoint.parent.mkdir(parents=True)
-            shutil.copytree(self.source.run / "tokenizer", run / "tokenizer")
-        own = self.source.config.model  # compression keeps the options that select how it runs
-        kept = {n: getattr(own, n) for n in ("dtype", "backend", "attention_kernel", "hlc_form")}
-        model = dataclasses.replace(writer.model, **kept)
-        name = f"{self.source.config.name}_{self.options.method}"
-        config = dataclasses.replace(self.source.config, name=name, model=model)
-        writer.save(checkpoint, config, self.source.digest)
-        write_json(run / "config.json", config.to_dict())
-        write_json(run / "compression.json", summary)
+            write_json(run / "compression.json", summary)
         draw(run / "compression.png")
         with disk_errors(self.out):
             self.out.parent.mkdir(parents=True, exist_ok=True)
@@ -368,19 +301,24 @@ def compress(
     stage(f"calibrating {work.model.n_layers} layers on {options.calibration_tokens:,} tokens")
     before = work.calibrate()
     stage(f"dividing the cache: {options.budget}")
-    keys, values, sensitivities = work.divide()
+    shares = work.divide()
     stage(f"compressing: {options.method}, repair {options.repair}")
-    writer, rows = work.compress(keys, values)
+    writer, rows = work.compress()
+    facts = {}
+    if options.repair == "joint":
+        stage(f"training all layers jointly on {joint_tokens(options):,} tokens")
+        facts = {"joint": work.train_jointly(writer)}
     stage("evaluating the held-out loss")
     after = work.look(writer)
     summary = damage.summarise(
         options,
-        (work.cache_before(), work.cache_of(keys, values)),
+        (budgets.cache_bytes(work.model), shares.cache_bytes(work.model, options.method)),
         rows,
         (before, after),
-        sensitivities,
+        shares.sensitivities,
         work.count,
     )
+    summary |= facts
     stage("writing the checkpoint")
     work.finish(writer, summary, lambda path: damage.draw(summary, path))
     return summary

@@ -41,11 +41,19 @@ def trainable(params: Any, which: str) -> Any:
     """Return the subtree of `params` that a run updates; `which` is `StartConfig.trainable`.
 
     The result is a tree without the frozen parameters, not a mask. So frozen parameters have no
-    gradients, moments or weight decay, and no norm includes them.
+    gradients, moments or weight decay, and no norm includes them. "attention" leaves out what is
+    fitted to text and not trained: the mean of keys and the steps of slots.
     """
     if which == "all":
         return params
-    return unflatten_dict({k: v for k, v in flatten_dict(params).items() if "attention" in k})
+    flat = flatten_dict(params)
+    kept = {k: v for k, v in flat.items() if "attention" in k and not is_fitted(k[-1])}
+    return unflatten_dict(kept)
+
+
+def is_fitted(name: str) -> bool:
+    """Return whether a parameter is a constant of the cache: a mean of keys, or steps of slots."""
+    return name.endswith(("_mean", "_steps"))
 
 
 def merge_params(params: Any, part: Any) -> Any:
@@ -64,7 +72,12 @@ def decay_mask(params, decay_mixing: bool):
 
     def leaf(path, _):
         name = path[-1].key
-        if name == "scale" or name.endswith(("_bias", "_steps")) or name.startswith("lambda_"):
+        if (
+            name == "scale"
+            or name.endswith("_bias")
+            or is_fitted(name)
+            or name.startswith("lambda_")
+        ):
             return False
         return decay_mixing or not name.endswith("_mixing")
 

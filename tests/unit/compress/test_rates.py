@@ -72,5 +72,6 @@ def test_no_other_division_of_two_sides_loses_less():
 
 
 def test_too_little_room():
+    divisions, measured = sides([1.0] * 4)
     with pytest.raises(UserError, match=r"--keep=0\.001 leaves no bit of 96 slots"):
-        rates.divide(*sides([1.0] * 4), 0.001)
+        rates.divide(divisions, measured, 0.001)

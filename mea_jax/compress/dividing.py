@@ -1,0 +1,159 @@
+"""Divide the cache: what each layer keeps of its keys and of its values, at the share asked for."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from mea_jax.cli import progress
+from mea_jax.compress import bits, budgets, methods, rates
+from mea_jax.compress.measurements import Measurements
+from mea_jax.compress.options import Options
+from mea_jax.compress.probe import Sensitivity
+from mea_jax.config.schema import ModelConfig, Side
+
+
+@dataclasses.dataclass(frozen=True)
+class Shares:
+    """What each layer keeps.
+
+    Attributes:
+      keys, values: the numbers of component heads of each layer.
+      bits: the bits of the slots of each layer, as in `ModelConfig.key_bits`; empty without.
+      sensitivities: those that were measured.
+    """
+
+    keys: list[int]
+    values: list[int]
+    bits: dict[Side, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    sensitivities: list[Sensitivity] = dataclasses.field(default_factory=list)
+
+    def target(self, model: ModelConfig, method: str) -> ModelConfig:
+        """Return the config of the compressed model."""
+        found = methods.target_model(model, method, self.keys, self.values)
+        if not self.bits:
+            return found
+        return dataclasses.replace(
+            found, key_bits=self.bits[Side.KEY], value_bits=self.bits[Side.VALUE]
+        )
+
+    def cache_bytes(self, model: ModelConfig, method: str) -> list[tuple[int, int]]:
+        """Return the bytes per position of each layer's keys and values.
+
+        For the method `latent` these are the bytes of the latents, although the model written by it
+        caches complete keys.
+        """
+        if method != "latent":
+            return budgets.cache_bytes(self.target(model, method))
+        width, count = 2 * model.head_dim, model.n_kv_heads
+        scalars = 4 * count if model.qk_norm else 0
+        return [
+            (c * width + scalars * (c < count), v * width)
+            for c, v in zip(self.keys, self.values, strict=True)
+        ]
+
+
+def kept(model: ModelConfig, options: Options) -> float:
+    """Return the number of heads of a layer, on average, that `--keep` amounts to.
+
+    Raise `UserError` if it is not possible.
+    """
+    count = model.n_kv_heads
+    if options.method == "bits":
+        return float(count)
+    if options.budget == "uniform":
+        return float(budgets.uniform(options.keep, count))
+    return budgets.heads_kept(options.keep, count)
+
+
+def divide(
+    model: ModelConfig,
+    options: Options,
+    chosen: list[int],
+    measurements: Measurements,
+    solved: Callable[[int], methods.Solved],
+    log: Callable[[str], Any],
+) -> Shares:
+    """Divide the cache.
+
+    Args:
+      model: the resolved config of the original.
+      options: those of the compression.
+      chosen: the layers to compress.
+      measurements: those of the original, calibrated.
+      solved: returns a layer's solution with all heads.
+      log: logs a line.
+    """
+    heads, count = kept(model, options), model.n_kv_heads
+    shares = Shares([count] * model.n_layers, [count] * model.n_layers)
+    if options.method == "bits":
+        return _divide_bits(shares, options, measurements, solved)
+    if options.budget == "uniform":
+        for index in chosen:
+            shares.keys[index] = shares.values[index] = int(heads)
+        return shares
+    found = measurements.sensitivities(chosen)
+    if heads < count:
+        _allot(shares, found, model, options, heads, log)
+    return dataclasses.replace(shares, sensitivities=found)
+
+
+def _divide_bits(
+    shares: Shares,
+    options: Options,
+    measurements: Measurements,
+    solved: Callable[[int], methods.Solved],
+) -> Shares:
+    """Choose the bits of each slot of all layers."""
+    parts = [
+        (side, bits.Division(x_CH.ravel()))
+        for index in progress(range(len(shares.keys)), "solving, layers")
+        for side, x_CH in zip(Side, solved(index).variances, strict=True)
+    ]
+    divisions, found = [division for _, division in parts], []
+    if options.budget == "uniform":
+        rows = [bits.divide(one, options.keep, budgets.POSITIONS) for one in divisions]
+    else:
+        found = measurements.sensitivities(list(range(len(shares.keys))))
+        rows = rates.divide(divisions, found, options.keep)
+    own = {
+        side: tuple(row for row, part in zip(rows, parts, strict=True) if part[0] == side)
+        for side in Side
+    }
+    return dataclasses.replace(shares, bits=own, sensitivities=found)
+
+
+def _allot(
+    shares: Shares,
+    found: list[Sensitivity],
+    model: ModelConfig,
+    options: Options,
+    heads: float,
+    log: Callable[[str], Any],
+) -> None:
+    """Write the best division at the requested bytes into `shares`.
+
+    The requested bytes are those of the uniform division. If a layer's share is not a whole number
+    of heads, they are interpolated between the two nearest uniform divisions.
+    """
+    chosen, count = sorted({s.layer for s in found}), model.n_kv_heads
+    by_count = [
+        Shares([c] * model.n_layers, [c] * model.n_layers).cache_bytes(model, options.method)
+        for c in range(1, count + 1)
+    ]
+    totals = [sum(sum(row[index]) for index in chosen) for row in by_count]
+    below = int(heads)
+    part = heads - below  # the fraction of one more head
+    total = totals[below - 1]
+    total += round(part * (totals[min(below, count - 1)] - total))
+    if part:  # round to the nearest whole head, not down
+        total += by_count[0][chosen[0]][1] // 2
+    costs = [[row[s.layer][s.side == Side.VALUE] for row in by_count] for s in found]
+    losses = [s.losses or s.residuals for s in found]
+    for s, option in zip(found, budgets.allot(costs, losses, total), strict=True):
+        (shares.keys if s.side == Side.KEY else shares.values)[s.layer] = option + 1
+    met = sum(shares.keys[i] + shares.values[i] for i in chosen) / (2 * count * len(chosen))
+    if abs(met - options.keep) > budgets.ROUNDING:
+        log(
+            f"--keep={options.keep:g}: the nearest share that whole key and value heads of "
+            f"{len(chosen)} layers reach is {met:.3g}"
+        )

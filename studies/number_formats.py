@@ -236,24 +236,53 @@ def attend_recent(
     a query at position p reads values after p - recent exactly, and keys from the last multiple of
     `recent` up to p + 1, because keys are quantised `recent` at a time.
     """
-    n, count = q_BTNH.shape[2], keys[0].shape[2]
+    (_, length, n, width), count = q_BTNH.shape, keys[0].shape[2]
+    chunks = -(-length // recent)
+    # A chunk of R = `recent` queries reads exact keys and values in its own and the preceding chunk
+    # only. So there is one more chunk in front, and the last one is filled up. S = R (chunks + 1).
+    front, behind = recent, chunks * recent - length
 
-    def one(row):  # one row of the batch, because logits (N, T, S) are large
-        q_TNH, (key_SKH, coarse_SKH), (value_SKH, rough_SKH), at_T, segment_T = row
-        q_TKGH = q_TNH.reshape(len(q_TNH), count, n // count, -1) * scale
-        exact_TS = at_T[None] >= ((at_T + 1) // recent * recent)[:, None]
-        late_TS = at_T[None] > at_T[:, None] - recent
-        seen_TS = (segment_T[:, None] == segment_T[None]) & (at_T[None] <= at_T[:, None])
-        logits_KGTS = jnp.where(
-            exact_TS[None, None],
-            jnp.einsum("tkgh,skh->kgts", q_TKGH, key_SKH),
-            jnp.einsum("tkgh,skh->kgts", q_TKGH, coarse_SKH),
-        )
-        p_KGTS = jax.nn.softmax(jnp.where(seen_TS[None, None], logits_KGTS, -1e30), axis=-1)
-        late = late_TS[None, None].astype(p_KGTS.dtype)
-        o_TKGH = jnp.einsum("kgts,skh->tkgh", p_KGTS * late, value_SKH)
-        o_TKGH += jnp.einsum("kgts,skh->tkgh", p_KGTS * (1 - late), rough_SKH)
-        return o_TKGH.reshape(q_TNH.shape)
+    def padded(x: Array, fill: int = 0) -> Array:
+        rest = [(0, 0)] * (x.ndim - 2)
+        return jnp.pad(x, [(0, 0), (front, behind), *rest], constant_values=fill)
 
-    as32 = jax.tree.map(lambda x: x.astype(jnp.float32), (q_BTNH, keys, values))
-    return jax.lax.map(one, (*as32, positions_BT, segment_ids_BT))
+    def by_head(x_BTKH: Array) -> Array:  # (B, K, S, H)
+        return padded(x_BTKH.astype(jnp.float32)).swapaxes(1, 2)
+
+    def one_row(row):
+        q_NSH, key_KSH, coarse_KSH, value_KSH, rough_KSH, at_S, segment_S = row
+
+        def one_chunk(start):
+            def cut(x, first, size, axis):
+                return jax.lax.dynamic_slice_in_dim(x, first, size, axis)
+
+            q_KXH = cut(q_NSH, start + recent, recent, 1).reshape(count, -1, width) * scale
+            at_R1, segment_R1 = (
+                cut(x, start + recent, recent, 0)[:, None] for x in (at_S, segment_S)
+            )
+            seen_RS = (segment_R1 == segment_S[None]) & (at_S[None] <= at_R1)
+            near = (start, 2 * recent)  # the columns that can be exact
+            at_1Y = cut(at_S, *near, 0)[None]
+            fresh_RY = at_1Y >= (at_R1 + 1) // recent * recent
+            late_RY = (at_1Y > at_R1 - recent) & cut(seen_RS, *near, 1)
+
+            def grouped(x_KXS):  # (N, R, S)
+                return x_KXS.reshape(n, recent, -1)
+
+            logits_NRS = grouped(q_KXH @ coarse_KSH.swapaxes(1, 2))
+            exact_NRY = grouped(q_KXH @ cut(key_KSH, *near, 1).swapaxes(1, 2))
+            exact_NRY = jnp.where(fresh_RY[None], exact_NRY, cut(logits_NRS, *near, 2))
+            logits_NRS = jax.lax.dynamic_update_slice_in_dim(logits_NRS, exact_NRY, start, 2)
+            p_NRS = jax.nn.softmax(jnp.where(seen_RS[None], logits_NRS, -1e30), axis=-1)
+            p_NRY = cut(p_NRS, *near, 2) * late_RY[None]
+            change_KYH = cut(value_KSH - rough_KSH, *near, 1)
+            o_KXH = p_NRS.reshape(count, -1, p_NRS.shape[-1]) @ rough_KSH
+            o_KXH += p_NRY.reshape(count, -1, 2 * recent) @ change_KYH
+            return o_KXH.reshape(n, recent, width)
+
+        o_XNRH = jax.lax.map(one_chunk, jnp.arange(chunks) * recent)
+        return o_XNRH.swapaxes(1, 2).reshape(-1, n, width)[:length]
+
+    arrays = [by_head(x) for x in (q_BTNH, *keys, *values)]
+    rows = (*arrays, padded(positions_BT), padded(segment_ids_BT, fill=-1))
+    return jax.lax.map(one_row, rows)

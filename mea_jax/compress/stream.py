@@ -244,9 +244,16 @@ class Stream:
             self._store(0, (_embed(model, placed, self.put(batch)) for batch in self.batches))
 
     def advance(
-        self, spec: LayerSpec, layer: Tree, collect: bool = False
+        self,
+        spec: LayerSpec,
+        layer: Tree,
+        collect: bool = False,
+        block: Callable[..., jax.Array] = run_block,
     ) -> dict[str, np.ndarray] | None:
-        """Run the next layer, of parameters `layer`; with `collect`, return sums for `Moments`."""
+        """Run the next layer, of parameters `layer`; with `collect`, return sums for `Moments`.
+
+        `block` is `run_block`, or a function of the same arguments that runs a changed layer.
+        """
         placed, index = self.place(layer), self.done
         sums: dict[str, np.ndarray] = {}
 
@@ -255,7 +262,7 @@ class Stream:
                 x_BTD = self.residual(number, spec.model)
                 inputs = (spec, placed, x_BTD, self.put(batch), index)
                 if not collect:
-                    yield run_block(*inputs)
+                    yield block(*inputs)
                     continue
                 x_BTD, new = watch_block(*inputs)
                 for name, value in jax.device_get(new).items():

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from mea_jax.cli import progress
@@ -45,7 +46,7 @@ class BitsProbe:
         """Measure the keys and the values of the probe's next layer at all points."""
         index, place_tree = self.probe.stream.done, self.probe.stream.place
         layer, tree, found = self.solved[index], self.probe.trees[index], []
-        own = {name: np.asarray(leaf) for name, leaf in tree["attention"].items()}
+        own = jax.device_get(tree["attention"])
         attention = assemble(layer.heads, layer.keys, layer.values, own)
         for place, side in enumerate(Side):
             lost, worse, x_CH = [], [], layer.variances[place]

@@ -8,16 +8,17 @@ import numpy as np
 import pytest
 
 from mea_jax.checkpoint.load import load
-from mea_jax.compress import bits
+from mea_jax.compress import bits, joint
 from mea_jax.compress.options import Options
 from mea_jax.compress.run import compress
 from mea_jax.config.schema import Side
 from mea_jax.errors import UserError
 from mea_jax.generate.decode import empty_cache, serve
+from mea_jax.model.heads import Heads
 from mea_jax.model.kv_cache import count_bytes
 from mea_jax.ops.slots import Layout
 from mea_jax.train.run import train
-from tests.helpers import PLAIN
+from tests.helpers import PLAIN, apply_logits
 
 SMALL: dict[str, Any] = {
     "method": "bits",
@@ -71,6 +72,62 @@ def test_fewer_bits_lose_more_and_repair_wins_some_back(run, one, tmp_path):
     assert half < 1e-4
     repaired = lost("repaired", keep=0.125, repair="layerwise", repair_steps=40)
     assert repaired < eighth
+
+
+def test_slots_that_are_not_rounded_are_the_original(run, one, tmp_path, monkeypatch):
+    """The mean of keys, the biases that take it out, and the change of basis are exact."""
+    compress(run, tmp_path / "packed", Options(keep=0.25, **SMALL))
+    tokens_BT = jnp.asarray(np.random.default_rng(0).integers(0, 250, (2, 40)), jnp.int32)
+    places_BT = jnp.broadcast_to(jnp.arange(40), (2, 40))
+    read = (tokens_BT, places_BT, jnp.ones_like(tokens_BT))
+
+    def logits(folder):
+        config, params, _, _ = load(folder, dtype="float32")
+        return np.asarray(apply_logits(config, params, *read))
+
+    wanted, rounded = logits(run), logits(tmp_path / "packed")
+    monkeypatch.setattr(Heads, "rounded", lambda self, rows, x, positions, index: x)
+    found = logits(tmp_path / "packed")
+    scale = np.abs(wanted).max()
+    assert np.abs(found - wanted).max() < 2e-5 * scale
+    assert np.abs(rounded - wanted).max() > 1e-4 * scale
+
+
+def test_measured_budgets_give_dear_sides_more(run, one, tmp_path):
+    options = SMALL | {"keep": 0.125, "measure_tokens": 512}
+    summary = compress(run, tmp_path / "measured", Options(budget="measured", **options))
+    given = [row[f"{side}_bits"] for row in summary["layers"] for side in Side]
+    losses = [row["losses"] for row in summary["sensitivities"]]
+    assert all(np.diff(row).max() < 0 for row in losses), "more bits lose less"
+    if len(set(given)) > 1:
+        assert given[int(np.argmax([row[1] for row in losses]))] > min(given)
+
+
+@pytest.mark.slow
+def test_joint_repair_wins_some_back_and_continues(run, one, tmp_path, monkeypatch):
+    """It is stopped once, and then trains on from what the trainer saved."""
+    options = SMALL | {"keep": 0.125, "repair": "joint", "repair_steps": 40}
+    options |= {"calibration_tokens": 2048, "repair_tokens": 131072}
+    plain_train, calls = joint.train, []
+
+    def stopped(config, workdir):
+        calls.append(workdir)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return plain_train(config, workdir)
+
+    monkeypatch.setattr(joint, "train", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        compress(run, tmp_path / "joint", Options(**options))
+    summary = compress(run, tmp_path / "joint", Options(**options))
+    facts = summary["joint"]
+    assert facts["tokens"] == pytest.approx(131072, rel=0.1)
+    for name, before in facts["before"].items():
+        assert summary["held_out"]["domains"][name]["divergence"] < before["divergence"]
+    config, params, _, _ = load(tmp_path / "joint", dtype="float32")
+    original = load(run, dtype="float32")[1]
+    np.testing.assert_array_equal(params["embedding"], original["embedding"])
+    assert config.key_bits is not None
 
 
 def test_what_is_refused(run, one, tmp_path):

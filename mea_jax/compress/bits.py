@@ -59,9 +59,8 @@ class Division:
         return "".join(map(str, self.bits(total)))
 
     def lost(self, total: int) -> float:
-        """Return the lost share of the sum of weights at `total` bits."""
-        lost_X = self.weights_X * np.asarray(DISTORTIONS)[self.bits(total)]
-        return float(lost_X.sum() / max(self.weights_X.sum(), 1e-300))
+        """Return the sum of weights times distortions at `total` bits."""
+        return float(self.weights_X @ np.asarray(DISTORTIONS)[self.bits(total)])
 
     @functools.cached_property
     def fitting(self) -> list[int]:

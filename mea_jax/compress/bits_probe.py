@@ -29,7 +29,7 @@ class BitsProbe:
         self.probe, self.solved, self.points = probe, solved, points
         self.tables: dict[Side, tuple[str, ...]] = {}
         for place, side in enumerate(Side):
-            divisions = [bits.Division(layer.variances[place].ravel()) for layer in solved]
+            divisions = [bits.Division(layer.costs[place].ravel()) for layer in solved]
             self.tables[side] = tuple(
                 division.row(point * len(division.weights_X))
                 for division in divisions
@@ -57,6 +57,7 @@ class BitsProbe:
                 steps_CH = np.float32(bits.steps(x_CH.ravel(), own_X).reshape(x_CH.shape))
                 changed = attention | {f"{side}_steps": steps_CH}
                 worse.append(self.probe.moved(spec, tree | {"attention": place_tree(changed)}, row))
-                lost.append(float(x_CH.ravel() @ np.asarray(bits.DISTORTIONS)[own_X] / x_CH.sum()))
+                cost_X = layer.costs[place].ravel()
+                lost.append(float(cost_X @ np.asarray(bits.DISTORTIONS)[own_X]))
             found.append(Sensitivity(index, side, lost, worse))
         return found

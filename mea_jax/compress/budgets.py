@@ -19,7 +19,7 @@ from mea_jax.errors import UserError
 from mea_jax.generate.decode import empty_cache, serving
 from mea_jax.model.kv_cache import count_bytes
 
-BUDGETS = ("uniform", "measured", "repaired", "residual")
+BUDGETS = ("uniform", "information", "measured", "repaired", "residual")
 LAYERS = ("full", "deep", "half")
 POSITIONS = 4096  # length of the cache whose arrays are counted
 ROUNDING = 0.005  # a number of heads this close to an integer, relatively, counts as that integer

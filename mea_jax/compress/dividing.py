@@ -107,14 +107,19 @@ def _divide_bits(
     parts = [
         (side, bits.Division(x_CH.ravel()))
         for index in progress(range(len(shares.keys)), "solving, layers")
-        for side, x_CH in zip(Side, solved(index).variances, strict=True)
+        for side, x_CH in zip(Side, solved(index).costs, strict=True)
     ]
     divisions, found = [division for _, division in parts], []
     if options.budget == "uniform":
         rows = [bits.divide(one, options.keep, budgets.POSITIONS) for one in divisions]
+    elif options.budget == "information":
+        losses = [[one.lost(total) for total in one.fitting] for one in divisions]
+        rows = rates.divide(divisions, losses, options.keep)
     else:
         found = measurements.sensitivities(list(range(len(shares.keys))))
-        rows = rates.divide(divisions, found, options.keep)
+        pairs = zip(divisions, found, strict=True)
+        losses = [rates.predicted(division, one) for division, one in pairs]
+        rows = rates.divide(divisions, losses, options.keep)
     own = {
         side: tuple(row for row, part in zip(rows, parts, strict=True) if part[0] == side)
         for side in Side

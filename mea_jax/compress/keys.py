@@ -109,11 +109,22 @@ def mean_groups(gram_FKK: np.ndarray, components: int) -> Keys:
 
 def per_frequency(gram_FKK: np.ndarray, components: int, weights_KF: np.ndarray) -> Keys:
     """Solve for any complex N, in closed form: leading eigenvectors per frequency's Gram matrix."""
-    root_FK = np.sqrt(weights_KF).T
-    _, vectors = np.linalg.eigh(_weighted(gram_FKK, weights_KF))
-    leading = vectors[:, :, ::-1][:, :, :components]
-    mix = np.swapaxes(leading.conj(), 1, 2) / root_FK[:, None]
-    return _solution(gram_FKK, weights_KF, leading * root_FK[:, :, None], mix, None)
+    costs_FKK = weights_KF.T[:, :, None] * np.eye(weights_KF.shape[0])
+    return per_frequency_costs(gram_FKK, components, costs_FKK)
+
+
+def per_frequency_costs(gram_FKK: np.ndarray, components: int, costs_FKK: np.ndarray) -> Keys:
+    """Solve `per_frequency` for an error e of the keys of a frequency that costs e costs e^H.
+
+    `costs_FKK` are Hermitian and positive definite.
+    """
+    root_FKK = np.linalg.cholesky(costs_FKK)
+    adjoint_FKK = np.swapaxes(root_FKK.conj(), 1, 2)
+    weighted_FKK = adjoint_FKK @ gram_FKK @ root_FKK
+    leading = np.linalg.eigh(weighted_FKK)[1][:, :, ::-1][:, :, :components]
+    back = np.swapaxes(leading.conj(), 1, 2)
+    loss = _loss(weighted_FKK, leading, back)
+    return Keys(root_FKK @ leading, back @ np.linalg.inv(root_FKK), None, loss)
 
 
 def aligned_groups(gram_FKK, components: int, weights_KF, unit: bool) -> Keys:

@@ -17,8 +17,8 @@ import numpy as np
 from mea_jax.checkpoint.files import disk_errors, write_json
 from mea_jax.checkpoint.layerwise import StoredModel
 from mea_jax.cli import progress
+from mea_jax.compress import fisher, methods, rates
 from mea_jax.compress import layer as layers
-from mea_jax.compress import methods, rates
 from mea_jax.compress.bits_probe import BitsProbe
 from mea_jax.compress.calibration import CalibrationTexts
 from mea_jax.compress.moments import Moments, of_weights
@@ -27,7 +27,7 @@ from mea_jax.compress.probe import Sensitivity, SensitivityProbe, plain_layer, r
 from mea_jax.compress.stream import Losses, Stream, moments_of
 from mea_jax.config.schema import ModelConfig
 from mea_jax.errors import UserError
-from mea_jax.model.layer_spec import layer_specs
+from mea_jax.model.layer_spec import LayerSpec, layer_specs, plain_specs
 
 SHARED = (
     "calibration_tokens",
@@ -135,6 +135,24 @@ class Measurements:
                 **{n: stored[n] for n in stored.files[:-1]}, tokens=int(stored["tokens"])
             )
 
+    def information(self, index: int) -> fisher.Information:
+        """Return the Fisher information of layer `index`; the first call measures all layers."""
+        if not all((self.folder / f"information-{i}.npz").exists() for i in range(len(self.specs))):
+            tokens = min(self.options.calibration_tokens, fisher.TOKENS)
+            stream = self.texts.training(self.folder / "information", tokens)
+            specs, top, seed = self.specs, self.source.top(), self.options.seed
+            fisher.measure(self.model, specs, self._plain, top, stream, seed, self.folder)
+        return fisher.read(self.folder, index)
+
+    @property
+    def specs(self) -> list[LayerSpec]:
+        """The specs of the layers without mixing."""
+        return plain_specs(self.model)
+
+    def _plain(self, index: int) -> dict[str, Any]:
+        tree = self.source.layer(index)
+        return plain_layer(layers.split_heads(self.model, tree["attention"]), tree)
+
     def sensitivities(self, chosen: list[int]) -> list[Sensitivity]:
         """Return the sensitivities of keys and of values of the layers `chosen`.
 
@@ -181,7 +199,7 @@ class Measurements:
         count, in_bits = self.model.n_kv_heads, None
         if options.method == "bits":
             solved = [
-                methods.solve("bits", heads, self.moments(i), count, count)
+                methods.solve("bits", heads, self.moments(i), (count, count), self.information(i))
                 for i, heads in enumerate(parts)
             ]
             in_bits = BitsProbe(measurer, solved, rates.POINTS)

@@ -8,7 +8,7 @@
 | frequency | a complex number per pair of heads and frequency | a dense map from one latent |
 | gqa_mean | neighbouring heads are replaced by their mean | the same |
 | gqa_aligned | the best groups share a head, through gauges | the same |
-| bits | all heads, as `frequency`, each slot with bits by its variance | a dense map, the same |
+| bits | all heads, as `frequency`, each slot with bits by what its errors cost | the same |
 | latent | one latent, rebuilt before rotation (a bound: it cannot be cached as it is) | dense |
 """
 
@@ -22,9 +22,16 @@ from threadpoolctl import threadpool_limits
 from mea_jax.compress import keys as key_solvers
 from mea_jax.compress import layer as layers
 from mea_jax.compress import values as value_solvers
+from mea_jax.compress.fisher import Information
 from mea_jax.compress.keys import Keys
 from mea_jax.compress.layer import Heads
-from mea_jax.compress.moments import Moments, complex_blocks, of_weights, without_mean
+from mea_jax.compress.moments import (
+    Moments,
+    complex_blocks,
+    of_weights,
+    ridged,
+    without_mean,
+)
 from mea_jax.compress.values import Values
 from mea_jax.config.schema import ModelConfig, Side
 from mea_jax.errors import UserError
@@ -32,6 +39,7 @@ from mea_jax.errors import UserError
 METHODS = ("svd", "calibrated", "aligned", "frequency", "gqa_mean", "gqa_aligned", "latent", "bits")
 # The queries of these get a temperature if there is text. The baselines stay as published.
 SHARPENED = ("aligned", "frequency")
+_RIDGE = 1e-3  # of information, relative to its mean eigenvalue: it is a sample's
 _LEAST = 1e-9  # lower bound of a frequency's weight (the mean is 1): no frequency is ignored
 NEED_TEXT = ("calibrated", "bits")  # without text these would be another method
 
@@ -170,7 +178,7 @@ def solve_keys(method: str, heads: Heads, moments: Moments, components: int) -> 
             gram_FKK, weights_KF = _key_problem(heads, moments, "none")
             weights_K = weights_KF.mean(axis=1)
             return key_solvers.head_mixing(gram_FKK, components, weights_K)
-        if method in ("frequency", "bits"):
+        if method == "frequency":
             problem = _key_problem(heads, moments, "whole")
             return key_solvers.per_frequency(problem[0], components, problem[1])
         problem = _key_problem(heads, moments, "tied")
@@ -199,7 +207,7 @@ def solve_values(method: str, heads: Heads, moments: Moments, components: int) -
         if method == "calibrated":
             weights_K = np.trace(weights_KHH, axis1=1, axis2=2) / weights_KHH.shape[-1]
             return value_solvers.head_mixing(moments.values, components, weights_K)
-        if method in ("frequency", "bits", "latent"):
+        if method in ("frequency", "latent"):
             return value_solvers.dense(moments.values, components, weights_KHH)
         solve: Callable = value_solvers.aligned
         if method == "gqa_aligned":
@@ -221,25 +229,49 @@ class Solved:
         """The variances of the slots of component keys (C, H) and of component values (C, H)."""
         assert isinstance(self.keys, Keys)
         gram_FKK, _ = _key_problem(self.heads, self.moments, "whole")
-        combine = self.keys.combine
+        combine, back = self.keys.combine, self.values.combine
         power_CF = np.einsum("fgc,fgh,fhc->cf", combine.conj(), gram_FKK, combine, optimize=True)
-        value_X = np.einsum(
-            "xr,xy,yr->r",
-            self.values.combine,
-            self.moments.values,
-            self.values.combine,
-            optimize=True,
-        )
+        value_X = np.einsum("xr,xy,yr->r", back, self.moments.values, back, optimize=True)
         key_CH = np.concatenate([power_CF.real, power_CF.real], axis=1) / 2
         return np.maximum(key_CH, 0), np.maximum(value_X, 0).reshape(key_CH.shape[0], -1)
 
+    @property
+    def costs(self) -> tuple[np.ndarray, np.ndarray]:
+        """What is lost without the slots (C, H) of "bits", in nats per token (fisher.py).
 
-def solve(method: str, heads: Heads, moments: Moments, key_count: int, value_count: int) -> Solved:
-    """Return the solution with `key_count` component keys and `value_count` component values."""
+        Slots are such that an error e of a value costs e^2 / 2. One of a real or an imaginary part
+        of a key costs half of that, as its gradient has random phases.
+        """
+        key_CH, value_CH = self.variances
+        return key_CH / 4, value_CH / 2
+
+
+def solve(
+    method: str,
+    heads: Heads,
+    moments: Moments,
+    counts: tuple[int, int],
+    information: Information | None = None,
+) -> Solved:
+    """Return the solution with C_k and C_v = `counts`; "bits" needs the layer's `information`."""
     if method == "bits":
-        heads, moments = layers.centred(heads, moments.key_means), without_mean(moments)
-    keys = solve_keys(method, heads, moments, key_count)
-    return Solved(heads, moments, keys, solve_values(method, heads, moments, value_count))
+        assert information is not None
+        return _solve_bits(heads, moments, information)
+    keys = solve_keys(method, heads, moments, counts[0])
+    return Solved(heads, moments, keys, solve_values(method, heads, moments, counts[1]))
+
+
+def _solve_bits(heads: Heads, moments: Moments, information: Information) -> Solved:
+    """Return all slots, in the basis in which neither they nor what their errors cost correlate."""
+    heads, moments = layers.centred(heads, moments.key_means), without_mean(moments)
+    count = heads.key_DKH.shape[1]
+    gram_FKK, _ = _key_problem(heads, moments, "whole")
+    costs_FKK = ridged(complex_blocks(information.keys, count), _RIDGE)
+    costs_XX = ridged(information.values, _RIDGE)
+    with threadpool_limits(1, "blas"):
+        keys = key_solvers.per_frequency_costs(gram_FKK, count, costs_FKK)
+        values = value_solvers.dense_costs(moments.values, costs_XX, count)
+    return Solved(heads, moments, keys, values)
 
 
 def rebuilt_keys(heads: Heads, keys: Keys | Latent) -> np.ndarray:

@@ -37,6 +37,8 @@ def check(options: Options) -> None:
         )
     if options.method == "bits":
         _check_bits(options)
+    elif options.budget == "information":
+        raise UserError("--budget information divides bits: add --method bits, or give measured")
     if options.budget in ("measured", "repaired") and not options.calibration_tokens:
         raise UserError(
             f"--budget {options.budget} needs text: give --calibration_tokens above 0, or use "
@@ -57,10 +59,10 @@ def check(options: Options) -> None:
 
 
 def _check_bits(options: Options) -> None:
-    if options.budget not in ("uniform", "measured") or options.layers != "full":
+    if options.budget not in ("uniform", "information", "measured") or options.layers != "full":
         raise UserError(
             f"--budget {options.budget} --layers {options.layers}: --method bits divides all "
-            "layers: leave these options out, or give --budget measured alone"
+            "layers: leave these options out, or give --budget information alone"
         )
     if not 0 < options.keep <= 0.5:
         raise UserError(

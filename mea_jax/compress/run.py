@@ -121,12 +121,17 @@ class CompressionPass:
         self.shares = found
         return found
 
-    def _solved(self, index: int, attention: Tree | None = None, *counts: int) -> methods.Solved:
+    def _solved(
+        self, index: int, attention: Tree | None = None, counts: tuple[int, int] | None = None
+    ) -> methods.Solved:
         """Return a layer's solution with the numbers `counts` of heads; none means all heads."""
         attention = attention or self.source.layer(index)["attention"]
         heads, moments = layers.split_heads(self.model, attention), self.measurements.moments(index)
-        counts = counts or (self.count, self.count)
-        return methods.solve(self.options.method, heads, moments, *counts)
+        information = None
+        if self.options.method == "bits":
+            information = self.measurements.information(index)
+        whole = counts or (self.count, self.count)
+        return methods.solve(self.options.method, heads, moments, whole, information)
 
     def compress(self) -> tuple[Writer, list[dict[str, Any]]]:
         """Compress every layer into the work folder; return the writer and a row per layer."""
@@ -177,7 +182,7 @@ class CompressionPass:
         text: Stream | None,
         followed: Stream | None,
     ) -> dict[str, Any]:
-        options, solved = self.options, self._solved(index, tree["attention"], *counts)
+        options, solved = self.options, self._solved(index, tree["attention"], counts)
         attention = assemble(solved.heads, solved.keys, solved.values, tree["attention"])
         row: dict[str, Any] = {
             "layer": index,
@@ -300,6 +305,9 @@ def compress(
 
     stage(f"calibrating {work.model.n_layers} layers on {options.calibration_tokens:,} tokens")
     before = work.calibrate()
+    if options.method == "bits":
+        stage("measuring the information of keys and values")
+        work.measurements.information(0)
     stage(f"dividing the cache: {options.budget}")
     shares = work.divide()
     stage(f"compressing: {options.method}, repair {options.repair}")

@@ -118,6 +118,11 @@ def _unembedding(model: ModelConfig, top: Tree) -> tuple[jax.Array, int]:
     return kernel_DV, positions_within(model.loss_chunk, kernel_DV.shape[1])
 
 
+def head_of(model: ModelConfig, top: Tree) -> tuple[Callable, jax.Array]:
+    """Return the function from last residuals to hidden states, and the kernel (D, V) of logits."""
+    return functools.partial(_hidden, model, top), _unembedding(model, top)[0]
+
+
 def _hidden(model: ModelConfig, top: Tree, x_BTD) -> jax.Array:
     return rms_norm(x_BTD, top["final_norm"]["scale"], model.norm_eps)
 
@@ -157,7 +162,10 @@ class Stream:
       batches: batches of equal shape, each with `inputs`, `targets`, `segment_ids`, `positions`.
       labels: a name for each batch, such as its domain.
       done: the number of layers that the residuals have passed.
+      keep_all: whether the residuals before each layer stay on disk; otherwise only the last do.
     """
+
+    keep_all = False
 
     def __init__(self, batches: Sequence[Batch], labels: Sequence[str], folder: Path, mesh: Mesh):
         self.batches, self.labels, self.folder, self.mesh = (
@@ -195,7 +203,7 @@ class Stream:
         array.flush()
         self._file(layer).with_suffix(".part").rename(self._file(layer))
         for old in self.folder.glob("residual-*.npy"):
-            if old != self._file(layer):
+            if old != self._file(layer) and not self.keep_all:
                 old.unlink()
         self.done = layer
         self._residuals = np.load(self._file(layer), mmap_mode="r")

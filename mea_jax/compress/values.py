@@ -136,6 +136,13 @@ def dense(moment: np.ndarray, components: int, weights_KHH: np.ndarray) -> Value
     return Values(combine, back.reshape(components, width, heads, width), None, loss)
 
 
+def dense_costs(moment: np.ndarray, costs_XX: np.ndarray, heads: int) -> Values:
+    """Solve `dense` with all K H slots, for an error e of the features that costs e costs e^T."""
+    one = dense(moment, 1, costs_XX[None])
+    width = len(moment) // heads
+    return dataclasses.replace(one, mix=one.mix.reshape(heads, width, heads, width))
+
+
 def aligned_groups(moment, components: int, weights_KHH, orthogonal: bool) -> Values:
     """Solve for one component and a gauge per head: GQA with the best groups and gauges."""
     return _aligned(moment, components, weights_KHH, orthogonal, move_mix=False)

@@ -99,6 +99,15 @@ class Attention(AttentionLayer):
             k_BTKH = k_BTKH.astype(jnp.float32) / rms_norm.along_last(gamma_H, 4)
         return rms_norm.inverse_rms(k_BTKH, self.config.norm_eps)
 
+    def with_error(self, side: Side, x_BTKH: Array) -> Array:
+        """Return `x_BTKH` plus the variable `side` of the collection "errors", if it exists.
+
+        Its gradient is that of the keys before rotation (after a norm), or of the values.
+        """
+        if not self.has_variable("errors", side.value):
+            return x_BTKH
+        return x_BTKH + self.get_variable("errors", side.value).astype(x_BTKH.dtype)
+
     def composed(
         self, heads: Heads, k_BTCH: Array, inverse_BTK: Array | None, context: Context
     ) -> Array:
@@ -129,12 +138,15 @@ class Attention(AttentionLayer):
         self.sow("heads", "key", k_BTKH)
         if gamma_H is not None and not self.scalar_norm:
             k_BTKH = rms_norm.norm_heads(k_BTKH, gamma_H, c.norm_eps)
+            k_BTKH = self.with_error(Side.KEY, k_BTKH)
         elif gamma_H is not None:
             inverse_BTK1 = self.key_inverse_rms(heads, k_BTKH, gamma_H)
             normed = k_BTKH.astype(jnp.float32) * inverse_BTK1
             if heads.kind != "frequency":
                 normed = normed * rms_norm.along_last(gamma_H, 4)
             k_BTKH = normed.astype(k_BTKH.dtype)
+        else:
+            k_BTKH = self.with_error(Side.KEY, k_BTKH)
         return self.apply_positions(k_BTKH, context)
 
     def cached_keys(self, heads: Heads, x_BTD: Array, gamma_H, context: Context):
@@ -183,6 +195,7 @@ class Attention(AttentionLayer):
             k_BTKH = self.training_keys(key, x_BTD, gamma_H, context, index)
             if c.value_bits is None:
                 v_BTKH = value.composites(self.backend, c, Side.VALUE, x_BTD)
+                v_BTKH = self.with_error(Side.VALUE, v_BTKH)
             else:
                 v_BTCH = value.components(self.backend, x_BTD)
                 self.sow("heads", "value_slots", v_BTCH)

@@ -133,7 +133,7 @@ def test_joint_repair_wins_some_back_and_continues(run, one, tmp_path, monkeypat
 def test_what_is_refused(run, one, tmp_path):
     for changes, words in (
         ({"keep": 0.6}, r"--keep=0\.6 with --method bits must be in \(0, 0\.5\]"),
-        ({"keep": 0.25, "budget": "residual"}, "give --budget measured alone"),
+        ({"keep": 0.25, "budget": "residual"}, "give --budget information alone"),
         ({"keep": 0.25, "calibration_tokens": 0}, "--method bits needs activations"),
         ({"keep": 0.001}, r"--keep=0\.001 leaves no bit of \d+ slots"),
     ):

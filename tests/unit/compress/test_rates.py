@@ -44,7 +44,8 @@ def test_measured_points_are_met_and_the_prediction_never_rises():
 @pytest.mark.parametrize("keep", [0.5, 0.25, 0.125])
 def test_the_room_is_filled_and_dear_sides_get_more(keep):
     divisions, measured = sides([0.01, 0.01, 1.0, 0.01])
-    rows = rates.divide(divisions, measured, keep)
+    losses = [rates.predicted(*pair) for pair in zip(divisions, measured, strict=True)]
+    rows = rates.divide(divisions, losses, keep)
     stored = sum(Layout(digits(row)).bytes for row in rows)
     fixed = 4 * bits.fixed_bytes(24) / POSITIONS
     room = keep * 2 * 4 * 24
@@ -58,7 +59,7 @@ def test_the_room_is_filled_and_dear_sides_get_more(keep):
 def test_no_other_division_of_two_sides_loses_less():
     divisions, measured = sides([0.1, 2.0], slots=8)
     losses = [rates.predicted(*pair) for pair in zip(divisions, measured, strict=True)]
-    rows = rates.divide(divisions, measured, 0.25)
+    rows = rates.divide(divisions, losses, 0.25)
     sizes = [Layout(digits(row)).bytes for row in rows]
     found = sum(loss[size - 1] for loss, size in zip(losses, sizes, strict=True))
     total = int((0.25 * 2 * 16 * POSITIONS - 2 * bits.fixed_bytes(8)) // POSITIONS)
@@ -74,4 +75,4 @@ def test_no_other_division_of_two_sides_loses_less():
 def test_too_little_room():
     divisions, measured = sides([1.0] * 4)
     with pytest.raises(UserError, match=r"--keep=0\.001 leaves no bit of 96 slots"):
-        rates.divide(divisions, measured, 0.001)
+        rates.divide(divisions, [[1.0] * 24 for _ in measured], 0.001)

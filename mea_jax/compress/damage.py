@@ -173,8 +173,9 @@ def verdict(summary: dict[str, Any]) -> str:
     if increase >= _VERDICTS[0][0] and summary["cache_kept"] < 1:
         if options["repair"] == "none":
             advice.append("--repair layerwise")
-        if options["budget"] == "uniform" and options["method"] != "bits":
-            advice.append("--budget measured")
+        if options["budget"] == "uniform":
+            best = "information" if options["method"] == "bits" else "measured"
+            advice.append(f"--budget {best}")
         advice.append("a larger --keep")
         advice.append("training it further (configs/recover.py)")
     return f"{text}: {words}" + (f". May help: {', '.join(advice)}" if advice else "")

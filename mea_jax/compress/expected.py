@@ -5,6 +5,7 @@ import time
 import jax
 import jax.numpy as jnp
 
+from mea_jax.compress import fisher
 from mea_jax.compress.options import Options, fitting_tokens, joint_tokens
 from mea_jax.compress.probe import TRIED
 from mea_jax.compress.rates import POINTS
@@ -36,6 +37,8 @@ def passes(
         found["dividing"] = candidates * options.measure_tokens / 2
         if options.budget == "repaired":
             found["dividing"] += candidates * TRIED * 3 * batch_tokens / model.n_layers
+    if options.method == "bits":  # forward, and then again with gradients
+        found["informing"] = 4.0 * min(options.calibration_tokens, fisher.TOKENS)
     if options.calibration_tokens:
         tempered = min(options.calibration_tokens, TEMPERED)
         found["compressing"] += share * 4 * tempered

@@ -57,10 +57,10 @@ def test_it_is_the_gradient_through_all_layers(qk_norm, devices, tmp_path, monke
     """With the most probable label in the place of a drawn one, both are deterministic."""
     devices(1)
     monkeypatch.setattr(jax.random, "categorical", lambda key, x: jnp.argmax(x, axis=-1))
-    fisher._top_gradient.clear_cache()
+    jax.clear_caches()
     model, layers, top, batches = example(qk_norm)
     found = measured(model, layers, top, batches, tmp_path)
-    fisher._top_gradient.clear_cache()
+    jax.clear_caches()
     totals = [dict.fromkeys(Side, 0.0) for _ in layers]
     tokens = 0.0
     for batch in batches:

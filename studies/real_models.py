@@ -213,9 +213,18 @@ class Study:
         """The file of prompts."""
         return self.out / "prompts.jsonl"
 
-    def write_prompts(self) -> None:
-        """Write the file of prompts, and make the folder of their continuations."""
+    def write_prompts(self, done: FinishedStages) -> None:
+        """Write the file of prompts, and make the folder of their continuations.
+
+        Raise `UserError` if other prompts were continued already.
+        """
         lines = [json.dumps({"prompt": prompt}) + "\n" for prompt in self.config["prompts"]]
+        continued = any(name.startswith("prompts of ") for name in done.commands)
+        if continued and self.prompts.read_text() != "".join(lines):
+            raise UserError(
+                f"config.prompts differs from {self.prompts}, which was continued already: restore "
+                "the prompts, or choose another --out"
+            )
         with disk_errors(self.out):
             (self.out / "prompts").mkdir(parents=True, exist_ok=True)
             write_atomically(self.prompts, "".join(lines))
@@ -266,7 +275,7 @@ def run(study: Study, log: Callable[[str], Any], call: Call = call) -> None:
     stage fails, or if `study.out` contains stages with other options.
     """
     done = FinishedStages(study.out)
-    study.write_prompts()
+    study.write_prompts(done)
 
     def collect(stage: Stage) -> None:
         study.collect(stage, done.seconds(stage))

@@ -74,9 +74,9 @@ def draw(labelled: Sequence[tuple[str, Row]], path: Path) -> None:
     kept = [row["kept"] for _, row in shown]
     axis.set_xlim(min(kept) / 1.1, max(kept) * 1.1)
     ticks = [tick for tick in TICKS if min(kept) / 1.1 < tick < max(kept) * 1.1]
-    axis.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
+    axis.set_xticks(ticks, [f"{100 * tick:.4g}%" for tick in ticks])
     axis.set_xticks([], minor=True)
-    axis.set_xlabel("share of the cache's bytes (bfloat16: 1)", fontsize=11)
+    axis.set_xlabel("share of the bytes of a bfloat16 cache", fontsize=11)
     axis.set_ylabel("increase of the held-out loss, nats per token, mean of the texts", fontsize=11)
     axis.grid(alpha=0.25)
     figure.legend(loc="outside right upper", frameon=False, fontsize=10)

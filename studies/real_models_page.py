@@ -104,13 +104,18 @@ def _mean(tasks: Sequence[Row], value: str, error: str) -> tuple[float | None, f
     return mean, sum(e**2 for e in errors if e is not None) ** 0.5 / len(tasks)
 
 
+def _title(task: Row) -> str:
+    documents = f", {task['documents']:,}" if task["documents"] else ""
+    return f"{task['task']} ({task['metric']}{documents})"
+
+
 def tasks_table(rows: Sequence[Row]) -> str:
     """Return the table of tasks of the rows that have them; "" if none has."""
     tested = [row for row in rows if row.get("tasks")]
     if not tested:
         return ""
     names = [task["task"] for task in tested[0]["tasks"]]
-    kinds = [f"{task['task']} ({task['metric']})" for task in tested[0]["tasks"]]
+    kinds = [_title(task) for task in tested[0]["tasks"]]
     lines = [["row", "kept", *kinds, "mean", "difference from the original"]]
     for row in tested:
         found = {task["task"]: task for task in row["tasks"]}

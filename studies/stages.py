@@ -4,13 +4,16 @@ The stages run one after another in separate processes, so that each frees its m
 stages are listed in `stages.json` and not repeated, so the same study continues after a kill.
 """
 
+import contextlib
 import dataclasses
+import fcntl
 import json
+import os
 import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +84,8 @@ class FinishedStages:
         return True
 
     def begin(self, stage: Stage) -> None:
-        seconds = self.seconds(stage)
+        repeated = stage.name in self.commands  # its result is gone, so its time is, too
+        seconds = 0.0 if repeated else self.seconds(stage)
         self.begun[stage.name] = {"command": [stage.module, *stage.words], "seconds": seconds}
         write_json(self.begun_file, self.begun)
 
@@ -106,8 +110,35 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def call(command: list[str]) -> int:
-    """Run a command in a process of its own and return its exit status."""
-    return subprocess.run(command).returncode
+    """Run a command in a process of its own, which inherits the lock; return its exit status."""
+    return subprocess.run(command, close_fds=False).returncode
+
+
+@contextlib.contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """Hold the lock of the folder `out`, or raise `UserError` if a process has it.
+
+    Commands inherit it. So it is held until the last one ends, even if the study itself was killed.
+    """
+    path = out / "lock"
+    with disk_errors(path):
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    os.set_inheritable(file, True)
+    try:
+        _lock(file, out)
+        yield
+    finally:
+        os.close(file)
+
+
+def _lock(file: int, out: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UserError(
+            f"--out {out} is in use by another study, or by the last command of a killed one: wait "
+            "until it ends, or choose another folder"
+        ) from error
 
 
 def run(
@@ -120,9 +151,20 @@ def run(
     """Run the stages of `todo` that are not `done`, in order.
 
     `log` logs a line. `collect(stage)` reads a stage's results, before it counts as finished. Raise
-    `UserError` if a stage fails, or if `done` contains stages with other options.
+    `UserError` if a stage fails, if `done` contains stages with other options, or if another study
+    runs in the same folder.
     """
-    left = [stage for stage in todo if not done.has(stage)]
+    with _locked(done.file.parent):
+        _run([stage for stage in todo if not done.has(stage)], done, log, call, collect)
+
+
+def _run(
+    left: Sequence[Stage],
+    done: FinishedStages,
+    log: Callable[[str], Any],
+    call: Call,
+    collect: Callable[[Stage], Any],
+) -> None:
     for number, stage in enumerate(left, start=1):
         head = f"[{number}/{len(left)}] {stage.name}"
         log(f"{head}: {shlex.join(stage.command[1:])}")

@@ -95,7 +95,7 @@ def quiet(line):
 def test_rows_are_resumed_and_become_a_page(model, texts, tmp_path, in_process):
     """A failed stage is repeated, finished ones are not; the tables have the numbers of the JSON.
 
-    An option that changed is refused with its name, also if only the row's text differs.
+    An option or a prompt that changed is refused with its name.
     """
     config, out = small(), tmp_path / "out"
     real_models.check(config)
@@ -121,6 +121,9 @@ def test_rows_are_resumed_and_become_a_page(model, texts, tmp_path, in_process):
     assert not re.search(re.escape(str(tmp_path.parent)), json.dumps(rows)), "a path in a row"
     check_page(list(rows.values()), tmp_path, in_process, out / "rows")
 
+    other = Study(small(prompts=("a slow",)), str(model), out, texts)
+    with pytest.raises(UserError, match=r"config\.prompts differs from .*continued already"):
+        real_models.run(other, quiet, last)
     changed = small(rows=config["rows"] | {"bits_50": {"method": "bits", "keep": 0.25}})
     with pytest.raises(UserError, match=r"bits_50 with other options \(--keep=0.25, --keep=0.5\)"):
         real_models.run(Study(changed, str(model), out, texts), quiet, last)

@@ -2,18 +2,12 @@
 
     python -m studies.halve --config configs/studies/qwen3_halve.py --model FOLDER
 
-Each stage is a command that a user could run. The stages run one after another in separate
-processes, so that each frees its memory. Finished stages are listed in `stages.json` and not
-repeated, so the same command continues after a kill. `report.md` and `report.json` are written to
-`--out`.
+Each stage is a command that a user could run (`studies.stages`). Finished stages are not repeated,
+so the same command continues after a kill. `report.md` and `report.json` are written to `--out`.
 """
 
-import dataclasses
-import json
 import shlex
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +20,8 @@ from mea_jax.checkpoint.files import disk_errors, write_atomically, write_json
 from mea_jax.config.schema import flatten
 from mea_jax.errors import UserError, nearest
 from studies import halve_table
+from studies.stages import Call, FinishedStages, Stage, call
+from studies.stages import run as run_stages
 
 ORIGINAL, CONTROL, RECOVERED = "original", "control", "_recovered"
 KEYS: dict[str, Any] = {
@@ -42,19 +38,6 @@ KEYS: dict[str, Any] = {
     "tasks": (list, tuple),
     "harness": dict,
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Stage:
-    """One command: `python -m module` with the arguments `words`."""
-
-    name: str
-    module: str
-    words: tuple[str, ...]
-
-    @property
-    def command(self) -> list[str]:
-        return [sys.executable, "-m", self.module, *self.words]
 
 
 def check(config: Mapping[str, Any]) -> None:
@@ -96,7 +79,7 @@ def stages(config: Mapping[str, Any], model: str, out: Path) -> Iterator[Stage]:
         words = ["--checkpoint", str(original), "--out", str(out / name)]
         words += ["--measurements", str(out / "measurements")]
         words += [f"--{key}={value}" for key, value in sorted(options.items())]
-        yield Stage(name, "mea_jax.compress", tuple(words))
+        yield Stage(name, "mea_jax.compress", tuple(words), result=str(out / name))
     trained: tuple[str, ...] = ()
     if config["recover"].get("steps"):
         trained = (CONTROL, *(name + RECOVERED for name in names))
@@ -124,44 +107,12 @@ def _harness(options: Mapping[str, Any]) -> list[str]:
     return [f"--{k}={v}" for k, v in sorted(options.items()) if v != none.get(k)]
 
 
-class FinishedStages:
-    """The finished commands by stage, stored in `stages.json` of the folder `out`."""
-
-    def __init__(self, out: Path):
-        self.file = out / "stages.json"
-        with disk_errors(out):
-            out.mkdir(parents=True, exist_ok=True)
-        try:
-            self.commands = json.loads(self.file.read_text()) if self.file.exists() else {}
-        except ValueError as error:
-            raise UserError(f"{self.file} is damaged ({error}): remove it") from error
-
-    def has(self, stage: Stage) -> bool:
-        """Return whether `stage` is finished. Raise `UserError` if another command finished it."""
-        if stage.name not in self.commands:
-            return False
-        words = [stage.module, *stage.words]
-        if self.commands[stage.name] != words:
-            old, new = (set(command) for command in (self.commands[stage.name], words))
-            differing = sorted(old ^ new)
-            raise UserError(
-                f"{self.file.parent} contains {stage.name} with other options "
-                f"({', '.join(differing)}): choose another --out, or remove the folder"
-            )
-        return True
-
-    def add(self, stage: Stage) -> None:
-        self.commands[stage.name] = [stage.module, *stage.words]
-        with disk_errors(self.file):
-            write_json(self.file, self.commands)
-
-
 def run(
     config: Mapping[str, Any],
     model: str,
     out: Path,
     log: Callable[[str], Any],
-    call: Callable[[list[str]], int] = lambda command: subprocess.run(command).returncode,
+    call: Call = call,
 ) -> str:
     """Run the unfinished stages, write the report, and return its Markdown.
 
@@ -170,17 +121,7 @@ def run(
     """
     check(config)
     done, todo = FinishedStages(out), list(stages(config, model, out))
-    left = [stage for stage in todo if not done.has(stage)]
-    for number, stage in enumerate(left, start=1):
-        log(f"[{number}/{len(left)}] {stage.name}: {shlex.join(stage.command[1:])}")
-        began = time.monotonic()
-        if status := call(stage.command):
-            raise UserError(
-                f"stage '{stage.name}' failed with status {status}: fix the error logged above, "
-                "then run the same command again to continue"
-            )
-        done.add(stage)
-        log(f"[{number}/{len(left)}] {stage.name}: {time.monotonic() - began:.0f} s")
+    run_stages(todo, done, log, call)
     trained = [stage.name for stage in todo if stage.module == "mea_jax.train"]
     report = halve_table.collect(out, list(config["compressions"]), trained)
     text = halve_table.markdown(report, config)

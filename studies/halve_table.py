@@ -25,10 +25,13 @@ def _read(path: Path) -> Any:
 def _tasks(folder: Path) -> list[Row]:
     """Return a row per task: value and difference from the original, with standard errors."""
     file = folder / "results.json"
-    if not file.exists():
-        return []
+    return represent(_read(file)["results"]) if file.exists() else []
+
+
+def represent(rows: Sequence[Row]) -> list[Row]:
+    """Return the row of each task's metric that represents it."""
     found: dict[str, Row] = {}
-    for row in _read(file)["results"]:
+    for row in rows:
         rank = METRICS.index(row["metric"]) if row["metric"] in METRICS else len(METRICS)
         if row["task"] not in found or rank < found[row["task"]]["rank"]:
             found[row["task"]] = row | {"rank": rank}

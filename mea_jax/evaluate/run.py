@@ -52,21 +52,25 @@ class Options:
     mesh: str | None = None  # None: the first device
 
 
+def commit() -> str | None:
+    """Return the short name of the code's commit, or None if it has no git history."""
+    command = ["git", "-C", str(Path(mea_jax.__file__).parent), "rev-parse", "--short", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
 def environment() -> dict[str, Any]:
     """Return command, date, versions, commit and machine, as needed to reproduce a report."""
     device = jax.devices()[0]
     packages = ("jax", "jaxlib", "flax", "numpy", "orbax-checkpoint", "tokenizers")
-    command = ["git", "-C", str(Path(mea_jax.__file__).parent), "rev-parse", "--short", "HEAD"]
-    try:
-        commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = None  # installed without git history
     return {
         "command": sys.argv,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": {
             "mea_jax": mea_jax.__version__,
-            "commit": commit,
+            "commit": commit(),
             "python": platform.python_version(),
             **{name: metadata.version(name) for name in packages},
         },

@@ -113,6 +113,22 @@ def test_a_failure_costs_its_own_stage_only(tmp_path):
     assert last.called == []
 
 
+def test_two_studies_do_not_share_a_folder(tmp_path):
+    """The second one is refused while a command of the first one runs."""
+    refused = []
+
+    def second(command):
+        with pytest.raises(UserError, match="in use by another study") as error:
+            run(tmp_path, Commands(tmp_path))
+        refused.append(error)
+        return 3
+
+    with pytest.raises(UserError, match="failed with status 3"):
+        run(tmp_path, second)
+    assert len(refused) == 1
+    run(tmp_path, Commands(tmp_path))  # the lock is free again
+
+
 def test_the_table(tmp_path):
     text = run(tmp_path, Commands(tmp_path))
     report = json.loads((tmp_path / "report.json").read_text())

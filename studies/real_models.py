@@ -2,7 +2,7 @@ r"""Compress the KV cache of a pretrained model by all methods; measure losses, 
 
     python -m studies.real_models --config configs/studies/smollm2_cache.py \
         --checkpoint runs/smollm2 --out runs/smollm2_cache \
-        --texts web=jsonl:FILE,novels=jsonl:FILE,wikipedia=jsonl:FILE,wikitext2=text:FILE
+        --texts web=jsonl:FILE,encyclopedia=jsonl:FILE,web_later=jsonl:FILE,..
 
 Each stage is a command that a user could run (`studies.stages`); `--list` prints them. Each row is
 a JSON file in OUT/rows, written as soon as it is known (`studies.real_model_rows`). Finished stages

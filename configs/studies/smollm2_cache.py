@@ -24,8 +24,8 @@ def _rows():
     """Return the rows by name, the most informative first."""
     bits: dict[str, Any] = {"method": "bits"}
     best = bits | {"budget": "information"}
-    layerwise = {"repair": "layerwise", "repair_steps": 200, "repair_tokens": REPAIR}
-    joint = {"repair": "joint", "repair_steps": 200, "repair_tokens": REPAIR}
+    layerwise = {"repair": "layerwise", "repair_steps": 100, "repair_tokens": 2 * CALIBRATION}
+    joint = {"repair": "joint", "repair_steps": 100, "repair_tokens": REPAIR}
     shares = {"25": 0.25, "12": 0.125, "18": 0.1875, "50": 0.5, "37": 0.375}
 
     rows: dict[str, dict[str, Any]] = {

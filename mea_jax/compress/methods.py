@@ -100,7 +100,7 @@ def check_model(model: ModelConfig, method: str) -> None:
             "config.model.hlc_order='after' mixes keys after their norm, so they are not linear in "
             "the input and cannot be rebuilt from fewer heads: choose a model with 'before'"
         )
-    if model.key_bits is not None or model.value_bits is not None:
+    if model.key_bits is not None or model.value_bits is not None or model.key_mean:
         raise UserError(
             "config.model.key_bits: the cache is packed by bits per slot already; compress the "
             "checkpoint from before that"

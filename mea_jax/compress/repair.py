@@ -207,17 +207,17 @@ def _optimizer(steps: int) -> optax.GradientTransformation:
     return optax.chain(directions, optax.scale_by_learning_rate(schedule))
 
 
-def _size(rate: float, path: tuple, leaf: jax.Array) -> jax.Array:
+def _size(rate: float, fixed: tuple[str, ...], path: tuple, leaf: jax.Array) -> jax.Array:
     """Return the size of a parameter's updates: `rate` times its root mean square.
 
-    Steps of slots differ by orders of magnitude, so each is its own size. The mean of keys, and the
-    bias that takes it from them, stay: they are much larger than what they leave.
+    Steps of slots differ by orders of magnitude, so each is its own size. Parameters named in
+    `fixed` stay: the mean of keys, and the bias that takes it out, are much larger than the rest.
     """
     name = path[-1].key
+    if name in fixed:
+        return jnp.zeros(())
     if name.endswith("_steps"):
         return rate * jnp.abs(leaf)
-    if name in ("key_mean", "key_bias"):
-        return jnp.zeros(())
     return rate * jnp.sqrt(jnp.mean(jnp.square(leaf)))
 
 
@@ -256,7 +256,9 @@ def _descend(
         lost = float(_lost(whole, spec, params, *read(0), index))
         rate = min(_MOST, _RATE * math.sqrt(lost))
     state = _optimizer(steps).init(params)
-    sizes = jax.tree_util.tree_map_with_path(functools.partial(_size, rate), params)
+    attention = params.get("attention", params)
+    fixed = ("key_mean", "key_bias") if "key_mean" in attention else ()
+    sizes = jax.tree_util.tree_map_with_path(functools.partial(_size, rate, fixed), params)
     for number in progress(range(steps), words):
         params, state = _step(
             whole, spec, steps, params, state, sizes, *read(number % len(stream)), index

@@ -52,9 +52,9 @@ def check_exportable(model: ModelConfig) -> None:
             f"this model's attention is {model.variant!r}: only MEA, MHA, GQA and MQA are exported"
             "; give a checkpoint of one of them"
         )
-    if model.key_bits is not None or model.value_bits is not None:
+    if model.key_bits is not None or model.value_bits is not None or model.key_mean:
         raise UserError(
-            "config.model.key_bits: the cache is packed by bits per slot, which neither "
+            "config.model.key_bits, key_mean: the cache is packed by bits per slot, which neither "
             "transformers nor the exported code has; give the checkpoint from before compression"
         )
 

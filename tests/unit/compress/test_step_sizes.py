@@ -1,6 +1,7 @@
 """Steps of slots are fitted to text, and trained through the rounding."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,12 @@ from tests.helpers import PLAIN, params_of, random_batch, tiny_model
 
 WIDTH = 32  # K H
 PLAIN_MODEL = tiny_model(n_layers=1, **PLAIN)
-CHANGED = {"hlc": "kv", "key_mean": True, "key_mixing": "frequency", "value_mixing": "dense"}
+CHANGED: dict[str, Any] = {
+    "hlc": "kv",
+    "key_mean": True,
+    "key_mixing": "frequency",
+    "value_mixing": "dense",
+}
 PACKED = dataclasses.replace(
     PLAIN_MODEL, **CHANGED, key_bits=("3" * WIDTH,), value_bits=("3" * WIDTH,)
 )

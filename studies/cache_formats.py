@@ -187,7 +187,7 @@ def table(summaries: list[dict[str, Any]]) -> str:
     for summary in summaries:
         form, cache = summary["format"], summary["cache_bytes_per_token"]
         kept = f"{summary['cache_kept']:.1%}"
-        row = [form["name"], str(form["sinks"]), f"{cache['after']:,}", kept]
+        row = [form["name"], str(form["sinks"]), f"{cache['after']:,.0f}", kept]
         for name in domains:
             d = summary["held_out"]["domains"][name]
             row.append(cell(d["increase"], d["error"], "+"))

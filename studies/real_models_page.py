@@ -79,7 +79,7 @@ def losses_table(rows: Sequence[Row]) -> str:
     head = ["row", "method", "bytes a token", "kept", *texts, "mean increase", "KL"]
     lines = [[*head, "tokens of repair", "seconds"]]
     for row in rows:
-        cells = [f"`{row['name']}`", line_of(row), f"{row['bytes']:,}", f"{row['kept']:.1%}"]
+        cells = [f"`{row['name']}`", line_of(row), f"{row['bytes']:,.0f}", f"{row['kept']:.1%}"]
         if row["kind"] == ORIGINAL:
             cells += [f"loss {row['texts'][text]['before']:.4f}" for text in texts]
             lines.append([*cells, "", "", "", ""])

@@ -25,10 +25,11 @@ POSITIONS = 4096  # length of the cache whose arrays are counted
 ROUNDING = 0.005  # a number of heads this close to an integer, relatively, counts as that integer
 
 
-def cache_bytes(model: ModelConfig) -> list[tuple[int, int]]:
+def cache_bytes(model: ModelConfig) -> list[tuple[float, float]]:
     """Return the bytes per position of each layer's keys (with their scalars) and values.
 
-    They are counted from the bfloat16 arrays that a generator would create. `model` is resolved.
+    They are counted from the bfloat16 arrays that a generator would create for `POSITIONS`. With
+    slots of few bits they are not integers. `model` is resolved.
     """
     empty = functools.partial(empty_cache, serving(model), 1, POSITIONS, jnp.bfloat16)
     found = []
@@ -36,7 +37,7 @@ def cache_bytes(model: ModelConfig) -> list[tuple[int, int]]:
         scalars = [] if layer.inverse_rms_BKS is None else [layer.inverse_rms_BKS]
         key = count_bytes([layer.key]) + sum(x.size * x.dtype.itemsize for x in scalars)
         value = count_bytes([layer.value])
-        found.append((math.ceil(key / POSITIONS), math.ceil(value / POSITIONS)))
+        found.append((key / POSITIONS, value / POSITIONS))
     return found
 
 

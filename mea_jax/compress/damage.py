@@ -21,7 +21,7 @@ Batches = Sequence[Sequence[float]]  # a value of `Losses`
 
 def summarise(
     options: Options,
-    cache: tuple[list[tuple[int, int]], list[tuple[int, int]]],
+    cache: tuple[list[tuple[float, float]], list[tuple[float, float]]],
     rows: list[dict[str, Any]],
     losses: tuple[Losses, Losses],
     sensitivities: list[Sensitivity],
@@ -45,10 +45,10 @@ def summarise(
         "options": options.__dict__ | {},
         "versions": {"jax": jax.__version__},
         "kv_heads": heads,
-        "cache_bytes_per_token": {"before": sum(before), "after": sum(after)},
+        "cache_bytes_per_token": {"before": round(sum(before), 2), "after": round(sum(after), 2)},
         "cache_kept": sum(after) / sum(before),
         "layers": [
-            row | {"bytes_before": b, "bytes_after": a}
+            row | {"bytes_before": round(b, 2), "bytes_after": round(a, 2)}
             for row, b, a in zip(rows, before, after, strict=True)
         ],
         "held_out": {
@@ -107,7 +107,7 @@ def table(summary: dict[str, Any]) -> str:
     head += f"  {'bytes/token':>15}  {'sharper':>7}" + (f"  {'repair':>16}" if repaired else "")
     lines = [head]
     for row in summary["layers"]:
-        size = f"{row['bytes_before']} > {row['bytes_after']}"
+        size = f"{row['bytes_before']:.0f} > {row['bytes_after']:.0f}"
         kept = [f"{row[side]:3d}/{k:<3d}" for side in ("keys", "values")]
         if "key_bits" in row:
             kept = [f"{row[f'{side}_bits']:.2f} bit" for side in Side]
@@ -120,7 +120,7 @@ def table(summary: dict[str, Any]) -> str:
     cache, loss = summary["cache_bytes_per_token"], summary["held_out"]
     lines += [
         "",
-        f"cache        {cache['before']:,} > {cache['after']:,} bytes per token, "
+        f"cache        {cache['before']:,.0f} > {cache['after']:,.0f} bytes per token, "
         f"{summary['cache_kept']:.1%} kept (--keep={summary['options']['keep']:g})",
         "",
         f"{'held-out loss (nats per token)':<36}  before   after  {'increase':<16}  divergence",

@@ -36,7 +36,7 @@ class Shares:
             found, key_bits=self.bits[Side.KEY], value_bits=self.bits[Side.VALUE]
         )
 
-    def cache_bytes(self, model: ModelConfig, method: str) -> list[tuple[int, int]]:
+    def cache_bytes(self, model: ModelConfig, method: str) -> list[tuple[float, float]]:
         """Return the bytes per position of each layer's keys and values.
 
         For the method `latent` these are the bytes of the latents, although the model written by it
@@ -149,12 +149,12 @@ def _allot(
     below = int(heads)
     part = heads - below  # the fraction of one more head
     total = totals[below - 1]
-    total += round(part * (totals[min(below, count - 1)] - total))
+    total += part * (totals[min(below, count - 1)] - total)
     if part:  # round to the nearest whole head, not down
-        total += by_count[0][chosen[0]][1] // 2
-    costs = [[row[s.layer][s.side == Side.VALUE] for row in by_count] for s in found]
+        total += by_count[0][chosen[0]][1] / 2
+    costs = [[int(row[s.layer][s.side == Side.VALUE]) for row in by_count] for s in found]
     losses = [s.losses or s.residuals for s in found]
-    for s, option in zip(found, budgets.allot(costs, losses, total), strict=True):
+    for s, option in zip(found, budgets.allot(costs, losses, round(total)), strict=True):
         (shares.keys if s.side == Side.KEY else shares.values)[s.layer] = option + 1
     met = sum(shares.keys[i] + shares.values[i] for i in chosen) / (2 * count * len(chosen))
     if abs(met - options.keep) > budgets.ROUNDING:

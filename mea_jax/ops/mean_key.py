@@ -1,6 +1,6 @@
 """Logits of the constant part of keys, at all positions, without a cache.
 
-Keys before rotation are mostly a constant: in SmolLM2-135M their mean over tokens has nine tenths
+Keys before rotation are mostly a constant: in SmolLM2-135M their mean over tokens has three quarters
 of their energy. A key that is the rotated sum of a mean m and a rest has the logit of the rest plus
 
     Re sum_f conj(q_f) m_f e^(i s theta_f)

@@ -107,54 +107,49 @@ def rounded(x: Array, step: Array, levels: Array) -> Array:
 
 
 def _rows(table: np.ndarray) -> np.ndarray:
-    """Return a constant of each row (R,) as uint8 that is broadcast along positions, (R, 1)."""
-    return table.astype(np.uint8)[:, None]
+    """Return a constant of each row (R,) as uint8 that is broadcast to (B, R, S)."""
+    return table.astype(np.uint8)[None, :, None]
 
 
-def pack(layout: Layout, codes: Array) -> Array:
-    """Return the bytes (..., Y, S) of codes (..., S, X), uint8."""
+def pack(layout: Layout, codes_BSX: Array) -> Array:
+    """Return the bytes of codes, uint8 (B, Y, S)."""
     bits_X, first_X = layout.bits_X, layout.first_X
-    half_X = np.where(bits_X > 0, 1 << np.maximum(bits_X - 1, 0), 0)
-    stored_XS = jnp.swapaxes(codes, -1, -2) ^ _broadcast(_rows(half_X), codes.ndim)
+    stored_BXS = jnp.swapaxes(codes_BSX, 1, 2) ^ _rows((1 << bits_X) >> 1)
     # The codes of each byte: at most 8. `past` is the number of a code's bits behind the byte.
     parts: list[list[tuple[int, int]]] = [[] for _ in range(layout.bytes)]
     for slot in np.flatnonzero(bits_X):
         end = int(first_X[slot] + bits_X[slot])
         for byte in range(int(first_X[slot]) // 8, (end - 1) // 8 + 1):
             parts[byte].append((int(slot), end - 8 * (byte + 1)))
-    data = jnp.zeros((*codes.shape[:-2], layout.bytes, codes.shape[-2]), jnp.uint8)
+    data_BYS = jnp.zeros((len(codes_BSX), layout.bytes, codes_BSX.shape[1]), jnp.uint8)
     for i in range(max(map(len, parts), default=0)):
         slot_Y = np.asarray([part[i][0] if i < len(part) else 0 for part in parts])
         past_Y = np.asarray([part[i][1] if i < len(part) else 0 for part in parts])
         found_Y = np.asarray([255 * (i < len(part)) for part in parts])
-        left, right, found = (
-            _broadcast(_rows(table), codes.ndim)
-            for table in (np.maximum(-past_Y, 0), np.maximum(past_Y, 0), found_Y)
-        )
-        data = data | (((jnp.take(stored_XS, slot_Y, axis=-2) << left) >> right) & found)
-    return data
+        shifted_BYS = jnp.take(stored_BXS, slot_Y, axis=1) << _rows(np.maximum(-past_Y, 0))
+        data_BYS |= (shifted_BYS >> _rows(np.maximum(past_Y, 0))) & _rows(found_Y)
+    return data_BYS
 
 
-def _broadcast(table: np.ndarray, ndim: int) -> np.ndarray:
-    return table.reshape((1,) * (ndim - table.ndim) + table.shape)
+def unpack(layout: Layout, data_BYS: Array, after_B11: Array | None = None) -> Array:
+    """Return m 2^(8-b) of all slots: int8 (B, X, S).
 
-
-def unpack(layout: Layout, data: Array) -> Array:
-    """Return m 2^(8-b) of all slots of bytes (..., Y, S): int8 (..., X, S)."""
+    XLA may unpack a cache before the query exists. A decode step then unpacks the caches of all
+    layers first, which takes their memory and is slower than if each is read soon after. With
+    finite `after_B11`, float32, the codes depend on it, and so are unpacked after it is known.
+    """
     if not layout.bytes:
-        return jnp.zeros((*data.shape[:-2], len(layout.bits), data.shape[-1]), jnp.int8)
+        return jnp.zeros((len(data_BYS), len(layout.bits), data_BYS.shape[2]), jnp.int8)
     byte_X, shift_X = np.divmod(layout.first_X, 8)
     last = layout.bytes - 1
-
-    def rows(table: np.ndarray) -> np.ndarray:
-        return _broadcast(_rows(table), data.ndim)
-
-    # All shifts are below 8, so that they need no check. Of the second byte nothing is used if the
-    # code ends in the first.
-    this = jnp.take(data, np.minimum(byte_X, last), axis=-2) << rows(shift_X)
-    following = jnp.take(data, np.minimum(byte_X + 1, last), axis=-2) >> np.uint8(1)
-    top = (this | (following >> rows(7 - shift_X))) & rows(0xFF00 >> layout.bits_X & 0xFF)
-    return jax.lax.bitcast_convert_type(top, jnp.int8)
+    mask: Array | np.ndarray = _rows((0xFF00 >> layout.bits_X) & 0xFF)
+    if after_B11 is not None:
+        mask = mask | (0.0 * after_B11).astype(jnp.uint8)  # no compiler may fold 0 x, which can be NaN
+    # Shifts are below 8, so that they need no check. Of the second byte nothing is used if the code
+    # ends in the first.
+    this = jnp.take(data_BYS, np.minimum(byte_X, last), axis=1) << _rows(shift_X)
+    following = jnp.take(data_BYS, np.minimum(byte_X + 1, last), axis=1) >> np.uint8(1)
+    return jax.lax.bitcast_convert_type((this | (following >> _rows(7 - shift_X))) & mask, jnp.int8)
 
 
 def _digits(x: Array, count: int) -> tuple[Array, Array]:
@@ -174,15 +169,16 @@ def _digits(x: Array, count: int) -> tuple[Array, Array]:
     return jnp.concatenate([*found, rest], axis=1).astype(jnp.int8), unit
 
 
-def _product(x: Array, codes: Array, axis: int, count: int) -> Array:
-    """Contract the last axis of `x` (B, N, D) with `axis` of int8 `codes`: float32 (B, N, ...)."""
-    digits, unit = _digits(x, count)
+def _product(layout: Layout, x: Array, data_BYS: Array, axis: int, count: int) -> Array:
+    """Contract the last axis of `x` (B, N, D) with axis 1 or 2 of `unpack`: float32 (B, N, ..)."""
+    digits, unit_BN1 = _digits(x, count)
+    codes_BXS = unpack(layout, data_BYS, unit_BN1[:, :1])
     dims = (((2,), (axis,)), ((0,), (0,)))
-    sums = jax.lax.dot_general(digits, codes, dims, preferred_element_type=jnp.int32)
+    sums = jax.lax.dot_general(digits, codes_BXS, dims, preferred_element_type=jnp.int32)
     total = jnp.zeros((), jnp.float32)
     for i, part in enumerate(jnp.split(sums, count, axis=1)):
         total = total + part.astype(jnp.float32) * 256.0**i
-    return total * unit
+    return total * unit_BN1
 
 
 def count_digits(dtype: jnp.dtype) -> int:
@@ -200,7 +196,7 @@ def logits(layout: Layout, q_BNX: Array, data_BYS: Array, step_X: Array, digits:
     stepped_BNX = q_BNX.astype(jnp.float32) * step_X[None, None]
     offset_BN1 = jnp.sum(stepped_BNX * layout.offset_X[None, None], axis=2, keepdims=True)
     q_BNX = stepped_BNX * layout.unit_X[None, None]
-    return _product(q_BNX, unpack(layout, data_BYS), 1, digits) + offset_BN1
+    return _product(layout, q_BNX, data_BYS, 1, digits) + offset_BN1
 
 
 def weighted_sums(
@@ -212,7 +208,6 @@ def weighted_sums(
     found_BNX = jnp.zeros((*p_BNS.shape[:2], len(layout.bits)), jnp.float32)
     for start in range(0, p_BNS.shape[2], _MOST_TERMS):
         part = slice(start, start + _MOST_TERMS)
-        codes_BXS = unpack(layout, data_BYS[:, :, part])
-        found_BNX = found_BNX + _product(p_BNS[:, :, part], codes_BXS, 2, digits)
+        found_BNX += _product(layout, p_BNS[:, :, part], data_BYS[:, :, part], 2, digits)
     unit_X, offset_X = step_X * layout.unit_X, step_X * layout.offset_X
     return found_BNX * unit_X[None, None] + total_BN1 * offset_X[None, None]

@@ -64,10 +64,8 @@ def models(dtype: str, length: int, layers: int = LAYERS) -> dict[str, ModelConf
         dtype=dtype,
     )
     rng = np.random.default_rng(0)
-    key, value = (
-        tuple("".join(map(str, draw_bits(rng))) for _ in range(layers)) for _ in range(2)
-    )
-    mixed = {"hlc": "kv", "key_mixing": "frequency", "value_mixing": "dense"}
+    key, value = (tuple("".join(map(str, draw_bits(rng))) for _ in range(layers)) for _ in range(2))
+    mixed: dict[str, Any] = {"hlc": "kv", "key_mixing": "frequency", "value_mixing": "dense"}
     packed = dataclasses.replace(plain, **mixed, key_bits=key, value_bits=value)
     return {
         name: resolve(model, jax.devices(), length)
@@ -111,10 +109,11 @@ def attention_reads(dtype: str, batch: int, length: int) -> dict[str, Callable[[
 
 def steps(dtype: str, batch: int, length: int, part: str) -> dict[str, Callable[[], Any]]:
     """Return functions that run a decode step, or a flush."""
-    return {
-        name: step_of(model, "auto", batch, length, jnp.bfloat16)[part == "flush"]
-        for name, model in models(dtype, length).items()
-    }
+    runs = {}
+    for name, model in models(dtype, length).items():
+        step, flush, _ = step_of(model, "auto", batch, length, jnp.bfloat16)
+        runs[name] = flush if part == "flush" else step
+    return runs
 
 
 def compare(runs: Mapping[str, Callable[[], Any]], repeats: int, inner: int) -> dict[str, Any]:
@@ -169,7 +168,6 @@ def main() -> None:
                     inner = max(1, 16384 // (batch * context)) if part == "attention" else 1
                     row = {"part": part, "dtype": dtype, "batch": batch, "context": context}
                     rows.append(row | compare(runs, args.repeats, inner))
-                    print(rows[-1], flush=True)
                     write_json(args.out, rows)
                     del runs
                     gc.collect()

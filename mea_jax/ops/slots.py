@@ -144,7 +144,8 @@ def unpack(layout: Layout, data_BYS: Array, after_B11: Array | None = None) -> A
     last = layout.bytes - 1
     mask: Array | np.ndarray = _rows((0xFF00 >> layout.bits_X) & 0xFF)
     if after_B11 is not None:
-        mask = mask | (0.0 * after_B11).astype(jnp.uint8)  # no compiler may fold 0 x, which can be NaN
+        # No compiler may fold 0 x, which is NaN for some x. `optimization_barrier` has no effect.
+        mask = mask | (0.0 * after_B11).astype(jnp.uint8)
     # Shifts are below 8, so that they need no check. Of the second byte nothing is used if the code
     # ends in the first.
     this = jnp.take(data_BYS, np.minimum(byte_X, last), axis=1) << _rows(shift_X)

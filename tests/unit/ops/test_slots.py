@@ -121,6 +121,27 @@ def test_unpacking_writes_one_byte_per_slot_and_position():
     assert memory.temp_size_in_bytes <= 1.05 * (length * 192 + rows)
 
 
+def test_layers_are_unpacked_one_after_the_other():
+    """Each layer's query depends on the layer before, and codes are unpacked after the query.
+
+    If all were unpacked first, 16 arrays of codes (2 for each layer) would exist at a time. The
+    bound is 12, since XLA reuses the memory of every second array only (9.2).
+    """
+    layout, length, layers = Layout((4,) * 64), 4096, 8
+
+    def run(q_BNX, caches):
+        for data_BYS in caches:
+            logits_BNS = slots.logits(layout, q_BNX, data_BYS, jnp.ones(64), 3)
+            q_BNX = slots.weighted_sums(layout, logits_BNS, data_BYS, jnp.ones(64), 3)
+        return q_BNX
+
+    data = jax.ShapeDtypeStruct((1, layout.bytes, length), jnp.uint8)
+    q = jax.ShapeDtypeStruct((1, 1, 64), jnp.float32)
+    memory = jax.jit(run).lower(q, [data] * layers).compile().memory_analysis()
+    assert memory is not None
+    assert memory.temp_size_in_bytes < 12 * length * 64
+
+
 def test_wrong_bits():
     with pytest.raises(ValueError, match=r"bits must be 0 to 8, not \(9,\)"):
         Layout((9,))

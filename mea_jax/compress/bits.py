@@ -65,14 +65,8 @@ class Division:
     @functools.cached_property
     def fitting(self) -> list[int]:
         """The most bits that fit in 1, 2, .. bytes of a position, up to those of all slots."""
-        found, total = [], 0
-        for size in range(1, len(self.weights_X) * MOST_BITS // 8 + 1):
-            total = min(8 * size, len(self._order))
-            # Pieces that fill a byte may need one more.
-            while total and packed_bytes(self.bits(total)) > size:
-                total -= 1
-            found.append(total)
-        return found
+        sizes = range(1, packed_bytes(np.full(len(self.weights_X), MOST_BITS)) + 1)
+        return [min(8 * size, len(self._order)) for size in sizes]
 
 
 def fixed_bytes(slots: int) -> int:

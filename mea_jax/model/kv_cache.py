@@ -40,7 +40,7 @@ Array = jax.Array
 
 @struct.dataclass
 class HeadCache:
-    """The keys or values of one layer: (B, K, S, H) or (B, S, C H), or packed slots (B, S, Y).
+    """The keys or values of one layer: (B, K, S, H) or (B, S, C H), or packed slots (B, Y, S).
 
     `step` exists for int8 and packed slots: float32 (B, K, S) or (B, S), the value of one unit of
     the integers; or (X,), the steps of slots. `first_BSX` exists for packed slots: the first SINKS
@@ -57,7 +57,7 @@ class HeadCache:
     @property
     def axis(self) -> int:
         """The axis of positions in `data`."""
-        return 2 if self.form == "direct" else 1
+        return 2 if self.form == "direct" or self.layout is not None else 1
 
 
 @struct.dataclass
@@ -92,7 +92,6 @@ class Cache:
 
 
 RECENT = 128  # positions between two flushes: one tile of a TPU's registers
-_BLOCK = 512  # positions that are unpacked at a time, which stay in a core's cache
 
 
 def empty_heads(
@@ -112,8 +111,9 @@ def empty_heads(
         return HeadCache(jnp.zeros((*shape, features), dtype), step, form, width)
     layout = slots.Layout(bits)
     first_BSX = jnp.zeros((batch, SINKS, features), dtype)
-    data, step_X = jnp.zeros((*shape, layout.bytes), jnp.uint8), jnp.ones(features, jnp.float32)
-    return HeadCache(data, step_X, form, width, first_BSX, layout)
+    data_BYS = jnp.zeros((batch, layout.bytes, length), jnp.uint8)
+    step_X = jnp.ones(features, jnp.float32)
+    return HeadCache(data_BYS, step_X, form, width, first_BSX, layout)
 
 
 def count_bytes(layers: Iterable[LayerCache]) -> int:
@@ -164,7 +164,7 @@ def write_heads(
         codes = slots.quantise(cache.layout, new_BTX, step_X)
         packed = slots.pack(cache.layout, codes)
         first_BSX = _write(cache.first_BSX, new_BTX[:, :SINKS], 0, 1)
-        data = _write(cache.data, packed, slot, 1)
+        data = _write(cache.data, packed, slot, 2)
         return dataclasses.replace(cache, data=data, step=step_X, first_BSX=first_BSX)
     axis, step = cache.axis, cache.step
     new = jnp.swapaxes(new_BTCH, 1, 2) if axis == 2 else new_BTCH.reshape(b, t, -1)
@@ -214,7 +214,7 @@ def flush(cache: Cache) -> Cache:
         axis = stored.axis
         if stored.layout is not None:
             codes = slots.quantise(stored.layout, recent.data, stored.step)
-            data = move(stored.data, slots.pack(stored.layout, codes), 1)
+            data = move(stored.data, slots.pack(stored.layout, codes), 2)
             first_BSX = move(stored.first_BSX, recent.data, 1)
             return dataclasses.replace(stored, data=data, first_BSX=first_BSX)
         data = move(stored.data, recent.data, axis)
@@ -302,52 +302,23 @@ def read_values(
     return backend.dot(p_BKGS.astype(dtype), data, ((3,), (2,)), 2)
 
 
-def _in_blocks(read: Any, data_BSY: Array, *along_S: Array) -> tuple[Array, Array]:
-    """Apply `read(block of data, blocks of along_S)` to blocks of positions.
-
-    Return the results of whole blocks, with a new first axis, and that of the rest.
-    """
-    b, length = data_BSY.shape[:2]
-    whole = length // _BLOCK * _BLOCK
-
-    def blocks(x: Array) -> Array:
-        parts = x[:, :whole].reshape(b, whole // _BLOCK, _BLOCK, *x.shape[2:])
-        return jnp.swapaxes(parts, 0, 1)
-
-    arrays = (data_BSY, *along_S)
-    each = jax.lax.map(lambda parts: read(*parts), tuple(map(blocks, arrays)))
-    return each, read(*(x[:, whole:] for x in arrays))
-
-
 def _packed_logits(backend: Backend, q_BNX: Array, cache: HeadCache) -> Array:
     """Return q . k for all slots of a packed cache: float32 (B, N, S)."""
     assert cache.layout is not None
-    dtype, layout = backend.dtype, cache.layout
-    q_BNP = slots.expand_query(layout, q_BNX, cache.step).astype(dtype)
-
-    def read(data_BsY: Array) -> Array:
-        return backend.dot(q_BNP, slots.unpack(layout, data_BsY, dtype), ((2,), (2,)), 1)
-
-    each, rest = _in_blocks(read, cache.data)
-    whole = jnp.moveaxis(each, 0, 2).reshape(*q_BNX.shape[:2], -1)
-    logits_BNS = jnp.concatenate([whole, rest], axis=2)
-    first = backend.dot(q_BNX, cache.first_BSX.astype(dtype), ((2,), (2,)), 1)
-    return jnp.concatenate([first, logits_BNS[:, :, SINKS:]], axis=2)[:, :, : cache.data.shape[1]]
+    digits = slots.count_digits(backend.dtype)
+    logits_BNS = slots.logits(cache.layout, q_BNX, cache.data, cache.step, digits)
+    first_BcX = cache.first_BSX[:, : logits_BNS.shape[2]].astype(backend.dtype)
+    first_BNc = backend.dot(q_BNX, first_BcX, ((2,), (2,)), 1)
+    return jax.lax.dynamic_update_slice(logits_BNS, first_BNc, (0, 0, 0))
 
 
 def _packed_values(backend: Backend, p_BNS: Array, cache: HeadCache) -> Array:
     """Return sums of the values of a packed cache by weights: float32 (B, N, X)."""
     assert cache.layout is not None
-    dtype, layout = backend.dtype, cache.layout
-    count = min(SINKS, p_BNS.shape[2])
-    rest_BSN = jnp.swapaxes(p_BNS.at[:, :, :count].set(0.0), 1, 2)
-
-    def read(data_BsY: Array, p_BsN: Array) -> Array:
-        p_BNs = jnp.swapaxes(p_BsN, 1, 2).astype(dtype)
-        return backend.dot(p_BNs, slots.unpack(layout, data_BsY, dtype), ((2,), (1,)), 1)
-
-    each, rest = _in_blocks(read, cache.data, rest_BSN)
-    o_BNX = slots.collapse_values(layout, jnp.sum(each, axis=0) + rest, cache.step)
+    dtype, length = backend.dtype, p_BNS.shape[2]
+    count, digits = min(SINKS, length), slots.count_digits(backend.dtype)
+    rest_BNS = jnp.where((jnp.arange(length) >= count)[None, None], p_BNS, 0.0)
+    o_BNX = slots.weighted_sums(cache.layout, rest_BNS, cache.data, cache.step, digits)
     first_BcX = cache.first_BSX[:, :count].astype(dtype)
     return o_BNX + backend.dot(p_BNS[:, :, :count].astype(dtype), first_BcX, ((2,), (1,)), 1)
 

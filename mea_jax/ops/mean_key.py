@@ -1,7 +1,7 @@
 """Logits of the constant part of keys, at all positions, without a cache.
 
-Keys before rotation are mostly a constant: in SmolLM2-135M their mean over tokens has three quarters
-of their energy. A key that is the rotated sum of a mean m and a rest has the logit of the rest plus
+Keys before rotation are mostly a constant: three quarters of the energy of SmolLM2-135M's keys is
+their mean over tokens. A key that is the rotated sum of a mean m and a rest has the logit of the rest plus
 
     Re sum_f conj(q_f) m_f e^(i s theta_f)
 

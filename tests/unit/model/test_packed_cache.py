@@ -20,7 +20,7 @@ from mea_jax.ops.resolve import resolve_on
 from mea_jax.parallel import sharding
 from tests.helpers import apply_logits, params_of, tiny_model
 
-LENGTH = 640  # of the cache: one block of 512 positions and a rest
+LENGTH = 640  # of the cache
 WIDE = {"key_mixing": "frequency", "value_mixing": "dense"}
 CASES: dict[str, dict[str, Any]] = {
     "heads": {},
@@ -111,12 +111,11 @@ def test_decoding_from_packed_slots(case, prompt, devices, monkeypatch):
     assert np.abs(before[:, last] - after[:, last]).max() > 1e-3  # rounding shows
     packed = cache.layers[0].key
     assert packed.data.dtype == jnp.uint8
-    assert packed.data.shape == (2, LENGTH, packed.layout.bytes)
+    assert packed.data.shape == (2, packed.layout.bytes, LENGTH)
     assert packed.first_BSX.shape[1] == SINKS
 
 
-def test_long_caches_are_read_in_blocks(devices, monkeypatch):
-    """A prompt beyond a block of 512 positions."""
+def test_long_prompts(devices, monkeypatch):
     devices(1)
     model, params = packed_model(**WIDE, key_mean=True)
     tokens_BT = jnp.asarray(

@@ -1,7 +1,8 @@
 """Logits of the constant part of keys, at all positions, without a cache.
 
 Keys before rotation are mostly a constant: three quarters of the energy of SmolLM2-135M's keys is
-their mean over tokens. A key that is the rotated sum of a mean m and a rest has the logit of the rest plus
+their mean over tokens. A key that is the rotated sum of a mean m and a rest has the logit of the
+rest plus
 
     Re sum_f conj(q_f) m_f e^(i s theta_f)
 

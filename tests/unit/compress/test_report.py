@@ -33,7 +33,10 @@ def summary(increase, error=0.001, kept=0.5, **options):
         (summary(0.01, error=0.02), ["a small loss", "May help: --repair layerwise, --budget"]),
         (summary(0.05, repair="layerwise"), ["a clear loss", "May help: --budget measured, a l"]),
         (summary(7.3, budget="measured"), ["a damaged model; do not use", "--repair layerwise, a"]),
-        (summary(0.05, method="bits"), ["May help: --repair layerwise, a larger --keep"]),
+        (
+            summary(0.05, method="bits"),
+            ["May help: --repair layerwise, --budget information, a larger --keep"],
+        ),
         (summary(-0.2), ["+0.0000 nats on easy: close to the original"]),
         (summary(0.0, error=float("nan")), ["close to the original"]),
     ],

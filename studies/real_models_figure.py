@@ -20,7 +20,12 @@ _COLOURS = {  # by the part of a label before the first comma
     "Hadamard": "#b7950b",
     "control: trained": "#000000",
 }
-_STYLES = {"layer-wise repair": ("^", "-."), "joint repair": ("D", "-"), "measured": ("s", "--")}
+_STYLES = {
+    "layer-wise repair": ("^", "-."),
+    "joint repair": ("D", "-"),
+    "measured": ("s", "--"),
+    "by information": ("s", "-"),
+}
 
 
 def _style(label: str) -> dict[str, Any]:

@@ -23,7 +23,12 @@ from studies.number_formats import FORMATS
 from studies.real_model_rows import ORIGINAL, Row
 from studies.real_models_figure import draw
 
-_BUDGETS = {"uniform": "", "measured": ", measured", "residual": ", by residual"}
+_BUDGETS = {
+    "uniform": "",
+    "information": ", by information",
+    "measured": ", measured",
+    "residual": ", by residual",
+}
 _REPAIRS = {
     "none": "",
     "output": ", W_O refitted",

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from mea_jax.compress import layer as layers
+from mea_jax.compress.fisher import Information
 from mea_jax.compress.layer import put_heads, split_heads
-from mea_jax.compress.methods import METHODS, rebuilt_keys, solve_keys, solve_values, target_model
+from mea_jax.compress.methods import METHODS, rebuilt_keys, solve, target_model
 from mea_jax.compress.moments import of_weights
 from mea_jax.compress.probe import assemble, plain_layer
 from mea_jax.compress.repair import sharpened
@@ -42,9 +43,19 @@ def one_layer(name):
 
 
 def moments_of(heads):
+    """Return the moments of white inputs, with keys that have a mean."""
+    found = of_weights(heads.query_DNH, heads.key_DKH, heads.value_DKH)
+    mean = np.random.default_rng(1).normal(size=len(found.keys))
     return dataclasses.replace(
-        of_weights(heads.query_DNH, heads.key_DKH, heads.value_DKH), tokens=1
+        found, tokens=1, keys=found.keys + np.outer(mean, mean), key_means=mean
     )
+
+
+def information_of(heads):
+    """Return random positive definite costs."""
+    size = heads.key_DKH[0].size
+    x, y = np.random.default_rng(2).normal(size=(2, size, 2 * size))
+    return Information(x @ x.T, y @ y.T)
 
 
 def tokens():
@@ -61,9 +72,10 @@ def logits(model, params):
 def compressed(model, params, method, keys_count, values_count):
     tree = jax.tree.map(lambda x: x[0], params["layers_0"])
     heads = split_heads(model, tree["attention"])
-    moments = moments_of(heads)
-    keys = solve_keys(method, heads, moments, keys_count)
-    values = solve_values(method, heads, moments, values_count)
+    solved = solve(
+        method, heads, moments_of(heads), (keys_count, values_count), information_of(heads)
+    )
+    heads, keys, values = solved.heads, solved.keys, solved.values
     attention = assemble(heads, keys, values, tree["attention"])
     stacked = jax.tree.map(lambda x: np.asarray(x)[None], tree | {"attention": attention})
     target = target_model(model, method, [keys_count], [values_count])
@@ -80,7 +92,7 @@ def test_all_heads_return_the_model(name, method):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [method for method in METHODS if method != "bits"])
 @pytest.mark.parametrize("name", ["MHA", "GQA", "MEA", "head norm only", "biases, window"])
 def test_a_compressed_layer_is_the_model_with_rebuilt_keys_and_values(name, method):
     """Gauges are folded exactly, including their signs and conjugates."""

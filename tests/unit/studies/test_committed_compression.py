@@ -1,5 +1,6 @@
 """Tests of the committed compression study: its rows, its tables and its page."""
 
+import json
 import re
 import shutil
 
@@ -41,14 +42,19 @@ def test_the_page_shows_the_table_of_the_rows():
     assert figures.short_table(read(DATA / "rows.jsonl")) in PAGE.read_text()
 
 
-def test_readme_shows_its_numbers():
-    """The increases in README's four rows are those of the page's table."""
+def test_readme_shows_the_numbers_of_both_studies():
+    """The real model's increases are those of its rows, the small one's those of the page."""
     page, readme = PAGE.read_text(), (ROOT / "README.md").read_text()
-    rows = re.findall(r"^\| [^|]+ \| (0\.\d{4}) \| (0\.\d{4}) \| (0\.\d{4}) \|$", readme, re.M)
-    assert len(rows) == 4
-    for row in rows:
-        numbers = [re.escape(f"+{number} ") + r"[^|]*" for number in row]
-        assert re.search(r"\| " + r"\| ".join(numbers), page), row
+    for increase in ("0.7798", "0.0780", "0.0105"):  # of MHA
+        assert increase in readme
+        assert re.search(rf"\| \+{increase} ±", page)
+    folder = ROOT / "docs" / "studies" / "real_models"
+    names = [f"bits_information_{share}" for share in (50, 37, 25, 18, 12)]
+    found = [json.loads((folder / f"{name}.json").read_text()) for name in names]
+    shown = " | ".join(f"{row['increase']:.4f}" for row in found)
+    assert f"| increase of the loss | {shown} |" in readme
+    aligned = json.loads((folder / "aligned_67.json").read_text())
+    assert f"loses {aligned['increase']:.4f} there" in readme
 
 
 def test_the_page_tells_what_was_retrieved():

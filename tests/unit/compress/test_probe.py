@@ -53,9 +53,8 @@ def test_a_change_costs_the_divergence_of_predictions(measurer, which):
     kernel = LAYERS[which]["attention"]["value"]
     moved = kernel * np.linspace(0.2, 1.5, kernel.shape[1])[:, None].astype(np.float32)
     tree = measurer.trees[which]
-    found = measurer._moved(
-        measurer.specs[which], tree | {"attention": tree["attention"] | {"value": moved}}
-    )
+    changed_tree = tree | {"attention": tree["attention"] | {"value": moved}}
+    found = measurer.moved(measurer.specs[which], changed_tree, which)
     stack = jax.tree.map(np.array, PARAMS["layers_0"])
     stack["attention"]["value"][which] = moved
     changed = PARAMS | {"layers_0": stack}
@@ -72,7 +71,7 @@ def test_all_heads_cost_nothing_and_fewer_cost_something(measurer):
         assert row.losses[-1] == 0
         assert all(loss > 1e-4 for loss in row.losses[:-1]), row
         assert row.losses[0] > 2 * row.losses[-2]
-    same = measurer._moved(measurer.specs[0], measurer.trees[0])
+    same = measurer.moved(measurer.specs[0], measurer.trees[0], 0)
     assert abs(same) < 1e-6
 
 

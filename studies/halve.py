@@ -18,9 +18,9 @@ from ml_collections import config_flags
 from mea_jax import cli
 from mea_jax.checkpoint.files import disk_errors, write_atomically, write_json
 from mea_jax.config.schema import flatten
-from mea_jax.errors import UserError, nearest
+from mea_jax.errors import UserError
 from studies import halve_table
-from studies.stages import Call, FinishedStages, Stage, call
+from studies.stages import Call, FinishedStages, Stage, call, check_keys
 from studies.stages import run as run_stages
 
 ORIGINAL, CONTROL, RECOVERED = "original", "control", "_recovered"
@@ -42,17 +42,7 @@ KEYS: dict[str, Any] = {
 
 def check(config: Mapping[str, Any]) -> None:
     """Raise `UserError` for a config that is not valid for this study."""
-    for key in config:
-        if key not in KEYS:
-            raise UserError(f"unknown config key config.{key}: {nearest(key, KEYS)}")
-    for key, kind in KEYS.items():
-        if key not in config:
-            raise UserError(f"config.{key} is missing: add it as in configs/studies/qwen3_halve.py")
-        if not isinstance(config[key], kind):
-            raise UserError(
-                f"config.{key}={config[key]!r} has the wrong type: set it as in "
-                "configs/studies/qwen3_halve.py"
-            )
+    check_keys(config, KEYS, "configs/studies/qwen3_halve.py")
     if not config["compressions"]:
         raise UserError("config.compressions is empty: add at least one compression")
     for name in config["compressions"]:

@@ -62,8 +62,9 @@ def read(folder: Path) -> list[Row]:
 
 
 def _rounded(value: float | None, digits: int = 6) -> float | None:
-    known = value is not None and math.isfinite(value)
-    return round(value, digits) if known else None  # type: ignore[arg-type]
+    if value is None or not math.isfinite(value):
+        return None
+    return round(value, digits)
 
 
 def losses(

@@ -36,7 +36,7 @@ from mea_jax.evaluate.run import commit
 from studies import real_model_rows as rows
 from studies.number_formats import FORMATS
 from studies.real_model_rows import ORIGINAL
-from studies.stages import Call, FinishedStages, Stage, call
+from studies.stages import Call, FinishedStages, Stage, call, check_keys
 from studies.stages import run as run_stages
 
 EXAMPLE = "configs/studies/smollm2_cache.py"
@@ -66,16 +66,7 @@ def kind_of(row: Mapping[str, Any]) -> str:
 
 def check(config: Mapping[str, Any]) -> None:
     """Raise `UserError` for a config that is not valid for this study."""
-    for key in config:
-        if key not in KEYS:
-            raise UserError(f"unknown config key config.{key}: {nearest(key, KEYS)}")
-    for key, kind in KEYS.items():
-        if key not in config:
-            raise UserError(f"config.{key} is missing: add it as in {EXAMPLE}")
-        if not isinstance(config[key], kind):
-            raise UserError(
-                f"config.{key}={config[key]!r} has the wrong type: set it as in {EXAMPLE}"
-            )
+    check_keys(config, KEYS, EXAMPLE)
     for name, row in config["rows"].items():
         _check_row(config, name, row)
     if sorted(config["order"]) != sorted(config["rows"]) or not config["rows"]:

@@ -13,14 +13,31 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mea_jax.checkpoint.files import disk_errors, write_json
-from mea_jax.errors import UserError
+from mea_jax.errors import UserError, nearest
 
 Call = Callable[[list[str]], int]  # runs a command and returns its exit status
+
+
+def check_keys(config: Mapping[str, Any], kinds: Mapping[str, Any], example: str) -> None:
+    """Raise `UserError` unless `config` has the keys of `kinds`, with values of their types.
+
+    `example` is a config file that the message names.
+    """
+    for key in config:
+        if key not in kinds:
+            raise UserError(f"unknown config key config.{key}: {nearest(key, kinds)}")
+    for key, kind in kinds.items():
+        if key not in config:
+            raise UserError(f"config.{key} is missing: add it as in {example}")
+        if not isinstance(config[key], kind):
+            raise UserError(
+                f"config.{key}={config[key]!r} has the wrong type: set it as in {example}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)

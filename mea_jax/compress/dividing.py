@@ -14,7 +14,7 @@ from mea_jax.config.schema import ModelConfig, Side
 
 @dataclasses.dataclass(frozen=True)
 class Shares:
-    """What each layer keeps.
+    """The parts of the cache that each layer keeps.
 
     Attributes:
       keys, values: the numbers of component heads of each layer.

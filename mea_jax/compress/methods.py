@@ -237,7 +237,7 @@ class Solved:
 
     @property
     def costs(self) -> tuple[np.ndarray, np.ndarray]:
-        """What is lost without the slots (C, H) of "bits", in nats per token (fisher.py).
+        """The loss without each slot (C, H) of "bits", in nats per token (fisher.py).
 
         Slots are such that an error e of a value costs e^2 / 2. One of a real or an imaginary part
         of a key costs half of that, as its gradient has random phases.

@@ -67,7 +67,7 @@ class Layout:
 
     @property
     def offset_X(self) -> np.ndarray:
-        """What is added to that, in steps: 1/2, or 0 for slots of 0 bits, float32 (X,)."""
+        """The value of `unpack`'s zero in steps, 1/2: float32 (X,), 0 for 0 bits."""
         return np.where(self.bits_X > 0, 0.5, 0.0).astype(np.float32)
 
 

@@ -88,7 +88,7 @@ def test_it_is_the_gradient_through_all_layers(qk_norm, devices, tmp_path, monke
 
 
 def test_it_predicts_the_divergence_of_small_errors(devices, tmp_path):
-    """Of independent errors in the keys and values of both layers: 1/2 E (g . e)^2."""
+    """It is 1/2 E (g . e)^2, for independent errors in the keys and values of both layers."""
     devices(1)
     model, layers, top, _ = example(False)
     model = dataclasses.replace(model, dtype="float32")

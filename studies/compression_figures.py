@@ -48,7 +48,6 @@ _STYLES = {  # compressions in the figure of losses: colour, marker, line
     _OWN: ("#117a65", "D", ":"),
     CompressionName("frequency", "measured", "none"): ("#117a65", "D", "--"),
     CompressionName("frequency", "repaired", "layerwise"): ("#117a65", "D", "-"),
-    CompressionName("latent", "uniform", "none"): ("#7f8c8d", "x", ":"),
 }
 
 

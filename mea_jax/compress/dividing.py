@@ -37,19 +37,8 @@ class Shares:
         )
 
     def cache_bytes(self, model: ModelConfig, method: str) -> list[tuple[float, float]]:
-        """Return the bytes per position of each layer's keys and values.
-
-        For the method `latent` these are the bytes of the latents, although the model written by it
-        caches complete keys.
-        """
-        if method != "latent":
-            return budgets.cache_bytes(self.target(model, method))
-        width, count = 2 * model.head_dim, model.n_kv_heads
-        scalars = 4 * count if model.qk_norm else 0
-        return [
-            (c * width + scalars * (c < count), v * width)
-            for c, v in zip(self.keys, self.values, strict=True)
-        ]
+        """Return the bytes per position of each layer's keys and values."""
+        return budgets.cache_bytes(self.target(model, method))
 
 
 def kept(model: ModelConfig, options: Options) -> float:

@@ -9,7 +9,6 @@
 | gqa_mean | neighbouring heads are replaced by their mean | the same |
 | gqa_aligned | the best groups share a head, through gauges | the same |
 | bits | all heads, as `frequency`, each slot with bits by what its errors cost | the same |
-| latent | one latent, rebuilt before rotation (a bound: it cannot be cached as it is) | dense |
 """
 
 import dataclasses
@@ -36,25 +35,12 @@ from mea_jax.compress.values import Values
 from mea_jax.config.schema import ModelConfig, Side
 from mea_jax.errors import UserError
 
-METHODS = ("svd", "calibrated", "aligned", "frequency", "gqa_mean", "gqa_aligned", "latent", "bits")
+METHODS = ("svd", "calibrated", "aligned", "frequency", "gqa_mean", "gqa_aligned", "bits")
 # The queries of these get a temperature if there is text. The baselines stay as published.
 SHARPENED = ("aligned", "frequency")
 _RIDGE = 1e-3  # of information, relative to its mean eigenvalue: it is a sample's
 _LEAST = 1e-9  # lower bound of a frequency's weight (the mean is 1): no frequency is ignored
 NEED_TEXT = ("calibrated", "bits")  # without text these would be another method
-
-
-@dataclasses.dataclass(frozen=True)
-class Latent:
-    """Keys as a low-rank product, rebuilt before rotation.
-
-    Attributes:
-      project: the projection (K H, K H) of rank C H.
-      residual: the lost share of the energy of the keys.
-    """
-
-    project: np.ndarray
-    residual: float
 
 
 def target_model(
@@ -65,16 +51,6 @@ def target_model(
     Raise `UserError` if `method` does not apply to the model's attention.
     """
     check_model(model, method)
-    if method == "latent":  # keys stay complete heads, which together have low rank
-        return dataclasses.replace(
-            model,
-            hlc="v",
-            hlc_order="before",
-            key_mixing="heads",
-            value_mixing="dense",
-            key_components=None,
-            value_components=tuple(values),
-        )
     wide = method in ("frequency", "bits")
     return dataclasses.replace(
         model,
@@ -161,13 +137,11 @@ def _key_problem(heads: Heads, moments: Moments, weigh: str) -> tuple[np.ndarray
     return complex_blocks(moment, count), np.maximum(weights_KF, _LEAST)
 
 
-def solve_keys(method: str, heads: Heads, moments: Moments, components: int) -> Keys | Latent:
+def solve_keys(method: str, heads: Heads, moments: Moments, components: int) -> Keys:
     """Return `components` component keys by `method`."""
     count = heads.key_DKH.shape[1]
     unit = heads.key_norm_H is not None
     with threadpool_limits(1, "blas"):  # for many small products, synchronising threads is slower
-        if method == "latent":
-            return _latent(moments.keys, components * heads.key_DKH.shape[2])
         if method in ("svd", "gqa_mean"):
             moments = of_weights(heads.query_DNH, heads.key_DKH, heads.value_DKH)
             gram_FKK, _ = _key_problem(heads, moments, "none")
@@ -186,13 +160,6 @@ def solve_keys(method: str, heads: Heads, moments: Moments, components: int) -> 
         return solve(problem[0], components, problem[1], unit)
 
 
-def _latent(moment: np.ndarray, rank: int) -> Latent:
-    values, vectors = np.linalg.eigh((moment + moment.T) / 2)
-    leading = vectors[:, ::-1][:, :rank]
-    lost = max(float(values[: len(values) - rank].sum() / values.sum()), 0.0)
-    return Latent(leading @ leading.T, lost)
-
-
 def solve_values(method: str, heads: Heads, moments: Moments, components: int) -> Values:
     """Return `components` component values by `method`."""
     count = heads.value_DKH.shape[1]
@@ -207,7 +174,7 @@ def solve_values(method: str, heads: Heads, moments: Moments, components: int) -
         if method == "calibrated":
             weights_K = np.trace(weights_KHH, axis1=1, axis2=2) / weights_KHH.shape[-1]
             return value_solvers.head_mixing(moments.values, components, weights_K)
-        if method in ("frequency", "latent"):
+        if method == "frequency":
             return value_solvers.dense(moments.values, components, weights_KHH)
         solve: Callable = value_solvers.aligned
         if method == "gqa_aligned":
@@ -221,13 +188,12 @@ class Solved:
 
     heads: Heads
     moments: Moments
-    keys: Keys | Latent
+    keys: Keys
     values: Values
 
     @functools.cached_property
     def variances(self) -> tuple[np.ndarray, np.ndarray]:
         """The variances of the slots of component keys (C, H) and of component values (C, H)."""
-        assert isinstance(self.keys, Keys)
         gram_FKK, _ = _key_problem(self.heads, self.moments, "whole")
         combine, back = self.keys.combine, self.values.combine
         power_CF = np.einsum("fgc,fgh,fhc->cf", combine.conj(), gram_FKK, combine, optimize=True)
@@ -274,15 +240,13 @@ def _solve_bits(heads: Heads, moments: Moments, information: Information) -> Sol
     return Solved(heads, moments, keys, values)
 
 
-def rebuilt_keys(heads: Heads, keys: Keys | Latent) -> np.ndarray:
+def rebuilt_keys(heads: Heads, keys: Keys) -> np.ndarray:
     """Return the projection (D, K, H) of composite keys rebuilt from components, without gauges.
 
     It is in the model's original basis, so it can replace the original keys while all other
     parameters stay the same.
     """
-    d, count, width = heads.key_DKH.shape
-    if isinstance(keys, Latent):
-        return (heads.key_DKH.reshape(d, -1) @ keys.project).reshape(d, count, width)
+    width = heads.key_DKH.shape[2]
     carried_H = np.ones(width)
     if heads.key_norm_H is not None and keys.mix.ndim == 3:
         carried_H = heads.key_norm_H

@@ -20,7 +20,6 @@ from mea_jax.compress.keys import Keys
 from mea_jax.compress.layer import Heads
 from mea_jax.compress.methods import (
     SHARPENED,
-    Latent,
     rebuilt_keys,
     solve_keys,
     solve_values,
@@ -184,11 +183,8 @@ class SensitivityProbe:
         return spec, tree | {"attention": self.stream.place(attention)}
 
 
-def assemble(heads: Heads, keys: Keys | Latent, values: Values, attention: Tree) -> Tree:
+def assemble(heads: Heads, keys: Keys, values: Values, attention: Tree) -> Tree:
     """Return a layer's attention parameters with compressed keys and values, in float32."""
     kept = {n: v for n, v in attention.items() if n not in ("key_mixing", "value_mixing")}
-    if isinstance(keys, Latent):
-        layers.put_heads(kept, "key", rebuilt_keys(heads, keys))
-    else:
-        kept = layers.with_keys(heads, keys, kept)
+    kept = layers.with_keys(heads, keys, kept)
     return layers.as_float32(layers.with_values(heads, values, kept))

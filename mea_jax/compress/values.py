@@ -1,4 +1,4 @@
-"""Solve for C component value heads, or one latent of their width, that rebuild K composite values.
+"""Solve for C component value heads, or one vector of their width, that rebuild K composite values.
 
 Values have no position, so the features of a head can be mixed freely: v_g ~ sum_c M_cg z_c B_g,
 where the gauge B_g (H, H) goes into the output projection, or v_g ~ z N_g with any N_g (C H, H).

@@ -42,7 +42,7 @@ SHAPES = {
     "moe_quickstart": ("--config.batch_size=2",),
 }
 VARIANTS = ("no_norm", "gqa", "differential_v2")
-METHODS = ("svd", "calibrated", "aligned", "frequency", "gqa_mean", "gqa_aligned", "latent")
+METHODS = ("svd", "calibrated", "aligned", "frequency", "gqa_mean", "gqa_aligned")
 # Wall times and values derived from them, text that a change may reword, and paths of this call.
 _MEASURED = {"compile_seconds", "mfu", "text", "versions", "out", "checkpoint"}
 

@@ -29,7 +29,7 @@ from mea_jax.checkpoint.files import disk_errors, write_json
 from mea_jax.checkpoint.layerwise import StoredModel
 from mea_jax.checkpoint.load import unresolved
 from mea_jax.cli import progress
-from mea_jax.compress import budgets, damage
+from mea_jax.compress import budgets, damage, option_flags
 from mea_jax.compress.calibration import WINDOWS, CalibrationTexts
 from mea_jax.compress.measurements import SHARED, Measurements
 from mea_jax.compress.options import Options
@@ -206,8 +206,7 @@ def main() -> None:
             "--checkpoint, --out or --formats is missing: give all three, such as --checkpoint "
             "runs/quickstart --out formats --formats int4_g32,kivi2"
         )
-    values = flags.FLAGS.flag_values_dict()
-    options = Options(**{name: values[name] for name in SHARED})
+    options = option_flags.options()
     forms = number_formats.named(FORMATS.value, EXACT_SINKS.value)
     cli.enable_compilation_cache()
     folder = Path(MEASUREMENTS.value) if MEASUREMENTS.value else None
@@ -218,9 +217,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    CHECKPOINT = flags.DEFINE_string(
-        "checkpoint", None, "run directory, or one of its checkpoint steps"
-    )
+    CHECKPOINT = flags.DEFINE_string("checkpoint", None, option_flags.CHECKPOINT)
     OUT = flags.DEFINE_string("out", None, "folder for a JSON file per format")
     FORMATS = flags.DEFINE_string(
         "formats", None, f"formats, separated by commas, of {', '.join(number_formats.FORMATS)}"
@@ -228,28 +225,9 @@ if __name__ == "__main__":
     EXACT_SINKS = flags.DEFINE_bool(
         "sinks", True, "keep the first positions of a text exact, as --method bits does"
     )
-    MEASUREMENTS = flags.DEFINE_string(
-        "measurements", None, "folder for measurements of the original, shared by compressions"
-    )
+    MEASUREMENTS = flags.DEFINE_string("measurements", None, option_flags.MEASUREMENTS)
     BATCH_WINDOWS = flags.DEFINE_integer(
         "windows", WINDOWS, "windows per batch and device; errors are over batches", lower_bound=1
     )
-    flags.DEFINE_integer(
-        "calibration_tokens",
-        Options.calibration_tokens,
-        "those of the compressions that share --measurements; formats need none (0)",
-        lower_bound=0,
-    )
-    flags.DEFINE_string("calibration_source", "", "that of the same compressions")
-    flags.DEFINE_string(
-        "held_out_source", "", "text to measure the loss on, such as jsonl:FILE,text:FOLDER"
-    )
-    flags.DEFINE_integer(
-        "held_out_tokens",
-        Options.held_out_tokens,
-        "maximum number of held-out tokens on which the loss is compared",
-        lower_bound=1,
-    )
-    flags.DEFINE_enum("dtype", "auto", ["auto", "float32", "bfloat16"], "dtype of matrix products")
-    flags.DEFINE_integer("seed", 0, "seed for the choice of calibration text")
+    option_flags.define(*SHARED)
     cli.run(main, "stopped; run the same command again to continue", training=False)

@@ -26,10 +26,10 @@ from mea_jax.checkpoint.files import write_json
 from mea_jax.checkpoint.layerwise import StoredModel
 from mea_jax.checkpoint.load import unresolved
 from mea_jax.cli import progress
-from mea_jax.compress import budgets, damage, joint
+from mea_jax.compress import budgets, damage, joint, option_flags
 from mea_jax.compress.calibration import CalibrationTexts
 from mea_jax.compress.measurements import SHARED, Measurements
-from mea_jax.compress.options import Options
+from mea_jax.compress.options import Options, joint_tokens
 from mea_jax.config.schema import StartConfig
 from mea_jax.errors import UserError
 from mea_jax.model.layer_spec import layer_specs
@@ -42,9 +42,9 @@ METHOD = "control"  # in the summary
 def measure(checkpoint: Path, out: Path, options: Options, measurements: Path) -> dict[str, Any]:
     """Train the control in `out`, and return its summary, as `damage.summarise` returns it.
 
-    `options.repair_tokens` are the tokens of the training. Measurements of the original are stored
-    in the folder `measurements` and reused from there. Raise `UserError` for options, a model or
-    data that cannot work.
+    `options.repair_tokens` are the tokens of the training; 0: `calibration_tokens`. Measurements
+    of the original are stored in the folder `measurements` and reused from there. Raise `UserError`
+    for options, a model or data that cannot work.
     """
     file = out / "control.json"
     if file.exists():
@@ -94,45 +94,19 @@ def main() -> None:
             "--checkpoint, --out or --measurements is missing: give all three, such as "
             "--checkpoint runs/quickstart --out control --measurements measurements"
         )
-    values = flags.FLAGS.flag_values_dict()
-    chosen = {name: values[name] for name in (*SHARED, "repair_tokens")}
-    options = Options(repair="joint", **chosen)
+    options = option_flags.options(repair="joint")
     cli.enable_compilation_cache()
     folders = Path(CHECKPOINT.value), Path(OUT.value)
     loss = measure(*folders, options, Path(MEASUREMENTS.value))["held_out"]
     print(
         f"{loss['mean_increase']:+.4f} nats, mean of the sources, after "
-        f"{options.repair_tokens:,} tokens; {OUT.value} contains control.json"
+        f"{joint_tokens(options):,} tokens; {OUT.value} contains control.json"
     )
 
 
 if __name__ == "__main__":
-    CHECKPOINT = flags.DEFINE_string(
-        "checkpoint", None, "run directory, or one of its checkpoint steps"
-    )
+    CHECKPOINT = flags.DEFINE_string("checkpoint", None, option_flags.CHECKPOINT)
     OUT = flags.DEFINE_string("out", None, "run directory for the control")
-    MEASUREMENTS = flags.DEFINE_string(
-        "measurements", None, "folder for measurements of the original, shared by compressions"
-    )
-    flags.DEFINE_integer(
-        "repair_tokens", Options.calibration_tokens, "tokens of the training", lower_bound=1
-    )
-    flags.DEFINE_integer(
-        "calibration_tokens",
-        Options.calibration_tokens,
-        "those of the compressions that share --measurements",
-        lower_bound=0,
-    )
-    flags.DEFINE_string("calibration_source", "", "text to train on, as for --repair joint")
-    flags.DEFINE_string(
-        "held_out_source", "", "text to measure the loss on, such as jsonl:FILE,text:FOLDER"
-    )
-    flags.DEFINE_integer(
-        "held_out_tokens",
-        Options.held_out_tokens,
-        "maximum number of held-out tokens on which the loss is compared",
-        lower_bound=1,
-    )
-    flags.DEFINE_enum("dtype", "auto", ["auto", "float32", "bfloat16"], "dtype of matrix products")
-    flags.DEFINE_integer("seed", 0, "seed for the choice of calibration text")
+    MEASUREMENTS = flags.DEFINE_string("measurements", None, option_flags.MEASUREMENTS)
+    option_flags.define(*SHARED, "repair_tokens")
     cli.run(main, "stopped; run the same command again to continue", training=False)

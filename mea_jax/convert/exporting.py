@@ -15,6 +15,7 @@ from mea_jax.checkpoint.layerwise import StoredModel, places
 from mea_jax.cli import progress
 from mea_jax.config.schema import ModelConfig, Side
 from mea_jax.convert import (
+    absorbed,
     composite,
     config_writing,
     families,
@@ -28,7 +29,7 @@ from mea_jax.errors import UserError, nearest
 from mea_jax.model.layer_spec import fold_model
 from mea_jax.model.params import abstract_params
 
-FORMS = ("auto", "stock", "mea")
+FORMS = ("auto", "stock", "absorbed", "mea")
 Arrays = Iterator[tuple[str, np.ndarray]]
 Plan = list[tuple[str, tuple[int, ...]]]
 _SPARE = 1 << 27  # bytes of disk in addition to the tensors
@@ -55,18 +56,26 @@ def _mixes(model: ModelConfig) -> bool:
 
 
 class _Stock:
-    """The export to a stock class: tensor by tensor, or layer by layer if heads are mixed."""
+    """The export to a stock class: tensor by tensor, or layer by layer if heads are mixed.
 
-    def __init__(self, stored: StoredModel, published: str | None):
+    Mixed heads are rebuilt, or, if the class is to be `absorbed`, cached as they are.
+    """
+
+    def __init__(self, stored: StoredModel, published: str | None, is_absorbed: bool = False):
         self.stored, self.own = stored, stored.config.model
-        self.model = self.own
-        if _mixes(self.own):
+        self.model, self.is_absorbed = self.own, is_absorbed
+        if is_absorbed:
+            self.model = absorbed.absorbed_model(self.own)
+        elif _mixes(self.own):
             composite.check_rebuildable(self.own)
             self.model = fold_model(self.own)
         self.family = config_writing.stock_family(self.model, published)
 
     def config(self, dtype: str, kept: families.Json) -> dict[str, Any]:
-        return config_writing.stock_config(self.model, dtype, kept)
+        config = config_writing.stock_config(self.model, dtype, kept)
+        if not self.is_absorbed:
+            return config
+        return config | absorbed.rope_config(self.own, config["max_position_embeddings"])
 
     def plan(self) -> Plan:
         return [(entry.name, entry.hf_shape) for entry in self._entries()]
@@ -83,10 +92,16 @@ class _Stock:
             else:
                 if current != entry.layer:
                     current = entry.layer
-                    layer = composite.rebuild(self.own, self.stored.layer(current))[1]
+                    layer = self._rebuilt(self.stored.layer(current))
                 array = _at(layer, entry.path)
             theirs = entry.to_hf(np.asarray(array))
             yield entry.name, theirs - np.float32(entry.offset) if entry.offset else theirs
+
+    def _rebuilt(self, layer: dict[str, Any]) -> dict[str, Any]:
+        if not self.is_absorbed:
+            return composite.rebuild(self.own, layer)[1]
+        size = self.model.head_dim
+        return layer | {"attention": absorbed.absorb_layer(self.own, layer["attention"], size)}
 
     def finish(self, folder: Path) -> None:
         """Do nothing: a stock class needs no further files."""
@@ -132,6 +147,11 @@ class _Own:
             shutil.copy(file, folder / file.name)
 
 
+def _cached(model: ModelConfig) -> int:
+    """Return the numbers that are cached per token in all layers."""
+    return model.head_dim * sum(sum(model.components(side)) for side in Side)
+
+
 def _at(tree: dict[str, Any], path: tuple[str, ...]) -> Any:
     for name in path:
         tree = tree[name]
@@ -152,12 +172,13 @@ def export_model(
       checkpoint: a run directory, or one of its steps.
       out: the folder, which must not exist.
       log: receives a line for each damaged checkpoint that is skipped.
-      form: "stock", "mea" or "auto" (`choose_form`).
+      form: "stock", "absorbed" (absorbed.py), "mea" or "auto" (`choose_form`).
       dtype: the dtype of the tensors; "auto": the dtype in the checkpoint.
       shard_size: the largest size of a file in bytes.
 
     Returns:
-      The class, form, dtype, number of parameters and bytes of the model.
+      The class, form, dtype, number of parameters and bytes of the model, the numbers that it
+      caches per token and those of its composite heads, and the width of a head.
 
     Raises:
       UserError: if the model cannot be exported or written; then there is no `out`.
@@ -170,7 +191,11 @@ def export_model(
         tokenizer = from_directory(stored.run / "tokenizer")
         kept = tokenizer_files.kept_config(tokenizer, length)
         longest = kept["max_position_embeddings"]
-        model = _Stock(stored, kept.get("model_type")) if form == "stock" else _Own(stored, longest)
+        model: _Stock | _Own
+        if form == "mea":
+            model = _Own(stored, longest)
+        else:
+            model = _Stock(stored, kept.get("model_type"), form == "absorbed")
         config, plan, folder = model.config(dtype, kept), model.plan(), part / "result"
         size = shards.size_of(plan, dtype)
         folders.check_space(part, size + _SPARE)
@@ -187,4 +212,7 @@ def export_model(
         "dtype": dtype,
         "parameters": parameters,
         "bytes": size,
+        "cached": _cached(model.model),
+        "uncompressed": _cached(fold_model(model.stored.config.model)),
+        "width": model.model.head_dim,
     }

@@ -1,7 +1,7 @@
 """Export a checkpoint as a model of transformers: a stock class, or with its own code.
 
 python -m mea_jax.convert to_hf --checkpoint runs/qwen3 --out exported/qwen3
-python -m mea_jax.convert to_hf --checkpoint runs/half --form stock --out exported/half
+python -m mea_jax.convert to_hf --checkpoint runs/half --form absorbed --out exported/half
 """
 
 import re
@@ -12,6 +12,7 @@ from absl import flags
 
 from mea_jax import cli
 from mea_jax.cli import si, table
+from mea_jax.convert.absorbed import CPU_WIDTHS, FLASH_WIDTH
 from mea_jax.convert.exporting import FORMS, export_model
 from mea_jax.errors import UserError, nearest
 
@@ -26,6 +27,13 @@ def parse_size(text: str) -> int:
     if size < 1:
         raise UserError(f"--shard_size={text} is no size: give one such as 5GB or 500MB")
     return size
+
+
+def serving(width: int) -> str:
+    """Return what serves one key/value head of `width` features, in words."""
+    cpu = "on CPUs and " if width in CPU_WIDTHS else ""
+    flash = "with FlashAttention" if width <= FLASH_WIDTH and not width % 8 else "with Triton alone"
+    return f"vllm serve {OUT.value}: a head of width {width}, {cpu}on GPUs {flash}"
 
 
 def main() -> None:
@@ -47,10 +55,13 @@ def main() -> None:
         shard_size=parse_size(SHARD_SIZE.value),
     )
     code = ", loaded with trust_remote_code=True" if found["form"] == "mea" else ""
+    share = found["cached"] / found["uncompressed"]
     rows = [
         ("class", f"{found['class']}{code}"),
         ("parameters", f"{found['parameters']:,}"),
         ("written", f"{si(found['bytes'], 'B')} of {found['dtype']}"),
+        ("cached", f"{found['cached']:,} numbers per token, {share:.1%} of the composite heads'"),
+        *([("served", serving(found["width"]))] if found["form"] == "absorbed" else []),
         ("folder", OUT.value),
     ]
     print(table(rows))
@@ -62,9 +73,9 @@ if __name__ == "__main__":
     FORM = flags.DEFINE_string(
         "form",
         "auto",
-        "stock: a class of transformers, composite heads rebuilt; mea: the model with its own "
-        "code, component heads kept; auto: stock if no head is mixed and a class fits, otherwise "
-        "mea",
+        "stock: a class of transformers, composite heads rebuilt; absorbed: such a class, with "
+        "component heads in its cache; mea: the model with its own code, component heads in its "
+        "cache; auto: stock if no head is mixed and a class fits, otherwise mea",
     )
     DTYPE = flags.DEFINE_string("dtype", "auto", "dtype of the tensors: " + ", ".join(DTYPES))
     SHARD_SIZE = flags.DEFINE_string("shard_size", "5GB", "largest size of a file")

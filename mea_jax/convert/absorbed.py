@@ -1,0 +1,182 @@
+"""Convert a model with component heads to a stock class whose cache contains only components.
+
+Attention that reads unmixed components (model/kv_cache.py) is attention with one key/value head as
+wide as all C of them. Mixing commutes with rotation, so it goes into weights:
+
+- the query projection makes absorbed queries, (D, N, C H), of which each part is rotated like its
+  component;
+- key and value projections make the components side by side, (D, 1, C H);
+- the output projection contains the mixing of values, (N, C H, D).
+
+What differs from a stock model is the order of rotary frequencies, F per component. The rope type
+"longrope" has a factor for each frequency, so it can express any, and with equal factors for short
+and long texts and an original context of the whole context it has no other effect. The factor of
+logits goes into the query projection. So transformers, vLLM and others need no code of ours, and
+cache C H numbers per token for keys, and as many for values, in place of K H.
+
+All layers of a stock class have heads of one width, for keys and values alike: narrower ones are
+padded with zeros. Query and output projections are C H / H times as large.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mea_jax.config.schema import ModelConfig, RopeScaling, Side
+from mea_jax.convert.composite import check_exportable
+from mea_jax.errors import UserError
+from mea_jax.model.layer_spec import layer_specs
+from mea_jax.ops import hlc, rope
+
+Tree = dict[str, Any]
+# Widths of heads that vLLM 0.32 serves: on a CPU, and by FlashAttention on a GPU (also: multiples
+# of 8 only). Triton and FlexAttention take any.
+CPU_WIDTHS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256)
+FLASH_WIDTH = 256
+
+
+def check(model: ModelConfig) -> None:
+    """Raise `UserError`, which names the feature, if no stock class has a cache of components."""
+    check_exportable(model)
+    for lacking, what in (
+        (model.head_norm, "a norm of each head's output between attention and W_o (head_norm)"),
+        (model.qk_norm, "a norm of each composite key, a factor beside the cache (qk_norm)"),
+        (model.gate != "none", f"a gate of each head's output (gate={model.gate!r})"),
+        (model.positions != "rope", f"positions={model.positions!r}"),
+        (model.layer_thetas is not None, "layers with other rotary frequencies (layer_thetas)"),
+        (model.rope_scaling.kind == "dynamic", "rope_type 'dynamic' with a width of its own"),
+    ):
+        if lacking:
+            raise UserError(
+                f"no stock class can read component heads and has {what}: export it with --form mea"
+            )
+    if width(model) >= model.n_kv_heads * model.head_dim:
+        raise UserError(
+            f"the widest layer caches {max(_widths(model))} numbers per token for its keys or its "
+            f"values, as many as without mixing ({model.n_kv_heads} heads of {model.head_dim}). "
+            "All layers of a stock class are alike: compress with --budget uniform and a smaller "
+            "--keep, or give --form stock"
+        )
+
+
+def _widths(model: ModelConfig) -> list[int]:
+    """Return the numbers that each layer caches per token for keys, and those for values."""
+    return [count * model.head_dim for spec in layer_specs(model) for count in spec.components]
+
+
+def width(model: ModelConfig) -> int:
+    """Return the width of the only key/value head, C H of the largest C."""
+    return max(_widths(model))
+
+
+def absorbed_model(model: ModelConfig) -> ModelConfig:
+    """Return the config of the exported model; `rope_config` are its rotary positions.
+
+    Raise `UserError` as `check`.
+    """
+    check(model)
+    biased = model.qkv_bias or model.out_bias
+    return dataclasses.replace(
+        model,
+        hlc="none",
+        hlc_order="before",
+        key_components=None,
+        value_components=None,
+        key_mixing="heads",
+        value_mixing="heads",
+        n_kv_heads=1,
+        head_dim=width(model),
+        attention_scale=0.0,
+        qkv_bias=biased,
+        out_bias=biased,
+        rope_scaling=RopeScaling(),
+    )
+
+
+def rope_config(model: ModelConfig, context: int) -> dict[str, Any]:
+    """Return the keys of config.json for the rotary positions of the exported model.
+
+    `context` is the number of positions that the model is meant for. The base is 1, so that factors
+    are wavelengths and are rounded once.
+    """
+    frequencies_F = rope.rope_frequencies(model.head_dim, model.rope_theta, model.rope_scaling)
+    pairs = width(model) // 2
+    waves = np.resize(1 / np.asarray(frequencies_F, np.float64), pairs).tolist()
+    scaling = {
+        "rope_type": "longrope",
+        "short_factor": waves,
+        "long_factor": waves,
+        "original_max_position_embeddings": context,
+        "attention_factor": 1.0,
+    }
+    return {"rope_theta": 1.0, "rope_scaling": scaling, "max_position_embeddings": context}
+
+
+def _ordered(x: Any) -> np.ndarray:
+    """Return features (..., C, H) in the order of one head: (..., C H), real parts first."""
+    *rest, count, size = x.shape
+    pairs = np.asarray(x).reshape(*rest, count, 2, size // 2)
+    return np.swapaxes(pairs, -3, -2).reshape(*rest, count * size)
+
+
+def _padded(x: np.ndarray, size: int, pairs: bool = False) -> np.ndarray:
+    """Return `x` with zeros up to `size` of the last axis; with `pairs`, in each half of it."""
+    halves = np.split(x, 2, axis=-1) if pairs else [x]
+    missing = (size - x.shape[-1]) // len(halves)
+    zeros = np.zeros((*x.shape[:-1], missing), x.dtype)
+    return np.concatenate([part for half in halves for part in (half, zeros)], axis=-1)
+
+
+def _mixing(model: ModelConfig, side: Side, attention: Tree, components: int) -> tuple[str, Any]:
+    """Return the kind and the mixing (C, K, ..) of a side; the identity if it is not mixed."""
+    if model.mixes(side):
+        return model.mixing_kind(side), jnp.asarray(attention[f"{side}_mixing"], jnp.float32)
+    return "heads", jnp.eye(components)
+
+
+def absorb_layer(model: ModelConfig, attention: Tree, size: int) -> Tree:
+    """Return a layer's attention parameters as those of the exported model, float32.
+
+    `attention` are the parameters of a layer of `model`, without the axis of layers, and `size` is
+    `width(model)`.
+    """
+    n, k, h = model.n_heads, model.n_kv_heads, model.head_dim
+    factor = rope.attention_factor(model.rope_scaling) ** 2
+    scale = (model.attention_scale or h**-0.5) * size**0.5 * factor
+
+    def heads(name: str) -> Any:
+        """Return a projection with its bias as the last row, if there is one."""
+        rows = [np.asarray(attention[name], np.float32)]
+        if f"{name}_bias" in attention:
+            rows.append(np.asarray(attention[f"{name}_bias"], np.float32)[None])
+        return np.concatenate(rows)
+
+    found = {}
+    key, value, query = heads("key"), heads("value"), heads("query")
+    kind, mix = _mixing(model, Side.KEY, attention, key.shape[1])
+    q_DKGH = jnp.asarray(query).reshape(len(query), 1, k, n // k, h)
+    with jax.default_matmul_precision("highest"):
+        q_DKGCH = hlc.absorb(kind, q_DKGH, mix)[:, 0]
+    q_DNCH = np.asarray(q_DKGCH).reshape(len(query), n, -1, h) * np.float32(scale)
+    found["query"] = _padded(_ordered(q_DNCH), size, pairs=True)
+    found["key"] = _padded(_ordered(key)[:, None], size, pairs=True)
+    found["value"] = _padded(value.reshape(len(value), 1, -1), size)
+    kind, mix = _mixing(model, Side.VALUE, attention, value.shape[1])
+    out_KGHD = np.asarray(attention["out"], np.float32).reshape(k, n // k, h, -1)
+    letters = {"heads": "ck,kghd->kgchd", "dense": "chkj,kgjd->kgchd"}[kind]
+    out_NXD = np.einsum(letters, np.asarray(mix), out_KGHD, optimize=True).reshape(
+        n, value[0].size, -1
+    )
+    found["out"] = np.swapaxes(_padded(np.swapaxes(out_NXD, 1, 2), size), 1, 2)
+    kept = {name: found[name] for name in ("query", "key", "value", "out")}
+    if model.qkv_bias or model.out_bias:
+        for name in ("query", "key", "value"):
+            bias = kept[name][-1] if model.qkv_bias else np.zeros_like(kept[name][0])
+            kept[f"{name}_bias"] = bias
+            kept[name] = kept[name][:-1] if model.qkv_bias else kept[name]
+        zeros_D = np.zeros(model.d_model, np.float32)
+        kept["out_bias"] = np.asarray(attention.get("out_bias", zeros_D), np.float32)
+    return kept

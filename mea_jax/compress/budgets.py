@@ -75,16 +75,33 @@ def heads_kept(keep: float, heads: int) -> float:
     It may be fractional, but a share such as 0.333 of three heads counts as one head. Raise
     `UserError` if `keep` is outside (0, 1] or leaves less than one head.
     """
-    if not 0 < keep <= 1:
-        raise UserError(f"--keep={keep} must be in (0, 1]: give the share of the cache to keep")
-    found = keep * heads
-    if abs(found - round(found)) <= ROUNDING * found:
-        found = float(round(found))
+    found = _heads(keep, heads)
     if found < 1:
         raise UserError(
             f"--keep={keep} leaves less than one of {heads} heads: keep {1 / heads:.3g} or more"
         )
     return found
+
+
+def slots_kept(keep: float, heads: int, width: int) -> float:
+    """Return `keep` as a number of heads of `width` features, with any number of rotary pairs.
+
+    Raise `UserError` if `keep` is outside (0, 1] or leaves no pair.
+    """
+    found = _heads(keep, heads)
+    if round(found * width / 2) < 1:
+        raise UserError(
+            f"--keep={keep} leaves no rotary pair of {heads * width // 2}: keep "
+            f"{2 / (heads * width):.3g} or more"
+        )
+    return found
+
+
+def _heads(keep: float, heads: int) -> float:
+    if not 0 < keep <= 1:
+        raise UserError(f"--keep={keep} must be in (0, 1]: give the share of the cache to keep")
+    found = keep * heads
+    return float(round(found)) if abs(found - round(found)) <= ROUNDING * found else found
 
 
 def uniform(keep: float, heads: int) -> int:
@@ -100,7 +117,7 @@ def uniform(keep: float, heads: int) -> int:
             f"--keep={keep} is not a whole number of heads per layer: of {heads} key/value heads, "
             f"{below} are {below / heads:.3g} of the cache and {below + 1} are "
             f"{(below + 1) / heads:.3g}; give one of these, or --budget measured, which chooses "
-            "the number of heads for each layer"
+            "the number of heads for each layer, or --method frequency, which keeps single slots"
         )
     return int(found)
 

@@ -108,7 +108,7 @@ def table(summary: dict[str, Any]) -> str:
     lines = [head]
     for row in summary["layers"]:
         size = f"{row['bytes_before']:.0f} > {row['bytes_after']:.0f}"
-        kept = [f"{row[side]:3d}/{k:<3d}" for side in ("keys", "values")]
+        kept = [f"{row[side]:.3g}/{k}" for side in ("keys", "values")]
         if "key_bits" in row:
             kept = [f"{row[f'{side}_bits']:.2f} bit" for side in Side]
         line = f"{row['layer']:5d}  {kept[0]:>7}  {kept[1]:>7}"

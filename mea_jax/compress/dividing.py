@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from mea_jax.cli import progress
 from mea_jax.compress import bits, budgets, methods, rates
 from mea_jax.compress.measurements import Measurements
@@ -19,17 +21,28 @@ class Shares:
     Attributes:
       keys, values: the numbers of component heads of each layer.
       bits: the bits of the slots of each layer, as in `ModelConfig.key_bits`; empty without.
+      slots: the slots of all layers, as in `ModelConfig.key_slots`; empty if heads are whole.
       sensitivities: those that were measured.
     """
 
     keys: list[int]
     values: list[int]
     bits: dict[Side, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    slots: dict[Side, str] = dataclasses.field(default_factory=dict)
     sensitivities: list[Sensitivity] = dataclasses.field(default_factory=list)
+
+    @property
+    def partial(self) -> bool:
+        """Whether something else is kept than whole heads."""
+        return bool(self.bits or self.slots)
 
     def target(self, model: ModelConfig, method: str) -> ModelConfig:
         """Return the config of the compressed model."""
         found = methods.target_model(model, method, self.keys, self.values)
+        if self.slots:
+            return dataclasses.replace(
+                found, key_slots=self.slots[Side.KEY], value_slots=self.slots[Side.VALUE]
+            )
         if not self.bits:
             return found
         return dataclasses.replace(
@@ -49,9 +62,11 @@ def kept(model: ModelConfig, options: Options) -> float:
     count = model.n_kv_heads
     if options.method == "bits":
         return float(count)
-    if options.budget == "uniform":
-        return float(budgets.uniform(options.keep, count))
-    return budgets.heads_kept(options.keep, count)
+    if options.budget != "uniform":
+        return budgets.heads_kept(options.keep, count)
+    if options.method == "frequency" and options.layers == "full":
+        return budgets.slots_kept(options.keep, count, model.head_dim)
+    return float(budgets.uniform(options.keep, count))
 
 
 def divide(
@@ -76,6 +91,8 @@ def divide(
     shares = Shares([count] * model.n_layers, [count] * model.n_layers)
     if options.method == "bits":
         return _divide_bits(shares, options, measurements, solved)
+    if options.budget == "uniform" and heads != int(heads):
+        return _divide_slots(shares, heads, solved)
     if options.budget == "uniform":
         for index in chosen:
             shares.keys[index] = shares.values[index] = int(heads)
@@ -84,6 +101,36 @@ def divide(
     if heads < count:
         _allot(shares, found, model, options, heads, log)
     return dataclasses.replace(shares, sensitivities=found)
+
+
+def _divide_slots(shares: Shares, heads: float, solved: Callable[[int], methods.Solved]) -> Shares:
+    """Choose the slots of keys and of values that all layers keep, `heads` heads of each.
+
+    Those are kept whose power, relative to that of all slots of a layer, has the largest mean over
+    layers. Keys are chosen in rotary pairs. Slots of each frequency, and values, are ordered by
+    power, so the least number of whole components is computed that have them all.
+    """
+    powers: dict[Side, np.ndarray] = {}
+    for index in progress(range(len(shares.keys)), "solving, layers"):
+        for side, x_CH in zip(Side, solved(index).variances, strict=True):
+            powers[side] = powers.get(side, 0) + x_CH / x_CH.sum()
+    width = powers[Side.KEY].shape[1]
+    pairs_CF = powers[Side.KEY][:, : width // 2]
+    rows = {
+        Side.KEY: np.tile(_largest(pairs_CF, round(heads * width / 2)), 2),
+        Side.VALUE: _largest(powers[Side.VALUE], round(heads * width)),
+    }
+    least = max(int(np.flatnonzero(row_CH.any(axis=1))[-1]) + 1 for row_CH in rows.values())
+    slots = {side: "".join("01"[x] for x in row[:least].ravel()) for side, row in rows.items()}
+    whole = [least] * len(shares.keys)
+    return dataclasses.replace(shares, keys=whole, values=list(whole), slots=slots)
+
+
+def _largest(x: np.ndarray, number: int) -> np.ndarray:
+    """Return an array of `x`'s shape with 1 at its `number` largest entries and 0 elsewhere."""
+    found = np.zeros(x.size, np.int64)
+    found[np.argsort(-x, axis=None, kind="stable")[:number]] = 1
+    return found.reshape(x.shape)
 
 
 def _divide_bits(

@@ -155,8 +155,8 @@ class CompressionPass:
             tree = self.source.layer(index)
             counts = keys[index], values[index]
             # Before the first layer with fewer heads, the two models are the same.
-            apart = min(*keys[: index + 1], *values[: index + 1]) < self.count or bool(
-                self.shares.bits
+            apart = min(*keys[: index + 1], *values[: index + 1]) < self.count or (
+                self.shares.partial
             )
             behind = followed if apart else None
             row = self._compress_layer(index, tree, counts, writer, text, behind)
@@ -192,14 +192,18 @@ class CompressionPass:
             "value_residual": solved.values.residual,
             "unseen": unseen(solved.moments.keys) + unseen(solved.moments.values),
         }
+        if self.shares.slots:
+            row |= self._dropped(solved)
         if self.shares.bits:
             row |= self._quantise(index, solved.variances, attention)
-        if text is not None and (counts != (self.count, self.count) or self.shares.bits):
+        if text is not None and (counts != (self.count, self.count) or self.shares.partial):
             spec, scale = layer_specs(writer.model)[index], layers.input_scale(tree)
             original = repair.OriginalLayer(
                 layer_specs(self.model)[index], tree["attention"], scale, text
             )
-            if options.method in methods.SHARPENED and counts[0] < self.count:
+            if options.method in methods.SHARPENED and (
+                counts[0] < self.count or self.shares.slots
+            ):
                 found = repair.temperature(original, (spec, attention))
                 attention = repair.sharpened(attention, found)
                 row["temperature"] = found
@@ -218,6 +222,17 @@ class CompressionPass:
                 (layer_specs(writer.model)[index], layers.as_float32(new)), steps, words
             )
         writer.write_layer(index, layers.as_float32(new))
+        return row
+
+    def _dropped(self, solved: methods.Solved) -> dict[str, Any]:
+        """Return the heads that slots amount to, and the energy lost with those dropped."""
+        row: dict[str, Any] = {}
+        residuals = solved.keys.residual, solved.values.residual
+        for side, whole, x_CH in zip(Side, residuals, solved.variances, strict=True):
+            kept_X = np.asarray([digit == "1" for digit in self.shares.slots[side]])
+            share = float(x_CH.ravel()[kept_X].sum() / x_CH.sum())
+            heads = float(kept_X.sum()) / x_CH.shape[1]
+            row |= {f"{side}s": heads, f"{side}_residual": 1 - (1 - whole) * share}
         return row
 
     def _quantise(self, index: int, variances: tuple, attention: Tree) -> dict[str, Any]:

@@ -78,6 +78,7 @@ def validate_model(model: ModelConfig) -> None:
     require(model.loss_chunk >= 0, f"{at}.loss_chunk={model.loss_chunk} must be 0 or more")
     _validate_layers(model)
     _validate_bits(model)
+    _validate_slots(model)
     for side in Side:
         name, counts = f"{at}.{side}_components", model.components(side)
         require(
@@ -168,6 +169,32 @@ def _validate_bits(model: ModelConfig) -> None:
                 f"{name} of layer {layer} must be {width} digits from 0 to 8, one for each feature "
                 "of each component head",
             )
+
+
+def _validate_slots(model: ModelConfig) -> None:
+    """Check which features of component heads are cached."""
+    for side, row in ((Side.KEY, model.key_slots), (Side.VALUE, model.value_slots)):
+        if not row:
+            continue
+        name, counts = f"config.model.{side}_slots", set(model.components(side))
+        require(
+            model.mixes(side) and model.hlc_order == "before" and model.bits(side) is None,
+            f"{name} needs component heads of {side}s, mixed before their norm, without "
+            f'{side}_bits: set it to ""',
+        )
+        width = max(counts) * model.head_dim
+        require(
+            len(counts) == 1 and len(row) == width and set(row) <= set("01") and "1" in row,
+            f"{name} must be {width} digits 0 or 1, one for each feature of each component head, "
+            "with equally many component heads in all layers, and not all 0",
+        )
+        pairs = [row[i : i + model.head_dim] for i in range(0, width, model.head_dim)]
+        half = model.head_dim // 2
+        require(
+            side == Side.VALUE or all(pair[:half] == pair[half:] for pair in pairs),
+            f"{name} must have both features of a rotary pair, or neither: feature f of a head and "
+            f"f + {half}",
+        )
 
 
 def _validate_experts(model: ModelConfig) -> None:

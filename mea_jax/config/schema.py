@@ -81,6 +81,10 @@ class ModelConfig:
     # the cache's dtype. Only `compress --method bits` makes them
     key_bits: tuple[str, ...] | None = None
     value_bits: tuple[str, ...] | None = None
+    # features of component heads that are cached, in all layers: a string of C H digits, 1 for yes
+    # and 0 for no (then the feature is always 0); "": all. Only `compress` makes them
+    key_slots: str = ""
+    value_slots: str = ""
     hlc_order: str = "before"  # keys are mixed "before" or "after" their norm and rotation; both
     # are the same function without qk_norm
     # initial mixing: "identity", with which a fresh model is MHA or GQA, or "normal", a random one
@@ -158,6 +162,14 @@ class ModelConfig:
     def bits(self, side: Side) -> tuple[str, ...] | None:
         """Return `key_bits` or `value_bits`."""
         return self.key_bits if side == Side.KEY else self.value_bits
+
+    def slots(self, side: Side) -> tuple[int, ...] | None:
+        """Return the features of component heads (C H) that `key_slots` or `value_slots` keeps.
+
+        None means all.
+        """
+        row = self.key_slots if side == Side.KEY else self.value_slots
+        return tuple(i for i, digit in enumerate(row) if digit == "1") if row else None
 
     def mixing_kind(self, side: Side) -> str:
         """Return the kind of mixing of `side` (ops/hlc.py)."""

@@ -12,7 +12,8 @@ What differs from a stock model is the order of rotary frequencies, F per compon
 "longrope" has a factor for each frequency, so it can express any, and with equal factors for short
 and long texts and an original context of the whole context it has no other effect. The factor of
 logits goes into the query projection. So transformers, vLLM and others need no code of ours, and
-cache C H numbers per token for keys, and as many for values, in place of K H.
+cache C H numbers per token for keys, and as many for values, in place of K H. If only some
+features of components are cached (`ModelConfig.key_slots`), the head has R of them.
 
 All layers of a stock class have heads of one width, for keys and values alike: narrower ones are
 padded with zeros. Query and output projections are C H / H times as large.
@@ -62,13 +63,29 @@ def check(model: ModelConfig) -> None:
         )
 
 
+def _kept(model: ModelConfig, side: Side, components: int) -> np.ndarray:
+    """Return the cached features of C component heads, as indices into (C H), in a head's order.
+
+    That is the order of `model`, except that real parts of keys precede imaginary parts.
+    """
+    kept_R = np.asarray(model.slots(side) or range(components * model.head_dim))
+    if side == Side.VALUE:
+        return kept_R
+    is_real_R = kept_R % model.head_dim < model.head_dim // 2
+    return np.concatenate([kept_R[is_real_R], kept_R[~is_real_R]])
+
+
 def _widths(model: ModelConfig) -> list[int]:
     """Return the numbers that each layer caches per token for keys, and those for values."""
-    return [count * model.head_dim for spec in layer_specs(model) for count in spec.components]
+    return [
+        len(_kept(model, side, count))
+        for spec in layer_specs(model)
+        for side, count in zip(Side, spec.components, strict=True)
+    ]
 
 
 def width(model: ModelConfig) -> int:
-    """Return the width of the only key/value head, C H of the largest C."""
+    """Return the width of the only key/value head, R: that of the layer and side that has most."""
     return max(_widths(model))
 
 
@@ -87,6 +104,8 @@ def absorbed_model(model: ModelConfig) -> ModelConfig:
         value_components=None,
         key_mixing="heads",
         value_mixing="heads",
+        key_slots="",
+        value_slots="",
         n_kv_heads=1,
         head_dim=width(model),
         attention_scale=0.0,
@@ -103,8 +122,10 @@ def rope_config(model: ModelConfig, context: int) -> dict[str, Any]:
     are wavelengths and are rounded once.
     """
     frequencies_F = rope.rope_frequencies(model.head_dim, model.rope_theta, model.rope_scaling)
-    pairs = width(model) // 2
-    waves = np.resize(1 / np.asarray(frequencies_F, np.float64), pairs).tolist()
+    waves_F = 1 / np.asarray(frequencies_F, np.float64)
+    features_R = _kept(model, Side.KEY, max(model.components(Side.KEY)))
+    waves = waves_F[features_R[: len(features_R) // 2] % model.head_dim]
+    waves = np.resize(waves, width(model) // 2).tolist()  # padding may have any
     scaling = {
         "rope_type": "longrope",
         "short_factor": waves,
@@ -113,13 +134,6 @@ def rope_config(model: ModelConfig, context: int) -> dict[str, Any]:
         "attention_factor": 1.0,
     }
     return {"rope_theta": 1.0, "rope_scaling": scaling, "max_position_embeddings": context}
-
-
-def _ordered(x: Any) -> np.ndarray:
-    """Return features (..., C, H) in the order of one head: (..., C H), real parts first."""
-    *rest, count, size = x.shape
-    pairs = np.asarray(x).reshape(*rest, count, 2, size // 2)
-    return np.swapaxes(pairs, -3, -2).reshape(*rest, count * size)
 
 
 def _padded(x: np.ndarray, size: int, pairs: bool = False) -> np.ndarray:
@@ -156,21 +170,22 @@ def absorb_layer(model: ModelConfig, attention: Tree, size: int) -> Tree:
 
     found = {}
     key, value, query = heads("key"), heads("value"), heads("query")
+    kept_R = _kept(model, Side.KEY, key.shape[1])
     kind, mix = _mixing(model, Side.KEY, attention, key.shape[1])
     q_DKGH = jnp.asarray(query).reshape(len(query), 1, k, n // k, h)
     with jax.default_matmul_precision("highest"):
         q_DKGCH = hlc.absorb(kind, q_DKGH, mix)[:, 0]
-    q_DNCH = np.asarray(q_DKGCH).reshape(len(query), n, -1, h) * np.float32(scale)
-    found["query"] = _padded(_ordered(q_DNCH), size, pairs=True)
-    found["key"] = _padded(_ordered(key)[:, None], size, pairs=True)
-    found["value"] = _padded(value.reshape(len(value), 1, -1), size)
+    q_DNR = np.asarray(q_DKGCH).reshape(len(query), n, -1)[..., kept_R] * np.float32(scale)
+    found["query"] = _padded(q_DNR, size, pairs=True)
+    found["key"] = _padded(key.reshape(len(key), 1, -1)[..., kept_R], size, pairs=True)
+    kept_R = _kept(model, Side.VALUE, value.shape[1])
+    found["value"] = _padded(value.reshape(len(value), 1, -1)[..., kept_R], size)
     kind, mix = _mixing(model, Side.VALUE, attention, value.shape[1])
     out_KGHD = np.asarray(attention["out"], np.float32).reshape(k, n // k, h, -1)
     letters = {"heads": "ck,kghd->kgchd", "dense": "chkj,kgjd->kgchd"}[kind]
-    out_NXD = np.einsum(letters, np.asarray(mix), out_KGHD, optimize=True).reshape(
-        n, value[0].size, -1
-    )
-    found["out"] = np.swapaxes(_padded(np.swapaxes(out_NXD, 1, 2), size), 1, 2)
+    out_KGCHD = np.einsum(letters, np.asarray(mix), out_KGHD, optimize=True)
+    out_NRD = out_KGCHD.reshape(n, value[0].size, -1)[:, kept_R]
+    found["out"] = np.swapaxes(_padded(np.swapaxes(out_NRD, 1, 2), size), 1, 2)
     kept = {name: found[name] for name in ("query", "key", "value", "out")}
     if model.qkv_bias or model.out_bias:
         for name in ("query", "key", "value"):

@@ -90,6 +90,11 @@ def mea_config(model: ModelConfig, context_length: int = 2048) -> dict[str, Any]
     positions takes precedence. Raise `UserError` for attention that `modeling_mea` does not have.
     """
     check_exportable(model)
+    if model.key_slots or model.value_slots:
+        raise UserError(
+            "config.model.key_slots: modeling_mea.py caches whole component heads, not single "
+            "slots: export the model with --form absorbed, or --form stock"
+        )
     rope: dict[str, Any] | None = None
     if model.positions == "rope":
         scaling = rope_scaling(model) or {"rope_type": "default"}

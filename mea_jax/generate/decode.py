@@ -17,7 +17,15 @@ from mea_jax.config.schema import ModelConfig, Side
 from mea_jax.errors import UserError
 from mea_jax.model.context import Context, Slots
 from mea_jax.model.heads import HeadLayout
-from mea_jax.model.kv_cache import RECENT, Cache, CachedLayer, LayerCache, cache_axes, empty_heads
+from mea_jax.model.kv_cache import (
+    RECENT,
+    Cache,
+    CachedLayer,
+    HeadCache,
+    LayerCache,
+    cache_axes,
+    empty_heads,
+)
 from mea_jax.model.layer_spec import LayerSpec, fold_layer, fold_model, layer_specs
 from mea_jax.model.params import abstract_params, is_rounded, param_shardings
 from mea_jax.model.transformer import Decoder, RopeTables, runs_of_equal_layers
@@ -60,7 +68,8 @@ def _folds(model: ModelConfig, side: Side, components: int, form: str) -> bool:
         return False
     if side == Side.KEY and (model.key_mean or (model.qk_norm and model.hlc_order == "after")):
         return False
-    return form == "folded" or (form == "auto" and components == model.n_kv_heads)
+    whole = components == model.n_kv_heads and model.slots(side) is None
+    return form == "folded" or (form == "auto" and whole)
 
 
 def _serve_layer(layer: LayerSpec, form: str, index: int) -> LayerSpec:
@@ -202,16 +211,18 @@ def placed_cache(served: ServedModel, batch: int, length: int, dtype: Any, mesh:
 def _empty_layers(
     served: ServedModel, batch: int, length: int, dtype: Any, packed: bool
 ) -> tuple[LayerCache, ...]:
-    def place(layout: HeadLayout) -> tuple[str, int, int, int, int]:
-        return layout.form, batch, length, layout.heads, layout.width
+    def empty(layout: HeadLayout) -> HeadCache:
+        shape = (batch, length, layout.heads, layout.width)
+        bits = layout.bits if packed else None
+        return empty_heads(layout.form, *shape, dtype, bits, layout.kept)
 
     layers = []
     for spec in served.layers:
         key, value, scalars = spec.cache_layout()
         layers.append(
             LayerCache(
-                key=empty_heads(*place(key), dtype, key.bits if packed else None),
-                value=empty_heads(*place(value), dtype, value.bits if packed else None),
+                key=empty(key),
+                value=empty(value),
                 inverse_rms_BKS=(
                     jnp.zeros((batch, scalars, length), jnp.float32) if scalars else None
                 ),

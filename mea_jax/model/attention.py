@@ -49,6 +49,7 @@ class Attention(AttentionLayer):
                 components,
                 c.head_dim,
                 digits(rows[0]) if (rows := c.bits(side)) else None,
+                c.slots(side) if c.mixes(side) else None,
             )
             for side, components in (
                 (Side.KEY, self.key_components),
@@ -69,7 +70,9 @@ class Attention(AttentionLayer):
         components = self.key_components if side == Side.KEY else self.value_components
         kernel_DCH = self.head_kernel(side.value, components, c.head_dim, "components")
         has_mean = side == Side.KEY and c.key_mean  # components are biased by minus the mean
+        kernel_DCH = hlc.cached_only(c, side, kernel_DCH)
         bias_CH = self.head_bias(side.value, components, "components", c.qkv_bias or has_mean)
+        bias_CH = None if bias_CH is None else hlc.cached_only(c, side, bias_CH)
         if not c.mixes(side):
             return Heads(kernel_DCH, "heads", None, bias_CH)
         kind = c.mixing_kind(side)

@@ -21,6 +21,7 @@ class HeadLayout(NamedTuple):
     heads: int
     width: int
     bits: tuple[int, ...] | None = None  # of each slot, C H, if it is packed (ops/slots.py)
+    kept: tuple[int, ...] | None = None  # the features of C H that are cached; None: all
 
 
 def digits(row: str) -> tuple[int, ...]:

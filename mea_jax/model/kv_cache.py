@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from mea_jax.model.heads import SINKS
@@ -42,6 +43,8 @@ Array = jax.Array
 class HeadCache:
     """The keys or values of one layer: (B, K, S, H) or (B, S, C H), or packed slots (B, Y, S).
 
+    Of the C H features of component heads only those in `kept` are stored; None means all.
+
     `step` exists for int8 and packed slots: float32 (B, K, S) or (B, S), the value of one unit of
     the integers; or (X,), the steps of slots. `first_BSX` exists for packed slots: the first SINKS
     positions of each row, exactly; the same positions of `data` are not read.
@@ -53,6 +56,7 @@ class HeadCache:
     width: int = struct.field(pytree_node=False)  # features of a head
     first_BSX: Any = None
     layout: slots.Layout | None = struct.field(pytree_node=False, default=None)
+    kept: tuple[int, ...] | None = struct.field(pytree_node=False, default=None)
 
     @property
     def axis(self) -> int:
@@ -102,13 +106,20 @@ def empty_heads(
     width: int,
     dtype: Any,
     bits: tuple[int, ...] | None = None,
+    kept: tuple[int, ...] | None = None,
 ) -> HeadCache:
-    """Return an empty cache for `length` positions of `heads` heads, packed if there are `bits`."""
+    """Return an empty cache for `length` positions of `heads` heads.
+
+    It is packed if there are `bits`, and has only the features `kept` if they are given.
+    """
     shape = (batch, heads, length) if form == "direct" else (batch, length)
     features = width if form == "direct" else heads * width
+    if kept is not None:
+        features = len(kept)
     if bits is None:
         step = jnp.zeros(shape, jnp.float32) if dtype == jnp.int8 else None
-        return HeadCache(jnp.zeros((*shape, features), dtype), step, form, width)
+        data = jnp.zeros((*shape, features), dtype)
+        return HeadCache(data, step, form, width, kept=kept)
     layout = slots.Layout(bits)
     first_BSX = jnp.zeros((batch, SINKS, features), dtype)
     data_BYS = jnp.zeros((batch, layout.bytes, length), jnp.uint8)
@@ -127,13 +138,15 @@ def cache_axes(cache: Cache) -> Cache:
     def heads(stored: HeadCache) -> HeadCache:
         direct = stored.form == "direct"
         step = ("batch", "activation_heads", None) if direct else ("batch", None)
-        data = (
+        data: Any = (
             ("batch", "activation_heads", None, None) if direct else ("batch", None, "components")
         )
         if stored.layout is not None:  # bytes hold slots of several components
             whole: Any = ("batch", None, None)
             return dataclasses.replace(stored, data=whole, step=(None,), first_BSX=whole)
-        return HeadCache(data, None if stored.step is None else step, stored.form, stored.width)
+        if stored.kept is not None:
+            data = ("batch", None, None)
+        return dataclasses.replace(stored, data=data, step=None if stored.step is None else step)
 
     def layer(stored: LayerCache) -> LayerCache:
         scalars = None if stored.inverse_rms_BKS is None else ("batch", "activation_heads", None)
@@ -168,12 +181,14 @@ def write_heads(
         return dataclasses.replace(cache, data=data, step=step_X, first_BSX=first_BSX)
     axis, step = cache.axis, cache.step
     new = jnp.swapaxes(new_BTCH, 1, 2) if axis == 2 else new_BTCH.reshape(b, t, -1)
+    if cache.kept is not None:
+        new = new[..., np.asarray(cache.kept)]
     if step is not None:
         new = new.astype(jnp.float32)
         unit = jnp.max(jnp.abs(new), axis=-1) / 127
         new = jnp.round(new / jnp.maximum(unit, 1e-30)[..., None])
         step = _write(step, unit, slot, axis)
-    return HeadCache(_write(cache.data, new, slot, axis), step, cache.form, cache.width)
+    return dataclasses.replace(cache, data=_write(cache.data, new, slot, axis), step=step)
 
 
 def write_scalars(stored_BKS: Array, new_BTK: Array, slot: Array | int) -> Array:
@@ -219,7 +234,7 @@ def flush(cache: Cache) -> Cache:
             return dataclasses.replace(stored, data=data, first_BSX=first_BSX)
         data = move(stored.data, recent.data, axis)
         step = None if stored.step is None else move(stored.step, recent.step, axis)
-        return HeadCache(data, step, stored.form, stored.width)
+        return dataclasses.replace(stored, data=data, step=step)
 
     layers = []
     for stored, recent in zip(cache.layers, cache.recent, strict=True):
@@ -259,6 +274,8 @@ def read_logits(
             step = None
         else:
             data = cache.data.astype(dtype)
+            if cache.kept is not None:
+                q_BNX = q_BNX[..., np.asarray(cache.kept)]
             logits_BKGS = backend.dot(q_BNX, data, ((2,), (2,)), 1).reshape(b, k, g, -1)
             step = None if cache.step is None else cache.step[:, None, None]
     else:
@@ -289,7 +306,8 @@ def read_values(
             if cache.step is not None:
                 p_BKGS = p_BKGS * cache.step[:, None, None]
             p_BNS = p_BKGS.reshape(b, k * g, s).astype(dtype)
-            o_BNX = backend.dot(p_BNS, cache.data.astype(dtype), ((2,), (1,)), 1)
+            o_BNR = backend.dot(p_BNS, cache.data.astype(dtype), ((2,), (1,)), 1)
+            o_BNX = _spread(cache, o_BNR, mix)
         o_BKGCH = o_BNX.reshape(b, k, g, -1, cache.width)
         assert mix is not None
         return hlc.mix_groups(kind, o_BKGCH[:, None], mix)[:, 0]
@@ -323,13 +341,22 @@ def _packed_values(backend: Backend, p_BNS: Array, cache: HeadCache) -> Array:
     return o_BNX + backend.dot(p_BNS[:, :, :count].astype(dtype), first_BcX, ((2,), (1,)), 1)
 
 
+def _spread(cache: HeadCache, x: Array, mix: Array | None) -> Array:
+    """Return cached features (..., R) as those of component heads (..., C H), 0 where not kept."""
+    if cache.kept is None:
+        return x
+    assert mix is not None
+    zeros = jnp.zeros((*x.shape[:-1], mix.shape[0] * cache.width), x.dtype)
+    return zeros.at[..., np.asarray(cache.kept)].set(x)
+
+
 def _rebuilt(backend: Backend, cache: HeadCache, kind: str, mix: Array | None) -> Array:
     """Rebuild composite heads (B, K, S, H) of all slots from the cached components."""
     assert mix is not None
     data = cache.data.astype(backend.activation)
     if cache.step is not None:
         data = data * cache.step[..., None].astype(data.dtype)
-    components_BSCH = data.reshape(*data.shape[:2], -1, cache.width)
+    components_BSCH = _spread(cache, data, mix).reshape(*data.shape[:2], -1, cache.width)
     composites_BSKH = hlc.mix(kind, components_BSCH, mix).astype(backend.dtype)
     return jnp.swapaxes(composites_BSKH, 1, 2)
 

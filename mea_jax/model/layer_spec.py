@@ -77,6 +77,8 @@ def fold_model(model: ModelConfig, sides: Collection[Side] = tuple(Side)) -> Mod
         hlc_order=model.hlc_order if Side.KEY in mixed else "before",
         key_mixing=model.key_mixing if Side.KEY in mixed else "heads",
         value_mixing=model.value_mixing if Side.VALUE in mixed else "heads",
+        key_slots=model.key_slots if Side.KEY in mixed else "",
+        value_slots=model.value_slots if Side.VALUE in mixed else "",
         key_components=None,
         value_components=None,
     )

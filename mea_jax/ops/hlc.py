@@ -21,6 +21,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mea_jax.config.schema import ModelConfig, Side
 from mea_jax.ops.rms_norm import along_last
@@ -117,9 +118,20 @@ def composite_bias(model: ModelConfig, side: Side, attention: Mapping[str, Any])
     return _composite(model, side, attention, jnp.asarray(attention[f"{side}_bias"])[None])[0]
 
 
+def cached_only(model: ModelConfig, side: Side, x: Array) -> Array:
+    """Return component heads, or a projection to them, (..., C, H), 0 where nothing is cached."""
+    kept_R = model.slots(side)
+    if kept_R is None:
+        return x
+    mask_X = np.zeros(x.shape[-2] * x.shape[-1], bool)
+    mask_X[list(kept_R)] = True
+    return jnp.where(mask_X.reshape((1,) * (x.ndim - 2) + x.shape[-2:]), x, 0)
+
+
 def _composite(model: ModelConfig, side: Side, attention, kernel_DCH: Array) -> Array:
     if not model.mixes(side):
         return kernel_DCH.astype(jnp.float32)
+    kernel_DCH = cached_only(model, side, kernel_DCH)
     kind = model.mixing_kind(side)
     kernel_DKH = fold(kind, kernel_DCH, jnp.asarray(attention[f"{side}_mixing"]))
     if kind == "frequency" and model.qk_norm:

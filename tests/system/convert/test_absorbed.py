@@ -31,6 +31,14 @@ CASES: dict[str, dict[str, Any]] = {
     "biases of queries, keys and values": NO_NORM | COMPLEX | {"qkv_bias": True},
     "all biases": NO_NORM | {"qkv_bias": True, "out_bias": True},
     "a bias of the output": NO_NORM | {"out_bias": True},
+    "some slots": NO_NORM
+    | COMPLEX
+    | {
+        "key_slots": "11111111" + "01100110",
+        "value_slots": "11111111" + "01001010",
+        "qkv_bias": True,
+    },
+    "more slots of keys": NO_NORM | COMPLEX | {"key_components": 3, "key_slots": "11101110" * 3},
     "unequal layers, padded": NO_NORM | {"key_components": (1, 2), "value_components": (3, 1)},
     "keys alone": NO_NORM | {"hlc": "k", "value_components": 4, "n_kv_heads": 4},
     "yarn, own scale": NO_NORM | {"rope_scaling": YARN, "attention_scale": 0.2},
@@ -78,7 +86,10 @@ def test_logits_and_cache(name, tmp_path):
     np.testing.assert_allclose(theirs(tokens).logits.numpy(), ours, rtol=0, atol=1e-4)
     first = theirs(tokens[:, :7], use_cache=True)
     keys = first.past_key_values.layers[0].keys
-    width = model.head_dim * max(max(model.components(side)) for side in Side)
+    width = max(
+        len(model.slots(side) or range(model.head_dim * max(model.components(side))))
+        for side in Side
+    )
     assert keys.shape == (2, 1, 7, width)
     rest = theirs(tokens[:, 7:], past_key_values=first.past_key_values).logits.numpy()
     np.testing.assert_allclose(rest, ours[:, 7:], rtol=0, atol=1e-4)

@@ -44,6 +44,21 @@ MODELS: dict[str, dict[str, Any]] = {
         "value_components": 3,
         "head_norm": False,
     },
+    "some slots": {
+        "key_mixing": "frequency",
+        "value_mixing": "dense",
+        "key_components": 3,
+        "key_slots": "11111111" + "10101010" + "01000100",
+        "value_slots": "11111111" * 2 + "00110000" + "00000001",
+        "qkv_bias": True,
+        "head_norm": False,
+    },
+    "some slots of keys, key norm": {
+        "key_components": 3,
+        "key_mixing": "frequency",
+        "key_slots": "11111111" + "01110111" + "10001000",
+        "qk_norm": True,
+    },
     "key norm": {"key_components": 2, "value_components": 2, "qk_norm": True},
     "key norm, complex": {"key_components": 3, "key_mixing": "frequency", "qk_norm": True},
     "key norm, scaled logits": {
@@ -104,6 +119,8 @@ CASES = [(name, "auto") for name in MODELS] + [
     for name in (
         "layers that differ",
         "complex keys, dense values",
+        "some slots",
+        "some slots of keys, key norm",
         "key norm, complex",
         "windows",
         "biases, sandwich norms, GELU",

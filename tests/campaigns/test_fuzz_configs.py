@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from tests.campaigns.fuzz import configs
 
 
-@settings(max_examples=25)
+@settings(max_examples=10)
 @given(example=configs.STRATEGY)
 def test_a_config_trains_or_is_refused_in_one_line(example):
     with tempfile.TemporaryDirectory() as folder:

@@ -13,7 +13,7 @@ from mea_jax.parallel import preemption
 from mea_jax.parallel.preemption import Preempted
 from tests.paths import ROOT
 
-MOMENTS = 20
+MOMENTS = 8
 ENDS = {
     "SIGTERM": (75, "stopped by SIGTERM"),
     "SIGINT": (130, "stopped; the same command resumes from the last checkpoint"),

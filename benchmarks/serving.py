@@ -68,6 +68,7 @@ class Server:
         words = ["serve", str(folder), "--dtype", asked.dtype, "--port", str(self.port)]
         words += ["--host", "127.0.0.1", "--max-model-len", str(asked.prompt + asked.new + 16)]
         words += ["--kv-cache-memory-bytes", str(asked.cache_mb << 20), "--enforce-eager"]
+        words += ["--gpu-memory-utilization", "0.3"]  # of free memory; the cache has a given size
         words += ["--no-enable-prefix-caching", *asked.serve]
         with self.log.open("w") as log:
             self.process = subprocess.Popen(

@@ -56,7 +56,7 @@ def check(model: ModelConfig) -> None:
             )
     if width(model) >= model.n_kv_heads * model.head_dim:
         raise UserError(
-            f"the widest layer caches {max(_widths(model))} numbers per token for its keys or its "
+            f"the widest layer caches {max(widths(model))} numbers per token for its keys or its "
             f"values, as many as without mixing ({model.n_kv_heads} heads of {model.head_dim}). "
             "All layers of a stock class are alike: compress with --budget uniform and a smaller "
             "--keep, or give --form stock"
@@ -75,7 +75,7 @@ def _kept(model: ModelConfig, side: Side, components: int) -> np.ndarray:
     return np.concatenate([kept_R[is_real_R], kept_R[~is_real_R]])
 
 
-def _widths(model: ModelConfig) -> list[int]:
+def widths(model: ModelConfig) -> list[int]:
     """Return the numbers that each layer caches per token for keys, and those for values."""
     return [
         len(_kept(model, side, count))
@@ -86,7 +86,7 @@ def _widths(model: ModelConfig) -> list[int]:
 
 def width(model: ModelConfig) -> int:
     """Return the width of the only key/value head, R: that of the layer and side that has most."""
-    return max(_widths(model))
+    return max(widths(model))
 
 
 def absorbed_model(model: ModelConfig) -> ModelConfig:
@@ -95,6 +95,11 @@ def absorbed_model(model: ModelConfig) -> ModelConfig:
     Raise `UserError` as `check`.
     """
     check(model)
+    return as_one_head(model, width(model))
+
+
+def as_one_head(model: ModelConfig, size: int) -> ModelConfig:
+    """Return the config of `model` with one key/value head of `size` features in all layers."""
     biased = model.qkv_bias or model.out_bias
     return dataclasses.replace(
         model,
@@ -107,12 +112,21 @@ def absorbed_model(model: ModelConfig) -> ModelConfig:
         key_slots="",
         value_slots="",
         n_kv_heads=1,
-        head_dim=width(model),
+        head_dim=size,
         attention_scale=0.0,
         qkv_bias=biased,
         out_bias=biased,
         rope_scaling=RopeScaling(),
     )
+
+
+def wavelengths(model: ModelConfig, size: int) -> list[float]:
+    """Return the reciprocal frequencies of the rotary pairs of a head of `size` features."""
+    frequencies_F = rope.rope_frequencies(model.head_dim, model.rope_theta, model.rope_scaling)
+    waves_F = 1 / np.asarray(frequencies_F, np.float64)
+    features_R = _kept(model, Side.KEY, max(model.components(Side.KEY)))
+    waves_R = waves_F[features_R[: len(features_R) // 2] % model.head_dim]
+    return np.resize(waves_R, size // 2).tolist()  # padding may have any
 
 
 def rope_config(model: ModelConfig, context: int) -> dict[str, Any]:
@@ -121,11 +135,7 @@ def rope_config(model: ModelConfig, context: int) -> dict[str, Any]:
     `context` is the number of positions that the model is meant for. The base is 1, so that factors
     are wavelengths and are rounded once.
     """
-    frequencies_F = rope.rope_frequencies(model.head_dim, model.rope_theta, model.rope_scaling)
-    waves_F = 1 / np.asarray(frequencies_F, np.float64)
-    features_R = _kept(model, Side.KEY, max(model.components(Side.KEY)))
-    waves = waves_F[features_R[: len(features_R) // 2] % model.head_dim]
-    waves = np.resize(waves, width(model) // 2).tolist()  # padding may have any
+    waves = wavelengths(model, width(model))
     scaling = {
         "rope_type": "longrope",
         "short_factor": waves,
@@ -144,11 +154,56 @@ def _padded(x: np.ndarray, size: int, pairs: bool = False) -> np.ndarray:
     return np.concatenate([part for half in halves for part in (half, zeros)], axis=-1)
 
 
-def _mixing(model: ModelConfig, side: Side, attention: Tree, components: int) -> tuple[str, Any]:
-    """Return the kind and the mixing (C, K, ..) of a side; the identity if it is not mixed."""
-    if model.mixes(side):
-        return model.mixing_kind(side), jnp.asarray(attention[f"{side}_mixing"], jnp.float32)
-    return "heads", jnp.eye(components)
+def value_maps(model: ModelConfig, attention: Tree, size: int) -> np.ndarray:
+    """Return the maps (K, R, H) from a head of `size` cached features to each composite value."""
+    k, h = model.n_kv_heads, model.head_dim
+    components = attention["value"].shape[1]
+    kind, mix = "heads", np.eye(components, dtype=np.float32)
+    if model.mixes(Side.VALUE):
+        kind, mix = model.value_mixing, np.asarray(attention["value_mixing"], np.float32)
+    if kind == "heads":
+        mix = mix[:, None, :, None] * np.eye(h, dtype=np.float32)[None, :, None, :]
+    maps_RKH = mix.reshape(components * h, k, h)[_kept(model, Side.VALUE, components)]
+    return np.moveaxis(_padded(np.moveaxis(maps_RKH, 0, -1), size), -1, 1)
+
+
+def absorb_projections(model: ModelConfig, attention: Tree, size: int) -> Tree:
+    """Return "query" (D, N, R), "key" and "value" (D, 1, R), R = `size`, and their biases.
+
+    `attention` are the parameters of a layer of `model`, without the axis of layers. Logits of the
+    result have the factor of a head of R features, 1/sqrt(R).
+    """
+    n, k, h = model.n_heads, model.n_kv_heads, model.head_dim
+    factor = rope.attention_factor(model.rope_scaling) ** 2
+    scale = (model.attention_scale or h**-0.5) * size**0.5 * factor
+
+    def heads(name: str) -> np.ndarray:
+        """Return a projection with its bias as the last row, if there is one."""
+        rows = [np.asarray(attention[name], np.float32)]
+        if f"{name}_bias" in attention:
+            rows.append(np.asarray(attention[f"{name}_bias"], np.float32)[None])
+        return np.concatenate(rows)
+
+    key, value, query = heads("key"), heads("value"), heads("query")
+    q_DKGH = jnp.asarray(query).reshape(len(query), 1, k, n // k, h)
+    kind, mix = "heads", jnp.eye(key.shape[1])
+    if model.mixes(Side.KEY):
+        kind, mix = model.key_mixing, jnp.asarray(attention["key_mixing"], jnp.float32)
+    with jax.default_matmul_precision("highest"):
+        q_DKGCH = hlc.absorb(kind, q_DKGH, mix)[:, 0]
+    keys_R, values_R = (
+        _kept(model, side, x.shape[1]) for side, x in ((Side.KEY, key), (Side.VALUE, value))
+    )
+    q_DNR = np.asarray(q_DKGCH).reshape(len(query), n, -1)[..., keys_R] * np.float32(scale)
+    found = {
+        "query": _padded(q_DNR, size, pairs=True),
+        "key": _padded(key.reshape(len(key), 1, -1)[..., keys_R], size, pairs=True),
+        "value": _padded(value.reshape(len(value), 1, -1)[..., values_R], size),
+    }
+    if model.qkv_bias:
+        found |= {f"{name}_bias": x[-1] for name, x in found.items()}
+        found |= {name: found[name][:-1] for name in ("query", "key", "value")}
+    return found
 
 
 def absorb_layer(model: ModelConfig, attention: Tree, size: int) -> Tree:
@@ -158,40 +213,14 @@ def absorb_layer(model: ModelConfig, attention: Tree, size: int) -> Tree:
     `width(model)`.
     """
     n, k, h = model.n_heads, model.n_kv_heads, model.head_dim
-    factor = rope.attention_factor(model.rope_scaling) ** 2
-    scale = (model.attention_scale or h**-0.5) * size**0.5 * factor
-
-    def heads(name: str) -> Any:
-        """Return a projection with its bias as the last row, if there is one."""
-        rows = [np.asarray(attention[name], np.float32)]
-        if f"{name}_bias" in attention:
-            rows.append(np.asarray(attention[f"{name}_bias"], np.float32)[None])
-        return np.concatenate(rows)
-
-    found = {}
-    key, value, query = heads("key"), heads("value"), heads("query")
-    kept_R = _kept(model, Side.KEY, key.shape[1])
-    kind, mix = _mixing(model, Side.KEY, attention, key.shape[1])
-    q_DKGH = jnp.asarray(query).reshape(len(query), 1, k, n // k, h)
-    with jax.default_matmul_precision("highest"):
-        q_DKGCH = hlc.absorb(kind, q_DKGH, mix)[:, 0]
-    q_DNR = np.asarray(q_DKGCH).reshape(len(query), n, -1)[..., kept_R] * np.float32(scale)
-    found["query"] = _padded(q_DNR, size, pairs=True)
-    found["key"] = _padded(key.reshape(len(key), 1, -1)[..., kept_R], size, pairs=True)
-    kept_R = _kept(model, Side.VALUE, value.shape[1])
-    found["value"] = _padded(value.reshape(len(value), 1, -1)[..., kept_R], size)
-    kind, mix = _mixing(model, Side.VALUE, attention, value.shape[1])
+    found = absorb_projections(model, attention, size)
     out_KGHD = np.asarray(attention["out"], np.float32).reshape(k, n // k, h, -1)
-    letters = {"heads": "ck,kghd->kgchd", "dense": "chkj,kgjd->kgchd"}[kind]
-    out_KGCHD = np.einsum(letters, np.asarray(mix), out_KGHD, optimize=True)
-    out_NRD = out_KGCHD.reshape(n, value[0].size, -1)[:, kept_R]
-    found["out"] = np.swapaxes(_padded(np.swapaxes(out_NRD, 1, 2), size), 1, 2)
-    kept = {name: found[name] for name in ("query", "key", "value", "out")}
-    if model.qkv_bias or model.out_bias:
+    maps_KRH = value_maps(model, attention, size)
+    out_KGRD = np.einsum("krh,kghd->kgrd", maps_KRH, out_KGHD, optimize=True)
+    found["out"] = out_KGRD.reshape(n, size, -1)
+    if model.qkv_bias or model.out_bias:  # a stock class has all biases or none
         for name in ("query", "key", "value"):
-            bias = kept[name][-1] if model.qkv_bias else np.zeros_like(kept[name][0])
-            kept[f"{name}_bias"] = bias
-            kept[name] = kept[name][:-1] if model.qkv_bias else kept[name]
+            found.setdefault(f"{name}_bias", np.zeros_like(found[name][0]))
         zeros_D = np.zeros(model.d_model, np.float32)
-        kept["out_bias"] = np.asarray(attention.get("out_bias", zeros_D), np.float32)
-    return kept
+        found["out_bias"] = np.asarray(attention.get("out_bias", zeros_D), np.float32)
+    return found

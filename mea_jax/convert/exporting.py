@@ -23,13 +23,14 @@ from mea_jax.convert import (
     shards,
     tensors,
     tokenizer_files,
+    vllm_export,
 )
 from mea_jax.data.tokenizers import from_directory
 from mea_jax.errors import UserError, nearest
-from mea_jax.model.layer_spec import fold_model
+from mea_jax.model.layer_spec import fold_model, layer_specs
 from mea_jax.model.params import abstract_params
 
-FORMS = ("auto", "stock", "absorbed", "mea")
+FORMS = ("auto", "stock", "absorbed", "vllm", "mea")
 Arrays = Iterator[tuple[str, np.ndarray]]
 Plan = list[tuple[str, tuple[int, ...]]]
 _SPARE = 1 << 27  # bytes of disk in addition to the tensors
@@ -103,6 +104,11 @@ class _Stock:
         size = self.model.head_dim
         return layer | {"attention": absorbed.absorb_layer(self.own, layer["attention"], size)}
 
+    @property
+    def cached(self) -> int:
+        """The numbers that are cached per token in all layers."""
+        return cached_numbers(self.model)
+
     def finish(self, folder: Path) -> None:
         """Do nothing: a stock class needs no further files."""
 
@@ -142,12 +148,42 @@ class _Own:
         for index, layer in enumerate(layers):
             yield from composite.mea_tensors(self.model, index, layer).items()
 
+    @property
+    def cached(self) -> int:
+        """The numbers that are cached per token in all layers."""
+        return cached_numbers(self.model)
+
     def finish(self, folder: Path) -> None:
         for file in composite.MODEL_FILES:
             shutil.copy(file, folder / file.name)
 
 
-def _cached(model: ModelConfig) -> int:
+class _Plugin:
+    """The export for vLLM with a plug-in (vllm_export.py)."""
+
+    def __init__(self, stored: StoredModel):
+        self.stored, self.own = stored, stored.config.model
+        self.model = vllm_export.target_model(self.own)
+
+    def config(self, dtype: str, kept: families.Json) -> dict[str, Any]:
+        return vllm_export.config(self.own, dtype, kept)
+
+    def plan(self) -> Plan:
+        return list(vllm_export.plan(self.own))
+
+    def arrays(self) -> Arrays:
+        return vllm_export.arrays(self.own, self.stored)
+
+    def finish(self, folder: Path) -> None:
+        vllm_export.finish(folder)
+
+    @property
+    def cached(self) -> int:
+        """The numbers that are cached per token in all layers."""
+        return 2 * sum(map(vllm_export.size_of, layer_specs(self.own)))
+
+
+def cached_numbers(model: ModelConfig) -> int:
     """Return the numbers that are cached per token in all layers."""
     return model.head_dim * sum(sum(model.components(side)) for side in Side)
 
@@ -172,7 +208,8 @@ def export_model(
       checkpoint: a run directory, or one of its steps.
       out: the folder, which must not exist.
       log: receives a line for each damaged checkpoint that is skipped.
-      form: "stock", "absorbed" (absorbed.py), "mea" or "auto" (`choose_form`).
+      form: "stock", "absorbed" (absorbed.py), "vllm" (vllm_export.py), "mea" or "auto"
+        (`choose_form`).
       dtype: the dtype of the tensors; "auto": the dtype in the checkpoint.
       shard_size: the largest size of a file in bytes.
 
@@ -191,8 +228,10 @@ def export_model(
         tokenizer = from_directory(stored.run / "tokenizer")
         kept = tokenizer_files.kept_config(tokenizer, length)
         longest = kept["max_position_embeddings"]
-        model: _Stock | _Own
-        if form == "mea":
+        model: _Stock | _Own | _Plugin
+        if form == "vllm":
+            model = _Plugin(stored)
+        elif form == "mea":
             model = _Own(stored, longest)
         else:
             model = _Stock(stored, kept.get("model_type"), form == "absorbed")
@@ -212,7 +251,7 @@ def export_model(
         "dtype": dtype,
         "parameters": parameters,
         "bytes": size,
-        "cached": _cached(model.model),
-        "uncompressed": _cached(fold_model(model.stored.config.model)),
+        "cached": model.cached,
+        "uncompressed": cached_numbers(fold_model(model.stored.config.model)),
         "width": model.model.head_dim,
     }

@@ -7,6 +7,7 @@ python -m mea_jax.convert to_hf --checkpoint runs/half --form absorbed --out exp
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
@@ -29,11 +30,13 @@ def parse_size(text: str) -> int:
     return size
 
 
-def serving(width: int) -> str:
-    """Return what serves one key/value head of `width` features, in words."""
+def serving(found: dict[str, Any]) -> str:
+    """Return what serves the exported model, in words."""
+    width = found["width"]
     cpu = "on CPUs and " if width in CPU_WIDTHS else ""
     flash = "with FlashAttention" if width <= FLASH_WIDTH and not width % 8 else "with Triton alone"
-    return f"vllm serve {OUT.value}: a head of width {width}, {cpu}on GPUs {flash}"
+    once = f"pip install --no-deps {OUT.value}; " if found["form"] == "vllm" else ""
+    return f"{once}vllm serve {OUT.value}: a head of width {width}, {cpu}on GPUs {flash}"
 
 
 def main() -> None:
@@ -61,7 +64,7 @@ def main() -> None:
         ("parameters", f"{found['parameters']:,}"),
         ("written", f"{si(found['bytes'], 'B')} of {found['dtype']}"),
         ("cached", f"{found['cached']:,} numbers per token, {share:.1%} of the composite heads'"),
-        *([("served", serving(found["width"]))] if found["form"] == "absorbed" else []),
+        *([("served", serving(found))] if found["form"] in ("absorbed", "vllm") else []),
         ("folder", OUT.value),
     ]
     print(table(rows))
@@ -74,7 +77,8 @@ if __name__ == "__main__":
         "form",
         "auto",
         "stock: a class of transformers, composite heads rebuilt; absorbed: such a class, with "
-        "component heads in its cache; mea: the model with its own code, component heads in its "
+        "component heads in its cache; vllm: that with a plug-in for vLLM, for unequal layers, "
+        "head norms and gates; mea: the model with its own code, component heads in its "
         "cache; auto: stock if no head is mixed and a class fits, otherwise mea",
     )
     DTYPE = flags.DEFINE_string("dtype", "auto", "dtype of the tensors: " + ", ".join(DTYPES))

@@ -30,13 +30,19 @@ NEW, LENGTH, CACHE = 16, 64, 64 << 20
 SHAPE = PLAIN | {"d_model": 144, "n_heads": 9, "n_kv_heads": 3, "head_dim": 64}
 
 
-def serve(folder: Path, prompts: list[list[int]]) -> dict[str, Any]:
-    """Return what vLLM generates from an exported model."""
+MEA = SHAPE | {"hlc": "kv", "head_norm": True, "gate": "feature", "qkv_bias": True}
+MEA |= {"key_components": (1, 3), "value_components": (1, 1), "layer_thetas": (1e4, 5e5)}
+
+
+def serve(folder: Path, prompts: list[list[int]], packages: str = "") -> dict[str, Any]:
+    """Return what vLLM generates from an exported model; `packages` is a folder of plug-ins."""
     asked = {"folder": str(folder), "prompts": prompts, "new": NEW, "length": LENGTH}
     words = [PYTHON, str(SCRIPT), json.dumps(asked | {"cache_bytes": CACHE})]
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
     for name in ("PYTHONPATH", "XLA_FLAGS", "JAX_PLATFORMS"):
         environment.pop(name, None)
+    if packages:
+        environment["PYTHONPATH"] = packages
     done = subprocess.run(words, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     line = next(line for line in done.stdout.splitlines() if line.startswith("RESULT "))
@@ -49,19 +55,21 @@ def ours(run: Path, prompts: list[list[int]]) -> list[list[int]]:
     return generator.run(prompts, Decoding(NEW))
 
 
-@pytest.fixture(scope="module")
-def run(tiny, tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("runs") / "tiny"
-    changes = {f"model.{name}": value for name, value in SHAPE.items()}
+def trained(tiny, model, workdir):
+    changes = {f"model.{name}": value for name, value in model.items()}
     train(tiny(steps=30, **changes, **{"data.context_length": LENGTH}), workdir)
     return workdir
 
 
-def test_text_and_capacity(run, devices, tmp_path):
+def some_prompts():
+    rng = np.random.default_rng(0)
+    return [rng.integers(1, 250, size).tolist() for size in rng.integers(3, 40, 20)]
+
+
+def test_text_and_capacity(tiny, devices, tmp_path):
     """20 prompts in both; slots of half the width, in stock Llama classes without code of ours."""
     devices(1)
-    rng = np.random.default_rng(0)
-    prompts = [rng.integers(1, 250, size).tolist() for size in rng.integers(3, 40, 20)]
+    run, prompts = trained(tiny, SHAPE, tmp_path / "run"), some_prompts()
     options = Options(
         keep=0.5, method="frequency", calibration_tokens=2048, held_out_tokens=512, dtype="float32"
     )
@@ -73,3 +81,16 @@ def test_text_and_capacity(run, devices, tmp_path):
         found[name] = serve(tmp_path / f"{name}_hf", prompts)
         assert found[name]["tokens"] == ours(folder, prompts), name
     assert found["half"]["capacity"] / found["whole"]["capacity"] == pytest.approx(2, rel=0.025)
+
+
+def test_the_plug_in(tiny, devices, tmp_path):
+    """MEA as the paper trains it, with layers of unequal widths, a gate, biases and two bases."""
+    devices(1)
+    run, prompts = trained(tiny, MEA, tmp_path / "run"), some_prompts()
+    found = export_model(run, tmp_path / "out", print, form="vllm")
+    assert found["cached"] / found["uncompressed"] == pytest.approx((1 + 3) / (3 + 3))
+    install = [PYTHON, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation"]
+    folders = ["--target", str(tmp_path / "packages"), str(tmp_path / "out")]
+    subprocess.run([*install, *folders], check=True, env=os.environ | {"PYTHONPATH": ""})
+    served = serve(tmp_path / "out", prompts, str(tmp_path / "packages"))
+    assert served["tokens"] == ours(run, prompts)

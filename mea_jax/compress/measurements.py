@@ -137,7 +137,7 @@ class Measurements:
 
     def information(self, index: int) -> fisher.Information:
         """Return the Fisher information of layer `index`; the first call measures all layers."""
-        if not all((self.folder / f"information-{i}.npz").exists() for i in range(len(self.specs))):
+        if not all((self.folder / f"fisher-{i}.npz").exists() for i in range(len(self.specs))):
             tokens = min(self.options.calibration_tokens, fisher.TOKENS)
             stream = self.texts.training(self.folder / "information", tokens)
             specs, top, seed = self.specs, self.source.top(), self.options.seed

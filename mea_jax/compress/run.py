@@ -35,7 +35,7 @@ from mea_jax.compress import layer as layers
 from mea_jax.compress.calibration import CalibrationTexts
 from mea_jax.compress.dividing import Shares
 from mea_jax.compress.measurements import Measurements
-from mea_jax.compress.moments import unseen
+from mea_jax.compress.moments import ridged, unseen
 from mea_jax.compress.options import Options, check, fitting_tokens, joint_tokens
 from mea_jax.compress.probe import assemble
 from mea_jax.compress.result import write_run
@@ -199,7 +199,7 @@ class CompressionPass:
         if text is not None and (counts != (self.count, self.count) or self.shares.partial):
             spec, scale = layer_specs(writer.model)[index], layers.input_scale(tree)
             original = repair.OriginalLayer(
-                layer_specs(self.model)[index], tree["attention"], scale, text
+                layer_specs(self.model)[index], tree["attention"], scale, text, self._costs(index)
             )
             if options.method in methods.SHARPENED and (
                 counts[0] < self.count or self.shares.slots
@@ -211,8 +211,13 @@ class CompressionPass:
                 attention = step_sizes.fitted(original, (spec, attention))
             if options.repair != "none":
                 before = original.error((spec, attention))
-                attention = self._repaired(original, (spec, attention))
-                row["repair"] = [before, original.error((spec, attention))]
+                repaired = self._repaired(original, (spec, attention))
+                after = original.error((spec, repaired))
+                if after < before:
+                    attention = repaired
+                else:  # too few steps, or a layer that has lost next to nothing
+                    self.log(f"layer {index}: repair did not lower its error; it is left out")
+                row["repair"] = [before, min(before, after)]
         new = tree | {"attention": attention}
         if text is not None and followed is not None:
             blocks = repair.RepairedBlock((layer_specs(self.model)[index], tree), text, followed)
@@ -223,6 +228,12 @@ class CompressionPass:
             )
         writer.write_layer(index, layers.as_float32(new))
         return row
+
+    def _costs(self, index: int) -> np.ndarray | None:
+        """Return what errors of a layer's attention cost, if the method has measured it."""
+        if self.options.method != "bits":
+            return None
+        return ridged(self.measurements.information(index).outputs, methods.RIDGE)
 
     def _dropped(self, solved: methods.Solved) -> dict[str, Any]:
         """Return the heads that slots amount to, and the energy lost with those dropped."""
@@ -273,14 +284,16 @@ class CompressionPass:
 
     def train_jointly(self, writer: Writer) -> dict[str, Any]:
         """Train the attention of all layers together; return what was spent and won."""
-        before = self.look(writer, "before_joint")
+        before = damage.domains(self.measurements.calibrate(), self.look(writer, "before_joint"))
+        means = [np.mean([d[key] for d in before.values()]) for key in ("increase", "divergence")]
+        self.log(f"before joint repair: {means[0]:+.4f} nats, divergence {means[1]:.4f}")
         start = self.part / "unjoined"
         if not (self.part / "joint").exists():
             write_run(self.source, writer, start, self.options.method)
         text, devices = self.texts.data, len(jax.devices())
         config = joint.config_of(self.source, self.options, start, text, devices)
         facts = joint.repair(config, self.part / "joint", writer, self.log)
-        return facts | {"before": damage.domains(self.measurements.calibrate(), before)}
+        return facts | {"before": before}
 
     def finish(self, writer: Writer, summary: dict[str, Any], draw: Callable[[Path], Any]) -> None:
         """Write the run directory in the work folder, rename it to `out`, remove the work folder.

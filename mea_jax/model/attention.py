@@ -102,14 +102,15 @@ class Attention(AttentionLayer):
             k_BTKH = k_BTKH.astype(jnp.float32) / rms_norm.along_last(gamma_H, 4)
         return rms_norm.inverse_rms(k_BTKH, self.config.norm_eps)
 
-    def with_error(self, side: Side, x_BTKH: Array) -> Array:
-        """Return `x_BTKH` plus the variable `side` of the collection "errors", if it exists.
+    def with_error(self, name: str, x: Array) -> Array:
+        """Return `x` plus the variable `name` of the collection "errors", if it exists.
 
-        Its gradient is that of the keys before rotation (after a norm), or of the values.
+        Its gradient is that of the keys before rotation (after a norm) if `name` is "key", of the
+        values if it is "value", and of the attention's output if it is "output".
         """
-        if not self.has_variable("errors", side.value):
-            return x_BTKH
-        return x_BTKH + self.get_variable("errors", side.value).astype(x_BTKH.dtype)
+        if not self.has_variable("errors", name):
+            return x
+        return x + self.get_variable("errors", name).astype(x.dtype)
 
     def composed(
         self, heads: Heads, k_BTCH: Array, inverse_BTK: Array | None, context: Context
@@ -141,7 +142,7 @@ class Attention(AttentionLayer):
         self.sow("heads", "key", k_BTKH)
         if gamma_H is not None and not self.scalar_norm:
             k_BTKH = rms_norm.norm_heads(k_BTKH, gamma_H, c.norm_eps)
-            k_BTKH = self.with_error(Side.KEY, k_BTKH)
+            k_BTKH = self.with_error("key", k_BTKH)
         elif gamma_H is not None:
             inverse_BTK1 = self.key_inverse_rms(heads, k_BTKH, gamma_H)
             normed = k_BTKH.astype(jnp.float32) * inverse_BTK1
@@ -149,7 +150,7 @@ class Attention(AttentionLayer):
                 normed = normed * rms_norm.along_last(gamma_H, 4)
             k_BTKH = normed.astype(k_BTKH.dtype)
         else:
-            k_BTKH = self.with_error(Side.KEY, k_BTKH)
+            k_BTKH = self.with_error("key", k_BTKH)
         return self.apply_positions(k_BTKH, context)
 
     def cached_keys(self, heads: Heads, x_BTD: Array, gamma_H, context: Context):
@@ -198,7 +199,7 @@ class Attention(AttentionLayer):
             k_BTKH = self.training_keys(key, x_BTD, gamma_H, context, index)
             if c.value_bits is None:
                 v_BTKH = value.composites(self.backend, c, Side.VALUE, x_BTD)
-                v_BTKH = self.with_error(Side.VALUE, v_BTKH)
+                v_BTKH = self.with_error("value", v_BTKH)
             else:
                 v_BTCH = value.components(self.backend, x_BTD)
                 self.sow("heads", "value_slots", v_BTCH)
@@ -215,4 +216,4 @@ class Attention(AttentionLayer):
             width = c.head_dim if c.gate == "feature" else 1
             gate_BTNH = self.project_heads("output_gate", x_BTD, c.n_heads, width)
             o_BTNH = o_BTNH * jax.nn.sigmoid(gate_BTNH.astype(jnp.float32)).astype(o_BTNH.dtype)
-        return self.write_residual(o_BTNH), stored
+        return self.with_error("output", self.write_residual(o_BTNH)), stored

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mea_jax.checkpoint.load import load
-from mea_jax.compress import bits, joint
+from mea_jax.compress import bits, joint, repair
 from mea_jax.compress.options import Options
 from mea_jax.compress.run import compress
 from mea_jax.config.schema import Side
@@ -18,7 +18,7 @@ from mea_jax.model.heads import Heads
 from mea_jax.model.kv_cache import count_bytes
 from mea_jax.ops.slots import Layout
 from mea_jax.train.run import train
-from tests.helpers import PLAIN, apply_logits
+from tests.helpers import PLAIN, apply_logits, flat
 
 SMALL: dict[str, Any] = {
     "method": "bits",
@@ -76,6 +76,24 @@ def test_fewer_bits_lose_more_and_repair_wins_some_back(run, one, tmp_path):
     for row in repaired["layers"]:
         before, after = row["repair"]
         assert after < 0.9 * before
+
+
+def test_repair_that_does_not_help_is_left_out(run, one, tmp_path, monkeypatch, capsys):
+    def damage(original, compressed, steps, words):
+        return {
+            name: leaf if isinstance(leaf, dict) else 2 * leaf
+            for name, leaf in compressed[1].items()
+        }
+
+    monkeypatch.setattr(repair, "reconstruct", damage)
+    options = SMALL | {"keep": 0.25}
+    compress(run, tmp_path / "plain", Options(**options))
+    found = compress(run, tmp_path / "damaged", Options(repair="layerwise", **options))
+    plain, same = (load(tmp_path / name, dtype="float32")[1] for name in ("plain", "damaged"))
+    for path, leaf in flat(plain).items():
+        np.testing.assert_array_equal(flat(same)[path], leaf)
+    assert all(before == after for before, after in (row["repair"] for row in found["layers"]))
+    assert "layer 0: repair did not lower its error" in capsys.readouterr().err
 
 
 def test_slots_that_are_not_rounded_are_the_original(run, one, tmp_path, monkeypatch):

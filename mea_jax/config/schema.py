@@ -77,12 +77,11 @@ class ModelConfig:
     key_mixing: str = "heads"  # "heads": W_lc, (C, K); "frequency": one complex (C, K) for each
     # rotary frequency
     value_mixing: str = "heads"  # "heads"; "dense": each head is a map of all C heads' features
-    # bits of each cached slot, a string of C H digits 0 to 8 for each layer (ops/slots.py); None:
-    # the cache's dtype. Only `compress --method bits` makes them
+    # bits of each cached slot, C H digits 0 to 8 for each layer (ops/slots.py); None: not packed
     key_bits: tuple[str, ...] | None = None
     value_bits: tuple[str, ...] | None = None
-    # features of component heads that are cached, in all layers: a string of C H digits, 1 for yes
-    # and 0 for no (then the feature is always 0); "": all. Only `compress` makes them
+    # features of component heads that are cached, in all layers: C H digits, 1 for yes, 0 for a
+    # feature that is always 0; "": all
     key_slots: str = ""
     value_slots: str = ""
     hlc_order: str = "before"  # keys are mixed "before" or "after" their norm and rotation; both
@@ -164,10 +163,7 @@ class ModelConfig:
         return self.key_bits if side == Side.KEY else self.value_bits
 
     def slots(self, side: Side) -> tuple[int, ...] | None:
-        """Return the features of component heads (C H) that `key_slots` or `value_slots` keeps.
-
-        None means all.
-        """
+        """Return the features of (C, H) that `key_slots` or `value_slots` keeps; None: all."""
         row = self.key_slots if side == Side.KEY else self.value_slots
         return tuple(i for i, digit in enumerate(row) if digit == "1") if row else None
 

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from mea_jax.errors import UserError
-from mea_jax.parallel import rendezvous
+from mea_jax.parallel import processes, rendezvous
 
 
 @pytest.fixture
@@ -177,3 +177,16 @@ def test_addresses_that_are_none(text):
 def test_addresses():
     assert rendezvous.parse("10.0.0.1:8476") == ("10.0.0.1", 8476)
     assert rendezvous.parse("[::1]:8476") == ("::1", 8476)
+
+
+def test_silence_is_noticed_at_the_limit():
+    """A heartbeat counts from its first arrival, by the clock of the process that receives it."""
+    signs = processes.Heartbeats(3, 100.0)
+    signs.note({0: "1 a", 1: "7 b"}, 110.0)
+    assert signs.describe_lost(100.0 + processes.LOST_SECONDS) is None
+    found = signs.describe_lost(101.0 + processes.LOST_SECONDS)
+    assert found == f"process 2 has sent no heartbeat for {processes.LOST_SECONDS + 1:.0f} s"
+    signs.note({0: "2 a", 1: "7 b", 2: "1 c"}, 160.0)
+    found = signs.describe_lost(160.0 + processes.LOST_SECONDS)
+    assert found is not None
+    assert found.startswith("process 1 on b ")

@@ -49,6 +49,8 @@ def measure(checkpoint: Path, out: Path, options: Options, measurements: Path) -
     file = out / "control.json"
     if file.exists():
         return json.loads(file.read_text())
+    if not joint_tokens(options):
+        raise UserError("--repair_tokens=0 and --calibration_tokens=0 leave no text to train on")
     began = time.monotonic()
     source = StoredModel(checkpoint, _log)
     auto = dataclasses.replace(unresolved(source.config.model), dtype=options.dtype)

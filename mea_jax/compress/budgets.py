@@ -78,7 +78,8 @@ def heads_kept(keep: float, heads: int) -> float:
     found = _heads(keep, heads)
     if found < 1:
         raise UserError(
-            f"--keep={keep} leaves less than one of {heads} heads: keep {1 / heads:.3g} or more"
+            f"--keep={keep} leaves less than one of {heads} heads: keep {1 / heads:.3g} or more, "
+            "or give --method frequency, which keeps single slots of all layers"
         )
     return found
 
@@ -117,7 +118,8 @@ def uniform(keep: float, heads: int) -> int:
             f"--keep={keep} is not a whole number of heads per layer: of {heads} key/value heads, "
             f"{below} are {below / heads:.3g} of the cache and {below + 1} are "
             f"{(below + 1) / heads:.3g}; give one of these, or --budget measured, which chooses "
-            "the number of heads for each layer, or --method frequency, which keeps single slots"
+            "the number of heads for each layer, or --method frequency with all layers, which "
+            "keeps single slots"
         )
     return int(found)
 

@@ -33,7 +33,7 @@ class Shares:
 
     @property
     def partial(self) -> bool:
-        """Whether something else is kept than whole heads."""
+        """True if slots or bits are chosen instead of whole heads."""
         return bool(self.bits or self.slots)
 
     def target(self, model: ModelConfig, method: str) -> ModelConfig:
@@ -54,8 +54,8 @@ class Shares:
         return budgets.cache_bytes(self.target(model, method))
 
 
-def kept(model: ModelConfig, options: Options) -> float:
-    """Return the number of heads of a layer, on average, that `--keep` amounts to.
+def kept(model: ModelConfig, options: Options, chosen: list[int]) -> float:
+    """Return the number of heads of the `chosen` layers, on average, that `--keep` amounts to.
 
     Raise `UserError` if it is not possible.
     """
@@ -64,7 +64,7 @@ def kept(model: ModelConfig, options: Options) -> float:
         return float(count)
     if options.budget != "uniform":
         return budgets.heads_kept(options.keep, count)
-    if options.method == "frequency" and options.layers == "full":
+    if options.method == "frequency" and len(chosen) == model.n_layers:
         return budgets.slots_kept(options.keep, count, model.head_dim)
     return float(budgets.uniform(options.keep, count))
 
@@ -87,7 +87,7 @@ def divide(
       solved: returns a layer's solution with all heads.
       log: logs a line.
     """
-    heads, count = kept(model, options), model.n_kv_heads
+    heads, count = kept(model, options, chosen), model.n_kv_heads
     shares = Shares([count] * model.n_layers, [count] * model.n_layers)
     if options.method == "bits":
         return _divide_bits(shares, options, measurements, solved)
@@ -116,9 +116,10 @@ def _divide_slots(shares: Shares, heads: float, solved: Callable[[int], methods.
             powers[side] = powers.get(side, 0) + x_CH / x_CH.sum()
     width = powers[Side.KEY].shape[1]
     pairs_CF = powers[Side.KEY][:, : width // 2]
+    pairs = round(heads * width / 2)  # as many values as features of keys: a cache of one width
     rows = {
-        Side.KEY: np.tile(_largest(pairs_CF, round(heads * width / 2)), 2),
-        Side.VALUE: _largest(powers[Side.VALUE], round(heads * width)),
+        Side.KEY: np.tile(_largest(pairs_CF, pairs), 2),
+        Side.VALUE: _largest(powers[Side.VALUE], 2 * pairs),
     }
     least = max(int(np.flatnonzero(row_CH.any(axis=1))[-1]) + 1 for row_CH in rows.values())
     slots = {side: "".join("01"[x] for x in row[:least].ravel()) for side, row in rows.items()}

@@ -42,12 +42,10 @@ class Information:
     Attributes:
       keys: E[g g^T] (K H, K H) of keys before rotation, times the norm's weight if there is one.
       values: E[g g^T] (K H, K H) of values.
-      outputs: E[g g^T] (D, D) of the attention's output.
     """
 
     keys: np.ndarray
     values: np.ndarray
-    outputs: np.ndarray
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -112,7 +110,7 @@ def measure(
     seed: int,
     folder: Path,
 ) -> None:
-    """Write the information of every layer to `folder`, as fisher-<layer>.npz.
+    """Write the information of every layer, and of its output, to `folder`: fisher-<layer>.npz.
 
     Args:
       model: the resolved config.
@@ -146,9 +144,9 @@ def measure(
                 d_BTD, new, count = jax.device_get(_pull_back(specs[index], placed, *read))
                 slopes[i], tokens = d_BTD, tokens + float(count)
                 sums = {n: sums[n] + np.asarray(new[n], np.float64) for n in sums}
-            scratch = folder / "information.npz"
+            scratch = folder / "fisher.npz"
             keys, values, outputs = (sums[name] / tokens for name in (*Side, OUTPUT))
-            np.savez(scratch, keys=keys, values=values, outputs=outputs)
+            np.savez(scratch, keys=keys, values=values, outputs=np.float32(outputs))
             scratch.rename(folder / f"fisher-{index}.npz")
     shutil.rmtree(stream.folder)
 
@@ -156,4 +154,10 @@ def measure(
 def read(folder: Path, index: int) -> Information:
     """Read the information of layer `index`, which `measure` wrote."""
     with np.load(folder / f"fisher-{index}.npz") as stored:
-        return Information(stored["keys"], stored["values"], stored["outputs"])
+        return Information(stored["keys"], stored["values"])
+
+
+def read_outputs(folder: Path, index: int) -> np.ndarray:
+    """Read E[g g^T] (D, D) of the output of layer `index`'s attention, float64."""
+    with np.load(folder / f"fisher-{index}.npz") as stored:
+        return stored["outputs"].astype(np.float64)

@@ -59,6 +59,8 @@ def target_model(
         hlc_order="before",
         key_mixing="frequency" if wide else "heads",
         value_mixing="dense" if wide else "heads",
+        key_slots="",
+        value_slots="",
         key_components=tuple(keys),
         value_components=tuple(values),
     )

@@ -20,7 +20,8 @@ _CHOICES = {
 }
 _WORDS = {
     "layers": "layers to compress: full, deep, half (as in the paper), or 2,4-7",
-    "calibration_source": "other calibration text, such as jsonl:FILE,text:FOLDER, in equal parts",
+    "calibration_source": "text in place of the checkpoint's own, such as jsonl:FILE,text:FOLDER, "
+    "in equal parts",
     "held_out_source": "other text to measure the loss on, such as jsonl:FILE,text:FOLDER; a "
     "row for each",
 }
@@ -28,11 +29,11 @@ _NUMBERS = {  # the least, and the help
     "repair_steps": (1, "steps for each layer, with --repair layerwise or blockwise"),
     "repair_tokens": (
         0,
-        "tokens of training text for --repair; 0: as many as --calibration_tokens",
+        "tokens of text for repair or training; 0: as many as --calibration_tokens",
     ),
     "calibration_tokens": (
         0,
-        "tokens of training text for calibration; 0: use the weights only",
+        "tokens of text for calibration; 0: none, use the weights only",
     ),
     "measure_tokens": (1, "tokens on which --budget measured or repaired tries each layer"),
     "held_out_tokens": (1, "maximum number of held-out tokens on which the loss is compared"),

@@ -105,7 +105,7 @@ class OriginalLayer:
     ):
         self.spec, self.stream, self.index = spec, stream, stream.done
         self.root_DD = None
-        if costs_DD is not None:
+        if costs_DD is not None and np.trace(costs_DD) > 0:
             mean = np.trace(costs_DD) / len(costs_DD)
             self.root_DD = stream.place(np.float32(np.linalg.cholesky(costs_DD / mean)))
         self._attention, self._scale = stream.place(attention), stream.place(norm_scale_D)

@@ -77,7 +77,7 @@ class CompressionPass:
         methods.check_model(self.model, options.method)
         self.chosen = budgets.choose_layers(options.layers, self.model.n_layers)
         self.count = self.model.n_kv_heads
-        dividing.kept(self.model, options)
+        dividing.kept(self.model, options, self.chosen)
         self._check_part()
         self.texts = CalibrationTexts(self.source, options, log)
         self._claim()
@@ -211,13 +211,8 @@ class CompressionPass:
                 attention = step_sizes.fitted(original, (spec, attention))
             if options.repair != "none":
                 before = original.error((spec, attention))
-                repaired = self._repaired(original, (spec, attention))
-                after = original.error((spec, repaired))
-                if after < before:
-                    attention = repaired
-                else:  # too few steps, or a layer that has lost next to nothing
-                    self.log(f"layer {index}: repair did not lower its error; it is left out")
-                row["repair"] = [before, min(before, after)]
+                attention, after = self._repaired(original, (spec, attention), before)
+                row["repair"] = [before, after]
         new = tree | {"attention": attention}
         if text is not None and followed is not None:
             blocks = repair.RepairedBlock((layer_specs(self.model)[index], tree), text, followed)
@@ -233,7 +228,7 @@ class CompressionPass:
         """Return what errors of a layer's attention cost, if the method has measured it."""
         if self.options.method != "bits":
             return None
-        return ridged(self.measurements.information(index).outputs, methods.RIDGE)
+        return ridged(self.measurements.output_information(index), methods.RIDGE)
 
     def _dropped(self, solved: methods.Solved) -> dict[str, Any]:
         """Return the heads that slots amount to, and the energy lost with those dropped."""
@@ -257,13 +252,25 @@ class CompressionPass:
             row |= {f"{side}_bits": float(own_X.mean()), f"{side}_residual": lost}
         return row
 
-    def _repaired(self, original: repair.OriginalLayer, compressed: repair.Layer) -> Tree:
-        attention = repair.refit_output(original, compressed)
-        if self.options.repair == "output":
-            return attention
-        words = f"repairing layer {original.index}"
-        steps = self.options.repair_steps
-        return repair.reconstruct(original, (compressed[0], attention), steps, words)
+    def _repaired(
+        self, original: repair.OriginalLayer, compressed: repair.Layer, before: float
+    ) -> tuple[Tree, float]:
+        """Return the attention with the least error of those before and after each repair."""
+        spec, best, least = *compressed, before
+        refitted = repair.refit_output(original, compressed)
+        candidates = [refitted]
+        if self.options.repair != "output":
+            words = f"repairing layer {original.index}"
+            steps = self.options.repair_steps
+            candidates.append(repair.reconstruct(original, (spec, refitted), steps, words))
+        for attention in candidates:
+            if (error := original.error((spec, attention))) < least:
+                best, least = attention, error
+        if least == before:  # too few steps, or a layer that has lost next to nothing
+            self.log(
+                f"layer {original.index}: no fit of its attention lowers its error, so none is kept"
+            )
+        return best, least
 
     def look(self, writer: Writer, name: str = "look") -> Losses:
         """Return the compressed model's held-out losses and divergences from the original.

@@ -33,27 +33,33 @@ from mea_jax.model.layer_spec import layer_specs
 from mea_jax.ops import hlc, rope
 
 Tree = dict[str, Any]
-# Widths of heads that vLLM 0.32 serves: on a CPU, and by FlashAttention on a GPU (also: multiples
-# of 8 only). Triton and FlexAttention take any.
-CPU_WIDTHS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256)
+# Widths of heads that vLLM 0.32 serves: on a CPU, and by FlashAttention on a GPU (at most, and in
+# multiples of 8). Its other backends for GPUs take more.
+CPU_WIDTHS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 FLASH_WIDTH = 256
 
 
 def check(model: ModelConfig) -> None:
     """Raise `UserError`, which names the feature, if no stock class has a cache of components."""
     check_exportable(model)
-    for lacking, what in (
-        (model.head_norm, "a norm of each head's output between attention and W_o (head_norm)"),
-        (model.qk_norm, "a norm of each composite key, a factor beside the cache (qk_norm)"),
-        (model.gate != "none", f"a gate of each head's output (gate={model.gate!r})"),
-        (model.positions != "rope", f"positions={model.positions!r}"),
-        (model.layer_thetas is not None, "layers with other rotary frequencies (layer_thetas)"),
-        (model.rope_scaling.kind == "dynamic", "rope_type 'dynamic' with a width of its own"),
+    own, plugin = other_form(model), "vllm, a plug-in"
+    for lacking, what, form in (
+        (model.head_norm, "a norm of each head's output (head_norm)", plugin),
+        (model.qk_norm, "a norm of each composite key, a factor beside the cache (qk_norm)", own),
+        (model.gate != "none", f"a gate of each head's output (gate={model.gate!r})", plugin),
+        (model.positions != "rope", f"positions={model.positions!r}", own),
+        (model.layer_thetas is not None, "other frequencies in some layers (layer_thetas)", plugin),
+        (model.rope_scaling.kind == "dynamic", "rope_type 'dynamic' with a width of its own", own),
     ):
         if lacking:
             raise UserError(
-                f"no stock class can read component heads and has {what}: export it with --form mea"
+                f"no stock class reads component heads and has {what}: export it with --form {form}"
             )
+    if not (model.mixes(Side.KEY) and model.mixes(Side.VALUE)):
+        raise UserError(
+            f"config.model.hlc={model.hlc!r} does not mix keys and values both, so one head of all "
+            f"that is cached would save nothing: export it with --form {own}"
+        )
     if width(model) >= model.n_kv_heads * model.head_dim:
         raise UserError(
             f"the widest layer caches {max(widths(model))} numbers per token for its keys or its "
@@ -61,6 +67,11 @@ def check(model: ModelConfig) -> None:
             "All layers of a stock class are alike: compress with --budget uniform and a smaller "
             "--keep, or give --form stock"
         )
+
+
+def other_form(model: ModelConfig) -> str:
+    """Return the form for a model that no engine can cache as components."""
+    return "stock" if model.key_slots or model.value_slots else "mea"
 
 
 def _kept(model: ModelConfig, side: Side, components: int) -> np.ndarray:
@@ -85,8 +96,12 @@ def widths(model: ModelConfig) -> list[int]:
 
 
 def width(model: ModelConfig) -> int:
-    """Return the width of the only key/value head, R: that of the layer and side that has most."""
-    return max(widths(model))
+    """Return the width of the only key/value head, R: that of the layer and side that has most.
+
+    It is even, as features of keys are rotated in pairs.
+    """
+    most = max(widths(model))
+    return most + most % 2
 
 
 def absorbed_model(model: ModelConfig) -> ModelConfig:
@@ -149,7 +164,8 @@ def rope_config(model: ModelConfig, context: int) -> dict[str, Any]:
 def _padded(x: np.ndarray, size: int, pairs: bool = False) -> np.ndarray:
     """Return `x` with zeros up to `size` of the last axis; with `pairs`, in each half of it."""
     halves = np.split(x, 2, axis=-1) if pairs else [x]
-    missing = (size - x.shape[-1]) // len(halves)
+    missing, odd = divmod(size - x.shape[-1], len(halves))
+    assert not odd
     zeros = np.zeros((*x.shape[:-1], missing), x.dtype)
     return np.concatenate([part for half in halves for part in (half, zeros)], axis=-1)
 
@@ -174,7 +190,7 @@ def absorb_projections(model: ModelConfig, attention: Tree, size: int) -> Tree:
     result have the factor of a head of R features, 1/sqrt(R).
     """
     n, k, h = model.n_heads, model.n_kv_heads, model.head_dim
-    factor = rope.attention_factor(model.rope_scaling) ** 2
+    factor = rope.attention_factor(model.rope_scaling) ** 2 if model.rope_theta else 1.0
     scale = (model.attention_scale or h**-0.5) * size**0.5 * factor
 
     def heads(name: str) -> np.ndarray:

@@ -93,7 +93,7 @@ def mea_config(model: ModelConfig, context_length: int = 2048) -> dict[str, Any]
     if model.key_slots or model.value_slots:
         raise UserError(
             "config.model.key_slots: modeling_mea.py caches whole component heads, not single "
-            "slots: export the model with --form absorbed, or --form stock"
+            "slots: export the model with --form absorbed, or with --form stock if that is refused"
         )
     rope: dict[str, Any] | None = None
     if model.positions == "rope":

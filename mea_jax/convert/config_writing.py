@@ -18,7 +18,10 @@ def stock_family(model: ModelConfig, published: Any = None) -> Family:
     mixes = model.mixes(Side.KEY) or model.mixes(Side.VALUE)
     for lacking, what in (
         (model.variant != "mea", f"variant={model.variant!r}"),
-        (mixes, "component heads (give --form stock to rebuild composite heads, or --form mea)"),
+        (
+            mixes,
+            "component heads (give --form stock to rebuild composite heads, or --form absorbed)",
+        ),
         (model.head_norm, "a norm of each head's output (head_norm)"),
         (model.gate != "none", f"gate={model.gate!r}"),
         (model.positions != "rope", f"positions={model.positions!r}"),

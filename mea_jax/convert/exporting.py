@@ -27,7 +27,7 @@ from mea_jax.convert import (
 )
 from mea_jax.data.tokenizers import from_directory
 from mea_jax.errors import UserError, nearest
-from mea_jax.model.layer_spec import fold_model, layer_specs
+from mea_jax.model.layer_spec import fold_model
 from mea_jax.model.params import abstract_params
 
 FORMS = ("auto", "stock", "absorbed", "vllm", "mea")
@@ -37,14 +37,22 @@ _SPARE = 1 << 27  # bytes of disk in addition to the tensors
 
 
 def choose_form(model: ModelConfig, form: str) -> str:
-    """Return "stock" or "mea"; "auto" means "stock" if a stock class computes `model` as it is.
+    """Return `form`, or for "auto" the one that keeps the cache as small as it is.
 
-    Raise `UserError` if `form` is unknown.
+    That is "stock" if a stock class computes `model` as it is, "mea" if heads are mixed, and
+    "absorbed" for single slots, or "stock" where that is not possible. Raise `UserError` if `form`
+    is unknown.
     """
     if form not in FORMS:
         raise UserError(f"--form={form}: {nearest(form, FORMS)}")
     if form != "auto":
         return form
+    if model.key_slots or model.value_slots:
+        try:
+            absorbed.check(model)
+        except UserError:
+            return "stock"
+        return "absorbed"
     try:
         config_writing.stock_family(model)
     except UserError:
@@ -180,7 +188,7 @@ class _Plugin:
     @property
     def cached(self) -> int:
         """The numbers that are cached per token in all layers."""
-        return 2 * sum(map(vllm_export.size_of, layer_specs(self.own)))
+        return vllm_export.cached(self.own)
 
 
 def cached_numbers(model: ModelConfig) -> int:
@@ -215,7 +223,7 @@ def export_model(
 
     Returns:
       The class, form, dtype, number of parameters and bytes of the model, the numbers that it
-      caches per token and those of its composite heads, and the width of a head.
+      caches per token and those of its composite heads, and the widths of a head.
 
     Raises:
       UserError: if the model cannot be exported or written; then there is no `out`.
@@ -244,6 +252,7 @@ def export_model(
             tokenizer_files.write(tokenizer, folder, length)
             (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
             model.finish(folder)
+    width = model.model.head_dim
     parameters = sum(math.prod(shape) for _, shape in plan)
     return {
         "class": config["architectures"][0],
@@ -253,5 +262,5 @@ def export_model(
         "bytes": size,
         "cached": model.cached,
         "uncompressed": cached_numbers(fold_model(model.stored.config.model)),
-        "width": model.model.head_dim,
+        "widths": vllm_export.sizes(stored.config.model) if form == "vllm" else [width],
     }

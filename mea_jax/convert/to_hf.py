@@ -32,11 +32,13 @@ def parse_size(text: str) -> int:
 
 def serving(found: dict[str, Any]) -> str:
     """Return what serves the exported model, in words."""
-    width = found["width"]
-    cpu = "on CPUs and " if width in CPU_WIDTHS else ""
-    flash = "with FlashAttention" if width <= FLASH_WIDTH and not width % 8 else "with Triton alone"
-    once = f"pip install --no-deps {OUT.value}; " if found["form"] == "vllm" else ""
-    return f"{once}vllm serve {OUT.value}: a head of width {width}, {cpu}on GPUs {flash}"
+    widths = sorted(set(found["widths"]))
+    cpu = "on CPUs and " if set(widths) <= set(CPU_WIDTHS) else ""
+    flashes = all(width <= FLASH_WIDTH and width % 8 == 0 for width in widths)
+    flash = "with FlashAttention" if flashes else "without FlashAttention"
+    path = f"PYTHONPATH={OUT.value} " if found["form"] == "vllm" else ""
+    named = " and ".join(map(str, widths))
+    return f"{path}vllm serve {OUT.value}: heads of width {named}, {cpu}on GPUs {flash}"
 
 
 def main() -> None:

@@ -1,8 +1,8 @@
 """Export a model for vLLM with the plug-in of vllm_mea.py: what a stock class cannot compute.
 
-A folder has the weights, the plug-in's module and a pyproject.toml that makes it installable. Each
-layer has the width of what it caches, the larger of its keys and values. With a head norm or a gate
-the mixing of values is a map between attention and the output projection.
+A folder has the weights, the plug-in's module, and metadata by which vLLM finds it if the folder is
+on Python's path. Each layer has the width of what it caches, the larger of its keys and values.
+With a head norm or a gate the mixing of values is a map between attention and W_o.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from mea_jax.config.schema import ModelConfig
+from mea_jax.config.schema import ModelConfig, Side
 from mea_jax.convert import absorbed, config_writing, families, tensors
 from mea_jax.convert.composite import check_exportable
 from mea_jax.errors import UserError
@@ -22,22 +22,11 @@ from mea_jax.model.layer_spec import LayerSpec, layer_specs
 Tree = dict[str, Any]
 PLUGIN = Path(__file__).with_name("vllm_mea.py")
 _NAMES = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "out": "o_proj"}
-_PROJECT = """\
-[project]
-name = "mea-vllm"
-version = "1"
-requires-python = ">=3.10"
-
-[project.entry-points."vllm.general_plugins"]
-mea = "vllm_mea:register"
-
-[build-system]
-requires = ["setuptools"]
-build-backend = "setuptools.build_meta"
-
-[tool.setuptools]
-py-modules = ["vllm_mea"]
-"""
+# What makes Python find the plug-in in a folder of its path, as in one that pip has installed to.
+_METADATA = {
+    "METADATA": "Metadata-Version: 2.1\nName: mea-vllm\nVersion: 1\n",
+    "entry_points.txt": "[vllm.general_plugins]\nmea = vllm_mea:register\n",
+}
 
 
 def check(model: ModelConfig) -> None:
@@ -47,11 +36,19 @@ def check(model: ModelConfig) -> None:
         (model.qk_norm, "a factor for each cached key and composite head (qk_norm)"),
         (model.positions != "rope", f"positions={model.positions!r}"),
         (model.rope_scaling.kind == "dynamic", "rope_type 'dynamic'"),
+        (len(set(model.windows()) - {0}) > 1, f"windows of several sizes, {model.windows()}"),
     ):
         if lacking:
             raise UserError(
-                f"no attention kernel of vLLM has {what}: export the model with --form mea"
+                f"the plug-in for vLLM cannot have {what}: export the model with --form "
+                f"{absorbed.other_form(model)}"
             )
+    if cached(model) >= 2 * model.n_layers * model.n_kv_heads * model.head_dim:
+        raise UserError(
+            f"the layers cache {cached(model):,} numbers per token as one head each, no fewer than "
+            f"as {model.n_kv_heads} heads of {model.head_dim}: compress the model first, or export "
+            f"it with --form {absorbed.other_form(model)}"
+        )
 
 
 def target_model(model: ModelConfig) -> ModelConfig:
@@ -61,7 +58,7 @@ def target_model(model: ModelConfig) -> ModelConfig:
     """
     check(model)
     plain = dataclasses.replace(
-        absorbed.as_one_head(model, max(map(size_of, layer_specs(model)))),
+        absorbed.as_one_head(model, max(sizes(model))),
         head_norm=False,
         gate="none",
         layer_thetas=None,
@@ -78,7 +75,22 @@ def target_model(model: ModelConfig) -> ModelConfig:
 
 def size_of(spec: LayerSpec) -> int:
     """Return the width R of a layer's only key/value head."""
-    return max(absorbed.widths(spec.alone))
+    return absorbed.width(spec.alone)
+
+
+def sizes(model: ModelConfig) -> list[int]:
+    """Return the width of each layer's only key/value head."""
+    own = dataclasses.replace(model, n_layers=1, window=None, layer_thetas=None)
+    pairs = zip(*(model.components(side) for side in Side), strict=True)
+    return [
+        absorbed.width(dataclasses.replace(own, key_components=key, value_components=value))
+        for key, value in pairs
+    ]
+
+
+def cached(model: ModelConfig) -> int:
+    """Return the numbers that are cached per token in all layers."""
+    return 2 * sum(sizes(model))
 
 
 def maps_values(model: ModelConfig) -> bool:
@@ -95,7 +107,7 @@ def config(model: ModelConfig, dtype: str, kept: families.Json) -> dict[str, Any
         for spec in specs
     ]
     mea = {
-        "widths": [size_of(spec) for spec in specs],
+        "widths": sizes(model),
         "wavelengths": waves,
         "composite_heads": model.n_kv_heads,
         "head_dim": model.head_dim,
@@ -187,6 +199,9 @@ def _places(target: ModelConfig) -> Iterator[tuple[str, int, tensors.Entry | Non
 
 
 def finish(folder: Path) -> None:
-    """Write the plug-in, installable, into the exported folder."""
+    """Write the plug-in and its metadata into the exported folder."""
     shutil.copy(PLUGIN, folder / PLUGIN.name)
-    (folder / "pyproject.toml").write_text(_PROJECT)
+    metadata = folder / "mea_vllm-1.dist-info"
+    metadata.mkdir()
+    for name, content in _METADATA.items():
+        (metadata / name).write_text(content)

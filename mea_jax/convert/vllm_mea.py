@@ -1,7 +1,6 @@
 """Multi-head Explicit Attention for vLLM: a plug-in, stored next to the weights that it serves.
 
-    pip install --no-deps FOLDER        # in vLLM's environment, once
-    vllm serve FOLDER
+    PYTHONPATH=FOLDER vllm serve FOLDER
 
 A layer is Llama's, with one key/value head as wide as what it caches, and a query projection that
 contains the mixing of keys (mea_jax/convert/absorbed.py). Beyond what a stock class has, each layer
@@ -49,9 +48,14 @@ class MEALlamaAttention(LlamaAttention):
         }
         super().__init__(own, hidden_size, num_heads, prefix=prefix, **others)
         self.size, self.eps, self.has_map = mea["head_dim"], config.rms_norm_eps, mea["maps_values"]
-        first = get_tensor_model_parallel_rank() * self.num_heads
-        per_head = self.total_num_heads // mea["composite_heads"]
-        self.composite_N = [head // per_head for head in range(first, first + self.num_heads)]
+        # Of this process: the first composite head, and how many its query heads belong to.
+        group = self.total_num_heads // mea["composite_heads"]
+        self.first = get_tensor_model_parallel_rank() * self.num_heads // group
+        self.count = max(self.num_heads // group, 1)
+        if max(self.num_heads, group) % min(self.num_heads, group):
+            raise ValueError(
+                f"{self.num_heads} query heads of a process are not whole groups of {group}"
+            )
         if self.has_map:
             maps = torch.empty(mea["composite_heads"], self.head_dim, self.size)
             self.value_map = nn.Parameter(maps, requires_grad=False)
@@ -81,16 +85,16 @@ class MEALlamaAttention(LlamaAttention):
             q, k = self.rotary_emb(positions, q, k)
         o = self.attn(q, k, v)
         if self.has_map:
-            o_TNR = o.view(-1, self.num_heads, self.head_dim)
-            maps_NRH = self.value_map[self.composite_N].to(o.dtype)
-            o_TNH = torch.einsum("tnr,nrh->tnh", o_TNR, maps_NRH)
+            o_TKGR = o.view(len(o), self.count, -1, self.head_dim)
+            maps_KRH = self.value_map[self.first : self.first + self.count].to(o.dtype)
+            o_TNH = torch.einsum("tkgr,krh->tkgh", o_TKGR, maps_KRH).flatten(1, 2)
             if self.head_norm is not None:
                 x = o_TNH.float()
                 x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
                 o_TNH = (x * self.head_norm.float()).to(o.dtype)
             if self.head_gate is not None:
                 gate, _ = self.head_gate(hidden_states)
-                gate_TNX = gate.view(len(gate), self.num_heads, -1)
+                gate_TNX = gate.view(len(o), self.num_heads, -1)
                 o_TNH = o_TNH * torch.sigmoid(gate_TNX.float()).to(o.dtype)
             o = o_TNH.flatten(1)
         output, _ = self.o_proj(o)

@@ -89,8 +89,5 @@ def test_the_plug_in(tiny, devices, tmp_path):
     run, prompts = trained(tiny, MEA, tmp_path / "run"), some_prompts()
     found = export_model(run, tmp_path / "out", print, form="vllm")
     assert found["cached"] / found["uncompressed"] == pytest.approx((1 + 3) / (3 + 3))
-    install = [PYTHON, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation"]
-    folders = ["--target", str(tmp_path / "packages"), str(tmp_path / "out")]
-    subprocess.run([*install, *folders], check=True, env=os.environ | {"PYTHONPATH": ""})
-    served = serve(tmp_path / "out", prompts, str(tmp_path / "packages"))
+    served = serve(tmp_path / "out", prompts, str(tmp_path / "out"))
     assert served["tokens"] == ours(run, prompts)

@@ -51,7 +51,14 @@ def measured(model, layers, top, batches, folder):
     specs = plain_specs(model)
     fisher.measure(model, specs, layers.__getitem__, top, stream, 0, folder)
     assert not (folder / "stream").exists()
-    return [fisher.read(folder, index) for index in range(model.n_layers)]
+    return [
+        {
+            "key": fisher.read(folder, index).keys,
+            "value": fisher.read(folder, index).values,
+            "output": fisher.read_outputs(folder, index),
+        }
+        for index in range(model.n_layers)
+    ]
 
 
 @pytest.mark.parametrize("qk_norm", [False, True])
@@ -80,8 +87,7 @@ def test_it_is_the_gradient_through_all_layers(qk_norm, devices, tmp_path, monke
                 g = np.asarray(slope[name]).reshape(real.size, -1) * np.asarray(real).reshape(-1, 1)
                 totals[index][name] += g.T @ g
     for index, one in enumerate(found):
-        parts = (Side.KEY, one.keys), (Side.VALUE, one.values), ("output", one.outputs)
-        for side, matrix in parts:
+        for side, matrix in one.items():
             wanted = np.asarray(totals[index][side]) / tokens
             if side == Side.KEY and qk_norm:
                 # 1/rms of each key is part of what is cached; it changes scale, not support.
@@ -116,9 +122,7 @@ def test_it_predicts_the_divergence_of_small_errors(devices, tmp_path):
         sums = compared_sums(model, top, changed, original, batch)
         moved, tokens, later = moved + float(sums[2]), tokens + float(sums[1]), later + real.sum()
     per_token = sum(
-        size[side] ** 2 * np.trace(matrix) / 2
-        for one in found
-        for side, matrix in (("key", one.keys), ("value", one.values), ("output", one.outputs))
+        size[side] ** 2 * np.trace(matrix) / 2 for one in found for side, matrix in one.items()
     )
     assert moved / tokens == pytest.approx(per_token * later / tokens, rel=0.2)
     assert moved / tokens > 1e-6

@@ -85,14 +85,37 @@ def test_dropped_slots_stay_dropped(run, devices, tmp_path):
 
 def test_what_is_refused(run, devices, tmp_path):
     devices(1)
+    one_head = load(run, dtype="float32")[0].n_kv_heads == 1
+    too_few = "or give --method frequency, which keeps single slots"
     for changes, words in (
         ({"keep": 0.001}, "leaves no rotary pair"),
         ({"keep": 1.2}, r"must be in \(0, 1\]"),
-        ({"keep": 0.3, "method": "svd"}, "--method frequency, which keeps single slots|less than"),
-        ({"keep": 0.3, "layers": "1"}, "is not a whole number of heads|less than one"),
+        ({"keep": 0.3, "method": "svd"}, too_few if one_head else "--method frequency with all"),
+        ({"keep": 0.3, "layers": "1"}, too_few if one_head else "is not a whole number of heads"),
     ):
         with pytest.raises(UserError, match=words):
             compress(run, tmp_path / "out", Options(**(SMALL | changes)))
+
+
+def test_all_layers_by_their_numbers(run, devices, tmp_path):
+    devices(1)
+    compress(run, tmp_path / "out", Options(keep=0.45, layers="0-1", **SMALL))
+    assert load(tmp_path / "out", dtype="float32")[0].key_slots
+
+
+def test_it_is_compressed_again_and_rebuilt(run, devices, tmp_path):
+    """Whole heads of the compressed model are the same model, and so is the stock export."""
+    devices(1)
     compress(run, tmp_path / "half", Options(keep=0.45, **SMALL))
-    with pytest.raises(UserError, match="--form absorbed"):
-        export_model(tmp_path / "half", tmp_path / "exported", print, form="mea")
+    tokens_BT = jnp.asarray(np.random.default_rng(0).integers(0, 250, (2, 20)), jnp.int32)
+    read = (tokens_BT, jnp.broadcast_to(jnp.arange(20), (2, 20)), jnp.ones_like(tokens_BT))
+    model, params, _, _ = load(tmp_path / "half", dtype="float32")
+    wanted = apply_logits(model, params, *read)
+    compress(tmp_path / "half", tmp_path / "again", Options(keep=1.0, **SMALL))
+    again, params, _, _ = load(tmp_path / "again", dtype="float32")
+    assert not again.key_slots
+    np.testing.assert_allclose(apply_logits(again, params, *read), wanted, rtol=0, atol=1e-4)
+    found = export_model(tmp_path / "half", tmp_path / "exported", print)
+    assert found["form"] == ("stock" if model.qk_norm else "absorbed")
+    with pytest.raises(UserError, match=found["form"]):
+        export_model(tmp_path / "half", tmp_path / "other", print, form="mea")

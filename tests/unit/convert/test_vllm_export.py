@@ -1,6 +1,6 @@
 """The export for vLLM: tensors, config and what it refuses. test_vllm.py runs it in vLLM."""
 
-import tomllib
+from importlib.metadata import entry_points
 from typing import Any
 
 import jax
@@ -71,20 +71,20 @@ def test_the_config_states_the_width_of_each_layer():
         ({"positions": "alibi"}, "positions='alibi'"),
         ({"activation": "gelu"}, "activation='gelu'"),
         ({"norms": "post"}, "norms='post'"),
+        ({"window": (3, 5)}, "windows of several sizes, (3, 5)"),
+        ({"key_components": 4}, "compress the model first"),
     ],
 )
 def test_what_is_refused(changes, said):
     with pytest.raises(UserError) as error:
-        vllm_export.target_model(tiny_model(**MEA, **changes))
+        vllm_export.target_model(tiny_model(**(MEA | changes)))
     assert said in str(error.value)
     assert "--form mea" in str(error.value)
 
 
-def test_the_folder_can_be_installed(tmp_path):
+def test_python_finds_the_plug_in_in_the_folder(tmp_path, monkeypatch):
     vllm_export.finish(tmp_path)
-    project = tomllib.loads((tmp_path / "pyproject.toml").read_text())
-    module, _, function = project["project"]["entry-points"]["vllm.general_plugins"][
-        "mea"
-    ].partition(":")
-    assert project["tool"]["setuptools"]["py-modules"] == [module]
-    assert f"def {function}(" in (tmp_path / f"{module}.py").read_text()
+    monkeypatch.syspath_prepend(tmp_path)
+    (found,) = entry_points(group="vllm.general_plugins", name="mea")
+    assert found.module == vllm_export.PLUGIN.stem
+    assert f"def {found.attr}(" in (tmp_path / f"{found.module}.py").read_text()

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from mea_jax.compress import fisher
-from mea_jax.compress.options import Options, fitting_tokens, joint_tokens
+from mea_jax.compress.options import Options, fitting_tokens, joint_tokens, repairs_layers
 from mea_jax.compress.probe import TRIED
 from mea_jax.compress.rates import POINTS
 from mea_jax.compress.repair import STEPWISE, TEMPERED
@@ -42,9 +42,9 @@ def passes(
     if options.calibration_tokens:
         tempered = min(options.calibration_tokens, TEMPERED)
         found["compressing"] += share * 4 * tempered
-        if options.repair != "none":
+        if repairs_layers(options):
             found["compressing"] += share * 4 * fitting_tokens(options)
-        if options.repair in STEPWISE:
+        if repairs_layers(options) and options.repair in STEPWISE:
             found["compressing"] += share * options.repair_steps * 3 * batch_tokens
     if options.repair == "joint":  # the teacher's pass, the model's, and its gradients
         found["training"] = 4 * joint_tokens(options) + options.held_out_tokens

@@ -165,6 +165,36 @@ def with_values(heads: Heads, values: Values, tree: Tree) -> Tree:
     return tree
 
 
+def balanced(tree: Tree, like: Tree) -> Tree:
+    """Return a layer's attention with slots of equal size, which computes the same function.
+
+    Methods return slots in units in which errors cost the same, so their projections differ by
+    orders of magnitude. An optimizer with steps of one size per parameter needs them alike: each
+    column of "key" and "value" gets the root mean square of the original's, in `like`, a rotary
+    pair of keys one factor for both, and mixing the reciprocal. Steps and biases follow.
+    """
+    tree = dict(tree)
+    for side in Side:
+        kernel_DCH = np.asarray(tree[side.value], np.float64)
+        square_CH = np.mean(np.square(kernel_DCH), axis=0)
+        if side == Side.KEY:
+            square_CH = np.mean(square_CH.reshape(len(square_CH), 2, -1), axis=1)
+            square_CH = np.concatenate([square_CH, square_CH], axis=1)
+        size = np.sqrt(np.mean(np.square(np.asarray(like[side.value], np.float64))))
+        factor_CH = np.where(square_CH > 0, size / np.sqrt(np.maximum(square_CH, 1e-300)), 1.0)
+        tree[side.value] = kernel_DCH * factor_CH
+        for name in (f"{side}_bias", f"{side}_steps"):
+            if name in tree:
+                tree[name] = np.asarray(tree[name], np.float64) * factor_CH
+        mix, half = np.asarray(tree[f"{side}_mixing"], np.float64), kernel_DCH.shape[2] // 2
+        if side == Side.KEY:  # (C, K, F, 2)
+            mix = mix / factor_CH[:, None, :half, None]
+        else:  # (C, H, K, H)
+            mix = mix / factor_CH[:, :, None, None]
+        tree[f"{side}_mixing"] = mix
+    return tree
+
+
 def as_float32(tree: Tree) -> Tree:
     """Return the tree of parameters in float32, as they are stored."""
     return {

@@ -71,11 +71,20 @@ def _check_bits(options: Options) -> None:
         )
 
 
+def repairs_layers(options: Options) -> bool:
+    """Return whether layers are repaired one by one.
+
+    "joint" does so first, except with "bits": rounding is noise, which a fit of one layer can only
+    shrink away, and shrinking adds up over layers.
+    """
+    return options.repair not in ("none", "joint" if options.method == "bits" else "none")
+
+
 def fitting_tokens(options: Options) -> int:
     """Return the number of tokens that single layers are fitted to."""
-    if options.repair == "joint":
+    if options.repair == "joint" and repairs_layers(options):
         return options.calibration_tokens
-    if options.repair != "none":
+    if repairs_layers(options):
         return options.repair_tokens or options.calibration_tokens
     most = FITTED if options.method == "bits" else TEMPERED
     fits = options.method == "bits" or options.method in methods.SHARPENED

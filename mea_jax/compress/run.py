@@ -36,7 +36,13 @@ from mea_jax.compress.calibration import CalibrationTexts
 from mea_jax.compress.dividing import Shares
 from mea_jax.compress.measurements import Measurements
 from mea_jax.compress.moments import ridged, unseen
-from mea_jax.compress.options import Options, check, fitting_tokens, joint_tokens
+from mea_jax.compress.options import (
+    Options,
+    check,
+    fitting_tokens,
+    joint_tokens,
+    repairs_layers,
+)
 from mea_jax.compress.probe import assemble
 from mea_jax.compress.result import write_run
 from mea_jax.compress.stream import Losses, Stream
@@ -196,6 +202,8 @@ class CompressionPass:
             row |= self._dropped(solved)
         if self.shares.bits:
             row |= self._quantise(index, solved.variances, attention)
+        if self.shares.partial:
+            attention = layers.as_float32(layers.balanced(attention, tree["attention"]))
         if text is not None and (counts != (self.count, self.count) or self.shares.partial):
             spec, scale = layer_specs(writer.model)[index], layers.input_scale(tree)
             original = repair.OriginalLayer(
@@ -209,7 +217,7 @@ class CompressionPass:
                 row["temperature"] = found
             if self.shares.bits:
                 attention = step_sizes.fitted(original, (spec, attention))
-            if options.repair != "none":
+            if repairs_layers(options):
                 before = original.error((spec, attention))
                 attention, after = self._repaired(original, (spec, attention), before)
                 row["repair"] = [before, after]

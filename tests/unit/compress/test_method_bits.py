@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mea_jax.checkpoint.load import load
-from mea_jax.compress import bits, joint, repair
+from mea_jax.compress import bits, joint, layer, repair
 from mea_jax.compress.options import Options
 from mea_jax.compress.run import compress
 from mea_jax.config.schema import Side
@@ -114,6 +114,26 @@ def test_slots_that_are_not_rounded_are_the_original(run, one, tmp_path, monkeyp
     scale = np.abs(wanted).max()
     assert np.abs(found - wanted).max() < 2e-5 * scale
     assert np.abs(rounded - wanted).max() > 1e-4 * scale
+
+
+def test_slots_are_balanced_without_changing_the_model(run, one, tmp_path, monkeypatch):
+    """All columns of projections are alike, however much their slots' costs differ."""
+    compress(run, tmp_path / "packed", Options(keep=0.25, **SMALL))
+    monkeypatch.setattr(layer, "balanced", lambda tree, like: tree)
+    compress(run, tmp_path / "unbalanced", Options(keep=0.25, **SMALL))
+    (packed, params, _, _), (_, other, _, _) = (
+        load(tmp_path / name, dtype="float32") for name in ("packed", "unbalanced")
+    )
+    for side in Side:
+        size_LCH = np.sqrt(np.mean(np.square(params["layers_0"]["attention"][side.value]), axis=1))
+        spread = np.sqrt(np.mean(np.square(other["layers_0"]["attention"][side.value]), axis=1))
+        assert size_LCH.max() < 1.5 * np.median(size_LCH)
+        assert spread.max() > 1.5 * spread.min()
+    tokens_BT = jnp.asarray(np.random.default_rng(0).integers(0, 250, (2, 40)), jnp.int32)
+    read = (tokens_BT, jnp.broadcast_to(jnp.arange(40), (2, 40)), jnp.ones_like(tokens_BT))
+    found, wanted = (np.asarray(apply_logits(packed, tree, *read)) for tree in (params, other))
+    # A slot at the boundary of two levels may round either way.
+    assert np.abs(found - wanted).mean() < 1e-5 * np.abs(wanted).max()
 
 
 def test_measured_budgets_give_dear_sides_more(run, one, tmp_path):

@@ -1,13 +1,12 @@
-"""Measure what a small error of keys, values and outputs costs: the Fisher information.
+"""Measure what a small error of each cached key and value costs: the Fisher information.
 
-If these are changed by small errors e, the predictions move by
+If keys and values are changed by small errors e, the predictions move by
 
     KL(original || changed) = 1/2 E (g . e)^2,
 
 with g the gradient of -log p(y) for labels y that are drawn from the model's own predictions. So
-E[g g^T] of a layer's keys, of its values and of its attention's output says how much each direction
-matters, in nats, through all later layers. It takes one pass forward and one backward through the
-model, a layer at a time.
+E[g g^T] of a layer's keys and of its values says how much each direction matters, in nats, through
+all later layers. It takes one pass forward and one backward through the model, a layer at a time.
 """
 
 import dataclasses
@@ -31,7 +30,6 @@ from mea_jax.ops import rms_norm
 Tree = dict[str, Any]
 _HIGHEST = jax.lax.Precision.HIGHEST
 _ROWS = 256  # positions whose logits are in memory at once
-OUTPUT = "output"
 TOKENS = 16384  # on which the information is measured
 
 
@@ -74,11 +72,10 @@ def _top_gradient(model: ModelConfig, top: Tree, x_BTD, batch, key):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _pull_back(spec: LayerSpec, params: Tree, x_BTD, d_BTD, batch, index):
-    """Return the gradient (B, T, D) of a layer's input, and sums over tokens of g g^T by name."""
+    """Return the gradient (B, T, D) of a layer's input, and sums over tokens of g g^T by side."""
     model, block = spec.model, Block(spec.alone, *spec.components)
     shape = (*x_BTD.shape[:2], model.n_kv_heads, model.head_dim)
     errors = {side.value: jnp.zeros(shape, jnp.float32) for side in Side}
-    errors[OUTPUT] = jnp.zeros(x_BTD.shape, jnp.float32)
 
     def run(x_BTD, errors):
         variables = {"params": params, "errors": {"attention": errors}}
@@ -94,11 +91,11 @@ def _pull_back(spec: LayerSpec, params: Tree, x_BTD, d_BTD, batch, index):
         gradients[Side.KEY.value] = gradients[Side.KEY.value] * inverse_BTK1
     real_BT = (batch["segment_ids"] > 0) & (batch["positions"] >= SINKS)
 
-    def squares(g):
-        g = g.reshape(real_BT.size, -1) * real_BT.reshape(-1, 1)
+    def squares(g_BTKH):
+        g = (g_BTKH * real_BT[..., None, None]).reshape(real_BT.size, -1)
         return jnp.dot(g.T, g, precision=_HIGHEST)
 
-    return d_BTD, {name: squares(g) for name, g in gradients.items()}, real_BT.sum()
+    return d_BTD, {side: squares(g) for side, g in gradients.items()}, real_BT.sum()
 
 
 def measure(
@@ -110,7 +107,7 @@ def measure(
     seed: int,
     folder: Path,
 ) -> None:
-    """Write the information of every layer, and of its output, to `folder`: fisher-<layer>.npz.
+    """Write the information of every layer to `folder`, as information-<layer>.npz.
 
     Args:
       model: the resolved config.
@@ -138,26 +135,20 @@ def measure(
         for index in progress(range(len(specs) - 1, -1, -1), "information, backward, layers"):
             stream.resume(index)
             placed, tokens = stream.place(layer(index)), 0.0
-            sums = {name: np.zeros(()) for name in (*Side, OUTPUT)}
+            sums = {side.value: np.zeros(()) for side in Side}
             for i, batch in enumerate(batches):
                 read = (stream.residual(i, model), stream.put(slopes[i]), batch, index)
                 d_BTD, new, count = jax.device_get(_pull_back(specs[index], placed, *read))
                 slopes[i], tokens = d_BTD, tokens + float(count)
                 sums = {n: sums[n] + np.asarray(new[n], np.float64) for n in sums}
-            scratch = folder / "fisher.npz"
-            keys, values, outputs = (sums[name] / tokens for name in (*Side, OUTPUT))
-            np.savez(scratch, keys=keys, values=values, outputs=np.float32(outputs))
-            scratch.rename(folder / f"fisher-{index}.npz")
+            scratch = folder / "information.npz"
+            keys, values = (sums[side.value] / tokens for side in Side)
+            np.savez(scratch, keys=keys, values=values)
+            scratch.rename(folder / f"information-{index}.npz")
     shutil.rmtree(stream.folder)
 
 
 def read(folder: Path, index: int) -> Information:
     """Read the information of layer `index`, which `measure` wrote."""
-    with np.load(folder / f"fisher-{index}.npz") as stored:
+    with np.load(folder / f"information-{index}.npz") as stored:
         return Information(stored["keys"], stored["values"])
-
-
-def read_outputs(folder: Path, index: int) -> np.ndarray:
-    """Read E[g g^T] (D, D) of the output of layer `index`'s attention, float64."""
-    with np.load(folder / f"fisher-{index}.npz") as stored:
-        return stored["outputs"].astype(np.float64)

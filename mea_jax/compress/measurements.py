@@ -137,20 +137,12 @@ class Measurements:
 
     def information(self, index: int) -> fisher.Information:
         """Return the Fisher information of layer `index`; the first call measures all layers."""
-        self._inform()
-        return fisher.read(self.folder, index)
-
-    def output_information(self, index: int) -> np.ndarray:
-        """Return that of the attention's output, (D, D)."""
-        self._inform()
-        return fisher.read_outputs(self.folder, index)
-
-    def _inform(self) -> None:
-        if not all((self.folder / f"fisher-{i}.npz").exists() for i in range(len(self.specs))):
+        if not all((self.folder / f"information-{i}.npz").exists() for i in range(len(self.specs))):
             tokens = min(self.options.calibration_tokens, fisher.TOKENS)
             stream = self.texts.training(self.folder / "information", tokens)
             specs, top, seed = self.specs, self.source.top(), self.options.seed
             fisher.measure(self.model, specs, self._plain, top, stream, seed, self.folder)
+        return fisher.read(self.folder, index)
 
     @property
     def specs(self) -> list[LayerSpec]:

@@ -38,7 +38,7 @@ from mea_jax.errors import UserError
 METHODS = ("svd", "calibrated", "aligned", "frequency", "gqa_mean", "gqa_aligned", "bits")
 # The queries of these get a temperature if there is text. The baselines stay as published.
 SHARPENED = ("aligned", "frequency")
-RIDGE = 1e-3  # of information, relative to its mean eigenvalue: it is a sample's
+_RIDGE = 1e-3  # of information, relative to its mean eigenvalue: it is a sample's
 _LEAST = 1e-9  # lower bound of a frequency's weight (the mean is 1): no frequency is ignored
 NEED_TEXT = ("calibrated", "bits")  # without text these would be another method
 
@@ -234,8 +234,8 @@ def _solve_bits(heads: Heads, moments: Moments, information: Information) -> Sol
     heads, moments = layers.centred(heads, moments.key_means), without_mean(moments)
     count = heads.key_DKH.shape[1]
     gram_FKK, _ = _key_problem(heads, moments, "whole")
-    costs_FKK = ridged(complex_blocks(information.keys, count), RIDGE)
-    costs_XX = ridged(information.values, RIDGE)
+    costs_FKK = ridged(complex_blocks(information.keys, count), _RIDGE)
+    costs_XX = ridged(information.values, _RIDGE)
     with threadpool_limits(1, "blas"):
         keys = key_solvers.per_frequency_costs(gram_FKK, count, costs_FKK)
         values = value_solvers.dense_costs(moments.values, costs_XX, count)

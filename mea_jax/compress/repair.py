@@ -67,13 +67,10 @@ def _normal_equations(spec: LayerSpec, attention: Tree, normed_BTD, target_BTD, 
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _squares(
-    whole: bool, spec: LayerSpec, params, x_BTD, target_BTD, base_BTD, batch, index, root_DD=None
-):
+def _squares(whole: bool, spec: LayerSpec, params, x_BTD, target_BTD, base_BTD, batch, index):
     """Return |f(x) - target|^2 and |target - base|^2, summed over tokens.
 
-    f is the complete block if `whole`, otherwise its attention, which reads normed inputs. With
-    `root_DD` the differences are first multiplied by it.
+    f is the complete block if `whole`, otherwise its attention, which reads normed inputs.
     """
     weight_BT1 = (batch["segment_ids"] > 0).astype(jnp.float32)[..., None]
     target_BTD = target_BTD.astype(jnp.float32)
@@ -81,8 +78,6 @@ def _squares(
     y_BTD = run(spec, params, x_BTD, batch, index).astype(jnp.float32)
 
     def total(difference_BTD):
-        if root_DD is not None:
-            difference_BTD = difference_BTD @ root_DD
         return jnp.sum(jnp.square(difference_BTD) * weight_BT1)
 
     return total(y_BTD - target_BTD), total(target_BTD - base_BTD)
@@ -91,23 +86,11 @@ def _squares(
 class OriginalLayer:
     """An original layer, applied to the text of a stream that has reached that layer.
 
-    The layer's inputs and outputs are kept once computed: two arrays (B, T, D) per batch. With
-    `costs_DD`, an error e of the output counts as e costs e^T instead of |e|^2.
+    The layer's inputs and outputs are kept once computed: two arrays (B, T, D) per batch.
     """
 
-    def __init__(
-        self,
-        spec: LayerSpec,
-        attention: Tree,
-        norm_scale_D,
-        stream: Stream,
-        costs_DD: np.ndarray | None = None,
-    ):
+    def __init__(self, spec: LayerSpec, attention: Tree, norm_scale_D, stream: Stream):
         self.spec, self.stream, self.index = spec, stream, stream.done
-        self.root_DD = None
-        if costs_DD is not None and np.trace(costs_DD) > 0:
-            mean = np.trace(costs_DD) / len(costs_DD)
-            self.root_DD = stream.place(np.float32(np.linalg.cholesky(costs_DD / mean)))
         self._attention, self._scale = stream.place(attention), stream.place(norm_scale_D)
         self._known: dict[int, tuple] = {}
 
@@ -124,15 +107,12 @@ class OriginalLayer:
         return self._known[number]
 
     def error(self, compressed: Layer, most: int | None = None) -> float:
-        """Return |attn'(x) - attn(x)|^2 / |attn(x)|^2 over the first `most` batches (None: all).
-
-        Both are weighted by `costs_DD`, if they are known.
-        """
+        """Return |attn'(x) - attn(x)|^2 / |attn(x)|^2 over the first `most` batches (None: all)."""
         placed, lost, whole = self.stream.place(compressed[1]), 0.0, 0.0
         with jax.set_mesh(self.stream.mesh):
             for number in range(len(self.stream))[:most]:
                 batch, normed, target = self.batch(number)
-                read = (normed, target, 0.0, batch, self.index, self.root_DD)
+                read = (normed, target, 0.0, batch, self.index)
                 sums = jax.device_get(_squares(False, compressed[0], placed, *read))
                 lost, whole = lost + float(sums[0]), whole + float(sums[1])
         return lost / max(whole, 1e-30)
@@ -264,7 +244,6 @@ def _descend(
     words: str,
     read: Any,
     index: int,
-    root_DD: Any = None,
 ) -> Tree:
     """Return the parameters `tree` after `steps` updates.
 
@@ -274,7 +253,7 @@ def _descend(
     params = stream.place(jax.tree.map(jnp.array, tree))
     rate = _FEW_RATE
     if steps >= _FEW:
-        lost = float(_lost(whole, spec, params, *read(0), index, root_DD))
+        lost = float(_lost(whole, spec, params, *read(0), index))
         rate = min(_MOST, _RATE * math.sqrt(lost))
     state = _optimizer(steps).init(params)
     attention = params.get("attention", params)
@@ -282,7 +261,7 @@ def _descend(
     sizes = jax.tree_util.tree_map_with_path(functools.partial(_size, rate, fixed), params)
     for number in progress(range(steps), words):
         params, state = _step(
-            whole, spec, steps, params, state, sizes, *read(number % len(stream)), index, root_DD
+            whole, spec, steps, params, state, sizes, *read(number % len(stream)), index
         )
     return jax.tree.map(np.asarray, jax.device_get(params))
 
@@ -302,8 +281,7 @@ def reconstruct(
         return normed, target, jnp.float32(0), batch
 
     with jax.set_mesh(stream.mesh):
-        where = original.index, original.root_DD
-        return _descend(False, spec, attention, stream, steps, words, read, *where)
+        return _descend(False, spec, attention, stream, steps, words, read, original.index)
 
 
 class RepairedBlock:

@@ -35,7 +35,7 @@ from mea_jax.compress import layer as layers
 from mea_jax.compress.calibration import CalibrationTexts
 from mea_jax.compress.dividing import Shares
 from mea_jax.compress.measurements import Measurements
-from mea_jax.compress.moments import ridged, unseen
+from mea_jax.compress.moments import unseen
 from mea_jax.compress.options import (
     Options,
     check,
@@ -207,7 +207,7 @@ class CompressionPass:
         if text is not None and (counts != (self.count, self.count) or self.shares.partial):
             spec, scale = layer_specs(writer.model)[index], layers.input_scale(tree)
             original = repair.OriginalLayer(
-                layer_specs(self.model)[index], tree["attention"], scale, text, self._costs(index)
+                layer_specs(self.model)[index], tree["attention"], scale, text
             )
             if options.method in methods.SHARPENED and (
                 counts[0] < self.count or self.shares.slots
@@ -231,12 +231,6 @@ class CompressionPass:
             )
         writer.write_layer(index, layers.as_float32(new))
         return row
-
-    def _costs(self, index: int) -> np.ndarray | None:
-        """Return what errors of a layer's attention cost, if the method has measured it."""
-        if self.options.method != "bits":
-            return None
-        return ridged(self.measurements.output_information(index), methods.RIDGE)
 
     def _dropped(self, solved: methods.Solved) -> dict[str, Any]:
         """Return the heads that slots amount to, and the energy lost with those dropped."""

@@ -105,8 +105,8 @@ class Attention(AttentionLayer):
     def with_error(self, name: str, x: Array) -> Array:
         """Return `x` plus the variable `name` of the collection "errors", if it exists.
 
-        Its gradient is that of the keys before rotation (after a norm) if `name` is "key", of the
-        values if it is "value", and of the attention's output if it is "output".
+        Its gradient is that of the keys before rotation (after a norm) if `name` is "key", and of
+        the values if it is "value".
         """
         if not self.has_variable("errors", name):
             return x
@@ -216,4 +216,4 @@ class Attention(AttentionLayer):
             width = c.head_dim if c.gate == "feature" else 1
             gate_BTNH = self.project_heads("output_gate", x_BTD, c.n_heads, width)
             o_BTNH = o_BTNH * jax.nn.sigmoid(gate_BTNH.astype(jnp.float32)).astype(o_BTNH.dtype)
-        return self.with_error("output", self.write_residual(o_BTNH)), stored
+        return self.write_residual(o_BTNH), stored

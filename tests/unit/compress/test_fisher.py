@@ -40,9 +40,7 @@ def through_all(model, layers, top, batch, errors):
 
 def no_errors(model, batch):
     shape = (*batch["inputs"].shape, model.n_kv_heads, model.head_dim)
-    zeros = {side.value: jnp.zeros(shape) for side in Side}
-    zeros["output"] = jnp.zeros((*batch["inputs"].shape, model.d_model))
-    return [dict(zeros) for _ in range(model.n_layers)]
+    return [{side.value: jnp.zeros(shape) for side in Side} for _ in range(model.n_layers)]
 
 
 def measured(model, layers, top, batches, folder):
@@ -51,14 +49,7 @@ def measured(model, layers, top, batches, folder):
     specs = plain_specs(model)
     fisher.measure(model, specs, layers.__getitem__, top, stream, 0, folder)
     assert not (folder / "stream").exists()
-    return [
-        {
-            "key": fisher.read(folder, index).keys,
-            "value": fisher.read(folder, index).values,
-            "output": fisher.read_outputs(folder, index),
-        }
-        for index in range(model.n_layers)
-    ]
+    return [fisher.read(folder, index) for index in range(model.n_layers)]
 
 
 @pytest.mark.parametrize("qk_norm", [False, True])
@@ -70,7 +61,7 @@ def test_it_is_the_gradient_through_all_layers(qk_norm, devices, tmp_path, monke
     model, layers, top, batches = example(qk_norm)
     found = measured(model, layers, top, batches, tmp_path)
     jax.clear_caches()
-    totals = [dict.fromkeys((*Side, "output"), 0.0) for _ in layers]
+    totals = [dict.fromkeys(Side, 0.0) for _ in layers]
     tokens = 0.0
     for batch in batches:
 
@@ -83,11 +74,11 @@ def test_it_is_the_gradient_through_all_layers(qk_norm, devices, tmp_path, monke
         real = (batch["segment_ids"] > 0) & (batch["positions"] >= SINKS)
         tokens += real.sum()
         for index, slope in enumerate(slopes):
-            for name in (*Side, "output"):
-                g = np.asarray(slope[name]).reshape(real.size, -1) * np.asarray(real).reshape(-1, 1)
-                totals[index][name] += g.T @ g
+            for side in Side:
+                g = (np.asarray(slope[side.value]) * real[..., None, None]).reshape(real.size, -1)
+                totals[index][side] += g.T @ g
     for index, one in enumerate(found):
-        for side, matrix in one.items():
+        for side, matrix in ((Side.KEY, one.keys), (Side.VALUE, one.values)):
             wanted = np.asarray(totals[index][side]) / tokens
             if side == Side.KEY and qk_norm:
                 # 1/rms of each key is part of what is cached; it changes scale, not support.
@@ -104,15 +95,15 @@ def test_it_predicts_the_divergence_of_small_errors(devices, tmp_path):
     batches = [random_batch(seed, 8, 64, model.vocab_size) for seed in range(6)]
     found = measured(model, layers, top, batches, tmp_path)
     moved, tokens, later = 0.0, 0.0, 0.0
-    size = {"key": 0.05, "value": 0.02, "output": 0.01}
+    size = {Side.KEY: 0.05, Side.VALUE: 0.02}
     for seed, batch in enumerate(batches):
         real = (batch["segment_ids"] > 0) & (batch["positions"] >= SINKS)
         keys = iter(jax.random.split(jax.random.key(seed), 8))
         errors = [
             {
-                name: size[name]
+                name: size[Side(name)]
                 * jax.random.normal(next(keys), zero.shape)
-                * real.reshape(*real.shape, *[1] * (zero.ndim - 2))
+                * real[..., None, None]
                 for name, zero in layer.items()
             }
             for layer in no_errors(model, batch)
@@ -122,7 +113,9 @@ def test_it_predicts_the_divergence_of_small_errors(devices, tmp_path):
         sums = compared_sums(model, top, changed, original, batch)
         moved, tokens, later = moved + float(sums[2]), tokens + float(sums[1]), later + real.sum()
     per_token = sum(
-        size[side] ** 2 * np.trace(matrix) / 2 for one in found for side, matrix in one.items()
+        size[side] ** 2 * np.trace(matrix) / 2
+        for one in found
+        for side, matrix in ((Side.KEY, one.keys), (Side.VALUE, one.values))
     )
     assert moved / tokens == pytest.approx(per_token * later / tokens, rel=0.2)
     assert moved / tokens > 1e-6

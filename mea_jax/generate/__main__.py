@@ -65,10 +65,10 @@ def _generate(session: Session, prompts: list[str], ids: list[list[int]]) -> Non
             ) from error
         print(f"{len(prompts)} lines written to {OUTPUT.value}", file=sys.stderr)
     print(summary(session, batch), file=sys.stderr)
-    print(
-        "to serve many requests: python -m mea_jax.convert to_hf, vllm serve (docs/serving.md)",
-        file=sys.stderr,
-    )
+    model = session.generator.served.model
+    if model.variant == "mea" and model.key_bits is None:  # it can be exported
+        words = "to serve many requests: python -m mea_jax.convert to_hf, then vllm serve"
+        print(words, file=sys.stderr)
 
 
 def main() -> None:

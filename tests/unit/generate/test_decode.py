@@ -308,6 +308,7 @@ def test_a_full_cache_drops_what_does_not_fit():
         ("key norm", "explicit"),
         ("GQA, untied", "auto"),
         ("collaborative", "auto"),
+        ("some slots", "auto"),
     ],
 )
 def test_int8_cache_is_close_and_small(name, form):

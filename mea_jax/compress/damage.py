@@ -136,10 +136,13 @@ def table(summary: dict[str, Any]) -> str:
             line += "  " + (f"{value} ±{d[error]:.4f}" if known else value).ljust(16)
         lines.append(line.rstrip())
     if trained := summary.get("joint"):
-        was = np.mean([d["increase"] for d in trained["before"].values()])
+        was, now = (
+            np.mean([d["increase"] for d in trained[when].values()]) for when in ("before", "after")
+        )
         lines.append(
             f"joint repair {trained['tokens']:,} tokens, {trained['seconds']:,.0f} s: "
-            f"{was:+.4f} > {loss['mean_increase']:+.4f} nats, mean of the sources"
+            f"{was:+.4f} > {now:+.4f} nats, mean of the sources"
+            + ("" if trained["kept"] else "; left out, as the divergence did not fall")
         )
     unseen = sum(row["unseen"] for row in summary["layers"])
     if unseen:

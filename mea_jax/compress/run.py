@@ -292,17 +292,30 @@ class CompressionPass:
         return losses
 
     def train_jointly(self, writer: Writer) -> dict[str, Any]:
-        """Train the attention of all layers together; return what was spent and won."""
-        before = damage.domains(self.measurements.calibrate(), self.look(writer, "before_joint"))
-        means = [np.mean([d[key] for d in before.values()]) for key in ("increase", "divergence")]
-        self.log(f"before joint repair: {means[0]:+.4f} nats, divergence {means[1]:.4f}")
+        """Train the attention of all layers together; return what was spent and won.
+
+        If the divergence on held-out text does not fall, the training is left out.
+        """
+        before = self._domains(writer, "before_joint")
         start = self.part / "unjoined"
         if not (self.part / "joint").exists():
             write_run(self.source, writer, start, self.options.method)
         text, devices = self.texts.data, len(jax.devices())
         config = joint.config_of(self.source, self.options, start, text, devices)
         facts = joint.repair(config, self.part / "joint", writer, self.log)
-        return facts | {"before": before}
+        after = self._domains(writer, "after_joint")
+        moved = [np.mean([d["divergence"] for d in of.values()]) for of in (before, after)]
+        helps = bool(moved[1] < moved[0])
+        self.log(f"joint repair: divergence {moved[0]:.4f} > {moved[1]:.4f}")
+        if not helps:
+            self.log("joint repair did not lower the divergence of held-out text; it is left out")
+            unjoined = StoredModel(start, self.log)
+            for index in range(self.model.n_layers):
+                writer.write_layer(index, {"attention": unjoined.layer(index)["attention"]})
+        return facts | {"before": before, "after": after, "kept": helps}
+
+    def _domains(self, writer: Writer, name: str) -> dict[str, dict[str, float]]:
+        return damage.domains(self.measurements.calibrate(), self.look(writer, name))
 
     def finish(self, writer: Writer, summary: dict[str, Any], draw: Callable[[Path], Any]) -> None:
         """Write the run directory in the work folder, rename it to `out`, remove the work folder.

@@ -173,6 +173,21 @@ def test_joint_repair_wins_some_back_and_continues(run, one, tmp_path, monkeypat
     assert config.key_bits is not None
 
 
+@pytest.mark.slow
+def test_joint_repair_that_does_not_help_is_left_out(run, one, tmp_path, monkeypatch, capsys):
+    """At a learning rate that destroys the model it remains as it was before."""
+    monkeypatch.setattr(joint, "LEARNING_RATE", 10.0)
+    options = SMALL | {"keep": 0.25, "calibration_tokens": 2048}
+    compress(run, tmp_path / "plain", Options(**options))
+    options |= {"repair": "joint", "repair_tokens": 16384}
+    summary = compress(run, tmp_path / "joint", Options(**options))
+    assert not summary["joint"]["kept"]
+    assert "it is left out" in capsys.readouterr().err
+    plain, same = (load(tmp_path / name, dtype="float32")[1] for name in ("plain", "joint"))
+    for path, leaf in flat(plain).items():
+        np.testing.assert_array_equal(flat(same)[path], leaf)
+
+
 def test_what_is_refused(run, one, tmp_path):
     for changes, words in (
         ({"keep": 0.6}, r"--keep=0\.6 with --method bits must be in \(0, 0\.5\]"),

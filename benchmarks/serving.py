@@ -20,6 +20,7 @@ import argparse
 import json
 import os
 import re
+import shutil
 import socket
 import statistics
 import subprocess
@@ -237,6 +238,8 @@ def parse() -> tuple[argparse.Namespace, dict[str, Path]]:
         if not (name and equals and (Path(folder) / "config.json").exists()):
             parser.error(f"--model {word}: give NAME=FOLDER of an exported model")
         models[name] = Path(folder).absolute()
+    if shutil.which(asked.vllm) is None:
+        parser.error(f"--vllm {asked.vllm} is no command: give the path of vllm in its environment")
     asked.work = asked.work.absolute()
     asked.work.mkdir(parents=True, exist_ok=True)
     return asked, models

@@ -58,7 +58,7 @@ def check(model: ModelConfig) -> None:
     if not (model.mixes(Side.KEY) and model.mixes(Side.VALUE)):
         raise UserError(
             f"config.model.hlc={model.hlc!r} does not mix keys and values both, so one head of all "
-            f"that is cached would save nothing: export it with --form {own}"
+            "that is cached would save nothing: export it with --form auto"
         )
     if width(model) >= model.n_kv_heads * model.head_dim:
         raise UserError(

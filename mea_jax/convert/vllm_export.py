@@ -47,7 +47,7 @@ def check(model: ModelConfig) -> None:
         raise UserError(
             f"the layers cache {cached(model):,} numbers per token as one head each, no fewer than "
             f"as {model.n_kv_heads} heads of {model.head_dim}: compress the model first, or export "
-            f"it with --form {absorbed.other_form(model)}"
+            "it with --form auto"
         )
 
 

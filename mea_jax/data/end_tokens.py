@@ -61,6 +61,20 @@ def separator_of(
     return next(iter([*documents, *([] if known is None else [known]), *named]), None)
 
 
+def prefix_of(companions: Mapping[str, bytes], vocabulary: Mapping[str, int]) -> int | None:
+    """Return the id that lm-evaluation-harness puts before a text without context, or None.
+
+    That is the begin token that the tokenizer's files name, although the tokenizer itself may not
+    put it before texts, or else the end token.
+    """
+    for key in ("bos_token", "eos_token"):
+        for name in _TEXTS:
+            token = text_of(read_object(companions.get(name, b"")).get(key))
+            if token in vocabulary:
+                return vocabulary[token]
+    return None
+
+
 def known_separator(vocabulary: Mapping[str, int]) -> int | None:
     """Return the id of the first of `END_TOKENS` in a vocabulary, or None if it has none."""
     return next((vocabulary[token] for token in END_TOKENS if token in vocabulary), None)

@@ -21,7 +21,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 
 from mea_jax.checkpoint.load import open_trained, unresolved
-from mea_jax.data import chat
+from mea_jax.data import chat, end_tokens
 from mea_jax.errors import UserError, fail, nearest
 from mea_jax.evaluate.harness.encoding import RequestEncoder
 from mea_jax.evaluate.harness.generating import (
@@ -166,7 +166,8 @@ class HarnessModel(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        return self._tokens.start
+        found = end_tokens.prefix_of(self._tokens.companions, self._tokens.vocabulary)
+        return self._tokens.start if found is None else found
 
     @property
     def max_gen_toks(self) -> int:

@@ -8,7 +8,7 @@ import tokenizers as hf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mea_jax.data import tokenizers
+from mea_jax.data import end_tokens, tokenizers
 from mea_jax.errors import UserError
 
 TEXTS = [
@@ -240,3 +240,18 @@ def test_ids_that_end_a_text(tmp_path):
     ):
         (tmp_path / "generation_config.json").write_text(content)
         assert tokenizers.from_directory(tmp_path).stops == stops
+
+
+@pytest.mark.parametrize(
+    ("named", "expected"),
+    [
+        ({"bos_token": "<s>", "eos_token": "</s>"}, 1),
+        ({"bos_token": None, "eos_token": {"content": "</s>"}}, 2),
+        ({"bos_token": "<unknown>", "eos_token": "</s>"}, 2),
+        ({}, None),
+    ],
+)
+def test_what_the_harness_puts_before_a_text_without_context(named, expected):
+    """The begin token that is named, as SmolLM2's, even if the tokenizer adds none; or the end."""
+    files = {end_tokens.TOKENIZER_CONFIG: json.dumps(named).encode()}
+    assert end_tokens.prefix_of(files, {"<s>": 1, "</s>": 2}) == expected

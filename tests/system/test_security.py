@@ -13,6 +13,7 @@ import tensorstore
 from mea_jax.checkpoint import digests
 from mea_jax.checkpoint.manager import Checkpoints
 from mea_jax.convert.composite import MODEL_FILES
+from mea_jax.convert.vllm_export import PLUGIN
 from mea_jax.errors import UserError
 from tests.paths import ROOT
 
@@ -28,7 +29,7 @@ BANNED_MODULES = {
     "marshal",
     "torch",
 }
-HANDED_OUT = {path.name for path in MODEL_FILES}
+HANDED_OUT = {path.name for path in (*MODEL_FILES, PLUGIN)}
 BANNED_CALLS = {"eval", "exec", "compile", "__import__"}
 BANNED_ARGUMENTS = {"allow_pickle", "trust_remote_code"}
 

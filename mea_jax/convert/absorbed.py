@@ -233,8 +233,13 @@ def absorb_layer(model: ModelConfig, attention: Tree, size: int) -> Tree:
     out_KGHD = np.asarray(attention["out"], np.float32).reshape(k, n // k, h, -1)
     maps_KRH = value_maps(model, attention, size)
     out_KGRD = np.einsum("krh,kghd->kgrd", maps_KRH, out_KGHD, optimize=True)
-    found["out"] = out_KGRD.reshape(n, size, -1)
-    if model.qkv_bias or model.out_bias:  # a stock class has all biases or none
+    return with_biases(model, attention, found | {"out": out_KGRD.reshape(n, size, -1)})
+
+
+def with_biases(model: ModelConfig, attention: Tree, found: Tree) -> Tree:
+    """Return `found` with zeros for missing biases: a stock class has all biases or none."""
+    found = dict(found)
+    if model.qkv_bias or model.out_bias:
         for name in ("query", "key", "value"):
             found.setdefault(f"{name}_bias", np.zeros_like(found[name][0]))
         zeros_D = np.zeros(model.d_model, np.float32)

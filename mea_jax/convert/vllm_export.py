@@ -167,9 +167,12 @@ def arrays(model: ModelConfig, stored: Any) -> Iterator[tuple[str, np.ndarray]]:
             continue
         attention, spec = stored.layer(index)["attention"], specs[index]
         size, own = size_of(spec), spec.alone
-        tree = absorbed.absorb_layer(own, attention, size)
         if maps_values(model):
+            tree = absorbed.absorb_projections(own, attention, size)
             tree["out"] = np.asarray(attention["out"], np.float32)
+            tree = absorbed.with_biases(own, attention, tree)
+        else:
+            tree = absorbed.absorb_layer(own, attention, size)
         for ours, theirs in _NAMES.items():
             inputs = 2 if ours == "out" else 1
             flat = tree[ours].reshape(int(np.prod(tree[ours].shape[:inputs])), -1)

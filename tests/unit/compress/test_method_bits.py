@@ -17,8 +17,7 @@ from mea_jax.generate.decode import empty_cache, serve
 from mea_jax.model.heads import Heads
 from mea_jax.model.kv_cache import count_bytes
 from mea_jax.ops.slots import Layout
-from mea_jax.train.run import train
-from tests.helpers import PLAIN, apply_logits, flat
+from tests.helpers import apply_logits, flat
 
 SMALL: dict[str, Any] = {
     "method": "bits",
@@ -26,15 +25,6 @@ SMALL: dict[str, Any] = {
     "held_out_tokens": 512,
     "dtype": "float32",
 }
-
-
-@pytest.fixture(scope="module", params=[{}, {"qk_norm": True, "n_kv_heads": 1}], ids=str)
-def run(request, tiny, tmp_path_factory):
-    """Train a model of two layers: MHA, and MQA with normed queries and keys."""
-    workdir = tmp_path_factory.mktemp("runs") / "tiny"
-    changes = PLAIN | request.param
-    train(tiny(steps=8, **{f"model.{name}": value for name, value in changes.items()}), workdir)
-    return workdir
 
 
 @pytest.fixture

@@ -62,7 +62,7 @@ def rms_norm(x, weight, eps):
 
 
 def attention(x_TD, of, index, config):
-    """What `MEALlamaAttention` of vllm_mea.py computes for one sequence; `of(name)` is a tensor."""
+    """Compute `MEALlamaAttention` of vllm_mea.py for one sequence; `of(name)` is a tensor."""
     mea, n, eps = config["mea"], config["num_attention_heads"], config["rms_norm_eps"]
     size, waves, window = mea["widths"][index], mea["wavelengths"][index], None
     if config.get("layer_types", ["full_attention"] * 2)[index] == "sliding_attention":
